@@ -1,0 +1,505 @@
+"""Configuration of OTDRG, and the label space: 14 findings in 4 states."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+#: The 14 findings of CheXpert, in CheXpert's order (paper, section 3.2.1). Files are joined by name, never by position.
+FINDINGS: tuple[str, ...] = (
+    "enlarged_cardiomediastinum",
+    "cardiomegaly",
+    "lung_opacity",
+    "lung_lesion",
+    "edema",
+    "consolidation",
+    "pneumonia",
+    "atelectasis",
+    "pneumothorax",
+    "pleural_effusion",
+    "pleural_other",
+    "fracture",
+    "support_devices",
+    "no_finding",
+)
+
+#: The four states of a finding; a state's id is its position (paper, eq. 9).
+FINDING_STATES: tuple[str, ...] = ("unmentioned", "positive", "negative", "unclear")
+
+UNMENTIONED, POSITIVE, NEGATIVE, UNCLEAR = range(4)
+
+#: CheXpert's spelling of each finding, for people and for CSV headers.
+FINDING_DISPLAY_NAMES: dict[str, str] = {name: name.replace("_", " ").title() for name in FINDINGS}
+
+_STATE_ALIASES = {"uncertain": "unclear", "not mentioned": "unmentioned"}
+
+DEFAULT_PROMPT = (
+    "Generate a comprehensive diagnosis report for this radiology image. ###Focus on diagnostic accuracy###"
+)
+IMAGE_TOKEN, FINDING_TOKEN, FINDING_TEXT_TOKEN = "<image>", "<finding>", "<finding_text>"
+
+
+def _fold(name: str) -> str:
+    return " ".join(str(name).replace("_", " ").split()).casefold()
+
+
+_FINDING_KEYS = {_fold(name): name for name in FINDINGS}
+
+
+def finding_key(name: str) -> str:
+    """The key in `FINDINGS` of a finding's name; case, spaces and underscores are ignored.
+
+    Raises:
+        ValueError: the name is none of the 14.
+    """
+    try:
+        return _FINDING_KEYS[_fold(name)]
+    except KeyError:
+        raise ValueError(f"unknown finding {name!r}: expected one of {', '.join(FINDINGS)}") from None
+
+
+def finding_state_id(state: str | int) -> int:
+    """The id, 0 to 3, of a state's name or id; "uncertain" is another word for "unclear".
+
+    Raises:
+        ValueError: the state is none of the four.
+    """
+    if isinstance(state, str):
+        folded = _fold(state)
+        folded = _STATE_ALIASES.get(folded, folded)
+        if folded in FINDING_STATES:
+            return FINDING_STATES.index(folded)
+    elif isinstance(state, int) and not isinstance(state, bool) and 0 <= state < len(FINDING_STATES):
+        return state
+    raise ValueError(f"unknown finding state {state!r}: expected one of {', '.join(FINDING_STATES)} (or 0 to 3)")
+
+
+def parse_findings(findings: dict[str, str | int]) -> dict[int, int]:
+    """`{"Edema": "positive"}` as `{finding's position: state id}`, checked.
+
+    Raises:
+        ValueError: an unknown finding or state, or "no finding" in a state other than positive or unmentioned.
+    """
+    parsed = {}
+    for name, state in findings.items():
+        key, state_id = finding_key(name), finding_state_id(state)
+        if key == "no_finding" and state_id not in (UNMENTIONED, POSITIVE):
+            raise ValueError(
+                f"finding state {FINDING_STATES[state_id]!r} is not possible for no_finding: "
+                "expected positive or unmentioned"
+            )
+        parsed[FINDINGS.index(key)] = state_id
+    return parsed
+
+
+class OTDRGConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`OTDRGForReportGeneration`]: two backbones and every choice of how they are joined.
+
+    Args:
+        vision_config (`PreTrainedConfig` or `dict`, *optional*):
+            Configuration of the vision encoder, of any type `AutoModel` knows (timm through `timm_wrapper`).
+        text_config (`PreTrainedConfig` or `dict`, *optional*):
+            Configuration of the LLM, of any type `AutoModelForCausalLM` knows.
+        image_size (`int`, defaults to 224):
+            Height and width in pixels to which the processor resizes each view.
+        image_tokens (`int`, defaults to 49):
+            Image tokens a view is pooled to, a square number (49 is the paper's 7 x 7).
+        view_fusion (`str`, defaults to `"mean"`):
+            `"mean"` averages the views' tokens (R2GenGPT), `"concat"` puts them one after another.
+        projection_norm (`bool`, defaults to `True`):
+            LayerNorm after both projections (eqs. 4 and 5), as R2GenGPT has.
+        dle (`bool`, defaults to `True`):
+            Disease labels reach the LLM (Table 3). Off: no label text and no label tokens.
+        fiot (`bool`, defaults to `True`):
+            Feature integration by optimal transport (3.3.2): label tokens in the prompt and the loss L_OT. Needs `dle`.
+        label_encoder (`str`, defaults to `"embeddings"`):
+            f_e(L) of eq. 3. `"embeddings"`: the LLM's own token embeddings of "finding: state", taken as constants,
+            mean-pooled and centred over the 56 texts; `"text_encoder"`: any `AutoModel`, described by
+            `label_encoder_config`, frozen, pooled and centred likewise; `"table"`: a learned 14 x 4 table.
+        label_encoder_config (`PreTrainedConfig` or `dict`, *optional*):
+            Configuration of the text encoder for `label_encoder="text_encoder"`.
+        label_encoder_token_ids (`list[list[list[int]]]`, *optional*):
+            Token ids of the 14 x 4 texts in that encoder's own tokenizer; set by `bind_label_tokenizer`.
+        label_encoder_size (`int`, *optional*):
+            Width of the `"table"`; the LLM's hidden size by default.
+        finding_text (`str`, defaults to `"mentioned"`):
+            Which findings the label text names: `"mentioned"` those not unmentioned, `"all"`, or `"none"`.
+        ot_epsilon (`float`, defaults to 0.1):
+            Entropic regularisation (eq. 8), in units of the cost.
+        ot_max_iterations (`int`, defaults to 100):
+            Most Sinkhorn iterations t (Algorithm 1).
+        ot_tolerance (`float`, defaults to 1e-5):
+            Sinkhorn stops for a study once the L1 error of its row marginals falls below this.
+        ot_cost_normalization (`str`, defaults to `"none"`):
+            `"none"`: Euclidean distance of the projected features (eq. 6); `"unit"`: of the L2-normalised ones.
+        ot_labels (`str`, defaults to `"all"`):
+            Label side of the transport: all 14 (the paper) or only the `"mentioned"` ones.
+        ot_gradient (`str`, defaults to `"envelope"`):
+            `"envelope"`: the plan is a constant in the backward pass; `"unroll"`: through the iterations.
+        ot_weight (`float`, defaults to 0.1):
+            lambda of eq. 12.
+        ot_contrastive_weight (`float`, defaults to 0.0):
+            Weight of a contrastive term: InfoNCE over -d_OT with other studies' labels in the batch as negatives.
+        ot_contrastive_temperature (`float`, defaults to 0.1):
+            Temperature of that term, as a share of the mean distance.
+        focal_gamma (`float`, defaults to 2.0):
+            gamma of eq. 10.
+        focal_reduction (`str`, defaults to `"finding"`):
+            `"finding"`: focal factor per finding, mean over studies and findings; `"study"`: the cross-entropies of a
+            study are summed first (eq. 10 read literally).
+        predictor_dropout (`float`, defaults to 0.0):
+            Dropout of the label predictor.
+        predicted_state_ratio (`float`, defaults to 0.0):
+            Share of training studies conditioned on predicted instead of given states (0 is the paper).
+        finding_thresholds (`list[float]`, *optional*):
+            14 probabilities above which a finding is predicted positive; without them the likeliest state wins.
+        lora (`dict`, *optional*):
+            peft `LoraConfig` fields of adapters in the LLM (`r`, `lora_alpha`, `lora_dropout`, `target_modules`).
+        prompt (`str`, *optional*):
+            Instruction after the image; the paper's by default.
+        image_token_id, finding_token_id, finding_text_token_id (`int`, *optional*):
+            Ids of the placeholders for image tokens, label tokens and the label text; set by `bind_tokenizer`.
+        prompt_token_ids (`list[int]`, *optional*):
+            Token ids of the default prompt for one view; set by the processor, used by `generate` without `input_ids`.
+        finding_text_token_ids (`list[list[list[int]]]`, *optional*):
+            Token ids of the 14 x 4 texts "finding: state"; set by `bind_tokenizer`.
+        vision_backbone, text_backbone (`str`, *optional*):
+            Hub ids the backbones' weights were taken from.
+    """
+
+    model_type = "otdrg"
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig, "label_encoder_config": AutoConfig}  # noqa: RUF012
+
+    _CHOICES = {  # noqa: RUF012
+        "view_fusion": ("mean", "concat"),
+        "label_encoder": ("embeddings", "text_encoder", "table"),
+        "finding_text": ("mentioned", "all", "none"),
+        "ot_cost_normalization": ("none", "unit"),
+        "ot_labels": ("all", "mentioned"),
+        "ot_gradient": ("envelope", "unroll"),
+        "focal_reduction": ("finding", "study"),
+    }
+
+    def __init__(
+        self,
+        vision_config: PreTrainedConfig | dict | None = None,
+        text_config: PreTrainedConfig | dict | None = None,
+        *,
+        image_size: int = 224,
+        image_tokens: int = 49,
+        view_fusion: str = "mean",
+        projection_norm: bool = True,
+        dle: bool = True,
+        fiot: bool = True,
+        label_encoder: str = "embeddings",
+        label_encoder_config: PreTrainedConfig | dict | None = None,
+        label_encoder_token_ids: list[list[list[int]]] | None = None,
+        label_encoder_size: int | None = None,
+        finding_text: str = "mentioned",
+        ot_epsilon: float = 0.1,
+        ot_max_iterations: int = 100,
+        ot_tolerance: float = 1e-5,
+        ot_cost_normalization: str = "none",
+        ot_labels: str = "all",
+        ot_gradient: str = "envelope",
+        ot_weight: float = 0.1,
+        ot_contrastive_weight: float = 0.0,
+        ot_contrastive_temperature: float = 0.1,
+        focal_gamma: float = 2.0,
+        focal_reduction: str = "finding",
+        predictor_dropout: float = 0.0,
+        predicted_state_ratio: float = 0.0,
+        finding_thresholds: list[float] | None = None,
+        lora: dict[str, Any] | None = None,
+        prompt: str = DEFAULT_PROMPT,
+        image_token_id: int | None = None,
+        finding_token_id: int | None = None,
+        finding_text_token_id: int | None = None,
+        prompt_token_ids: list[int] | None = None,
+        finding_text_token_ids: list[list[list[int]]] | None = None,
+        vision_backbone: str | None = None,
+        text_backbone: str | None = None,
+        **kwargs,
+    ):
+        self.vision_config = _sub_config("vision_config", vision_config, default="timm_wrapper")
+        self.text_config = _sub_config("text_config", text_config, default="llama")
+        self.label_encoder_config = _sub_config("label_encoder_config", label_encoder_config)
+        self.image_size = image_size
+        self.image_tokens = image_tokens
+        self.view_fusion = view_fusion
+        self.projection_norm = projection_norm
+        self.dle = dle
+        self.fiot = fiot
+        self.label_encoder = label_encoder
+        self.label_encoder_token_ids = label_encoder_token_ids
+        self.label_encoder_size = label_encoder_size
+        self.finding_text = finding_text
+        self.ot_epsilon = ot_epsilon
+        self.ot_max_iterations = ot_max_iterations
+        self.ot_tolerance = ot_tolerance
+        self.ot_cost_normalization = ot_cost_normalization
+        self.ot_labels = ot_labels
+        self.ot_gradient = ot_gradient
+        self.ot_weight = ot_weight
+        self.ot_contrastive_weight = ot_contrastive_weight
+        self.ot_contrastive_temperature = ot_contrastive_temperature
+        self.focal_gamma = focal_gamma
+        self.focal_reduction = focal_reduction
+        self.predictor_dropout = predictor_dropout
+        self.predicted_state_ratio = predicted_state_ratio
+        self.finding_thresholds = finding_thresholds
+        self.lora = lora
+        self.prompt = prompt
+        self.image_token_id = image_token_id
+        self.finding_token_id = finding_token_id
+        self.finding_text_token_id = finding_text_token_id
+        self.prompt_token_ids = prompt_token_ids
+        self.finding_text_token_ids = finding_text_token_ids
+        self.vision_backbone = vision_backbone
+        self.text_backbone = text_backbone
+        kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
+        super().__init__(**kwargs)
+        self.check_fields()
+
+    def check_fields(self) -> None:
+        """Raises `ValueError`, naming field, value and what is allowed, where a field cannot be."""
+
+        def need(condition: bool, field: str, allowed: str) -> None:
+            if not condition:
+                raise ValueError(f"OTDRGConfig.{field}={getattr(self, field)!r}: expected {allowed}")
+
+        for field, choices in self._CHOICES.items():
+            need(getattr(self, field) in choices, field, "one of " + ", ".join(repr(choice) for choice in choices))
+        for field in ("dle", "fiot", "projection_norm"):
+            need(isinstance(getattr(self, field), bool), field, "true or false")
+        for field in ("image_size", "image_tokens", "ot_max_iterations"):
+            need(_is_int(getattr(self, field)) and getattr(self, field) > 0, field, "a positive integer")
+        need(round(self.image_tokens**0.5) ** 2 == self.image_tokens, "image_tokens", "a square number, such as 49")
+        for field in ("ot_epsilon", "ot_contrastive_temperature"):
+            need(_is_number(getattr(self, field)) and getattr(self, field) > 0, field, "a number above 0")
+        for field in ("ot_tolerance", "ot_weight", "ot_contrastive_weight", "focal_gamma"):
+            need(_is_number(getattr(self, field)) and getattr(self, field) >= 0, field, "a number of at least 0")
+        need(_is_number(self.predictor_dropout) and 0 <= self.predictor_dropout < 1, "predictor_dropout", "0 <= p < 1")
+        need(
+            _is_number(self.predicted_state_ratio) and 0 <= self.predicted_state_ratio <= 1,
+            "predicted_state_ratio",
+            "a number from 0 to 1",
+        )
+        need(self.dle or not self.fiot, "fiot", "false when dle is false (label tokens need labels)")
+        need(
+            self.label_encoder != "text_encoder" or self.label_encoder_config is not None,
+            "label_encoder",
+            "another encoder, or a label_encoder_config beside it",
+        )
+        need(
+            self.finding_thresholds is None
+            or (
+                len(self.finding_thresholds) == len(FINDINGS)
+                and all(_is_number(value) and 0 <= value <= 1 for value in self.finding_thresholds)
+            ),
+            "finding_thresholds",
+            f"{len(FINDINGS)} numbers from 0 to 1",
+        )
+        if self.lora is not None:
+            unknown = set(self.lora) - {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "bias"}
+            need(not unknown and "target_modules" in self.lora, "lora", "r, lora_alpha, lora_dropout, target_modules")
+        for field in ("image_token_id", "finding_token_id", "finding_text_token_id"):
+            value = getattr(self, field)
+            need(
+                value is None or (_is_int(value) and 0 <= value < self.text_config.vocab_size),
+                field,
+                f"a token id from 0 to {self.text_config.vocab_size - 1} (the LLM's vocab_size is "
+                f"{self.text_config.vocab_size})",
+            )
+        for field in ("finding_text_token_ids", "label_encoder_token_ids"):
+            table = getattr(self, field)
+            need(
+                table is None
+                or (len(table) == len(FINDINGS) and all(len(row) == len(FINDING_STATES) and all(row) for row in table)),
+                field,
+                f"{len(FINDINGS)} x {len(FINDING_STATES)} lists of token ids, none empty",
+            )
+
+    def bind_label_tokenizer(self, tokenizer) -> None:
+        """Record the ids of the 14 x 4 label texts in the tokenizer of the label encoder's own text encoder."""
+        self.label_encoder_token_ids = [
+            [tokenizer.encode(_label_text(name, state)) for state in FINDING_STATES] for name in FINDINGS
+        ]
+
+    def bind_tokenizer(self, tokenizer) -> None:
+        """Add the placeholders to `tokenizer` and record their ids and those of the 14 x 4 label texts.
+
+        The LLM's `vocab_size` grows to the tokenizer's where it is smaller; a model that exists already must be
+        resized to it (`from_backbones` does).
+        """
+        placeholders = [IMAGE_TOKEN, FINDING_TOKEN, FINDING_TEXT_TOKEN]
+        tokenizer.add_special_tokens({"additional_special_tokens": placeholders}, replace_extra_special_tokens=False)
+        ids = tokenizer.convert_tokens_to_ids(placeholders)
+        self.text_config.vocab_size = max(self.text_config.vocab_size, len(tokenizer))
+        self.image_token_id, self.finding_token_id, self.finding_text_token_id = ids
+        self.finding_text_token_ids = [
+            [tokenizer.encode(f" {_label_text(name, state)};", add_special_tokens=False) for state in FINDING_STATES]
+            for name in FINDINGS
+        ]
+        for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(tokenizer, field) is not None:
+                setattr(self.text_config, field, getattr(tokenizer, field))
+        self.check_fields()
+
+    @property
+    def image_grid(self) -> int:
+        """Side of the grid of image tokens of one view."""
+        return round(self.image_tokens**0.5)
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> OTDRGConfig:
+        """A named configuration.
+
+        `"tiny"`: a small timm Swin and a small LLaMA, both from scratch, for CPUs and tests; `"small"`: DINOv2-small
+        and SmolLM2-135M; `"paper"`: Swin-B/224 and Llama-2-7b-chat (sections 3.2.2 and 4). Fields in `overrides` win; a
+        dictionary given for `vision_config` or `text_config` is merged into the preset's.
+
+        Raises:
+            ValueError: no such preset, or an override the configuration does not have.
+        """
+        if name not in _PRESETS:
+            raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(_PRESETS)}")
+        fields = _PRESETS[name]()
+        unknown = set(overrides) - set(cls.__init__.__annotations__)
+        if unknown:
+            raise ValueError(
+                f"unknown OTDRGConfig field {sorted(unknown)[0]!r}: see OTDRGConfig for the fields there are"
+            )
+        for part in ("vision_config", "text_config"):
+            if isinstance(overrides.get(part), dict) and "model_type" not in overrides[part]:
+                fields[part] = {**fields[part], **overrides.pop(part)}
+        return cls(**{**fields, **overrides})
+
+
+def _label_text(finding: str, state: str) -> str:
+    return f"{FINDING_DISPLAY_NAMES[finding].lower()}: {state}"
+
+
+def resolve_backbone(reference: str) -> tuple[str, dict[str, str]]:
+    """A backbone's reference as the name and keywords of `from_pretrained`: a GGUF file is its folder and its name."""
+    path = Path(reference)
+    if path.suffix == ".gguf":
+        return str(path.parent), {"gguf_file": path.name}
+    return str(reference), {}
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _sub_config(field: str, value, default: str | None = None) -> PreTrainedConfig | None:
+    if value is None and default is not None:
+        return CONFIG_MAPPING[default]()
+    if value is None or isinstance(value, PreTrainedConfig):
+        return value
+    model_type = value.get("model_type", default)
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"OTDRGConfig.{field}.model_type={model_type!r}: expected a model type transformers knows")
+    return CONFIG_MAPPING[model_type](**value)
+
+
+def _tiny() -> dict:
+    return {
+        "vision_config": {
+            "model_type": "timm_wrapper",
+            "architecture": "swin_tiny_patch4_window7_224",
+            "model_args": {
+                "img_size": 112,
+                "embed_dim": 32,
+                "depths": [1, 1, 2],
+                "num_heads": [2, 4, 8],
+                "window_size": 7,
+            },
+        },
+        "text_config": {
+            "model_type": "llama",
+            "vocab_size": 512,
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 1024,
+            "tie_word_embeddings": True,
+        },
+        "image_size": 112,
+        "ot_cost_normalization": "unit",
+    }
+
+
+_LORA = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}
+
+
+def _small() -> dict:
+    return {
+        "vision_config": {
+            "model_type": "dinov2",
+            "hidden_size": 384,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 6,
+            "image_size": 518,
+            "patch_size": 14,
+        },
+        "text_config": {
+            "model_type": "llama",
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+            "tie_word_embeddings": True,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 2,
+        },
+        "lora": dict(_LORA),
+        "ot_cost_normalization": "unit",
+        "ot_epsilon": 0.01,
+        "vision_backbone": "facebook/dinov2-small",
+        "text_backbone": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    }
+
+
+def _paper() -> dict:
+    return {
+        "vision_config": {"model_type": "timm_wrapper", "architecture": "swin_base_patch4_window7_224"},
+        "text_config": {"model_type": "llama"},
+        "lora": dict(_LORA),
+        "vision_backbone": "timm/swin_base_patch4_window7_224.ms_in22k_ft_in1k",
+        "text_backbone": "meta-llama/Llama-2-7b-chat-hf",
+    }
+
+
+_PRESETS = {"tiny": _tiny, "small": _small, "paper": _paper}
+
+OTDRGConfig.register_for_auto_class()
+if __name__ == "otdrg.configuration_otdrg":  # the installed package, not a copy that came with weights
+    AutoConfig.register("otdrg", OTDRGConfig, exist_ok=True)
+
+__all__ = [
+    "DEFAULT_PROMPT",
+    "FINDINGS",
+    "FINDING_DISPLAY_NAMES",
+    "FINDING_STATES",
+    "OTDRGConfig",
+    "finding_key",
+    "finding_state_id",
+    "parse_findings",
+    "resolve_backbone",
+]

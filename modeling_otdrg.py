@@ -1,0 +1,1031 @@
+"""OTDRG: a vision encoder, a label predictor, feature integration by optimal transport, and an LLM that writes reports.
+
+The whole model is one module because it is what ships to the Hub, where a model is one file beside its configuration.
+Section and equation numbers are those of "Bridging Vision and Language: Optimal Transport-Driven Radiology Report
+Generation via LLMs".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils import is_peft_available
+
+from .configuration_otdrg import FINDING_STATES, FINDINGS, POSITIVE, UNMENTIONED, OTDRGConfig, resolve_backbone
+
+if is_peft_available():
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+if TYPE_CHECKING:
+    # Never run: this is what makes `save_pretrained` copy all four files beside the weights.
+    from .pipeline_otdrg import ReportGenerationPipeline  # noqa: F401
+    from .processing_otdrg import OTDRGProcessor  # noqa: F401
+
+NO_FINDING = FINDINGS.index("no_finding")
+
+
+# --- optimal transport (3.3.2) ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class SinkhornOutput(ModelOutput):
+    """
+    Result of [`sinkhorn`] for B problems of M rows and N columns, in float32 (float64 for a float64 cost).
+
+    Args:
+        distance (`torch.Tensor` of shape `(B,)`): the transport cost <T, C>.
+        regularized (`torch.Tensor` of shape `(B,)`): the minimised objective <T, C> + epsilon * sum T log T.
+        plan (`torch.Tensor` of shape `(B, M, N)`): the transport plan T; 0 in masked rows and columns.
+        iterations (`torch.Tensor` of shape `(B,)`): iterations each problem ran.
+        marginal_error (`torch.Tensor` of shape `(B,)`): L1 distance of the plan's row sums from their marginal.
+    """
+
+    distance: torch.Tensor | None = None
+    regularized: torch.Tensor | None = None
+    plan: torch.Tensor | None = None
+    iterations: torch.Tensor | None = None
+    marginal_error: torch.Tensor | None = None
+
+
+def cost_matrix(x: torch.Tensor, y: torch.Tensor, normalization: str = "none") -> torch.Tensor:
+    """Euclidean distance of every row of `x` (B, M, D) from every row of `y` (B, N, D), float32 (B, M, N) (eq. 6).
+
+    `normalization="unit"` scales every feature to length 1 first. Coincident points have cost and gradient 0.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        x, y = x.to(dtype), y.to(dtype)
+        if normalization == "unit":
+            x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
+        return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def sinkhorn(
+    cost: torch.Tensor,
+    epsilon: float = 0.1,
+    max_iterations: int = 100,
+    tolerance: float = 1e-5,
+    row_mask: torch.Tensor | None = None,
+    column_mask: torch.Tensor | None = None,
+    gradient: str = "envelope",
+) -> SinkhornOutput:
+    r"""Entropic optimal transport between uniform marginals (eqs. 7 and 8, Algorithm 1), computed stably.
+
+    Minimises <T, C> + epsilon * sum T log T over plans T with row sums u and column sums v, uniform over the unmasked
+    rows and columns. The iterations are Algorithm 1's, on logarithms: its kernel exp(-C / epsilon) underflows to 0, and
+    the result to NaN, as soon as costs exceed about 100 epsilon. A problem with no unmasked row or column has distance
+    0 and plan 0.
+
+    Args:
+        cost (`torch.Tensor` of shape `(B, M, N)`): of any float type and scale; masked entries are ignored.
+        epsilon (`float`): weight of the entropy, in units of the cost.
+        max_iterations (`int`): most iterations; each updates the rows and then the columns.
+        tolerance (`float`): a problem stops once its marginal error is at most this; 0 runs all iterations.
+        row_mask, column_mask (`torch.Tensor` of shape `(B, M)` and `(B, N)`, *optional*): true where there is mass.
+        gradient (`str`): `"envelope"` treats the plan as a constant, so that the derivative of both values by the cost
+            is the plan; `"unroll"` differentiates through the iterations.
+
+    Returns:
+        [`SinkhornOutput`]
+
+    Raises:
+        ValueError: `cost` is not (B, M, N), a mask does not fit it, or epsilon is not above 0.
+    """
+    if cost.ndim != 3:
+        raise ValueError(f"cost has shape {tuple(cost.shape)}: expected (batch, rows, columns)")
+    if epsilon <= 0:
+        raise ValueError(f"epsilon is {epsilon}: expected a number above 0")
+    if gradient not in ("envelope", "unroll"):
+        raise ValueError(f"gradient is {gradient!r}: expected 'envelope' or 'unroll'")
+    batch, rows, columns = cost.shape
+    if row_mask is None:
+        row_mask = torch.ones(batch, rows, dtype=torch.bool, device=cost.device)
+    if column_mask is None:
+        column_mask = torch.ones(batch, columns, dtype=torch.bool, device=cost.device)
+    for name, mask, shape in (("row_mask", row_mask, (batch, rows)), ("column_mask", column_mask, (batch, columns))):
+        if tuple(mask.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(mask.shape)}: expected {shape}")
+
+    with torch.autocast(cost.device.type, enabled=False):
+        cost = cost.to(torch.float64 if cost.dtype == torch.float64 else torch.float32)
+        row_mask, column_mask = row_mask.bool(), column_mask.bool()
+        mask = row_mask[:, :, None] & column_mask[:, None, :]
+        cost = cost.masked_fill(~mask, 0.0)
+        with torch.set_grad_enabled(gradient == "unroll" and torch.is_grad_enabled()):
+            plan, iterations, marginal_error = _sinkhorn_plan(
+                cost, epsilon, max_iterations, tolerance, row_mask, column_mask, mask
+            )
+        distance = (plan * cost).sum(dim=(1, 2))
+        return SinkhornOutput(
+            distance=distance,
+            regularized=distance - epsilon * plan_entropy(plan),
+            plan=plan,
+            iterations=iterations,
+            marginal_error=marginal_error,
+        )
+
+
+def _sinkhorn_plan(cost, epsilon, max_iterations, tolerance, row_mask, column_mask, mask):
+    # A constant added to all costs leaves the plan as it is; without it the float32 exponents are more exact.
+    shift = cost.masked_fill(~mask, torch.inf).amin(dim=(1, 2), keepdim=True)
+    shift = torch.where(shift.isfinite(), shift, torch.zeros_like(shift))
+    log_kernel = ((shift - cost) / epsilon).masked_fill(~mask, -torch.inf)
+    solvable = mask.any(dim=(1, 2))
+
+    def log_uniform(side):
+        return -side.sum(dim=1, keepdim=True).clamp(min=1).to(cost.dtype).log().expand(side.shape)
+
+    log_u, log_v = log_uniform(row_mask), log_uniform(column_mask)
+    u = log_u.exp() * row_mask
+
+    def potential(log_marginal, log_mass, side):
+        return torch.where(side, log_marginal - log_mass, torch.zeros_like(log_marginal))
+
+    # Logarithm of Algorithm 1's beta; the algorithm starts it at 1 / N.
+    g = torch.where(column_mask, log_v, torch.zeros_like(log_v))
+    f = torch.zeros_like(log_u)
+    active = solvable.clone()
+    iterations = torch.zeros(len(cost), dtype=torch.long, device=cost.device)
+    for _ in range(max_iterations):
+        new_f = potential(log_u, _logsumexp(log_kernel + g[:, None, :], dim=2), row_mask)
+        new_g = potential(log_v, _logsumexp(log_kernel + new_f[:, :, None], dim=1), column_mask)
+        # A problem that is done stays as it is, so that a batch gives exactly what its problems give alone.
+        f, g = torch.where(active[:, None], new_f, f), torch.where(active[:, None], new_g, g)
+        iterations = iterations + active
+        if tolerance > 0:
+            row_sums = (log_kernel + f[:, :, None] + g[:, None, :]).exp().sum(dim=2)
+            active = active & ((row_sums - u).abs().sum(dim=1) > tolerance)
+            if not active.any():
+                break
+    plan = (log_kernel + f[:, :, None] + g[:, None, :]).exp()
+    plan = torch.where(solvable[:, None, None], plan, torch.zeros_like(plan))
+    marginal_error = torch.where(solvable, (plan.sum(dim=2) - u).abs().sum(dim=1), torch.zeros_like(u[:, 0]))
+    return plan, iterations, marginal_error.detach()
+
+
+def _logsumexp(values: torch.Tensor, dim: int) -> torch.Tensor:
+    """`logsumexp` whose gradient is 0, not NaN, along slices that are -inf throughout (masked rows and columns)."""
+    empty = values.isneginf().all(dim=dim, keepdim=True)
+    return values.masked_fill(empty, 0.0).logsumexp(dim=dim)
+
+
+def plan_entropy(plan: torch.Tensor) -> torch.Tensor:
+    """Entropy -sum T log T of transport plans (B, M, N), in nats, (B,)."""
+    return torch.special.entr(plan).sum(dim=(1, 2))
+
+
+# --- disease label prediction (3.4) ----------------------------------------------------------------------------------
+
+
+def focal_loss(
+    logits: torch.Tensor, labels: torch.Tensor, gamma: float = 2.0, reduction: str = "finding"
+) -> torch.Tensor:
+    """Focal loss over the four states of each finding (eq. 10), a scalar.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, 14, 4)`)
+        labels (`torch.Tensor` of shape `(B, 14)`): state ids; -100 is left out.
+        gamma (`float`): focusing exponent; 0 gives the cross-entropy.
+        reduction (`str`): `"finding"` weighs each finding's cross-entropy by its own focal factor and takes the mean
+            over all; `"study"` sums the cross-entropies of a study first.
+    """
+    known = labels != -100
+    cross_entropy = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none")
+    if reduction == "study":
+        cross_entropy = cross_entropy.sum(dim=1)
+        known = known.any(dim=1)
+    # 1 - p_true, by expm1 because p_true is near 1 for most cells
+    focal = (-torch.expm1(-cross_entropy)).clamp(min=0).pow(gamma) * cross_entropy
+    return (focal * known).sum() / known.sum().clamp(min=1)
+
+
+class OTDRGFindingPredictor(nn.Module):
+    """14 x 4 logits from the encoder's view features: one attention query a finding over the tokens of all views."""
+
+    def __init__(self, feature_size: int, dropout: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(feature_size)
+        self.queries = nn.Embedding(len(FINDINGS), feature_size)
+        self.key = nn.Linear(feature_size, feature_size)
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(2 * feature_size, len(FINDINGS) * len(FINDING_STATES))
+
+    def forward(self, view_features: torch.Tensor, view_mask: torch.Tensor) -> torch.Tensor:
+        """`view_features` (B, V, N, D), `view_mask` (B, V) -> logits (B, 14, 4)."""
+        batch, views, tokens, size = view_features.shape
+        features = self.norm(view_features.to(self.norm.weight.dtype)).reshape(batch, views * tokens, size)
+        mask = view_mask.repeat_interleave(tokens, dim=1)
+        scores = self.queries.weight @ self.key(features).transpose(1, 2) / size**0.5
+        weights = scores.masked_fill(~mask[:, None, :], -torch.inf).softmax(dim=-1)
+        mean = (features * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+        pooled = torch.cat((weights @ features, mean[:, None].expand(-1, len(FINDINGS), -1)), dim=-1)
+        logits = self.classifier(self.dropout(pooled)).reshape(batch, len(FINDINGS), len(FINDINGS), -1)
+        return logits.diagonal(dim1=1, dim2=2).transpose(1, 2)
+
+
+# --- label features and projections (3.3.1) --------------------------------------------------------------------------
+
+
+class OTDRGLabelEncoder(nn.Module):
+    """f_e(L) of eq. 3: features (14, 4, D) of the 56 texts "finding: state"."""
+
+    def __init__(self, config: OTDRGConfig):
+        super().__init__()
+        self.kind = config.label_encoder
+        self.token_ids = config.finding_text_token_ids
+        hidden_size = config.text_config.get_text_config().hidden_size
+        self.feature_size = hidden_size
+        if self.kind == "table":
+            self.feature_size = config.label_encoder_size or hidden_size
+            self.table = nn.Embedding(len(FINDINGS) * len(FINDING_STATES), self.feature_size)
+        elif self.kind == "text_encoder":
+            self.token_ids = config.label_encoder_token_ids
+            self.text_encoder = AutoModel.from_config(config.label_encoder_config)
+            self.feature_size = self.text_encoder.config.hidden_size
+
+    def forward(self, word_embeddings: nn.Module) -> torch.Tensor:
+        """Features (14, 4, D); `word_embeddings` is the LLM's, read as a constant."""
+        if self.kind == "table":
+            return self.table.weight.reshape(len(FINDINGS), len(FINDING_STATES), -1)
+        texts = [torch.tensor(ids) for row in self.token_ids for ids in row]
+        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(word_embeddings.weight.device)
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True).to(ids.device)
+        with torch.no_grad():
+            if self.kind == "text_encoder":
+                features = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+            else:
+                features = word_embeddings(ids)
+            features = (features.float() * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+            # Uncentred, "x: positive" and "x: negative" are all but the same vector.
+            features = features - features.mean(dim=0)
+        return features.reshape(len(FINDINGS), len(FINDING_STATES), -1)
+
+
+class OTDRGProjector(nn.Module):
+    """Linear projection into the LLM's embedding space (eqs. 4 and 5), with the LayerNorm R2GenGPT puts behind it."""
+
+    def __init__(self, feature_size: int, hidden_size: int, norm: bool):
+        super().__init__()
+        self.linear = nn.Linear(feature_size, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size) if norm else nn.Identity()
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.linear(features.to(self.linear.weight.dtype)))
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class OTDRGOutput(ModelOutput):
+    """
+    Output of [`OTDRGForReportGeneration`]. M is the number of image tokens of a study.
+
+    Args:
+        loss (`torch.Tensor` of shape `()`): report_loss + lambda * ot_loss (eq. 12), plus predictor_loss where
+            `finding_labels` were given.
+        report_loss (`torch.Tensor` of shape `()`): L_RG (eq. 11), mean over the report's tokens.
+        ot_loss (`torch.Tensor` of shape `()`): L_OT, mean <T, C> over the batch.
+        predictor_loss (`torch.Tensor` of shape `()`): L_cls (eq. 10).
+        logits (`torch.Tensor` of shape `(B, L', vocab_size)`): the LLM's, at the positions of the prompt with its label
+            text written out; while training only those from the first label's on.
+        transport_plan (`torch.Tensor` of shape `(B, M, 14)`): T.
+        finding_logits (`torch.Tensor` of shape `(B, 14, 4)`): the label predictor's.
+        past_key_values (`Cache`): the LLM's key-value cache.
+        ot_marginal_error, plan_entropy, epsilon_to_cost, label_spread (`torch.Tensor` of shape `()`):
+            figures to watch: mean L1 error of the plan's row marginals; entropy of the plan over its maximum (1 is a
+            uniform plan); epsilon over the mean cost; distance of label features from their mean over their length.
+    """
+
+    loss: torch.Tensor | None = None
+    report_loss: torch.Tensor | None = None
+    ot_loss: torch.Tensor | None = None
+    predictor_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    transport_plan: torch.Tensor | None = None
+    finding_logits: torch.Tensor | None = None
+    past_key_values: object | None = None
+    ot_marginal_error: torch.Tensor | None = None
+    plan_entropy: torch.Tensor | None = None
+    epsilon_to_cost: torch.Tensor | None = None
+    label_spread: torch.Tensor | None = None
+
+
+class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
+    r"""
+    Reads a study of chest radiographs and writes its report.
+
+    ```python
+    model = AutoModel.from_pretrained("org/otdrg", trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained("org/otdrg", trust_remote_code=True)
+    inputs = processor(images=[["frontal.png", "lateral.png"]])
+    sequences = model.generate(**inputs)[:, inputs["input_ids"].shape[1]:]
+    reports = processor.batch_decode(sequences, skip_special_tokens=True)
+    ```
+
+    Attributes:
+        ot_weight (`float`): lambda of eq. 12 as it stands now; the configuration's until a schedule moves it.
+        ot_epsilon (`float`): the transport's epsilon as it stands now, likewise.
+    """
+
+    config_class = OTDRGConfig
+    config: OTDRGConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        config: OTDRGConfig,
+        vision_tower: PreTrainedModel | None = None,
+        language_model: PreTrainedModel | None = None,
+        text_encoder: PreTrainedModel | None = None,
+    ):
+        super().__init__(config)
+        config.check_fields()
+        if config.dle and config.finding_text_token_ids is None:
+            raise ValueError(
+                "OTDRGConfig.finding_text_token_ids=None: the label texts have no token ids yet; call "
+                "config.bind_tokenizer(tokenizer), or make the processor first"
+            )
+        self.vision_tower = AutoModel.from_config(config.vision_config) if vision_tower is None else vision_tower
+        self.language_model = (
+            AutoModelForCausalLM.from_config(config.text_config) if language_model is None else language_model
+        )
+        feature_size = _vision_feature_size(self.vision_tower)
+        hidden_size = config.text_config.get_text_config().hidden_size
+        self.image_projector = OTDRGProjector(feature_size, hidden_size, config.projection_norm)
+        if config.fiot:
+            self.label_encoder = OTDRGLabelEncoder(config)
+            if text_encoder is not None:
+                self.label_encoder.text_encoder = text_encoder
+            self.label_projector = OTDRGProjector(self.label_encoder.feature_size, hidden_size, config.projection_norm)
+        self.finding_predictor = OTDRGFindingPredictor(feature_size, config.predictor_dropout)
+        self.ot_weight = config.ot_weight
+        self.ot_epsilon = config.ot_epsilon
+        for given in (vision_tower, language_model, text_encoder):
+            _mark_initialized(given)
+        self.post_init()
+        if config.lora is not None and language_model is None:
+            # Behind post_init, which would initialise lora_B like any other weight: LoRA starts as the identity.
+            self._inject_lora()
+
+    # -- construction ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_backbones(
+        cls,
+        vision: str,
+        text: str,
+        label_text_encoder: str | None = None,
+        dtype: str | torch.dtype | None = None,
+        **config_fields,
+    ) -> OTDRGForReportGeneration:
+        """A new model on pretrained backbones: their weights, everything between them from scratch.
+
+        Args:
+            vision (`str`): Hub id, local folder or timm name (`timm/swin_...`) of the vision encoder.
+            text (`str`): Hub id, local folder or GGUF file of a causal LLM with its tokenizer.
+            label_text_encoder (`str`, *optional*): Hub id or folder of the text encoder of the labels, which sets
+                `label_encoder="text_encoder"`.
+            dtype (`str` or `torch.dtype`, *optional*): type of the backbones' weights; the checkpoint's by default.
+            config_fields: fields of [`OTDRGConfig`].
+
+        Raises:
+            OSError: a backbone is not there, with the reference at fault.
+            ValueError: a configuration field is wrong.
+        """
+        vision_tower = _load_backbone("vision", AutoModel, vision, dtype)
+        language_model = _load_backbone("text", AutoModelForCausalLM, text, dtype)
+        tokenizer = _load_backbone("text", AutoTokenizer, text)
+        text_encoder = None
+        if label_text_encoder is not None:
+            text_encoder = _load_backbone("label_text_encoder", AutoModel, label_text_encoder, dtype)
+            config_fields |= {"label_encoder": "text_encoder", "label_encoder_config": text_encoder.config}
+        for model in (vision_tower, language_model):
+            # A GGUF file is dequantised on loading, but still says it is quantised and then refuses to be saved.
+            model.hf_quantizer = None
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+        config = cls.config_class(vision_tower.config, language_model.config, **config_fields)
+        config.bind_tokenizer(tokenizer)
+        if text_encoder is not None:
+            config.bind_label_tokenizer(_load_backbone("label_text_encoder", AutoTokenizer, label_text_encoder))
+        language_model.resize_token_embeddings(config.text_config.vocab_size, mean_resizing=False)
+        model = cls(config, vision_tower, language_model, text_encoder)
+        model.generation_config.eos_token_id = language_model.generation_config.eos_token_id
+        model.generation_config.eos_token_id = model.generation_config.eos_token_id or config.text_config.eos_token_id
+        return model
+
+    def add_lora(self) -> None:
+        """Attach fresh LoRA adapters (an identity at first) to the LLM as `config.lora` says; those there are kept.
+
+        Raises:
+            ValueError: `config.lora` is not set, or names modules the LLM does not have.
+        """
+        if self.config.lora is None:
+            raise ValueError("OTDRGConfig.lora=None: expected peft's r, lora_alpha, lora_dropout and target_modules")
+        if not self.has_lora:
+            self._inject_lora()
+
+    def _inject_lora(self) -> None:
+        if not is_peft_available():
+            raise ImportError("OTDRGConfig.lora is set: LoRA needs peft (pip install peft)")
+        inject_adapter_in_model(LoraConfig(**self.config.lora), self.language_model)
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether the LLM carries LoRA adapters."""
+        return is_peft_available() and any(isinstance(m, BaseTunerLayer) for m in self.language_model.modules())
+
+    def merge_lora(self) -> None:
+        """Fold the LoRA adapters into the LLM's weights and set `config.lora` to None, so that peft is not needed."""
+        if self.has_lora:
+            for name, module in list(self.language_model.named_modules()):
+                if isinstance(module, BaseTunerLayer):
+                    module.merge()
+                    self.language_model.set_submodule(name, module.get_base_layer())
+        self.config.lora = None
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Write weights, configuration, generation configuration and the code files; see `PreTrainedModel`."""
+        self.config.auto_map = {
+            **(getattr(self.config, "auto_map", None) or {}),
+            "AutoModelForImageTextToText": "modeling_otdrg.OTDRGForReportGeneration",
+        }
+        self.config.custom_pipelines = {
+            "image-to-text": {
+                "impl": "pipeline_otdrg.ReportGenerationPipeline",
+                "pt": ["AutoModelForImageTextToText"],
+                "type": "multimodal",
+            }
+        }
+        super().save_pretrained(save_directory, **kwargs)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
+        """Trade compute for memory in both backbones; see `PreTrainedModel`."""
+        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+        # The call above does not reach timm, whose models have a switch of their own.
+        if self.vision_tower.supports_gradient_checkpointing:
+            self.vision_tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    def get_input_embeddings(self):
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value):
+        self.language_model.set_output_embeddings(value)
+
+    # -- vision ---------------------------------------------------------------------------------------------------
+
+    def encode_views(self, pixel_values: torch.Tensor, view_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """X of eq. 1 for every view, pooled to the grid of image tokens.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, V, C, H, W)`)
+            view_mask (`torch.Tensor` of shape `(B, V)`, *optional*): true where there is a view; each study has one.
+
+        Returns:
+            `torch.Tensor` of shape `(B, V, image_tokens, D)`; 0 where there is no view.
+        """
+        if pixel_values.ndim != 5:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}: "
+                "expected (studies, views, channels, height, width)"
+            )
+        view_mask = self._view_mask(pixel_values, view_mask)
+        pixels = pixel_values[view_mask].to(self.vision_tower.dtype)
+        output = self.vision_tower(pixels).last_hidden_state
+        grid = _as_grid(output, self.vision_tower, tuple(pixels.shape[-2:]))
+        pooled = F.adaptive_avg_pool2d(grid, self.config.image_grid).flatten(2).transpose(1, 2)
+        features = pooled.new_zeros(*view_mask.shape, *pooled.shape[1:])
+        features[view_mask] = pooled
+        return features
+
+    @staticmethod
+    def _view_mask(views: torch.Tensor, view_mask: torch.Tensor | None) -> torch.Tensor:
+        if view_mask is None:
+            return torch.ones(views.shape[:2], dtype=torch.bool, device=views.device)
+        if view_mask.shape != views.shape[:2]:
+            raise ValueError(f"view_mask has shape {tuple(view_mask.shape)}: expected {tuple(views.shape[:2])}")
+        if not view_mask.any(dim=1).all():
+            raise ValueError("a study has no image: a report is only written from at least one view")
+        return view_mask.bool()
+
+    def fuse_views(self, view_features: torch.Tensor, view_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, V, N, D) -> one sequence of image tokens a study (B, M, D) and its mask (B, M)."""
+        batch, views, tokens, size = view_features.shape
+        if self.config.view_fusion == "concat":
+            return view_features.reshape(batch, views * tokens, size), view_mask.repeat_interleave(tokens, dim=1)
+        weights = view_mask / view_mask.sum(dim=1, keepdim=True)
+        fused = (view_features * weights[:, :, None, None].to(view_features.dtype)).sum(dim=1)
+        return fused, torch.ones(batch, tokens, dtype=torch.bool, device=fused.device)
+
+    def get_image_features(
+        self, view_features: torch.Tensor, view_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """f_p(X) of eq. 4, (B, M, hidden_size), and its mask (B, M), from [`encode_views`]' features."""
+        fused, mask = self.fuse_views(view_features, self._view_mask(view_features, view_mask))
+        return self.image_projector(fused), mask
+
+    # -- labels ---------------------------------------------------------------------------------------------------
+
+    def get_label_features(self, finding_states: torch.Tensor) -> torch.Tensor:
+        """f_p(Y) of eq. 5, (B, 14, hidden_size), of states (B, 14)."""
+        table = self.label_projector(self.label_encoder(self.get_input_embeddings()))
+        return table[torch.arange(len(FINDINGS), device=finding_states.device), finding_states]
+
+    def finding_probabilities(self, finding_logits: torch.Tensor) -> torch.Tensor:
+        """Probabilities (B, 14, 4) of the states; "no finding" is only ever unmentioned or positive."""
+        logits = finding_logits.float().clone()
+        logits[:, NO_FINDING, POSITIVE + 1 :] = -torch.inf
+        return logits.softmax(dim=-1)
+
+    def predict_states(self, finding_logits: torch.Tensor) -> torch.Tensor:
+        """States (B, 14) from the predictor's logits (B, 14, 4) (3.4).
+
+        The likeliest state of each finding; with `config.finding_thresholds`, positive where its probability reaches
+        the finding's threshold and the likeliest other state elsewhere.
+        """
+        probabilities = self.finding_probabilities(finding_logits)
+        if self.config.finding_thresholds is None:
+            return probabilities.argmax(dim=-1)
+        thresholds = torch.tensor(self.config.finding_thresholds, device=probabilities.device)
+        positive = probabilities[..., POSITIVE] >= thresholds
+        others = probabilities.clone()
+        others[..., POSITIVE] = -1.0
+        return torch.where(positive, POSITIVE, others.argmax(dim=-1))
+
+    # -- optimal transport ----------------------------------------------------------------------------------------
+
+    def transport(
+        self, image_features: torch.Tensor, image_mask: torch.Tensor, finding_states: torch.Tensor
+    ) -> tuple[SinkhornOutput, torch.Tensor, torch.Tensor]:
+        """FIOT (3.3.2) of image tokens (B, M, hidden_size) and labels: transport, cost (B, M, 14), label features."""
+        label_features = self.get_label_features(finding_states)
+        cost = cost_matrix(image_features, label_features, self.config.ot_cost_normalization)
+        output = self._sinkhorn(cost, image_mask, self._label_mask(finding_states))
+        return output, cost, label_features
+
+    @torch.no_grad()
+    def transport_lift(
+        self, view_features: torch.Tensor, view_mask: torch.Tensor, finding_states: torch.Tensor
+    ) -> torch.Tensor:
+        """The transport plan over each view's grid as a multiple of the uniform plan, for heatmaps (Figure 5).
+
+        Returns:
+            `torch.Tensor` of shape `(B, V, 14, rows, columns)`: 1 everywhere for a uniform plan, 0 where there is no
+            view or no mass. With `view_fusion="mean"` all views of a study share one plan.
+        """
+        image_features, image_mask = self.get_image_features(view_features, view_mask)
+        plan = self.transport(image_features, image_mask, finding_states)[0].plan
+        mass = image_mask.sum(dim=1) * self._label_mask(finding_states).sum(dim=1)
+        lift = (plan * mass[:, None, None]).transpose(1, 2)
+        lift = lift.unflatten(2, (-1, self.config.image_grid, self.config.image_grid)).transpose(1, 2)
+        return lift.expand(-1, view_mask.shape[1], -1, -1, -1) * view_mask[:, :, None, None, None]
+
+    def _label_mask(self, finding_states: torch.Tensor) -> torch.Tensor:
+        if self.config.ot_labels == "mentioned":
+            return finding_states != UNMENTIONED
+        return torch.ones_like(finding_states, dtype=torch.bool)
+
+    def _sinkhorn(self, cost, row_mask, column_mask) -> SinkhornOutput:
+        config = self.config
+        return sinkhorn(
+            cost,
+            self.ot_epsilon,
+            config.ot_max_iterations,
+            config.ot_tolerance,
+            row_mask,
+            column_mask,
+            gradient=config.ot_gradient,
+        )
+
+    def _contrastive_ot_loss(self, image_features, image_mask, label_features, finding_states) -> torch.Tensor:
+        """InfoNCE over -d_OT of each study's image with its own labels against other studies' different labels."""
+        batch = len(finding_states)
+        images, labels = torch.meshgrid(*2 * [torch.arange(batch, device=finding_states.device)], indexing="ij")
+        images, labels = images.flatten(), labels.flatten()
+        cost = cost_matrix(image_features[images], label_features[labels], self.config.ot_cost_normalization)
+        distance = self._sinkhorn(cost, image_mask[images], self._label_mask(finding_states)[labels]).distance
+        distance = distance.reshape(batch, batch)
+        same = (finding_states[:, None] == finding_states[None]).all(dim=-1)
+        same = same & ~torch.eye(batch, dtype=torch.bool, device=same.device)
+        scale = self.config.ot_contrastive_temperature * distance.detach().mean().clamp(min=1e-6)
+        target = torch.arange(batch, device=same.device)
+        return F.cross_entropy((-distance / scale).masked_fill(same, -torch.inf), target)
+
+    # -- prompt ---------------------------------------------------------------------------------------------------
+
+    def get_placeholder_mask(
+        self, input_ids: torch.Tensor, token_id: int, features: torch.Tensor, mask: torch.Tensor, what: str
+    ) -> torch.Tensor:
+        """Where `token_id` stands in `input_ids` (B, L), checked to be as often in each row as it has features."""
+        placeholders = input_ids == token_id
+        tokens, expected = placeholders.sum(dim=1), mask.sum(dim=1)
+        wrong = (tokens != expected).nonzero().flatten()
+        if len(wrong):
+            row = int(wrong[0])
+            raise ValueError(
+                f"{what} tokens and {what} features do not match in row {row}: tokens: {int(tokens[row])}, "
+                f"features: {int(expected[row])}"
+            )
+        return placeholders
+
+    def _finding_text(self, states: list[int]) -> list[int]:
+        table, wanted = self.config.finding_text_token_ids, self.config.finding_text
+        return [
+            token
+            for finding, state in enumerate(states)
+            if wanted == "all" or state != UNMENTIONED
+            for token in table[finding][state]
+        ]
+
+    def write_finding_text(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        finding_states: torch.Tensor,
+        labels: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Replace the label text's placeholder in each row by the text of that study's states.
+
+        Args:
+            input_ids, attention_mask (`torch.Tensor` of shape `(B, L)`): padded on either side.
+            finding_states (`torch.Tensor` of shape `(B, 14)`)
+            labels (`torch.Tensor` of shape `(B, L)`, *optional*): follow their tokens.
+
+        Returns:
+            `input_ids`, `attention_mask` and `labels` of shape `(B, L')`, padded on the side they were.
+        """
+        place = self.config.finding_text_token_id
+        if place is None or not (input_ids == place).any():
+            return input_ids, attention_mask, labels
+        left = not bool(attention_mask[:, 0].all()) or (bool(attention_mask[:, -1].all()) and labels is None)
+        pad = self.config.text_config.pad_token_id
+        pad = pad if pad is not None else 0
+        rows, row_labels = [], []
+        states = finding_states.tolist()
+        for row in range(len(input_ids)):
+            kept = attention_mask[row].bool()
+            ids = input_ids[row, kept].tolist()
+            targets = labels[row, kept].tolist() if labels is not None else [-100] * len(ids)
+            while place in ids:
+                at, text = ids.index(place), self._finding_text(states[row])
+                ids[at : at + 1], targets[at : at + 1] = text, [-100] * len(text)
+            rows.append(ids)
+            row_labels.append(targets)
+        length = max(map(len, rows))
+
+        def padded(values, value):
+            sides = [[value] * (length - len(row)) for row in values]
+            return torch.tensor(
+                [side + row if left else row + side for row, side in zip(values, sides, strict=True)],
+                device=input_ids.device,
+            )
+
+        mask = padded([[1] * len(row) for row in rows], 0)
+        return padded(rows, pad), mask, None if labels is None else padded(row_labels, -100)
+
+    # -- forward --------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        view_mask: torch.Tensor | None = None,
+        view_features: torch.Tensor | None = None,
+        finding_states: torch.Tensor | None = None,
+        finding_labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> OTDRGOutput:
+        r"""
+        Args:
+            input_ids, attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
+                The processor's prompt. Without it only the encoder and the label predictor run.
+            labels (`torch.Tensor` of shape `(B, L)`, *optional*): the report's token ids, -100 elsewhere.
+            pixel_values (`torch.Tensor` of shape `(B, V, C, H, W)`) and view_mask (`torch.Tensor` of shape `(B, V)`):
+                The views.
+            view_features (`torch.Tensor` of shape `(B, V, image_tokens, D)`, *optional*):
+                [`encode_views`]' features in place of `pixel_values`.
+            finding_states (`torch.Tensor` of shape `(B, 14)`, *optional*):
+                States that condition the LLM; those of -1, or all when there are none, are predicted.
+            finding_labels (`torch.Tensor` of shape `(B, 14)`, *optional*):
+                True states that supervise the label predictor and nothing else; -100 is left out.
+
+        Returns:
+            [`OTDRGOutput`]
+
+        Raises:
+            ValueError: no image, or placeholders that do not match the features.
+        """
+        return_dict = return_dict if return_dict is not None else self.config.return_dict
+        output = OTDRGOutput()
+        if view_features is None and pixel_values is not None:
+            view_features = self.encode_views(pixel_values, view_mask)
+        if view_features is not None:
+            view_mask = self._view_mask(view_features, view_mask)
+            with torch.set_grad_enabled(finding_labels is not None and torch.is_grad_enabled()):
+                output.finding_logits = self.finding_predictor(view_features, view_mask)
+            if finding_labels is not None:
+                output.predictor_loss = focal_loss(
+                    output.finding_logits, finding_labels, self.config.focal_gamma, self.config.focal_reduction
+                )
+        elif past_key_values is None or past_key_values.get_seq_length() == 0:
+            raise ValueError("no image: pixel_values is missing, and a report is never written from nothing")
+
+        if input_ids is not None or inputs_embeds is not None:
+            if view_features is not None and inputs_embeds is None:
+                states = self.condition_states(output.finding_logits.detach(), finding_states)
+                if attention_mask is None:
+                    attention_mask = torch.ones_like(input_ids)
+                input_ids, attention_mask, labels = self.write_finding_text(input_ids, attention_mask, states, labels)
+                inputs_embeds = self._embed_prompt(input_ids, view_features, view_mask, states, output)
+            elif inputs_embeds is None:
+                inputs_embeds = self.get_input_embeddings()(input_ids)
+            if labels is not None and self.training:
+                # The head is most of a small LLM's cost, and nothing is learned in front of the report.
+                first = int((labels != -100).any(dim=0).int().argmax())
+                logits_to_keep = labels.shape[1] - first + 1
+            text_output = self.language_model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
+            output.logits = text_output.logits
+            output.past_key_values = text_output.past_key_values
+            if labels is not None:
+                logits = output.logits[:, :-1].float()
+                targets = labels[:, 1:][:, -logits.shape[1] :]
+                output.report_loss = F.cross_entropy(
+                    logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
+                ) / (targets != -100).sum().clamp(min=1)
+
+        losses = []
+        if output.report_loss is not None:
+            losses.append(output.report_loss)
+            if output.ot_loss is not None:
+                losses.append(self.ot_weight * output.ot_loss)
+        if output.predictor_loss is not None:
+            losses.append(output.predictor_loss)
+        if losses:
+            output.loss = sum(losses)
+        output = OTDRGOutput(**{key: value for key, value in output.items() if value is not None})
+        return output if return_dict else output.to_tuple()
+
+    def condition_states(self, finding_logits, finding_states) -> torch.Tensor:
+        """States (B, 14) the LLM is told: given ones, predicted where they are -1 or, while training, drawn to be."""
+        predicted = self.predict_states(finding_logits)
+        if finding_states is None:
+            return predicted
+        finding_states = finding_states.to(predicted.device)
+        use_predicted = finding_states < 0
+        if self.training and self.config.predicted_state_ratio > 0:
+            drawn = torch.rand(len(predicted), 1, device=predicted.device) < self.config.predicted_state_ratio
+            use_predicted = use_predicted | drawn
+        return torch.where(use_predicted, predicted, finding_states)
+
+    def _embed_prompt(self, input_ids, view_features, view_mask, states, output: OTDRGOutput) -> torch.Tensor:
+        """Embeddings (B, L, hidden_size) with image and label tokens in place; the transport goes to `output`."""
+        embeddings = self.get_input_embeddings()(input_ids)
+        image_features, image_mask = self.get_image_features(view_features, view_mask)
+        place = self.get_placeholder_mask(input_ids, self.config.image_token_id, image_features, image_mask, "image")
+        embeddings = embeddings.masked_scatter(place[:, :, None], image_features[image_mask].to(embeddings.dtype))
+        if not self.config.fiot:
+            return embeddings
+        transport, cost, label_features = self.transport(image_features, image_mask, states)
+        place = self.get_placeholder_mask(
+            input_ids, self.config.finding_token_id, label_features, torch.ones_like(states), "finding"
+        )
+        embeddings = embeddings.masked_scatter(place[:, :, None], label_features.to(embeddings.dtype))
+        output.transport_plan = transport.plan
+        output.ot_loss = transport.distance.mean()
+        if self.config.ot_contrastive_weight > 0 and len(states) > 1:
+            contrastive = self._contrastive_ot_loss(image_features, image_mask, label_features, states)
+            output.ot_loss = output.ot_loss + self.config.ot_contrastive_weight * contrastive
+        with torch.no_grad():
+            mass = image_mask[:, :, None] & self._label_mask(states)[:, None, :]
+            cells = mass.sum(dim=(1, 2)).clamp(min=2).float()
+            centred = label_features.float() - label_features.float().mean(dim=1, keepdim=True)
+            output.ot_marginal_error = transport.marginal_error.mean()
+            output.plan_entropy = (plan_entropy(transport.plan) / cells.log()).mean()
+            output.epsilon_to_cost = self.ot_epsilon / cost[mass].mean().clamp(min=1e-12)
+            output.label_spread = centred.norm(dim=-1).mean() / label_features.float().norm(dim=-1).mean().clamp(
+                min=1e-12
+            )
+        return embeddings
+
+    # -- generation -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config=None,
+        *,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        view_mask: torch.Tensor | None = None,
+        view_features: torch.Tensor | None = None,
+        finding_states: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        """Write reports; see `GenerationMixin.generate` for what else it takes.
+
+        The views are encoded and the states predicted once, before decoding.
+
+        Args:
+            inputs or input_ids, attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
+                The processor's prompts, padded on the left; the default prompt without them.
+            pixel_values, view_mask, view_features, finding_states: as in [`forward`]; given states steer the report.
+
+        Returns:
+            `torch.Tensor` of shape `(B * num_return_sequences, L + new tokens)`: prompts, as given, and reports.
+
+        Raises:
+            ValueError: no image, states that cannot condition this model, or placeholders that do not match.
+        """
+        input_ids = inputs if input_ids is None else input_ids
+        if view_features is None:
+            if pixel_values is None:
+                raise ValueError("no image: pixel_values is missing, and a report is never written from nothing")
+            view_features = self.encode_views(pixel_values, view_mask)
+        view_mask = self._view_mask(view_features, view_mask)
+        if finding_states is not None and not self.config.dle:
+            raise ValueError("finding_states were given, but OTDRGConfig.dle=False: this model is not told of findings")
+        expected = (len(view_features), len(FINDINGS))
+        if finding_states is not None and tuple(finding_states.shape) != expected:
+            raise ValueError(f"finding_states has shape {tuple(finding_states.shape)}: expected {expected}")
+        states = self.condition_states(self.finding_predictor(view_features, view_mask), finding_states)
+        if input_ids is None:
+            input_ids, attention_mask = self._default_prompt(view_mask)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        prompt, prompt_mask, _ = self.write_finding_text(input_ids, attention_mask, states)
+        output = super().generate(
+            generation_config=generation_config,
+            input_ids=prompt,
+            attention_mask=prompt_mask,
+            view_features=view_features,
+            view_mask=view_mask,
+            finding_states=states,
+            **kwargs,
+        )
+        # Callers cut the prompt off by its length, and theirs does not have the label text written out.
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        given = input_ids.repeat_interleave(len(sequences) // len(input_ids), dim=0).to(sequences.device)
+        sequences = torch.cat((given, sequences[:, prompt.shape[1] :]), dim=1)
+        if isinstance(output, torch.Tensor):
+            return sequences
+        output.sequences = sequences
+        return output
+
+    def _default_prompt(self, view_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = self.config.prompt_token_ids
+        if ids is None:
+            raise ValueError("input_ids is missing, and OTDRGConfig.prompt_token_ids=None: pass the processor's output")
+        first = ids.index(self.config.image_token_id)
+        rows = []
+        for views in view_mask.sum(dim=1).tolist():
+            repeats = views - 1 if self.config.view_fusion == "concat" else 0
+            more = [self.config.image_token_id] * (repeats * self.config.image_tokens)
+            rows.append(torch.tensor(ids[:first] + more + ids[first:], device=view_mask.device))
+        pad = self.config.text_config.pad_token_id or 0
+        masks = [torch.ones_like(row) for row in rows]
+        return (
+            nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left"),
+            nn.utils.rnn.pad_sequence(masks, batch_first=True, padding_side="left"),
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        view_features=None,
+        view_mask=None,
+        finding_states=None,
+        is_first_iteration=False,
+        **kwargs,
+    ):
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if is_first_iteration or not kwargs.get("use_cache", True):
+            model_inputs |= {
+                "view_features": view_features,
+                "view_mask": view_mask,
+                "finding_states": finding_states,
+            }
+        return model_inputs
+
+
+def _load_backbone(part: str, auto_class, reference: str, dtype=None):
+    name, kwargs = resolve_backbone(reference)
+    if dtype is not None:
+        kwargs["dtype"] = dtype
+    try:
+        return auto_class.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"{part} backbone {reference!r} could not be loaded: expected a Hub id, a folder written by save_pretrained"
+            f"{', a timm/ name' if part == 'vision' else ''}{' or a .gguf file' if part == 'text' else ''} "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _mark_initialized(module: PreTrainedModel | None) -> None:
+    """Keep `post_init` from drawing a loaded backbone's weights anew."""
+    if module is not None:
+        for part in (*module.modules(), *module.parameters(), *module.buffers()):
+            part._is_hf_initialized = True
+
+
+def _vision_feature_size(vision_tower: PreTrainedModel) -> int:
+    if hasattr(vision_tower, "timm_model"):
+        return vision_tower.timm_model.num_features
+    config = vision_tower.config
+    return config.hidden_sizes[-1] if hasattr(config, "hidden_sizes") else config.hidden_size
+
+
+def _as_grid(output: torch.Tensor, vision_tower: PreTrainedModel, image_size: tuple[int, int]) -> torch.Tensor:
+    """An encoder's last hidden state, NHWC, NCHW or tokens with or without a class token in front, as (B, D, h, w)."""
+    size = _vision_feature_size(vision_tower)
+    timm_model = getattr(vision_tower, "timm_model", None)
+    if output.ndim == 4:
+        channels_last = getattr(timm_model, "output_fmt", None) == "NHWC" or output.shape[1] != size
+        return output.permute(0, 3, 1, 2) if channels_last else output
+    tokens = output.shape[1]
+    patch = getattr(vision_tower.config, "patch_size", None)
+    patch = (patch, patch) if isinstance(patch, int) else patch
+    height, width = (image_size[0] // patch[0], image_size[1] // patch[1]) if patch else (0, 0)
+    if timm_model is not None:
+        side = round((tokens - timm_model.num_prefix_tokens) ** 0.5)
+        height, width = side, side
+    elif not 0 < height * width <= tokens:
+        # Hierarchical encoders merge patches: what is left is a square and a few tokens in front.
+        height = width = int(tokens**0.5)
+    if not 0 < height * width <= tokens or tokens - height * width > 16:
+        raise ValueError(f"the vision encoder's {tokens} tokens are not a grid for images of {image_size} pixels")
+    return output[:, tokens - height * width :].transpose(1, 2).unflatten(2, (height, width))
+
+
+OTDRGForReportGeneration.register_for_auto_class("AutoModel")
+if __name__ == "otdrg.modeling_otdrg":  # the installed package, not a copy that came with weights
+    AutoModel.register(OTDRGConfig, OTDRGForReportGeneration, exist_ok=True)
+    AutoModelForImageTextToText.register(OTDRGConfig, OTDRGForReportGeneration, exist_ok=True)
+
+__all__ = [
+    "OTDRGForReportGeneration",
+    "OTDRGOutput",
+    "SinkhornOutput",
+    "cost_matrix",
+    "focal_loss",
+    "plan_entropy",
+    "sinkhorn",
+]

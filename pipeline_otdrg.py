@@ -1,0 +1,155 @@
+"""Pipeline of OTDRG: `pipeline("image-to-text", model=..., trust_remote_code=True)`."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import GenerationConfig, Pipeline
+
+from .configuration_otdrg import FINDING_STATES, FINDINGS
+from .processing_otdrg import read_view
+
+
+class _Studies(torch.utils.data.Dataset):
+    """A `datasets.Dataset` as the kind of dataset pipelines iterate over."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, position):
+        return self.rows[position]
+
+
+class ReportGenerationPipeline(Pipeline):
+    """
+    Writes the reports of studies of chest radiographs.
+
+    ```python
+    pipe = pipeline("image-to-text", model="org/otdrg", trust_remote_code=True)
+    pipe("frontal.png")[0]["generated_text"]
+    pipe([["frontal.png", "lateral.png"], "other.png"], batch_size=8)
+    pipe("frontal.png", findings={"edema": "positive"}, return_heatmaps=True)
+    ```
+
+    A study is one view (path, URL, PIL image, array, DICOM), a list of views inside a list of studies, or a mapping
+    with `images` (or `image`) and, if wanted, `indication`, such as a row of a dataset. One study gives a list of
+    dictionaries, several (a list, a generator, a dataset) give one such list each. The dictionaries hold
+
+    - `generated_text` (`str`): the report;
+    - `findings` (`dict`): for each of the 14, the `state` the LLM was told and its `probability` to the predictor;
+    - `heatmaps` (`dict`, with `return_heatmaps=True`): for each of the 14, an array (views, rows, columns) of the
+      transport plan over the grid of image tokens, as a multiple of the uniform plan's mass.
+
+    Call arguments: `findings` steers the report, `indication` says why the study was made, `return_heatmaps`; every
+    argument of `generate` (`max_new_tokens`, `num_beams`, `num_return_sequences`, ...), also in `generate_kwargs`.
+    """
+
+    _load_processor = True
+    _load_image_processor = False
+    _load_video_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = False
+    _pipeline_calls_generate = True
+    _default_generation_config = GenerationConfig(max_new_tokens=256)
+
+    def _sanitize_parameters(
+        self, findings=None, indication=None, return_heatmaps=None, generate_kwargs=None, timeout=None, **kwargs
+    ):
+        generate_kwargs = dict(generate_kwargs or {})
+        known = {*vars(GenerationConfig()), "generation_config", "streamer", "stopping_criteria", "logits_processor"}
+        for key, value in kwargs.items():
+            if key not in known:
+                raise ValueError(
+                    f"unknown pipeline argument {key!r}: expected findings, indication, return_heatmaps or an "
+                    "argument of generate"
+                )
+            generate_kwargs[key] = value
+        forward = {}
+        if findings is not None:
+            forward["findings"] = findings
+        if return_heatmaps is not None:
+            forward["return_heatmaps"] = return_heatmaps
+        if generate_kwargs:
+            forward["generate_kwargs"] = generate_kwargs
+        return ({} if indication is None else {"indication": indication}), forward, {}
+
+    def __call__(self, inputs, **kwargs):
+        """Reports of one study or of several; see the class."""
+        if hasattr(inputs, "column_names") and hasattr(inputs, "features"):
+            inputs = _Studies(inputs) if hasattr(inputs, "__len__") else (row for row in inputs)
+        elif isinstance(inputs, (list, tuple)):
+            inputs = list(inputs)
+            if not inputs:
+                raise ValueError("no image: the list of studies is empty")
+        return super().__call__(inputs, **kwargs)
+
+    def preprocess(self, inputs, indication=None):
+        if isinstance(inputs, dict):
+            indication = inputs.get("indication") or indication
+            images = inputs.get("images", inputs.get("image"))
+            if images is None:
+                raise ValueError(
+                    f"a study has {', '.join(map(repr, inputs)) or 'nothing'}: expected 'images' or 'image'"
+                )
+        else:
+            images = inputs
+        views = list(images) if isinstance(images, (list, tuple)) else [images]
+        if not views:
+            raise ValueError("no image: a study has no view, and a report needs at least one")
+        return {"views": [read_view(view, self.processor.max_image_pixels) for view in views], "indication": indication}
+
+    def _forward(self, model_inputs, findings=None, return_heatmaps=False, generate_kwargs=None):
+        # A study alone comes as its views, a batch as a list of those: the processor pads views, the library does not.
+        batched = not isinstance(model_inputs["views"][0], Image.Image)
+        studies = model_inputs["views"] if batched else [model_inputs["views"]]
+        indications = model_inputs["indication"] if batched else [model_inputs["indication"]]
+        inputs = self.processor(images=studies, indication=indications, finding_states=findings).to(self.device)
+        view_mask, given_states = inputs["view_mask"], inputs.get("finding_states")
+        view_features = self.model.encode_views(inputs["pixel_values"], view_mask)
+        finding_logits = self.model.finding_predictor(view_features, view_mask)
+        states = self.model.condition_states(finding_logits, given_states)
+        sequences = self.model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            view_features=view_features,
+            view_mask=view_mask,
+            finding_states=states if self.model.config.dle else given_states,
+            **self._prepare_generate_kwargs(generate_kwargs or {}, return_dict_in_generate=False),
+        )
+        reports = self.processor.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        each = len(reports) // len(studies)
+        probabilities = self.model.finding_probabilities(finding_logits).gather(2, states[..., None])[..., 0]
+        outputs = {
+            "reports": [reports[row * each : (row + 1) * each] for row in range(len(studies))],
+            "states": states.tolist(),
+            "probabilities": probabilities.tolist(),
+            "heatmaps": self._heatmaps(view_features, view_mask, states) if return_heatmaps else [None] * len(studies),
+        }
+        return outputs if batched else {key: value[0] for key, value in outputs.items()}
+
+    def _heatmaps(self, view_features, view_mask, states) -> list[np.ndarray]:
+        """Each study's lift of the plan over the uniform one, (views, 14, rows, columns)."""
+        if not self.model.config.fiot:
+            raise ValueError("return_heatmaps=True, but OTDRGConfig.fiot=False: this model has no transport plan")
+        lift = self.model.transport_lift(view_features, view_mask, states).float().cpu()
+        return [lift[row, view_mask[row].cpu()].numpy() for row in range(len(lift))]
+
+    def postprocess(self, model_outputs) -> list[dict]:
+        findings = {
+            name: {"state": FINDING_STATES[state], "probability": probability}
+            for name, state, probability in zip(
+                FINDINGS, model_outputs["states"], model_outputs["probabilities"], strict=True
+            )
+        }
+        records = [{"generated_text": report.strip(), "findings": findings} for report in model_outputs["reports"]]
+        if model_outputs["heatmaps"] is not None:
+            heatmaps = {name: model_outputs["heatmaps"][:, row] for row, name in enumerate(FINDINGS)}
+            records = [{**record, "heatmaps": heatmaps} for record in records]
+        return records
+
+
+__all__ = ["ReportGenerationPipeline"]

@@ -1,0 +1,554 @@
+"""Processor of OTDRG: views and a prompt become tensors, token ids become text."""
+
+from __future__ import annotations
+
+import io
+import os
+import urllib.request
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers import (
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    BatchFeature,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+    ViTImageProcessor,
+)
+
+from .configuration_otdrg import (
+    DEFAULT_PROMPT,
+    FINDING_DISPLAY_NAMES,
+    FINDING_STATES,
+    FINDING_TEXT_TOKEN,
+    FINDING_TOKEN,
+    FINDINGS,
+    IMAGE_TOKEN,
+    OTDRGConfig,
+    parse_findings,
+    resolve_backbone,
+)
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+#: Smallest side in pixels of a view: below it there is nothing to read.
+MINIMUM_SIDE = 16
+
+# In front of an LLM's own chat template: messages of images and texts become strings, each image its placeholder.
+_FLATTEN_MESSAGES = """\
+{%- set flat = namespace(messages=[], text='') -%}
+{%- for message in messages -%}
+{%- if message['content'] is string -%}
+{%- set flat.text = message['content'] -%}
+{%- else -%}
+{%- set flat.text = '' -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}
+{%- set flat.text = flat.text + '<image>' -%}
+{%- elif part['type'] == 'text' -%}
+{%- set flat.text = flat.text + part['text'] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- set flat.messages = flat.messages + [{'role': message['role'], 'content': flat.text}] -%}
+{%- endfor -%}
+{%- set messages = flat.messages -%}
+"""
+
+# Some LLMs' templates put a system turn about the LLM itself where there is none: an empty one keeps it away.
+_EMPTY_SYSTEM_TURN = """\
+{%- if messages[0]['role'] != 'system' -%}
+{%- set messages = [{'role': 'system', 'content': ''}] + messages -%}
+{%- endif -%}
+"""
+
+_PLAIN_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
+
+
+class OTDRGProcessor(ProcessorMixin):
+    r"""
+    Turns studies into the model's inputs.
+
+    Args:
+        image_processor (`ViTImageProcessor`): resizes and normalises one view.
+        tokenizer (`PreTrainedTokenizerFast`): the LLM's, with the placeholders.
+        chat_template (`str`, *optional*): Jinja template of a conversation with images.
+        image_tokens (`int`, defaults to 49): image tokens of one view.
+        view_fusion (`str`, defaults to `"mean"`): as in [`OTDRGConfig`].
+        dle, fiot (`bool`, default to `True`): whether prompts hold the label text and the label tokens.
+        finding_text (`str`, defaults to `"mentioned"`): as in [`OTDRGConfig`].
+        prompt (`str`): instruction after the image.
+        max_image_pixels (`int`, defaults to 64 million): larger images are refused before they are decoded.
+
+    Raises:
+        ValueError: the tokenizer lacks a placeholder.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        chat_template: str | None = None,
+        image_tokens: int = 49,
+        view_fusion: str = "mean",
+        dle: bool = True,
+        fiot: bool = True,
+        finding_text: str = "mentioned",
+        prompt: str = DEFAULT_PROMPT,
+        max_image_pixels: int = 64_000_000,
+        **kwargs,
+    ):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.image_tokens = image_tokens
+        self.view_fusion = view_fusion
+        self.dle = dle
+        self.fiot = fiot
+        self.finding_text = finding_text
+        self.prompt = prompt
+        self.max_image_pixels = max_image_pixels
+        self.image_token = IMAGE_TOKEN
+        for token in (IMAGE_TOKEN, FINDING_TOKEN, FINDING_TEXT_TOKEN):
+            if token not in tokenizer.get_added_vocab():
+                raise ValueError(f"the tokenizer has no {token!r}: call OTDRGConfig.bind_tokenizer(tokenizer) first")
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+
+    # -- construction ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_backbones(cls, vision: str, text: str, config: OTDRGConfig) -> OTDRGProcessor:
+        """A processor for a model on pretrained backbones; `config` is bound to the tokenizer.
+
+        Args:
+            vision (`str`): the vision encoder's Hub id or folder; its normalisation is used where it states one.
+            text (`str`): Hub id, folder or GGUF file with the LLM's tokenizer.
+            config (`OTDRGConfig`): the model's.
+
+        Raises:
+            OSError: the tokenizer cannot be loaded.
+        """
+        name, kwargs = resolve_backbone(text)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
+        except (OSError, ValueError) as error:
+            raise OSError(
+                f"text backbone {text!r} has no tokenizer that loads: expected a Hub id, a folder or a .gguf file "
+                f"({str(error).splitlines()[0]})"
+            ) from error
+        mean, std = _normalisation(vision)
+        return cls.from_config(config, tokenizer, mean, std)
+
+    @classmethod
+    def from_texts(cls, texts: Sequence[str], config: OTDRGConfig, vocab_size: int = 1024) -> OTDRGProcessor:
+        """A processor with a byte-level BPE tokenizer trained on `texts`, for an LLM from scratch.
+
+        `config` is bound to the tokenizer and its LLM's vocabulary set to the tokenizer's size.
+        """
+        bpe = import_module("tokenizers").ByteLevelBPETokenizer()
+        label_texts = [
+            f" {FINDING_DISPLAY_NAMES[name].lower()}: {state};" for name in FINDINGS for state in FINDING_STATES
+        ]
+        bpe.train_from_iterator(
+            [*texts, *label_texts, config.prompt],
+            vocab_size=vocab_size,
+            special_tokens=["<pad>", "<s>", "</s>"],
+            show_progress=False,
+        )
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+        )
+        config.text_config.vocab_size = 0
+        return cls.from_config(config, tokenizer)
+
+    @classmethod
+    def from_config(
+        cls, config: OTDRGConfig, tokenizer, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD
+    ) -> OTDRGProcessor:
+        """A processor for `config` around `tokenizer`, to which `config` is bound."""
+        config.bind_tokenizer(tokenizer)
+        image_processor = ViTImageProcessor(
+            size={"height": config.image_size, "width": config.image_size},
+            image_mean=list(image_mean),
+            image_std=list(image_std),
+        )
+        processor = cls(
+            image_processor,
+            tokenizer,
+            chat_template=_chat_template(tokenizer),
+            image_tokens=config.image_tokens,
+            view_fusion=config.view_fusion,
+            dle=config.dle,
+            fiot=config.fiot,
+            finding_text=config.finding_text,
+            prompt=config.prompt,
+        )
+        config.prompt_token_ids = tokenizer.encode(
+            processor._expand(processor.default_prompt(), 1), add_special_tokens=False
+        )
+        return processor
+
+    # -- call -----------------------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        images=None,
+        text: str | list[str] | None = None,
+        report: str | list[str] | None = None,
+        indication: str | list[str | None] | None = None,
+        finding_states=None,
+        max_report_tokens: int | None = None,
+        return_tensors: str = "pt",
+        videos=None,
+        audio=None,
+        **kwargs,
+    ) -> BatchFeature:
+        """
+        Args:
+            images: studies. A view is a path, a URL, a PIL image, an array (H, W) or (H, W, C), or a DICOM file;
+                `[a, b]` is two studies of one view, `[[a, b]]` one study of two.
+            text (`str` or `list[str]`, *optional*): prompts in place of the default one, each with one `<image>` (or
+                one for each view) where the study goes; an `<image>` is put in front where there is none.
+            report (`str` or `list[str]`, *optional*): training targets. Padding is on the right with them, else on the
+                left.
+            indication (`str` or `list[str]`, *optional*): why the study was made, put before the instruction.
+            finding_states (*optional*): states that condition the report: ids (B, 14), -1 where they are to be
+                predicted, or a dictionary `{"edema": "positive"}` a study.
+            max_report_tokens (`int`, *optional*): longer reports are cut to this many tokens.
+            kwargs: `padding`, `truncation` and `add_special_tokens` are accepted and have no effect.
+
+        Returns:
+            `BatchFeature` with `input_ids` and `attention_mask` (B, L), `pixel_values` (B, V, 3, H, W), `view_mask`
+            (B, V), and, where asked for, `labels` (B, L) and `finding_states` (B, 14).
+
+        Raises:
+            ValueError: no image, an image that cannot be read, or arguments whose lengths differ.
+        """
+        unknown = set(kwargs) - {
+            "padding",
+            "truncation",
+            "add_special_tokens",
+            "return_dict",
+            "sanitize_control_tokens",
+        }
+        if unknown:
+            raise ValueError(
+                f"unknown argument {sorted(unknown)[0]!r}: see OTDRGProcessor.__call__ for those there are"
+            )
+        if videos is not None or audio is not None:
+            raise ValueError("videos and audio were given: expected images of radiographs")
+        if return_tensors not in ("pt", None):
+            raise ValueError(f"return_tensors={return_tensors!r}: expected 'pt'")
+        texts = [text] if isinstance(text, str) else text
+        studies = self._studies(images, texts)
+        pixel_values, view_mask = self._pixels(studies)
+        prompts = self._prompts(studies, texts, _one_each("indication", indication, len(studies)))
+        features = self._tokens(prompts, _one_each("report", report, len(studies)), max_report_tokens)
+        features |= {"pixel_values": pixel_values, "view_mask": view_mask}
+        if finding_states is not None:
+            features["finding_states"] = self._states(finding_states, len(studies))
+        return BatchFeature(features)
+
+    def _studies(self, images, texts: list[str] | None) -> list[list]:
+        if images is None or (isinstance(images, (list, tuple)) and len(images) == 0):
+            raise ValueError("no image: a report is only written from at least one view")
+        if not isinstance(images, (list, tuple)):
+            images = [images]
+        counts = [prompt.count(self.image_token) for prompt in texts] if texts else []
+        if counts and len(images) != len(texts) and sum(counts) == len(images):
+            # A flat list for conversations with several images each: every conversation takes its own.
+            remaining = iter(images)
+            images = [[next(remaining) for _ in range(count)] for count in counts]
+        studies = [list(study) if isinstance(study, (list, tuple)) else [study] for study in images]
+        for position, study in enumerate(studies):
+            if not study:
+                raise ValueError(f"no image: study {position} has no view, and a report needs at least one")
+        if texts is not None and len(texts) != len(studies):
+            raise ValueError(f"text has {len(texts)} prompts for {len(studies)} studies: expected one each")
+        return studies
+
+    def _pixels(self, studies: list[list]) -> tuple[torch.Tensor, torch.Tensor]:
+        views = [read_view(view, self.max_image_pixels) for study in studies for view in study]
+        pixels = iter(self.image_processor(views, return_tensors="pt")["pixel_values"])
+        most = max(map(len, studies))
+        size = self.image_processor.size
+        pixel_values = torch.zeros(len(studies), most, 3, size["height"], size["width"])
+        view_mask = torch.zeros(len(studies), most, dtype=torch.bool)
+        for row, study in enumerate(studies):
+            for column in range(len(study)):
+                pixel_values[row, column] = next(pixels)
+                view_mask[row, column] = True
+        return pixel_values, view_mask
+
+    def default_prompt(self, indication: str | None = None) -> str:
+        """The prompt of one study, with one `<image>` where the study goes, in the LLM's chat template."""
+        instruction = f"Indication: {indication.strip()}\n{self.prompt}" if indication else self.prompt
+        content = [{"type": "image"}, {"type": "text", "text": f"\n{instruction}"}]
+        return self.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+
+    def _prompts(self, studies, texts: list[str] | None, indications: list) -> list[str]:
+        if texts is None:
+            prompts = [self.default_prompt(indication) for indication in indications]
+        else:
+            if any(indication is not None for indication in indications):
+                raise ValueError("text and indication were both given: the indication belongs to the default prompt")
+            prompts = [text if self.image_token in text else f"{self.image_token}\n{text}" for text in texts]
+        return [self._expand(prompt, len(study)) for prompt, study in zip(prompts, studies, strict=True)]
+
+    def _expand(self, prompt: str, views: int) -> str:
+        """Write out the placeholders of a study of `views` views where the prompt has its first `<image>`."""
+        places = prompt.count(self.image_token)
+        if places not in (1, views):
+            raise ValueError(f"a prompt has {places} {self.image_token} for {views} views: expected 1 or {views}")
+        tokens = self.image_tokens * (views if self.view_fusion == "concat" else 1)
+        study = self.image_token * tokens
+        if self.dle:
+            study += FINDING_TOKEN * len(FINDINGS) if self.fiot else ""
+            study += FINDING_TEXT_TOKEN if self.finding_text != "none" else ""
+        head, _, tail = prompt.partition(self.image_token)
+        return head + study + tail.replace(self.image_token, "")
+
+    def _tokens(self, prompts: list[str], reports: list, max_report_tokens: int | None) -> dict[str, torch.Tensor]:
+        tokenizer = self.tokenizer
+        rows, targets = [], []
+        for prompt, report in zip(prompts, reports, strict=True):
+            ids = tokenizer.encode(prompt, add_special_tokens=False)
+            target = []
+            if report is not None:
+                target = tokenizer.encode(report, add_special_tokens=False)[:max_report_tokens]
+                target.append(tokenizer.eos_token_id)
+            rows.append(ids + target)
+            targets.append([-100] * len(ids) + target)
+        training = reports[0] is not None
+        # Padding is told by length and never by its id, which for many LLMs is that of the end of text.
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        features = {
+            "input_ids": _padded(rows, pad, left=not training),
+            "attention_mask": _padded([[1] * len(row) for row in rows], 0, left=not training),
+        }
+        if training:
+            features["labels"] = _padded(targets, -100, left=False)
+        return features
+
+    @staticmethod
+    def _states(finding_states, studies: int) -> torch.Tensor:
+        if isinstance(finding_states, dict):
+            finding_states = [finding_states] * studies
+        if isinstance(finding_states, (list, tuple)) and all(isinstance(row, dict) for row in finding_states):
+            rows = torch.full((len(finding_states), len(FINDINGS)), -1)
+            for row, findings in enumerate(finding_states):
+                for finding, state in parse_findings(findings).items():
+                    rows[row, finding] = state
+        else:
+            rows = torch.as_tensor(np.asarray(finding_states))
+        if tuple(rows.shape) != (studies, len(FINDINGS)):
+            raise ValueError(f"finding_states has shape {tuple(rows.shape)}: expected {(studies, len(FINDINGS))}")
+        if rows.is_floating_point() or rows.min() < -1 or rows.max() >= len(FINDING_STATES):
+            raise ValueError(f"finding_states has {rows.unique().tolist()}: expected ids 0 to 3, or -1 to predict")
+        return rows.long()
+
+    def named_states(self, states) -> dict[str, str]:
+        """One study's 14 state ids as `{finding: state}`."""
+        return {name: FINDING_STATES[int(state)] for name, state in zip(FINDINGS, states, strict=True)}
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values", "view_mask", "labels", "finding_states"]
+
+
+def _one_each(name: str, values, studies: int) -> list:
+    if values is None or isinstance(values, str):
+        values = [values] * studies if values is None or studies == 1 else [values]
+    if len(values) != studies:
+        raise ValueError(f"{name} has {len(values)} entries for {studies} studies: expected one each")
+    for value in values:
+        for token in (IMAGE_TOKEN, FINDING_TOKEN, FINDING_TEXT_TOKEN):
+            if value is not None and token in value:
+                raise ValueError(f"{name} holds {token!r}, which stands for the study in a prompt: take it out")
+    return list(values)
+
+
+def _padded(rows: list[list[int]], value: int, left: bool) -> torch.Tensor:
+    length = max(map(len, rows))
+    sides = [[value] * (length - len(row)) for row in rows]
+    return torch.tensor([side + row if left else row + side for row, side in zip(rows, sides, strict=True)])
+
+
+def _chat_template(tokenizer) -> str:
+    """The tokenizer's chat template, opened to messages that hold images; a plain one where it has none."""
+    if not tokenizer.chat_template:
+        return _FLATTEN_MESSAGES + _PLAIN_TEMPLATE
+    template = _FLATTEN_MESSAGES + _EMPTY_SYSTEM_TURN + tokenizer.chat_template
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": ""}], chat_template=template, tokenize=False)
+    except Exception as error:
+        # Templates of LLMs that know no system turn raise on one, and so put none there either.
+        if type(error).__module__.partition(".")[0] != "jinja2":
+            raise
+        return _FLATTEN_MESSAGES + tokenizer.chat_template
+    return template
+
+
+def _normalisation(vision: str) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation the vision encoder was trained with; ImageNet's where it does not say."""
+    try:
+        image_processor = AutoImageProcessor.from_pretrained(vision)
+    except (OSError, ValueError):
+        return IMAGENET_MEAN, IMAGENET_STD
+    stated = getattr(image_processor, "data_config", None) or vars(image_processor)
+    return (
+        stated.get("image_mean", stated.get("mean")) or IMAGENET_MEAN,
+        stated.get("image_std", stated.get("std")) or IMAGENET_STD,
+    )
+
+
+# --- reading views ---------------------------------------------------------------------------------------------------
+
+
+def read_view(view, max_pixels: int = 64_000_000) -> Image.Image:
+    """One view as an 8-bit RGB image.
+
+    Args:
+        view: a path, an http(s) URL, the bytes of a file, a PIL image, an array or tensor (H, W), (H, W, C) or
+            (C, H, W), or a pydicom dataset. More than 8 bits, and floats beyond 0 to 1, are scaled from their own
+            range; DICOM goes through its modality and VOI transformations first, and MONOCHROME1 is inverted.
+        max_pixels (`int`): larger images are refused before they are decoded.
+
+    Raises:
+        ValueError: the view cannot be read, naming it and what is wrong.
+        ImportError: a DICOM file without pydicom.
+    """
+    if isinstance(view, (str, os.PathLike)):
+        name = os.fspath(view)
+        image = _open(_fetch(name), name, max_pixels)
+    elif isinstance(view, (bytes, bytearray)):
+        name = "image"
+        image = _open(bytes(view), name, max_pixels)
+    elif isinstance(view, Image.Image):
+        name = getattr(view, "filename", "") or "image"
+        image = _decoded(view, name, max_pixels)
+    elif isinstance(view, (np.ndarray, torch.Tensor)):
+        name = "array"
+        image = _from_array(view, name)
+    elif hasattr(view, "PhotometricInterpretation"):
+        name = "DICOM dataset"
+        image = _from_dicom(view, name)
+    else:
+        raise ValueError(f"a view is a {type(view).__name__}: expected a path, URL, PIL image, array or DICOM dataset")
+    if min(image.size) < MINIMUM_SIDE:
+        raise ValueError(f"{name}: {image.width}x{image.height} pixels, expected at least {MINIMUM_SIDE} a side")
+    return image
+
+
+def _fetch(name: str) -> bytes:
+    try:
+        if name.startswith(("http://", "https://")):
+            with urllib.request.urlopen(name, timeout=30) as response:
+                return response.read()
+        with open(name, "rb") as file:
+            return file.read()
+    except OSError as error:
+        reason = getattr(error, "strerror", None) or getattr(error, "reason", None) or error
+        raise ValueError(f"{name}: cannot be read ({reason})") from error
+
+
+def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
+    if not data:
+        raise ValueError(f"{name}: the file is empty, expected an image")
+    if data[128:132] == b"DICM" or name.lower().endswith((".dcm", ".dicom")):
+        return _from_dicom(_dicom_dataset(data, name), name)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:
+        raise ValueError(
+            f"{name}: not an image, expected PNG, JPEG or another format Pillow reads, or DICOM"
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name}: the image is too large, expected at most {max_pixels} pixels") from error
+    return _decoded(image, name, max_pixels)
+
+
+def _decoded(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    if image.width * image.height > max_pixels:
+        raise ValueError(f"{name}: {image.width}x{image.height} pixels, expected at most {max_pixels} in all")
+    try:
+        image = ImageOps.exif_transpose(image)
+        image.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{name}: the image is damaged ({error})") from error
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _from_array(np.asarray(image), name)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_array(array, name: str) -> Image.Image:
+    array = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[-1] not in (1, 3, 4):
+        array = np.moveaxis(array, 0, -1)
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)) or array.size == 0:
+        raise ValueError(f"{name}: shape {array.shape}, expected (height, width) or (height, width, 1, 3 or 4)")
+    if array.dtype.kind not in "buif":
+        raise ValueError(f"{name}: values of type {array.dtype}, expected numbers")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name}: the array holds NaN or infinite values, expected finite numbers")
+    if array.dtype == bool:
+        array = array.astype(np.uint8) * 255
+    elif array.dtype != np.uint8:
+        array = array.astype(np.float64)
+        low, high = (0.0, 1.0) if array.min() >= 0 and array.max() <= 1 else (array.min(), array.max())
+        array = ((array - low) * (255 / max(high - low, 1e-12))).round().astype(np.uint8)
+    return Image.fromarray(array[..., :3] if array.ndim == 3 else array).convert("RGB")
+
+
+def _pydicom():
+    if find_spec("pydicom") is None:
+        raise ImportError("reading DICOM needs pydicom: pip install pydicom")
+    return import_module("pydicom"), import_module("pydicom.pixels")
+
+
+def _dicom_dataset(data: bytes, name: str):
+    pydicom, _ = _pydicom()
+    try:
+        return pydicom.dcmread(io.BytesIO(data), force=True)
+    except Exception as error:  # pydicom raises whatever its parsers meet in a damaged file
+        raise ValueError(f"{name}: not a DICOM file that can be read ({error})") from error
+
+
+def _from_dicom(dataset, name: str) -> Image.Image:
+    _, pixels = _pydicom()
+    if "PixelData" not in dataset:
+        raise ValueError(f"{name}: the DICOM file has no pixels, expected a radiograph")
+    try:
+        array = dataset.pixel_array
+    except Exception as error:  # a decoder that is missing or fails, each with errors of its own
+        raise ValueError(f"{name}: the DICOM file's pixels cannot be decoded ({str(error).splitlines()[0]})") from error
+    if int(dataset.get("NumberOfFrames") or 1) != 1:
+        raise ValueError(f"{name}: {dataset.NumberOfFrames} frames, expected one radiograph")
+    if array.ndim == 2:
+        array = pixels.apply_voi_lut(pixels.apply_modality_lut(array, dataset), dataset).astype(np.float64)
+        low, high = array.min(), array.max()
+        array = (array - low) / max(high - low, 1e-12)
+        if dataset.PhotometricInterpretation == "MONOCHROME1":
+            array = 1.0 - array
+    return _from_array(array, name)
+
+
+OTDRGProcessor.register_for_auto_class()
+if __name__ == "otdrg.processing_otdrg":  # the installed package, not a copy that came with weights
+    AutoProcessor.register(OTDRGConfig, OTDRGProcessor, exist_ok=True)
+
+__all__ = ["OTDRGProcessor", "read_view"]
