@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -364,6 +365,9 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
     ):
         super().__init__(config)
         config.check_fields()
+        for model in (vision_tower, language_model, text_encoder):
+            if model is not None:
+                _mark_initialized(model)
         if config.dle and config.finding_text_token_ids is None:
             raise ValueError(
                 "OTDRGConfig.finding_text_token_ids=None: the label texts have no token ids yet; call "
@@ -384,8 +388,6 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
         self.finding_predictor = OTDRGFindingPredictor(feature_size, config.predictor_dropout)
         self.ot_weight = config.ot_weight
         self.ot_epsilon = config.ot_epsilon
-        for given in (vision_tower, language_model, text_encoder):
-            _mark_initialized(given)
         self.post_init()
         if config.lora is not None and language_model is None:
             # Behind post_init, which would initialise lora_B like any other weight: LoRA starts as the identity.
@@ -428,15 +430,28 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
             model.hf_quantizer = None
             if hasattr(model.config, "quantization_config"):
                 del model.config.quantization_config
+        attention = [(model.config, model.config._attn_implementation) for model in (vision_tower, language_model)]
         config = cls.config_class(vision_tower.config, language_model.config, **config_fields)
+        for part, implementation in attention:
+            # A composite configuration resets its parts' to None, which is eager attention.
+            part._attn_implementation = implementation
         config.bind_tokenizer(tokenizer)
         if text_encoder is not None:
             config.bind_label_tokenizer(_load_backbone("label_text_encoder", AutoTokenizer, label_text_encoder))
         language_model.resize_token_embeddings(config.text_config.vocab_size, mean_resizing=False)
         model = cls(config, vision_tower, language_model, text_encoder)
+        model._scale_projections()
         model.generation_config.eos_token_id = language_model.generation_config.eos_token_id
         model.generation_config.eos_token_id = model.generation_config.eos_token_id or config.text_config.eos_token_id
         return model
+
+    @torch.no_grad()
+    def _scale_projections(self) -> None:
+        """Start image and label tokens at the size of the LLM's own, which it was trained to read."""
+        size = self.get_input_embeddings().weight.float().std()
+        for projector in (self.image_projector, getattr(self, "label_projector", None)):
+            if projector is not None and isinstance(projector.norm, nn.LayerNorm):
+                projector.norm.weight.fill_(size)
 
     def add_lora(self) -> None:
         """Attach fresh LoRA adapters (an identity at first) to the LLM as `config.lora` says; those there are kept.
@@ -969,6 +984,9 @@ def _load_backbone(part: str, auto_class, reference: str, dtype=None):
     name, kwargs = resolve_backbone(reference)
     if dtype is not None:
         kwargs["dtype"] = dtype
+    if auto_class is AutoModelForCausalLM and "gguf_file" in kwargs and hasattr(transformers, "GgufConfig"):
+        # transformers that can compute on packed weights do so unless told; they can be neither trained nor saved.
+        kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         return auto_class.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
@@ -979,11 +997,10 @@ def _load_backbone(part: str, auto_class, reference: str, dtype=None):
         ) from error
 
 
-def _mark_initialized(module: PreTrainedModel | None) -> None:
+def _mark_initialized(model: PreTrainedModel) -> None:
     """Keep `post_init` from drawing a loaded backbone's weights anew."""
-    if module is not None:
-        for part in (*module.modules(), *module.parameters(), *module.buffers()):
-            part._is_hf_initialized = True
+    for part in (*model.modules(), *model.parameters(), *model.buffers()):
+        part._is_hf_initialized = True
 
 
 def _vision_feature_size(vision_tower: PreTrainedModel) -> int:
