@@ -1,0 +1,168 @@
+"""States that chexpert-labeler or CheXbert wrote to a CSV, joined to studies by id and to findings by column name."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..configuration_otdrg import (
+    FINDING_DISPLAY_NAMES,
+    FINDINGS,
+    NEGATIVE,
+    POSITIVE,
+    UNCLEAR,
+    UNMENTIONED,
+    finding_key,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+#: The four values of the tools' own form; anything that reads as the same number is taken ("1", "1.0").
+_VALUES = {1.0: POSITIVE, 0.0: NEGATIVE, -1.0: UNCLEAR}
+_EXPECTED = "1 (positive), 0 (negative), -1 (unclear) or blank (unmentioned)"
+_NO_FINDING = FINDINGS.index("no_finding")
+
+
+def _fold(name: str) -> str:
+    return " ".join(name.replace("_", " ").split()).casefold()
+
+
+def _columns(path: Path, header: list[str], id_column: str) -> tuple[int, list[int]]:
+    """Positions of the id column and of the 14 findings, in the order of `FINDINGS`."""
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(header):
+        places.setdefault(_fold(name), []).append(place)
+
+    def place(name: str, what: str) -> int:
+        found = places.get(_fold(name), [])
+        if not found:
+            raise ValueError(f"{path}: no {what}, expected a column {name!r}; columns: {', '.join(header) or 'none'}")
+        if len(found) > 1:
+            raise ValueError(f"{path}: {len(found)} columns {name!r} (case and spaces aside), expected one")
+        return found[0]
+
+    missing = [shown for shown in FINDING_DISPLAY_NAMES.values() if _fold(shown) not in places]
+    id_place = place(id_column, "column of study ids")
+    if missing:
+        raise ValueError(f"{path}: columns missing: {', '.join(missing)}; expected all 14 findings of CheXpert")
+    return id_place, [place(FINDING_DISPLAY_NAMES[finding_key(name)], "finding") for name in FINDINGS]
+
+
+def _state(path: Path, row: int, finding: str, text: str) -> int:
+    text = text.strip()
+    if not text or text.casefold() == "nan":
+        return UNMENTIONED
+    try:
+        return _VALUES[float(text)]
+    except (ValueError, KeyError):
+        raise ValueError(
+            f"{path}, line {row}, column {FINDING_DISPLAY_NAMES[finding]}: {text!r}, expected {_EXPECTED}"
+        ) from None
+
+
+def read_states(path: str | Path, id_column: str = "id") -> dict[str, np.ndarray]:
+    """States of a CSV in chexpert-labeler's or CheXbert's form: 1, 0, -1 or blank under each finding's name.
+
+    Columns are found by name, case, spaces and underscores aside; others are ignored. "No Finding" has no opposite: a 0
+    there (CheXbert writes one) is unmentioned.
+
+    Args:
+        path: the CSV, UTF-8 (with or without a byte order mark).
+        id_column: the column that holds the studies' ids.
+
+    Returns:
+        `{id: (14,) int64 state ids in the order of FINDINGS}`, in the file's order.
+
+    Raises:
+        ValueError: no such file, not UTF-8, missing or repeated columns, a value outside the four, "No Finding"
+            unclear, a row of another length, an empty or repeated id; one line that names the file, line and column.
+    """
+    path = Path(path)
+    states: dict[str, np.ndarray] = {}
+    lines: dict[str, int] = {}
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            header = next(reader, [])
+            id_place, places = _columns(path, header, id_column)
+            for cells in reader:
+                row = reader.line_num
+                if not cells:
+                    continue
+                if len(cells) != len(header):
+                    raise ValueError(
+                        f"{path}, line {row}: {len(cells)} values, expected {len(header)} as in the header"
+                    )
+                study = cells[id_place].strip()
+                if not study:
+                    raise ValueError(f"{path}, line {row}, column {header[id_place]}: empty, expected a study's id")
+                if study in lines:
+                    raise ValueError(
+                        f"{path}, line {row}, column {header[id_place]}: {study!r} stands in line {lines[study]} too, "
+                        "expected one row a study"
+                    )
+                lines[study] = row
+                values = [_state(path, row, name, cells[place]) for name, place in zip(FINDINGS, places, strict=True)]
+                if values[_NO_FINDING] == UNCLEAR:
+                    raise ValueError(f"{path}, line {row}, column No Finding: -1, expected 1, 0 or blank")
+                if values[_NO_FINDING] == NEGATIVE:
+                    values[_NO_FINDING] = UNMENTIONED
+                states[study] = np.array(values, dtype=np.int64)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}), expected a CSV of finding states") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 (byte {error.start} of a block), expected a CSV saved as UTF-8") from None
+    except csv.Error as error:
+        raise ValueError(f"{path}: not a CSV ({error}), expected one row a study") from None
+    return states
+
+
+def join_states(
+    dataset: Dataset | DatasetDict, path: str | Path, id_column: str = "id"
+) -> tuple[Dataset | DatasetDict, list[str]]:
+    """Studies with `finding_states` filled from a CSV (see [`read_states`]) by their `id`.
+
+    Args:
+        dataset: studies in `STUDY_FEATURES`, one split or several.
+        path: the CSV.
+        id_column: its column of study ids.
+
+    Returns:
+        The dataset, and the ids of studies that the CSV does not have, in the dataset's order; their states stay as
+        they were.
+
+    Raises:
+        ValueError: as `read_states`, or not one study of the dataset is in the CSV.
+    """
+    from datasets import DatasetDict
+
+    from ..studies.schema import STUDY_FEATURES
+
+    states = read_states(path, id_column)
+    splits = dataset if isinstance(dataset, DatasetDict) else DatasetDict({"all": dataset})
+    ids = [study for split in splits.values() for study in split["id"]]
+    unmatched = [study for study in ids if study not in states]
+    if ids and len(unmatched) == len(ids):
+        example = next(iter(states), "none")
+        raise ValueError(
+            f"{path}: none of the {len(ids)} studies is in column {id_column!r} "
+            f"(studies: {ids[0]!r}, file: {example!r}), expected the studies' own ids"
+        )
+
+    def fill(split: Dataset) -> Dataset:
+        known = split["finding_states"] if "finding_states" in split.column_names else [None] * len(split)
+        filled = [
+            states[study].tolist() if study in states else old for study, old in zip(split["id"], known, strict=True)
+        ]
+        order = split.column_names
+        feature = split.features.get("finding_states", STUDY_FEATURES["finding_states"])
+        rest = split.remove_columns("finding_states") if "finding_states" in order else split
+        joined = rest.add_column("finding_states", filled, feature=feature)
+        return joined.select_columns(order) if "finding_states" in order else joined
+
+    joined = DatasetDict({name: fill(split) for name, split in splits.items()})
+    return (joined if isinstance(dataset, DatasetDict) else joined["all"]), unmatched

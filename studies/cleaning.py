@@ -1,0 +1,63 @@
+"""Report cleaning as the field scores it: R2Gen's cleaners, bit for bit.
+
+Published scores are computed on strings cleaned this way, so the accidents are kept: text is substituted a fixed number
+of times rather than until nothing changes, "1. " goes wherever it stands (also from "T11. "), numbers above 5 stay,
+decimal points vanish ("0.5" becomes "05"), empty sentences are kept, and an empty report becomes " .".
+"""
+
+from __future__ import annotations
+
+_ENUMERATION = (
+    ("1. ", ""),
+    *((f". {number}. ", ". ") for number in range(2, 6)),
+    *((f" {number}. ", ". ") for number in range(2, 6)),
+)
+
+#: What is replaced in the whole report, in order. A row that stands n times halves a run n times.
+_SUBSTITUTIONS = {
+    "r2gen_iu": (*[("..", ".")] * 3, *_ENUMERATION),
+    "r2gen_mimic": (
+        ("\n", " "),
+        *[("__", "_")] * 7,
+        *[("  ", " ")] * 6,
+        *[("..", ".")] * 8,
+        *_ENUMERATION,
+    ),
+}
+
+#: Dropped from a sentence before its ends are stripped, and after: what the second uncovers is not stripped again.
+_DROPPED_FIRST = str.maketrans("", "", "\"/\\'")
+#: R2Gen's class `[.,?;*!%^&_+():-\[\]{}]` holds a range, from ":" to "[": "<", "=", ">" and "@" go, and "-" stays.
+_DROPPED_LAST = str.maketrans("", "", ".,?;*!%^&_+()[]{}:<=>@")
+
+CLEANING_STYLES: tuple[str, ...] = (*_SUBSTITUTIONS, "none")
+
+
+def clean_report(text: str, style: str) -> str:
+    """A report as R2Gen's tokenizer cleans it before scoring: lower case, sentences joined by " . ".
+
+    Args:
+        text: the report.
+        style: "r2gen_iu" (R2Gen's cleaner for IU X-Ray), "r2gen_mimic" (for MIMIC-CXR) or "none" (unchanged).
+
+    Returns:
+        The cleaned report.
+
+    Raises:
+        ValueError: an unknown style.
+
+    Source: `clean_report_iu_xray` and `clean_report_mimic_cxr` in R2Gen's `modules/tokenizers.py`
+    (Chen et al., "Generating Radiology Reports via Memory-driven Transformer", EMNLP 2020).
+    """
+    if style == "none":
+        return text
+    if style not in _SUBSTITUTIONS:
+        raise ValueError(f"unknown cleaning style {style!r}: expected one of {', '.join(CLEANING_STYLES)}")
+    for old, new in _SUBSTITUTIONS[style]:
+        text = text.replace(old, new)
+    sentences = (_clean_sentence(sentence) for sentence in text.strip().lower().split(". "))
+    return " . ".join(sentences) + " ."
+
+
+def _clean_sentence(sentence: str) -> str:
+    return sentence.translate(_DROPPED_FIRST).strip().translate(_DROPPED_LAST)

@@ -1,0 +1,224 @@
+"""Source `phantom`: procedural chest radiographs whose findings, masks, states and reports are known exactly.
+
+A phantom is no substitute for a radiograph: it is the ground truth against which training, heatmaps and metrics are
+tested. Everything about one follows from its seed and index alone.
+"""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import Dataset, DatasetDict
+from PIL import Image
+
+from ..configuration_otdrg import FINDINGS, NEGATIVE, POSITIVE, UNCLEAR, UNMENTIONED
+from .phantom_canvas import Canvas
+from .phantom_frontal import Frontal
+from .phantom_lateral import Lateral
+from .phantom_wording import FindingDetail, complete_states, sample_details, write_impression, write_report
+from .schema import STUDY_FEATURES, VIEWS
+
+#: Share of the studies that are normal before the findings are drawn; the draw leaves more of them normal.
+_NORMAL = 0.10
+_UNCLEAR = 0.022
+#: For each finding, in the other studies: how often it is positive, and how often it is denied where it is absent.
+_FREQUENCIES = {
+    "enlarged_cardiomediastinum": (0.09, 0.45),
+    "cardiomegaly": (0.17, 0.85),
+    "lung_opacity": (0.14, 0.20),
+    "lung_lesion": (0.11, 0.20),
+    "edema": (0.12, 0.30),
+    "consolidation": (0.11, 0.80),
+    "pneumonia": (0.10, 0.15),
+    "atelectasis": (0.12, 0.08),
+    "pneumothorax": (0.11, 0.90),
+    "pleural_effusion": (0.17, 0.90),
+    "pleural_other": (0.09, 0.06),
+    "fracture": (0.10, 0.15),
+    "support_devices": (0.16, 0.05),
+}
+_STRENGTH = {UNMENTIONED: 0.0, NEGATIVE: 0.0, POSITIVE: 1.0, UNCLEAR: 0.5}
+_DRAWINGS = {"frontal": Frontal, "lateral": Lateral}
+_SMALLEST = 32
+
+#: Where each split's indices start: splits of up to this many studies never share one.
+_SPLIT_STRIDE = 10_000_000
+LICENCE = "Apache-2.0"
+
+
+@dataclass
+class Phantom:
+    """One procedural study.
+
+    Args:
+        id: "phantom-SEED-INDEX".
+        images: 8-bit grayscale images, one a view.
+        views: "frontal" or "lateral", one an image.
+        masks: for each positive finding that can be seen, a bool array (size, size) a view: where it changes the
+            image. All False in a view that does not show it; an enlarged heart's is the whole heart.
+        states: (14,) int64 state ids in the order of `FINDINGS`; exactly what the report says.
+        details: where and how much, by finding (of those absent too).
+        findings: the findings section, a sentence for each finding mentioned.
+        impression: the conclusion.
+        report: the text to learn, the same as `findings`.
+    """
+
+    id: str
+    images: list[Image.Image]
+    views: tuple[str, ...]
+    masks: dict[str, list[np.ndarray]]
+    states: np.ndarray
+    details: dict[str, FindingDetail]
+    findings: str
+    impression: str
+    report: str
+
+
+def sample_states(rng: np.random.Generator) -> np.ndarray:
+    """(14,) state ids: each finding positive in 8 to 15 % of studies, about a quarter of the studies normal."""
+    normal = rng.random() < _NORMAL
+    draws, denials = rng.random(len(_FREQUENCIES)), rng.random(len(_FREQUENCIES))
+    states = []
+    for (positive, denied), draw, denial in zip(_FREQUENCIES.values(), draws, denials, strict=True):
+        if not normal and draw < positive:
+            states.append(POSITIVE)
+        elif not normal and draw < positive + _UNCLEAR:
+            states.append(UNCLEAR)
+        else:
+            states.append(NEGATIVE if denial < denied else UNMENTIONED)
+    return complete_states(states)
+
+
+def make_phantom(
+    seed: int,
+    index: int,
+    image_size: int = 224,
+    views: Sequence[str] = ("frontal", "lateral"),
+    states: Sequence[int | str] | None = None,
+) -> Phantom:
+    """The study with this index: the same whenever and in whatever order it is made.
+
+    Args:
+        seed: of the whole collection, 0 or more.
+        index: of the study in it, 0 or more.
+        image_size: height and width in pixels, at least 32.
+        views: "frontal" or "lateral", one an image.
+        states: of the first 13 findings or all 14, instead of those drawn from the seed; the rest of the study stays
+            as it is, so that two phantoms differ by their findings alone. No Finding follows from the others.
+
+    Raises:
+        ValueError: an option outside these bounds.
+    """
+    _check("seed", seed, 0)
+    _check("index", index, 0)
+    _check("image_size", image_size, _SMALLEST)
+    views = _checked_views(views)
+
+    def stream(name: str) -> np.random.Generator:
+        return np.random.default_rng([seed, index, zlib.crc32(name.encode())])
+
+    chosen = sample_states(stream("states")) if states is None else complete_states(states)
+    details = sample_details(stream("details"))
+    strengths = {finding: _STRENGTH[int(state)] for finding, state in zip(FINDINGS, chosen, strict=True)}
+    images, drawn = [], []
+    for position, view in enumerate(views):
+        canvas = Canvas(image_size, stream(f"canvas {position}"))
+        drawn.append(_DRAWINGS[view](canvas, stream, strengths, details).draw())
+        images.append(canvas.expose())
+    nowhere = np.zeros((image_size, image_size), bool)
+    masks = {
+        finding: [view_masks.get(finding, nowhere) for view_masks in drawn]
+        for finding, state in zip(FINDINGS[:-1], chosen, strict=False)
+        if state == POSITIVE
+    }
+    findings = write_report(chosen, stream("wording"), details)
+    return Phantom(
+        id=f"phantom-{seed}-{index}",
+        images=images,
+        views=views,
+        masks=masks,
+        states=chosen,
+        details=details,
+        findings=findings,
+        impression=write_impression(chosen, details),
+        report=findings,
+    )
+
+
+def load(
+    *,
+    train: int = 2000,
+    validation: int = 200,
+    test: int = 200,
+    image_size: int = 224,
+    seed: int = 0,
+    views: Sequence[str] = ("frontal",),
+) -> DatasetDict:
+    """Phantom studies, held in memory as PNG.
+
+    Args:
+        train, validation, test: studies in each split; a split of 0 is left out. No study is in two splits, and a
+            larger split starts with the studies of a smaller one.
+        image_size: height and width in pixels.
+        seed: of the collection.
+        views: "frontal" or "lateral", one an image.
+
+    Raises:
+        ValueError: an option out of bounds, or no study at all asked for.
+    """
+    counts = {"train": train, "validation": validation, "test": test}
+    for split, count in counts.items():
+        _check(split, count, 0)
+        if count > _SPLIT_STRIDE:
+            raise ValueError(f"option {split!r} is {count}: expected at most {_SPLIT_STRIDE} studies")
+    if not any(counts.values()):
+        raise ValueError("options 'train', 'validation' and 'test' are all 0: expected at least one study")
+    splits = {}
+    for number, (split, count) in enumerate(counts.items()):
+        first = number * _SPLIT_STRIDE
+        rows = [_row(make_phantom(seed, first + i, image_size, views)) for i in range(count)]
+        if rows:
+            splits[split] = Dataset.from_list(rows, features=STUDY_FEATURES)
+    return DatasetDict(splits)
+
+
+def _row(phantom: Phantom) -> dict:
+    return {
+        "id": phantom.id,
+        "patient_id": phantom.id,
+        "images": [{"path": None, "bytes": _png(image)} for image in phantom.images],
+        "views": [VIEWS.index(view) for view in phantom.views],
+        "findings": phantom.findings,
+        "impression": phantom.impression,
+        "indication": "",
+        "comparison": "",
+        "report": phantom.report,
+        "finding_states": phantom.states.tolist(),
+        "source": "phantom",
+        "licence": LICENCE,
+    }
+
+
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format="PNG", compress_level=1)  # noise hardly compresses: level 1 is 4 times as fast
+    return file.getvalue()
+
+
+def _check(option: str, value: int, least: int) -> None:
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
+        raise ValueError(f"option {option!r} is {value!r}: expected a whole number of {least} or more")
+
+
+def _checked_views(views: Sequence[str]) -> tuple[str, ...]:
+    names = (views,) if isinstance(views, str) else tuple(views)
+    if not names or any(name not in _DRAWINGS for name in names):
+        raise ValueError(f"option 'views' is {views!r}: expected one or more of {', '.join(_DRAWINGS)}")
+    return names
+
+
+__all__ = ["Phantom", "FindingDetail", "complete_states", "load", "make_phantom", "sample_states", "write_report"]

@@ -1,0 +1,266 @@
+"""What a phantom's report says: 2 to 4 wordings for every finding in every state, one sentence a finding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..configuration_otdrg import (
+    FINDING_DISPLAY_NAMES,
+    FINDING_STATES,
+    FINDINGS,
+    NEGATIVE,
+    POSITIVE,
+    UNCLEAR,
+    UNMENTIONED,
+    finding_state_id,
+)
+
+SIDES: tuple[str, ...] = ("left", "right")
+ZONES: tuple[str, ...] = ("upper", "lower")
+SIZES: tuple[str, ...] = ("small", "large")
+DEVICES: tuple[str, ...] = ("tube", "catheter", "pacemaker")
+
+
+@dataclass(frozen=True)
+class FindingDetail:
+    """Where and how much: what of it a sentence names is what is drawn.
+
+    Args:
+        side: the patient's "left" or "right" (the patient's left is on the viewer's right).
+        zone: "upper" or "lower" part of the lung.
+        size: "small" or "large".
+        device: "tube" (endotracheal), "catheter" (central venous) or "pacemaker".
+    """
+
+    side: str = "left"
+    zone: str = "upper"
+    size: str = "large"
+    device: str = "tube"
+
+
+def sample_details(rng: np.random.Generator) -> dict[str, FindingDetail]:
+    """A detail for each of the 14 findings, whether or not it will be present.
+
+    The four findings that fill a patch of lung never share one of the four patches, and lines at the base and along
+    the pleura lie on the other side from fluid and air, so that none hides another.
+    """
+    patches = rng.permutation([(side, zone) for side in SIDES for zone in ZONES])
+    patchy = ("lung_opacity", "lung_lesion", "consolidation", "pneumonia")
+    details = {}
+    for finding in FINDINGS:
+        side, zone = patches[patchy.index(finding)] if finding in patchy else (rng.choice(SIDES), rng.choice(ZONES))
+        details[finding] = FindingDetail(str(side), str(zone), str(rng.choice(SIZES)), str(rng.choice(DEVICES)))
+    for finding, other in (("atelectasis", "pleural_effusion"), ("pleural_other", "pneumothorax")):
+        away = SIDES[1 - SIDES.index(details[other].side)]
+        details[finding] = FindingDetail(away, "lower", details[finding].size)
+    return details
+
+
+# In the order in which a report is read out: heart, mediastinum, lungs, pleura, bones, devices, conclusion.
+# {side}, {zone}, {amount}, {degree}, {mass} and {device} stand for words of the finding's detail.
+_SENTENCES: dict[str, dict[int, tuple[str, ...]]] = {
+    "cardiomegaly": {
+        POSITIVE: ("The heart is {degree} enlarged.", "There is {grade} cardiomegaly."),
+        NEGATIVE: ("The heart is normal in size.", "Heart size is within normal limits."),
+        UNCLEAR: ("The heart is possibly enlarged.", "Questionable cardiomegaly."),
+    },
+    "enlarged_cardiomediastinum": {
+        POSITIVE: ("The mediastinum is widened.", "There is widening of the mediastinum."),
+        NEGATIVE: ("The mediastinal contours are normal.", "The mediastinum is unremarkable."),
+        UNCLEAR: ("The mediastinum is possibly widened.", "Questionable widening of the mediastinum."),
+    },
+    "lung_opacity": {
+        POSITIVE: (
+            "There is a hazy opacity in the {side} {zone} lung.",
+            "A hazy opacity is seen in the {side} {zone} lung.",
+        ),
+        NEGATIVE: ("No focal opacity.", "There is no focal lung opacity."),
+        UNCLEAR: ("Possible opacity in the {side} {zone} lung.", "There may be an opacity in the {side} {zone} lung."),
+    },
+    "consolidation": {
+        POSITIVE: (
+            "There is dense consolidation in the {side} {zone} lobe.",
+            "Dense consolidation is seen in the {side} {zone} lobe.",
+        ),
+        NEGATIVE: ("No focal consolidation.", "There is no consolidation."),
+        UNCLEAR: (
+            "Possible consolidation in the {side} {zone} lobe.",
+            "There may be consolidation in the {side} {zone} lobe.",
+        ),
+    },
+    "pneumonia": {
+        POSITIVE: (
+            "There is patchy {side} {zone} lobe pneumonia.",
+            "Findings are consistent with pneumonia in the {side} {zone} lobe.",
+        ),
+        NEGATIVE: ("No evidence of pneumonia.", "There is no pneumonia."),
+        UNCLEAR: ("Possible {side} {zone} lobe pneumonia.", "There may be pneumonia in the {side} {zone} lobe."),
+    },
+    "edema": {
+        POSITIVE: ("There is {grade} pulmonary edema.", "{Grade} pulmonary edema is present."),
+        NEGATIVE: ("No pulmonary edema.", "There is no evidence of pulmonary edema."),
+        UNCLEAR: ("Possible pulmonary edema.", "There may be pulmonary edema."),
+    },
+    "atelectasis": {
+        POSITIVE: ("There is linear atelectasis at the {side} base.", "Linear atelectasis is seen at the {side} base."),
+        NEGATIVE: ("No atelectasis.", "There is no evidence of atelectasis."),
+        UNCLEAR: ("Possible atelectasis at the {side} base.", "There may be atelectasis at the {side} base."),
+    },
+    "lung_lesion": {
+        POSITIVE: ("There is a {mass} in the {side} {zone} lung.", "A {mass} is seen in the {side} {zone} lung."),
+        NEGATIVE: ("No lung nodule or mass.", "There are no nodules or masses."),
+        UNCLEAR: ("Possible {mass} in the {side} {zone} lung.", "There may be a {mass} in the {side} {zone} lung."),
+    },
+    "pleural_effusion": {
+        POSITIVE: ("There is a {size} {side} pleural effusion.", "A {size} {side} pleural effusion is present."),
+        NEGATIVE: ("No pleural effusion.", "There is no pleural effusion."),
+        UNCLEAR: ("Possible {side} pleural effusion.", "There may be a {side} pleural effusion."),
+    },
+    "pneumothorax": {
+        POSITIVE: ("There is a {size} {side} pneumothorax.", "A {size} {side} pneumothorax is present."),
+        NEGATIVE: ("No pneumothorax.", "There is no evidence of pneumothorax."),
+        UNCLEAR: ("Possible {side} pneumothorax.", "There may be a {side} pneumothorax."),
+    },
+    "pleural_other": {
+        POSITIVE: ("There is {side} pleural thickening.", "Pleural thickening is seen on the {side}."),
+        NEGATIVE: ("No pleural thickening.", "There is no pleural thickening."),
+        UNCLEAR: ("Possible {side} pleural thickening.", "There may be {side} pleural thickening."),
+    },
+    "fracture": {
+        POSITIVE: ("There is a displaced {side} rib fracture.", "A displaced {side} rib fracture is seen."),
+        NEGATIVE: ("No rib fracture.", "There is no evidence of fracture."),
+        UNCLEAR: ("Possible {side} rib fracture.", "There may be a {side} rib fracture."),
+    },
+    "support_devices": {
+        POSITIVE: ("{A_device} is in place.", "{A_device} is present."),
+        NEGATIVE: ("No lines or tubes.", "There are no lines or tubes."),
+        UNCLEAR: ("Possible {device}.", "There may be {a_device}."),
+    },
+    "no_finding": {
+        POSITIVE: ("No acute cardiopulmonary abnormality.", "No acute abnormality is seen."),
+    },
+}
+
+_DEVICE_NAMES = {"tube": "endotracheal tube", "catheter": "central venous catheter", "pacemaker": "pacemaker"}
+_NOTHING_SAID = "A radiograph of the chest was obtained."
+
+
+def complete_states(states: Sequence[int | str]) -> np.ndarray:
+    """The 14 states with no_finding set by the rule that defines it.
+
+    "No Finding" is positive if and only if nothing else but support devices is positive or unclear (CheXpert's rule).
+
+    Args:
+        states: state ids or names of the first 13 findings, or of all 14.
+
+    Returns:
+        (14,) int64 state ids.
+
+    Raises:
+        ValueError: another number of states, or an unknown state.
+    """
+    if len(states) not in (len(FINDINGS) - 1, len(FINDINGS)):
+        raise ValueError(f"{len(states)} finding states given: expected {len(FINDINGS) - 1} or {len(FINDINGS)}")
+    ids = _state_ids(FINDINGS[:-1], states[: len(FINDINGS) - 1])
+    abnormal = any(ids[finding] in (POSITIVE, UNCLEAR) for finding in ids if finding != "support_devices")
+    return np.array([*ids.values(), UNMENTIONED if abnormal else POSITIVE], dtype=np.int64)
+
+
+def write_report(
+    states: Sequence[int | str],
+    rng: np.random.Generator | int,
+    details: Mapping[str, FindingDetail] | None = None,
+) -> str:
+    """A findings section that asserts these states: a sentence for each finding mentioned, none for the others.
+
+    Args:
+        states: state ids or names of the 14 findings, in the order of `FINDINGS`.
+        rng: generator (or its seed) that chooses the wordings, and the details not given.
+        details: where and how much, by finding; missing ones are drawn.
+
+    Returns:
+        The sentences, in anatomical order. If nothing at all is mentioned, a sentence that says nothing of the chest.
+
+    Raises:
+        ValueError: not 14 states, an unknown state, or no_finding in contradiction to another finding.
+    """
+    if len(states) != len(FINDINGS):
+        raise ValueError(f"{len(states)} finding states given: expected {len(FINDINGS)}")
+    rng = np.random.default_rng(rng)
+    details = {**sample_details(rng), **(details or {})}
+    ids = _state_ids(FINDINGS, states)
+    _check_no_finding(ids)
+    sentences = []
+    for finding, wordings in _SENTENCES.items():
+        # One draw a finding, also for those left out: the wording of the others does not depend on them.
+        draw = rng.random()
+        if ids[finding] != UNMENTIONED:
+            choices = wordings[ids[finding]]
+            sentences.append(_fill(choices[int(draw * len(choices))], details[finding]))
+    return " ".join(sentences) or _NOTHING_SAID
+
+
+def write_impression(states: Sequence[int], details: Mapping[str, FindingDetail]) -> str:
+    """The conclusion: what is positive or unclear, by name and side, or that nothing is.
+
+    Args:
+        states: state ids of the 14 findings.
+        details: where and how much, by finding.
+    """
+    items = []
+    for finding in _SENTENCES:
+        state, detail = states[FINDINGS.index(finding)], details[finding]
+        if state not in (POSITIVE, UNCLEAR) or finding in ("no_finding", "support_devices"):
+            continue
+        sided = any("{side}" in wording for wording in _SENTENCES[finding][POSITIVE])
+        name = {"pleural_other": "pleural thickening", "fracture": "rib fracture", "lung_lesion": _mass(detail)}.get(
+            finding, FINDING_DISPLAY_NAMES[finding].lower()
+        )
+        words = ("possible" if state == UNCLEAR else "", detail.side if sided else "", name)
+        items.append(" ".join(filter(None, words)).capitalize() + ".")
+    return " ".join(items) or "No acute cardiopulmonary abnormality."
+
+
+def _state_ids(findings: Sequence[str], states: Sequence[int | str]) -> dict[str, int]:
+    named = zip(findings, states, strict=True)
+    return {finding: finding_state_id(state if isinstance(state, str) else int(state)) for finding, state in named}
+
+
+def _check_no_finding(ids: Mapping[str, int]) -> None:
+    if ids["no_finding"] == UNMENTIONED:
+        return
+    if ids["no_finding"] != POSITIVE:
+        raise ValueError(
+            f"finding state {FINDING_STATES[ids['no_finding']]!r} is not possible for no_finding: "
+            "expected positive or unmentioned"
+        )
+    for finding, state in ids.items():
+        if state in (POSITIVE, UNCLEAR) and finding not in ("no_finding", "support_devices"):
+            raise ValueError(
+                f"no_finding is positive although {finding} is {FINDING_STATES[state]}: expected unmentioned"
+            )
+
+
+def _mass(detail: FindingDetail) -> str:
+    return {"small": "nodule", "large": "mass"}[detail.size]
+
+
+def _fill(wording: str, detail: FindingDetail) -> str:
+    device = _DEVICE_NAMES[detail.device]
+    article = "an" if device[0] in "aeiou" else "a"
+    grade, degree = {"small": ("mild", "mildly"), "large": ("marked", "markedly")}[detail.size]
+    return wording.format(
+        side=detail.side,
+        zone=detail.zone,
+        size=detail.size,
+        grade=grade,
+        Grade=grade.capitalize(),
+        degree=degree,
+        mass=_mass(detail),
+        device=device,
+        a_device=f"{article} {device}",
+        A_device=f"{article.capitalize()} {device}",
+    )

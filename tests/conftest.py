@@ -1,0 +1,111 @@
+"""What the tests of the model files share: a model small enough to build in a moment, and synthetic radiographs."""
+
+import os
+
+# Before anything imports the libraries that read them. One thread a test process: the tensors here are tiny.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+
+REPORTS = (
+    "The heart is normal in size. The lungs are clear. There is no pleural effusion or pneumothorax.",
+    "The cardiac silhouette is enlarged. Small bilateral pleural effusions are present.",
+    "Right lower lobe consolidation is suspicious for pneumonia. No pneumothorax.",
+    "A left chest tube is in place. There is a tiny apical pneumothorax.",
+)
+
+
+def make_config(**overrides):
+    """The `tiny` preset made tinier: 56-pixel views, 4 image tokens, some 60,000 parameters."""
+    from otdrg import OTDRGConfig
+
+    fields = {
+        "image_size": 56,
+        "image_tokens": 4,
+        "vision_config": {
+            "model_args": {"img_size": 56, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 7}
+        },
+        "text_config": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+        },
+    }
+    return OTDRGConfig.from_preset("tiny", **{**fields, **overrides})
+
+
+def make_model(seed=0, **overrides):
+    """A model with random weights, in evaluation mode, and its processor."""
+    import torch
+    from otdrg import OTDRGForReportGeneration, OTDRGProcessor
+
+    config = make_config(**overrides)
+    processor = OTDRGProcessor.from_texts(REPORTS, config=config, vocab_size=400)
+    torch.manual_seed(seed)
+    model = OTDRGForReportGeneration(config).eval()
+    with torch.no_grad():
+        # Random features all but agree; larger ones let images and states show in what is written.
+        for parameter in model.finding_predictor.parameters():
+            parameter.mul_(3)
+    return model, processor
+
+
+def make_view(seed, size=64):
+    """A gray view (size, size), uint8: noise over a slope, no two seeds alike."""
+    random = np.random.default_rng(seed)
+    slope = np.linspace(0, 100, size)[:, None] * random.uniform(0.2, 1) + np.linspace(0, 60, size)[None]
+    return (slope + random.integers(0, 90, (size, size))).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def reports():
+    return list(REPORTS)
+
+
+@pytest.fixture(scope="session")
+def build_config():
+    return make_config
+
+
+@pytest.fixture(scope="session")
+def build_model():
+    return make_model
+
+
+@pytest.fixture(scope="session")
+def _tiny():
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def model(_tiny):
+    """Shared: do not change it; `build_model` makes one of your own."""
+    return _tiny[0]
+
+
+@pytest.fixture(scope="session")
+def processor(_tiny):
+    """Shared: do not change it."""
+    return _tiny[1]
+
+
+@pytest.fixture(scope="session")
+def tiny_config(model):
+    """Shared: do not change it; `build_config` makes one of your own."""
+    return model.config
+
+
+@pytest.fixture(scope="session")
+def view():
+    return make_view
+
+
+@pytest.fixture(scope="session")
+def views():
+    """Six gray views (64, 64), uint8."""
+    return [make_view(seed) for seed in range(6)]

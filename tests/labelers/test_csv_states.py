@@ -1,0 +1,109 @@
+"""States joined from CSV files of chexpert-labeler or CheXbert."""
+
+import csv
+
+import numpy as np
+import pytest
+from datasets import Dataset, DatasetDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from otdrg.configuration_otdrg import FINDING_DISPLAY_NAMES, FINDINGS
+from otdrg.labelers import join_states, read_states
+from otdrg.studies.schema import STUDY_FEATURES
+
+VALUES = {0: "", 1: "1.0", 2: "0", 3: "-1"}
+HEADER = ["id", *reversed(FINDING_DISPLAY_NAMES.values())]
+
+
+def write(path, rows, header=HEADER, encoding="utf-8"):
+    with path.open("w", encoding=encoding, newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+def blank(study):
+    return [study] + [""] * 14
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 3), min_size=14, max_size=14), min_size=1, max_size=5), st.randoms())
+def test_round_trip_by_name_in_any_order(tmp_path_factory, states, random):
+    for row in states:
+        row[-1] %= 2
+    order = list(FINDINGS)
+    random.shuffle(order)
+    header = [
+        "REPORT",
+        *(random.choice([str.upper, str.lower])(FINDING_DISPLAY_NAMES[n]) + " " for n in order),
+        "Study",
+    ]
+    rows = [
+        ["a, b", *(VALUES[row[FINDINGS.index(name)]] for name in order), f"s{position}"]
+        for position, row in enumerate(states)
+    ]
+    path = write(tmp_path_factory.mktemp("csv") / "a.csv", rows, header, random.choice(["utf-8", "utf-8-sig"]))
+    read = read_states(path, id_column="study")
+    assert list(read) == [f"s{position}" for position in range(len(states))]
+    np.testing.assert_array_equal(np.array(list(read.values())), states)
+
+
+def test_negative_no_finding_is_unmentioned(tmp_path):
+    row = blank("a")
+    row[HEADER.index("No Finding")] = "0"
+    assert not read_states(write(tmp_path / "a.csv", [row]))["a"].any()
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "message"),
+    [
+        (["study", *HEADER[1:]], [], r"a\.csv: no column of study ids, expected a column 'id'; columns: study, "),
+        (HEADER[:-1], [], r"a\.csv: columns missing: Enlarged Cardiomediastinum"),
+        ([*HEADER, "edema"], [], r"a\.csv: 2 columns 'Edema'"),
+        (HEADER, [["a", "", "2", *[""] * 12]], r"a\.csv, line 2, column Support Devices: '2', expected 1 \(positive\)"),
+        (HEADER, [["a", "", "yes", *[""] * 12]], r"line 2, column Support Devices: 'yes'"),
+        (HEADER, [["a", "-1", *[""] * 13]], r"line 2, column No Finding: -1, expected 1, 0 or blank"),
+        (HEADER, [blank("a"), blank("b"), blank("a")], r"line 4, column id: 'a' stands in line 2 too"),
+        (HEADER, [blank(" ")], r"line 2, column id: empty"),
+        (HEADER, [["a", "1"]], r"line 2: 2 values, expected 15"),
+        ([], [], r"no column of study ids"),
+    ],
+)
+def test_faults_are_named(tmp_path, header, rows, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        read_states(write(tmp_path / "a.csv", rows, header))
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_utf8_csv(tmp_path):
+    with pytest.raises(ValueError, match=r"none\.csv: cannot be read"):
+        read_states(tmp_path / "none.csv")
+    path = write(tmp_path / "a.csv", [blank("müller")], encoding="latin-1")
+    with pytest.raises(ValueError, match=r"a\.csv: not UTF-8"):
+        read_states(path)
+
+
+def studies(ids, states=None):
+    empty = {name: [[] if name in ("images", "views") else ""] * len(ids) for name in STUDY_FEATURES}
+    return Dataset.from_dict({**empty, "id": ids, "finding_states": states or [None] * len(ids)}, STUDY_FEATURES)
+
+
+def test_join_fills_what_it_knows_and_lists_the_rest(tmp_path):
+    path = write(tmp_path / "a.csv", [["b", "", "1", *[""] * 12], ["c", *[""] * 14]])
+    kept = [3] * 13 + [0]
+    dataset = DatasetDict(train=studies(["a", "b"], [kept, None]), test=studies(["d", "c"]))
+    joined, unmatched = join_states(dataset, path)
+    assert unmatched == ["a", "d"]
+    assert joined["train"].features == dataset["train"].features
+    expected = [0] * 14
+    expected[FINDINGS.index("support_devices")] = 1
+    assert joined["train"]["finding_states"][:] == [kept, expected]
+    assert joined["test"]["finding_states"][:] == [None, [0] * 14]
+    split, unmatched = join_states(dataset["train"], path)
+    assert isinstance(split, Dataset)
+    assert unmatched == ["a"]
+
+
+def test_join_refuses_a_file_of_other_studies(tmp_path):
+    path = write(tmp_path / "a.csv", [blank("x1")])
+    with pytest.raises(ValueError, match=r"none of the 2 studies is in column 'id' \(studies: 'a', file: 'x1'\)"):
+        join_states(studies(["a", "b"]), path)

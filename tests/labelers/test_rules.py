@@ -1,0 +1,181 @@
+"""The rules labeler: CheXpert's rules on sentences of our own, robustness, and agreement on the real labels."""
+
+import csv
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from otdrg.configuration_otdrg import FINDING_STATES, FINDINGS
+from otdrg.labelers import LABELERS, load_labeler, read_states
+from otdrg.labelers.rules import VOCABULARY, RulesLabeler, expand_phrase
+
+LABELER = load_labeler("rules")
+
+
+def named(report):
+    """The mentioned findings of a report, by name."""
+    row = LABELER.label([report])[0]
+    return {name: FINDING_STATES[state] for name, state in zip(FINDINGS, row, strict=True) if state}
+
+
+@pytest.mark.parametrize(
+    ("report", "expected"),
+    [
+        ("Heart size is normal.", {"cardiomegaly": "negative", "no_finding": "positive"}),
+        ("The heart is enlarged.", {"cardiomegaly": "positive"}),
+        ("The heart is not enlarged.", {"cardiomegaly": "negative", "no_finding": "positive"}),
+        ("The heart may be enlarged.", {"cardiomegaly": "unclear"}),
+        (
+            "The cardiomediastinal silhouette is normal.",
+            {"enlarged_cardiomediastinum": "negative", "no_finding": "positive"},
+        ),
+        ("Stable cardiomediastinal silhouette.", {"enlarged_cardiomediastinum": "unclear"}),
+        (
+            "Normal and stable mediastinal contours.",
+            {"enlarged_cardiomediastinum": "negative", "no_finding": "positive"},
+        ),
+        (
+            "Normal heart size, widened mediastinum.",
+            {"cardiomegaly": "negative", "enlarged_cardiomediastinum": "positive"},
+        ),
+        (
+            "Stable cardiomediastinal silhouette with normal heart size.",
+            {"enlarged_cardiomediastinum": "unclear", "cardiomegaly": "negative"},
+        ),
+        (
+            "No pneumothorax, pleural effusion, or focal consolidation.",
+            {
+                "pneumothorax": "negative",
+                "pleural_effusion": "negative",
+                "consolidation": "negative",
+                "no_finding": "positive",
+            },
+        ),
+        (
+            "No pneumothorax, but there is a small effusion.",
+            {"pneumothorax": "negative", "pleural_effusion": "positive"},
+        ),
+        (
+            "No pneumothorax, small left pleural effusion.",
+            {"pneumothorax": "negative", "pleural_effusion": "positive"},
+        ),
+        ("Pneumonia cannot be excluded.", {"pneumonia": "unclear"}),
+        ("Possible pneumonia.", {"pneumonia": "unclear"}),
+        ("No opacity to suggest pneumonia.", {"lung_opacity": "negative", "pneumonia": "negative"}),
+        ("Opacity may represent atelectasis.", {"lung_opacity": "positive", "atelectasis": "unclear"}),
+        ("Edema versus pneumonia.", {"edema": "unclear", "pneumonia": "unclear"}),
+        ("No significant change in the effusion.", {"pleural_effusion": "positive"}),
+        ("The effusion has resolved.", {"pleural_effusion": "negative"}),
+        ("Possible edema. Edema is present. No edema.", {"edema": "positive"}),
+        ("Possible edema. No edema.", {"edema": "unclear"}),
+        ("A pacemaker is present. The heart is normal in size.", {"support_devices": "positive"}),
+        ("Lungs are clear. Degenerative changes of the spine.", {}),
+        ("no pneumothorax . a right sided catheter is seen .", {"pneumothorax": "negative"}),
+    ],
+)
+def test_states(report, expected):
+    found = named(report)
+    assert expected.items() <= found.items()
+    mentioned = {"no_finding"} & found.keys()
+    assert not mentioned or not any(
+        state in ("positive", "unclear") and name not in ("no_finding", "support_devices")
+        for name, state in found.items()
+    )
+
+
+def test_no_finding_ignores_devices_and_is_barred_by_the_rest():
+    assert named("Lungs are normal. Right catheter.")["no_finding"] == "positive"
+    assert "no_finding" not in named("Lungs are normal. Scoliosis.")
+    assert "no_finding" not in named("Lungs are normal. Possible pneumonia.")
+    assert named("Lungs are normal. No scoliosis.")["no_finding"] == "positive"
+
+
+REPORTS = st.lists(
+    st.sampled_from(
+        ["no", "possible", "effusion", "edema", "heart size", "is normal", "enlarged", "or", "but", ",", ".", "xxxx"]
+    ),
+    max_size=20,
+).map(" ".join) | st.text(max_size=60)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(REPORTS, max_size=5))
+def test_batch_gives_what_the_loop_gives(reports):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        batch = LABELER.label(reports)
+        assert batch.shape == (len(reports), 14)
+        assert batch.dtype == np.int64
+        assert set(batch[:, FINDINGS.index("no_finding")]) <= {0, 1}
+        for row, report in zip(batch, reports, strict=True):
+            np.testing.assert_array_equal(row, LABELER.label([report])[0])
+            np.testing.assert_array_equal(row, LABELER.label([f"  {report.upper()}\n"])[0] if report.isascii() else row)
+
+
+def test_unreadable_reports_are_counted_not_normal():
+    with pytest.warns(UserWarning, match=r"2 of 3 reports .* \(positions 0, 2\)"):
+        states = LABELER.label(["", "Heart size is normal.", "Der Befund liegt bei."])
+    assert not states[[0, 2]].any()
+    assert states[1].any()
+
+
+def test_wrong_types_are_named():
+    with pytest.raises(TypeError, match="report 1 is NoneType"):
+        LABELER.label(["Clear.", None])
+    with pytest.raises(TypeError, match="single string"):
+        LABELER.label("Clear.")
+    with pytest.raises(ValueError, match="unknown labeler 'nobody': expected one of rules"):
+        load_labeler("nobody")
+    assert "rules" in LABELERS
+
+
+def test_a_very_long_report_is_read():
+    report = "There is no effusion , " * 2500 + "and there is edema ."
+    assert named(report)["edema"] == "positive"
+
+
+def test_expand_phrase():
+    assert expand_phrase("(a|b|) c*") == ["a c*", "b c*", "c*"]
+    assert expand_phrase("(fracture|fx)*") == ["fracture*", "fx*"]
+    for wrong in ("a (b|(c|d))", "A", "a* b", "a | b", "(a"):
+        with pytest.raises(ValueError, match="phrase"):
+            expand_phrase(wrong)
+
+
+def test_the_vocabulary_can_be_extended(tmp_path):
+    folder = shutil.copytree(VOCABULARY, tmp_path / "words")
+    findings = folder / "findings.yaml"
+    findings.write_text(findings.read_text().replace("    - cardiomegaly\n", "    - cardiomegaly\n    - cor bovinum\n"))
+    row = RulesLabeler(vocabulary=folder).label(["There is no cor bovinum."])[0]
+    assert row[FINDINGS.index("cardiomegaly")] == FINDING_STATES.index("negative")
+
+
+def test_a_broken_vocabulary_names_the_file(tmp_path):
+    with pytest.raises(ValueError, match=r"findings\.yaml: cannot be read"):
+        RulesLabeler(vocabulary=tmp_path)
+    folder = shutil.copytree(VOCABULARY, tmp_path / "words")
+    (folder / "cues.yaml").write_text("normal: [fine]\n")
+    with pytest.raises(ValueError, match=r"cues\.yaml: expected exactly the keys"):
+        RulesLabeler(vocabulary=folder)
+
+
+@pytest.mark.skipif("OTDRG_IU_XRAY" not in os.environ, reason="OTDRG_IU_XRAY does not name the IU X-Ray folder")
+def test_agreement_with_chexpert_labeler_on_the_half_not_developed_on():
+    path = Path(os.environ["OTDRG_IU_XRAY"]) / "labels" / "chexpert_labeler_train.csv"
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))[1::2]
+    true = read_states(path)
+    true = np.array([true[row["id"]] for row in rows])
+    found = LABELER.label([row["report"] for row in rows])
+
+    def f1(predicted, reference):
+        return 2 * (predicted & reference).sum() / (predicted.sum() + reference.sum())
+
+    assert f1(found > 0, true > 0) > 0.965
+    assert f1(found == 2, true == 2) > 0.96
+    assert f1(found == 1, true == 1) > 0.80

@@ -1,0 +1,142 @@
+"""NLG scores against pycocoevalcap called directly, and what reports can hold."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import otdrg
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from otdrg.metrics import NLG_METRICS, nlg_scores
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.meteor.meteor import Meteor
+from pycocoevalcap.rouge.rouge import Rouge
+
+ROOT = Path(otdrg.__file__).parent
+NO_JAVA = tuple(name for name in NLG_METRICS if name != "meteor")
+REFERENCES = [
+    "the heart is normal in size . the lungs are clear .",
+    "there is a small left pleural effusion . no pneumothorax .",
+    "low lung volumes with mild basilar atelectasis .",
+]
+PREDICTIONS = ["the heart is normal . the lungs are clear .", "", "mild atelectasis at both bases ."]
+needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="no java on the PATH")
+
+WORDS = ["the", "heart", "lungs", "are", "clear", "normal", "no", "effusion", "."]
+words = st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(words, words), min_size=1, max_size=6).filter(lambda p: any(r.strip() for _, r in p)))
+def test_equals_pycocoevalcap(pairs):
+    written, true = ({i: [pair[side]] for i, pair in enumerate(pairs)} for side in (0, 1))
+    scores = nlg_scores([w for w, _ in pairs], [t for _, t in pairs], metrics=NO_JAVA)
+    bleu, by_study = Bleu(4).compute_score(true, written, verbose=0)
+    for order in range(4):
+        assert scores[f"bleu_{order + 1}"] == pytest.approx(bleu[order], abs=1e-12)
+        assert scores["per_study"][f"bleu_{order + 1}"] == pytest.approx(by_study[order], abs=1e-12)
+    for name, scorer in (("rouge_l", Rouge()), ("cider", Cider())):
+        value, by_study = scorer.compute_score(true, written)
+        assert scores[name] == pytest.approx(value, abs=1e-12)
+        assert scores["per_study"][name] == pytest.approx(list(by_study), abs=1e-12)
+
+
+@needs_java
+def test_meteor_equals_pycocoevalcap_survives_odd_reports_and_ends_its_process(monkeypatch):
+    odd = ['say "normal"', "two\nlines\r\nand\ttabs", "a ||| b", "|||", "lungs \U0001fac1 clear", " . ", "\u2028 x"]
+    written = PREDICTIONS + odd
+    true = REFERENCES + ["the lungs ||| are clear .\nno effusion"] * len(odd)
+    plain = [[" ".join(text.replace("|||", " ").split()) for text in texts] for texts in (true, written)]
+    scorer = Meteor()
+    direct = scorer.meteor_p
+    value, by_study = scorer.compute_score(*({i: [text] for i, text in enumerate(texts)} for texts in plain))
+    del scorer
+    direct.stdout.close()
+    direct.stderr.close()
+
+    started = []
+    popen = subprocess.Popen
+
+    def start(*args, **kwargs):
+        started.append(popen(*args, **kwargs))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    scores = nlg_scores(written, true, metrics=["meteor"])
+    assert scores["meteor"] == pytest.approx(value, abs=1e-12)
+    assert scores["per_study"]["meteor"] == pytest.approx(by_study, abs=1e-12)
+    assert [process.poll() is not None for process in started] == [True]
+
+
+def test_java_that_dies_is_reported_and_gone(monkeypatch, tmp_path):
+    java = tmp_path / "java"
+    java.write_text("#!/bin/sh\necho 'no JVM in here' >&2\nexit 3\n")
+    java.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(RuntimeError, match="METEOR's Java process failed: no JVM in here"):
+        nlg_scores(PREDICTIONS, REFERENCES, metrics=["meteor"])
+
+
+def test_without_java_the_rest_is_computed(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    scores = nlg_scores(PREDICTIONS, REFERENCES)
+    assert scores["meteor"] is None
+    assert "install a Java runtime" in scores["notes"]["meteor"]
+    assert scores["cider"] > 0
+
+
+def test_nothing_is_printed(capsys):
+    nlg_scores(PREDICTIONS, REFERENCES, metrics=NO_JAVA)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_chosen_metrics_only():
+    scores = nlg_scores(PREDICTIONS, REFERENCES, metrics=["bleu", "cider"])
+    assert set(scores) == {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "cider", "per_study", "notes"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((["a"], ["a", "b"]), ValueError, "predictions: 1, references: 2"),
+        ((["a", None], ["a", "b"]), TypeError, r"predictions\[1\] is NoneType"),
+        ((["a"], [["a"]]), TypeError, r"references\[0\] is list"),
+        ((["a"], [" "]), ValueError, "none of 1 holds a word"),
+        (([], []), ValueError, "none of 0 holds a word"),
+        ((["a"], ["a"], ["bleu_5"]), ValueError, r"unknown metrics \['bleu_5'\]"),
+        ((["a"], ["a"], "cider"), ValueError, "expected a list"),
+    ],
+)
+def test_faults_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        nlg_scores(*arguments)
+
+
+def test_both_load_through_evaluate_offline(tmp_path):
+    code = """
+import evaluate
+nlg = evaluate.load("metrics/nlg")
+scores = nlg.compute(predictions=["the lungs are clear", ""], references=["the lungs are clear .", "no effusion"],
+                     metrics=["bleu_1", "rouge_l"])
+assert scores["bleu_1"] > 0 and len(scores["per_study"]["rouge_l"]) == 2, scores
+states = [[1] + [0] * 13, [2] * 13 + [1]]
+scores = evaluate.load("metrics/clinical_efficacy").compute(predictions=states, references=states)
+assert scores["micro_f1_14_uncertain_negative"] == 1, scores
+assert nlg.description and nlg.inputs_description
+print("loaded")
+"""
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip().endswith("loaded")

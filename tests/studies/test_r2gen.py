@@ -1,0 +1,153 @@
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from otdrg.studies import load_studies
+from PIL import Image
+
+
+def entry(name, *paths, **fields):
+    return {"id": name, "report": f"Report of {name}.", "image_path": list(paths), **fields}
+
+
+@pytest.fixture
+def collection(tmp_path):
+    """A small annotation in R2Gen's form and its images; `write` puts it on disk and returns the options."""
+    images = tmp_path / "images"
+
+    def write(annotation, absent=()):
+        for study in (study for studies in annotation.values() for study in studies):
+            for name in study["image_path"]:
+                if name not in absent:
+                    (images / name).parent.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(np.full((8, 8), 77, np.uint8)).save(images / name)
+        path = tmp_path / "annotation.json"
+        path.write_text(json.dumps(annotation), encoding="utf-8")
+        return {"annotation": path, "images": images}
+
+    return write
+
+
+def test_splits_texts_and_images(collection):
+    options = collection(
+        {
+            "train": [entry("CXR7_IM-0001", "CXR7_IM-0001/0.png", "CXR7_IM-0001/1.png"), entry("b", "b.png")],
+            "val": [entry("50414267", "p10/a.png", subject_id=10000032, study_id=50414267)],
+            "test": [],
+        }
+    )
+    studies = load_studies("r2gen", **options)
+    assert list(studies) == ["train", "validation"]
+    first = studies["train"][0]
+    assert (first["id"], first["patient_id"], first["source"]) == ("CXR7_IM-0001", "CXR7", "r2gen")
+    assert first["report"] == first["findings"] == "Report of CXR7_IM-0001."
+    assert first["impression"] == first["indication"] == first["comparison"] == ""
+    assert first["finding_states"] is None
+    assert [image.size for image in first["images"]] == [(8, 8), (8, 8)]
+    assert studies["train"].features["views"].feature.int2str(first["views"]) == ["unknown", "unknown"]
+    assert studies["validation"][0]["patient_id"] == "10000032"
+
+
+def test_images_stay_files(collection):
+    options = collection({"train": [entry("a", "a.png")]})
+    train = load_studies("r2gen", **options)["train"]
+    stored = train.data.column("images")[0].as_py()
+    assert stored == [{"bytes": None, "path": str(options["images"] / "a.png")}]
+    assert pickle.loads(pickle.dumps(train))[0]["images"][0].getpixel((0, 0)) == 77
+
+
+def test_relative_folder_is_readable_from_elsewhere(collection, monkeypatch, tmp_path):
+    options = collection({"train": [entry("a", "a.png")]})
+    monkeypatch.chdir(tmp_path)
+    train = load_studies("r2gen", annotation="annotation.json", images="images")["train"]
+    monkeypatch.chdir(options["images"])
+    assert train[0]["images"][0].size == (8, 8)
+
+
+def test_limit_is_per_split(collection):
+    names = [f"s{i}" for i in range(5)]
+    options = collection({split: [entry(n, f"{split}/{n}.png") for n in names] for split in ("train", "val", "test")})
+    studies = load_studies("r2gen", **options, limit=2)
+    assert list(studies) == ["train", "validation", "test"]
+    assert all(rows["id"] == ["s0", "s1"] for rows in studies.values())
+
+
+@pytest.mark.parametrize("limit", [0, -1, "2"])
+def test_limit_must_be_a_positive_number(collection, limit):
+    with pytest.raises(ValueError, match="option 'limit' is"):
+        load_studies("r2gen", **collection({"train": [entry("a", "a.png")]}), limit=limit)
+
+
+def test_studies_with_missing_images_are_left_out_and_listed(collection, caplog):
+    options = collection(
+        {"train": [entry("a", "a0.png", "a1.png"), entry("b", "b.png")], "val": [entry("c", "c.png")]},
+        absent=("a1.png", "c.png"),
+    )
+    studies = load_studies("r2gen", **options)
+    assert list(studies) == ["train"]
+    assert studies["train"]["id"] == ["b"]
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "otdrg.studies.r2gen"]
+    assert "2 studies left out because 2 image files are missing" in warning
+    assert "a1.png (study a)" in warning and "c.png (study c)" in warning
+
+
+def test_wrong_image_folder_is_an_error(collection, tmp_path):
+    options = collection({"train": [entry("a", "a.png")]}, absent=("a.png",))
+    (tmp_path / "images").mkdir()
+    with pytest.raises(ValueError, match=r"no study has its images in .*images \(the first missing file is .*a\.png\)"):
+        load_studies("r2gen", **options)
+
+
+@pytest.mark.parametrize("path", ["../secret.png", "a/../../secret.png", "/etc/passwd", "..", "."])
+def test_paths_that_leave_the_folder_are_refused(collection, tmp_path, path):
+    options = collection({"train": [entry("a", "a.png")]})
+    (tmp_path / "secret.png").write_bytes((options["images"] / "a.png").read_bytes())
+    options["annotation"].write_text(json.dumps({"train": [entry("a", "a.png"), entry("b", path)]}))
+    with pytest.raises(ValueError, match=r"annotation\.json, train\[1\] has image_path .* leaves the image folder"):
+        load_studies("r2gen", **options)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"train": [', "is not valid JSON: Expecting value: line 1 column 12"),
+        (b"\xff\xfe{}", "is not UTF-8 text"),
+        (b"[]", "is not in R2Gen's form: expected lists under train, val, test"),
+        (b'{"train": {}}', "is not in R2Gen's form"),
+        (b'{"dev": []}', "unknown split 'dev': expected train, val, test"),
+        (b'{"train": []}', "holds no studies"),
+        (b'{"train": [3]}', r"train\[0\] is not a study"),
+        (b'{"train": [{"report": "r", "image_path": ["a"]}]}', r"train\[0\] has id None: expected a string"),
+        (b'{"train": [{"id": "a", "image_path": ["a"]}]}', r"train\[0\] has report None: expected a string"),
+        (b'{"train": [{"id": "a", "report": "r", "image_path": "a"}]}', r"image_path 'a': expected a list"),
+        (b'{"train": [{"id": "a", "report": "r", "image_path": []}]}', r"image_path \[\]: expected a list"),
+    ],
+)
+def test_annotation_not_in_form(tmp_path, content, message):
+    path = tmp_path / "annotation.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_studies("r2gen", annotation=path, images=tmp_path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_annotation_and_folder_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"annotation .*nowhere\.json does not exist"):
+        load_studies("r2gen", annotation=tmp_path / "nowhere.json", images=tmp_path)
+    with pytest.raises(ValueError, match="is a folder"):
+        load_studies("r2gen", annotation=tmp_path, images=tmp_path)
+    with pytest.raises(ValueError, match=r"image folder .*nowhere does not exist"):
+        load_studies("r2gen", annotation=tmp_path / "a.json", images=tmp_path / "nowhere")
+
+
+def test_iu_xray():
+    folder = os.environ.get("OTDRG_IU_XRAY")
+    if not folder:
+        pytest.skip("OTDRG_IU_XRAY does not name a folder with IU X-Ray in R2Gen's form")
+    studies = load_studies("r2gen", annotation=Path(folder) / "annotation.json", images=Path(folder) / "images")
+    assert {split: len(rows) for split, rows in studies.items()} == {"train": 2068, "validation": 295}
+    assert sum(len(views) for rows in studies.values() for views in rows["views"]) == 4726
+    assert studies["validation"][0]["images"][1].size == (256, 256)

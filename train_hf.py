@@ -1,0 +1,60 @@
+"""The door to training: `accelerate launch train_hf.py RECIPE [section.field=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+
+_EXAMPLE = """\
+example:
+  accelerate launch train_hf.py recipes/phantom_tiny.yaml output_dir=runs/short predictor.epochs=2 report.max_steps=100
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a recipe; returns the exit status, 0 or, after one line on what is wrong, 1."""
+    parser = argparse.ArgumentParser(
+        prog="train_hf.py",
+        description="Train OTDRG as a recipe says: its stages in order, each from the folder of the one before.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", help="YAML file, such as recipes/phantom_tiny.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.field=value", help="fields of the recipe to be changed, values in YAML"
+    )
+    parser.add_argument("--resume", action="store_true", help="leave finished stages, go on from the last checkpoint")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="start an unfinished stage anew, deleting its checkpoints"
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where in the code an error came up")
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.resume and arguments.overwrite:
+        parser.error("--resume and --overwrite exclude each other")
+
+    # Only the first of several processes speaks.
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("otdrg").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    try:
+        from otdrg.training.recipe import load_recipe
+
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        # Behind the recipe's check, because torch and transformers take seconds to import.
+        from otdrg.training.run import run_recipe
+        from transformers.utils.logging import disable_progress_bar
+
+        # Bars of loading and writing weights, every checkpoint; the Trainer's own stays.
+        disable_progress_bar()
+        run_recipe(recipe, resume=arguments.resume, overwrite=arguments.overwrite)
+    except (ValueError, OSError, ArithmeticError) as error:
+        if arguments.traceback:
+            raise
+        print(f"train_hf.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

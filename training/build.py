@@ -1,0 +1,262 @@
+"""From a recipe to what a stage works with: studies with reports and states, the model, the processor."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from datasets import Dataset, DatasetDict
+from torch import nn
+
+from ..configuration_otdrg import OTDRGConfig
+from ..labelers import load_labeler, read_states
+from ..modeling_otdrg import OTDRGForReportGeneration
+from ..processing_otdrg import OTDRGProcessor
+from ..studies import load_studies
+from ..studies.cleaning import clean_report
+from .recipe import LabelsRecipe, ModelRecipe, StudiesRecipe
+
+logger = logging.getLogger(__name__)
+
+
+def build_studies(studies: StudiesRecipe, labels: LabelsRecipe) -> DatasetDict:
+    """The recipe's studies, as `STUDY_FEATURES` has them, with `report` cleaned and `finding_states` filled.
+
+    Studies without a report are left out and counted. States come from the CSV for the studies it names, else from the
+    labeler, else they are the studies' own; a labeler reads the reports as they were before cleaning.
+
+    Raises:
+        ValueError: no training studies, training studies whose states are not known, or a fault in source or CSV.
+    """
+    loaded = load_studies(studies.source, **studies.options)
+    for split in studies.limit:
+        if split not in loaded:
+            raise ValueError(f"studies.limit names the split {split}, which {studies.source} does not have here")
+    splits = {}
+    for split, rows in loaded.items():
+        kept = [position for position, report in enumerate(rows["report"]) if (report or "").strip()]
+        if len(kept) < len(rows):
+            logger.warning(
+                "%s: %d of %d studies skipped: their report is empty", split, len(rows) - len(kept), len(rows)
+            )
+        kept = kept[: studies.limit.get(split)]
+        if kept:
+            splits[split] = rows.select(kept)
+    if "train" not in splits:
+        raise ValueError(f"studies.source={studies.source!r} gives no training study with a report")
+    labelled = _labelled(splits, labels)
+    for split, rows in labelled.items():
+        unknown = sum(states is None for states in rows["finding_states"])
+        if unknown and split == "train":
+            raise ValueError(
+                f"{unknown} of {len(rows)} training studies have no finding states: set labels.labeler (such as rules) "
+                "or give a labels.csv that names all of them"
+            )
+        if unknown:
+            logger.warning("%s: %d of %d studies have no finding states", split, unknown, len(rows))
+    cleaned = {
+        split: _with_column(rows, "report", [clean_report(report, studies.cleaning) for report in rows["report"]])
+        for split, rows in labelled.items()
+    }
+    for split, rows in cleaned.items():
+        logger.info("%s: %d studies", split, len(rows))
+    return DatasetDict(cleaned)
+
+
+def _with_column(rows: Dataset, name: str, values: list) -> Dataset:
+    feature = rows.features[name]
+    return rows.remove_columns(name).add_column(name, values, feature=feature)
+
+
+def _labelled(splits: dict[str, Dataset], labels: LabelsRecipe) -> dict[str, Dataset]:
+    if labels.csv is None and labels.labeler is None:
+        return splits
+    from_csv = read_states(labels.csv) if labels.csv is not None else {}
+    labeler = load_labeler(labels.labeler, **labels.options) if labels.labeler is not None else None
+    if labels.csv is not None and not any(study in from_csv for rows in splits.values() for study in rows["id"]):
+        raise ValueError(f"labels.csv={labels.csv!r} names none of the studies: expected their ids in its column id")
+    labelled = {}
+    for split, rows in splits.items():
+        reports, states = rows["report"], list(rows["finding_states"])
+        others = []
+        for position, study in enumerate(rows["id"]):
+            if study in from_csv:
+                states[position] = from_csv[study].tolist()
+            else:
+                others.append(position)
+        if labeler is not None and others:
+            for position, row in zip(others, labeler.label([reports[i] for i in others]), strict=True):
+                states[position] = row.tolist()
+        labelled[split] = _with_column(rows, "finding_states", states)
+        logger.info(
+            "%s: states of %d studies from %s, of %d from %s",
+            split,
+            len(rows) - len(others),
+            labels.csv or "a CSV",
+            len(others),
+            f"the labeler {labels.labeler}" if labels.labeler else "the studies themselves",
+        )
+    return labelled
+
+
+def build_model(recipe: ModelRecipe, reports: Sequence[str]) -> tuple[OTDRGForReportGeneration, OTDRGProcessor]:
+    """A new model and its processor, without LoRA: on the recipe's or preset's backbones, or else from scratch.
+
+    Args:
+        recipe: the recipe's `model` section.
+        reports: training reports, for the tokenizer of a model from scratch.
+
+    Raises:
+        ValueError: an unknown preset or override, or one backbone without the other.
+        OSError: a backbone that cannot be loaded.
+    """
+    config = _preset_config(recipe)
+    vision, text = recipe.vision or config.vision_backbone, recipe.text or config.text_backbone
+    if (vision is None) != (text is None):
+        absent = "vision" if vision is None else "text"
+        raise ValueError(f"model.{absent} is missing: expected backbones for both vision and text, or for neither")
+    # LoRA belongs to the report stage: in the configuration of a folder without adapters it would make them load wrong.
+    config.lora = None
+    if vision is None:
+        if recipe.label_text_encoder is not None:
+            raise ValueError("model.label_text_encoder is given, but no backbones: expected vision and text beside it")
+        processor = OTDRGProcessor.from_texts(list(reports), config=config, vocab_size=recipe.vocab_size)
+        model = OTDRGForReportGeneration(config)
+    else:
+        for part in ("vision_config", "text_config"):
+            if part in recipe.overrides:
+                raise ValueError(f"model.overrides.{part} is given beside a backbone, which brings its own")
+        fields = {name: getattr(config, name) for name in _joining_fields()}
+        for name, reference in (("vision_backbone", vision), ("text_backbone", text)):
+            # A path of this machine means nothing to those who get the model.
+            fields[name] = None if os.path.exists(reference) else reference
+        model = OTDRGForReportGeneration.from_backbones(
+            vision=vision, text=text, label_text_encoder=recipe.label_text_encoder, dtype=recipe.dtype, **fields
+        )
+        processor = OTDRGProcessor.from_backbones(vision=vision, text=text, config=model.config)
+    cast_backbones(model, recipe.dtype)
+    return model, processor
+
+
+def _preset_config(recipe: ModelRecipe) -> OTDRGConfig:
+    # A copy: from_preset takes the nested configurations out of what it is given.
+    return OTDRGConfig.from_preset(recipe.preset, **dict(recipe.overrides))
+
+
+def _joining_fields() -> list[str]:
+    """Fields of the configuration that neither describe a backbone nor are bound to a tokenizer."""
+    parameters = inspect.signature(OTDRGConfig.__init__).parameters.values()
+    return [
+        parameter.name
+        for parameter in parameters
+        if parameter.kind is parameter.KEYWORD_ONLY
+        and not parameter.name.endswith(("_token_id", "_token_ids", "_backbone"))
+        and parameter.name not in ("label_encoder_config", "lora")
+    ]
+
+
+def lora_fields(recipe: ModelRecipe) -> dict:
+    """peft's fields for the report stage's adapters, the preset's or the override's.
+
+    Raises:
+        ValueError: neither has any.
+    """
+    lora = _preset_config(recipe).lora
+    if lora is None:
+        raise ValueError(
+            f"report.text=lora, but the preset {recipe.preset} has no LoRA: set model.overrides.lora to r, lora_alpha, "
+            "lora_dropout and target_modules, or report.text to full"
+        )
+    return lora
+
+
+def load_model(folder: str | os.PathLike, dtype: str) -> tuple[OTDRGForReportGeneration, OTDRGProcessor]:
+    """A stage's model and processor from its folder; backbones in `dtype`, the rest in float32."""
+    # Loaded in one type or another, from_pretrained makes all of it that type and rounds what was trained in float32.
+    model = OTDRGForReportGeneration.from_pretrained(folder, dtype=torch.float32)
+    cast_backbones(model, dtype)
+    return model, OTDRGProcessor.from_pretrained(folder)
+
+
+def cast_backbones(model: OTDRGForReportGeneration, dtype: str) -> None:
+    """Give the two backbones' weights `dtype` and everything between them float32."""
+    model.to(torch.float32)
+    for backbone in (model.vision_tower, model.language_model):
+        backbone.to(getattr(torch, dtype))
+
+
+def set_trained_parts(
+    model: OTDRGForReportGeneration, *, vision: str, text: str, predictor: str, joining: bool
+) -> list[nn.Module]:
+    """Freeze and unfreeze the parts of a model; trained weights become float32 (`from_pretrained` loses freezing).
+
+    Args:
+        vision: "frozen" or "full".
+        text: "frozen", "lora" (adapters only) or "full".
+        predictor: "frozen" or "full".
+        joining: whether what joins the backbones, projections and a label table, is trained.
+
+    Returns:
+        The parts that are wholly frozen, to be kept in evaluation mode: dropout and stochastic depth of a part that
+        does not learn are noise.
+    """
+    model.requires_grad_(False)
+    frozen = []
+    for part, mode in ((model.vision_tower, vision), (model.finding_predictor, predictor)):
+        if mode == "full":
+            part.requires_grad_(True)
+        else:
+            frozen.append(part)
+    if text == "full":
+        model.language_model.requires_grad_(True)
+    elif text == "lora":
+        for name, parameter in model.language_model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+    else:
+        frozen.append(model.language_model)
+    if joining:
+        model.image_projector.requires_grad_(True)
+        if model.config.fiot:
+            model.label_projector.requires_grad_(True)
+            if model.config.label_encoder == "table":
+                model.label_encoder.requires_grad_(True)
+            else:
+                frozen.append(model.label_encoder)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return frozen
+
+
+def last_checkpoint(folder: str | os.PathLike) -> Path | None:
+    """The newest checkpoint in a stage's folder that was written to its end; None where there is none.
+
+    Trainer writes in place and `trainer_state.json` last, so a folder without it was cut off.
+    """
+    checkpoints = []
+    for path in Path(folder).glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        if step.isdigit() and (path / "trainer_state.json").is_file():
+            checkpoints.append((int(step), path))
+    return max(checkpoints)[1] if checkpoints else None
+
+
+def known_states(rows: Dataset) -> Dataset:
+    """The studies of `rows` whose finding states are known."""
+    return rows.select([position for position, states in enumerate(rows["finding_states"]) if states is not None])
+
+
+__all__ = [
+    "build_model",
+    "build_studies",
+    "cast_backbones",
+    "known_states",
+    "last_checkpoint",
+    "load_model",
+    "lora_fields",
+    "set_trained_parts",
+]

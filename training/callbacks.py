@@ -1,0 +1,152 @@
+"""The callback that watches and steers the transport loss while training."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
+
+#: Figures of the model's output that stand in every log line, as means over the steps since the last.
+FIGURES: tuple[str, ...] = (
+    "report_loss",
+    "ot_loss",
+    "predictor_loss",
+    "ot_marginal_error",
+    "plan_entropy",
+    "epsilon_to_cost",
+    "label_spread",
+)
+
+#: Label features closer to their mean than this share of their length have collapsed into one.
+COLLAPSED_SPREAD = 0.02
+#: A plan with more than this share of the greatest entropy says nothing about which token belongs to which label.
+UNIFORM_ENTROPY = 0.995
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss or its gradient is NaN or infinite; the weights are those of the step before."""
+
+
+class SinkhornLossCallback(TrainerCallback):
+    """Moves lambda and epsilon along their schedules, collects the transport's figures, and stops what has gone wrong.
+
+    [`StageTrainer`] hands it every output through [`observe`] and puts [`figures`] into its log lines. lambda and
+    epsilon are moved on the model (`ot_weight`, `ot_epsilon`), never in its configuration, whose values are where both
+    end.
+
+    Args:
+        ot_weight_warmup: share of the steps over which lambda rises from 0, linearly.
+        ot_epsilon_start: epsilon at the first step; None leaves epsilon as it is.
+        ot_epsilon_annealing: share of the steps over which epsilon goes, geometrically, to the configuration's.
+    """
+
+    def __init__(
+        self,
+        ot_weight_warmup: float = 0.0,
+        ot_epsilon_start: float | None = None,
+        ot_epsilon_annealing: float = 0.5,
+    ):
+        self.ot_weight_warmup = ot_weight_warmup
+        self.ot_epsilon_start = ot_epsilon_start
+        self.ot_epsilon_annealing = ot_epsilon_annealing
+        self._sums: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._warned: set[str] = set()
+
+    # -- schedules ------------------------------------------------------------------------------------------------
+
+    def ot_weight(self, progress: float, final: float) -> float:
+        """lambda when `progress`, a share from 0 to 1, of the steps is done."""
+        if progress >= self.ot_weight_warmup:
+            return final
+        return final * progress / self.ot_weight_warmup
+
+    def ot_epsilon(self, progress: float, final: float) -> float:
+        """epsilon when `progress` of the steps is done."""
+        if self.ot_epsilon_start is None or progress >= self.ot_epsilon_annealing:
+            return final
+        return self.ot_epsilon_start * (final / self.ot_epsilon_start) ** (progress / self.ot_epsilon_annealing)
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        progress = state.global_step / max(state.max_steps, 1)
+        model.ot_weight = self.ot_weight(progress, model.config.ot_weight)
+        model.ot_epsilon = self.ot_epsilon(progress, model.config.ot_epsilon)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        model.ot_weight, model.ot_epsilon = model.config.ot_weight, model.config.ot_epsilon
+
+    # -- figures --------------------------------------------------------------------------------------------------
+
+    def observe(self, outputs) -> None:
+        """Take in the output of one training batch.
+
+        Raises:
+            NonFiniteLossError: its loss, on this or any other process, is NaN or infinite.
+        """
+        for name in FIGURES:
+            value = outputs.get(name)
+            if value is not None:
+                self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
+                self._counts[name] = self._counts.get(name, 0) + 1
+        loss = outputs["loss"].detach()
+        if not _everywhere(torch.isfinite(loss)):
+            parts = {name: float(outputs[name].detach()) for name in FIGURES[:3] if outputs.get(name) is not None}
+            told = ", ".join(f"{name} {value:.4g}" for name, value in {"loss": float(loss), **parts}.items())
+            raise NonFiniteLossError(f"the loss is not finite ({told})")
+
+    def figures(self) -> dict[str, float]:
+        """Means since the last call, over all processes; every process must call it."""
+        means = {}
+        for name, total in self._sums.items():
+            pair = torch.stack((total, torch.full_like(total, self._counts[name])))
+            if _distributed():
+                dist.all_reduce(pair)
+            means[name] = float(pair[0] / pair[1])
+        self._sums, self._counts = {}, {}
+        return means
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if gradients and not _everywhere(torch.stack([gradient.isfinite().all() for gradient in gradients]).all()):
+            raise NonFiniteLossError("a gradient is not finite")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        logs = logs or {}
+        if logs.get("label_spread", 1.0) < COLLAPSED_SPREAD:
+            self._warn(
+                "spread",
+                f"step {state.global_step}: the label features have collapsed (label_spread "
+                f"{logs['label_spread']:.2g} < {COLLAPSED_SPREAD}); a lower ot_weight, or ot_cost_normalization "
+                "unit, helps",
+            )
+        if logs.get("plan_entropy", 0.0) > UNIFORM_ENTROPY:
+            self._warn(
+                "entropy",
+                f"step {state.global_step}: the transport plan is all but uniform (plan_entropy "
+                f"{logs['plan_entropy']:.4f} of 1, epsilon {logs.get('epsilon_to_cost', float('nan')):.2g} of the mean "
+                "cost); a lower ot_epsilon sharpens it",
+            )
+
+    def _warn(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            logger.warning(message)
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _everywhere(condition: torch.Tensor) -> bool:
+    """Whether a condition holds on every process: one that stops alone would leave the others waiting."""
+    if _distributed():
+        condition = condition.to(torch.int32)
+        dist.all_reduce(condition, op=dist.ReduceOp.MIN)
+    return bool(condition)
+
+
+__all__ = ["NonFiniteLossError", "SinkhornLossCallback"]

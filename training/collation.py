@@ -1,0 +1,82 @@
+"""Collation: rows of studies become batches of the model's inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..processing_otdrg import OTDRGProcessor
+
+
+class ReportCollator:
+    """Batches for the report stage.
+
+    Training batches hold the reports as targets and the true states that condition the LLM. Evaluation batches never
+    hold true states, so the model conditions on the ones it predicts.
+
+    Args:
+        processor: the model's.
+        training: whether batches are for training.
+        max_report_tokens: longer reports are cut to this many tokens.
+        supervise_predictor: whether training batches hold the true states a second time, as `finding_labels`.
+    """
+
+    def __init__(
+        self,
+        processor: OTDRGProcessor,
+        training: bool,
+        max_report_tokens: int | None = None,
+        supervise_predictor: bool = False,
+    ):
+        self.processor = processor
+        self.training = training
+        self.max_report_tokens = max_report_tokens
+        self.supervise_predictor = supervise_predictor
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        states = {"finding_states": [row["finding_states"] for row in rows]} if self.training else {}
+        batch = self.processor(
+            images=[row["images"] for row in rows],
+            report=[row["report"] for row in rows],
+            max_report_tokens=self.max_report_tokens,
+            **states,
+        )
+        if self.training and self.supervise_predictor:
+            batch["finding_labels"] = batch["finding_states"].clone()
+        return dict(batch)
+
+
+class PromptCollator:
+    """Batches for generation: views and prompts, padded on the left, and nothing that tells of the report."""
+
+    def __init__(self, processor: OTDRGProcessor):
+        self.processor = processor
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return dict(self.processor(images=[row["images"] for row in rows]))
+
+
+class FindingCollator:
+    """Batches for the predictor stage: views and the true states as `finding_labels`.
+
+    Rows that come with `view_features` (V, image_tokens, D) are batched as those, without their views.
+    """
+
+    def __init__(self, processor: OTDRGProcessor):
+        self.processor = processor
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        labels = {"finding_labels": torch.tensor([row["finding_states"] for row in rows])}
+        if "view_features" not in rows[0]:
+            batch = self.processor(images=[row["images"] for row in rows])
+            return {"pixel_values": batch["pixel_values"], "view_mask": batch["view_mask"], **labels}
+        features = [row["view_features"] for row in rows]
+        view_mask = torch.zeros(len(rows), max(map(len, features)), dtype=torch.bool)
+        for row, views in enumerate(features):
+            view_mask[row, : len(views)] = True
+        padded = torch.nn.utils.rnn.pad_sequence(features, batch_first=True)
+        return {"view_features": padded, "view_mask": view_mask, **labels}
+
+
+__all__ = ["FindingCollator", "PromptCollator", "ReportCollator"]

@@ -1,0 +1,420 @@
+"""Recipes: a training run as a YAML file, checked field by field, with overrides from the command line."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import types
+import typing
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+def _option(default: Any, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+def _need(condition: bool, where: str, value: Any, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{where}={value!r}: expected {expected}")
+
+
+@dataclass
+class StudiesRecipe:
+    """Which studies are trained on."""
+
+    source: str = field(metadata={"help": "A source of `otdrg.studies.load_studies`, such as phantom or r2gen."})
+    options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "The source's own options, such as annotation and images."}
+    )
+    cleaning: Literal["none", "r2gen_iu", "r2gen_mimic"] = _option(
+        "none", "How reports are cleaned before they are learned and scored; R2Gen's cleaners, or not at all."
+    )
+    limit: dict[str, int] = field(
+        default_factory=dict,
+        metadata={"help": "Most studies kept of a split, from its start: {train: 200, validation: 50}."},
+    )
+
+    def __post_init__(self):
+        for split, count in self.limit.items():
+            _need(split in ("train", "validation", "test"), "studies.limit", split, "train, validation or test")
+            _need(count > 0, f"studies.limit.{split}", count, "a positive number of studies")
+
+
+@dataclass
+class LabelsRecipe:
+    """Where the finding states come from: the CSV for the studies it names, else the labeler, else the studies' own."""
+
+    csv: str | None = _option(None, "CSV of states in chexpert-labeler's form, joined to the studies by id.")
+    labeler: str | None = _option(None, "A labeler of `otdrg.labelers.load_labeler` that reads the reports: rules.")
+    options: dict[str, Any] = field(default_factory=dict, metadata={"help": "The labeler's own options."})
+
+
+@dataclass
+class ModelRecipe:
+    """What the first stage starts from. Later stages read the folder of the stage before."""
+
+    preset: str = _option("tiny", "An OTDRGConfig preset: tiny (from scratch), small or paper (pretrained backbones).")
+    vision: str | None = _option(None, "Vision backbone, a Hub id, folder or timm name; the preset's without it.")
+    text: str | None = _option(None, "LLM, a Hub id, folder or GGUF file; the preset's without it.")
+    label_text_encoder: str | None = _option(
+        None, "Text encoder of the label features, a Hub id or folder, in place of the LLM's own embeddings."
+    )
+    overrides: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "OTDRGConfig fields that differ from the preset's."}
+    )
+    vocab_size: int = _option(512, "Size of the tokenizer that is trained on the reports when there is no backbone.")
+    dtype: Literal["float32", "bfloat16"] = _option(
+        "float32", "Type of frozen backbone weights and of the published model; what is trained is kept in float32."
+    )
+
+    def __post_init__(self):
+        _need(self.vocab_size >= 270, "model.vocab_size", self.vocab_size, "at least 270 (bytes and special tokens)")
+
+
+@dataclass
+class StageRecipe:
+    """What every stage has."""
+
+    epochs: float = _option(1.0, "Passes over the training studies.")
+    max_steps: int = _option(-1, "Optimizer steps after which the stage ends; -1 leaves that to epochs.")
+    batch_size: int = _option(8, "Studies in a batch on each device.")
+    eval_batch_size: int | None = _option(None, "Studies in a batch of evaluation; batch_size without it.")
+    gradient_accumulation: int = _option(1, "Batches whose gradients make one optimizer step.")
+    learning_rate: float = _option(1e-4, "Peak learning rate of AdamW.")
+    vision_learning_rate: float | None = _option(
+        None, "Peak learning rate of a trained vision encoder; learning_rate without it."
+    )
+    schedule: Literal["cosine", "linear", "constant"] = _option("cosine", "Course of the learning rate after warm-up.")
+    warmup_ratio: float = _option(0.0, "Share of the steps over which the learning rate rises from 0.")
+    weight_decay: float = _option(0.01, "Weight decay, of weight matrices only.")
+    max_grad_norm: float = _option(1.0, "Gradients are scaled down to this norm.")
+    vision: Literal["frozen", "full"] = _option("frozen", "Whether the vision encoder is trained.")
+    bf16: bool = _option(False, "Train under bfloat16 autocast.")
+    logging_steps: int = _option(10, "Steps between log lines.")
+    eval_strategy: Literal["no", "steps", "epoch"] = _option("epoch", "When validation is evaluated during training.")
+    eval_steps: int | None = _option(None, "Steps between evaluations, for eval_strategy steps.")
+    save_strategy: Literal["no", "steps", "epoch"] = _option("epoch", "When a checkpoint is written.")
+    save_steps: int = _option(500, "Steps between checkpoints, for save_strategy steps.")
+    save_total_limit: int | None = _option(2, "Checkpoints kept; older ones are deleted.")
+    workers: int = _option(0, "Processes that load studies beside the training process.")
+
+    def _check(self, section: str) -> None:
+        for name in ("batch_size", "eval_batch_size", "gradient_accumulation", "logging_steps", "save_steps"):
+            value = getattr(self, name)
+            _need(value is None or value > 0, f"{section}.{name}", value, "a positive integer")
+        for name in ("eval_steps", "save_total_limit"):
+            value = getattr(self, name)
+            _need(value is None or value > 0, f"{section}.{name}", value, "a positive integer, or null")
+        for name in ("learning_rate", "vision_learning_rate"):
+            value = getattr(self, name)
+            _need(value is None or value > 0, f"{section}.{name}", value, "a number above 0")
+        for name in ("weight_decay", "max_grad_norm", "workers"):
+            _need(getattr(self, name) >= 0, f"{section}.{name}", getattr(self, name), "a number of at least 0")
+        _need(self.epochs > 0, f"{section}.epochs", self.epochs, "a number above 0")
+        _need(self.max_steps == -1 or self.max_steps > 0, f"{section}.max_steps", self.max_steps, "a number of steps")
+        _need(0 <= self.warmup_ratio < 1, f"{section}.warmup_ratio", self.warmup_ratio, "0 <= ratio < 1")
+        _need(
+            self.vision_learning_rate is None or self.vision == "full",
+            f"{section}.vision_learning_rate",
+            self.vision_learning_rate,
+            f"null while {section}.vision is frozen",
+        )
+
+
+@dataclass
+class PredictorRecipe(StageRecipe):
+    """The stage that trains the label predictor (3.4)."""
+
+    cache_features: bool = _option(True, "Encode each study once and keep its features in memory (frozen encoder).")
+    fit_thresholds: bool = _option(False, "Fit a threshold for each finding on validation, into the configuration.")
+
+    def __post_init__(self):
+        self._check("predictor")
+
+
+@dataclass
+class GenerationRecipe:
+    """How reports are decoded."""
+
+    num_beams: int = _option(3, "Beams; 1 is greedy search.")
+    max_new_tokens: int = _option(120, "Most tokens of a generated report.")
+    length_penalty: float = _option(1.0, "Exponent of the length by which beams are compared.")
+    repetition_penalty: float = _option(1.0, "Above 1 also punishes the words of the prompt's own label text.")
+    no_repeat_ngram_size: int = _option(0, "Length of word runs that may not come twice; 0 allows all.")
+
+    def __post_init__(self):
+        for name in ("num_beams", "max_new_tokens"):
+            _need(getattr(self, name) > 0, f"report.generation.{name}", getattr(self, name), "a positive integer")
+
+
+@dataclass
+class EvaluationRecipe:
+    """The table of generated reports at the end of the report stage."""
+
+    split: Literal["validation", "test", "none"] = _option("validation", "Split that is scored; none skips the table.")
+    limit: int | None = _option(None, "Most studies scored, from the split's start.")
+    controls: list[str] = field(
+        default_factory=lambda: ["shuffled", "constant", "true_states"],
+        metadata={"help": "Rows beside the model's own: shuffled, constant, true_states."},
+    )
+    labeler: str = _option("rules", "Labeler that reads the states out of generated and true reports.")
+    metrics: list[str] = field(
+        default_factory=lambda: ["bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider"],
+        metadata={"help": "Metrics of `otdrg.metrics.nlg_scores`."},
+    )
+
+    def __post_init__(self):
+        for name in self.controls:
+            allowed = ("shuffled", "constant", "true_states")
+            _need(name in allowed, "report.evaluation.controls", name, f"one of {', '.join(allowed)}")
+        _need(
+            self.limit is None or self.limit > 0, "report.evaluation.limit", self.limit, "a positive integer, or null"
+        )
+
+
+@dataclass
+class ReportRecipe(StageRecipe):
+    """The stage that trains FIOT and the LLM (3.3, 3.5)."""
+
+    text: Literal["frozen", "lora", "full"] = _option("lora", "How the LLM is trained.")
+    predictor: Literal["frozen", "full"] = _option(
+        "frozen", "Whether the label predictor goes on learning; it must when the encoder it shares is trained."
+    )
+    max_report_tokens: int = _option(120, "Tokens of a training report that are kept.")
+    ot_weight_warmup: float = _option(0.0, "Share of the steps over which lambda rises from 0 to model's ot_weight.")
+    ot_epsilon_start: float | None = _option(None, "Epsilon at the first step, annealed to the model's ot_epsilon.")
+    ot_epsilon_annealing: float = _option(0.5, "Share of the steps over which epsilon is annealed, geometrically.")
+    generation: GenerationRecipe = field(
+        default_factory=GenerationRecipe, metadata={"help": "How reports are decoded."}
+    )
+    evaluation: EvaluationRecipe = field(
+        default_factory=EvaluationRecipe, metadata={"help": "The table of generated reports."}
+    )
+
+    def __post_init__(self):
+        self._check("report")
+        _need(self.max_report_tokens > 0, "report.max_report_tokens", self.max_report_tokens, "a positive integer")
+        for name in ("ot_weight_warmup", "ot_epsilon_annealing"):
+            _need(0 <= getattr(self, name) <= 1, f"report.{name}", getattr(self, name), "a share from 0 to 1")
+        start = self.ot_epsilon_start
+        _need(start is None or start > 0, "report.ot_epsilon_start", start, "a number above 0")
+        _need(
+            self.vision == "frozen" or self.predictor == "full",
+            "report.predictor",
+            self.predictor,
+            "full where report.vision is full (the encoder would move away under the predictor)",
+        )
+
+
+#: The stages there are, in the order in which they run, and the module of each.
+STAGES: dict[str, str] = {"predictor": "predictor", "report": "report"}
+
+
+@dataclass
+class Recipe:
+    """A training run."""
+
+    output_dir: str = field(metadata={"help": "Folder of the run: a folder a stage, and the published model."})
+    studies: StudiesRecipe = field(metadata={"help": "Which studies are trained on."})
+    seed: int = _option(42, "Seed of weights, batches and controls.")
+    stages: list[str] = field(
+        default_factory=lambda: list(STAGES),
+        metadata={"help": "Stages to run; each reads the folder of the one before."},
+    )
+    labels: LabelsRecipe = field(default_factory=LabelsRecipe, metadata={"help": "Where finding states come from."})
+    model: ModelRecipe = field(default_factory=ModelRecipe, metadata={"help": "What the first stage starts from."})
+    predictor: PredictorRecipe = field(default_factory=PredictorRecipe, metadata={"help": "Label predictor (3.4)."})
+    report: ReportRecipe = field(default_factory=ReportRecipe, metadata={"help": "FIOT and the LLM (3.3, 3.5)."})
+
+    def __post_init__(self):
+        _need(bool(self.stages), "stages", self.stages, f"some of {', '.join(STAGES)}")
+        for stage in self.stages:
+            _need(stage in STAGES, "stages", stage, f"one of {', '.join(STAGES)}")
+        _need(
+            self.stages == [stage for stage in STAGES if stage in self.stages],
+            "stages",
+            self.stages,
+            f"each once and in this order: {', '.join(STAGES)}",
+        )
+
+    def to_yaml(self) -> str:
+        """The recipe as resolved, every field written out; `load_recipe` reads it back."""
+        return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(path: str | os.PathLike, overrides: list[str] = ()) -> Recipe:
+    """Read a recipe and lay overrides over it.
+
+    `${NAME}` in a string stands for an environment variable, `${NAME:-other}` for it or, where it is unset, `other`.
+
+    Args:
+        path: YAML file.
+        overrides: `section.field=value`, the value in YAML: `report.max_steps=20`, `stages=[report]`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not YAML, an unknown key (with the nearest allowed one), a value of the wrong type or out of range,
+            or an environment variable that is not set.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"recipe {path} does not exist") from None
+    except (IsADirectoryError, UnicodeDecodeError):
+        raise ValueError(f"recipe {path} is not a YAML text file") from None
+    values = _parse_yaml(text, f"recipe {path}")
+    if not isinstance(values, dict):
+        raise ValueError(f"recipe {path} is not a mapping: expected keys such as {', '.join(_field_names(Recipe))}")
+    try:
+        recipe_values = _expand(values, ())
+        for override in overrides:
+            _apply(override, recipe_values)
+        return _build(Recipe, recipe_values, ())
+    except ValueError as error:
+        raise ValueError(f"recipe {path}: {error}") from None
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML 1.1 without two of its traps: a key that stands twice, and 1e-4, without a point, read as a string."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _parse_yaml(text: str, what: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_RecipeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ValueError(f"{what} is not valid YAML{where}: {problem}") from None
+
+
+_VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)(?::-([^}]*))?\}")
+
+
+def _expand(value: Any, where: tuple[str, ...]) -> Any:
+    if isinstance(value, dict):
+        return {key: _expand(item, (*where, str(key))) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item, where) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def replacement(match: re.Match) -> str:
+        name, default = match.groups()
+        if os.environ.get(name):
+            return os.environ[name]
+        if default is None:
+            raise ValueError(f"{'.'.join(where)}={value!r}: the environment variable {name} is not set")
+        return default
+
+    return _VARIABLE.sub(replacement, value)
+
+
+def _apply(override: str, values: dict) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override {override!r}: expected section.field=value, such as report.max_steps=20")
+    *parents, last = path = tuple(key.split("."))
+    value = _expand(_parse_yaml(text, f"override {override!r}"), path)
+    target = values
+    for depth, parent in enumerate(parents):
+        target[parent] = target = {} if target.get(parent) is None else target[parent]
+        if not isinstance(target, dict):
+            raise ValueError(f"override {override!r}: {'.'.join(path[: depth + 1])} is not a section")
+    # A section given as a mapping is laid over what is there, a field takes the place of what is there.
+    if isinstance(value, dict) and isinstance(target.get(last), dict):
+        target[last] = {**target[last], **value}
+    else:
+        target[last] = value
+
+
+def _field_names(cls: type) -> list[str]:
+    return [item.name for item in fields(cls)]
+
+
+def _build(cls: type, values: Any, where: tuple[str, ...]) -> Any:
+    place = ".".join(where)
+    if not isinstance(values, dict):
+        raise ValueError(f"{place}={values!r}: expected a section with keys {', '.join(_field_names(cls))}")
+    known: dict[str, Field] = {item.name: item for item in fields(cls)}
+    for key in values:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0)[0]
+            raise ValueError(
+                f"unknown key {key!r} {f'in {place}' if place else 'at the top'}: did you mean {nearest!r}?"
+            )
+    for name, item in known.items():
+        if name not in values and item.default is MISSING and item.default_factory is MISSING:
+            raise ValueError(f"{'.'.join((*where, name))} is missing: {item.metadata['help']}")
+    hints = typing.get_type_hints(cls)
+    return cls(**{name: _convert(value, hints[name], (*where, name)) for name, value in values.items()})
+
+
+_KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
+
+
+def _describe(kind: Any) -> str:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("null" if item is type(None) else _describe(item) for item in arguments)
+    if origin is list:
+        return f"a list of {_describe(arguments[0]).removeprefix('a ')}s, such as [a, b]"
+    return _KINDS.get(kind, "a mapping")
+
+
+def _convert(value: Any, kind: Any, where: tuple[str, ...]) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    wrong = ValueError(f"{'.'.join(where)}={value!r}: expected {_describe(kind)}")
+    if is_dataclass(kind):
+        return _build(kind, {} if value is None else value, where)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        try:
+            return _convert(value, next(item for item in arguments if item is not type(None)), where)
+        except ValueError:
+            raise wrong from None
+    if origin is Literal:
+        # YAML reads the bare word `no` as false.
+        value = {False: "no"}.get(value, value) if isinstance(value, bool) and "no" in arguments else value
+        if value not in arguments:
+            raise wrong
+        return value
+    if origin is list:
+        if not isinstance(value, list):
+            raise wrong
+        return [_convert(item, arguments[0], where) for item in value]
+    if origin is dict:
+        if value is None:
+            return {}
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            raise wrong
+        return {key: _convert(item, arguments[1], (*where, key)) for key, item in value.items()}
+    if kind is Any:
+        return value
+    if kind is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        raise wrong
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise wrong
+    return value
