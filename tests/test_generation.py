@@ -1,0 +1,279 @@
+"""Writing reports: caches, batches, beams, steering, and what is refused."""
+
+import pytest
+import torch
+from otdrg import FINDINGS
+
+EDEMA = FINDINGS.index("edema")
+TEN = {"max_new_tokens": 10, "min_new_tokens": 10}
+GREEDY = {"do_sample": False, **TEN}
+
+
+@pytest.fixture
+def prompts(processor, views):
+    """Three studies with ragged views and prompts."""
+    return processor(
+        images=[views[:3], views[3], views[4:6]], indication=["a cough and fever since Monday", None, "pain"]
+    )
+
+
+@pytest.fixture
+def calls(model):
+    """How often the vision encoder ran."""
+    counts = []
+    hook = model.vision_tower.register_forward_hook(lambda *_: counts.append(1))
+    yield counts
+    hook.remove()
+
+
+def placeholders(model):
+    return [model.config.image_token_id, model.config.finding_token_id, model.config.finding_text_token_id]
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_cached_equals_uncached(model, prompts, beams):
+    cached = model.generate(**prompts, **GREEDY, num_beams=beams)
+    uncached = model.generate(**prompts, **GREEDY, num_beams=beams, use_cache=False)
+    assert torch.equal(cached, uncached)
+
+
+def test_generation_is_what_the_forward_pass_says(model, prompts):
+    """Greedy decoding, step by step, with the whole sequence run anew each time."""
+    states = model.predict_states(model(**prompts).finding_logits)
+    ids, mask = prompts["input_ids"], prompts["attention_mask"]
+    for _ in range(4):
+        inputs = {**prompts, "input_ids": ids, "attention_mask": mask, "finding_states": states}
+        logits = model(**inputs).logits[:, -1]
+        logits[:, placeholders(model)] = -torch.inf
+        following = logits.argmax(dim=-1, keepdim=True)
+        ids, mask = torch.cat((ids, following), dim=1), torch.cat((mask, torch.ones_like(following)), dim=1)
+    assert torch.equal(model.generate(**prompts, do_sample=False, max_new_tokens=4, eos_token_id=-1), ids)
+
+
+@pytest.mark.parametrize("view_fusion", ["mean", "concat"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_the_batch_gives_what_single_studies_give(build_model, views, view_fusion, beams):
+    model, processor = build_model(view_fusion=view_fusion)
+    studies, indications = [views[:3], views[3:4], views[4:6]], ["a cough and fever since Monday", None, "pain"]
+    states = torch.full((3, 14), -1)
+    states[0, :6], states[1] = 1, 0
+    batch_inputs = processor(images=studies, indication=indications, finding_states=states)
+    batch = model.generate(**batch_inputs, **GREEDY, num_beams=beams, output_scores=True, return_dict_in_generate=True)
+    for row in range(3):
+        inputs = processor(images=[studies[row]], indication=[indications[row]], finding_states=states[row : row + 1])
+        alone = model.generate(**inputs, **GREEDY, num_beams=beams, output_scores=True, return_dict_in_generate=True)
+        assert torch.equal(batch.sequences[row, -10:], alone.sequences[0, -10:])
+        first = slice(row * beams, row * beams + 1)
+        assert torch.allclose(batch.scores[0][first], alone.scores[0][:1], atol=1e-4)
+
+
+def test_prompts_stand_before_the_reports_as_they_were_given(model, prompts):
+    length = prompts["input_ids"].shape[1]
+    for arguments, each in (
+        ({}, 1),
+        ({"num_beams": 3}, 1),
+        ({"num_beams": 3, "num_return_sequences": 2}, 2),
+        ({"do_sample": True, "num_return_sequences": 4}, 4),
+    ):
+        sequences = model.generate(**prompts, **TEN, **arguments)
+        assert sequences.shape == (3 * each, length + 10)
+        assert torch.equal(sequences[:, :length], prompts["input_ids"].repeat_interleave(each, dim=0))
+    output = model.generate(**prompts, **TEN, return_dict_in_generate=True, output_scores=True)
+    assert torch.equal(output.sequences, model.generate(**prompts, **TEN))
+    assert len(output.scores) == 10
+    assert torch.equal(model.generate(prompts.pop("input_ids"), **prompts, **TEN), output.sequences)
+
+
+def test_several_beams_are_ordered_and_differ(model, prompts):
+    output = model.generate(
+        **prompts, **TEN, num_beams=3, num_return_sequences=3, return_dict_in_generate=True, output_scores=True
+    )
+    scores = output.sequences_scores.reshape(3, 3)
+    assert torch.equal(scores, scores.sort(dim=1, descending=True).values)
+    for row in output.sequences.reshape(3, 3, -1):
+        assert len({tuple(sequence.tolist()) for sequence in row}) == 3
+    best = model.generate(**prompts, **TEN, num_beams=3)
+    assert torch.equal(output.sequences[::3], best)
+
+
+def test_sampling_follows_the_seed(model, prompts):
+    def sample(seed):
+        torch.manual_seed(seed)
+        return model.generate(**prompts, **TEN, do_sample=True, num_return_sequences=2)
+
+    assert torch.equal(sample(1), sample(1))
+    assert not torch.equal(sample(1), sample(2))
+    first = sample(1).reshape(3, 2, -1)
+    assert not torch.equal(first[:, 0], first[:, 1])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"use_cache": False}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}],
+    ids=["greedy", "uncached", "beams", "samples"],
+)
+def test_views_are_encoded_once(model, prompts, calls, arguments):
+    model.generate(**prompts, **TEN, **arguments)
+    assert len(calls) == 1
+    features = model.encode_views(prompts["pixel_values"], prompts["view_mask"])
+    del prompts["pixel_values"]
+    assert model.generate(**prompts, view_features=features, **TEN).shape[0] in (3, 6)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_states_are_settled_before_decoding(model, prompts, use_cache):
+    predicted = model(**prompts).finding_logits
+    states = model.predict_states(predicted)
+    expected = model.generate(**prompts, finding_states=states, **GREEDY)
+    seen = []
+
+    def change_its_mind(module, inputs, output):
+        seen.append(1)
+        return predicted if len(seen) == 1 else predicted.flip(0).roll(1, dims=-1)
+
+    hook = model.finding_predictor.register_forward_hook(change_its_mind)
+    try:
+        assert torch.equal(model.generate(**prompts, **GREEDY, use_cache=use_cache), expected)
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("view_fusion", ["mean", "concat"])
+def test_without_a_prompt_the_default_one_is_used(build_model, views, view_fusion):
+    model, processor = build_model(view_fusion=view_fusion)
+    inputs = processor(images=[views[:3], views[3], views[4:6]])
+    with_prompt = model.generate(**inputs, **GREEDY)
+    del inputs["input_ids"], inputs["attention_mask"]
+    without = model.generate(**inputs, **GREEDY)
+    assert torch.equal(with_prompt, without)
+
+
+def test_a_prompt_without_an_image_is_refused(model, processor, prompts, calls):
+    ids = processor.tokenizer("Describe the heart.", return_tensors="pt")["input_ids"]
+    with pytest.raises(ValueError, match="no image: pixel_values is missing, and a report is never written from noth"):
+        model.generate(input_ids=ids)
+    with pytest.raises(ValueError, match="no image"):
+        model.generate()
+    with pytest.raises(ValueError, match="image tokens and image features do not match in row 0: tokens: 0, feat"):
+        model.generate(input_ids=ids, pixel_values=prompts["pixel_values"][:1], max_new_tokens=2)
+
+
+def test_arguments_that_cannot_be_are_named(model, build_model, prompts, views):
+    with pytest.raises(ValueError, match=r"finding_states has shape \(2, 14\): expected \(3, 14\)"):
+        model.generate(**prompts, finding_states=torch.zeros(2, 14, dtype=torch.long))
+    with pytest.raises(ValueError, match="findings"):
+        model.generate(**prompts, findings={"edema": "positive"})
+    blind, processor = build_model(dle=False, fiot=False)
+    inputs = processor(images=views[:1])
+    with pytest.raises(ValueError, match=r"finding_states were given, but OTDRGConfig.dle=False"):
+        blind.generate(**inputs, finding_states=torch.zeros(1, 14, dtype=torch.long))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"use_cache": False}, {"num_beams": 3}, {"suppress_tokens": [7]}])
+def test_placeholders_are_never_written(build_model, prompts, arguments):
+    """A new embedding row can be as likely as a word; written, it would be taken for a place of a feature."""
+    model, _ = build_model()
+
+    def prefer_placeholders(module, inputs, output):
+        output[..., placeholders(model)] += 1e3
+        output[..., 7] += 100
+        return output
+
+    model.get_output_embeddings().register_forward_hook(prefer_placeholders)
+    written = model.generate(**prompts, **GREEDY, **arguments)[:, prompts["input_ids"].shape[1] :]
+    assert not torch.isin(written, torch.tensor(placeholders(model))).any()
+    assert (written == 7).any() == ("suppress_tokens" not in arguments)
+
+
+class Collector:
+    def __init__(self):
+        self.pieces, self.ended = [], False
+
+    def put(self, value):
+        self.pieces.append(value.reshape(-1).tolist())
+
+    def end(self):
+        self.ended = True
+
+
+def test_streaming(model, processor, views):
+    inputs, streamer = processor(images=[views[:2]]), Collector()
+    sequence = model.generate(**inputs, **GREEDY, streamer=streamer)[0]
+    assert streamer.ended
+    assert [token for piece in streamer.pieces[1:] for token in piece] == sequence[
+        inputs["input_ids"].shape[1] :
+    ].tolist()
+    assert len(streamer.pieces) == 11
+
+
+def test_generation_in_bfloat16(build_model, processor, views):
+    model, _ = build_model()
+    inputs = processor(images=[views[:2], views[2]])
+    assert model.to(torch.bfloat16).generate(**inputs, **TEN).shape == (2, inputs["input_ids"].shape[1] + 10)
+
+
+# --- a model that has learned to listen ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(build_model, views, reports):
+    """A model that learned to write the report of its states and nothing of its images; states and reports by id."""
+    model, processor = build_model()
+    states = torch.zeros(2, 14, dtype=torch.long)
+    states[1, EDEMA] = 1
+    told = {0: reports[0], 1: reports[1]}
+    inputs = processor(
+        images=[[views[0]], views[1:3], [views[0]], views[1:3]],
+        report=[told[0], told[0], told[1], told[1]],
+        finding_states=states[[0, 0, 1, 1]],
+    )
+    torch.manual_seed(0)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        if model(**inputs).report_loss < 0.02:
+            break
+    return model.eval(), processor, states, told
+
+
+def written(model, processor, **inputs):
+    prompts = processor(**inputs)
+    sequences = model.generate(**prompts, max_new_tokens=80, do_sample=False)
+    return processor.batch_decode(sequences[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_explicit_states_change_what_is_written(trained, views):
+    model, processor, states, told = trained
+    for image in ([views[0]], views[1:3]):
+        for row in (0, 1):
+            assert written(model, processor, images=[image], finding_states=states[row : row + 1]) == [told[row]]
+    by_name = [{"edema": "unmentioned"}, {"edema": "positive"}]
+    calm = {name: "unmentioned" for name in FINDINGS}
+    both = written(model, processor, images=views[:2], finding_states=[{**calm, **names} for names in by_name])
+    assert both == [told[0], told[1]]
+
+
+def test_reports_end_with_the_end_of_text(trained, views):
+    model, processor, states, _ = trained
+    prompts = processor(images=views[:2], finding_states=states)
+    sequences = model.generate(**prompts, max_new_tokens=200, do_sample=False)
+    assert sequences.shape[1] < prompts["input_ids"].shape[1] + 200
+    eos = processor.tokenizer.eos_token_id
+    assert (sequences[:, prompts["input_ids"].shape[1] :] == eos).sum(dim=1).tolist() == [1, 1]
+
+
+def test_predicted_states_are_those_that_are_written_about(trained, views):
+    """What the predictor says, and only that, decides where the caller says nothing."""
+    model, processor, states, told = trained
+    for row in (0, 1):
+        logits = torch.nn.functional.one_hot(states[row : row + 1], 4) * 9.0
+        hook = model.finding_predictor.register_forward_hook(lambda *_, logits=logits: logits)
+        try:
+            assert written(model, processor, images=[views[0]]) == [told[row]]
+        finally:
+            hook.remove()

@@ -1,0 +1,204 @@
+"""The image-to-text pipeline, over every kind of input."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from otdrg import FINDING_STATES, FINDINGS, ReportGenerationPipeline
+from PIL import Image
+
+FEW = {"max_new_tokens": 8, "min_new_tokens": 8}
+
+
+@pytest.fixture(scope="module")
+def pipe(model, processor):
+    return ReportGenerationPipeline(model=model, processor=processor)
+
+
+@pytest.fixture
+def paths(views, tmp_path):
+    for number, view in enumerate(views):
+        Image.fromarray(view).save(tmp_path / f"{number}.png")
+    return [str(tmp_path / f"{number}.png") for number in range(len(views))]
+
+
+@pytest.fixture
+def singles(pipe, paths):
+    """Reports of three ragged studies, one by one."""
+    return [pipe([study], **FEW)[0] for study in (paths[:3], paths[3:4], paths[4:6])]
+
+
+def same(found, expected):
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert len(one) == len(other)
+        for record, wanted in zip(one, other, strict=True):
+            assert record["generated_text"] == wanted["generated_text"]
+            for name in FINDINGS:
+                assert record["findings"][name]["state"] == wanted["findings"][name]["state"]
+                assert record["findings"][name]["probability"] == pytest.approx(
+                    wanted["findings"][name]["probability"], abs=1e-4
+                )
+
+
+def test_one_study(pipe, model, processor, paths):
+    records = pipe(paths[0], **FEW)
+    assert len(records) == 1
+    assert set(records[0]) == {"generated_text", "findings"}
+    inputs = processor(images=[paths[0]])
+    sequences = model.generate(**inputs, **FEW)[:, inputs["input_ids"].shape[1] :]
+    assert records[0]["generated_text"] == processor.decode(sequences[0], skip_special_tokens=True).strip()
+    logits = model(**inputs).finding_logits
+    states = model.predict_states(logits)[0].tolist()
+    assert list(records[0]["findings"]) == list(FINDINGS)
+    for row, name in enumerate(FINDINGS):
+        found = records[0]["findings"][name]
+        assert found["state"] == FINDING_STATES[states[row]]
+        probability = model.finding_probabilities(logits)[0, row, states[row]].item()
+        assert found["probability"] == pytest.approx(probability, abs=1e-5)
+
+
+def test_every_form_of_a_view_is_the_same(pipe, paths, views):
+    expected = pipe(paths[0], **FEW)
+    for form in (Image.open(paths[0]), views[0], torch.from_numpy(views[0])):
+        same([pipe(form, **FEW)], [expected])
+
+
+def test_a_list_is_studies_and_an_inner_list_is_one(pipe, paths):
+    two = pipe(paths[:2], **FEW)
+    same(two, [pipe(paths[0], **FEW), pipe(paths[1], **FEW)])
+    one = pipe([paths[:2]], **FEW)
+    assert len(one) == 1
+    assert one[0][0]["findings"] != two[0][0]["findings"]
+    same(pipe(tuple(paths[:2]), **FEW), two)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+def test_batches_of_ragged_studies_give_what_single_ones_give(pipe, paths, singles, batch_size):
+    studies = [paths[:3], paths[3], paths[4:6]]
+    same(pipe(studies, batch_size=batch_size, **FEW), singles)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_generators_and_mappings(pipe, paths, singles, batch_size):
+    studies = [paths[:3], paths[3:4], paths[4:6]]
+    same(list(pipe((study for study in studies), batch_size=batch_size, **FEW)), singles)
+    mappings = [{"images": study} for study in studies]
+    same(pipe(mappings, batch_size=batch_size, **FEW), singles)
+    same([pipe({"image": paths[3]}, **FEW)], singles[1:2])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_datasets(pipe, paths, singles, batch_size):
+    features = datasets.Features(
+        {
+            "id": datasets.Value("string"),
+            "images": datasets.List(datasets.Image()),
+            "indication": datasets.Value("string"),
+        }
+    )
+    rows = {"id": ["a", "b", "c"], "images": [paths[:3], paths[3:4], paths[4:6]], "indication": ["", "", ""]}
+    dataset = datasets.Dataset.from_dict(rows, features=features)
+    same(list(pipe(dataset, batch_size=batch_size, **FEW)), singles)
+    same(list(pipe(dataset.to_iterable_dataset(), batch_size=batch_size, **FEW)), singles)
+
+
+def test_an_indication_reaches_the_prompt(pipe, model, processor, paths):
+    inputs = processor(images=[paths[0]], indication="cough")
+    sequences = model.generate(**inputs, **FEW)[:, inputs["input_ids"].shape[1] :]
+    expected = processor.decode(sequences[0], skip_special_tokens=True).strip()
+    assert pipe(paths[0], indication="cough", **FEW)[0]["generated_text"] == expected
+    assert pipe({"image": paths[0], "indication": "cough"}, **FEW)[0]["generated_text"] == expected
+    batch = pipe([{"image": paths[0], "indication": "cough"}, paths[0]], batch_size=2, **FEW)
+    assert [records[0]["generated_text"] for records in batch] == [expected, pipe(paths[0], **FEW)[0]["generated_text"]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_several_sequences_lengthen_the_inner_list(pipe, paths, batch_size):
+    found = pipe([paths[:2], paths[2], paths[3]], batch_size=batch_size, num_beams=3, num_return_sequences=3, **FEW)
+    assert [len(records) for records in found] == [3, 3, 3]
+    for records in found:
+        assert all(record["findings"] == records[0]["findings"] for record in records)
+    best = pipe([paths[:2], paths[2], paths[3]], num_beams=3, **FEW)
+    assert [records[0]["generated_text"] for records in found] == [records[0]["generated_text"] for records in best]
+    assert len(pipe(paths[0], num_return_sequences=2, do_sample=True, **FEW)) == 2
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_findings_steer(pipe, model, processor, paths, batch_size):
+    findings = {"Edema": "positive", "pleural effusion": "uncertain"}
+    plain, steered = (pipe(paths[:2], batch_size=batch_size, **more, **FEW) for more in ({}, {"findings": findings}))
+    for before, after in zip(plain, steered, strict=True):
+        for name in FINDINGS:
+            expected = {"edema": "positive", "pleural_effusion": "unclear"}.get(
+                name, before[0]["findings"][name]["state"]
+            )
+            assert after[0]["findings"][name]["state"] == expected
+    inputs = processor(images=[paths[0]], finding_states=findings)
+    sequences = model.generate(**inputs, **FEW)[:, inputs["input_ids"].shape[1] :]
+    assert steered[0][0]["generated_text"] == processor.decode(sequences[0], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("view_fusion", ["mean", "concat"])
+def test_heatmaps(build_model, paths, batch_size, view_fusion):
+    model, processor = build_model(view_fusion=view_fusion)
+    pipe = ReportGenerationPipeline(model=model, processor=processor)
+    found = pipe([paths[:3], paths[3]], batch_size=batch_size, return_heatmaps=True, **FEW)
+    for records, views in zip(found, (3, 1), strict=True):
+        heatmaps = records[0]["heatmaps"]
+        assert list(heatmaps) == list(FINDINGS)
+        for name in FINDINGS:
+            assert isinstance(heatmaps[name], np.ndarray)
+            assert heatmaps[name].shape == (views, 2, 2)
+            assert (heatmaps[name] >= 0).all()
+            assert heatmaps[name].mean() == pytest.approx(1, abs=1e-3)
+        assert np.ptp([heatmaps[name] for name in FINDINGS]) > 0
+    alone = pipe(paths[3], return_heatmaps=True, **FEW)[0]["heatmaps"]
+    np.testing.assert_allclose(alone["edema"], found[1][0]["heatmaps"]["edema"], atol=1e-4)
+    assert "heatmaps" not in pipe(paths[3], **FEW)[0]
+
+
+def test_heatmaps_need_a_plan(build_model, paths):
+    model, processor = build_model(fiot=False)
+    pipe = ReportGenerationPipeline(model=model, processor=processor)
+    with pytest.raises(ValueError, match=r"return_heatmaps=True, but OTDRGConfig.fiot=False"):
+        pipe(paths[0], return_heatmaps=True, **FEW)
+    assert set(pipe(paths[0], **FEW)[0]) == {"generated_text", "findings"}
+
+
+def test_a_model_that_is_not_told_of_findings_still_predicts_them(build_model, paths):
+    model, processor = build_model(dle=False, fiot=False)
+    pipe = ReportGenerationPipeline(model=model, processor=processor)
+    assert set(pipe(paths[0], **FEW)[0]["findings"]) == set(FINDINGS)
+    with pytest.raises(ValueError, match=r"OTDRGConfig.dle=False: this model is not told of findings"):
+        pipe(paths[0], findings={"edema": "positive"}, **FEW)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "arguments", "message"),
+    [
+        ([], {}, "no image: the list of studies is empty"),
+        ([[]], {}, "no image: a study has no view"),
+        ({"images": []}, {}, "no image: a study has no view"),
+        ({"picture": "a.png"}, {}, "a study has 'picture': expected 'images' or 'image'"),
+        ("nowhere.png", {}, r"nowhere.png: cannot be read \(No such file"),
+        (np.full((32, 32), np.nan), {}, "the array holds NaN"),
+        (
+            np.zeros((32, 32)),
+            {"max_tokens": 5},
+            "unknown pipeline argument 'max_tokens': expected findings, indication",
+        ),
+        (np.zeros((32, 32)), {"findings": {"oedema": "positive"}}, "unknown finding 'oedema'"),
+        (np.zeros((32, 32)), {"findings": {"edema": "yes"}}, "unknown finding state 'yes'"),
+        (np.zeros((32, 32)), {"findings": {"no finding": "negative"}}, "not possible for no_finding"),
+    ],
+)
+def test_what_cannot_be_is_named(pipe, inputs, arguments, message):
+    with pytest.raises(ValueError, match=message) as error:
+        pipe(inputs, **arguments, **FEW)
+    assert "\n" not in str(error.value)
+
+
+def test_generate_arguments_may_come_together(pipe, paths):
+    assert pipe(paths[0], generate_kwargs=dict(FEW)) == pipe(paths[0], **FEW)

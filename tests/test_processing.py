@@ -1,0 +1,649 @@
+"""What the processor makes of studies, prompts and reports, and of what cannot be read."""
+
+import copy
+import http.server
+import io
+import struct
+import threading
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from otdrg import DEFAULT_PROMPT, FINDINGS, OTDRGProcessor
+from otdrg.processing_otdrg import read_view
+from PIL import Image
+from transformers import AutoProcessor
+
+MARKERS = ("<image>", "<finding>", "<finding_text>")
+
+
+def count(processor, ids):
+    return tuple(ids.tolist().count(processor.tokenizer.convert_tokens_to_ids(marker)) for marker in MARKERS)
+
+
+def text_of(processor, inputs, row=0):
+    text = processor.tokenizer.decode(inputs["input_ids"][row][inputs["attention_mask"][row].bool()])
+    for marker in MARKERS:
+        text = text.replace(marker, "")
+    return text
+
+
+def processor_with(build_config, processor, chat_template=None, **fields):
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.chat_template = chat_template
+    config = build_config(**fields)
+    return OTDRGProcessor.from_config(config, tokenizer), config
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Writes an array or an image as a file and returns its path."""
+
+    def write(name, image, **options):
+        image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        image.save(tmp_path / name, **options)
+        return str(tmp_path / name)
+
+    return write
+
+
+# --- studies and views -----------------------------------------------------------------------------------------------
+
+
+def test_a_flat_list_is_studies_and_an_inner_list_is_one_study(processor, views):
+    a, b = views[:2]
+    two, one = processor(images=[a, b]), processor(images=[[a, b]])
+    assert two["pixel_values"].shape == (2, 1, 3, 56, 56)
+    assert one["pixel_values"].shape == (1, 2, 3, 56, 56)
+    assert torch.equal(two["pixel_values"][:, 0], one["pixel_values"][0])
+    assert two["view_mask"].tolist() == [[True], [True]]
+    assert one["view_mask"].tolist() == [[True, True]]
+    assert processor(images=a)["pixel_values"].shape == (1, 1, 3, 56, 56)
+    assert torch.equal(processor(images=a)["pixel_values"][0], two["pixel_values"][0])
+
+
+def test_ragged_studies_are_padded_with_masked_views(processor, views):
+    a, b, c, d, e, f = views
+    inputs = processor(images=[[a, b, c], d, (e, f)])
+    assert inputs["pixel_values"].shape == (3, 3, 3, 56, 56)
+    assert inputs["view_mask"].dtype == torch.bool
+    assert inputs["view_mask"].tolist() == [[True, True, True], [True, False, False], [True, True, False]]
+    for row, study in enumerate(([a, b, c], [d], [e, f])):
+        for column, view in enumerate(study):
+            alone = processor(images=view)["pixel_values"][0, 0]
+            assert torch.equal(inputs["pixel_values"][row, column], alone)
+    assert (inputs["pixel_values"][~inputs["view_mask"]] == 0).all()
+
+
+def test_views_are_scaled_and_normalised(processor):
+    gray = np.random.default_rng(0).integers(0, 256, (56, 56), dtype=np.uint8)
+    pixels = processor(images=gray)["pixel_values"][0, 0]
+    mean, std = (
+        torch.tensor(v, dtype=torch.float64)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
+    assert torch.allclose(pixels.double(), (torch.from_numpy(gray / 255.0) - mean) / std, atol=1e-5)
+    assert processor(images=make_wide(gray))["pixel_values"].shape[-2:] == (56, 56)
+
+
+def make_wide(gray):
+    return np.concatenate((gray, gray, gray), axis=1)
+
+
+def test_every_form_of_a_gray_view_is_the_same(processor, views, save):
+    gray = views[0]
+    expected = processor(images=gray)["pixel_values"]
+    path = save("gray.png", gray)
+    with open(path, "rb") as file:
+        data = file.read()
+    forms = {
+        "path": path,
+        "bytes": data,
+        "image": Image.fromarray(gray),
+        "RGB image": Image.fromarray(gray).convert("RGB"),
+        "RGB array": np.repeat(gray[..., None], 3, axis=2),
+        "one channel": gray[..., None],
+        "channels first": np.repeat(gray[None], 3, axis=0),
+        "tensor": torch.from_numpy(gray),
+        "tensor, channels first": torch.from_numpy(gray)[None].repeat(3, 1, 1),
+        "floats to 1": gray / 255.0,
+        "float16": torch.from_numpy(gray / 255.0).to(torch.float64),
+    }
+    for name, form in forms.items():
+        assert torch.allclose(processor(images=[form])["pixel_values"], expected, atol=1e-6), name
+
+
+def test_8_bit_gray_keeps_its_values(views, save):
+    assert np.array_equal(np.asarray(read_view(save("gray.png", views[0])))[..., 1], views[0])
+
+
+def test_16_bit_gray_is_scaled_from_its_own_range(save):
+    gray = np.linspace(1000, 5000, 64 * 64).reshape(64, 64).astype(np.uint16)
+    read = np.asarray(read_view(save("deep.png", gray)))[..., 0]
+    assert (read.min(), read.max()) == (0, 255)
+    assert len(np.unique(read)) == 256
+    np.testing.assert_allclose(read, (gray - 1000.0) / 4000 * 255, atol=0.6)
+    assert np.array_equal(np.asarray(read_view(gray))[..., 0], read)
+    assert np.array_equal(np.asarray(read_view(Image.fromarray(gray)))[..., 0], read)
+
+
+def test_colour_palette_and_transparency(views, save):
+    gray = views[0]
+    colour = np.stack([gray, gray // 2, 255 - gray], axis=-1)
+    assert np.array_equal(np.asarray(read_view(save("rgb.png", colour))), colour)
+
+    alpha = np.full_like(gray, 255)
+    alpha[:10] = 0
+    rgba = np.asarray(read_view(save("rgba.png", np.concatenate((colour, alpha[..., None]), axis=-1))))
+    assert np.array_equal(rgba[10:], colour[10:])
+    assert (rgba[:10] == 0).all()
+    la = np.asarray(read_view(save("la.png", Image.fromarray(np.stack((gray, alpha), axis=-1), "LA"))))
+    assert np.array_equal(la[10:, :, 0], gray[10:])
+    assert (la[:10] == 0).all()
+
+    palette = Image.fromarray(gray // 64 * 64).convert("P")
+    assert np.array_equal(np.asarray(read_view(save("palette.png", palette)))[..., 0], gray // 64 * 64)
+    one_bit = Image.fromarray(gray > 100)
+    assert np.array_equal(np.asarray(read_view(save("bits.png", one_bit)))[..., 0], (gray > 100) * np.uint8(255))
+
+
+def test_float_arrays_beyond_one_are_scaled_from_their_own_range():
+    array = np.linspace(-1000, 3000, 32 * 32).reshape(32, 32)
+    read = np.asarray(read_view(array))[..., 0]
+    np.testing.assert_allclose(read, (array + 1000) / 4000 * 255, atol=0.6)
+    half = np.asarray(read_view(np.full((32, 32), 0.5)))
+    assert np.unique(half).tolist() == [128]
+    assert np.unique(np.asarray(read_view(np.full((32, 32), 900, np.int32)))).size == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_tensors(dtype):
+    ramp = torch.linspace(0, 1, 32).repeat(32, 1).to(dtype)
+    np.testing.assert_allclose(np.asarray(read_view(ramp))[..., 0], ramp.float().numpy() * 255, atol=0.6)
+
+
+def test_photographs_turned_by_exif_are_turned_back(save, views):
+    image = Image.fromarray(views[0][:, :40])
+    exif = image.getexif()
+    exif[0x0112] = 6
+    assert read_view(save("turned.jpg", image, exif=exif)).size == (64, 40)
+
+
+# --- URLs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The address of a local server with /view.png, a /short.png that breaks off, and nothing else."""
+    png = io.BytesIO()
+    Image.fromarray(np.arange(64 * 64, dtype=np.uint32).reshape(64, 64).astype(np.uint8)).save(png, "PNG")
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path not in ("/view.png", "/short.png"):
+                return self.send_error(404, "Not Found")
+            body = png.getvalue()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body if self.path == "/view.png" else body[:50])
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+
+
+def test_views_come_from_urls(processor, server):
+    gray = np.arange(64 * 64, dtype=np.uint32).reshape(64, 64).astype(np.uint8)
+    found = processor(images=[f"{server}/view.png"])
+    assert torch.equal(found["pixel_values"], processor(images=[gray])["pixel_values"])
+
+
+@pytest.mark.parametrize("path", ["/missing.png", "/short.png", "/a view.png"])
+def test_urls_that_give_no_image_are_named(server, path):
+    with pytest.raises(ValueError) as error:
+        read_view(server + path)
+    assert str(error.value).startswith(f"{server}{path}: ")
+    assert "\n" not in str(error.value)
+
+
+def test_a_server_that_is_not_there_is_named(server):
+    with pytest.raises(ValueError, match=r"http://127.0.0.1:9/x.png: cannot be read \("):
+        read_view("http://127.0.0.1:9/x.png")
+
+
+# --- DICOM -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dicom(tmp_path):
+    """Writes a DICOM file around `pixels` (uint16 or int16; None leaves them out) and returns its path."""
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
+    def write(pixels, interpretation="MONOCHROME2", name="view.dcm", **fields):
+        dataset = pydicom.Dataset()
+        dataset.file_meta = pydicom.dataset.FileMetaDataset()
+        dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = "1.2.840.10008.5.1.4.1.1.1.1"
+        dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = generate_uid()
+        dataset.Modality = "DX"
+        if pixels is not None:
+            dataset.Rows, dataset.Columns = pixels.shape[-2:]
+            dataset.SamplesPerPixel = 1
+            dataset.PhotometricInterpretation = interpretation
+            dataset.BitsAllocated = dataset.BitsStored = 8 * pixels.itemsize
+            dataset.HighBit = dataset.BitsStored - 1
+            dataset.PixelRepresentation = int(pixels.dtype.kind == "i")
+            dataset.PixelData = pixels.tobytes()
+        for field, value in fields.items():
+            setattr(dataset, field, value)
+        dataset.save_as(tmp_path / name, enforce_file_format=True)
+        return str(tmp_path / name)
+
+    return write
+
+
+def ramp(low, high, dtype=np.uint16):
+    return np.linspace(low, high, 48 * 40).reshape(48, 40).astype(dtype)
+
+
+def test_dicom_is_scaled_from_its_own_range_and_monochrome1_inverted(dicom):
+    pixels = ramp(300, 4000)
+    read = np.asarray(read_view(dicom(pixels)))
+    assert read.shape == (48, 40, 3)
+    np.testing.assert_allclose(read[..., 0], (pixels - 300.0) / 3700 * 255, atol=0.6)
+    inverted = np.asarray(read_view(dicom(pixels, "MONOCHROME1")))
+    np.testing.assert_allclose(inverted[..., 0], 255 - (pixels - 300.0) / 3700 * 255, atol=0.6)
+
+
+def test_dicom_goes_through_rescale_and_window(dicom):
+    pixels = ramp(0, 2000, np.int16)
+    scaled = {"RescaleSlope": 2, "RescaleIntercept": -1000}
+    read = np.asarray(read_view(dicom(pixels, **scaled)))[..., 0]
+    np.testing.assert_allclose(read, pixels / 2000 * 255, atol=0.6)
+    # values are -1000 to 3000; the window shows 0 to 1000 of them
+    window = {"WindowCenter": 500, "WindowWidth": 1000}
+    read = np.asarray(read_view(dicom(pixels, **scaled, **window)))[..., 0]
+    np.testing.assert_allclose(read, np.clip((pixels * 2.0 - 1000) / 1000, 0, 1) * 255, atol=1)
+
+
+def test_dicom_by_content_dataset_and_batch(dicom, processor, tmp_path):
+    import pydicom
+
+    path = dicom(ramp(0, 255, np.uint8))
+    expected = processor(images=path)["pixel_values"]
+    unnamed = tmp_path / "IM0001"
+    unnamed.write_bytes((tmp_path / "view.dcm").read_bytes())
+    assert torch.equal(processor(images=[str(unnamed)])["pixel_values"], expected)
+    assert torch.equal(processor(images=[unnamed])["pixel_values"], expected)
+    assert torch.equal(processor(images=[pydicom.dcmread(path)])["pixel_values"], expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pixels": None}, "the DICOM file has no pixels, expected a radiograph"),
+        ({"pixels": ramp(0, 9).repeat(3, 0).reshape(3, 48, 40), "NumberOfFrames": 3}, "3 frames, expected one radio"),
+        ({"pixels": ramp(0, 9), "Rows": 480}, "pixels cannot be decoded"),
+        ({"pixels": ramp(0, 9), "WindowCenter": 5, "WindowWidth": 0}, "pixels cannot be decoded"),
+        ({"pixels": ramp(0, 9)[:4]}, "40x4 pixels, expected at least 16 a side"),
+    ],
+)
+def test_dicom_that_is_no_radiograph_is_named(dicom, fields, message):
+    path = dicom(**fields)
+    with pytest.raises(ValueError) as error:
+        read_view(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_dicom_larger_than_allowed_is_refused(dicom):
+    path = dicom(ramp(0, 9))
+    with pytest.raises(ValueError, match=r"view\.dcm: 40x48 pixels, expected at most 1000"):
+        read_view(path, max_pixels=1000)
+
+
+def test_text_named_dcm_is_refused(tmp_path):
+    path = tmp_path / "note.dcm"
+    path.write_text("This is a note about a patient, and no radiograph at all. " * 9)
+    with pytest.raises(ValueError, match=r"note\.dcm: .*DICOM"):
+        read_view(path)
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def png_header(width, height):
+    """A PNG that says it is `width` x `height` and holds a hundred bytes."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    )
+
+
+def encoded(image_format, shape=(64, 64)):
+    data = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)).save(data, image_format)
+    return data.getvalue()
+
+
+BAD_FILES = {
+    "empty.png": (b"", "the file is empty, expected an image"),
+    "empty.dcm": (b"", "the file is empty, expected an image"),
+    "text.png": (b"The heart is normal in size.\n" * 20, "not an image, expected PNG, JPEG"),
+    "half.png": (encoded("PNG")[:2000], "the image is damaged"),
+    "half.jpg": (encoded("JPEG")[:2000], "the image is damaged"),
+    "header.jpg": (encoded("JPEG")[:100], "the image is damaged"),
+    "header.png": (encoded("PNG")[:20], "the image is damaged"),
+    "one.png": (encoded("PNG", (1, 1)), "1x1 pixels, expected at least 16 a side"),
+    "thin.png": (encoded("PNG", (64, 15)), "15x64 pixels, expected at least 16 a side"),
+    "bomb.png": (png_header(100_000, 100_000), "expected at most 64000000 pixels"),
+    "small bomb.png": (png_header(12_000, 12_000), "12000x12000 pixels, expected at most 64000000"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_files_that_are_no_radiographs_are_named_in_one_line(processor, tmp_path, name):
+    data, message = BAD_FILES[name]
+    path = tmp_path / name
+    path.write_bytes(data)
+    with pytest.raises(ValueError) as error:
+        processor(images=[str(path)])
+    assert str(error.value).startswith(f"{path}: ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    if data:
+        with pytest.raises(ValueError, match=message):
+            read_view(data)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of what it finds in the TIFF
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "TIFF", "WEBP", "BMP"])
+def test_no_truncation_raises_anything_else(image_format):
+    data = encoded(image_format)
+    for length in [*range(1, 120, 7), *range(120, len(data) - 1, len(data) // 20)]:
+        try:
+            read_view(data[:length])  # some decoders are content with less
+        except ValueError as error:
+            assert str(error).startswith("image: "), length
+
+
+def test_missing_files_and_folders_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere\.png: cannot be read \(No such file or directory\)"):
+        read_view(tmp_path / "nowhere.png")
+    with pytest.raises(ValueError, match=r"cannot be read \(Is a directory\)"):
+        read_view(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("view", "message"),
+    [
+        (np.full((32, 32), np.nan), "array: the array holds NaN or infinite values, expected finite numbers"),
+        (torch.full((3, 32, 32), torch.inf), "array: the array holds NaN or infinite values"),
+        (np.zeros((2, 2, 32, 32)), r"array: shape \(2, 2, 32, 32\), expected \(height, width\)"),
+        (np.zeros((32, 32, 2)), r"array: shape \(32, 32, 2\)"),
+        (np.zeros((0, 32)), r"array: shape \(0, 32\)"),
+        (np.zeros((1, 1)), r"array: 1x1 pixels, expected at least 16 a side"),
+        (np.zeros((32, 32), complex), "array: values of type complex128, expected numbers"),
+        (Image.new("L", (8, 64)), "image: 8x64 pixels, expected at least 16 a side"),
+        (None, "a view is a NoneType: expected a path, URL, PIL image, array or DICOM dataset"),
+        (7, "a view is a int: expected a path"),
+        ({"image": "a.png"}, "a view is a dict: expected a path"),
+    ],
+)
+def test_views_that_cannot_be_are_named(processor, view, message):
+    with pytest.raises(ValueError, match=message):
+        processor(images=[view])
+
+
+@pytest.mark.parametrize("images", [None, [], ()])
+def test_no_image_is_refused(processor, images):
+    with pytest.raises(ValueError, match="no image: a report is only written from at least one view"):
+        processor(images=images, text="<image> Describe it.")
+
+
+def test_a_study_without_views_is_named(processor, views):
+    with pytest.raises(ValueError, match="no image: study 1 has no view"):
+        processor(images=[views[0], []])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"report": ["a", "b", "c"]}, "report has 3 entries for 2 studies: expected one each"),
+        ({"report": "a"}, "report has 1 entries for 2 studies"),
+        ({"report": ["a <image>", "b"]}, "report holds '<image>'"),
+        ({"report": ["a", None]}, "report is given for some studies and not for others"),
+        ({"report": [None, "a"]}, "report is given for some studies and not for others"),
+        ({"indication": ["cough"]}, "indication has 1 entries for 2 studies"),
+        ({"indication": ["<finding_text>", None]}, "indication holds '<finding_text>'"),
+        ({"text": ["a"]}, "text has 1 prompts for 2 studies: expected one each"),
+        ({"text": ["a", "b"], "indication": ["c", "d"]}, "text and indication were both given"),
+        ({"text": ["<image> <image>", "b"]}, "a prompt has 2 <image> for 1 views: expected 1 or 1"),
+        ({"finding_states": {"heart": "positive"}}, "unknown finding 'heart': expected one of"),
+        ({"finding_states": {"edema": "present"}}, "unknown finding state 'present'"),
+        ({"finding_states": [{"edema": 1}]}, r"finding_states has shape \(1, 14\): expected \(2, 14\)"),
+        ({"finding_states": [[0] * 13] * 2}, r"finding_states has shape \(2, 13\): expected \(2, 14\)"),
+        ({"finding_states": [[4] * 14] * 2}, r"finding_states has \[4\]: expected ids 0 to 3, or -1 to predict"),
+        ({"finding_states": [[-2] * 14] * 2}, r"finding_states has \[-2\]"),
+        ({"finding_states": [[0.5] * 14] * 2}, r"finding_states has \[0.5\]"),
+        ({"findings": {"edema": 1}}, "unknown argument 'findings'"),
+        ({"videos": ["a.mp4"]}, "videos and audio were given"),
+        ({"return_tensors": "np"}, "return_tensors='np': expected 'pt'"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(processor, views, arguments, message):
+    with pytest.raises(ValueError, match=message) as error:
+        processor(images=views[:2], **arguments)
+    assert "\n" not in str(error.value)
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("view_fusion", ["mean", "concat"])
+@pytest.mark.parametrize(
+    ("fields", "findings", "finding_texts"),
+    [
+        ({"finding_text": "mentioned"}, 14, 1),
+        ({"finding_text": "all"}, 14, 1),
+        ({"finding_text": "none"}, 14, 0),
+        ({"fiot": False}, 0, 1),
+        ({"fiot": False, "finding_text": "none"}, 0, 0),
+        ({"dle": False, "fiot": False}, 0, 0),
+    ],
+)
+def test_prompts_hold_the_placeholders_of_their_study(
+    build_config, processor, views, view_fusion, fields, findings, finding_texts
+):
+    processor, config = processor_with(build_config, processor, view_fusion=view_fusion, **fields)
+    inputs = processor(images=[views[0], views[1:4]])
+    three = 3 if view_fusion == "concat" else 1
+    assert count(processor, inputs["input_ids"][0]) == (4, findings, finding_texts)
+    assert count(processor, inputs["input_ids"][1]) == (4 * three, findings, finding_texts)
+    # The configuration's own prompt is the one of a single view.
+    assert config.prompt_token_ids == inputs["input_ids"][0][inputs["attention_mask"][0].bool()].tolist()
+
+
+def test_the_plain_prompt_is_the_papers(processor, views):
+    inputs = processor(images=views[0])
+    assert text_of(processor, inputs) == f"<s>\n{DEFAULT_PROMPT}\n"
+    # image tokens, label tokens, label text, instruction, as in the paper
+    ids = inputs["input_ids"][0].tolist()
+    markers = [processor.tokenizer.convert_tokens_to_ids(marker) for marker in MARKERS]
+    assert [token for token in ids if token in markers] == [markers[0]] * 4 + [markers[1]] * 14 + [markers[2]]
+
+
+def test_an_indication_stands_before_the_instruction(processor, views):
+    inputs = processor(images=views[:2], indication=["  cough and fever ", None])
+    assert text_of(processor, inputs, 0) == f"<s>\nIndication: cough and fever\n{DEFAULT_PROMPT}\n"
+    assert text_of(processor, inputs, 1) == f"<s>\n{DEFAULT_PROMPT}\n"
+    assert text_of(processor, processor(images=views[0], indication="pain")).startswith("<s>\nIndication: pain\n")
+
+
+CHAT = (
+    "{% if messages[0]['role'] != 'system' %}[system]I am a helpful bot.{% endif %}"
+    "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+CHAT_WITHOUT_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "system"), [(CHAT, "[system]"), (CHAT_WITHOUT_SYSTEM, "")], ids=["system", "no system"]
+)
+def test_the_llms_chat_template_is_used_with_an_empty_system_turn(build_config, processor, views, template, system):
+    processor, _ = processor_with(build_config, processor, template)
+    inputs = processor(images=[views[:2]])
+    assert text_of(processor, inputs) == f"{system}[user]\n{DEFAULT_PROMPT}[assistant]"
+    assert count(processor, inputs["input_ids"][0]) == (4, 14, 1)
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Edema?"}]},
+    ]
+    if system:
+        text = processor.apply_chat_template(messages, tokenize=False)
+        assert text == "[system]Be brief.[user]<image>Edema?"
+
+
+def test_texts_replace_the_prompt(processor, views):
+    inputs = processor(images=[views[:2], views[2]], text=["Is <image> normal?", "Describe it."])
+    assert text_of(processor, inputs, 0) == "Is  normal?"
+    assert text_of(processor, inputs, 1) == "\nDescribe it."
+    assert [count(processor, ids) for ids in inputs["input_ids"]] == [(4, 14, 1)] * 2
+    each = processor(images=[views[:2]], text="Frontal: <image> Lateral: <image>")
+    assert count(processor, each["input_ids"][0]) == (4, 14, 1)
+
+
+def test_a_flat_list_of_images_goes_to_the_conversations_that_name_them(processor, views):
+    inputs = processor(images=views[:3], text=["<image><image> Describe.", "<image> Describe."])
+    assert inputs["view_mask"].tolist() == [[True, True], [True, False]]
+    assert torch.equal(inputs["pixel_values"][1, 0], processor(images=views[2])["pixel_values"][0, 0])
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_padded_left_and_reports_right(processor, views, reports):
+    prompts = processor(images=views[:2], indication=["a long history of cough, and fever since Monday", None])
+    assert "labels" not in prompts
+    assert prompts["attention_mask"][0].all()
+    assert prompts["attention_mask"][1].tolist() == sorted(prompts["attention_mask"][1].tolist())
+    assert not prompts["attention_mask"][1, 0]
+
+    training = processor(images=views[:2], report=[reports[0], reports[3]])
+    lengths = training["attention_mask"].sum(dim=1)
+    assert lengths[0] > lengths[1]
+    assert training["attention_mask"][1].tolist() == sorted(training["attention_mask"][1].tolist(), reverse=True)
+    assert (training["input_ids"][1, lengths[1] :] == processor.tokenizer.pad_token_id).all()
+
+
+def test_labels_are_the_report_and_the_end_of_text(processor, views, reports):
+    training = processor(images=views[:2], report=reports[:2])
+    prompt = processor(images=views[0])["input_ids"][0]
+    for row, report in enumerate(reports[:2]):
+        ids, labels = training["input_ids"][row], training["labels"][row]
+        learned = labels != -100
+        assert torch.equal(ids[: len(prompt)], prompt)
+        assert not learned[: len(prompt)].any()
+        assert torch.equal(ids[learned], labels[learned])
+        assert labels[learned][-1] == processor.tokenizer.eos_token_id
+        assert processor.decode(labels[learned][:-1]) == report
+        assert not learned[~training["attention_mask"][row].bool()].any()
+    assert processor.batch_decode(training["labels"][:1, len(prompt) :].clamp(min=0), skip_special_tokens=True) == [
+        reports[0]
+    ]
+
+
+def test_the_end_of_text_is_learned_where_it_is_also_the_padding(build_config, processor, views, reports):
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    processor = OTDRGProcessor.from_config(build_config(), tokenizer)
+    training = processor(images=views[:2], report=[reports[0], reports[3]])
+    eos = tokenizer.eos_token_id
+    for row in range(2):
+        last = int(training["attention_mask"][row].sum()) - 1
+        assert training["labels"][row, last] == training["input_ids"][row, last] == eos
+        assert (training["labels"][row, last + 1 :] == -100).all()
+    assert training["attention_mask"][1, -1] == 0
+    assert training["input_ids"][1, -1] == eos
+
+
+def test_a_tokenizer_without_padding_does(build_config, processor, views, reports):
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.pad_token = None
+    processor = OTDRGProcessor.from_config(build_config(), tokenizer)
+    training = processor(images=views[:2], report=[reports[0], reports[3]])
+    assert training["attention_mask"][1, -1] == 0
+    assert (training["labels"][:, -1] == torch.tensor([tokenizer.eos_token_id, -100])).all()
+
+
+def test_reports_are_cut_to_a_number_of_tokens(processor, views, reports):
+    training = processor(images=views[:2], report=[reports[0], ""], max_report_tokens=5)
+    assert (training["labels"] != -100).sum(dim=1).tolist() == [6, 1]
+    assert training["labels"][1].max() == processor.tokenizer.eos_token_id
+
+
+def test_states_are_given_by_name_or_id(processor, views):
+    by_name = processor(images=views[:2], finding_states={"Edema": "positive", "pleural_effusion": "uncertain"})
+    expected = torch.full((2, 14), -1)
+    expected[:, FINDINGS.index("edema")] = 1
+    expected[:, FINDINGS.index("pleural_effusion")] = 3
+    assert torch.equal(by_name["finding_states"], expected)
+    each = processor(images=views[:2], finding_states=[{"edema": 2}, {}])["finding_states"]
+    assert each[0, FINDINGS.index("edema")] == 2
+    assert (each[1] == -1).all()
+    ids = processor(images=views[:2], finding_states=np.tile(np.arange(14) % 2, (2, 1)))["finding_states"]
+    assert ids.dtype == torch.int64
+    assert ids.tolist() == [[0, 1] * 7] * 2
+    assert processor.named_states(ids[0])["cardiomegaly"] == "positive"
+
+
+def test_a_tokenizer_without_placeholders_is_refused(processor):
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.get_added_vocab = dict
+    with pytest.raises(ValueError, match="the tokenizer has no '<image>'"):
+        OTDRGProcessor(processor.image_processor, tokenizer)
+
+
+# --- saving ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", [None, CHAT], ids=["plain", "chat"])
+@pytest.mark.parametrize("auto", [OTDRGProcessor, AutoProcessor])
+def test_saving_and_loading_keeps_everything(build_config, processor, views, reports, tmp_path, template, auto):
+    fields = {"view_fusion": "concat", "finding_text": "all", "fiot": False, "prompt": "Write the report."}
+    original, config = processor_with(build_config, processor, template, **fields)
+    original.max_image_pixels = 5000
+    original.save_pretrained(tmp_path)
+    config.save_pretrained(tmp_path)
+    reloaded = auto.from_pretrained(tmp_path)
+    assert isinstance(reloaded, OTDRGProcessor)
+    for name in (*fields, "dle", "image_tokens", "max_image_pixels", "image_token", "image_token_id"):
+        assert getattr(reloaded, name) == getattr(original, name), name
+    arguments = {"images": [views[:2], views[2]], "indication": ["cough", None], "report": reports[:2]}
+    before, after = original(**arguments), reloaded(**arguments)
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert torch.equal(value, after[name]), name
+    assert original.default_prompt() == reloaded.default_prompt()

@@ -1,0 +1,216 @@
+"""The saved folder on its own: `otdrg` not importable, an empty cache, another working directory."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from transformers import ProcessorMixin
+
+LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
+FEW = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+
+# Makes packages look as if they were not installed, before anything is imported.
+HIDE = """
+import sys
+
+class Hidden:
+    def __init__(self, finder, names):
+        self.finder, self.names = finder, names
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.names:
+            return None
+        return self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+def hide(*names):
+    sys.meta_path[:] = [Hidden(finder, names) for finder in sys.meta_path]
+    for name in names:
+        try:
+            __import__(name)
+        except ModuleNotFoundError:
+            continue
+        raise SystemExit(f"{name} can still be imported")
+"""
+
+EVERY_DOOR = (
+    HIDE
+    + """
+hide("otdrg")
+import json
+import torch
+from transformers import (
+    AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline, logging
+)
+
+logging.set_verbosity_error()
+folder, second, image, few = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
+trust = {"trust_remote_code": True}
+
+def doors(folder):
+    found = {}
+    config = AutoConfig.from_pretrained(folder, **trust)
+    model = AutoModel.from_pretrained(folder, **trust)
+    other = AutoModelForImageTextToText.from_pretrained(folder, **trust)
+    processor = AutoProcessor.from_pretrained(folder, **trust)
+    found["types"] = [type(x).__name__ for x in (config, model, other, processor)]
+    found["modules"] = [type(x).__module__.partition(".")[0] for x in (config, model, other, processor)]
+    inputs = processor(images=[[image, image], image])
+    found["logits"] = model(**inputs).logits.double().sum().item()
+    found["ids"] = model.generate(**inputs, **few).tolist()
+    found["same"] = found["ids"] == other.generate(**inputs, **few).tolist()
+
+    pipe = pipeline("image-to-text", model=folder, **trust)
+    found["image-to-text"] = pipe([[image, image], image], batch_size=2, **few)
+    found["shape"] = list(pipe(image, return_heatmaps=True, **few)[0]["heatmaps"]["edema"].shape)
+
+    built_in = pipeline("image-text-to-text", model=folder, **trust)
+    message = {"role": "user", "content": [
+        {"type": "image", "image": image}, {"type": "text", "text": "Describe it."}
+    ]}
+    chat = built_in(text=[message], generate_kwargs=few, return_full_text=False)
+    found["chat"] = chat[0]["generated_text"]
+    chats = built_in(text=[[message], [message]], generate_kwargs=few, return_full_text=False)
+    found["chats"] = [answer[0]["generated_text"] for answer in chats]
+    texts = built_in(images=image, text="<image> Describe it.", generate_kwargs=few, return_full_text=False)
+    found["texts"] = texts[0]["generated_text"]
+    try:
+        built_in(text="Describe it.", generate_kwargs=few)
+        found["no image"] = "not refused"
+    except ValueError as error:
+        found["no image"] = str(error)
+    return found, model, processor
+
+first, model, processor = doors(folder)
+model.save_pretrained(second)
+processor.save_pretrained(second)
+again, _, _ = doors(second)
+print(json.dumps([first, again]))
+"""
+)
+
+WITHOUT_PEFT = (
+    HIDE
+    + """
+hide("otdrg", "peft")
+import json
+from transformers import AutoModel, pipeline, logging
+
+logging.set_verbosity_error()
+merged, adapted, image, few = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
+pipe = pipeline("image-to-text", model=merged, trust_remote_code=True)
+found = {"written": pipe(image, **few)[0]["generated_text"]}
+try:
+    AutoModel.from_pretrained(adapted, trust_remote_code=True)
+    found["adapted"] = "loaded"
+except ImportError as error:
+    found["adapted"] = str(error)
+print(json.dumps(found))
+"""
+)
+
+
+@pytest.fixture
+def image(views, tmp_path):
+    Image.fromarray(views[0]).save(tmp_path / "view.png")
+    return str(tmp_path / "view.png")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs a script in a folder of its own with an empty cache; the JSON it prints last."""
+
+    def run(script, *arguments):
+        elsewhere, cache = tmp_path / "elsewhere", tmp_path / "cache"
+        elsewhere.mkdir(), cache.mkdir()
+        (elsewhere / "script.py").write_text(script)
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTHON"))}
+        environment |= {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [sys.executable, "script.py", *map(str, arguments), json.dumps(FEW)],
+            cwd=elsewhere,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+def lora_model(build_model):
+    model, processor = build_model(lora=LORA)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model, processor
+
+
+def test_every_door_opens_from_the_saved_folder_and_after_saving_it_again(build_model, image, run, tmp_path):
+    model, processor = lora_model(build_model)
+    first, second = tmp_path / "first", tmp_path / "second"
+    model.save_pretrained(first)
+    processor.save_pretrained(first)
+    inputs = processor(images=[[image, image], image])
+    with torch.no_grad():
+        logits = model(**inputs).logits.double().sum().item()
+    ids = model.generate(**inputs, **FEW)
+
+    once, again = run(EVERY_DOOR, first, second, image)
+    assert once["types"] == ["OTDRGConfig", *["OTDRGForReportGeneration"] * 2, "OTDRGProcessor"]
+    assert set(once["modules"]) == {"transformers_modules"}
+    assert once["logits"] == pytest.approx(logits, abs=1e-3)
+    assert once["ids"] == ids.tolist()
+    assert once["same"]
+    reports = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert [records[0]["generated_text"] for records in once["image-to-text"]] == [text.strip() for text in reports]
+    assert once["shape"] == [1, 2, 2]
+
+    def answer(text):
+        asked = processor(images=[image], text=text)
+        written = model.generate(**asked, **FEW)[0, asked["input_ids"].shape[1] :]
+        return processor.decode(written, skip_special_tokens=True)
+
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe it."}]}]
+    templated = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert once["chat"] == answer(templated)
+    assert once["chats"] == [once["chat"]] * 2
+    assert once["texts"] == answer("<image> Describe it.")
+    assert "no image" in once["no image"]
+
+    assert again == once
+    names = {path.name for path in first.iterdir()}
+    assert {path.name for path in second.iterdir()} == names
+    assert "processor_config.json" in names
+    for name in names:
+        if name.endswith(".py"):
+            assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+def test_a_merged_model_needs_no_peft(build_model, image, run, tmp_path):
+    model, processor = lora_model(build_model)
+    adapted, merged = tmp_path / "adapted", tmp_path / "merged"
+    model.save_pretrained(adapted)
+    processor.save_pretrained(adapted)
+    inputs = processor(images=[image])
+    before = model.generate(**inputs, **FEW)
+    model.merge_lora()
+    model.save_pretrained(merged)
+    processor.save_pretrained(merged)
+    assert torch.equal(model.generate(**inputs, **FEW), before)
+    found = run(WITHOUT_PEFT, merged, adapted, image)
+    report = processor.decode(before[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert found["written"] == report.strip()
+    assert found["adapted"] == "OTDRGConfig.lora is set: LoRA needs peft (pip install peft)"
+
+
+def test_the_processor_is_one_of_transformers(processor):
+    assert isinstance(processor, ProcessorMixin)

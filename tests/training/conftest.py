@@ -1,0 +1,67 @@
+import pytest
+import yaml
+
+TINY_RECIPE = {
+    "studies": {
+        "source": "phantom",
+        "options": {"train": 16, "validation": 5, "test": 0, "image_size": 112, "views": ["frontal"]},
+    },
+    "model": {
+        "vocab_size": 400,
+        "overrides": {
+            "image_tokens": 9,
+            "ot_epsilon": 0.05,
+            "vision_config": {
+                "model_args": {
+                    "img_size": 112,
+                    "patch_size": 8,
+                    "embed_dim": 8,
+                    "depths": [1, 1],
+                    "num_heads": [1, 2],
+                    "window_size": 7,
+                }
+            },
+            # Wide initial weights and a head of its own, so that what an untrained LLM writes depends on its prompt.
+            "text_config": {
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 1,
+                "initializer_range": 0.3,
+                "tie_word_embeddings": False,
+            },
+            "lora": {"r": 2, "lora_alpha": 2, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]},
+        },
+    },
+    "predictor": {"max_steps": 2, "batch_size": 4, "learning_rate": 1e-3, "logging_steps": 1},
+    "report": {
+        "max_steps": 4,
+        "batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "save_total_limit": None,
+        "ot_weight_warmup": 0.5,
+        "ot_epsilon_start": 0.2,
+        "generation": {"num_beams": 1, "max_new_tokens": 12},
+        "evaluation": {"split": "none"},
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tmp_path_factory):
+    """Path of a recipe that runs both stages in about a second."""
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    run = {"output_dir": str(path.parent / "run"), **TINY_RECIPE}
+    path.write_text(yaml.safe_dump(run), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained_run(tiny_recipe):
+    """Folder of a finished run of `tiny_recipe`."""
+    from otdrg.train_hf import main
+
+    assert main([str(tiny_recipe)]) == 0
+    return tiny_recipe.parent / "run"

@@ -1,0 +1,127 @@
+import csv
+
+import numpy as np
+import pytest
+import torch
+from otdrg.configuration_otdrg import FINDINGS
+from otdrg.modeling_otdrg import OTDRGForReportGeneration
+from otdrg.processing_otdrg import OTDRGProcessor
+from otdrg.studies import load_studies
+from otdrg.training.collation import FindingCollator, PromptCollator, ReportCollator
+from otdrg.training.evaluation import derangement, evaluate_model, format_table, generate_reports, write_predictions
+
+GENERATION = {"num_beams": 1, "max_new_tokens": 10}
+
+
+@pytest.fixture(scope="module")
+def processor(trained_run):
+    return OTDRGProcessor.from_pretrained(trained_run / "model")
+
+
+@pytest.fixture(scope="module")
+def model(trained_run, processor):
+    model = OTDRGForReportGeneration.from_pretrained(trained_run / "model")
+    model.generation_config.suppress_tokens = processor.tokenizer.all_special_ids
+    return model
+
+
+@pytest.fixture(scope="module")
+def studies():
+    return load_studies("phantom", train=0, validation=6, test=0, image_size=112, views=["frontal"])["validation"]
+
+
+def altered(studies):
+    """The same images with other reports and other true states."""
+
+    def alter(study):
+        states = [(state + 1) % 4 for state in study["finding_states"]]
+        return {**study, "report": "something else altogether .", "findings": "x", "finding_states": states}
+
+    return studies.map(alter, load_from_cache_file=False)
+
+
+def test_truth_does_not_reach_what_is_generated(model, processor, studies):
+    before, after = (generate_reports(model, processor, rows, 4, GENERATION) for rows in (studies, altered(studies)))
+    assert before.reports == after.reports
+    assert (before.finding_states == after.finding_states).all()
+
+
+def test_truth_does_not_reach_evaluation_batches(processor, studies):
+    rows, others = list(studies), list(altered(studies))
+    for key, value in PromptCollator(processor)(rows).items():
+        assert torch.equal(value, PromptCollator(processor)(others)[key])
+    batch, other = (ReportCollator(processor, training=False)(some) for some in (rows, others))
+    assert "finding_states" not in batch and "finding_labels" not in batch
+    assert torch.equal(batch["pixel_values"], other["pixel_values"])
+    # The true states alone: teacher forcing does read the report.
+    only_states = [{**row, "finding_states": other["finding_states"]} for row, other in zip(rows, others, strict=True)]
+    for key, value in ReportCollator(processor, training=False)(only_states).items():
+        assert torch.equal(value, batch[key])
+
+
+def test_training_batches_hold_the_truth(processor, studies):
+    rows = list(studies)
+    truth = torch.tensor([row["finding_states"] for row in rows])
+    batch = ReportCollator(processor, training=True, max_report_tokens=5)(rows)
+    assert torch.equal(batch["finding_states"], truth) and "finding_labels" not in batch
+    assert (batch["labels"] != -100).sum(dim=1).max() <= 6, "five tokens and the end of text"
+    batch = ReportCollator(processor, training=True, supervise_predictor=True)(rows)
+    assert torch.equal(batch["finding_labels"], truth)
+    assert torch.equal(FindingCollator(processor)(rows)["finding_labels"], truth)
+
+
+def test_given_states_change_the_report(model, processor, studies):
+    rows = len(studies)
+    states = [np.full((rows, len(FINDINGS)), state) for state in (1, 2)]
+    positive, negative = (generate_reports(model, processor, studies, 4, GENERATION, given) for given in states)
+    assert (positive.finding_states == 1).all() and (negative.finding_states == 2).all()
+    assert positive.reports != negative.reports
+    predicted = generate_reports(model, processor, studies, 4, GENERATION)
+    as_predicted = generate_reports(model, processor, studies, 4, GENERATION, np.full((rows, len(FINDINGS)), -1))
+    assert as_predicted.reports == predicted.reports
+    with pytest.raises(ValueError, match=r"finding_states has shape \(1, 14\): expected \(6, 14\)"):
+        generate_reports(model, processor, studies, 4, GENERATION, states[0][:1])
+
+
+def test_a_batch_writes_what_single_studies_get(model, processor, studies):
+    batched, single = (generate_reports(model, processor, studies, size, GENERATION) for size in (4, 1))
+    assert batched.reports == single.reports
+
+
+def test_shuffling_moves_every_image():
+    for count in (2, 3, 50):
+        order = derangement(count, seed=1)
+        assert sorted(order) == list(range(count))
+        assert (order != np.arange(count)).all()
+    assert (derangement(50, 1) == derangement(50, 1)).all() and (derangement(50, 1) != derangement(50, 2)).any()
+    with pytest.raises(ValueError, match="at least 2 studies"):
+        derangement(1, seed=0)
+
+
+def test_the_table_holds_model_and_controls(model, processor, studies, tmp_path):
+    metrics = ["bleu_4", "rouge_l", "cider"]
+    training = load_studies("phantom", train=10, validation=0, test=0, image_size=32, views=["frontal"])["train"][
+        "report"
+    ]
+    evaluation = evaluate_model(model, processor, studies, training, 4, GENERATION, metrics=metrics)
+    lines = format_table(evaluation).splitlines()
+    assert lines[0] == "|  | BLEU-4 | ROUGE-L | CIDEr | macro-F1 (13) |"
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:6]] == [
+        "model",
+        "images shuffled across studies",
+        "best constant report",
+        "true states given",
+    ]
+    assert lines[-1].startswith("6 studies; ") and lines[-1].endswith("by the labeler rules")
+    order = derangement(6, seed=0)
+    assert evaluation.rows["shuffled"].reports == [evaluation.rows["model"].reports[other] for other in order]
+    assert set(evaluation.constants["bleu_4"][0]) and evaluation.constants["bleu_4"][0] in training
+    scores = evaluation.scores()
+    assert scores["rows"]["model"]["micro_f1_14_uncertain_positive"] >= 0 and scores["labeler"] == "rules"
+
+    write_predictions(evaluation, tmp_path / "predictions.csv")
+    with (tmp_path / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["id"] for row in rows] == studies["id"]
+    assert [row["report"] for row in rows] == evaluation.rows["model"].reports
+    assert {"reference", "bleu_4", "predicted edema", "report, true states given"} <= rows[0].keys()

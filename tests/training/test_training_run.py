@@ -1,0 +1,141 @@
+import json
+import shutil
+
+import pytest
+import torch
+from otdrg.modeling_otdrg import OTDRGForReportGeneration
+from otdrg.processing_otdrg import OTDRGProcessor
+from otdrg.train_hf import main
+from otdrg.training.recipe import load_recipe
+from safetensors.torch import load_file
+
+FIGURES = {"report_loss", "ot_loss", "ot_marginal_error", "plan_entropy", "epsilon_to_cost", "label_spread"}
+
+
+def results(run):
+    return json.loads((run / "results.json").read_text(encoding="utf-8"))
+
+
+def training_lines(stage_results):
+    return {line["step"]: line for line in stage_results["log_history"] if "loss" in line}
+
+
+@pytest.fixture
+def copied_run(trained_run, tmp_path):
+    """A copy of the finished run, to be broken."""
+    return shutil.copytree(trained_run, tmp_path / "run")
+
+
+def test_both_stages_leave_their_folders(trained_run):
+    assert {path.name for path in trained_run.iterdir()} == {
+        "predictor",
+        "report",
+        "model",
+        "recipe.yaml",
+        "results.json",
+    }
+    assert (trained_run / "report" / "checkpoint-4" / "trainer_state.json").is_file()
+    assert results(trained_run)["report"]["steps"] == 4
+    assert len(results(trained_run)["predictor"]["validation"]["findings"]) == 14
+    assert load_recipe(trained_run / "recipe.yaml").report.max_steps == 4
+
+
+def test_every_log_line_holds_the_transports_figures(trained_run):
+    lines = training_lines(results(trained_run)["report"])
+    assert sorted(lines) == [1, 2, 3, 4]
+    for line in lines.values():
+        assert line.keys() >= FIGURES
+        assert line["loss"] == pytest.approx(line["report_loss"] + line["ot_weight"] * line["ot_loss"], rel=1e-4)
+    assert [lines[step]["ot_weight"] for step in (1, 2, 3, 4)] == pytest.approx([0, 0.05, 0.1, 0.1])
+    assert [lines[step]["ot_epsilon"] for step in (1, 2, 3, 4)] == pytest.approx([0.2, 0.1, 0.05, 0.05])
+    (evaluation,) = [line for line in results(trained_run)["report"]["log_history"] if "eval_loss" in line]
+    assert evaluation["eval_report_loss"] > 0
+
+
+def test_what_is_published_is_whole_and_has_no_adapters(trained_run):
+    model = OTDRGForReportGeneration.from_pretrained(trained_run / "model")
+    OTDRGProcessor.from_pretrained(trained_run / "model")
+    assert model.config.lora is None and not model.has_lora
+    assert (model.generation_config.num_beams, model.generation_config.max_new_tokens) == (1, 12)
+    assert model.config.ot_epsilon == 0.05
+
+
+def test_what_is_frozen_stays_as_it_was(trained_run):
+    before = load_file(trained_run / "predictor" / "model.safetensors")
+    after = load_file(trained_run / "model" / "model.safetensors")
+    for name, weight in before.items():
+        changed = not torch.equal(weight, after[name])
+        adapted = name.startswith("language_model.") and ("q_proj" in name or "v_proj" in name)
+        assert changed == (adapted or name.startswith(("image_projector.", "label_projector."))), name
+
+
+def test_a_stage_reruns_from_the_folder_before(tiny_recipe, copied_run):
+    first = training_lines(results(copied_run)["report"])
+    assert main([str(tiny_recipe), f"output_dir={copied_run}", "stages=[report]"]) == 0
+    again = training_lines(results(copied_run)["report"])
+    assert [line["loss"] for line in again.values()] == pytest.approx([line["loss"] for line in first.values()])
+    assert "validation" in results(copied_run)["predictor"]
+
+
+def test_resume_gives_what_an_unbroken_run_gives(tiny_recipe, trained_run, copied_run):
+    # Killed while writing checkpoint-4: Trainer writes its state last.
+    (copied_run / "report" / "finished.json").unlink()
+    (copied_run / "report" / "checkpoint-4" / "trainer_state.json").unlink()
+    weights = copied_run / "report" / "checkpoint-4" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    shutil.rmtree(copied_run / "model")
+    predictor = (copied_run / "predictor" / "model.safetensors").stat().st_mtime_ns
+
+    assert main([str(tiny_recipe), f"output_dir={copied_run}", "--resume"]) == 0
+    assert (copied_run / "predictor" / "model.safetensors").stat().st_mtime_ns == predictor
+    unbroken, resumed = (training_lines(results(run)["report"]) for run in (trained_run, copied_run))
+    for step in (3, 4):
+        assert resumed[step]["loss"] == pytest.approx(unbroken[step]["loss"], abs=1e-5)
+    one, other = (load_file(run / "model" / "model.safetensors") for run in (trained_run, copied_run))
+    assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
+
+
+def test_an_unfinished_stage_is_not_run_over(tiny_recipe, copied_run, capsys):
+    (copied_run / "report" / "finished.json").unlink()
+    arguments = [str(tiny_recipe), f"output_dir={copied_run}", "stages=[report]"]
+    assert main(arguments) == 1
+    assert "checkpoint-4: --resume goes on from there, --overwrite starts it anew" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite", "report.max_steps=2"]) == 0
+    assert [path.name for path in (copied_run / "report").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_recipe, copied_run, capsys):
+    shutil.rmtree(copied_run / "report")
+    folder = copied_run / "predictor"
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "ot_weight": 1e41}), encoding="utf-8")
+    # lambda is 0 in the first step; in the second the loss is beyond float32.
+    overrides = ["stages=[report]", "report.ot_weight_warmup=1.0", "report.save_steps=1"]
+    assert main([str(tiny_recipe), f"output_dir={copied_run}", *overrides]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("train_hf.py: error: step 2 of ") and "the loss is not finite (loss inf" in error
+    checkpoint = copied_run / "report" / "checkpoint-1"
+    assert f"the last good checkpoint is {checkpoint}" in error
+    assert [path.name for path in (copied_run / "report").glob("checkpoint-*")] == ["checkpoint-1"]
+    assert all(weight.isfinite().all() for weight in load_file(checkpoint / "model.safetensors").values())
+
+
+def test_the_report_stage_needs_a_predictor(tiny_recipe, tmp_path, capsys):
+    assert main([str(tiny_recipe), f"output_dir={tmp_path / 'run'}", "stages=[report]"]) == 1
+    assert "stage report needs a trained predictor" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.preset=large", "unknown preset 'large'"),
+        ("model.overrides.ot_epsilonn=1", "unknown OTDRGConfig field 'ot_epsilonn'"),
+        ("model.vision=some/encoder", "model.text is missing"),
+        ("studies.source=nowhere", "unknown source of studies 'nowhere'"),
+        ("studies.limit={test: 3}", "studies.limit names the split test"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(tiny_recipe, tmp_path, override, message, capsys):
+    assert main([str(tiny_recipe), f"output_dir={tmp_path / 'run'}", override]) == 1
+    assert message in capsys.readouterr().err.splitlines()[-1]
