@@ -1,6 +1,6 @@
 """OTDRG: optimal transport-driven radiology report generation. Names are imported when they are first used."""
 
-from importlib import import_module
+from .lazy import lazy_names
 
 __version__ = "0.1.0"
 
@@ -23,12 +23,4 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = ["__version__", *_HOMES]
 
-
-def __getattr__(name: str):
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -95,7 +95,9 @@ def load_pipeline(model: str):
     if path.is_dir():
         path = next((folder for folder in (path / "model", path) if (folder / "config.json").is_file()), None)
         if path is None:
-            raise ValueError(f"{model}: no config.json here or in its folder 'model', expected a trained run or a model")
+            raise ValueError(
+                f"{model}: no config.json here or in its folder 'model', expected a trained run or a model"
+            )
     network = OTDRGForReportGeneration.from_pretrained(path).eval()
     processor = OTDRGProcessor.from_pretrained(path)
     return ReportGenerationPipeline(model=network, processor=processor, task="image-to-text")

@@ -322,6 +322,17 @@ class OTDRGConfig(PreTrainedConfig):
                 field,
                 f"{len(FINDINGS)} x {len(FINDING_STATES)} lists of token ids, none empty",
             )
+        texts = [ids for row in self.finding_text_token_ids or () for ids in row]
+        for field, ids in (
+            ("finding_text_token_ids", [token for text in texts for token in text]),
+            ("prompt_token_ids", self.prompt_token_ids or ()),
+        ):
+            need(
+                all(_is_int(token) and 0 <= token < self.text_config.vocab_size for token in ids),
+                field,
+                f"token ids from 0 to {self.text_config.vocab_size - 1} (the LLM's vocab_size is "
+                f"{self.text_config.vocab_size})",
+            )
 
     def bind_label_tokenizer(self, tokenizer) -> None:
         """Record the ids of the 14 x 4 label texts in the tokenizer of the label encoder's own text encoder."""
@@ -421,7 +432,10 @@ def _tiny() -> dict:
                 "depths": [1, 1, 2],
                 "num_heads": [2, 4, 8],
                 "window_size": 7,
+                "drop_path_rate": 0.0,
             },
+            # At this width the usual 0.02 leaves next to nothing of the signal, and training starts epochs late.
+            "initializer_range": 0.2,
         },
         "text_config": {
             "model_type": "llama",

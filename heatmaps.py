@@ -70,7 +70,9 @@ def draw_heatmaps(
                 interpolation="bilinear",
             )
             if masks and masks.get(name) is not None and np.any(masks[name][row]):
-                axis.contour(masks[name][row], levels=[0.5], colors="lime", linewidths=1.0, extent=extent, origin="upper")
+                axis.contour(
+                    masks[name][row], levels=[0.5], colors="lime", linewidths=1.0, extent=extent, origin="upper"
+                )
             state, probability = findings[name]["state"], findings[name]["probability"]
             axis.set_title(f"{FINDING_DISPLAY_NAMES[name]}\n{state}, p = {probability:.2f}", fontsize=9)
     for axis in axes.flat:

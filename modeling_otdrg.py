@@ -20,8 +20,11 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
 )
+from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import is_peft_available
 
@@ -108,7 +111,7 @@ def sinkhorn(
     """
     if cost.ndim != 3:
         raise ValueError(f"cost has shape {tuple(cost.shape)}: expected (batch, rows, columns)")
-    if epsilon <= 0:
+    if not epsilon > 0:
         raise ValueError(f"epsilon is {epsilon}: expected a number above 0")
     if gradient not in ("envelope", "unroll"):
         raise ValueError(f"gradient is {gradient!r}: expected 'envelope' or 'unroll'")
@@ -186,7 +189,9 @@ def _logsumexp(values: torch.Tensor, dim: int) -> torch.Tensor:
 
 def plan_entropy(plan: torch.Tensor) -> torch.Tensor:
     """Entropy -sum T log T of transport plans (B, M, N), in nats, (B,)."""
-    return torch.special.entr(plan).sum(dim=(1, 2))
+    # entr's derivative is infinite at 0, where masked and underflown entries are
+    entropy = torch.special.entr(plan.clamp(min=torch.finfo(plan.dtype).tiny))
+    return entropy.masked_fill(plan == 0, 0.0).sum(dim=(1, 2))
 
 
 # --- disease label prediction (3.4) ----------------------------------------------------------------------------------
@@ -258,6 +263,12 @@ class OTDRGLabelEncoder(nn.Module):
             self.text_encoder = AutoModel.from_config(config.label_encoder_config)
             self.feature_size = self.text_encoder.config.hidden_size
 
+    def train(self, mode: bool = True) -> OTDRGLabelEncoder:
+        super().train(mode)
+        if self.kind == "text_encoder":
+            self.text_encoder.eval()  # it is frozen: its features are constants, without dropout
+        return self
+
     def forward(self, word_embeddings: nn.Module) -> torch.Tensor:
         """Features (14, 4, D); `word_embeddings` is the LLM's, read as a constant."""
         if self.kind == "table":
@@ -326,6 +337,17 @@ class OTDRGOutput(ModelOutput):
     label_spread: torch.Tensor | None = None
 
 
+class _NoPlaceholders(LogitsProcessor):
+    """Keeps placeholders out of reports, where they would be taken for places of features."""
+
+    def __init__(self, config: OTDRGConfig):
+        ids = (config.image_token_id, config.finding_token_id, config.finding_text_token_id)
+        self.ids = [token for token in ids if token is not None]
+
+    def __call__(self, input_ids, scores):
+        return scores.index_fill(1, torch.tensor(self.ids, device=scores.device), -torch.inf)
+
+
 class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
     r"""
     Reads a study of chest radiographs and writes its report.
@@ -392,6 +414,13 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
         if config.lora is not None and language_model is None:
             # Behind post_init, which would initialise lora_B like any other weight: LoRA starts as the identity.
             self._inject_lora()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, OTDRGFindingPredictor):
+            # As small as other embeddings, the queries would look at every token alike for most of a short training.
+            init.normal_(module.queries.weight)
 
     # -- construction ---------------------------------------------------------------------------------------------
 
@@ -916,6 +945,9 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         prompt, prompt_mask, _ = self.write_finding_text(input_ids, attention_mask, states)
+        kwargs["logits_processor"] = LogitsProcessorList(
+            [*(kwargs.get("logits_processor") or ()), _NoPlaceholders(self.config)]
+        )
         output = super().generate(
             generation_config=generation_config,
             input_ids=prompt,

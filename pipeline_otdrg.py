@@ -147,7 +147,10 @@ class ReportGenerationPipeline(Pipeline):
         }
         records = [{"generated_text": report.strip(), "findings": findings} for report in model_outputs["reports"]]
         if model_outputs["heatmaps"] is not None:
-            heatmaps = {name: model_outputs["heatmaps"][:, row] for row, name in enumerate(FINDINGS)}
+            # Unbatching puts an axis of 1 in front of an array.
+            lift = model_outputs["heatmaps"]
+            lift = lift.reshape(-1, *lift.shape[-3:])
+            heatmaps = {name: lift[:, row] for row, name in enumerate(FINDINGS)}
             records = [{**record, "heatmaps": heatmaps} for record in records]
         return records
 

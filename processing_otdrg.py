@@ -7,6 +7,7 @@ import os
 import urllib.request
 import warnings
 from collections.abc import Sequence
+from http.client import HTTPException
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -327,6 +328,8 @@ class OTDRGProcessor(ProcessorMixin):
             rows.append(ids + target)
             targets.append([-100] * len(ids) + target)
         training = reports[0] is not None
+        if any((report is not None) != training for report in reports):
+            raise ValueError("report is given for some studies and not for others: expected one each, or none")
         # Padding is told by length and never by its id, which for many LLMs is that of the end of text.
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         features = {
@@ -439,7 +442,7 @@ def read_view(view, max_pixels: int = 64_000_000) -> Image.Image:
         image = _from_array(view, name)
     elif hasattr(view, "PhotometricInterpretation"):
         name = "DICOM dataset"
-        image = _from_dicom(view, name)
+        image = _from_dicom(view, name, max_pixels)
     else:
         raise ValueError(f"a view is a {type(view).__name__}: expected a path, URL, PIL image, array or DICOM dataset")
     if min(image.size) < MINIMUM_SIDE:
@@ -454,7 +457,7 @@ def _fetch(name: str) -> bytes:
                 return response.read()
         with open(name, "rb") as file:
             return file.read()
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         reason = getattr(error, "strerror", None) or getattr(error, "reason", None) or error
         raise ValueError(f"{name}: cannot be read ({reason})") from error
 
@@ -463,7 +466,7 @@ def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
     if not data:
         raise ValueError(f"{name}: the file is empty, expected an image")
     if data[128:132] == b"DICM" or name.lower().endswith((".dcm", ".dicom")):
-        return _from_dicom(_dicom_dataset(data, name), name)
+        return _from_dicom(_dicom_dataset(data, name), name, max_pixels)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -474,6 +477,8 @@ def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
         ) from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name}: the image is too large, expected at most {max_pixels} pixels") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{name}: the image is damaged ({error})") from error
     return _decoded(image, name, max_pixels)
 
 
@@ -494,7 +499,10 @@ def _decoded(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
 
 
 def _from_array(array, name: str) -> Image.Image:
-    array = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
+    if isinstance(array, torch.Tensor):
+        array = array.detach().cpu()
+        array = (array.float() if array.dtype == torch.bfloat16 else array).numpy()
+    array = np.asarray(array)
     if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[-1] not in (1, 3, 4):
         array = np.moveaxis(array, 0, -1)
     if array.ndim == 3 and array.shape[-1] == 1:
@@ -528,18 +536,22 @@ def _dicom_dataset(data: bytes, name: str):
         raise ValueError(f"{name}: not a DICOM file that can be read ({error})") from error
 
 
-def _from_dicom(dataset, name: str) -> Image.Image:
+def _from_dicom(dataset, name: str, max_pixels: int) -> Image.Image:
     _, pixels = _pydicom()
     if "PixelData" not in dataset:
         raise ValueError(f"{name}: the DICOM file has no pixels, expected a radiograph")
+    width, height = int(dataset.get("Columns") or 0), int(dataset.get("Rows") or 0)
+    if width * height > max_pixels:
+        raise ValueError(f"{name}: {width}x{height} pixels, expected at most {max_pixels} in all")
     try:
         array = dataset.pixel_array
+        if array.ndim == 2:
+            array = pixels.apply_voi_lut(pixels.apply_modality_lut(array, dataset), dataset).astype(np.float64)
     except Exception as error:  # a decoder that is missing or fails, each with errors of its own
         raise ValueError(f"{name}: the DICOM file's pixels cannot be decoded ({str(error).splitlines()[0]})") from error
     if int(dataset.get("NumberOfFrames") or 1) != 1:
         raise ValueError(f"{name}: {dataset.NumberOfFrames} frames, expected one radiograph")
     if array.ndim == 2:
-        array = pixels.apply_voi_lut(pixels.apply_modality_lut(array, dataset), dataset).astype(np.float64)
         low, high = array.min(), array.max()
         array = (array - low) / max(high - low, 1e-12)
         if dataset.PhotometricInterpretation == "MONOCHROME1":

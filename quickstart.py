@@ -19,7 +19,7 @@ COLUMNS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Show three held-out studies, a heatmap and the table; exit status 1 where the model does not pass its controls."""
+    """Show three held-out studies, a heatmap and the table; exit status 1 where the model fails its controls."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a run of recipes/phantom_tiny.yaml")
     parser.add_argument("--studies", type=int, default=3, help="held-out studies to show (default: 3)")
@@ -32,12 +32,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def show_studies(run: Path, phantom_options: dict, count: int) -> None:
     """Reload the model through `pipeline`, print what it writes of `count` held-out phantoms, draw one heatmap."""
-    from transformers import pipeline
-    from transformers.utils.logging import disable_progress_bar
-
     from otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS
     from otdrg.heatmaps import draw_heatmaps
     from otdrg.studies.phantom import SPLIT_STARTS, make_phantom
+    from transformers import pipeline
+    from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     pipe = pipeline("image-to-text", model=str(run / "model"), trust_remote_code=True, device="cpu")

@@ -7,6 +7,8 @@ of state ids (`FINDING_STATES`), columns in the order of `FINDINGS`. A new one i
 
 from importlib import import_module
 
+from ..lazy import lazy_names
+
 #: name: (module, class)
 _LABELERS = {
     "rules": ("rules", "RulesLabeler"),
@@ -32,11 +34,4 @@ def load_labeler(name: str, **options):
     return getattr(import_module(f".{module}", __name__), cls)(**options)
 
 
-def __getattr__(name: str):
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -1,6 +1,6 @@
 """Metrics of generated reports: fluency, clinical efficacy, baselines. Names are imported when they are first used."""
 
-from importlib import import_module
+from ..lazy import lazy_names
 
 _HOMES = {
     "nlg_scores": "nlg.nlg",
@@ -8,6 +8,7 @@ _HOMES = {
     "clinical_efficacy_scores": "clinical_efficacy.clinical_efficacy",
     "LABEL_SETS": "clinical_efficacy.clinical_efficacy",
     "UNCERTAIN_POLICIES": "clinical_efficacy.clinical_efficacy",
+    "all_positive_report": "baselines",
     "best_constant_report": "baselines",
     "best_constants": "baselines",
     "frequent_reports": "baselines",
@@ -15,12 +16,4 @@ _HOMES = {
 
 __all__ = list(_HOMES)
 
-
-def __getattr__(name: str):
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..configuration_otdrg import FINDINGS, POSITIVE
 from .clinical_efficacy.clinical_efficacy import UNCERTAIN_POLICIES, clinical_efficacy_scores
 from .nlg.nlg import nlg_scores
 
@@ -21,6 +22,24 @@ _SCREENING, _FINALISTS = 100, 5
 def frequent_reports(reports: Sequence[str], count: int = 20) -> list[str]:
     """The `count` most frequent of the reports that hold a word, most frequent first, ties in the order they come."""
     return [report for report, _ in Counter(report for report in reports if report.split()).most_common(count)]
+
+
+def all_positive_report(reports: Sequence[str], states: np.ndarray) -> str:
+    """A constant that says of every finding but "No Finding" that it is there, as far as any of the reports says so.
+
+    It joins, finding by finding, the shortest report that has it positive. F1 rewards such a constant: its recall is 1
+    everywhere, so it, and not a normal report, is the level a model's macro F1 has to be compared with.
+
+    Args:
+        reports: N reports.
+        states: (N, 14) their states.
+    """
+    states, chosen = np.asarray(states), []
+    for finding in range(len(FINDINGS) - 1):
+        having = [report for report, row in zip(reports, states, strict=True) if row[finding] == POSITIVE]
+        if having:
+            chosen.append(min(having, key=len))
+    return " ".join(dict.fromkeys(chosen))
 
 
 def _is_clinical(column: str) -> bool:

@@ -45,8 +45,10 @@ _STRENGTH = {UNMENTIONED: 0.0, NEGATIVE: 0.0, POSITIVE: 1.0, UNCLEAR: 0.5}
 _DRAWINGS = {"frontal": Frontal, "lateral": Lateral}
 _SMALLEST = 32
 
-#: Where each split's indices start: splits of up to this many studies never share one.
+#: Splits of up to this many studies never share one.
 _SPLIT_STRIDE = 10_000_000
+#: Index of each split's first study.
+SPLIT_STARTS = {"train": 0, "validation": _SPLIT_STRIDE, "test": 2 * _SPLIT_STRIDE}
 LICENCE = "Apache-2.0"
 
 
@@ -178,8 +180,8 @@ def load(
     if not any(counts.values()):
         raise ValueError("options 'train', 'validation' and 'test' are all 0: expected at least one study")
     splits = {}
-    for number, (split, count) in enumerate(counts.items()):
-        first = number * _SPLIT_STRIDE
+    for split, count in counts.items():
+        first = SPLIT_STARTS[split]
         rows = [_row(make_phantom(seed, first + i, image_size, views)) for i in range(count)]
         if rows:
             splits[split] = Dataset.from_list(rows, features=STUDY_FEATURES)
@@ -221,4 +223,13 @@ def _checked_views(views: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-__all__ = ["Phantom", "FindingDetail", "complete_states", "load", "make_phantom", "sample_states", "write_report"]
+__all__ = [
+    "SPLIT_STARTS",
+    "Phantom",
+    "FindingDetail",
+    "complete_states",
+    "load",
+    "make_phantom",
+    "sample_states",
+    "write_report",
+]

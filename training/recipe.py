@@ -222,6 +222,7 @@ class Recipe:
     output_dir: str = field(metadata={"help": "Folder of the run: a folder a stage, and the published model."})
     studies: StudiesRecipe = field(metadata={"help": "Which studies are trained on."})
     seed: int = _option(42, "Seed of weights, batches and controls.")
+    cpu_threads: int | None = _option(None, "Threads of each process on CPU; the cores' share of each without it.")
     stages: list[str] = field(
         default_factory=lambda: list(STAGES),
         metadata={"help": "Stages to run; each reads the folder of the one before."},
@@ -232,6 +233,7 @@ class Recipe:
     report: ReportRecipe = field(default_factory=ReportRecipe, metadata={"help": "FIOT and the LLM (3.3, 3.5)."})
 
     def __post_init__(self):
+        _need(self.cpu_threads is None or self.cpu_threads > 0, "cpu_threads", self.cpu_threads, "a positive integer")
         _need(bool(self.stages), "stages", self.stages, f"some of {', '.join(STAGES)}")
         for stage in self.stages:
             _need(stage in STAGES, "stages", stage, f"one of {', '.join(STAGES)}")

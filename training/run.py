@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from transformers import set_seed
 
@@ -46,6 +48,9 @@ def run_recipe(recipe: Recipe, resume: bool = False, overwrite: bool = False) ->
     previous = _previous_folder(recipe, pending)
     studies = build_studies(recipe.studies, recipe.labels)
     state = PartialState(cpu=not has_accelerator())
+    if not has_accelerator():
+        # `accelerate launch` leaves a process without a GPU one thread unless it is told otherwise.
+        torch.set_num_threads(recipe.cpu_threads or max(1, (os.cpu_count() or 1) // state.num_processes))
     if state.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         if not resume:
