@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _generate(options: argparse.Namespace) -> None:
     from .configuration_otdrg import parse_findings
+    from .processing_otdrg import read_view
 
     findings = {}
     for pair in options.findings:
@@ -63,6 +64,8 @@ def _generate(options: argparse.Namespace) -> None:
             raise ValueError(f"--findings {pair}: expected FINDING=STATE, such as edema=positive")
         parse_findings({name: state})
         findings[name] = state
+    for view in {view for study in options.study for view in study}:
+        read_view(view)  # A wrong file is better told of before a large model is loaded than after.
     pipe = load_pipeline(options.model)
     records = pipe(
         options.study,
@@ -89,8 +92,11 @@ def load_pipeline(model: str):
     Raises:
         ValueError: it is a folder without a model.
     """
+    from transformers.utils.logging import disable_progress_bar
+
     from . import OTDRGForReportGeneration, OTDRGProcessor, ReportGenerationPipeline
 
+    disable_progress_bar()
     path = Path(model)
     if path.is_dir():
         path = next((folder for folder in (path / "model", path) if (folder / "config.json").is_file()), None)

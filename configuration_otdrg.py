@@ -434,7 +434,7 @@ def _tiny() -> dict:
                 "window_size": 7,
                 "drop_path_rate": 0.0,
             },
-            # At this width the usual 0.02 leaves next to nothing of the signal, and training starts epochs late.
+            # At such widths the usual 0.02 leaves next to nothing of the signal, and training starts epochs late.
             "initializer_range": 0.2,
         },
         "text_config": {
@@ -446,6 +446,7 @@ def _tiny() -> dict:
             "num_attention_heads": 4,
             "num_key_value_heads": 4,
             "max_position_embeddings": 1024,
+            "initializer_range": 0.08,
             "tie_word_embeddings": True,
         },
         "image_size": 112,

@@ -78,7 +78,8 @@ def draw_heatmaps(
     for axis in axes.flat:
         axis.set_axis_off()
     bar = figure.colorbar(image, ax=axes, shrink=0.8, ticks=[1 / LIFT_RANGE, 0.5, 1, 2, LIFT_RANGE])
-    bar.ax.set_yticklabels(["1/4", "1/2", "1", "2", "4"])
+    bar.ax.set_yticklabels(["≤ 1/4", "1/2", "1", "2", "≥ 4"])
+    bar.minorticks_off()
     bar.set_label("transported mass, times the uniform plan's")
     figure.savefig(path, dpi=110)
     return list(names)

@@ -131,7 +131,7 @@ def sinkhorn(
         cost = cost.masked_fill(~mask, 0.0)
         with torch.set_grad_enabled(gradient == "unroll" and torch.is_grad_enabled()):
             plan, iterations, marginal_error = _sinkhorn_plan(
-                cost, epsilon, max_iterations, tolerance, row_mask, column_mask, mask
+                cost, epsilon, max_iterations, tolerance, row_mask, column_mask
             )
         distance = (plan * cost).sum(dim=(1, 2))
         return SinkhornOutput(
@@ -143,48 +143,44 @@ def sinkhorn(
         )
 
 
-def _sinkhorn_plan(cost, epsilon, max_iterations, tolerance, row_mask, column_mask, mask):
+def _sinkhorn_plan(cost, epsilon, max_iterations, tolerance, row_mask, column_mask):
+    # A problem without mass on a side is solved as if it were everywhere, and set to 0 at the end.
+    solvable = row_mask.any(dim=1) & column_mask.any(dim=1)
+    row_mask, column_mask = row_mask | ~solvable[:, None], column_mask | ~solvable[:, None]
+    mask = row_mask[:, :, None] & column_mask[:, None, :]
     # A constant added to all costs leaves the plan as it is; without it the float32 exponents are more exact.
     shift = cost.masked_fill(~mask, torch.inf).amin(dim=(1, 2), keepdim=True)
-    shift = torch.where(shift.isfinite(), shift, torch.zeros_like(shift))
-    log_kernel = ((shift - cost) / epsilon).masked_fill(~mask, -torch.inf)
-    solvable = mask.any(dim=(1, 2))
-
-    def log_uniform(side):
-        return -side.sum(dim=1, keepdim=True).clamp(min=1).to(cost.dtype).log().expand(side.shape)
-
-    log_u, log_v = log_uniform(row_mask), log_uniform(column_mask)
+    log_kernel = ((shift - cost) / epsilon).masked_fill(~mask, 0.0)
+    # Masked rows and columns weigh nothing in the sums below because their own potential stays at minus infinity.
+    log_u = -row_mask.sum(dim=1, keepdim=True).to(cost.dtype).log()
+    log_v = -column_mask.sum(dim=1, keepdim=True).to(cost.dtype).log()
     u = log_u.exp() * row_mask
 
-    def potential(log_marginal, log_mass, side):
-        return torch.where(side, log_marginal - log_mass, torch.zeros_like(log_marginal))
+    def log_row_sums(g):
+        return (log_kernel + g[:, None, :]).logsumexp(dim=2)
 
-    # Logarithm of Algorithm 1's beta; the algorithm starts it at 1 / N.
-    g = torch.where(column_mask, log_v, torch.zeros_like(log_v))
-    f = torch.zeros_like(log_u)
-    active = solvable.clone()
+    # f and g are the logarithms of Algorithm 1's alpha and beta; beta starts at 1 / N.
+    g = log_v.expand(column_mask.shape).masked_fill(~column_mask, -torch.inf)
+    f = torch.zeros_like(u)
+    row_sums = log_row_sums(g)
+    active = torch.ones_like(solvable)
     iterations = torch.zeros(len(cost), dtype=torch.long, device=cost.device)
     for _ in range(max_iterations):
-        new_f = potential(log_u, _logsumexp(log_kernel + g[:, None, :], dim=2), row_mask)
-        new_g = potential(log_v, _logsumexp(log_kernel + new_f[:, :, None], dim=1), column_mask)
+        new_f = (log_u - row_sums).masked_fill(~row_mask, -torch.inf)
+        new_g = (log_v - (log_kernel + new_f[:, :, None]).logsumexp(dim=1)).masked_fill(~column_mask, -torch.inf)
         # A problem that is done stays as it is, so that a batch gives exactly what its problems give alone.
-        f, g = torch.where(active[:, None], new_f, f), torch.where(active[:, None], new_g, g)
+        keep = active[:, None]
+        f, g = torch.where(keep, new_f, f), torch.where(keep, new_g, g)
+        row_sums = torch.where(keep, log_row_sums(g), row_sums)
         iterations = iterations + active
         if tolerance > 0:
-            row_sums = (log_kernel + f[:, :, None] + g[:, None, :]).exp().sum(dim=2)
-            active = active & ((row_sums - u).abs().sum(dim=1) > tolerance)
+            active = active & (((f + row_sums).exp() - u).abs().sum(dim=1) > tolerance)
             if not active.any():
                 break
     plan = (log_kernel + f[:, :, None] + g[:, None, :]).exp()
-    plan = torch.where(solvable[:, None, None], plan, torch.zeros_like(plan))
+    plan = torch.where(solvable[:, None, None] & mask, plan, torch.zeros_like(plan))
     marginal_error = torch.where(solvable, (plan.sum(dim=2) - u).abs().sum(dim=1), torch.zeros_like(u[:, 0]))
-    return plan, iterations, marginal_error.detach()
-
-
-def _logsumexp(values: torch.Tensor, dim: int) -> torch.Tensor:
-    """`logsumexp` whose gradient is 0, not NaN, along slices that are -inf throughout (masked rows and columns)."""
-    empty = values.isneginf().all(dim=dim, keepdim=True)
-    return values.masked_fill(empty, 0.0).logsumexp(dim=dim)
+    return plan, iterations * solvable, marginal_error.detach()
 
 
 def plan_entropy(plan: torch.Tensor) -> torch.Tensor:

@@ -355,6 +355,10 @@ class OTDRGProcessor(ProcessorMixin):
             raise ValueError(f"finding_states has shape {tuple(rows.shape)}: expected {(studies, len(FINDINGS))}")
         if rows.is_floating_point() or rows.min() < -1 or rows.max() >= len(FINDING_STATES):
             raise ValueError(f"finding_states has {rows.unique().tolist()}: expected ids 0 to 3, or -1 to predict")
+        if (rows[:, FINDINGS.index("no_finding")] > 1).any():
+            raise ValueError(
+                "finding_states has no_finding negative or unclear: expected unmentioned (0) or positive (1)"
+            )
         return rows.long()
 
     def named_states(self, states) -> dict[str, str]:
@@ -492,9 +496,13 @@ def _decoded(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
         raise ValueError(f"{name}: the image is damaged ({error})") from error
     if image.mode == "F" or image.mode.startswith("I"):
         return _from_array(np.asarray(image), name)
+    return _opaque(image)
+
+
+def _opaque(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
     return image.convert("RGB")
 
 
@@ -519,7 +527,7 @@ def _from_array(array, name: str) -> Image.Image:
         array = array.astype(np.float64)
         low, high = (0.0, 1.0) if array.min() >= 0 and array.max() <= 1 else (array.min(), array.max())
         array = ((array - low) * (255 / max(high - low, 1e-12))).round().astype(np.uint8)
-    return Image.fromarray(array[..., :3] if array.ndim == 3 else array).convert("RGB")
+    return _opaque(Image.fromarray(array))
 
 
 def _pydicom():

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from otdrg import FINDINGS
 from otdrg.labelers import load_labeler
 from otdrg.metrics import (
+    all_positive_report,
     best_constant_report,
     best_constants,
     clinical_efficacy_scores,
@@ -76,3 +78,22 @@ def test_the_constant_row_of_the_design_is_reproduced_on_iu_validation():
     if scores["meteor"] is not None:
         expected["meteor"] = 0.179
     assert {name: scores[name] for name in expected} == pytest.approx(expected, abs=5e-4)
+
+
+def test_all_positive_report_has_every_finding_some_report_has():
+    reports = [
+        "There is edema.",
+        "There is pulmonary edema and more words.",
+        "The heart is enlarged.",
+        "The heart is normal.",
+    ]
+    labeler = load_labeler("rules")
+    report = all_positive_report(reports, labeler.label(reports))
+    assert report == "The heart is enlarged. There is edema."
+    states = labeler.label([report])[0]
+    assert {FINDINGS[position] for position in np.flatnonzero(states == 1)} == {"cardiomegaly", "edema"}
+
+
+def test_all_positive_report_of_normal_reports_is_empty():
+    reports = ["The heart is normal."]
+    assert all_positive_report(reports, load_labeler("rules").label(reports)) == ""
