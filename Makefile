@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 # Train on phantom radiographs, reload the model in a fresh process, write reports, a heatmap and a table of scores.
 quickstart: .venv/installed
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		train_hf.py recipes/phantom_tiny.yaml output_dir=runs/quickstart --overwrite
 	$(BIN)/python quickstart.py runs/quickstart
 

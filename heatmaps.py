@@ -80,7 +80,7 @@ def draw_heatmaps(
     bar = figure.colorbar(image, ax=axes, shrink=0.8, ticks=[1 / LIFT_RANGE, 0.5, 1, 2, LIFT_RANGE])
     bar.ax.set_yticklabels(["≤ 1/4", "1/2", "1", "2", "≥ 4"])
     bar.minorticks_off()
-    bar.set_label("transported mass, times the uniform plan's")
+    bar.set_label("mass, times the uniform plan's", fontsize=9)
     figure.savefig(path, dpi=110)
     return list(names)
 

@@ -450,11 +450,11 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
         if label_text_encoder is not None:
             text_encoder = _load_backbone("label_text_encoder", AutoModel, label_text_encoder, dtype)
             config_fields |= {"label_encoder": "text_encoder", "label_encoder_config": text_encoder.config}
-        for model in (vision_tower, language_model):
-            # A GGUF file is dequantised on loading, but still says it is quantised and then refuses to be saved.
-            model.hf_quantizer = None
-            if hasattr(model.config, "quantization_config"):
-                del model.config.quantization_config
+        if "gguf_file" in resolve_backbone(text)[1]:
+            # It was dequantised on loading, but may still say it is quantised and then refuse to be saved.
+            language_model.hf_quantizer = None
+            if hasattr(language_model.config, "quantization_config"):
+                del language_model.config.quantization_config
         attention = [(model.config, model.config._attn_implementation) for model in (vision_tower, language_model)]
         config = cls.config_class(vision_tower.config, language_model.config, **config_fields)
         for part, implementation in attention:
@@ -465,18 +465,10 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
             config.bind_label_tokenizer(_load_backbone("label_text_encoder", AutoTokenizer, label_text_encoder))
         language_model.resize_token_embeddings(config.text_config.vocab_size, mean_resizing=False)
         model = cls(config, vision_tower, language_model, text_encoder)
-        model._scale_projections()
-        model.generation_config.eos_token_id = language_model.generation_config.eos_token_id
-        model.generation_config.eos_token_id = model.generation_config.eos_token_id or config.text_config.eos_token_id
+        # Chat LLMs may end a turn in more than one way, and only their generation configuration tells.
+        end = language_model.generation_config.eos_token_id
+        model.generation_config.eos_token_id = config.text_config.eos_token_id if end is None else end
         return model
-
-    @torch.no_grad()
-    def _scale_projections(self) -> None:
-        """Start image and label tokens at the size of the LLM's own, which it was trained to read."""
-        size = self.get_input_embeddings().weight.float().std()
-        for projector in (self.image_projector, getattr(self, "label_projector", None)):
-            if projector is not None and isinstance(projector.norm, nn.LayerNorm):
-                projector.norm.weight.fill_(size)
 
     def add_lora(self) -> None:
         """Attach fresh LoRA adapters (an identity at first) to the LLM as `config.lora` says; those there are kept.

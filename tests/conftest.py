@@ -26,7 +26,14 @@ def make_config(**overrides):
         "image_size": 56,
         "image_tokens": 4,
         "vision_config": {
-            "model_args": {"img_size": 56, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 7}
+            "model_args": {
+                "img_size": 56,
+                "embed_dim": 16,
+                "depths": [1, 1],
+                "num_heads": [2, 4],
+                "window_size": 7,
+                "drop_path_rate": 0.0,
+            }
         },
         "text_config": {
             "hidden_size": 32,

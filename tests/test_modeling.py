@@ -1,6 +1,7 @@
 """The model: backbones of every layout, losses, states, LoRA, saving and loading."""
 
 import copy
+import os
 
 import numpy as np
 import pytest
@@ -855,3 +856,29 @@ def test_the_tiny_preset_has_the_papers_49_tokens():
         features = model.encode_views(torch.randn(1, 1, 3, 112, 112))
     assert features.shape == (1, 1, 49, 128)
     assert torch.isfinite(features).all()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not os.environ.get("OTDRG_LLM", "").endswith(".gguf"), reason="OTDRG_LLM does not name a GGUF file (make llm)"
+)
+def test_a_gguf_llm_is_dequantised_and_can_be_saved(tmp_path, views):
+    """SmolLM2 reads a plain sentence as well as a language model should, which packed weights in bfloat16 did not."""
+    text = os.environ["OTDRG_LLM"]
+    vision = AutoModel.from_config(
+        Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=56)
+    )
+    vision.save_pretrained(tmp_path / "vision")
+    model = OTDRGForReportGeneration.from_backbones(
+        vision=str(tmp_path / "vision"), text=text, dtype="bfloat16", image_size=56, image_tokens=4
+    ).eval()
+    processor = OTDRGProcessor.from_backbones(vision=str(tmp_path / "vision"), text=text, config=model.config)
+    inputs = processor(images=[views[:1]], report=["The lungs are clear. There is no pleural effusion."])
+    with torch.no_grad():
+        loss = model(**inputs).report_loss
+    assert loss < 5
+    model.save_pretrained(tmp_path / "model")
+    again = OTDRGForReportGeneration.from_pretrained(tmp_path / "model").eval()
+    with torch.no_grad():
+        # What joins the backbones was float32, and is bfloat16 now.
+        assert float(again(**inputs).report_loss) == pytest.approx(float(loss), abs=0.05)
