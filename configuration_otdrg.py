@@ -1,4 +1,7 @@
-"""Configuration of OTDRG, and the label space: 14 findings in 4 states."""
+"""Configuration of OTDRG, and the label space: 14 findings in 4 states.
+
+Every choice of the model is a field here, documented and checked where it is declared; hence the length.
+"""
 
 from __future__ import annotations
 

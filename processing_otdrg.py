@@ -1,4 +1,7 @@
-"""Processor of OTDRG: views and a prompt become tensors, token ids become text."""
+"""Processor of OTDRG: views and a prompt become tensors, token ids become text.
+
+Reading views of every kind is in this module too: what ships beside the weights is these four files and no more.
+"""
 
 from __future__ import annotations
 
