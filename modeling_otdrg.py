@@ -7,7 +7,7 @@ Generation via LLMs".
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -840,7 +840,8 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
             losses.append(output.predictor_loss)
         if losses:
             output.loss = sum(losses)
-        output = OTDRGOutput(**{key: value for key, value in output.items() if value is not None})
+        # Values set one by one are attributes; whether they are items too differs between versions of transformers.
+        output = OTDRGOutput(**{field.name: getattr(output, field.name) for field in fields(output)})
         return output if return_dict else output.to_tuple()
 
     def condition_states(self, finding_logits, finding_states) -> torch.Tensor:

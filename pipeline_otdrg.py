@@ -53,8 +53,9 @@ class ReportGenerationPipeline(Pipeline):
     _load_video_processor = False
     _load_feature_extractor = False
     _load_tokenizer = False
-    _pipeline_calls_generate = True
-    _default_generation_config = GenerationConfig(max_new_tokens=256)
+
+    #: Most tokens of a report where neither the caller nor the model's generation configuration says.
+    default_max_new_tokens = 256
 
     def _sanitize_parameters(
         self, findings=None, indication=None, return_heatmaps=None, generate_kwargs=None, timeout=None, **kwargs
@@ -73,8 +74,7 @@ class ReportGenerationPipeline(Pipeline):
             forward["findings"] = findings
         if return_heatmaps is not None:
             forward["return_heatmaps"] = return_heatmaps
-        if generate_kwargs:
-            forward["generate_kwargs"] = generate_kwargs
+        forward |= generate_kwargs
         return ({} if indication is None else {"indication": indication}), forward, {}
 
     def __call__(self, inputs, **kwargs):
@@ -102,7 +102,7 @@ class ReportGenerationPipeline(Pipeline):
             raise ValueError("no image: a study has no view, and a report needs at least one")
         return {"views": [read_view(view, self.processor.max_image_pixels) for view in views], "indication": indication}
 
-    def _forward(self, model_inputs, findings=None, return_heatmaps=False, generate_kwargs=None):
+    def _forward(self, model_inputs, findings=None, return_heatmaps=False, **generate_kwargs):
         # A study alone comes as its views, a batch as a list of those: the processor pads views, the library does not.
         batched = not isinstance(model_inputs["views"][0], Image.Image)
         studies = model_inputs["views"] if batched else [model_inputs["views"]]
@@ -118,7 +118,7 @@ class ReportGenerationPipeline(Pipeline):
             view_features=view_features,
             view_mask=view_mask,
             finding_states=states if self.model.config.dle else given_states,
-            **self._prepare_generate_kwargs(generate_kwargs or {}, return_dict_in_generate=False),
+            **self._generate_arguments(generate_kwargs),
         )
         reports = self.processor.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         each = len(reports) // len(studies)
@@ -130,6 +130,13 @@ class ReportGenerationPipeline(Pipeline):
             "heatmaps": self._heatmaps(view_features, view_mask, states) if return_heatmaps else [None] * len(studies),
         }
         return outputs if batched else {key: value[0] for key, value in outputs.items()}
+
+    def _generate_arguments(self, arguments: dict) -> dict:
+        arguments = {**arguments, "return_dict_in_generate": False}
+        length_is_given = arguments.keys() & {"max_new_tokens", "max_length", "generation_config"}
+        if not length_is_given and self.model.generation_config.max_new_tokens is None:
+            arguments["max_new_tokens"] = self.default_max_new_tokens
+        return arguments
 
     def _heatmaps(self, view_features, view_mask, states) -> list[np.ndarray]:
         """Each study's lift of the plan over the uniform one, (views, 14, rows, columns)."""

@@ -24,8 +24,14 @@ from transformers import (
     BatchFeature,
     PreTrainedTokenizerFast,
     ProcessorMixin,
-    ViTImageProcessor,
 )
+
+try:
+    # While transformers had two, the plain name was the slow one, and a folder was reloaded as the fast one, whose
+    # pixels differ a little.
+    from transformers.models.vit.image_processing_vit_fast import ViTImageProcessorFast as ViTImageProcessor
+except ImportError:
+    from transformers import ViTImageProcessor
 
 from .configuration_otdrg import (
     DEFAULT_PROMPT,
