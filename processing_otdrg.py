@@ -370,10 +370,6 @@ class OTDRGProcessor(ProcessorMixin):
             )
         return rows.long()
 
-    def named_states(self, states) -> dict[str, str]:
-        """One study's 14 state ids as `{finding: state}`."""
-        return {name: FINDING_STATES[int(state)] for name, state in zip(FINDINGS, states, strict=True)}
-
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "pixel_values", "view_mask", "labels", "finding_states"]

@@ -1,4 +1,7 @@
-"""The model: backbones of every layout, losses, states, LoRA, saving and loading."""
+"""The model: backbones of every layout, losses, states, LoRA, saving and loading.
+
+Long because it follows one module that ships as one file.
+"""
 
 import copy
 import os

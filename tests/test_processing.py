@@ -616,7 +616,6 @@ def test_states_are_given_by_name_or_id(processor, views):
     ids = processor(images=views[:2], finding_states=np.tile(np.arange(14) % 2, (2, 1)))["finding_states"]
     assert ids.dtype == torch.int64
     assert ids.tolist() == [[0, 1] * 7] * 2
-    assert processor.named_states(ids[0])["cardiomegaly"] == "positive"
 
 
 def test_a_tokenizer_without_placeholders_is_refused(processor):
