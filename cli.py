@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; errors of the user's end in one line and exit status 1."""
-    parser = _parser()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = _parser(arguments)
     options = parser.parse_args(arguments)
     if not hasattr(options, "run"):
         parser.print_help()
@@ -20,16 +22,30 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError, ImportError) as error:
         print(f"otdrg {options.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"otdrg {options.command}: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+#: Commands that live in rooms of their own, and what they do. A room is entered when its command is typed.
+_ROOMS = {"prepare": ("studies.command", "make a dataset of studies from radiographs and reports")}
+
+
+def _parser(arguments: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="otdrg",
         description="Radiology report generation from chest radiographs.",
         epilog="Training: accelerate launch train_hf.py recipes/phantom_tiny.yaml",
     )
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
+    for name, (module, summary) in _ROOMS.items():
+        room = import_module(f".{module}", __package__) if arguments[:1] == [name] else None
+        told = {"description": room.DESCRIPTION, "epilog": room.EPILOG} if room else {}
+        subparser = commands.add_parser(name, help=summary, **told)
+        if room:
+            room.add_arguments(subparser, arguments[1:])
+            subparser.set_defaults(run=room.run)
     generate = commands.add_parser(
         "generate",
         help="write the reports of studies",

@@ -6,21 +6,28 @@ tested. Everything about one follows from its seed and index alone.
 
 from __future__ import annotations
 
-import io
+import textwrap
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from datasets import Dataset, DatasetDict
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from ..configuration_otdrg import FINDINGS, NEGATIVE, POSITIVE, UNCLEAR, UNMENTIONED
+from ..configuration_otdrg import FINDING_DISPLAY_NAMES, FINDINGS, NEGATIVE, POSITIVE, UNCLEAR, UNMENTIONED
 from .phantom_canvas import Canvas
 from .phantom_frontal import Frontal
 from .phantom_lateral import Lateral
-from .phantom_wording import FindingDetail, complete_states, sample_details, write_impression, write_report
-from .schema import STUDY_FEATURES, VIEWS
+from .phantom_wording import (
+    FindingDetail,
+    complete_states,
+    sample_details,
+    sample_question,
+    write_impression,
+    write_indication,
+    write_report,
+)
+from .source import Study, StudyEntry, StudySource, option
 
 #: Share of the studies that are normal before the findings are drawn; the draw leaves more of them normal.
 _NORMAL = 0.10
@@ -61,11 +68,15 @@ class Phantom:
         images: 8-bit grayscale images, one a view.
         views: "frontal" or "lateral", one an image.
         masks: for each positive finding that can be seen, a bool array (size, size) a view: where it changes the
-            image. All False in a view that does not show it; an enlarged heart's is the whole heart.
+            image. All False in a view that does not show it; of an enlarged heart, and of a wide mediastinum seen
+            from the front, it is the whole organ.
         states: (14,) int64 state ids in the order of `FINDINGS`; exactly what the report says.
         details: where and how much, by finding (of those absent too).
+        question: the finding that the indication asks about, or "".
+        indication: why the study was asked for, or "". Of the states it gives away only that the report mentions
+            the finding in question.
         findings: the findings section, a sentence for each finding mentioned.
-        impression: the conclusion.
+        impression: the conclusion, which answers the indication first.
         report: the text to learn, the same as `findings`.
     """
 
@@ -75,6 +86,8 @@ class Phantom:
     masks: dict[str, list[np.ndarray]]
     states: np.ndarray
     details: dict[str, FindingDetail]
+    question: str
+    indication: str
     findings: str
     impression: str
     report: str
@@ -138,82 +151,102 @@ def make_phantom(
         if state == POSITIVE
     }
     findings = write_report(chosen, stream("wording"), details)
+    question = sample_question(chosen, stream("question"))
     return Phantom(
-        id=f"phantom-{seed}-{index}",
+        id=phantom_id(seed, index),
         images=images,
         views=views,
         masks=masks,
         states=chosen,
         details=details,
+        question=question,
+        indication=write_indication(question, stream("indication")),
         findings=findings,
-        impression=write_impression(chosen, details),
+        impression=write_impression(chosen, details, question, stream("answer")),
         report=findings,
     )
 
 
-def load(
-    *,
-    train: int = 2000,
-    validation: int = 200,
-    test: int = 200,
-    image_size: int = 224,
-    seed: int = 0,
-    views: Sequence[str] = ("frontal",),
-) -> DatasetDict:
-    """Phantom studies, held in memory as PNG.
+def contact_sheet(
+    seed: int, count: int = 16, image_size: int = 224, views: Sequence[str] = ("frontal",)
+) -> Image.Image:
+    """The first studies of a collection, four a row, above what is positive or unclear (?) in each.
 
     Args:
-        train, validation, test: studies in each split; a split of 0 is left out. No study is in two splits, and a
-            larger split starts with the studies of a smaller one.
-        image_size: height and width in pixels.
-        seed: of the collection.
-        views: "frontal" or "lateral", one an image.
-
-    Raises:
-        ValueError: an option out of bounds, or no study at all asked for.
+        seed, image_size, views: as for [`make_phantom`].
+        count: of the studies, 1 or more.
     """
-    counts = {"train": train, "validation": validation, "test": test}
-    for split, count in counts.items():
-        _check(split, count, 0)
-        if count > _SPLIT_STRIDE:
-            raise ValueError(f"option {split!r} is {count}: expected at most {_SPLIT_STRIDE} studies")
-    if not any(counts.values()):
-        raise ValueError("options 'train', 'validation' and 'test' are all 0: expected at least one study")
-    splits = {}
-    for split, count in counts.items():
-        first = SPLIT_STARTS[split]
-        rows = [_row(make_phantom(seed, first + i, image_size, views)) for i in range(count)]
-        if rows:
-            splits[split] = Dataset.from_list(rows, features=STUDY_FEATURES)
-    return DatasetDict(splits)
+    _check("count", count, 1)
+    phantoms = [make_phantom(seed, index, image_size, views) for index in range(count)]
+    columns, width, height = min(count, 4), image_size * len(phantoms[0].images), image_size + 42
+    sheet = Image.new("L", (columns * width, -(-count // columns) * height))
+    for position, phantom in enumerate(phantoms):
+        left, top = position % columns * width, position // columns * height
+        for number, image in enumerate(phantom.images):
+            sheet.paste(image, (left + number * image_size, top))
+        marks = {POSITIVE: "", UNCLEAR: "?"}
+        names = zip(FINDING_DISPLAY_NAMES.values(), phantom.states.tolist(), strict=True)
+        caption = ", ".join(name + marks[state] for name, state in names if state in marks)
+        caption = textwrap.fill(caption, max(width // 6, 10), max_lines=3)
+        ImageDraw.Draw(sheet).multiline_text((left + 3, top + image_size), caption, fill=255, spacing=1)
+    return sheet
 
 
-def _row(phantom: Phantom) -> dict:
-    return {
-        "id": phantom.id,
-        "patient_id": phantom.id,
-        "images": [{"path": None, "bytes": _png(image)} for image in phantom.images],
-        "views": [VIEWS.index(view) for view in phantom.views],
-        "findings": phantom.findings,
-        "impression": phantom.impression,
-        "indication": "",
-        "comparison": "",
-        "report": phantom.report,
-        "finding_states": phantom.states.tolist(),
-        "source": "phantom",
-        "licence": LICENCE,
-    }
+@dataclass
+class PhantomSource(StudySource):
+    """Procedural studies whose findings, masks, states and reports are known exactly.
+
+    A larger split starts with the studies of a smaller one, and no study is in two.
+    """
+
+    name = "phantom"
+
+    train: int = option("Studies for training.", 2000, metavar="N")
+    validation: int = option("Studies for validation.", 200, metavar="N")
+    test: int = option("Studies for the test.", 200, metavar="N")
+    image_size: int = option("Height and width in pixels.", 224, metavar="PIXELS")
+    seed: int = option("Seed of the collection.", 0)
+    views: list[str] = option("The views of a study: frontal, lateral.", ["frontal"], metavar="VIEW")
+
+    def __post_init__(self):
+        for split in SPLIT_STARTS:
+            count = getattr(self, split)
+            _check(split, count, 0)
+            if count > _SPLIT_STRIDE:
+                raise ValueError(f"option {split!r} is {count}: expected at most {_SPLIT_STRIDE} studies")
+        if not any(getattr(self, split) for split in SPLIT_STARTS):
+            raise ValueError("options 'train', 'validation' and 'test' are all 0: expected at least one study")
+        _check("seed", self.seed, 0)
+        _check("image_size", self.image_size, _SMALLEST)
+        self.views = list(_checked_views(self.views))
+
+    def entries(self) -> Iterator[StudyEntry]:
+        for split, start in SPLIT_STARTS.items():
+            for index in range(start, start + getattr(self, split)):
+                name = phantom_id(self.seed, index)
+                yield StudyEntry(name, name, split, index)
+
+    def read(self, entry: StudyEntry) -> Study:
+        phantom = make_phantom(self.seed, entry.location, self.image_size, self.views)
+        return Study(
+            images=phantom.images,
+            views=phantom.views,
+            findings=phantom.findings,
+            impression=phantom.impression,
+            indication=phantom.indication,
+            finding_states=phantom.states.tolist(),
+            licence=LICENCE,
+        )
 
 
-def _png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format="PNG", compress_level=1)  # noise hardly compresses: level 1 is 4 times as fast
-    return file.getvalue()
+def phantom_id(seed: int, index: int) -> str:
+    """The id of a study."""
+    return f"phantom-{seed}-{index}"
 
 
-def _check(option: str, value: int, least: int) -> None:
+def _check(name: str, value: int, least: int) -> None:
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
-        raise ValueError(f"option {option!r} is {value!r}: expected a whole number of {least} or more")
+        raise ValueError(f"option {name!r} is {value!r}: expected a whole number of {least} or more")
 
 
 def _checked_views(views: Sequence[str]) -> tuple[str, ...]:
@@ -226,9 +259,10 @@ def _checked_views(views: Sequence[str]) -> tuple[str, ...]:
 __all__ = [
     "SPLIT_STARTS",
     "Phantom",
+    "PhantomSource",
     "FindingDetail",
     "complete_states",
-    "load",
+    "contact_sheet",
     "make_phantom",
     "sample_states",
     "write_report",

@@ -88,7 +88,7 @@ class Frontal:
 
         # Mediastinum: a column with the aortic knob on the patient's left.
         strength = self.strengths["enlarged_cardiomediastinum"]
-        widening = 0.16 * strength * np.exp(-(((y + 0.28) * np.float32(1 / 0.3)) ** 4))
+        widening = 0.16 * strength * np.exp(-(((y + 0.28) * np.float32(1 / 0.3)) ** 4)) if strength else 0.0
         half = rng.uniform(0.115, 0.145) + 0.03 * np.clip(y + 0.1, 0, 1)
         knob = rng.uniform(0.035, 0.06)
         half = half + np.where(self.left, knob, 0) * np.exp(-(((y + 0.3) * np.float32(1 / 0.1)) ** 2))

@@ -79,7 +79,7 @@ class Lateral:
         blocks = 0.14 + 0.10 * ramp(np.cos(y * np.float32(2 * np.pi / 0.15)) + 0.4, 0.8)
         bone = blocks * ramp(0.085 - spine_x, 0.03)
         bone += 0.22 * ramp(0.022 - np.abs(x - self.front + 0.04), 0.02) * ramp(0.42 - np.abs(y + 0.1), 0.1)
-        phase = (y - np.float32(0.45) * x) * np.float32(1 / 0.17) + np.float32(rng.uniform(0, 1))
+        phase = (y + np.float32(0.45) * x) * np.float32(1 / 0.17) + np.float32(rng.uniform(0, 1))
         bars = ramp(0.16 - np.abs(phase - np.floor(phase) - 0.5), 0.16)
         bone += 0.07 * bars * ramp(self.lung - 0.4, 0.5)
         canvas.add(bone)
@@ -148,8 +148,11 @@ class Lateral:
         lines, y = self.canvas.lines, rng.uniform(-0.30, -0.24)
         if detail.device == "tube":
             return 0.45 * lines([[(0.0 + s, -1.2), (0.11 + s, y)] for s in (-0.02, 0.02)], 0.016)
+        # Both enter through the wall of the upper chest; a pacemaker lies in it.
+        wall = -0.75 * self.depth - 0.09
         if detail.device == "catheter":
-            return 0.5 * lines([[(-0.20, -1.1), (-0.12, -0.5), (-0.06, 0.06)]], 0.026)
-        box = ramp(self.canvas.ellipse(-0.42, -0.45, 0.05, 0.12), 0.015)
-        lead = lines([curve([(-0.40, -0.55), (-0.05, -0.75), (-0.02, -0.05), (-0.28, 0.26)])], 0.024)
+            path = curve([(wall + 0.04, -0.50), (-0.26, -0.80), (-0.02, -0.66), (-0.06, 0.06)])
+            return 0.5 * lines([path], 0.026)
+        box = ramp(self.canvas.ellipse(wall, -0.45, 0.05, 0.12, tilt=0.15), 0.015)
+        lead = lines([curve([(wall, -0.55), (-0.05, -0.80), (-0.02, -0.05), (-0.28, 0.26)])], 0.024)
         return np.maximum(0.8 * box, 0.55 * lead)

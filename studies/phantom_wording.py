@@ -1,4 +1,8 @@
-"""What a phantom's report says: 2 to 4 wordings for every finding in every state, one sentence a finding."""
+"""What a phantom's report says: 2 to 4 wordings for every finding in every state, one sentence a finding; and what
+its indication asks, which the impression answers.
+
+Longer than three screens because the words for every finding stand in two tables.
+"""
 
 from __future__ import annotations
 
@@ -144,6 +148,40 @@ _SENTENCES: dict[str, dict[int, tuple[str, ...]]] = {
     },
 }
 
+# For each finding: what the patient complains of or has had, and what the radiologist is asked to look for.
+_QUESTIONS: dict[str, tuple[tuple[str, ...], str]] = {
+    "cardiomegaly": (("Leg swelling", "Shortness of breath on exertion", "New murmur"), "cardiomegaly"),
+    "enlarged_cardiomediastinum": (("Chest pain", "High blood pressure", "Tearing back pain"), "mediastinal widening"),
+    "lung_opacity": (("Cough", "Fever", "Crackles on auscultation"), "lung opacity"),
+    "consolidation": (("Productive cough", "Fever and chills", "Pleuritic pain"), "consolidation"),
+    "pneumonia": (("Cough and fever", "Productive cough", "Confusion and fever"), "pneumonia"),
+    "edema": (("Shortness of breath", "Orthopnea", "Weight gain"), "pulmonary edema"),
+    "atelectasis": (("Hypoxia after surgery", "Low oxygen saturation", "Shortness of breath"), "atelectasis"),
+    "lung_lesion": (("Weight loss", "Hemoptysis", "Long history of smoking"), "lung nodule or mass"),
+    "pleural_effusion": (("Shortness of breath", "Decreased breath sounds", "Dyspnea"), "pleural effusion"),
+    "pneumothorax": (("Sudden chest pain", "Shortness of breath after a biopsy", "Chest trauma"), "pneumothorax"),
+    "pleural_other": (("Asbestos exposure", "Chest pain", "Former shipyard worker"), "pleural thickening"),
+    "fracture": (("Fall", "Rib pain after a blow", "Motor vehicle collision"), "rib fracture"),
+    "support_devices": (
+        ("Intensive care", "Transfer from another hospital", "Altered mental status"),
+        "lines and tubes",
+    ),
+}
+_INDICATIONS = (
+    "{symptom}. Evaluate for {asked}.",
+    "{symptom}. Rule out {asked}.",
+    "{symptom}, question of {asked}.",
+    "{symptom}. Assess for {asked}.",
+    "{symptom}, {asked}?",
+)
+_ANSWERS = {
+    POSITIVE: ("{item}, as questioned.", "{item}, in keeping with the clinical question.", "{item}."),
+    NEGATIVE: ("No {asked}.", "No evidence of {asked}."),
+    UNCLEAR: ("{item}.", "{item}, not certain on this examination."),
+}
+#: Share of the studies that come with an indication, if any finding is mentioned.
+_ASKED = 0.6
+
 _DEVICE_NAMES = {"tube": "endotracheal tube", "catheter": "central venous catheter", "pacemaker": "pacemaker"}
 _NOTHING_SAID = "A radiograph of the chest was obtained."
 
@@ -203,25 +241,76 @@ def write_report(
     return " ".join(sentences) or _NOTHING_SAID
 
 
-def write_impression(states: Sequence[int], details: Mapping[str, FindingDetail]) -> str:
+def sample_question(states: Sequence[int], rng: np.random.Generator) -> str:
+    """The finding that the indication asks about, one of those the report mentions; "" for a study without one.
+
+    Args:
+        states: state ids of the 14 findings.
+        rng: generator of the choice. The order in which findings come up does not depend on the states.
+    """
+    carries, order = rng.random() < _ASKED, rng.permutation(len(_QUESTIONS))
+    mentioned = [FINDINGS[i] for i in order if states[i] != UNMENTIONED]
+    return mentioned[0] if carries and mentioned else ""
+
+
+def write_indication(question: str, rng: np.random.Generator) -> str:
+    """Why the study is asked for: a complaint, and the finding in question. It says nothing of the states.
+
+    Args:
+        question: one of the first 13 findings, or "" for no indication.
+        rng: generator that chooses the wording.
+    """
+    if not question:
+        return ""
+    symptoms, asked = _QUESTIONS[question]
+    return str(rng.choice(_INDICATIONS)).format(symptom=rng.choice(symptoms), asked=asked)
+
+
+def write_impression(
+    states: Sequence[int],
+    details: Mapping[str, FindingDetail],
+    question: str = "",
+    rng: np.random.Generator | int = 0,
+) -> str:
     """The conclusion: what is positive or unclear, by name and side, or that nothing is.
 
     Args:
         states: state ids of the 14 findings.
         details: where and how much, by finding.
+        question: the finding that was asked about, which is answered first; "" for none.
+        rng: generator (or its seed) that chooses the wording of the answer.
     """
     items = []
+    if question:
+        state, detail = states[FINDINGS.index(question)], details[question]
+        wording = str(np.random.default_rng(rng).choice(_ANSWERS[state]))
+        items.append(wording.format(item=_item(question, state, detail, sized=True), asked=_QUESTIONS[question][1]))
     for finding in _SENTENCES:
-        state, detail = states[FINDINGS.index(finding)], details[finding]
-        if state not in (POSITIVE, UNCLEAR) or finding in ("no_finding", "support_devices"):
-            continue
-        sided = any("{side}" in wording for wording in _SENTENCES[finding][POSITIVE])
-        name = {"pleural_other": "pleural thickening", "fracture": "rib fracture", "lung_lesion": _mass(detail)}.get(
-            finding, FINDING_DISPLAY_NAMES[finding].lower()
-        )
-        words = ("possible" if state == UNCLEAR else "", detail.side if sided else "", name)
-        items.append(" ".join(filter(None, words)).capitalize() + ".")
-    return " ".join(items) or "No acute cardiopulmonary abnormality."
+        state = states[FINDINGS.index(finding)]
+        if state in (POSITIVE, UNCLEAR) and finding not in ("no_finding", "support_devices", question):
+            items.append(_item(finding, state, details[finding]) + ".")
+    if states[FINDINGS.index("no_finding")] == POSITIVE or not items:
+        items.append("No acute cardiopulmonary abnormality.")
+    return " ".join(items)
+
+
+def _item(finding: str, state: int, detail: FindingDetail, sized: bool = False) -> str:
+    """A finding by name, its side before it where its sentences name one; if `sized`, how much of it too."""
+    sentences = " ".join(_SENTENCES[finding][POSITIVE])
+    name = {
+        "pleural_other": "pleural thickening",
+        "fracture": "rib fracture",
+        "lung_lesion": _mass(detail),
+        "support_devices": _DEVICE_NAMES[detail.device],
+    }.get(finding, FINDING_DISPLAY_NAMES[finding].lower())
+    amount = detail.size if "{size}" in sentences else _grade(detail)[0] if "{grade}" in sentences else ""
+    words = (
+        "possible" if state == UNCLEAR else "",
+        amount if sized and state == POSITIVE else "",
+        detail.side if "{side}" in sentences else "",
+        name,
+    )
+    return " ".join(filter(None, words)).capitalize()
 
 
 def _state_ids(findings: Sequence[str], states: Sequence[int | str]) -> dict[str, int]:
@@ -248,10 +337,14 @@ def _mass(detail: FindingDetail) -> str:
     return {"small": "nodule", "large": "mass"}[detail.size]
 
 
+def _grade(detail: FindingDetail) -> tuple[str, str]:
+    return {"small": ("mild", "mildly"), "large": ("marked", "markedly")}[detail.size]
+
+
 def _fill(wording: str, detail: FindingDetail) -> str:
     device = _DEVICE_NAMES[detail.device]
     article = "an" if device[0] in "aeiou" else "a"
-    grade, degree = {"small": ("mild", "mildly"), "large": ("marked", "markedly")}[detail.size]
+    grade, degree = _grade(detail)
     return wording.format(
         side=detail.side,
         zone=detail.zone,

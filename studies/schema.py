@@ -3,9 +3,7 @@
 from datasets import ClassLabel, Features, Image, List, Value
 
 from ..configuration_otdrg import FINDING_STATES
-
-#: Kinds of view; "unknown" where a source does not say.
-VIEWS: tuple[str, ...] = ("frontal", "lateral", "unknown")
+from .source import VIEWS
 
 #: A study: its views in order, the sections of its report ("" when absent), `report` (the text a model learns to write)
 #: and the states of the 14 findings in the order of `FINDINGS`, None where nobody has labelled them.

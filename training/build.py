@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from torch import nn
 
 from ..configuration_otdrg import OTDRGConfig
@@ -18,21 +18,30 @@ from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from ..studies import load_studies
 from ..studies.cleaning import clean_report
+from ..studies.loading import load_prepared
 from .recipe import LabelsRecipe, ModelRecipe, StudiesRecipe
+from .streaming import StreamedStudies
 
 logger = logging.getLogger(__name__)
 
+#: Studies by split; only training ones are ever streamed.
+StudySplits = dict[str, Dataset | StreamedStudies]
 
-def build_studies(studies: StudiesRecipe, labels: LabelsRecipe) -> DatasetDict:
-    """The recipe's studies, as `STUDY_FEATURES` has them, with `report` cleaned and `finding_states` filled.
+
+def build_studies(studies: StudiesRecipe, labels: LabelsRecipe, seed: int = 0) -> StudySplits:
+    """The recipe's studies by split, as `STUDY_FEATURES` has them, with `report` cleaned and `finding_states` filled.
 
     Studies without a report are left out and counted. States come from the CSV for the studies it names, else from the
     labeler, else they are the studies' own; a labeler reads the reports as they were before cleaning.
 
+    Args:
+        studies, labels: sections of the recipe.
+        seed: of the order of streamed studies.
+
     Raises:
         ValueError: no training studies, training studies whose states are not known, or a fault in source or CSV.
     """
-    loaded = load_studies(studies.source, **studies.options)
+    loaded = _streamed(studies, seed) if studies.streaming else _loaded(studies)
     for split in studies.limit:
         if split not in loaded:
             raise ValueError(f"studies.limit names the split {split}, which {studies.source} does not have here")
@@ -64,15 +73,27 @@ def build_studies(studies: StudiesRecipe, labels: LabelsRecipe) -> DatasetDict:
     }
     for split, rows in cleaned.items():
         logger.info("%s: %d studies", split, len(rows))
-    return DatasetDict(cleaned)
+    return cleaned
 
 
-def _with_column(rows: Dataset, name: str, values: list) -> Dataset:
+def _loaded(studies: StudiesRecipe) -> StudySplits:
+    return load_studies(studies.source, sections=studies.sections, **studies.options)
+
+
+def _streamed(studies: StudiesRecipe, seed: int) -> StudySplits:
+    folder = studies.options["folder"]
+    train = StreamedStudies(folder, "train", seed, studies.shuffle_buffer)
+    return {"train": train, **load_prepared(folder, leave_out=["train"])}
+
+
+def _with_column(rows: Dataset | StreamedStudies, name: str, values: list) -> Dataset | StreamedStudies:
+    if isinstance(rows, StreamedStudies):
+        return rows.with_column(name, values)
     feature = rows.features[name]
     return rows.remove_columns(name).add_column(name, values, feature=feature)
 
 
-def _labelled(splits: dict[str, Dataset], labels: LabelsRecipe) -> dict[str, Dataset]:
+def _labelled(splits: StudySplits, labels: LabelsRecipe) -> StudySplits:
     if labels.csv is None and labels.labeler is None:
         return splits
     from_csv = read_states(labels.csv) if labels.csv is not None else {}
@@ -251,6 +272,7 @@ def known_states(rows: Dataset) -> Dataset:
 
 
 __all__ = [
+    "StudySplits",
     "build_model",
     "build_studies",
     "cast_backbones",

@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from ..configuration_otdrg import FINDINGS, POSITIVE
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
-from .build import known_states, set_trained_parts
+from .build import StudySplits, known_states, set_trained_parts
 from .callbacks import SinkhornLossCallback
-from .collation import FindingCollator, PromptCollator
+from .collation import FindingCollator
 from .recipe import Recipe
+from .streaming import StreamedStudies
 from .trainer import StageTrainer, training_arguments
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ _NO_FINDING = FINDINGS.index("no_finding")
 
 def run(
     recipe: Recipe,
-    studies: DatasetDict,
+    studies: StudySplits,
     model: OTDRGForReportGeneration,
     processor: OTDRGProcessor,
     folder: Path,
@@ -102,12 +103,20 @@ class CachedFeatures(torch.utils.data.Dataset):
     Rows have `view_features` (V, image_tokens, D) in the encoder's type, and `finding_states`.
     """
 
-    def __init__(self, model: OTDRGForReportGeneration, processor: OTDRGProcessor, studies: Dataset, batch_size: int):
-        self.states = list(studies["finding_states"])
+    def __init__(
+        self,
+        model: OTDRGForReportGeneration,
+        processor: OTDRGProcessor,
+        studies: Dataset | StreamedStudies,
+        batch_size: int,
+    ):
+        # Together with the features: the order of streamed studies is not that of their columns.
+        self.states: list[list[int]] = []
         self.features: list[torch.Tensor] = []
         model.eval()
         logger.info("encoding the views of %d studies once", len(studies))
-        for batch in DataLoader(studies, batch_size=batch_size, collate_fn=PromptCollator(processor)):
+        for batch in DataLoader(studies, batch_size=batch_size, collate_fn=FindingCollator(processor)):
+            self.states += batch["finding_labels"].tolist()
             view_mask = batch["view_mask"]
             with torch.no_grad():
                 encoded = model.encode_views(batch["pixel_values"].to(model.device), view_mask.to(model.device)).cpu()

@@ -27,19 +27,40 @@ def _need(condition: bool, where: str, value: Any, expected: str) -> None:
 class StudiesRecipe:
     """Which studies are trained on."""
 
-    source: str = field(metadata={"help": "A source of `otdrg.studies.load_studies`, such as phantom or r2gen."})
+    source: str = field(metadata={"help": "A source of `otdrg.studies.load_studies`: prepared, phantom, r2gen..."})
     options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "The source's own options, such as annotation and images."}
     )
     cleaning: Literal["none", "r2gen_iu", "r2gen_mimic"] = _option(
         "none", "How reports are cleaned before they are learned and scored; R2Gen's cleaners, or not at all."
     )
+    sections: Literal["findings", "impression", "findings+impression"] = _option(
+        "findings", "What the report is made of; of source prepared, whose reports are made, always findings here."
+    )
+    streaming: bool = _option(False, "Read training studies from the shards of source prepared as they are needed.")
+    shuffle_buffer: int = _option(256, "Streamed studies among which the next one is drawn.")
     limit: dict[str, int] = field(
         default_factory=dict,
         metadata={"help": "Most studies kept of a split, from its start: {train: 200, validation: 50}."},
     )
 
     def __post_init__(self):
+        _need(self.shuffle_buffer > 0, "studies.shuffle_buffer", self.shuffle_buffer, "a positive number of studies")
+        _need(
+            not self.streaming or self.source == "prepared", "studies.source", self.source, "prepared, to be streamed"
+        )
+        _need(
+            not self.streaming or set(self.options) == {"folder"},
+            "studies.options",
+            self.options,
+            "folder, and no other",
+        )
+        _need(
+            self.sections == "findings" or self.source != "prepared",
+            "studies.sections",
+            self.sections,
+            "none of source prepared: its reports were made by otdrg prepare --sections",
+        )
         for split, count in self.limit.items():
             _need(split in ("train", "validation", "test"), "studies.limit", split, "train, validation or test")
             _need(count > 0, f"studies.limit.{split}", count, "a positive number of studies")

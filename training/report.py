@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import DatasetDict
 
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
-from .build import lora_fields, set_trained_parts
+from .build import StudySplits, lora_fields, set_trained_parts
 from .callbacks import SinkhornLossCallback
 from .collation import ReportCollator
 from .evaluation import evaluate_model, format_table, write_predictions
@@ -24,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 def run(
     recipe: Recipe,
-    studies: DatasetDict,
+    studies: StudySplits,
     model: OTDRGForReportGeneration,
     processor: OTDRGProcessor,
     folder: Path,
@@ -81,7 +80,7 @@ def run(
 
 
 def evaluate(
-    recipe: Recipe, studies: DatasetDict, model: OTDRGForReportGeneration, processor: OTDRGProcessor, folder: Path
+    recipe: Recipe, studies: StudySplits, model: OTDRGForReportGeneration, processor: OTDRGProcessor, folder: Path
 ) -> dict[str, Any]:
     """The controls table of the published model on the recipe's split; predictions go to `folder/predictions.csv`.
 

@@ -46,7 +46,7 @@ def run_recipe(recipe: Recipe, resume: bool = False, overwrite: bool = False) ->
     output = Path(recipe.output_dir)
     pending = _pending_stages(recipe, resume, overwrite)
     previous = _previous_folder(recipe, pending)
-    studies = build_studies(recipe.studies, recipe.labels)
+    studies = build_studies(recipe.studies, recipe.labels, recipe.seed)
     state = PartialState(cpu=not has_accelerator())
     if not has_accelerator():
         # `accelerate launch` leaves a process without a GPU one thread unless it is told otherwise.

@@ -177,6 +177,9 @@ def training_arguments(stage: StageRecipe, folder: Path, seed: int, evaluates: b
         save_total_limit=stage.save_total_limit,
         dataloader_num_workers=stage.workers,
         dataloader_pin_memory=has_accelerator(),
+        # Of streamed studies each process reads all and takes its share: batches of one process, cut up for all, would
+        # have to be of one length.
+        accelerator_config={"dispatch_batches": False},
         # The columns of studies are not the arguments of forward; the collator makes those of them.
         remove_unused_columns=False,
         report_to="none",

@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from otdrg.configuration_otdrg import FINDINGS, NEGATIVE, POSITIVE, UNCLEAR, UNMENTIONED
+from otdrg.labelers import load_labeler
 from otdrg.studies import load_studies
-from otdrg.studies.phantom import complete_states, make_phantom, sample_states, write_report
+from otdrg.studies.phantom import complete_states, contact_sheet, make_phantom, sample_states, write_report
+from otdrg.studies.phantom_wording import write_indication
 
 #: How a reader knows which finding a sentence is about; written apart from the wordings.
 WORDS = {
@@ -168,6 +170,68 @@ def test_states_are_those_of_the_report_and_of_the_masks():
             name for name, state in zip(FINDINGS[:-1], phantom.states, strict=False) if state == POSITIVE
         }
         assert all(masks[0].any() for masks in phantom.masks.values())
+
+
+def test_every_positive_finding_shows_in_a_view():
+    for index in range(40):
+        for finding, (frontal, lateral) in make_phantom(9, index, 224).masks.items():
+            assert frontal.any()
+            assert lateral.any() == (finding != "fracture")
+
+
+def test_what_the_indication_asks_is_answered_first_in_the_impression():
+    asked = []
+    for index in range(200):
+        phantom = make_phantom(0, index, 32, ("frontal",))
+        said = read_states(phantom.impression)
+        assert all(state in (UNMENTIONED, true) for state, true in zip(said, phantom.states, strict=True))
+        assert bool(phantom.indication) == bool(phantom.question)
+        if phantom.question:
+            position = FINDINGS.index(phantom.question)
+            answer = read_states(re.match(r"[^.]+\.", phantom.impression)[0])
+            assert re.search(WORDS[phantom.question], phantom.indication, re.I)
+            assert answer[position] == said[position] == phantom.states[position] != UNMENTIONED
+            asked.append(phantom.question)
+    assert 90 < len(asked) < 150 and len(set(asked)) > 10
+
+
+def test_an_indication_gives_no_state_away():
+    for index in range(40):
+        states = sample_states(np.random.default_rng(index))[:-1]
+        flipped = [{POSITIVE: NEGATIVE, NEGATIVE: UNCLEAR, UNCLEAR: POSITIVE}.get(state, state) for state in states]
+        one, other = (make_phantom(8, index, 32, ("frontal",), states=given) for given in (states, flipped))
+        assert (one.question, one.indication) == (other.question, other.indication)
+
+
+@pytest.mark.parametrize("finding", FINDINGS[:-1])
+def test_indications_vary(finding):
+    indications = {write_indication(finding, np.random.default_rng(seed)) for seed in range(60)}
+    assert len({re.split("[.,]", text)[0] for text in indications}) >= 3  # complaints
+    assert len({re.split("[.,]", text, maxsplit=1)[1] for text in indications}) >= 3  # questions
+
+
+def test_nothing_mentioned_is_nothing_asked():
+    phantoms = [make_phantom(0, index, 32, ("frontal",), states=[UNMENTIONED] * 13) for index in range(10)]
+    assert {phantom.indication for phantom in phantoms} == {""}
+
+
+def test_the_rules_labeler_reads_the_true_states():
+    phantoms = [make_phantom(1, index, 32, ("frontal",)) for index in range(100)]
+    reports = [f"{phantom.findings} {phantom.impression}" for phantom in phantoms]
+    states = np.stack([phantom.states for phantom in phantoms])
+    assert np.array_equal(load_labeler("rules").label(reports), states)
+
+
+def test_contact_sheet():
+    sheet = np.asarray(contact_sheet(3, 5, 48, VIEWS))
+    phantom = make_phantom(3, 4, 48)
+    rows, columns = sheet.shape
+    assert columns == 4 * 2 * 48 and rows % 2 == 0
+    second = sheet[rows // 2 :]
+    assert np.array_equal(second[:48, :96], np.hstack([np.asarray(image) for image in phantom.images]))
+    assert second[48:, :96].any() and not second[:, 96:].any()  # a caption, and nothing after the last study
+    with pytest.raises(ValueError, match="option 'count' is 0: expected a whole number of 1 or more"):
+        contact_sheet(3, 0)
 
 
 def test_prevalences():

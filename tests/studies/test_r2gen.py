@@ -1,11 +1,12 @@
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from otdrg.studies import load_studies
+from otdrg.studies import load_studies, open_source
 from PIL import Image
 
 
@@ -67,20 +68,6 @@ def test_relative_folder_is_readable_from_elsewhere(collection, monkeypatch, tmp
     assert train[0]["images"][0].size == (8, 8)
 
 
-def test_limit_is_per_split(collection):
-    names = [f"s{i}" for i in range(5)]
-    options = collection({split: [entry(n, f"{split}/{n}.png") for n in names] for split in ("train", "val", "test")})
-    studies = load_studies("r2gen", **options, limit=2)
-    assert list(studies) == ["train", "validation", "test"]
-    assert all(rows["id"] == ["s0", "s1"] for rows in studies.values())
-
-
-@pytest.mark.parametrize("limit", [0, -1, "2"])
-def test_limit_must_be_a_positive_number(collection, limit):
-    with pytest.raises(ValueError, match="option 'limit' is"):
-        load_studies("r2gen", **collection({"train": [entry("a", "a.png")]}), limit=limit)
-
-
 def test_studies_with_missing_images_are_left_out_and_listed(collection, caplog):
     options = collection(
         {"train": [entry("a", "a0.png", "a1.png"), entry("b", "b.png")], "val": [entry("c", "c.png")]},
@@ -89,25 +76,29 @@ def test_studies_with_missing_images_are_left_out_and_listed(collection, caplog)
     studies = load_studies("r2gen", **options)
     assert list(studies) == ["train"]
     assert studies["train"]["id"] == ["b"]
-    (warning,) = [record.getMessage() for record in caplog.records if record.name == "otdrg.studies.r2gen"]
-    assert "2 studies left out because 2 image files are missing" in warning
-    assert "a1.png (study a)" in warning and "c.png (study c)" in warning
+    (warning,) = [record.getMessage() for record in caplog.records if record.name.startswith("otdrg.studies")]
+    assert "r2gen: 2 studies left out" in warning
+    assert re.search(r"a \(missing image: .*a1\.png does not exist\); c \(missing image: .*c\.png", warning)
 
 
 def test_wrong_image_folder_is_an_error(collection, tmp_path):
     options = collection({"train": [entry("a", "a.png")]}, absent=("a.png",))
     (tmp_path / "images").mkdir()
-    with pytest.raises(ValueError, match=r"no study has its images in .*images \(the first missing file is .*a\.png\)"):
+    with pytest.raises(
+        ValueError, match=r"holds no studies: all 1 were skipped, the first for missing image: .*a\.png"
+    ):
         load_studies("r2gen", **options)
 
 
 @pytest.mark.parametrize("path", ["../secret.png", "a/../../secret.png", "/etc/passwd", "..", "."])
-def test_paths_that_leave_the_folder_are_refused(collection, tmp_path, path):
+def test_paths_that_leave_the_folder_are_never_read(collection, tmp_path, path):
     options = collection({"train": [entry("a", "a.png")]})
     (tmp_path / "secret.png").write_bytes((options["images"] / "a.png").read_bytes())
     options["annotation"].write_text(json.dumps({"train": [entry("a", "a.png"), entry("b", path)]}))
-    with pytest.raises(ValueError, match=r"annotation\.json, train\[1\] has image_path .* leaves the image folder"):
-        load_studies("r2gen", **options)
+    kept, left_out = open_source("r2gen", **options).entries()
+    assert kept.id == "a"
+    assert (left_out.id, left_out.split, left_out.kind) == ("b", "train", "malformed")
+    assert re.search(r"annotation\.json, train\[1\] has image_path .* leaves the image folder", left_out.reason)
 
 
 @pytest.mark.parametrize(
@@ -118,12 +109,6 @@ def test_paths_that_leave_the_folder_are_refused(collection, tmp_path, path):
         (b"[]", "is not in R2Gen's form: expected lists under train, val, test"),
         (b'{"train": {}}', "is not in R2Gen's form"),
         (b'{"dev": []}', "unknown split 'dev': expected train, val, test"),
-        (b'{"train": []}', "holds no studies"),
-        (b'{"train": [3]}', r"train\[0\] is not a study"),
-        (b'{"train": [{"report": "r", "image_path": ["a"]}]}', r"train\[0\] has id None: expected a string"),
-        (b'{"train": [{"id": "a", "image_path": ["a"]}]}', r"train\[0\] has report None: expected a string"),
-        (b'{"train": [{"id": "a", "report": "r", "image_path": "a"}]}', r"image_path 'a': expected a list"),
-        (b'{"train": [{"id": "a", "report": "r", "image_path": []}]}', r"image_path \[\]: expected a list"),
     ],
 )
 def test_annotation_not_in_form(tmp_path, content, message):
@@ -134,13 +119,42 @@ def test_annotation_not_in_form(tmp_path, content, message):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("study", "message"),
+    [
+        (3, r"train\[0\] is not a study"),
+        ({"report": "r", "image_path": ["a"]}, r"train\[0\] has id None: expected a string"),
+        ({"id": "a", "image_path": ["a"]}, r"train\[0\] has report None: expected a string"),
+        ({"id": "a", "report": "r", "image_path": "a"}, r"image_path 'a': expected a list"),
+        ({"id": "a", "report": "r", "image_path": []}, r"image_path \[\]: expected a list"),
+    ],
+)
+def test_studies_not_in_form_are_left_out_and_the_others_kept(collection, study, message):
+    options = collection({"train": [entry("b", "b.png")]})
+    options["annotation"].write_text(json.dumps({"train": [study, entry("b", "b.png")]}))
+    left_out, kept = open_source("r2gen", **options).entries()
+    assert left_out.kind == "malformed" and re.search(message, left_out.reason)
+    assert kept.id == "b"
+
+
 def test_missing_annotation_and_folder_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"annotation .*nowhere\.json does not exist"):
+    with pytest.raises(ValueError, match=r"nowhere\.json does not exist: option 'annotation' names R2Gen's JSON file"):
         load_studies("r2gen", annotation=tmp_path / "nowhere.json", images=tmp_path)
-    with pytest.raises(ValueError, match="is a folder"):
+    with pytest.raises(ValueError, match="is a folder: option 'annotation'"):
         load_studies("r2gen", annotation=tmp_path, images=tmp_path)
-    with pytest.raises(ValueError, match=r"image folder .*nowhere does not exist"):
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"nowhere does not exist: option 'images' names the folder"):
         load_studies("r2gen", annotation=tmp_path / "a.json", images=tmp_path / "nowhere")
+
+
+def test_official_counts_follow_the_collection(collection):
+    iu_xray = open_source("r2gen", **collection({"train": [entry("CXR7_IM-2263", "a.png")]}))
+    assert iu_xray.official_counts == {"train": 2069, "validation": 296, "test": 590}
+    assert iu_xray.official_unit == "studies" and "CXR2084_IM-0715-1001" in iu_xray.official_ids("train")
+    mimic = open_source("r2gen", **collection({"train": [entry("02aa804e-bde0afdd", "a.png", subject_id=1)]}))
+    assert mimic.official_counts == {"train": 270790, "validation": 2130, "test": 3858}
+    assert mimic.official_unit == "images" and mimic.official_ids("train") is None
+    assert open_source("r2gen", **collection({"train": [entry("mine", "a.png")]})).official_counts is None
 
 
 def test_iu_xray():

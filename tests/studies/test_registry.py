@@ -7,7 +7,10 @@ from otdrg.studies.schema import STUDY_FEATURES
 
 
 def test_unknown_source_names_the_known_ones():
-    with pytest.raises(ValueError, match="unknown source of studies 'iu': expected one of phantom, r2gen"):
+    with pytest.raises(
+        ValueError,
+        match="unknown source of studies 'iu': expected one of csv, dicom, hub, mimic-cxr, open-i, phantom, r2gen",
+    ):
         load_studies("iu")
 
 
@@ -32,3 +35,9 @@ def test_sources_are_imported_when_asked_for():
     code = "import sys, otdrg.studies; print([m for m in ('datasets', 'torch') if m in sys.modules])"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"
+
+
+@pytest.mark.parametrize("options", [{}, {"folder": "x", "limit": 3}, {"path": "x"}])
+def test_the_prepared_source_has_one_option(options):
+    with pytest.raises(ValueError, match="source 'prepared' has one option, 'folder'"):
+        load_studies("prepared", **options)

@@ -1,0 +1,122 @@
+"""Studies as datasets that training reads: made in memory of a source, or read from a folder that was built."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+
+from .assembly import Sections, StudyListing, assemble_study
+from .images import referenced_image
+from .schema import STUDY_FEATURES
+from .source import SPLITS, Skipped, StudySource
+from .summary import LISTED
+
+logger = logging.getLogger(__name__)
+
+
+def load_in_memory(source: StudySource, sections: Sections = "findings") -> DatasetDict:
+    """A source's studies; image files are referred to, not read.
+
+    Raises:
+        ValueError: no study is left.
+    """
+    rows: dict[str, list[dict]] = {split: [] for split in SPLITS}
+    faults: list[Skipped] = []
+    for item in StudyListing(source):
+        if isinstance(item, Skipped):
+            faults.append(item)
+            continue
+        assembled = assemble_study(source, item, referenced_image, sections)
+        faults += assembled.faults
+        if assembled.row is not None:
+            rows[item.split].append(assembled.row)
+    left_out = list(dict.fromkeys(fault.id for fault in faults))
+    if not any(rows.values()):
+        reason = f"all {len(left_out)} were skipped, the first for {faults[0].kind}: {faults[0].reason}"
+        raise ValueError(f"source {source.name!r} holds no studies" + (f": {reason}" if faults else ""))
+    if faults:
+        listed = "; ".join(f"{fault.id} ({fault.kind}: {fault.reason})" for fault in faults[:LISTED])
+        rest = f" and {len(faults) - LISTED} more" if len(faults) > LISTED else ""
+        logger.warning("%s: %d studies left out: %s%s", source.name, len(left_out), listed, rest)
+    return DatasetDict(
+        {split: Dataset.from_list(kept, features=STUDY_FEATURES) for split, kept in rows.items() if kept}
+    )
+
+
+def load_prepared(folder: str | os.PathLike, leave_out: Sequence[str] = ()) -> DatasetDict:
+    """The splits of a built dataset, mapped into memory from disk.
+
+    Without Arrow files the library makes them of the Parquet files, in its cache.
+
+    Args:
+        folder: of the dataset.
+        leave_out: splits that are not wanted.
+
+    Raises:
+        ValueError: the folder is not one.
+    """
+    folder = _prepared(folder)
+    splits = [split for split in _splits(folder) if split not in leave_out]
+    if (folder / "dataset_dict.json").is_file():
+        return DatasetDict({split: load_from_disk(folder / split) for split in splits})
+    return DatasetDict(
+        {split: load_dataset("parquet", data_files=_parquet(folder, split), split="train") for split in splits}
+    )
+
+
+def stream_prepared(folder: str | os.PathLike, split: str) -> IterableDataset:
+    """A split of a built dataset, read shard by shard from its Parquet files.
+
+    Raises:
+        ValueError: the folder is not a built dataset, or has no such split.
+    """
+    folder = _prepared(folder)
+    if split not in _splits(folder):
+        raise ValueError(f"{folder} has no split {split!r}: it has {', '.join(_splits(folder))}")
+    return load_dataset("parquet", data_files={split: _parquet(folder, split)}, split=split, streaming=True)
+
+
+def prepared_rows(folder: str | os.PathLike, split: str) -> int:
+    """How many studies a split of a built dataset has.
+
+    Raises:
+        ValueError: the folder is not a built dataset.
+    """
+    return sum(pq.read_metadata(file).num_rows for file in _parquet(_prepared(folder), split))
+
+
+def prepared_column(folder: str | os.PathLike, split: str, column: str) -> list:
+    """One column of a split of a built dataset; the others, images above all, are not read.
+
+    Raises:
+        ValueError: the folder is not a built dataset.
+    """
+    values: list = []
+    for file in _parquet(_prepared(folder), split):
+        values += pq.read_table(file, columns=[column]).column(column).to_pylist()
+    return values
+
+
+def _prepared(folder: str | os.PathLike) -> Path:
+    folder = Path(os.path.abspath(folder))
+    if not _splits(folder):
+        partial = folder.with_name(f"{folder.name}.partial")
+        state = "an interrupted build: otdrg prepare --resume ends it" if partial.is_dir() else "not a built dataset"
+        raise ValueError(f"{folder} is {state}; expected a folder written by otdrg prepare")
+    return folder
+
+
+def _splits(folder: Path) -> list[str]:
+    return [split for split in SPLITS if _parquet(folder, split)]
+
+
+def _parquet(folder: Path, split: str) -> list[str]:
+    return sorted(str(path) for path in (folder / "data").glob(f"{split}-*.parquet"))
+
+
+__all__ = ["load_in_memory", "load_prepared", "prepared_column", "prepared_rows", "stream_prepared"]

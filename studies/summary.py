@@ -1,0 +1,134 @@
+"""What a build kept and what it left out: counted by split, and held against the published counts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+
+from .assembly import Assembled
+from .source import SPLITS, VIEWS, Skipped, StudyEntry, StudySource
+
+#: Ids named in a warning; all are in `skipped.jsonl`, or can be told from the official list.
+LISTED = 20
+
+_IMAGE_FAULTS = {"missing image": "missing_images", "unreadable image": "unreadable_images"}
+
+
+@dataclass
+class SplitCounts:
+    """Counts of one split.
+
+    Args:
+        studies, images: kept.
+        frontal, lateral, unknown: views kept.
+        skipped: studies left out, for whatever reason.
+        empty_reports: studies left out because there is no report.
+        missing_images, unreadable_images: image files, of studies kept or left out.
+    """
+
+    studies: int = 0
+    images: int = 0
+    frontal: int = 0
+    lateral: int = 0
+    unknown: int = 0
+    skipped: int = 0
+    empty_reports: int = 0
+    missing_images: int = 0
+    unreadable_images: int = 0
+
+    def add(self, assembled: Assembled) -> None:
+        """Count a study."""
+        for fault in assembled.faults:
+            self._add_fault(fault)
+        if assembled.row is None:
+            self.skipped += 1
+            return
+        self.studies += 1
+        views = Counter(VIEWS[view] for view in assembled.row["views"])
+        self.images += sum(views.values())
+        for view, count in views.items():
+            setattr(self, view, getattr(self, view) + count)
+
+    def add_skipped(self, skipped: Skipped) -> None:
+        """Count a study that was left out on listing."""
+        self.skipped += 1
+        self._add_fault(skipped)
+
+    def _add_fault(self, fault: Skipped) -> None:
+        if fault.kind == "empty report":
+            self.empty_reports += 1
+        elif fault.kind in _IMAGE_FAULTS:
+            name = _IMAGE_FAULTS[fault.kind]
+            setattr(self, name, getattr(self, name) + 1)
+
+    def merge(self, other: SplitCounts) -> None:
+        """Add the counts of another part of the split."""
+        for count in fields(self):
+            setattr(self, count.name, getattr(self, count.name) + getattr(other, count.name))
+
+
+def format_counts(counts: dict[str | None, SplitCounts]) -> str:
+    """A Markdown table: a row a split, one of studies whose split is not known, and their sum."""
+    names = [field.name for field in fields(SplitCounts)]
+    header = " | ".join(name.replace("_", " ") for name in names)
+    lines = [f"| split | {header} |", "|---" * (len(names) + 1) + "|"]
+    rows = {split or "none": counts[split] for split in (*SPLITS, None) if split in counts}
+    total = SplitCounts()
+    for row in rows.values():
+        total.merge(row)
+    for name, row in {**rows, "total": total}.items():
+        lines.append(f"| {name} | " + " | ".join(f"{value:,}" for value in asdict(row).values()) + " |")
+    return "\n".join(lines)
+
+
+class OfficialCheck:
+    """Holds a build against the counts its collection was published with.
+
+    Args:
+        source: the source that is built; without official counts there is nothing to say.
+    """
+
+    def __init__(self, source: StudySource):
+        self.source = source
+        self._absent: dict[str, dict[str, None]] = {}
+        for split in source.official_counts or {}:
+            ids = source.official_ids(split)
+            if ids is not None:
+                self._absent[split] = dict.fromkeys(ids)
+
+    def see(self, entry: StudyEntry | Skipped) -> None:
+        """Tell it of a study that is listed."""
+        if entry.split in self._absent:
+            self._absent[entry.split].pop(entry.id, None)
+
+    def warnings(self, counts: dict[str | None, SplitCounts], skipped: dict[str, Iterable[str]]) -> list[str]:
+        """One line for each split whose count is not the published one, with the ids that are known to lack.
+
+        Args:
+            counts: what was kept.
+            skipped: `{split: ids}` of studies left out.
+        """
+        lines = []
+        for split, official in (self.source.official_counts or {}).items():
+            unit = self.source.official_unit
+            kept = getattr(counts.get(split, SplitCounts()), unit)
+            if kept == official:
+                continue
+            line = f"{split}: {kept:,} {unit}, {official:,} in the published split"
+            if split not in counts:
+                line += "; the source has no such split"
+            else:
+                for what, ids in (("left out", skipped.get(split, ())), ("not in the source", self._absent.get(split))):
+                    if ids:
+                        line += f"; {what}: {_listed(list(ids))}"
+            lines.append(line)
+        return lines
+
+
+def _listed(ids: list[str]) -> str:
+    rest = f" and {len(ids) - LISTED:,} more" if len(ids) > LISTED else ""
+    return ", ".join(ids[:LISTED]) + rest
+
+
+__all__ = ["LISTED", "OfficialCheck", "SplitCounts", "format_counts"]

@@ -1,0 +1,338 @@
+"""`prepare_studies`: what is built, what is left out and why, and what an interruption leaves."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from datasets import load_dataset, load_from_disk
+from otdrg.studies import load_studies, prepare_studies
+from otdrg.studies.build import BuildOptions, build_studies_dataset
+from otdrg.studies.loading import load_prepared, prepared_column, prepared_rows, stream_prepared
+from otdrg.studies.schema import STUDY_FEATURES
+from otdrg.studies.source import Skipped, SkipStudy, Study, StudyEntry, StudySource
+from PIL import Image
+
+PHANTOMS = {"train": 7, "validation": 2, "test": 3, "image_size": 32}
+
+
+@dataclass(init=False)
+class ListedSource(StudySource):
+    """A source of the test's own entries; an entry's location is its `Study`, or what `read` raises."""
+
+    name = "listed"
+
+    def __init__(self, listed):
+        self.listed = listed
+
+    def entries(self):
+        return iter(self.listed)
+
+    def read(self, entry):
+        if isinstance(entry.location, Exception):
+            raise entry.location
+        return entry.location
+
+
+@pytest.fixture
+def picture(tmp_path):
+    def make(name="view.png", size=(40, 30), **options):
+        path = tmp_path / name
+        noise = np.random.default_rng(0).integers(0, 256, size[::-1], dtype=np.uint8)
+        Image.fromarray(noise).save(path, **options)
+        return str(path)
+
+    return make
+
+
+def listed_study(name, *images, split="train", patient=None, **fields):
+    fields = {"findings": f"Report of {name}.", **fields}
+    return StudyEntry(name, patient or name, split, Study(list(images), ["frontal"] * len(images), **fields))
+
+
+def skipped_of(folder):
+    return [json.loads(line) for line in (folder / "skipped.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def without_images(rows):
+    return [{name: value for name, value in row.items() if name != "images"} for row in rows]
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_both_plain_loaders_read_what_the_source_holds(tmp_path, num_proc):
+    build = BuildOptions(studies_per_shard=3, num_proc=num_proc)
+    report = prepare_studies("phantom", tmp_path / "built", build=build, **PHANTOMS)
+    expected = load_studies("phantom", **PHANTOMS)
+    from_disk = load_from_disk(tmp_path / "built")
+    loaded = load_dataset(str(tmp_path / "built"), cache_dir=str(tmp_path / "cache"))
+    for built in (from_disk, loaded):
+        assert list(built) == ["train", "validation", "test"]
+        for split, rows in expected.items():
+            assert built[split].features == STUDY_FEATURES
+            assert without_images(built[split]) == without_images(rows)
+            for got, wanted in zip(built[split], rows, strict=True):
+                assert [np.array(i).tolist() for i in got["images"]] == [np.array(i).tolist() for i in wanted["images"]]
+    assert {split: counts.studies for split, counts in report.counts.items()} == {
+        "train": 7,
+        "validation": 2,
+        "test": 3,
+    }
+    assert len(list((tmp_path / "built" / "data").glob("train-*-of-00003.parquet"))) == 3
+    assert not (tmp_path / "built.partial").exists()
+    assert len({from_disk[split]._fingerprint for split in from_disk}) == 3
+
+
+def test_parquet_only_leaves_out_half_and_is_read_all_the_same(tmp_path):
+    prepare_studies("phantom", tmp_path / "built", build=BuildOptions(parquet_only=True), **PHANTOMS)
+    assert not list((tmp_path / "built").rglob("*.arrow"))
+    rows = load_prepared(tmp_path / "built")["validation"]
+    assert rows["id"] == load_studies("phantom", **PHANTOMS)["validation"]["id"]
+
+
+def test_the_dataset_does_not_need_the_images_any_more(tmp_path, picture):
+    path = picture()
+    with open(path, "rb") as file:
+        data = file.read()
+    build_studies_dataset(ListedSource([listed_study("a", path)]), tmp_path / "built")
+    os.unlink(path)
+    (tmp_path / "built").rename(tmp_path / "moved")
+    (row,) = load_from_disk(tmp_path / "moved")["train"]
+    assert row["images"][0].size == (40, 30)
+    stored = load_from_disk(tmp_path / "moved")["train"].data.column("images")[0].as_py()
+    assert stored == [{"bytes": data, "path": "view.png"}]
+
+
+def test_each_fault_is_counted_and_listed_and_the_rest_kept(tmp_path, picture):
+    good, broken = picture(), tmp_path / "broken.png"
+    with open(good, "rb") as file:
+        broken.write_bytes(file.read()[:200])
+    source = ListedSource(
+        [
+            listed_study("good", good),
+            listed_study("good", good),
+            listed_study("silent", good, findings="  "),
+            listed_study("absent", good, str(tmp_path / "absent.png")),
+            listed_study("broken", str(broken)),
+            listed_study("text", __file__),
+            listed_study("blind"),
+            listed_study("shared", good, patient="p"),
+            listed_study("held out", good, patient="p", split="test"),
+            StudyEntry("odd", "odd", "validation", SkipStudy("malformed", "line 3 of it")),
+            Skipped("elsewhere", None, "outside the split", "nobody's"),
+        ]
+    )
+    report = build_studies_dataset(source, tmp_path / "built")
+    built = load_from_disk(tmp_path / "built")
+    assert {split: rows["id"] for split, rows in built.items()} == {"train": ["good"], "test": ["held out"]}
+    kinds = {(fault["id"], fault["split"]): fault["kind"] for fault in skipped_of(tmp_path / "built")}
+    assert kinds == {
+        ("good", "train"): "duplicate id",
+        ("silent", "train"): "empty report",
+        ("absent", "train"): "missing image",
+        ("broken", "train"): "unreadable image",
+        ("text", "train"): "unreadable image",
+        ("blind", "train"): "missing image",
+        ("shared", "train"): "patient in two splits",
+        ("odd", "validation"): "malformed",
+        ("elsewhere", None): "outside the split",
+    }
+    reasons = {fault["id"]: fault["reason"] for fault in skipped_of(tmp_path / "built")}
+    assert str(tmp_path / "absent.png") in reasons["absent"] and "in test too" in reasons["shared"]
+    train = report.counts["train"]
+    assert (train.studies, train.images, train.skipped) == (1, 1, 7)
+    assert (train.empty_reports, train.missing_images, train.unreadable_images) == (1, 2, 2)
+    assert "| total | 2 | 2 | 2 | 0 | 0 | 9 | 1 | 2 | 2 |" in str(report)
+
+
+def test_strict_ends_at_the_first_fault_and_leaves_nothing_that_looks_whole(tmp_path, picture):
+    source = ListedSource([listed_study("a", picture()), listed_study("b", str(tmp_path / "absent.png"))])
+    with pytest.raises(ValueError, match=r"study b, train: missing image: .*absent\.png does not exist"):
+        build_studies_dataset(source, tmp_path / "built", BuildOptions(strict=True))
+    assert not (tmp_path / "built").exists()
+    with pytest.raises(ValueError, match=r"built is an interrupted build: otdrg prepare --resume"):
+        load_prepared(tmp_path / "built")
+
+
+def test_an_incomplete_study_is_kept_only_when_asked_for(tmp_path, picture):
+    source = ListedSource([listed_study("a", str(tmp_path / "absent.png"), picture())])
+    with pytest.raises(ValueError, match="no study is left: all 1 were skipped"):
+        build_studies_dataset(source, tmp_path / "one")
+    report = build_studies_dataset(source, tmp_path / "two", BuildOptions(keep_incomplete=True))
+    (row,) = load_from_disk(tmp_path / "two")["train"]
+    assert len(row["images"]) == len(row["views"]) == 1
+    assert report.counts["train"].missing_images == 1 and report.counts["train"].skipped == 0
+    assert [fault["kept"] for fault in skipped_of(tmp_path / "two")] == [True]
+
+
+@pytest.mark.parametrize(
+    ("sections", "reports"),
+    [
+        ("findings", ["F.", "F."]),
+        ("impression", ["I.", "I."]),
+        ("findings+impression", ["F. I.", "I.", "F."]),
+    ],
+)
+def test_sections_make_the_report(tmp_path, picture, sections, reports):
+    view = picture()
+    source = ListedSource(
+        [
+            listed_study("both", view, findings="F.", impression="I."),
+            listed_study("impression", view, findings="", impression="I."),
+            listed_study("findings", view, findings="F.", impression=""),
+        ]
+    )
+    build_studies_dataset(source, tmp_path / "built", BuildOptions(sections=sections))
+    rows = load_from_disk(tmp_path / "built")["train"]
+    assert rows["report"] == reports
+    assert set(rows["impression"]) <= {"I.", ""}
+
+
+def test_large_images_are_scaled_down_and_small_ones_left_as_they_are(tmp_path, picture):
+    small, large, jpeg = picture("small.png"), picture("large.png", (300, 200)), picture("large.jpg", (300, 200))
+    source = ListedSource([listed_study("a", small, large, jpeg)])
+    build_studies_dataset(source, tmp_path / "built", BuildOptions(shorter_side=100))
+    (row,) = load_from_disk(tmp_path / "built")["train"]
+    assert [(image.size, image.format) for image in row["images"]] == [
+        ((40, 30), "PNG"),
+        ((150, 100), "PNG"),
+        ((150, 100), "JPEG"),
+    ]
+
+
+def test_limit_is_of_each_split(tmp_path):
+    report = prepare_studies("phantom", tmp_path / "built", build=BuildOptions(limit=2), **PHANTOMS)
+    assert {split: counts.studies for split, counts in report.counts.items()} == {
+        "train": 2,
+        "validation": 2,
+        "test": 2,
+    }
+
+
+def test_counts_that_are_not_the_published_ones_are_a_warning_that_lists_the_ids(tmp_path, picture):
+    source = ListedSource(
+        [
+            listed_study("a", picture()),
+            listed_study("b", str(tmp_path / "no.png")),
+            listed_study("v", picture(), split="validation"),
+        ]
+    )
+    source.official_counts = {"train": 3, "validation": 1, "test": 4}
+    source.official_ids = {"train": ["a", "b", "c"], "validation": ["v"]}.get
+    report = build_studies_dataset(source, tmp_path / "built")
+    assert report.warnings == [
+        "train: 1 studies, 3 in the published split; left out: b; not in the source: c",
+        "test: 0 studies, 4 in the published split; the source has no such split",
+    ]
+    assert report.warnings == json.loads((tmp_path / "built" / "summary.json").read_text())["warnings"]
+    limited = build_studies_dataset(source, tmp_path / "limited", BuildOptions(limit=1))
+    assert limited.warnings == []
+
+
+@pytest.mark.parametrize("option", [{"limit": 0}, {"num_proc": -1}, {"studies_per_shard": "2"}, {"shorter_side": 4}])
+def test_options_out_of_range_are_named(option):
+    (name,) = option
+    with pytest.raises(ValueError, match=f"{name}=.*: expected a whole number"):
+        BuildOptions(**option)
+    with pytest.raises(ValueError, match="sections='summary': expected one of findings"):
+        BuildOptions(sections="summary")
+
+
+def test_nothing_of_the_users_is_overwritten(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="mine exists and is no dataset of studies"):
+            prepare_studies("phantom", tmp_path / "mine", overwrite=overwrite, **PHANTOMS)
+    prepare_studies("phantom", tmp_path / "built", **PHANTOMS)
+    with pytest.raises(ValueError, match="built exists: --overwrite replaces it"):
+        prepare_studies("phantom", tmp_path / "built", **PHANTOMS)
+    prepare_studies("phantom", tmp_path / "built", overwrite=True, **{**PHANTOMS, "train": 1})
+    assert len(load_from_disk(tmp_path / "built")["train"]) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["built", "mine"]
+
+
+def test_a_killed_build_leaves_no_dataset_and_is_gone_on_with(tmp_path):
+    output, options = tmp_path / "built", {**PHANTOMS, "train": 400, "image_size": 96}
+    command = [sys.executable, "-m", "otdrg.cli", "prepare", "phantom", "--output", str(output)]
+    command += ["--train", "400", "--validation", "2", "--test", "3", "--image-size", "96", "--studies-per-shard", "40"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    shards = tmp_path / "built.partial" / "shards"
+    deadline = time.monotonic() + 60
+    while len(list(shards.glob("*.json"))) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not output.exists()
+    build = BuildOptions(studies_per_shard=40)
+    with pytest.raises(ValueError, match=r"interrupted build: --resume goes on with it, --overwrite starts anew"):
+        prepare_studies("phantom", output, build=build, **options)
+    with pytest.raises(ValueError, match=r"was built with source\.seed=0, not 1"):
+        prepare_studies("phantom", output, build=build, resume=True, seed=1, **options)
+    report = prepare_studies("phantom", output, build=build, resume=True, **options)
+    assert report.counts["train"].studies == 400
+    built, whole = load_from_disk(output), load_studies("phantom", **options)
+    for split, rows in whole.items():
+        assert without_images(built[split]) == without_images(rows)
+
+
+def test_shards_that_are_built_are_not_built_again(tmp_path, picture):
+    good = [listed_study(f"s{i}", picture(f"{i}.png")) for i in range(4)]
+    bad = StudyEntry("bad", "bad", "train", SkipStudy("malformed", "?"))
+    options = BuildOptions(studies_per_shard=2, strict=True)
+    with pytest.raises(ValueError, match="study bad, train: malformed"):
+        build_studies_dataset(ListedSource([*good, bad]), tmp_path / "built", options)
+    for i in (0, 1):
+        os.unlink(tmp_path / f"{i}.png")
+    build_studies_dataset(ListedSource(good), tmp_path / "built", options, resume=True)
+    assert load_from_disk(tmp_path / "built")["train"]["id"] == ["s0", "s1", "s2", "s3"]
+
+
+def test_a_build_whose_settings_are_lost_is_not_gone_on_with(tmp_path):
+    (tmp_path / "built.partial").mkdir()
+    with pytest.raises(ValueError, match=r"build\.json is missing or damaged: --overwrite starts the build anew"):
+        prepare_studies("phantom", tmp_path / "built", resume=True, **PHANTOMS)
+    prepare_studies("phantom", tmp_path / "built", overwrite=True, **PHANTOMS)
+
+
+def test_a_whole_build_is_left_as_it_is_by_resume(tmp_path):
+    first = prepare_studies("phantom", tmp_path / "built", **PHANTOMS)
+    made = (tmp_path / "built" / "summary.json").stat().st_mtime_ns
+    again = prepare_studies("phantom", tmp_path / "built", resume=True, **PHANTOMS)
+    assert str(again) == str(first)
+    assert (tmp_path / "built" / "summary.json").stat().st_mtime_ns == made
+    with pytest.raises(ValueError, match=r"was built with source\.train=7, not 8"):
+        prepare_studies("phantom", tmp_path / "built", resume=True, **{**PHANTOMS, "train": 8})
+
+
+def test_a_source_without_studies_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="source 'listed' holds no studies"):
+        build_studies_dataset(ListedSource([]), tmp_path / "built")
+
+
+def test_columns_and_streams_are_read_without_the_rest(tmp_path):
+    prepare_studies("phantom", tmp_path / "built", build=BuildOptions(studies_per_shard=3), **PHANTOMS)
+    assert prepared_rows(tmp_path / "built", "train") == 7
+    assert prepared_column(tmp_path / "built", "train", "id") == load_studies("phantom", **PHANTOMS)["train"]["id"]
+    stream = stream_prepared(tmp_path / "built", "train")
+    assert stream.num_shards == 3 and next(iter(stream))["images"][0].size == (32, 32)
+    with pytest.raises(ValueError, match="has no split 'dev': it has train, validation, test"):
+        stream_prepared(tmp_path / "built", "dev")
+    with pytest.raises(ValueError, match="is not a built dataset; expected a folder written by otdrg prepare"):
+        load_studies("prepared", folder=tmp_path)
+
+
+def test_what_is_left_out_in_memory_is_one_warning(picture, tmp_path, caplog, monkeypatch):
+    from otdrg.studies.loading import load_in_memory
+
+    source = ListedSource([listed_study("a", picture()), listed_study("b", str(tmp_path / "absent.png"))])
+    with caplog.at_level(logging.WARNING):
+        studies = load_in_memory(source)
+    assert studies["train"]["id"] == ["a"]
+    assert "listed: 1 studies left out: b (missing image:" in caplog.text
