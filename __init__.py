@@ -5,12 +5,11 @@ from .lazy import lazy_names
 __version__ = "0.1.0"
 
 _MODULES = {
-    "configuration_otdrg": (
-        "DEFAULT_PROMPT",
+    "configuration_otdrg": ("DEFAULT_PROMPT", "OTDRGConfig"),
+    "findings_otdrg": (
         "FINDINGS",
         "FINDING_DISPLAY_NAMES",
         "FINDING_STATES",
-        "OTDRGConfig",
         "finding_key",
         "finding_state_id",
         "parse_findings",

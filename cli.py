@@ -70,7 +70,7 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from .configuration_otdrg import parse_findings
+    from .findings_otdrg import parse_findings
     from .processing_otdrg import read_view
 
     findings = {}
@@ -136,7 +136,7 @@ def _draw(folder: Path, position: int, study: list[str], heatmaps, findings, pip
 
 
 def _print_record(study: list[str], record: dict) -> None:
-    from .configuration_otdrg import FINDING_DISPLAY_NAMES
+    from .findings_otdrg import FINDING_DISPLAY_NAMES
 
     print(f"{' + '.join(study)}\n")
     print(f"  {record['generated_text'] or '(the model wrote nothing)'}\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .configuration_otdrg import FINDING_DISPLAY_NAMES
+from .findings_otdrg import FINDING_DISPLAY_NAMES
 
 #: The colour scale spans this factor below and above the uniform plan, in every picture.
 LIFT_RANGE = 4.0

@@ -28,14 +28,15 @@ from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import is_peft_available
 
-from .configuration_otdrg import FINDING_STATES, FINDINGS, POSITIVE, UNMENTIONED, OTDRGConfig, resolve_backbone
+from .configuration_otdrg import OTDRGConfig, resolve_backbone
+from .findings_otdrg import FINDING_STATES, FINDINGS, POSITIVE, UNMENTIONED
 
 if is_peft_available():
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
 if TYPE_CHECKING:
-    # Never run: this is what makes `save_pretrained` copy all four files beside the weights.
+    # Never run: this is what makes `save_pretrained` copy all our files beside the weights.
     from .pipeline_otdrg import ReportGenerationPipeline  # noqa: F401
     from .processing_otdrg import OTDRGProcessor  # noqa: F401
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig, Pipeline
 
-from .configuration_otdrg import FINDING_STATES, FINDINGS
+from .findings_otdrg import FINDING_STATES, FINDINGS
 from .processing_otdrg import read_view
 
 

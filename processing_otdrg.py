@@ -1,6 +1,6 @@
 """Processor of OTDRG: views and a prompt become tensors, token ids become text.
 
-Reading views of every kind is in this module too: what ships beside the weights is these four files and no more.
+Reading views of every kind is in this module too: what ships beside the weights has to stand alone.
 """
 
 from __future__ import annotations
@@ -35,16 +35,13 @@ except ImportError:
 
 from .configuration_otdrg import (
     DEFAULT_PROMPT,
-    FINDING_DISPLAY_NAMES,
-    FINDING_STATES,
     FINDING_TEXT_TOKEN,
     FINDING_TOKEN,
-    FINDINGS,
     IMAGE_TOKEN,
     OTDRGConfig,
-    parse_findings,
     resolve_backbone,
 )
+from .findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, parse_findings
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

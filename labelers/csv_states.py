@@ -8,15 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..configuration_otdrg import (
-    FINDING_DISPLAY_NAMES,
-    FINDINGS,
-    NEGATIVE,
-    POSITIVE,
-    UNCLEAR,
-    UNMENTIONED,
-    finding_key,
-)
+from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDINGS, NEGATIVE, POSITIVE, UNCLEAR, UNMENTIONED, finding_key
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from ..configuration_otdrg import FINDINGS, NEGATIVE, POSITIVE, UNCLEAR, UNMENTIONED
+from ..findings_otdrg import FINDINGS, NEGATIVE, POSITIVE, UNCLEAR, UNMENTIONED
 
 VOCABULARY = Path(__file__).parent / "vocabulary"
 

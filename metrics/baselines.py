@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..configuration_otdrg import FINDINGS, POSITIVE
+from ..findings_otdrg import FINDINGS, POSITIVE
 from .clinical_efficacy.clinical_efficacy import UNCERTAIN_POLICIES, clinical_efficacy_scores
 from .nlg.nlg import nlg_scores
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..configuration_otdrg import (
+from ..findings_otdrg import (
     FINDING_DISPLAY_NAMES,
     FINDING_STATES,
     FINDINGS,

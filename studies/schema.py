@@ -2,7 +2,7 @@
 
 from datasets import ClassLabel, Features, Image, List, Value
 
-from ..configuration_otdrg import FINDING_STATES
+from ..findings_otdrg import FINDING_STATES
 from .source import VIEWS
 
 #: A study: its views in order, the sections of its report ("" when absent), `report` (the text a model learns to write)

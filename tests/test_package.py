@@ -10,7 +10,7 @@ import otdrg
 import pytest
 
 ROOT = Path(otdrg.__file__).parent
-SHIPPED = ("configuration_otdrg", "modeling_otdrg", "processing_otdrg", "pipeline_otdrg")
+SHIPPED = ("findings_otdrg", "configuration_otdrg", "modeling_otdrg", "processing_otdrg", "pipeline_otdrg")
 HEAVY = ("torch", "transformers", "datasets", "numpy")
 
 
@@ -39,6 +39,16 @@ def test_help_is_given_without_torch():
     shown = run(code).splitlines()
     assert shown[-1] in ("[] 0", "[] None")
     assert "otdrg" in "\n".join(shown[:-1])
+
+
+def test_preparing_studies_needs_neither_torch_nor_transformers(tmp_path):
+    code = (
+        "import sys\n"
+        "from otdrg.cli import main\n"
+        f"status = main('prepare phantom --train 1 --validation 0 --test 0 --image-size 32 --output {tmp_path}/o'.split())\n"
+        "print([m for m in ('torch', 'transformers') if m in sys.modules], status)\n"
+    )
+    assert run(code).splitlines()[-1] == "[] 0"
 
 
 def test_every_public_name_is_there():

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from ..configuration_otdrg import FINDING_STATES, FINDINGS
+from ..findings_otdrg import FINDING_STATES, FINDINGS
 from ..labelers import load_labeler
 from ..metrics import all_positive_report, best_constants, clinical_efficacy_scores, frequent_reports, nlg_scores
 from ..modeling_otdrg import OTDRGForReportGeneration

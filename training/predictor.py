@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from ..configuration_otdrg import FINDINGS, POSITIVE
+from ..findings_otdrg import FINDINGS, POSITIVE
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from .build import StudySplits, known_states, set_trained_parts

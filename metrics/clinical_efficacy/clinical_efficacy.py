@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import datasets
 import evaluate
 import numpy as np
-from otdrg.configuration_otdrg import FINDING_STATES, FINDINGS, POSITIVE, UNCLEAR
+from otdrg.findings_otdrg import FINDING_STATES, FINDINGS, POSITIVE, UNCLEAR
 
 #: CheXpert's five competition findings.
 COMPETITION_FINDINGS = ("atelectasis", "cardiomegaly", "consolidation", "edema", "pleural_effusion")

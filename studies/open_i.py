@@ -1,0 +1,250 @@
+"""Source `open-i`: the Indiana University chest X-ray collection (IU X-Ray) as Open-i publishes it, XML and images."""
+
+from __future__ import annotations
+
+import os
+import re
+import tarfile
+import xml.etree.ElementTree as ElementTree
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NamedTuple
+
+from .iu_xray_split import IU_XRAY_COUNTS, r2gen_split, r2gen_split_ids
+from .open_i_images import ImageNames, kaggle_name, read_projections
+from .source import (
+    Skipped,
+    Study,
+    StudyEntry,
+    StudySource,
+    needed_file,
+    needed_folder,
+    option,
+    seeded_split,
+)
+
+#: Images a study has in R2Gen's annotation: the first ones that its report lists.
+R2GEN_VIEWS = 2
+
+_SECTIONS = ("FINDINGS", "IMPRESSION", "INDICATION", "COMPARISON")
+#: A report is 5 kB; nothing near this size is one.
+_MOST_BYTES = 1_000_000
+_WHAT_REPORTS = "Open-i's NLMCXR_reports.tgz or the folder of its XML files"
+
+
+class _Report(NamedTuple):
+    """What is kept of a report's XML; `images` are the collection's names, without extension."""
+
+    number: str
+    images: tuple[str, ...]
+    sections: tuple[str, ...]
+    licence: str
+
+    @property
+    def study_id(self) -> str:
+        """R2Gen's: the first image's name without its last part ("CXR2384_IM-0942-1001" → "CXR2384_IM-0942")."""
+        return self.images[0].rpartition("-")[0] if self.images else self.number
+
+
+@dataclass
+class OpenISource(StudySource):
+    """The Indiana University collection: its XML reports, and its images under any of the names they go by.
+
+    The images are Open-i's PNG files (`CXR1_1_IM-0001-3001.png`), Kaggle's (`1_IM-0001-3001.dcm.png`), or R2Gen's
+    folders (`CXR1_1_IM-0001/0.png`, where 0 is the image's place in the report's list). The reports do not say which
+    view is frontal (a study's captions are all the same); Kaggle's `indiana_projections.csv` does.
+
+    With R2Gen's split, train, validation and the 1,000 studies that R2Gen left out are known by id, and all others are
+    the test split.
+    """
+
+    name = "open-i"
+
+    reports: str = option("NLMCXR_reports.tgz, or the folder it unpacks to.", metavar="FILE")
+    images: str = option("Folder of the images.", metavar="FOLDER")
+    projections: str | None = option("Kaggle's indiana_projections.csv, to tell views apart.", None, metavar="FILE")
+    split: Literal["r2gen", "seeded"] = option("R2Gen's split, or one of your own of all studies.", "r2gen")
+    seed: int = option("Seed of the seeded split.", 0)
+    split_shares: list[float] = option(
+        "Shares of train, validation and test in the seeded split.", [0.8, 0.1, 0.1], metavar="SHARE"
+    )
+    views_per_study: int | None = option(
+        "Most images of a study, from its first; by default 2 with R2Gen's split, as there, and all with the other.",
+        None,
+        metavar="N",
+    )
+
+    def __post_init__(self):
+        if os.path.isdir(self.reports):
+            self.reports = os.path.abspath(self.reports)
+        else:
+            self.reports = os.path.abspath(needed_file(self.reports, "reports", _WHAT_REPORTS))
+        self.images = str(needed_folder(self.images, "images", "the folder of the collection's images"))
+        if self.split not in ("r2gen", "seeded"):
+            raise ValueError(f"option 'split' is {self.split!r}: expected r2gen or seeded")
+        if self.views_per_study is not None and (not isinstance(self.views_per_study, int) or self.views_per_study < 1):
+            raise ValueError(f"option 'views_per_study' is {self.views_per_study!r}: expected a number from 1")
+        if self.split == "seeded":
+            seeded_split([], self.seed, self.split_shares)  # refuses wrong shares before anything is read
+        if self.projections is not None:
+            what = "Kaggle's indiana_projections.csv"
+            self.projections = os.path.abspath(needed_file(self.projections, "projections", what))
+        self._listed: list[StudyEntry | Skipped] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Entries hold all that is read of the reports; the list stays in the process that made it.
+        return {**self.__dict__, "_listed": None}
+
+    @property
+    def official_counts(self) -> dict[str, int] | None:
+        return dict(IU_XRAY_COUNTS) if self.split == "r2gen" else None
+
+    def official_ids(self, split: str) -> Iterable[str] | None:
+        return r2gen_split_ids().get(split) if self.split == "r2gen" else None
+
+    def entries(self) -> Iterator[StudyEntry | Skipped]:
+        # The whole collection's texts are about 2 MB, and reading them again means parsing 20 MB of XML.
+        if self._listed is None:
+            self._listed = self._list()
+        return iter(self._listed)
+
+    def read(self, entry: StudyEntry) -> Study:
+        images, views, sections, licence = entry.location
+        texts = {name.lower(): text for name, text in zip(_SECTIONS, sections, strict=True)}
+        images = [os.path.join(self.images, image) for image in images]
+        return Study(images=images, views=views, licence=licence, **texts)
+
+    def _list(self) -> list[StudyEntry | Skipped]:
+        reports = sorted(_read_reports(self.reports), key=_order)
+        if not reports:
+            raise ValueError(f"{self.reports} holds no XML file: option 'reports' names {_WHAT_REPORTS}")
+        layout = ImageNames(self.images)
+        projections = {} if self.projections is None else read_projections(self.projections)
+        if self.split == "r2gen":
+            split_of = r2gen_split
+        else:
+            split_of = seeded_split(
+                [report.number for report in reports if isinstance(report, _Report) and report.images],
+                self.seed,
+                self.split_shares,
+            ).get
+        most = self.views_per_study or (R2GEN_VIEWS if self.split == "r2gen" else None)
+        listed: list[StudyEntry | Skipped] = []
+        for report in reports:
+            if isinstance(report, Skipped):
+                listed.append(report._replace(split=split_of(report.id)))
+                continue
+            split = split_of(report.number)
+            if split is None and self.split == "r2gen":
+                reason = f"R2Gen's split of the collection leaves {report.number} out"
+                listed.append(Skipped(report.study_id, None, "outside the split", reason))
+            elif not report.images:
+                listed.append(Skipped(report.study_id, split, "missing image", f"{report.number} lists no image"))
+            else:
+                names = report.images[:most]
+                images = tuple(layout.find(report.study_id, name, place) for place, name in enumerate(names))
+                views = tuple(projections.get(kaggle_name(name), "unknown") for name in names)
+                location = (images, views, report.sections, report.licence)
+                listed.append(StudyEntry(report.study_id, report.number, split, location))
+        if not layout.found and any(isinstance(item, StudyEntry) for item in listed):
+            raise ValueError(
+                f"{self.images} holds no image of the collection: expected CXR1_1_IM-0001-3001.png, "
+                "1_IM-0001-3001.dcm.png or CXR1_1_IM-0001/0.png (option 'images')"
+            )
+        if projections and not any(kaggle_name(name) in projections for name in _image_names(reports)):
+            raise ValueError(
+                f"{self.projections} names no image of the collection: expected names as 1_IM-0001-3001.dcm.png"
+            )
+        return listed
+
+
+def _image_names(reports: Iterable[_Report | Skipped]) -> Iterator[str]:
+    return (name for report in reports if isinstance(report, _Report) for name in report.images)
+
+
+def _order(report: _Report | Skipped) -> tuple[int, str]:
+    """By number, so that an archive and the folder it unpacks to list the same."""
+    name = report.id if isinstance(report, Skipped) else report.number
+    number = re.fullmatch(r"CXR(\d+)", name)
+    return (int(number[1]) if number else 0, name)
+
+
+def _read_reports(path: str) -> Iterator[_Report | Skipped]:
+    if os.path.isdir(path):
+        folder = Path(path)
+        files = list(folder.glob("*.xml")) or list(folder.glob("ecgen-radiology/*.xml"))
+        for file in files:
+            if _is_report(file.name):
+                large = file.stat().st_size > _MOST_BYTES
+                yield _parse(None if large else file.read_bytes(), str(file))
+        return
+    try:
+        # One pass, and nothing is unpacked to disk: what a member's name or link points to does not matter.
+        with tarfile.open(path, "r|*") as archive:
+            for member in archive:
+                if member.isreg() and _is_report(PurePosixPath(member.name).name):
+                    data = None if member.size > _MOST_BYTES else archive.extractfile(member).read()
+                    yield _parse(data, f"{path}, {member.name}")
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+        raise ValueError(
+            f"{path} is not a whole tar archive ({error}): option 'reports' names {_WHAT_REPORTS}"
+        ) from None
+
+
+def _is_report(name: str) -> bool:
+    # Archives that were packed on macOS hold "._1.xml" beside "1.xml".
+    return name.endswith(".xml") and not name.startswith(".")
+
+
+class _Tree(ElementTree.TreeBuilder):
+    def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
+        # It is what declares entities, which can grow without bound; the collection's reports have none.
+        raise ValueError("it has a DOCTYPE, which no report of the collection has")
+
+
+def _parse(data: bytes | None, place: str) -> _Report | Skipped:
+    stem = re.split(r"[/\\]", place)[-1].removesuffix(".xml")
+    name = f"CXR{stem}" if stem.isdecimal() else stem
+
+    def malformed(reason: str) -> Skipped:
+        return Skipped(name, None, "malformed", f"{place}: {reason}")
+
+    if data is None:
+        return malformed(f"more than {_MOST_BYTES:,} bytes, expected a report of about 5,000")
+    try:
+        root = ElementTree.fromstring(data, ElementTree.XMLParser(target=_Tree()))
+    except ElementTree.ParseError as error:
+        return malformed(f"not valid XML: {error}")
+    except (ValueError, LookupError) as error:  # a DOCTYPE, or an encoding that is not known
+        return malformed(str(error))
+    uid = root.find("uId")
+    number = "" if uid is None else uid.get("id", "")
+    if not re.fullmatch(r"CXR[0-9]+", number):
+        return malformed(f"uId is {number!r}, expected CXR and a number")
+    images = tuple(image.get("id", "") for image in root.iter("parentImage"))
+    for image in images:
+        if not re.fullmatch(number + r"_[A-Za-z0-9_]+(-[A-Za-z0-9]+)+", image):
+            return malformed(f"parentImage is {image!r}, expected a name as {number}_IM-0001-1001")
+    texts: dict[str, list[str]] = {label: [] for label in _SECTIONS}
+    for element in root.iter("AbstractText"):
+        label = element.get("Label", "").upper()
+        if label in texts:
+            texts[label].append("".join(element.itertext()))
+    sections = tuple(" ".join(text for text in texts[label] if text) for label in _SECTIONS)
+    return _Report(number, images, sections, _licence(root))
+
+
+def _licence(root: ElementTree.Element) -> str:
+    """Short name of the licence that the report states: "CC BY-NC-ND 4.0"."""
+    url = root.findtext("licenseURL", "").strip()
+    creative_commons = re.search(r"creativecommons\.org/licenses/([a-z-]+)/([0-9.]+)", url)
+    if creative_commons:
+        return f"CC {creative_commons[1].upper()} {creative_commons[2]}"
+    if root.findtext("ccLicense", "").strip() == "byncnd":
+        return "CC BY-NC-ND 4.0"
+    return url or root.findtext("licenseType", "").strip()
+
+
+__all__ = ["R2GEN_VIEWS", "OpenISource"]
