@@ -427,7 +427,8 @@ def read_view(view, max_pixels: int = 64_000_000) -> Image.Image:
     Args:
         view: a path, an http(s) URL, the bytes of a file, a PIL image, an array or tensor (H, W), (H, W, C) or
             (C, H, W), or a pydicom dataset. More than 8 bits, and floats beyond 0 to 1, are scaled from their own
-            range; DICOM goes through its modality and VOI transformations first, and MONOCHROME1 is inverted.
+            range; DICOM goes through its modality transformation and its VOI LUT or first window, which then is the
+            range, padding is black, and MONOCHROME1 is inverted.
         max_pixels (`int`): larger images are refused before they are decoded.
 
     Raises:
@@ -541,7 +542,12 @@ def _pydicom():
 def _dicom_dataset(data: bytes, name: str):
     pydicom, _ = _pydicom()
     try:
-        return pydicom.dcmread(io.BytesIO(data), force=True)
+        dataset = pydicom.dcmread(io.BytesIO(data), force=True)
+        if "TransferSyntaxUID" not in dataset.file_meta:  # a file from before Part 10, without a preamble
+            implicit, little_endian = dataset.original_encoding
+            explicit = pydicom.uid.ExplicitVRLittleEndian if little_endian else pydicom.uid.ExplicitVRBigEndian
+            dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian if implicit else explicit
+        return dataset
     except Exception as error:  # pydicom raises whatever its parsers meet in a damaged file
         raise ValueError(f"{name}: not a DICOM file that can be read ({error})") from error
 
@@ -553,20 +559,82 @@ def _from_dicom(dataset, name: str, max_pixels: int) -> Image.Image:
     width, height = int(dataset.get("Columns") or 0), int(dataset.get("Rows") or 0)
     if width * height > max_pixels:
         raise ValueError(f"{name}: {width}x{height} pixels, expected at most {max_pixels} in all")
-    try:
-        array = dataset.pixel_array
-        if array.ndim == 2:
-            array = pixels.apply_voi_lut(pixels.apply_modality_lut(array, dataset), dataset).astype(np.float64)
-    except Exception as error:  # a decoder that is missing or fails, each with errors of its own
-        raise ValueError(f"{name}: the DICOM file's pixels cannot be decoded ({str(error).splitlines()[0]})") from error
     if int(dataset.get("NumberOfFrames") or 1) != 1:
         raise ValueError(f"{name}: {dataset.NumberOfFrames} frames, expected one radiograph")
-    if array.ndim == 2:
-        low, high = array.min(), array.max()
-        array = (array - low) / max(high - low, 1e-12)
-        if dataset.PhotometricInterpretation == "MONOCHROME1":
-            array = 1.0 - array
+    try:
+        syntax = dataset.file_meta.TransferSyntaxUID
+        if not pixels.get_decoder(syntax).is_available:
+            raise ImportError(f"{syntax.name} needs a decoder: pip install python-gdcm pylibjpeg pylibjpeg-openjpeg")
+        array = dataset.pixel_array
+        if dataset.PhotometricInterpretation == "PALETTE COLOR":
+            array = pixels.apply_color_lut(array, dataset)
+        if array.ndim == 2:
+            array = _dicom_shades(array, dataset)
+    except Exception as error:  # a decoder that is missing or fails, each with errors of its own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{name}: the DICOM file's pixels cannot be decoded ({reason})") from error
     return _from_array(array, name)
+
+
+def _dicom_shades(array: np.ndarray, dataset) -> np.ndarray:
+    """Stored values (H, W) as shades from 0, black, to 1 (DICOM PS3.3 C.11.1, C.11.2).
+
+    Not with `pydicom.pixels.apply_voi_lut`: its lookup overflows where 8-bit tables take larger values, its windows are
+    upside down under a negative slope, and it does not tell the range that its output must be shown in.
+    """
+
+    def first(element):  # the first of several windows; None where the element is blank
+        value = dataset.get(element)
+        value = value[0] if isinstance(value, Sequence) and not isinstance(value, str) and value else value
+        return None if value is None or value == "" or isinstance(value, Sequence) else float(value)
+
+    limits = [first("PixelPaddingValue"), first("PixelPaddingRangeLimit")]
+    limits = [limit for limit in limits if limit is not None] if limits[0] is not None else []
+    padding = (array >= min(limits)) & (array <= max(limits)) if limits else np.zeros(array.shape, bool)
+    values = array.astype(np.float64)
+    slope, intercept, center, width = map(first, ("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth"))
+    if dataset.get("ModalityLUTSequence"):
+        values, _ = _dicom_lookup(values, dataset.ModalityLUTSequence[0], dataset)
+    elif slope is not None and intercept is not None:
+        values = values * slope + intercept
+    if dataset.get("VOILUTSequence"):
+        values, table = _dicom_lookup(values, dataset.VOILUTSequence[0], dataset)
+        low, high = table.min(), table.max()
+    elif center is not None and width is not None:
+        values = _dicom_window(values, center, width, str(dataset.get("VOILUTFunction") or "LINEAR").upper())
+        low, high = 0.0, 1.0
+    else:
+        shown = values if padding.all() else values[~padding]
+        low, high = shown.min(), shown.max()
+    shades = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
+    if dataset.PhotometricInterpretation == "MONOCHROME1":
+        shades = 1.0 - shades
+    shades[padding] = 0
+    return shades
+
+
+def _dicom_lookup(values: np.ndarray, item, dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Values through a modality or VOI table, and the table. Beyond its ends, its first and last entry hold."""
+    entries, start, _ = (int(number) for number in item.LUTDescriptor)
+    entries, data = entries or 2**16, item.LUTData
+    if isinstance(data, bytes):  # 8-bit entries may be packed, or have 16 bits each
+        wide = "<u2" if dataset.file_meta.TransferSyntaxUID.is_little_endian else ">u2"
+        data = np.frombuffer(data, wide if len(data) >= 2 * entries else np.uint8)
+    table = np.asarray(data, np.float64)[:entries]
+    return table[np.clip(np.rint(values - start), 0, len(table) - 1).astype(np.intp)], table
+
+
+def _dicom_window(values: np.ndarray, center: float, width: float, function: str) -> np.ndarray:
+    """Values through a window, to 0 to 1."""
+    if width <= 0 or (function == "LINEAR" and width < 1):
+        raise ValueError(f"its window is {width:g} wide, expected {'at least 1' if width > 0 else 'more than 0'}")
+    if function == "LINEAR":
+        return np.clip((values - (center - 0.5)) / max(width - 1, 1e-12) + 0.5, 0, 1)
+    if function == "LINEAR_EXACT":
+        return np.clip((values - center) / width + 0.5, 0, 1)
+    if function == "SIGMOID":
+        return 1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -60, 60)))
+    raise ValueError(f"its VOI LUT function is {function}, expected LINEAR, LINEAR_EXACT or SIGMOID")
 
 
 OTDRGProcessor.register_for_auto_class()

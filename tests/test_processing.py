@@ -278,6 +278,219 @@ def test_dicom_goes_through_rescale_and_window(dicom):
     np.testing.assert_allclose(read, np.clip((pixels * 2.0 - 1000) / 1000, 0, 1) * 255, atol=1)
 
 
+def shades(path):
+    read = np.asarray(read_view(path))
+    assert (read[..., 0] == read[..., 1]).all() and (read[..., 0] == read[..., 2]).all()
+    return read[..., 0]
+
+
+def test_dicom_window_is_the_range_even_where_no_pixel_reaches_its_ends(dicom):
+    pixels = ramp(1000, 1500)
+    window = {"WindowCenter": 2048, "WindowWidth": 4096}
+    np.testing.assert_allclose(shades(dicom(pixels, **window)), pixels / 4095 * 255, atol=0.6)
+    np.testing.assert_allclose(shades(dicom(pixels, "MONOCHROME1", **window)), 255 - pixels / 4095 * 255, atol=0.6)
+    several = {"WindowCenter": [2048, 1200], "WindowWidth": [4096, 50]}
+    np.testing.assert_array_equal(shades(dicom(pixels, **several)), shades(dicom(pixels, **window)))
+
+
+def test_dicom_window_functions(dicom):
+    pixels = ramp(0, 4095)
+    window = {"WindowCenter": 2000, "WindowWidth": 1000}
+    exact = shades(dicom(pixels, **window, VOILUTFunction="LINEAR_EXACT"))
+    np.testing.assert_allclose(exact, np.clip((pixels - 2000.0) / 1000 + 0.5, 0, 1) * 255, atol=0.6)
+    sigmoid = shades(dicom(pixels, **window, VOILUTFunction="SIGMOID"))
+    np.testing.assert_allclose(sigmoid, 255 / (1 + np.exp(-4 * (pixels - 2000.0) / 1000)), atol=0.6)
+
+
+def test_dicom_negative_slope_and_blank_elements(dicom):
+    pixels = ramp(0, 4095)
+    negative = {"RescaleSlope": -1, "RescaleIntercept": 4095, "WindowCenter": 2048, "WindowWidth": 4096}
+    np.testing.assert_allclose(shades(dicom(pixels, **negative)), 255 - pixels / 4095 * 255, atol=0.6)
+    blank = dict.fromkeys(("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth"))
+    np.testing.assert_array_equal(shades(dicom(pixels, **blank)), shades(dicom(pixels)))
+
+
+def lookup(table, first=0, bits=16, packed=False):
+    import pydicom
+
+    item = pydicom.Dataset()
+    item.LUTDescriptor = [len(table), first, bits]
+    item.add_new("LUTData", "OW", np.asarray(table).astype("u1" if packed else "<u2").tobytes())
+    if first < 0:
+        item["LUTDescriptor"].VR = "SS"
+    return [item]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"VOILUTSequence": lookup(np.arange(4096) // 16, bits=8)}, lambda p: p // 16),
+        ({"VOILUTSequence": lookup(np.arange(4096) // 16, bits=8, packed=True)}, lambda p: p // 16),
+        ({"VOILUTSequence": lookup(np.arange(4096)[::-1], bits=12)}, lambda p: 255 - p / 4095 * 255),
+        ({"VOILUTSequence": lookup(np.arange(256) * 257, first=1000)}, lambda p: np.clip(p - 1000.0, 0, 255)),
+        ({"ModalityLUTSequence": lookup(np.arange(4096)[::-1], bits=12)}, lambda p: 255 - p / 4095 * 255),
+        (
+            {
+                "RescaleSlope": 1,
+                "RescaleIntercept": -2048,
+                "VOILUTSequence": lookup(np.arange(4096) // 16, first=-2048, bits=8),
+                "WindowCenter": 5,
+                "WindowWidth": 2,
+            },
+            lambda p: p // 16,
+        ),
+    ],
+)
+def test_dicom_tables(dicom, fields, expected):
+    pixels = ramp(0, 4095)
+    np.testing.assert_allclose(shades(dicom(pixels, BitsStored=12, HighBit=11, **fields)), expected(pixels), atol=0.6)
+
+
+@pytest.mark.parametrize("interpretation", ["MONOCHROME1", "MONOCHROME2"])
+def test_dicom_padding_is_black_and_not_in_the_range(dicom, interpretation):
+    pixels = ramp(3000, 4000)
+    inside = (pixels - 3000.0) / 1000 * 255
+    inside = 255 - inside if interpretation == "MONOCHROME1" else inside
+    padded = np.pad(pixels, 8)
+    read = shades(dicom(padded, interpretation, PixelPaddingValue=0))
+    np.testing.assert_allclose(read[8:-8, 8:-8], inside, atol=0.6)
+    assert (read[:8] == 0).all() and (read[:, -8:] == 0).all()
+    padded[:8] = 20
+    read = shades(dicom(padded, interpretation, PixelPaddingValue=0, PixelPaddingRangeLimit=20))
+    np.testing.assert_allclose(read[8:-8, 8:-8], inside, atol=0.6)
+    assert (read[:8] == 0).all()
+
+
+def test_dicom_signed_values_and_unused_bits(dicom):
+    pixels = ramp(0, 4095)
+    stored = {"BitsStored": 12, "HighBit": 11}
+    expected = shades(dicom(pixels, **stored))
+    np.testing.assert_array_equal(shades(dicom(pixels | 0xA000, **stored)), expected)
+    signed = pixels.astype(np.int16) - 2048
+    np.testing.assert_array_equal(shades(dicom(signed, **stored)), expected)
+    np.testing.assert_array_equal(shades(dicom(signed & 0x0FFF, **stored)), expected)
+    np.testing.assert_allclose(shades(dicom(ramp(0, 65535))), pixels / 4095 * 255, atol=0.6)
+
+
+def test_dicom_without_a_preamble(dicom, tmp_path):
+    import pydicom
+
+    path = dicom(ramp(0, 4095))
+    expected = shades(path)
+    dataset = pydicom.dcmread(path)
+    del dataset.file_meta
+    for implicit in (True, False):
+        dataset.save_as(tmp_path / "bare.dcm", implicit_vr=implicit, little_endian=True)
+        np.testing.assert_array_equal(shades(str(tmp_path / "bare.dcm")), expected)
+
+
+COLOURS = np.stack(np.meshgrid(np.arange(0, 240, 6), np.arange(0, 240, 5)), -1)
+COLOURS = np.concatenate([COLOURS, np.full_like(COLOURS[..., :1], 100)], -1).astype(np.uint8)  # (48, 40, 3)
+
+
+@pytest.fixture
+def colour_dicom(dicom, tmp_path):
+    import pydicom
+
+    def write(data, interpretation, planar=0, syntax=None):
+        fields = {"SamplesPerPixel": 3, "PlanarConfiguration": planar, "PixelData": data}
+        dataset = pydicom.dcmread(dicom(np.zeros((48, 40), np.uint8), interpretation, **fields))
+        if syntax:
+            dataset.file_meta.TransferSyntaxUID = syntax
+            dataset.PixelData = pydicom.encaps.encapsulate([data])
+            dataset["PixelData"].VR, dataset["PixelData"].is_undefined_length = "OB", True
+        dataset.save_as(tmp_path / "colour.dcm")
+        return str(tmp_path / "colour.dcm")
+
+    return write
+
+
+def test_dicom_colours(colour_dicom):
+    from pydicom.pixels import convert_color_space
+    from pydicom.uid import JPEGBaseline8Bit
+
+    np.testing.assert_array_equal(read_view(colour_dicom(COLOURS.tobytes(), "RGB")), COLOURS)
+    planes = np.moveaxis(COLOURS, -1, 0).tobytes()
+    np.testing.assert_array_equal(read_view(colour_dicom(planes, "RGB", planar=1)), COLOURS)
+    ybr = convert_color_space(COLOURS, "RGB", "YBR_FULL").tobytes()
+    np.testing.assert_allclose(read_view(colour_dicom(ybr, "YBR_FULL")), COLOURS, atol=2)
+    jpeg = io.BytesIO()
+    Image.fromarray(COLOURS).save(jpeg, "JPEG", quality=98, subsampling="4:4:4")
+    read = np.asarray(read_view(colour_dicom(jpeg.getvalue(), "YBR_FULL_422", syntax=JPEGBaseline8Bit)))
+    assert np.abs(read.astype(int) - COLOURS).mean() < 2
+
+
+def transcoded(path, syntax):
+    """A copy of a DICOM file in another transfer syntax, made by GDCM."""
+    gdcm = pytest.importorskip("gdcm", reason="python-gdcm, which encodes the file, is not installed")
+    reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
+    reader.SetFileName(path)
+    assert reader.Read()
+    change.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, syntax)))
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer.SetFileName(f"{path}.{syntax}.dcm")
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    assert writer.Write()
+    return f"{path}.{syntax}.dcm"
+
+
+@pytest.mark.parametrize(
+    "syntax",
+    [
+        "RLELossless",
+        "JPEGLosslessProcess14",
+        "JPEGLosslessProcess14_1",
+        "JPEGLSLossless",
+        "JPEGLSNearLossless",
+        "JPEG2000Lossless",
+        "JPEG2000",
+    ],
+)
+@pytest.mark.parametrize(
+    ("low", "high", "dtype", "bits"),
+    [(0, 255, np.uint8, 8), (0, 4095, np.uint16, 12), (0, 65535, np.uint16, 16), (-2000, 2000, np.int16, 16)],
+)
+def test_dicom_compressed(dicom, syntax, low, high, dtype, bits):
+    path = dicom(ramp(low, high, dtype), BitsStored=bits, HighBit=bits - 1)
+    np.testing.assert_allclose(shades(transcoded(path, syntax)), shades(path), atol=2)
+
+
+def test_dicom_jpeg_baseline(dicom):
+    path = dicom(ramp(0, 255, np.uint8))
+    np.testing.assert_allclose(shades(transcoded(path, "JPEGBaselineProcess1")).astype(int), shades(path), atol=4)
+
+
+def test_dicom_rle_needs_no_decoder_beside_pydicom(dicom, tmp_path):
+    import pydicom
+
+    path = dicom(ramp(0, 4095))
+    dataset = pydicom.dcmread(path)
+    dataset.compress(pydicom.uid.RLELossless, encoding_plugin="pydicom")
+    dataset.save_as(tmp_path / "rle.dcm")
+    np.testing.assert_array_equal(shades(str(tmp_path / "rle.dcm")), shades(path))
+
+
+def test_dicom_of_a_syntax_without_decoder_says_what_to_install(dicom, monkeypatch, tmp_path):
+    import pydicom
+
+    dataset = pydicom.dcmread(dicom(ramp(0, 4095)))
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.JPEGLosslessSV1
+    dataset.PixelData = pydicom.encaps.encapsulate([b"\xff\xd8 and so on"])
+    dataset["PixelData"].VR = "OB"
+    dataset.save_as(tmp_path / "lossless.dcm")
+    monkeypatch.setattr(type(pydicom.pixels.get_decoder(pydicom.uid.JPEGLosslessSV1)), "is_available", False)
+    with pytest.raises(ValueError, match=r"JPEG Lossless.* needs a decoder: pip install python-gdcm"):
+        read_view(str(tmp_path / "lossless.dcm"))
+
+
+def test_dicom_frames_are_counted_before_they_are_decoded(dicom):
+    path = dicom(ramp(0, 9), NumberOfFrames=10_000)
+    with pytest.raises(ValueError, match="10000 frames, expected one radiograph"):
+        read_view(path)
+
+
 def test_dicom_by_content_dataset_and_batch(dicom, processor, tmp_path):
     import pydicom
 

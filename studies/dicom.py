@@ -1,0 +1,321 @@
+"""Source `dicom`: folders of DICOM files with their reports, as text files, beside them."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+from .report_sections import parse_sections
+from .source import Skipped, SkipStudy, Study, StudyEntry, StudySource, needed_folder, option, seeded_split
+
+#: All that is read of a header. Of the first three, nothing but which files belong together leaves this module.
+_TAGS = [
+    "StudyInstanceUID",
+    "PatientID",
+    "InstanceNumber",
+    "SOPClassUID",
+    "BurnedInAnnotation",
+    "ViewPosition",
+    "ViewCodeSequence",
+    "SeriesDescription",
+]
+
+_DIRECTORY = "1.2.840.10008.1.3.10"  # a DICOMDIR
+#: Objects that lie beside images and are none: presentation states, raw data, structured reports, PDF and the like.
+_NO_IMAGES = tuple(f"1.2.840.10008.5.1.4.1.1.{branch}" for branch in ("11.", "66", "88.", "104."))
+
+_ORDER = ("frontal", "lateral", "unknown")
+_VIEW_POSITIONS = {
+    **dict.fromkeys(("PA", "AP", "FRONTAL"), "frontal"),
+    **dict.fromkeys(("LL", "RL", "LAT", "LATERAL"), "lateral"),
+}
+#: Words of a view's code meaning or a series' description. Where both kinds stand, neither is taken.
+_VIEW_WORDS = {
+    "frontal": re.compile(r"\b(pa|ap|frontal|postero-?anterior|antero-?posterior)\b", re.IGNORECASE),
+    "lateral": re.compile(r"\b(lat|ll|lateral|latero-?lateral)\b", re.IGNORECASE),
+}
+#: A patient who lies on a side: "lateral" is the side then, and not the view.
+_DECUBITUS = re.compile("decub", re.IGNORECASE)
+
+
+@dataclass
+class DICOMSource(StudySource):
+    """Studies of a folder of DICOM files, at any depth; a file is told by its name (.dcm, .dicom) or by its content.
+
+    Files of one StudyInstanceUID are a study, frontal views first. Its report is, in this order: the text file with the
+    name of one of its files (`a.dcm`, `a.txt`); the only text file in its folder; the text file with the name of its
+    folder beside that (`s1/`, `s1.txt`); a `report.txt` further up. All but the first hold for folders with no other
+    study. A text with headers is taken apart into its sections; one without is the findings.
+
+    Nothing of a header is passed on but the view. Patients are `patient-1`, `patient-2`, ... in the order of the files
+    (where PatientID is blank, a study is a patient), and **a study's id is the path of its folder, or of its first
+    file: names of files and folders that tell who the patient is must be changed before**. Where BurnedInAnnotation
+    says that the pixels tell it, the study is left out. Reports are passed on as they are.
+
+    Objects without an image (structured reports, presentation states) are no views. Headers are read once, and a few
+    hundred bytes a file are kept of them.
+    """
+
+    name = "dicom"
+
+    folder: str = option("Folder of the DICOM files.", metavar="FOLDER")
+    reports: str | None = option(
+        "Folder of the reports, laid out as the other is; reports lie beside the files unless given.",
+        None,
+        metavar="FOLDER",
+    )
+    split_shares: list[float] = option(
+        "Shares of the patients in train, validation and test.", [0.8, 0.1, 0.1], metavar="SHARE"
+    )
+    seed: int = option("Seed of the split.", 0)
+    licence: str = option("Licence under which the studies are used.", "", metavar="NAME")
+    encoding: str = option("Encoding of the reports.", "utf-8", metavar="NAME")
+    burned_in: bool = option("Keep images with text burned into the pixels, which may tell who the patient is.", False)
+
+    def __post_init__(self):
+        self.folder = str(needed_folder(self.folder, "folder", "the folder of DICOM files"))
+        reports = self.folder if self.reports is None else self.reports
+        self.reports = str(needed_folder(reports, "reports", "the folder of reports"))
+        seeded_split((), self.seed, self.split_shares)
+        try:
+            "".encode(self.encoding)
+        except LookupError:
+            raise ValueError(f"option 'encoding' is {self.encoding!r}: expected a text encoding, as utf-8") from None
+        if find_spec("pydicom") is None:
+            raise ImportError("the source 'dicom' needs pydicom: pip install 'otdrg[dicom]'")
+        self._listing: list[StudyEntry | Skipped] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_listing": None}
+
+    def entries(self) -> Iterator[StudyEntry | Skipped]:
+        if self._listing is None:
+            self._listing = self._list()
+        yield from self._listing
+
+    def read(self, entry: StudyEntry) -> Study:
+        reports, files = entry.location
+        texts = {self._text(report) for report in reports}
+        if len(texts) > 1:
+            reason = f"{' and '.join(reports)} differ: expected one report a study in {self.reports}"
+            raise SkipStudy("malformed", reason)
+        text = texts.pop()
+        sections = parse_sections(text)
+        if not any((sections.findings, sections.impression, sections.indication, sections.comparison)):
+            # In a text with headers a word or two are a title; alone in a file ("Normal.") they are the report.
+            sections = sections._replace(findings="" if ":" in text else " ".join(text.split()))
+        return Study(
+            images=[os.path.join(self.folder, name) for name, _ in files],
+            views=[view for _, view in files],
+            findings=sections.findings,
+            impression=sections.impression,
+            indication=sections.indication,
+            comparison=sections.comparison,
+            licence=self.licence,
+        )
+
+    def _text(self, report: str) -> str:
+        path = os.path.join(self.reports, report)
+        try:
+            with open(path, encoding="utf-8-sig" if self.encoding == "utf-8" else self.encoding) as file:
+                return file.read().strip()
+        except UnicodeDecodeError as error:
+            reason = f"{path} is not {self.encoding} text (byte {error.start}): option 'encoding' says what reports are"
+            raise SkipStudy("malformed", reason) from None
+        except OSError as error:
+            raise SkipStudy("empty report", f"{path} cannot be read ({error.strerror})") from None
+
+    def _list(self) -> list[StudyEntry | Skipped]:
+        studies, skipped = self._studies()
+        if not studies and not skipped:
+            raise ValueError(f"{self.folder} holds no DICOM file: option 'folder' names a folder of .dcm files")
+        texts = _texts(self.reports)
+        # How many studies each folder holds, however deep: its name and its report are a study's that is alone there.
+        # What cannot be read counts too, since a report that lies there may be of it.
+        groups = [[one.name for one in study.files] for study in studies] + [[one.id] for one in skipped]
+        held = Counter(folder for names in groups for folder in {up for name in names for up in _above(name)})
+        dealt = seeded_split((study.patient_id for study in studies), self.seed, self.split_shares)
+        listing: list[StudyEntry | Skipped] = list(skipped)
+        for study in studies:
+            files = [one.name for one in study.files]
+            common = os.path.dirname(files[0]) if len(files) == 1 else os.path.commonpath(files)
+            alone = [folder for folder in (common, *_above(common)) if held[folder] == 1]
+            study_id = common if alone and common else os.path.splitext(files[0])[0]
+            study_id, split = study_id.replace(os.sep, "/"), dealt[study.patient_id]
+            fault = study.fault(self.burned_in)
+            found = _reports(files, alone, texts)
+            if not fault and not found:
+                places = [f"{os.path.splitext(files[0])[0]}.txt", *(os.path.join(up, "report.txt") for up in alone[:1])]
+                fault = "empty report", f"no report in {self.reports}: expected {' or '.join(places)}"
+            if fault:
+                listing.append(Skipped(study_id, split, *fault))
+            else:
+                views = sorted(study.images, key=lambda one: (_ORDER.index(one.view), one.number, one.name))
+                location = tuple(found), tuple((one.name, one.view) for one in views)
+                listing.append(StudyEntry(study_id, study.patient_id, split, location))
+        return listing
+
+    def _studies(self) -> tuple[list[_DICOMStudy], list[Skipped]]:
+        """The studies of the folder in the order of their first files, and the files that are none."""
+        studies: dict[Any, _DICOMStudy] = {}
+        patients: dict[Any, str] = {}
+        skipped = []
+        for name in _files(self.folder):
+            path = os.path.join(self.folder, name)
+            try:
+                header = _header(path)
+            except OSError as error:
+                skipped.append(_no_study(name, "unreadable image", f"{path} cannot be read ({error.strerror})"))
+                continue
+            if header is None and name.lower().endswith((".dcm", ".dicom")):
+                skipped.append(_no_study(name, "malformed", f"{path} is not a DICOM file, though it is called one"))
+            if header is None or header.get("SOPClassUID") == _DIRECTORY:
+                continue
+            # A blank UID or PatientID is nobody's: the file, or the study, stands for itself.
+            uid = str(header.get("StudyInstanceUID") or "").strip() or (name,)
+            if uid not in studies:
+                patient = str(header.get("PatientID") or "").strip() or (uid,)
+                studies[uid] = _DICOMStudy(patients.setdefault(patient, f"patient-{len(patients) + 1}"))
+            studies[uid].files.append(_file(name, header))
+        return list(studies.values()), skipped
+
+
+class _File(NamedTuple):
+    """A DICOM file of a study: its name below the folder, and the little of its header that is needed."""
+
+    name: str
+    view: str
+    number: int
+    has_image: bool
+    burned_in: bool
+
+
+@dataclass
+class _DICOMStudy:
+    patient_id: str
+    files: list[_File] = field(default_factory=list)
+
+    @property
+    def images(self) -> list[_File]:
+        return [one for one in self.files if one.has_image]
+
+    def fault(self, burned_in: bool) -> tuple[str, str] | None:
+        if not self.images:
+            return "unreadable image", f"{self.files[0].name}: DICOM without pixels, as are all files of the study"
+        named = next((one.name for one in self.images if one.burned_in), None)
+        if named and not burned_in:
+            return "malformed", f"{named}: BurnedInAnnotation is YES, they may name the patient (option 'burned_in')"
+        return None
+
+
+def _no_study(name: str, kind: str, reason: str) -> Skipped:
+    return Skipped(os.path.splitext(name)[0].replace(os.sep, "/"), None, kind, reason)
+
+
+def _files(folder: str) -> Iterator[str]:
+    """Files below a folder by their relative paths, in the order of their names; hidden ones are left out."""
+    for root, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith("."):
+                yield os.path.relpath(os.path.join(root, name), folder)
+
+
+def _header(path: str) -> Any | None:
+    """The few elements of a DICOM file that are needed; None where it is no DICOM file."""
+    import pydicom
+
+    named = path.lower().endswith((".dcm", ".dicom"))
+    with open(path, "rb") as file:
+        if not named and file.read(132)[128:] != b"DICM":
+            return None
+        file.seek(0)
+        try:
+            # Its warnings quote the values of elements. Old archives leave the preamble out: hence `force`.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_TAGS, force=True)
+                known = {tag: _value(header, tag) for tag in _TAGS if tag in header}
+        except OSError:
+            raise
+        except Exception:  # pydicom raises whatever its parsers meet in a damaged file
+            return None
+    is_dicom = str(known.get("SOPClassUID", header.file_meta.get("MediaStorageSOPClassUID", ""))).startswith("1.2.840.")
+    return known if is_dicom else None
+
+
+def _value(header: Any, tag: str) -> Any | None:
+    try:
+        return header.get(tag)
+    except Exception:  # values are parsed here: a number may be none, a sequence damaged
+        return None
+
+
+def _file(name: str, header: dict[str, Any]) -> _File:
+    has_image = not str(header.get("SOPClassUID", "")).startswith(_NO_IMAGES)
+    number = str(header.get("InstanceNumber") or "")
+    burned_in = str(header.get("BurnedInAnnotation") or "").strip().upper() == "YES"
+    return _File(name, _view(header), int(number) if number.isdecimal() else 0, has_image, burned_in)
+
+
+def _view(header: dict[str, Any]) -> str:
+    """The view by its position, or else by its code, or else by what the series is called."""
+    position = str(header.get("ViewPosition") or "").strip().upper()
+    if position:
+        return _VIEW_POSITIONS.get(position, "unknown")
+    meanings = [str(code.get("CodeMeaning", "")) for code in header.get("ViewCodeSequence") or ()]
+    for text in (" ".join(meanings), str(header.get("SeriesDescription") or "")):
+        views = [view for view, words in _VIEW_WORDS.items() if words.search(text.replace("_", " "))]
+        if len(views) == 1 and not _DECUBITUS.search(text):
+            return views[0]
+    return "unknown"
+
+
+def _above(name: str) -> list[str]:
+    """The folders a file or folder is in, the nearest first, the topmost as ""."""
+    folders = []
+    while name:
+        name = os.path.dirname(name)
+        folders.append(name)
+    return folders
+
+
+def _texts(folder: str) -> dict[str, dict[str, str]]:
+    """Text files below a folder: for each folder, their paths by their names without suffix."""
+    texts: dict[str, dict[str, str]] = defaultdict(dict)
+    for name in _files(folder):
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() == ".txt":
+            texts[os.path.dirname(name)][os.path.basename(stem)] = name
+    return dict(texts)
+
+
+def _reports(files: Iterable[str], alone: list[str], texts: dict[str, dict[str, str]]) -> list[str]:
+    """Reports of a study: of more than one, all must say the same.
+
+    Args:
+        files: the study's.
+        alone: the innermost folder that holds all of them and those it is in, as far as no other study is there.
+        texts: as of [`_texts`].
+    """
+    stems = (os.path.splitext(name)[0] for name in files)
+    named = [texts.get(os.path.dirname(stem), {}).get(os.path.basename(stem)) for stem in stems]
+    if any(named):
+        return [name for name in dict.fromkeys(named) if name]
+    for folder in alone:
+        inside = texts.get(folder, {})
+        beside = texts.get(os.path.dirname(folder), {}).get(os.path.basename(folder)) if folder else None
+        # Further up, a text may well be of a study whose images are missing, unless its name says what it is.
+        candidates = list(inside.values()) if folder == alone[0] else [inside["report"]] if "report" in inside else []
+        if candidates or beside:
+            return candidates or [beside]
+    return []
+
+
+__all__ = ["DICOMSource"]
