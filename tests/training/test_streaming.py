@@ -1,0 +1,84 @@
+"""Training on studies that are streamed from a built dataset."""
+
+import json
+
+import pytest
+import yaml
+from otdrg.studies import load_studies, prepare_studies
+from otdrg.studies.build import BuildOptions
+from otdrg.train_hf import main
+from otdrg.training.build import build_studies
+from otdrg.training.recipe import LabelsRecipe, StudiesRecipe, load_recipe
+from otdrg.training.streaming import StreamedStudies
+
+PHANTOMS = {"train": 16, "validation": 5, "test": 0, "image_size": 112, "views": ["frontal"]}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["arrow", "parquet only"])
+def prepared(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("studies") / "built"
+    prepare_studies("phantom", folder, build=BuildOptions(studies_per_shard=6, parquet_only=request.param), **PHANTOMS)
+    return folder
+
+
+def recipe_of(folder, **fields):
+    return StudiesRecipe(source="prepared", options={"folder": str(folder)}, **fields)
+
+
+def test_streamed_studies_are_those_of_the_table(prepared):
+    fields = {"cleaning": "r2gen_iu", "limit": {"train": 9}}
+    streamed = build_studies(recipe_of(prepared, streaming=True, **fields), LabelsRecipe(labeler="rules"))
+    table = build_studies(recipe_of(prepared, **fields), LabelsRecipe(labeler="rules"))
+    assert list(streamed) == list(table) == ["train", "validation"]
+    assert len(streamed["train"]) == len(table["train"]) == 9
+    for column in ("id", "report", "finding_states"):
+        assert list(streamed["train"][column]) == list(table["train"][column])
+    rows = {row["id"]: row for row in streamed["train"]}
+    assert len(rows) == 9
+    for expected in table["train"]:
+        row = rows[expected["id"]]
+        assert row["images"][0].tobytes() == expected["images"][0].tobytes()
+        assert {n: v for n, v in row.items() if n != "images"} == {n: v for n, v in expected.items() if n != "images"}
+
+
+def test_the_order_is_new_each_epoch_and_the_same_for_a_seed(prepared):
+    def order(seed, epoch):
+        studies = StreamedStudies(prepared, "train", seed=seed, buffer=4)
+        studies.set_epoch(epoch)
+        return [row["id"] for row in studies]
+
+    assert order(1, 0) == order(1, 0)
+    assert len({tuple(order(seed, epoch)) for seed, epoch in ((1, 0), (1, 1), (2, 0))}) == 3
+    assert sorted(order(1, 1)) == sorted(load_studies("prepared", folder=prepared)["train"]["id"])
+
+
+@pytest.mark.parametrize("prepared", [True], ids=["parquet only"], indirect=True)
+def test_a_recipe_trains_both_stages_on_a_stream(prepared, tiny_recipe, tmp_path):
+    recipe = yaml.safe_load(tiny_recipe.read_text(encoding="utf-8"))
+    recipe["studies"] = {"source": "prepared", "options": {"folder": str(prepared)}, "streaming": True}
+    recipe["output_dir"] = str(tmp_path / "run")
+    # By epochs, which a stream of unknown length could not have; and with the views encoded anew.
+    recipe["predictor"].update(max_steps=-1, epochs=2, workers=1)
+    recipe["report"].update(max_steps=-1, epochs=1)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    assert main([str(path)]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    assert (results["predictor"]["steps"], results["report"]["steps"]) == (8, 4)
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"source": "phantom", "streaming": True}, r"studies\.source='phantom': expected prepared, to be streamed"),
+        ({"source": "prepared", "streaming": True}, r"studies\.options=\{\}: expected folder, and no other"),
+        ({"source": "prepared", "sections": "impression"}, r"studies\.sections='impression': expected none of source"),
+        ({"source": "prepared", "shuffle_buffer": 0}, r"studies\.shuffle_buffer=0: expected a positive number"),
+    ],
+)
+def test_what_cannot_be_streamed_is_said(tmp_path, fields, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"output_dir": "x", "studies": fields}), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        load_recipe(path)
