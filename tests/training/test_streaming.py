@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import pytest
 import yaml
 from otdrg.studies import load_studies, prepare_studies
@@ -39,6 +40,12 @@ def test_streamed_studies_are_those_of_the_table(prepared):
         row = rows[expected["id"]]
         assert row["images"][0].tobytes() == expected["images"][0].tobytes()
         assert {n: v for n, v in row.items() if n != "images"} == {n: v for n, v in expected.items() if n != "images"}
+
+
+@pytest.fixture(autouse=True)
+def no_wait(monkeypatch):
+    """Without the five seconds that datasets waits at the end of each shuffled pass for its threads."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
 
 
 def test_the_order_is_new_each_epoch_and_the_same_for_a_seed(prepared):
