@@ -148,7 +148,9 @@ def build_studies_dataset(
     _check_output(output, overwrite)
     _enter(work, settings, resume, overwrite)
     listing = StudyListing(source, options.limit)
-    official = OfficialCheck(source) if options.limit is None else None
+    # What was published of these collections are the studies with findings.
+    comparable = options.limit is None and options.sections == "findings"
+    official = OfficialCheck(source) if comparable else None
     report = BuildReport(output)
     shards = []
     jobs = _jobs(listing, official, options.studies_per_shard)

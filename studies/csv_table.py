@@ -22,6 +22,7 @@ from .source import (
     path_inside,
     seeded_split,
 )
+from .views import view_named
 
 _TEXTS = ("findings", "impression", "indication", "comparison")
 
@@ -34,13 +35,6 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "split": ("split",),
     "report": ("report",),
     **{text: (text,) for text in _TEXTS},
-}
-
-_VIEWS = {
-    "": "unknown",
-    "unknown": "unknown",
-    **dict.fromkeys(("frontal", "pa", "ap"), "frontal"),
-    **dict.fromkeys(("lateral", "ll", "rl", "lat"), "lateral"),
 }
 
 _SPLIT_NAMES = {
@@ -136,7 +130,7 @@ class CSVSource(StudySource):
                 if row is None or row.fault or len(row.cells) != self._width:
                     raise SkipStudy("malformed", f"{self.table}, line {place.line}: it changed since it was listed")
                 images.append(self._image(row))
-                views.append(_VIEWS[self._cell(row, "view").casefold()])
+                views.append(view_named(self._cell(row, "view")))
                 for text in _TEXTS:
                     value = self._cell(row, text)
                     told, line = first.setdefault(text, (value, place.line)) if value else (value, place.line)
@@ -255,8 +249,6 @@ class CSVSource(StudySource):
             raise ValueError(f"{field} is blank: expected one in each row")
         if field == "image" and self._image(row) is None:
             raise ValueError(f"image {cell!r} leaves the folder of images: expected a path inside {self.images}")
-        if field == "view" and cell.casefold() not in _VIEWS:
-            raise ValueError(f"view is {cell!r}: expected {', '.join(filter(None, _VIEWS))} or a blank")
         if field == "split" and cell.casefold() not in _SPLIT_NAMES:
             raise ValueError(f"split is {cell!r}: expected one of {', '.join(_SPLIT_NAMES)}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -12,7 +11,8 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from .report_sections import parse_sections
-from .source import Skipped, SkipStudy, Study, StudyEntry, StudySource, needed_folder, option, seeded_split
+from .source import VIEWS, Skipped, SkipStudy, Study, StudyEntry, StudySource, needed_folder, option, seeded_split
+from .views import view_named
 
 #: All that is read of a header. Of the first three, nothing but which files belong together leaves this module.
 _TAGS = [
@@ -29,19 +29,6 @@ _TAGS = [
 _DIRECTORY = "1.2.840.10008.1.3.10"  # a DICOMDIR
 #: Objects that lie beside images and are none: presentation states, raw data, structured reports, PDF and the like.
 _NO_IMAGES = tuple(f"1.2.840.10008.5.1.4.1.1.{branch}" for branch in ("11.", "66", "88.", "104."))
-
-_ORDER = ("frontal", "lateral", "unknown")
-_VIEW_POSITIONS = {
-    **dict.fromkeys(("PA", "AP", "FRONTAL"), "frontal"),
-    **dict.fromkeys(("LL", "RL", "LAT", "LATERAL"), "lateral"),
-}
-#: Words of a view's code meaning or a series' description. Where both kinds stand, neither is taken.
-_VIEW_WORDS = {
-    "frontal": re.compile(r"\b(pa|ap|frontal|postero-?anterior|antero-?posterior)\b", re.IGNORECASE),
-    "lateral": re.compile(r"\b(lat|ll|lateral|latero-?lateral)\b", re.IGNORECASE),
-}
-#: A patient who lies on a side: "lateral" is the side then, and not the view.
-_DECUBITUS = re.compile("decub", re.IGNORECASE)
 
 
 @dataclass
@@ -156,7 +143,7 @@ class DICOMSource(StudySource):
             if fault:
                 listing.append(Skipped(study_id, split, *fault))
             else:
-                views = sorted(study.images, key=lambda one: (_ORDER.index(one.view), one.number, one.name))
+                views = sorted(study.images, key=lambda one: (VIEWS.index(one.view), one.number, one.name))
                 location = tuple(found), tuple((one.name, one.view) for one in views)
                 listing.append(StudyEntry(study_id, study.patient_id, split, location))
         return listing
@@ -266,15 +253,12 @@ def _file(name: str, header: dict[str, Any]) -> _File:
 
 def _view(header: dict[str, Any]) -> str:
     """The view by its position, or else by its code, or else by what the series is called."""
-    position = str(header.get("ViewPosition") or "").strip().upper()
+    position = str(header.get("ViewPosition") or "").strip()
     if position:
-        return _VIEW_POSITIONS.get(position, "unknown")
-    meanings = [str(code.get("CodeMeaning", "")) for code in header.get("ViewCodeSequence") or ()]
-    for text in (" ".join(meanings), str(header.get("SeriesDescription") or "")):
-        views = [view for view, words in _VIEW_WORDS.items() if words.search(text.replace("_", " "))]
-        if len(views) == 1 and not _DECUBITUS.search(text):
-            return views[0]
-    return "unknown"
+        return view_named(position)
+    codes = " ".join(str(code.get("CodeMeaning", "")) for code in header.get("ViewCodeSequence") or ())
+    coded = view_named(codes)
+    return coded if coded != "unknown" else view_named(str(header.get("SeriesDescription") or ""))
 
 
 def _above(name: str) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .source import VIEWS, SkipStudy
+from .views import view_named
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -25,11 +26,6 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "licence": ("licence", "license"),
 }
 _TEXTS = ("findings", "impression", "indication", "comparison", "licence")
-
-_VIEWS = {
-    **dict.fromkeys(("frontal", "pa", "ap"), "frontal"),
-    **dict.fromkeys(("lateral", "ll", "rl", "lat"), "lateral"),
-}
 
 
 @dataclass
@@ -68,7 +64,7 @@ class HubColumns:
         if isinstance(stored, int):
             known = self.view_names is not None and 0 <= stored < len(self.view_names)
             stored = self.view_names[stored] if known else None
-        return _VIEWS.get((stored or "").strip().lower(), "unknown")
+        return view_named(stored or "")
 
     def states(self, stored: list[int] | None, place: str) -> list[int] | None:
         """State ids of the 14 findings.

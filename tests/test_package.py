@@ -45,7 +45,8 @@ def test_preparing_studies_needs_neither_torch_nor_transformers(tmp_path):
     code = (
         "import sys\n"
         "from otdrg.cli import main\n"
-        f"status = main('prepare phantom --train 1 --validation 0 --test 0 --image-size 32 --output {tmp_path}/o'.split())\n"
+        f"command = 'prepare phantom --train 1 --validation 0 --test 0 --image-size 32 --output {tmp_path}/built'\n"
+        "status = main(command.split())\n"
         "print([m for m in ('torch', 'transformers') if m in sys.modules], status)\n"
     )
     assert run(code).splitlines()[-1] == "[] 0"

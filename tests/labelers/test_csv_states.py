@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from otdrg.configuration_otdrg import FINDING_DISPLAY_NAMES, FINDINGS
+from otdrg.findings_otdrg import FINDING_DISPLAY_NAMES, FINDINGS
 from otdrg.labelers import join_states, read_states
 from otdrg.studies.schema import STUDY_FEATURES
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from otdrg.configuration_otdrg import FINDING_STATES, FINDINGS
+from otdrg.findings_otdrg import FINDING_STATES, FINDINGS
 from otdrg.labelers import LABELERS, load_labeler, read_states
 from otdrg.labelers.rules import VOCABULARY, RulesLabeler, expand_phrase
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from otdrg.configuration_otdrg import FINDINGS
+from otdrg.findings_otdrg import FINDINGS
 from otdrg.metrics import LABEL_SETS, clinical_efficacy_scores
 from sklearn.metrics import precision_recall_fscore_support
 

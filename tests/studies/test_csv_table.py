@@ -168,7 +168,6 @@ def test_a_copy_of_the_source_reads_after_a_change_of_folder(table, tmp_path, mo
         ("image,report", r"C:\x\b.png,Clear.", "line 3", "leaves the folder"),
         ("image,report", ",Clear.", "line 3", "image is blank"),
         ("id,image,report", " ,b.png,Clear.", "line 3", "study_id is blank"),
-        ("image,report,view", "b.png,Clear.,oblique", "line 3", "view is 'oblique': expected unknown, frontal"),
         ("image,report,split", "b.png,Clear.,", "line 3", "split is '': expected one of train, val"),
         ("image,report,split", "b.png,Clear.,holdout", "line 3", "split is 'holdout'"),
         ("image,report", b"b.png,R\xf6ntgen", "line 3", "findings is not utf-8 text: option 'encoding'"),

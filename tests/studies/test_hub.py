@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value, load_from_disk
-from otdrg.configuration_otdrg import FINDING_STATES
+from otdrg.findings_otdrg import FINDING_STATES
 from otdrg.studies import load_studies, prepare_studies
 from otdrg.studies.hub import HubSource
 from otdrg.studies.schema import STUDY_FEATURES

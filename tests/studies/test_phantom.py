@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from otdrg.configuration_otdrg import FINDINGS, NEGATIVE, POSITIVE, UNCLEAR, UNMENTIONED
+from otdrg.findings_otdrg import FINDINGS, NEGATIVE, POSITIVE, UNCLEAR, UNMENTIONED
 from otdrg.labelers import load_labeler
 from otdrg.studies import load_studies
 from otdrg.studies.phantom import complete_states, contact_sheet, make_phantom, sample_states, write_report

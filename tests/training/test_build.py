@@ -4,7 +4,8 @@ import logging
 import numpy as np
 import pytest
 from datasets import DatasetDict
-from otdrg.configuration_otdrg import FINDING_DISPLAY_NAMES, OTDRGConfig
+from otdrg.configuration_otdrg import OTDRGConfig
+from otdrg.findings_otdrg import FINDING_DISPLAY_NAMES
 from otdrg.labelers import load_labeler
 from otdrg.studies import load_studies
 from otdrg.training import build

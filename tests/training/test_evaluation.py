@@ -3,7 +3,7 @@ import csv
 import numpy as np
 import pytest
 import torch
-from otdrg.configuration_otdrg import FINDINGS
+from otdrg.findings_otdrg import FINDINGS
 from otdrg.modeling_otdrg import OTDRGForReportGeneration
 from otdrg.processing_otdrg import OTDRGProcessor
 from otdrg.studies import load_studies

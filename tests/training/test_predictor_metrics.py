@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from otdrg.configuration_otdrg import FINDINGS
+from otdrg.findings_otdrg import FINDINGS
 from otdrg.training.predictor import area_under_curve, finding_metrics, fit_thresholds
 
 sklearn_metrics = pytest.importorskip("sklearn.metrics")

@@ -1,0 +1,17 @@
+import pytest
+from otdrg.studies.views import view_named
+
+
+@pytest.mark.parametrize(
+    ("text", "view"),
+    [
+        *((position, "frontal") for position in ("PA", "AP", "AP AXIAL", "AP LLD", "PA RLD", "ap ", "AP|Erect")),
+        *((position, "lateral") for position in ("LATERAL", "LL", "RL", "XTABLE LATERAL", "Lateral")),
+        ("postero-anterior", "frontal"),
+        ("chest_lat", "lateral"),
+        ("PA and lateral", "unknown"),
+        *((position, "unknown") for position in ("", "LAO", "RAO", "LPO", "SWIMMERS", "LEFT LATERAL DECUBITUS", "nan")),
+    ],
+)
+def test_words_name_views(text, view):
+    assert view_named(text) == view
