@@ -325,3 +325,32 @@ def test_without_pydicom(archive, monkeypatch):
     monkeypatch.setattr("otdrg.studies.dicom.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'otdrg\[dicom\]'"):
         archive.source()
+
+
+def test_an_archive_becomes_a_dataset_that_tells_nobody_who_the_patients_are(archive, tmp_path):
+    from datasets import load_from_disk
+    from otdrg.studies import prepare_studies
+
+    secrets = {"PatientName": "Secret^Person", "PatientID": "MRN4711", "AccessionNumber": "ACC4712"}
+    for number in range(4):
+        ramp = {"PhotometricInterpretation": ("MONOCHROME2", "MONOCHROME1")[number % 2]}
+        person = {name: f"{value}{number}" for name, value in secrets.items()}
+        study = f"1.2.840.99.{number}.4713"
+        archive.image(f"s{number}/pa.dcm", study, ViewPosition="PA", PatientBirthDate="19470114", **person, **ramp)
+        archive.image(f"s{number}/lat.dcm", study, ViewPosition="LL", PatientBirthDate="19470114", **person, **ramp)
+        archive.text(f"s{number}/report.txt", "FINDINGS:\nThe heart is normal.\n\nIMPRESSION: No disease.")
+    archive.path("s3/lat.dcm").write_bytes(archive.path("s3/lat.dcm").read_bytes()[:900])
+    output = tmp_path / "built"
+    report = prepare_studies("dicom", output, folder=str(archive.folder))
+    rows = {row["id"]: row for split in load_from_disk(output).values() for row in split}
+    assert set(rows) == {"s0", "s1", "s2"}
+    assert sum(counts.unreadable_images for counts in report.counts.values()) == 1
+    white_at = {name: np.asarray(row["images"][0])[-1, -1] for name, row in rows.items()}
+    assert white_at == {"s0": 255, "s1": 0, "s2": 255}
+    for row in rows.values():
+        assert row["views"] == [0, 1] and row["findings"] == row["report"] == "The heart is normal."
+        assert [(image.mode, image.size, image.info) for image in row["images"]] == [("L", (24, 32), {})] * 2
+    # Arrow files are not compressed: what they hold can be looked for in their bytes.
+    written = b"".join(path.read_bytes() for path in output.rglob("*") if path.suffix in (".arrow", ".json", ".md"))
+    for secret in (b"Secret", b"MRN4711", b"ACC4712", b"19470114", b"4713"):
+        assert secret not in written

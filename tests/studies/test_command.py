@@ -1,0 +1,84 @@
+"""`otdrg prepare` as it is typed."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from datasets import load_from_disk
+from otdrg.cli import main
+from otdrg.studies import SOURCES
+from PIL import Image
+
+PHANTOM = ["prepare", "phantom", "--train", "4", "--validation", "1", "--test", "0", "--image-size", "32"]
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A CSV of three studies, one of whose images is missing."""
+    Image.fromarray(np.zeros((20, 20), np.uint8)).save(tmp_path / "a.png")
+    with (tmp_path / "reports.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "study_id", "report"])
+        writer.writerows([["a.png", "1", "Clear."], ["a.png", "2", "Clear."], ["b.png", "3", "Clear."]])
+    return tmp_path / "reports.csv"
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_help_of_each_source_shows_its_options_and_an_example(source, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["prepare", source, "--help"])
+    assert exit.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"Example: otdrg prepare {source} --" in shown
+    for words in (f"options of {source}", "--output DIR", "--resume", "--num-proc N", "--sections"):
+        assert words in shown
+
+
+def test_a_table_becomes_a_dataset_and_what_was_kept_is_said(table, tmp_path, capsys):
+    assert main(["prepare", "csv", "--table", str(table), "--output", str(tmp_path / "studies")]) == 0
+    shown = capsys.readouterr().out
+    assert "| total | 2 | 2 | 0 | 0 | 2 | 1 | 0 | 1 | 0 |" in shown
+    assert f"skipped: 1 faults, each with its reason in {tmp_path / 'studies' / 'skipped.jsonl'}" in shown
+    (fault,) = [json.loads(line) for line in (tmp_path / "studies" / "skipped.jsonl").open(encoding="utf-8")]
+    assert (fault["id"], fault["kind"]) == ("3", "missing image") and "b.png" in fault["reason"]
+    assert sum(map(len, load_from_disk(tmp_path / "studies").values())) == 2
+
+
+def test_options_reach_the_source_and_the_build(tmp_path):
+    output = ["--output", str(tmp_path / "o")]
+    assert main([*PHANTOM, "--views", "frontal", "lateral", "--sections", "impression", "--limit", "3", *output]) == 0
+    rows = load_from_disk(tmp_path / "o")["train"]
+    assert len(rows) == 3
+    assert rows["views"][0] == [0, 1] and rows["report"] == rows["impression"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prepare", "csv", "--table", "nowhere.csv"], "nowhere.csv does not exist: option 'table' names"),
+        (["prepare", "r2gen", "--annotation", "a.json", "--images", "."], "a.json does not exist"),
+        (["prepare", "mimic-cxr", "--root", "nowhere"], "nowhere"),
+        (["prepare", "dicom", "--folder", "nowhere"], "nowhere does not exist"),
+        (["prepare", "open-i", "--reports", "nowhere.tgz", "--images", "."], "nowhere.tgz does not exist"),
+        ([*PHANTOM, "--num-proc", "0"], "num_proc=0: expected a whole number of 1 or more"),
+        ([*PHANTOM, "--seed", "-1"], "option 'seed' is -1"),
+        ([*PHANTOM, "--public"], "--public is given without --push-to-hub"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*arguments, "--output", str(tmp_path / "studies")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("otdrg prepare: error: ") and message in error and error.count("\n") == 1
+    assert not (tmp_path / "studies").exists()
+
+
+def test_strict_is_one_line_and_resume_goes_on(table, tmp_path, capsys):
+    command = ["prepare", "csv", "--table", str(table), "--output", str(tmp_path / "studies")]
+    assert main([*command, "--strict"]) == 1
+    assert "study 3, " in capsys.readouterr().err
+    assert main(command) == 1
+    assert "studies.partial is an interrupted build: --resume goes on with it" in capsys.readouterr().err
+    assert main([*command, "--resume"]) == 0
+    assert "| total | 2 |" in capsys.readouterr().out
