@@ -146,53 +146,52 @@ def build_studies_dataset(
     if resume and (output / SUMMARY).is_file():
         return _finished(output, settings)
     _check_output(output, overwrite)
-    _enter(work, settings, resume, overwrite)
+    # Listed first: a fault of the source as a whole leaves nothing behind.
     listing = StudyListing(source, options.limit)
     # What was published of these collections are the studies with findings.
     comparable = options.limit is None and options.sections == "findings"
     official = OfficialCheck(source) if comparable else None
-    report = BuildReport(output)
+    _enter(work, settings, resume, overwrite)
     shards = []
-    jobs = _jobs(listing, official, options.studies_per_shard)
     with tqdm(total=listing.total, unit="study", desc=source.name, disable=None) as bar:
-        for shard in _build(jobs, source, options, work):
+        for shard in _build(_jobs(listing, official, options.studies_per_shard), source, options, work):
             shards.append(shard)
             bar.update(shard.counts["studies"] + shard.counts["skipped"])
-            counts = report.counts.setdefault(shard.split, SplitCounts())
-            counts.merge(SplitCounts(**shard.counts))
     # Processes end in any order.
     shards.sort(key=lambda shard: ((*SPLITS, None).index(shard.split), shard.name))
     if not any(shard.rows for shard in shards):
+        shutil.rmtree(work)
         raise ValueError(_nothing_left(source, shards))
-    skipped = [fault for shard in shards for fault in shard.skipped]
-    report.skipped = len(skipped)
-    if official is not None:
-        left_out: dict[str, list[str]] = {}
-        for fault in skipped:
-            if not fault["kept"] and fault["split"]:
-                left_out.setdefault(fault["split"], []).append(fault["id"])
-        report.warnings = official.warnings(report.counts, left_out)
-    _write_lines(work / SKIPPED, skipped)
-    report.licences = sorted({licence for shard in shards for licence in shard.licences})
+    report = _report(output, shards, official)
+    _write_lines(work / SKIPPED, (fault for shard in shards for fault in shard.skipped))
     card = dataset_card(source, report.counts, options.sections, report.licences)
     (work / "README.md").write_text(card, encoding="utf-8")
-    publish_shards(
-        work / _SHARDS, work, [(s.split, s.name, s.rows) for s in shards if s.rows], digest=_digest(shards, options)
-    )
-    _write_json(
-        work / SUMMARY,
-        {
-            "settings": settings,
-            "licences": report.licences,
-            "counts": {split or "none": asdict(counts) for split, counts in report.counts.items()},
-            "warnings": report.warnings,
-            "skipped": report.skipped,
-        },
-    )
+    kept = [(shard.split, shard.name) for shard in shards if shard.rows]
+    publish_shards(work / _SHARDS, work, kept, digest=_digest(shards, options))
+    _write_summary(work / SUMMARY, settings, report)
     shutil.rmtree(work / _SHARDS)
     (work / _SETTINGS).unlink()
     _replace(output, work)
     return report
+
+
+def _report(output: Path, shards: list[_Shard], official: OfficialCheck | None) -> BuildReport:
+    report = BuildReport(output, licences=sorted({licence for shard in shards for licence in shard.licences}))
+    left_out: dict[str, list[str]] = {}
+    for shard in shards:
+        report.counts.setdefault(shard.split, SplitCounts()).merge(SplitCounts(**shard.counts))
+        report.skipped += len(shard.skipped)
+        if shard.split:
+            left_out.setdefault(shard.split, []).extend(fault["id"] for fault in shard.skipped if not fault["kept"])
+    if official is not None:
+        report.warnings = official.warnings(report.counts, left_out)
+    return report
+
+
+def _write_summary(path: Path, settings: dict[str, Any], report: BuildReport) -> None:
+    counts = {split or "none": asdict(counts) for split, counts in report.counts.items()}
+    content = {"licences": report.licences, "counts": counts, "warnings": report.warnings, "skipped": report.skipped}
+    _write_json(path, {"settings": settings, **content})
 
 
 def _finished(output: Path, settings: dict[str, Any]) -> BuildReport:
@@ -229,6 +228,10 @@ def _enter(work: Path, settings: dict[str, Any], resume: bool, overwrite: bool) 
             )
         else:
             _check_settings(work, _read_json(work / _SETTINGS), settings)
+            # Of a build that was cut off while its shards were being put in their places.
+            for path in work.iterdir():
+                if path.is_dir() and path.name != _SHARDS:
+                    shutil.rmtree(path)
     (work / _SHARDS).mkdir(parents=True, exist_ok=True)
     _write_json(work / _SETTINGS, settings)
 

@@ -73,20 +73,20 @@ class ShardWriter:
                 unfinished.replace(self.path.with_name(f"{self.path.name}{suffix}"))
 
 
-def publish_shards(folder: Path, output: Path, shards: Sequence[tuple[str, str, int]], digest: str) -> None:
+def publish_shards(folder: Path, output: Path, shards: Sequence[tuple[str, str]], digest: str) -> None:
     """Move shards to their places: `data/SPLIT-I-of-N.parquet` and, where there are any, `SPLIT/data-I-of-N.arrow`.
 
     Args:
         folder: where they were written.
         output: the dataset's folder.
-        shards: split, name and rows of each, in order.
+        shards: split and name of each, in order.
         digest: of the content; `datasets` names its caches by it.
     """
     (output / "data").mkdir(exist_ok=True)
-    splits = list(dict.fromkeys(split for split, _, _ in shards))
-    arrow = all((folder / f"{name}.arrow").is_file() for _, name, _ in shards)
+    splits = list(dict.fromkeys(split for split, _ in shards))
+    arrow = all((folder / f"{name}.arrow").is_file() for _, name in shards)
     for split in splits:
-        names = [name for other, name, _ in shards if other == split]
+        names = [name for other, name in shards if other == split]
         numbered = [f"{index:05d}-of-{len(names):05d}" for index in range(len(names))]
         for name, number in zip(names, numbered, strict=True):
             os.replace(folder / f"{name}.parquet", output / "data" / f"{split}-{number}.parquet")
