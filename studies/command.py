@@ -7,6 +7,8 @@ import types
 import typing
 from dataclasses import MISSING, Field, fields
 
+from huggingface_hub.utils import validate_repo_id
+
 from . import SOURCES, open_source, source_class
 from .build import BuildOptions, build_studies_dataset
 from .publish import push_studies
@@ -60,6 +62,9 @@ def run(options: argparse.Namespace) -> None:
     build = BuildOptions(**{option.name: given[option.name] for option in fields(BuildOptions)})
     if options.public and not options.push_to_hub:
         raise ValueError("--public is given without --push-to-hub: expected the name of a dataset on the Hub")
+    if options.push_to_hub:
+        # Hours before it is used.
+        validate_repo_id(options.push_to_hub)
     report = build_studies_dataset(source, options.output, build, resume=options.resume, overwrite=options.overwrite)
     print(report)
     if options.push_to_hub:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 from .build import SUMMARY
-from .r2gen import IU_XRAY_LICENCE, MIMIC_LICENCE
 
 #: What of a dataset's folder is uploaded. `skipped.jsonl` and `summary.json` name files of the machine it was built on.
 _UPLOADED = ["README.md", "data/*.parquet"]
 
-#: Licences that do not allow a changed collection to be given to others.
-_NOT_PUBLIC = (IU_XRAY_LICENCE, MIMIC_LICENCE)
+#: What of the dataset that is there is deleted unless it is uploaded anew: shards that stay are read, too.
+_REPLACED = ["data/*.parquet"]
+
+#: Words of licences that do not allow a changed collection to be given to others (no derivatives, PhysioNet's).
+_NOT_PUBLIC = {"nd", "noderivatives", "noderivs", "physionet", "credentialed"}
 
 
 def push_studies(folder: str | os.PathLike, repo_id: str, public: bool = False) -> str:
@@ -21,30 +24,62 @@ def push_studies(folder: str | os.PathLike, repo_id: str, public: bool = False) 
 
     Args:
         folder: the dataset.
-        repo_id: "org/name"; it is made where it is not there.
+        repo_id: "org/name"; it is made where it is not there. Shards that are there are replaced.
         public: whether anyone may see it.
 
     Returns:
         The dataset's address.
 
     Raises:
-        ValueError: the folder is not a built dataset, or it is to be public against its licence.
-        OSError: the Hub refuses, or cannot be reached; the client's own error.
+        ValueError: the folder is not a built dataset, it is to be public against its licence, the name is none, or
+            the dataset that is there is public and should be private or the reverse.
+        OSError: the Hub refuses, or cannot be reached.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
 
     folder = Path(folder)
-    try:
-        licences = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["licences"]
-    except FileNotFoundError:
-        raise ValueError(f"{folder} is not a built dataset: expected a folder written by otdrg prepare") from None
-    forbidding = [licence for licence in licences if licence in _NOT_PUBLIC]
-    if public and forbidding:
-        raise ValueError(f"{folder} holds studies under {forbidding[0]}, which forbids publishing: leave out --public")
+    licences = _licences(folder)
+    if public:
+        _check_public(folder, licences)
     hub = HfApi()
-    hub.create_repo(repo_id, repo_type="dataset", private=not public, exist_ok=True)
-    hub.upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=folder, allow_patterns=_UPLOADED)
+    try:
+        # With its owner, which may have been left out.
+        repo_id = hub.create_repo(repo_id, repo_type="dataset", private=not public, exist_ok=True).repo_id
+        # One that was there is as it was, whatever was asked for.
+        if hub.dataset_info(repo_id).private is public:
+            raise ValueError(
+                f"{repo_id} is {'private' if public else 'public'}: "
+                f"{'leave out --public' if public else '--public agrees'}, or push to another name"
+            )
+        hub.upload_folder(
+            repo_id=repo_id,
+            repo_type="dataset",
+            folder_path=folder,
+            allow_patterns=_UPLOADED,
+            delete_patterns=_REPLACED,
+        )
+    except (HTTPError, RuntimeError) as error:
+        # Neither a broken connection nor a file that was not taken is an OSError of the client; the latter hides why.
+        reason = f"{error} {error.__cause__}" if isinstance(error, RuntimeError) and error.__cause__ else error
+        raise OSError(f"{repo_id} was not pushed to {hub.endpoint}: {reason}") from error
     return f"{hub.endpoint}/datasets/{repo_id}"
+
+
+def _check_public(folder: Path, licences: list[str]) -> None:
+    for licence in licences:
+        if not licence.strip():
+            raise ValueError(f"{folder} holds studies whose licence is not stated: leave out --public")
+        if _NOT_PUBLIC & set(re.findall("[a-z]+", licence.lower())):
+            raise ValueError(f"{folder} holds studies under {licence}, which forbids publishing: leave out --public")
+
+
+def _licences(folder: Path) -> list[str]:
+    """The licences of a built dataset's studies."""
+    try:
+        return json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["licences"]
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder} is not a built dataset: expected a folder written by otdrg prepare") from None
 
 
 __all__ = ["push_studies"]

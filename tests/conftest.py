@@ -116,3 +116,19 @@ def view():
 def views():
     """Six gray views (64, 64), uint8."""
     return [make_view(seed) for seed in range(6)]
+
+
+@pytest.fixture
+def hub_server():
+    """A Hub of the test's own on this machine, described in hub_server.py; processes reach it by its `environment`."""
+    import sys
+    from importlib.util import module_from_spec, spec_from_file_location
+    from pathlib import Path
+
+    if "hub_server" not in sys.modules:
+        spec = spec_from_file_location("hub_server", Path(__file__).with_name("hub_server.py"))
+        sys.modules["hub_server"] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["hub_server"])
+    server = sys.modules["hub_server"].HubServer()
+    yield server
+    server.stop()
