@@ -103,7 +103,7 @@ def _write_dataset_state(folder: Path, split: str, files: list[str], fingerprint
     """What `load_from_disk` wants beside a split's Arrow files, as the library itself writes it of an empty split."""
     empty = Dataset.from_dict({name: [] for name in STUDY_FEATURES}, features=STUDY_FEATURES, split=split)
     with _no_progress_bar():
-        empty.save_to_disk(folder)
+        empty.save_to_disk(folder, num_shards=1)
     for path in folder.glob("*.arrow"):
         path.unlink()
     path = folder / "state.json"

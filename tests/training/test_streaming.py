@@ -45,7 +45,7 @@ def test_streamed_studies_are_those_of_the_table(prepared):
 @pytest.fixture(autouse=True)
 def no_wait(monkeypatch):
     """Without the five seconds that datasets waits at the end of each shuffled pass for its threads."""
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1, raising=False)
 
 
 def test_the_order_is_new_each_epoch_and_the_same_for_a_seed(prepared):
