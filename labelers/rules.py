@@ -1,261 +1,198 @@
-"""The `rules` labeler: mentions, denial and doubt by vocabulary and clause, in one regex pass (paper, 3.2.1)."""
+"""The `rules` labeler: mentions, denial and doubt by vocabulary and clause, sentence by sentence (paper, 3.2.1)."""
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Sequence
-from itertools import product
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from ..findings_otdrg import FINDINGS, NEGATIVE, POSITIVE, UNCLEAR, UNMENTIONED
+from .phrases import OTHER, VOCABULARY, WORDS, Phrases, expand_phrase, load_mistakes, load_vocabulary
 
-VOCABULARY = Path(__file__).parent / "vocabulary"
-
-#: How a phrase under each finding is read; the keys of every entry of findings.yaml.
-FINDING_ROLES = ("mentions", "doubtful", "structures")
-#: The keys of cues.yaml.
-CUE_ROLES = (
-    "negation_before",
-    "negation_after",
-    "not_a_negation",
-    "uncertainty_before",
-    "uncertainty_after",
-    "alternative",
-    "normal",
-    "abnormal",
-    "stable",
-    "boundary",
-    "restart",
-)
-
-_OTHER = len(FINDINGS)  # the row of abnormalities outside the 14, which only bar "No Finding"
 _NO_FINDING = FINDINGS.index("no_finding")
-_SUPPORT_DEVICES = FINDINGS.index("support_devices")
-_BARRING = [row for row in range(len(FINDINGS)) if row not in (_NO_FINDING, _SUPPORT_DEVICES)] + [_OTHER]
+_BARRING = {*range(OTHER + 1)} - {_NO_FINDING, FINDINGS.index("support_devices")}
 _DESCRIPTORS = {"normal": NEGATIVE, "abnormal": POSITIVE, "stable": UNCLEAR}
 #: Several mentions of one finding: the first of these states that occurs is the finding's (CheXpert's order).
 _PRECEDENCE = (POSITIVE, UNCLEAR, NEGATIVE)
-_BAD_PHRASE = re.compile(r"[^a-z0-9 '/.()|*-]|\*.")
+#: "Scarring or (something else)" is in doubt when "or" follows within so many words.
+_NEAR = 3
+
+#: A full stop, unless it stands between digits or after "vs".
+_SENTENCE_END = re.compile(r"(?<!\bvs)(?:(?<![0-9])[.?!]+|[.?!]+(?![0-9]))")
+#: So many sentences are remembered, none longer than so many characters: reports repeat theirs a lot.
+_REMEMBERED, _LONGEST_REMEMBERED = 100_000, 500
 
 
-def expand_phrase(phrase: str) -> list[str]:
-    """The plain phrases that a vocabulary phrase stands for: `"(a|b|) c*"` gives `["a c*", "b c*", "c*"]`.
-
-    Raises:
-        ValueError: a character the notation does not have, or unbalanced or nested brackets.
-    """
-    parts = re.split(r"\(([^()]*)\)", phrase)
-    if _BAD_PHRASE.search(phrase) or any(set("()|") & set(part) for part in parts[::2]):
-        raise ValueError(f"phrase {phrase!r}: expected lower-case words, (a|b) without nesting, and * at the end only")
-    choices = [part.split("|") if position % 2 else [part] for position, part in enumerate(parts)]
-    return [" ".join("".join(choice).split()) for choice in product(*choices)]
+def _bit(row: int, state: int) -> int:
+    """What is found is one int, a bit for each (row, state), so that the sentences of a report are joined by "or"."""
+    return 1 << 3 * row + state - 1
 
 
-def _read(path: Path) -> object:
-    try:
-        # every scalar as text: YAML would read the words yes and no as booleans
-        return yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}): expected a vocabulary file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML in UTF-8: {' '.join(str(error).split())}") from None
+_READABLE = _bit(OTHER + 1, POSITIVE)
+_BARS = sum(_bit(row, state) for row in _BARRING for state in (POSITIVE, UNCLEAR))
 
 
-def load_vocabulary(folder: str | Path = VOCABULARY) -> dict[str, set[tuple[str, int]]]:
-    """Every plain phrase with what it means, as (role, row) pairs; the row is a finding's position, 14 for other
-    abnormalities and -1 for cues.
+class _Meaning:
+    """What a phrase means: its mentions as (role, row), its cues, the state of a descriptor (0: it is none), and
+    whether a report that has it can be read."""
 
-    Args:
-        folder: holds findings.yaml, cues.yaml and other_abnormalities.yaml, each of which explains itself.
+    __slots__ = ("cues", "mentions", "readable", "state")
 
-    Raises:
-        ValueError: a missing file, an unknown key or a wrong phrase; the message names the file.
-    """
-    folder = Path(folder)
-    meanings: dict[str, set[tuple[str, int]]] = {}
-
-    def add(path: Path, phrases: object, role: str, row: int) -> None:
-        if not isinstance(phrases, list) or not all(isinstance(phrase, str) for phrase in phrases):
-            raise ValueError(f"{path}: {role!r} must be a list of phrases")
-        for phrase in phrases:
-            try:
-                plain = expand_phrase(phrase)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
-            for form in plain:
-                meanings.setdefault(form, set()).add((role, row))
-
-    path = folder / "findings.yaml"
-    entries = _read(path)
-    expected = set(FINDINGS) - {"no_finding"}
-    if not isinstance(entries, dict) or set(entries) != expected:
-        wrong = sorted(expected ^ set(entries)) if isinstance(entries, dict) else "no mapping"
-        raise ValueError(f"{path}: expected the 13 findings as keys (without no_finding); at odds: {wrong}")
-    for finding, roles in entries.items():
-        if not isinstance(roles, dict) or not set(roles) <= set(FINDING_ROLES):
-            raise ValueError(f"{path}: {finding}: expected the keys {', '.join(FINDING_ROLES)}")
-        for role, phrases in roles.items():
-            add(path, phrases, role, FINDINGS.index(finding))
-    path = folder / "cues.yaml"
-    entries = _read(path)
-    if not isinstance(entries, dict) or set(entries) != set(CUE_ROLES):
-        raise ValueError(f"{path}: expected exactly the keys {', '.join(CUE_ROLES)}")
-    for role, phrases in entries.items():
-        add(path, phrases, role, -1)
-    path = folder / "other_abnormalities.yaml"
-    add(path, _read(path), "mentions", _OTHER)
-    return meanings
+    def __init__(self, parts: set[tuple[str, int]]):
+        not_meant = {row for role, row in parts if role == "not_meant"}
+        self.mentions = tuple(sorted(part for part in parts if part[1] >= 0 and part[1] not in not_meant))
+        cues = {role for role, row in parts if row < 0}
+        self.state = next((state for role, state in _DESCRIPTORS.items() if role in cues), 0)
+        self.cues = tuple(sorted(cues - {*_DESCRIPTORS, "chest_words", "no_cue"}))
+        self.readable = bool(self.mentions or not_meant or self.state or "chest_words" in cues)
 
 
-def _trie_pattern(phrases: Iterable[str]) -> tuple[str, list[str]]:
-    """A regex of all phrases, sharing prefixes so that it is fast, longest first; the n-th empty group marks the n-th
-    phrase of the list."""
-    trie: dict = {}
-    for phrase in sorted(phrases):
-        node = trie
-        for character in phrase.rstrip("*"):
-            node = node.setdefault(character, {})
-        node.setdefault("", []).append(phrase)
-    order: list[str] = []
+class _Mention:
+    """A mention of a finding and what the cues say of it; `end` is the word after it."""
 
-    def pattern(node: dict) -> str:
-        options = [re.escape(character) + pattern(child) for character, child in node.items() if character]
-        for phrase in sorted(node.get("", ())):  # "pneumonia" before "pneumonia*"
-            order.append(phrase)
-            options.append(r"[a-z-]*()" if phrase.endswith("*") else r"(?![a-z0-9])()")
-        return options[0] if len(options) == 1 else f"(?:{'|'.join(options)})"
+    __slots__ = ("denied", "doubted", "end", "row", "undeniable")
 
-    return pattern(trie), order
+    def __init__(self, row: int, denied: bool, doubted: bool, undeniable: bool, end: int):
+        self.row, self.denied, self.doubted, self.undeniable, self.end = row, denied, doubted, undeniable, end
 
-
-def _split(meanings: set[tuple[str, int]]) -> tuple[tuple[tuple[str, int], ...], tuple[str, ...], int | None]:
-    """A phrase's meanings as (mentions, cues, state of a descriptor or None)."""
-    mentions = tuple(sorted(meaning for meaning in meanings if meaning[1] >= 0))
-    cues = {role for role, row in meanings if row < 0}
-    described = [state for role, state in _DESCRIPTORS.items() if role in cues]
-    return mentions, tuple(sorted(cues - set(_DESCRIPTORS))), described[0] if described else None
+    def state(self) -> int:
+        if self.undeniable:
+            return UNCLEAR
+        return NEGATIVE if self.denied else UNCLEAR if self.doubted else POSITIVE
 
 
 class _Sentence:
     """What is open while a sentence is read: its mentions, the cues that reach on, and the structures to settle.
 
-    A mention is the list [row, doubtful, denied, doubted].
+    `start` and `end` are the words between which the phrase at hand stands; they are set from outside.
     """
 
-    __slots__ = (
-        "alternative",
-        "clause",
-        "comma",
-        "denied",
-        "descriptors",
-        "doubted",
-        "found",
-        "position",
-        "structures",
-    )
-
     def __init__(self):
-        self.found: list[tuple[int, int]] = []  # settled (row, state)
-        self.clause: list[list] = []  # mentions since the last boundary
-        self.structures: list[tuple[int, int]] = []  # (position, row)
-        self.descriptors: list[tuple[int, int]] = []  # (position, state)
-        self.denied = self.doubted = self.alternative = self.comma = False
-        self.position = 0
+        self.found = 0
+        self.clause: list[_Mention] = []  # since the last boundary
+        self.structures: list[tuple[int, int]] = []  # (word, row)
+        self.descriptors: list[tuple[int, int]] = []  # (word, state)
+        self.settled = UNMENTIONED  # the state of the structures settled last
+        self.denied = self.doubted = self.undeniable = self.comma = self.alternative = False
+        self.start = self.end = 0
+        self.after_place = self.after_normal = -1  # the word after the last such cue
 
     def settle_structures(self) -> None:
         """Each structure takes the first description after it, else the last before it; undescribed ones wait."""
         if not self.structures or not self.descriptors:
             return
         said = {state for _, state in self.descriptors}
-        for position, row in self.structures:
-            after = [state for place, state in self.descriptors if place >= position]
-            # "normal and stable" is normal
-            state = NEGATIVE if said == {NEGATIVE, UNCLEAR} else after[0] if after else self.descriptors[-1][1]
-            self.found.append((row, state))
+        # "normal and stable" is normal, and so is the second in "normal heart, stable mediastinum"
+        normal = said == {NEGATIVE, UNCLEAR} or (said == {UNCLEAR} and self.settled == NEGATIVE)
+        for word, row in self.structures:
+            after = next((state for place, state in self.descriptors if place >= word), self.descriptors[-1][1])
+            self.settled = NEGATIVE if normal else after
+            self.found |= _bit(row, self.settled)
         self.structures, self.descriptors = [], []
 
     def end_clause(self) -> None:
-        for row, doubtful, denied, doubted in self.clause:
-            self.found.append((row, NEGATIVE if denied else UNCLEAR if doubted or doubtful else POSITIVE))
+        for mention in self.clause:
+            self.found |= _bit(mention.row, mention.state())
         self.clause = []
-        self.denied = self.doubted = self.alternative = self.comma = False
+        self.denied = self.doubted = self.undeniable = self.comma = self.alternative = False
         self.settle_structures()
+
+    def close(self) -> int:
+        """What was found; a structure of which nothing is said is as the one before it, or else positive."""
+        denied = self.denied
+        self.end_clause()
+        for _, row in self.structures:
+            self.found |= _bit(row, NEGATIVE if denied else self.settled or POSITIVE)
+        return self.found
 
     def cue(self, role: str) -> None:
         if role == "negation_before":
             self.denied = True
         elif role == "uncertainty_before":
             self.doubted = True
+        elif role == "uncertainty_before_negation":
+            self.undeniable = True
         elif role == "negation_after":
             for mention in self.clause:
-                mention[2] = True
+                mention.denied = True
+            self.end_clause()
         elif role == "uncertainty_after":
             for mention in self.clause:
-                mention[3] = True
+                mention.doubted = True
+            self.end_clause()
         elif role == "alternative":
-            self.alternative = bool(self.clause)
-        elif role == "boundary" or (role == "restart" and self.comma):
+            self.alternative = True
+            if self.clause and self.start - self.clause[-1].end <= _NEAR:
+                self.clause[-1].doubted = True
+        elif role == "place":
+            self.after_place = self.end
+        elif role == "boundary":
+            self.end_clause()
+            self.settled = UNMENTIONED
+        elif role == "restart" and self.comma:
             self.end_clause()
 
     def describe(self, state: int) -> None:
-        if self.comma and self.structures and self.descriptors:
+        if self.comma:
             self.settle_structures()
+        if state == NEGATIVE:
+            self.after_normal = self.end
         if self.denied and state == POSITIVE:
             state = NEGATIVE
         elif self.doubted:
             state = UNCLEAR
-        self.descriptors.append((self.position, state))
+        self.descriptors.append((self.start, state))
 
     def mention(self, meanings: tuple[tuple[str, int], ...]) -> None:
-        mentions = []
         for role, row in meanings:
             if role == "structures":
+                if self.after_place == self.start:
+                    continue
                 if self.comma:
                     self.settle_structures()
-                self.structures.append((self.position, row))
+                self.structures.append((self.start, row))
             else:
-                mentions.append([row, role == "doubtful", self.denied, self.doubted])
-        if mentions and self.alternative:
+                denied = self.denied or self.after_normal == self.start
+                doubted = self.doubted or self.alternative or role == "doubtful"
+                self.clause.append(_Mention(row, denied, doubted, self.undeniable, self.end))
+        if any(role != "structures" for role, _ in meanings):
             self.alternative = False
-            if not self.denied:
-                for mention in (self.clause[-1], *mentions):
-                    mention[3] = True
-        self.clause.extend(mentions)
 
 
 class RulesLabeler:
     """States of the 14 findings by CheXpert's rules, from a vocabulary a radiologist can read and extend.
 
-    A report is read once, by one compiled regex. Within a sentence, cues deny or doubt the mentions before or after
-    them up to a clause boundary; structures ("heart size") take their state from what is said of them. Over the report
-    positive outweighs unclear, and unclear negative. "No Finding" is positive when nothing else is positive or unclear
-    (support devices excepted) and no other abnormality is said.
+    Within a sentence, cues deny or doubt the mentions before or after them up to a clause boundary; structures ("heart
+    size") take their state from what is said of them. Over the report positive outweighs unclear, and unclear negative.
+    "No Finding" is positive when nothing else is positive or unclear (support devices excepted) and no other
+    abnormality is said. Sentences are remembered, so one that repeats is read once.
 
     Args:
-        vocabulary: a folder with the three vocabulary files; the package's own by default.
+        vocabulary: a folder with the vocabulary files; the package's own by default.
+        repeat_mistakes: repeat what chexpert-labeler is known to get wrong (chexpert_mistakes.yaml, which lists it),
+            for numbers that must compare with those computed from its labels.
     """
 
     name = "rules"
 
-    def __init__(self, vocabulary: str | Path = VOCABULARY):
-        meanings = load_vocabulary(vocabulary)
-        pattern, order = _trie_pattern(meanings)
-        self._meanings = [None] + [_split(meanings[phrase]) for phrase in order]  # a match's last group is its phrase
-        self._sentence_end, self._clause_end, self._comma = (len(order) + n for n in (1, 2, 3))
-        self._scan = re.compile(rf"(?<![a-z0-9])(?:{pattern})|([.?!](?![0-9]))|([;:])|(,)")
+    def __init__(self, vocabulary: str | Path = VOCABULARY, repeat_mistakes: bool = False):
+        self._phrases = Phrases(load_vocabulary(vocabulary), _Meaning)
+        self._mistakes = Phrases(load_mistakes(vocabulary), sorted) if repeat_mistakes else None
+        self._sentences: dict[str, int] = {}
+        self._rows: dict[int, list[int]] = {}
 
     def label(self, reports: Sequence[str]) -> np.ndarray:
         """(N, 14) int64 state ids of N reports.
 
         A report in which not one word is known (empty, another language) has every finding unmentioned, "No Finding"
-        too; such reports are counted in one warning.
+        too (chexpert-labeler would call it normal); such reports are counted in one warning.
 
         Raises:
-            TypeError: `reports` is a single string, or one of them is not a string; the message gives its position.
+            TypeError: `reports` is a single string.
+            ValueError: a report is not a string; the message gives its position.
         """
         if isinstance(reports, str):
             raise TypeError("reports is a single string: expected a list of reports")
@@ -263,8 +200,14 @@ class RulesLabeler:
         unread = []
         for position, report in enumerate(reports):
             if not isinstance(report, str):
-                raise TypeError(f"report {position} is {type(report).__name__}: expected a string ('' when absent)")
-            if not self._label_one(report, states[position]):
+                raise ValueError(f"report {position} is {type(report).__name__}: expected a string ('' when absent)")
+            found = 0
+            for sentence in _SENTENCE_END.split(report.lower()):
+                known = self._sentences.get(sentence)
+                found |= self._read(sentence) if known is None else known
+            if found:
+                states[position] = self._rows.get(found) or self._row(found)
+            else:
                 unread.append(position)
         if unread:
             warnings.warn(
@@ -274,42 +217,59 @@ class RulesLabeler:
             )
         return states
 
-    def _label_one(self, report: str, states: np.ndarray) -> bool:
-        """Fills one row; False when no word of the report is known."""
-        found: list[tuple[int, int]] = []
+    def _row(self, found: int) -> list[int]:
+        row = [
+            next((state for state in _PRECEDENCE if found & _bit(finding, state)), UNMENTIONED)
+            for finding in range(len(FINDINGS))
+        ]
+        if not found & _BARS:
+            row[_NO_FINDING] = POSITIVE
+        if len(self._rows) >= _REMEMBERED:
+            self._rows.clear()
+        self._rows[found] = row
+        return row
+
+    def _read(self, text: str) -> int:
+        """What one sentence says, as bits."""
+        words = WORDS.findall(text)
         sentence = _Sentence()
-        known = False
-        for match in self._scan.finditer(" ".join(report.lower().split())):
-            group = match.lastindex
-            if group == self._comma:
+        readable = 0
+        place = 0
+        while place < len(words):
+            meaning, after = self._phrases.find(words, place)
+            if meaning is not None:
+                sentence.start, sentence.end = place, after
+                for role in meaning.cues:
+                    sentence.cue(role)
+                if meaning.state:
+                    sentence.describe(meaning.state)
+                if meaning.mentions:
+                    sentence.mention(meaning.mentions)
+                if meaning.readable:
+                    readable = _READABLE
+                sentence.comma = False
+            elif words[place] == ",":
                 sentence.comma = True
-                continue
-            if group == self._sentence_end:
+            elif words[place] in ";:":
                 sentence.end_clause()
-                found += sentence.found
-                sentence = _Sentence()
-                continue
-            if group == self._clause_end:
-                sentence.end_clause()
-                continue
-            mentions, cues, described = self._meanings[group]
-            sentence.position += 1
-            for role in cues:
-                sentence.cue(role)
-            if described is not None:
-                known = True
-                sentence.describe(described)
-            if mentions:
-                known = True
-                sentence.mention(mentions)
-            sentence.comma = False
-        sentence.end_clause()
-        found += sentence.found
-        if not known:
-            return False
-        found = set(found)
-        for row in range(len(FINDINGS)):
-            states[row] = next((state for state in _PRECEDENCE if (row, state) in found), UNMENTIONED)
-        if not any((row, state) in found for row in _BARRING for state in (POSITIVE, UNCLEAR)):
-            states[_NO_FINDING] = POSITIVE
-        return True
+            place = after
+        found = sentence.close() | readable
+        if self._mistakes is not None:
+            found = self._with_mistakes(found, words)
+        if len(text) <= _LONGEST_REMEMBERED:
+            if len(self._sentences) >= _REMEMBERED:
+                self._sentences.clear()
+            self._sentences[text] = found
+        return found
+
+    def _with_mistakes(self, found: int, words: list[str]) -> int:
+        words = ["<", *(word for word in words if word != ","), ">"]
+        mistakes = {mistake for place in range(len(words)) for mistake in self._mistakes.find(words, place)[0] or ()}
+        for _, row, state in sorted(mistakes):
+            found &= ~sum(_bit(row, other) for other in _PRECEDENCE)
+            if state != UNMENTIONED:
+                found |= _bit(row, state)
+        return found
+
+
+__all__ = ["RulesLabeler", "expand_phrase", "load_vocabulary"]

@@ -2,7 +2,11 @@
 
 import csv
 import os
+import pickle
 import shutil
+import subprocess
+import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -11,8 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from otdrg.findings_otdrg import FINDING_STATES, FINDINGS
-from otdrg.labelers import LABELERS, load_labeler, read_states
-from otdrg.labelers.rules import VOCABULARY, RulesLabeler, expand_phrase
+from otdrg.labelers import LABELERS, load_labeler, load_vocabulary, read_states
+from otdrg.labelers.phrases import VOCABULARY, expand_phrase, load_mistakes
+from otdrg.labelers.rules import RulesLabeler
 
 LABELER = load_labeler("rules")
 
@@ -76,6 +81,30 @@ def named(report):
         ("A pacemaker is present. The heart is normal in size.", {"support_devices": "positive"}),
         ("Lungs are clear. Degenerative changes of the spine.", {}),
         ("no pneumothorax . a right sided catheter is seen .", {"pneumothorax": "negative"}),
+        ("Clear lungs.", {"no_finding": "positive"}),
+        ("Heart is enlarged.", {"cardiomegaly": "positive"}),
+        ("The heart is top normal in size.", {"cardiomegaly": "negative"}),
+        ("Heart size is at the upper limits of normal.", {"cardiomegaly": "negative"}),
+        ("Heart size is upper limits of normal.", {"cardiomegaly": "positive"}),
+        ("Borderline heart size.", {"cardiomegaly": "unclear"}),
+        ("The heart and aorta were compared with before.", {"cardiomegaly": "positive"}),
+        ("Normal heart, mediastinum, and vessels.", {"enlarged_cardiomediastinum": "negative"}),
+        ("Normal heart size, stable mediastinal contours.", {"enlarged_cardiomediastinum": "negative"}),
+        ("Large heart size, stable mediastinal contours.", {"enlarged_cardiomediastinum": "unclear"}),
+        ("The mediastinum is obscured.", {"enlarged_cardiomediastinum": "unclear"}),
+        ("A nodular opacity is new.", {"lung_lesion": "positive", "lung_opacity": "positive"}),
+        ("Fibrosis versus some other thing.", {"pleural_other": "unclear"}),
+        ("Opacity in the right base, possibly consistent with pneumonia.", {"pneumonia": "unclear"}),
+        ("No new consolidation.", {"consolidation": "unclear"}),
+        ("Cannot exclude edema, and no effusion.", {"edema": "unclear"}),
+        ("Mild vascular congestion.", {"edema": "unclear"}),
+        ("Heart failure.", {"edema": "positive", "cardiomegaly": "unclear"}),
+        ("A 2.5 cm nodule vs. a vessel.", {"lung_lesion": "unclear"}),
+        (
+            "1. No effusion.\n2. Right-sided air-space disease.",
+            {"pleural_effusion": "negative", "lung_opacity": "positive"},
+        ),
+        ("No\x00 effusion\tor\x0bpneumothorax.", {"pleural_effusion": "negative", "pneumothorax": "negative"}),
     ],
 )
 def test_states(report, expected):
@@ -86,6 +115,21 @@ def test_states(report, expected):
         state in ("positive", "unclear") and name not in ("no_finding", "support_devices")
         for name, state in found.items()
     )
+
+
+@pytest.mark.parametrize(
+    ("report", "finding"),
+    [
+        ("A clip is seen over the heart.", "cardiomegaly"),
+        ("A hernia lies behind the mediastinum.", "enlarged_cardiomediastinum"),
+        ("Irregular rib contours.", "enlarged_cardiomediastinum"),
+        ("A calcified nodule is seen.", "lung_lesion"),
+        ("Endplate changes. Old tuberculosis. Kerley B lines.", "support_devices"),
+        ("A pericardial effusion.", "pleural_effusion"),
+    ],
+)
+def test_what_only_looks_like_a_mention(report, finding):
+    assert finding not in named(report)
 
 
 def test_no_finding_ignores_devices_and_is_barred_by_the_rest():
@@ -125,7 +169,7 @@ def test_unreadable_reports_are_counted_not_normal():
 
 
 def test_wrong_types_are_named():
-    with pytest.raises(TypeError, match="report 1 is NoneType"):
+    with pytest.raises(ValueError, match="report 1 is NoneType"):
         LABELER.label(["Clear.", None])
     with pytest.raises(TypeError, match="single string"):
         LABELER.label("Clear.")
@@ -135,14 +179,31 @@ def test_wrong_types_are_named():
 
 
 def test_a_very_long_report_is_read():
-    report = "There is no effusion , " * 2500 + "and there is edema ."
-    assert named(report)["edema"] == "positive"
+    begin = time.perf_counter()
+    assert named("There is no effusion , " * 2500 + "and there is edema .")["edema"] == "positive"
+    assert named("effusion or edema not seen " * 2500)["edema"] == "negative"
+    assert named("... " * 10_000 + "2.2" * 10_000 + " edema")["edema"] == "positive"
+    assert time.perf_counter() - begin < 5
+
+
+def test_labels_do_not_depend_on_what_is_remembered():
+    report = "Possible edema. No effusion."
+    used = RulesLabeler()
+    used.label(["Possible edema.", "No effusion. Edema.", report])
+    np.testing.assert_array_equal(used.label([report]), RulesLabeler().label([report]))
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(used)).label([report]), used.label([report]))
+
+
+def test_labelling_does_not_import_torch():
+    code = "import sys; from otdrg.labelers import load_labeler; load_labeler('rules').label(['Edema.']); "
+    code += "sys.exit(bool({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_expand_phrase():
     assert expand_phrase("(a|b|) c*") == ["a c*", "b c*", "c*"]
     assert expand_phrase("(fracture|fx)*") == ["fracture*", "fx*"]
-    for wrong in ("a (b|(c|d))", "A", "a* b", "a | b", "(a"):
+    for wrong in ("a (b|(c|d))", "A", "a* b", "a | b", "(a", "(|a)", "-"):
         with pytest.raises(ValueError, match="phrase"):
             expand_phrase(wrong)
 
@@ -162,20 +223,51 @@ def test_a_broken_vocabulary_names_the_file(tmp_path):
     (folder / "cues.yaml").write_text("normal: [fine]\n")
     with pytest.raises(ValueError, match=r"cues\.yaml: expected exactly the keys"):
         RulesLabeler(vocabulary=folder)
+    (folder / "chexpert_mistakes.yaml").write_text("- {finding: edema, state: maybe, why: so, phrases: [a]}\n")
+    with pytest.raises(ValueError, match=r"chexpert_mistakes\.yaml: entry 1: .* no state 'maybe'"):
+        load_mistakes(folder)
+
+
+def test_every_phrase_of_the_vocabulary_is_found():
+    phrases = {phrase.rstrip("*") for phrase in load_vocabulary()}
+    read = LABELER._phrases
+    for phrase in phrases:
+        words = phrase.replace("-", " ").replace("/", " / ").split()
+        assert read.find(words, 0) != (None, 1), phrase
+
+
+def test_mistakes_are_repeated_only_when_asked_for():
+    report = "No acute, displaced rib fractures. Endplate changes."
+    assert named(report).get("fracture") == "negative"
+    row = RulesLabeler(repeat_mistakes=True).label([report])[0]
+    assert row[FINDINGS.index("fracture")] == row[FINDINGS.index("support_devices")] == 1
+    assert row[FINDINGS.index("no_finding")] == 0
 
 
 @pytest.mark.skipif("OTDRG_IU_XRAY" not in os.environ, reason="OTDRG_IU_XRAY does not name the IU X-Ray folder")
-def test_agreement_with_chexpert_labeler_on_the_half_not_developed_on():
+@pytest.mark.parametrize("half", [0, 1], ids=["developed on", "not developed on"])
+def test_agreement_with_chexpert_labeler(half):
     path = Path(os.environ["OTDRG_IU_XRAY"]) / "labels" / "chexpert_labeler_train.csv"
     with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))[1::2]
+        rows = list(csv.DictReader(file))[half::2]
     true = read_states(path)
     true = np.array([true[row["id"]] for row in rows])
-    found = LABELER.label([row["report"] for row in rows])
+    reports = [row["report"] for row in rows]
+    found = LABELER.label(reports)
+    repeating = RulesLabeler(repeat_mistakes=True).label(reports)
 
     def f1(predicted, reference):
         return 2 * (predicted & reference).sum() / (predicted.sum() + reference.sum())
 
-    assert f1(found > 0, true > 0) > 0.965
-    assert f1(found == 2, true == 2) > 0.96
-    assert f1(found == 1, true == 1) > 0.80
+    assert f1(found > 0, true > 0) > 0.985
+    often = [column for column in range(len(FINDINGS)) if (true[:, column] > 0).sum() >= 20]
+    assert np.mean([f1(found[:, column] > 0, true[:, column] > 0) for column in often]) > 0.97
+    assert f1(found == 2, true == 2) > 0.975
+    assert f1(found == 3, true == 3) > 0.85
+    # its mistakes cost us here; with them repeated, the level that counts is reached
+    assert f1(found == 1, true == 1) > 0.885
+    assert f1(repeating == 1, true == 1) >= 0.95
+    # and so it nearly is without the cells in which the mistake is one of those listed
+    listed = (found != true) & (repeating == true)
+    assert f1((found == 1) & ~listed, (true == 1) & ~listed) > 0.945
+    assert listed.sum() < 200

@@ -1,0 +1,200 @@
+"""The vocabulary of the `rules` labeler: its files, its notation, and finding its phrases in a sentence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import yaml
+
+from ..findings_otdrg import FINDING_STATES, FINDINGS
+
+VOCABULARY = Path(__file__).parent / "vocabulary"
+
+#: How a phrase under each finding is read; the keys of every entry of findings.yaml.
+FINDING_ROLES = ("mentions", "doubtful", "structures", "not_meant")
+#: The keys of cues.yaml.
+CUE_ROLES = (
+    "negation_before",
+    "negation_after",
+    "no_cue",
+    "uncertainty_before_negation",
+    "uncertainty_before",
+    "uncertainty_after",
+    "alternative",
+    "normal",
+    "abnormal",
+    "stable",
+    "place",
+    "boundary",
+    "restart",
+    "chest_words",
+)
+#: The row of abnormalities outside the 14, which only bar "No Finding".
+OTHER = len(FINDINGS)
+#: Words of a sentence, and the marks that matter within it; a hyphen is a space.
+WORDS = re.compile(r"[a-z0-9']+|[,;:/]")
+
+_BAD_PHRASE = re.compile(r"[^a-z0-9 '/()|*<>-]|\*.")
+_PHRASE_WORDS = re.compile(rf"{WORDS.pattern}|[<>]")
+#: The forms of so many words are kept.
+_WORDS_KEPT = 100_000
+
+Meaning = TypeVar("Meaning")
+
+
+def expand_phrase(phrase: str) -> list[str]:
+    """The plain phrases that a vocabulary phrase stands for: `"(a|b|) c*"` gives `["a c*", "b c*", "c*"]`.
+
+    Raises:
+        ValueError: a character the notation does not have, or unbalanced or nested brackets.
+    """
+    parts = re.split(r"\(([^()]*)\)", phrase)
+    if _BAD_PHRASE.search(phrase) or any(set("()|") & set(part) for part in parts[::2]):
+        raise ValueError(f"phrase {phrase!r}: expected lower-case words, (a|b) without nesting, and * at the end only")
+    choices = [part.split("|") if position % 2 else [part] for position, part in enumerate(parts)]
+    plain = [" ".join("".join(choice).split()) for choice in product(*choices)]
+    if not all(WORDS.search(form) for form in plain):
+        raise ValueError(f"phrase {phrase!r}: stands for nothing, expected a word at least")
+    return plain
+
+
+def _read(path: Path) -> object:
+    try:
+        # every scalar as text: YAML would read the words yes and no as booleans
+        return yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CBaseLoader", yaml.BaseLoader))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}): expected a vocabulary file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML in UTF-8: {' '.join(str(error).split())}") from None
+
+
+def _add(meanings: dict[str, set], path: Path, phrases: object, role: str, meaning: tuple) -> None:
+    if not isinstance(phrases, list) or not all(isinstance(phrase, str) for phrase in phrases):
+        raise ValueError(f"{path}: {role!r} must be a list of phrases")
+    for phrase in phrases:
+        try:
+            plain = expand_phrase(phrase)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        for form in plain:
+            meanings.setdefault(form, set()).add(meaning)
+
+
+def load_vocabulary(folder: str | Path = VOCABULARY) -> dict[str, set[tuple[str, int]]]:
+    """Every plain phrase with what it means, as (role, row) pairs; the row is a finding's position, 14 for other
+    abnormalities and -1 for cues.
+
+    Args:
+        folder: holds findings.yaml, cues.yaml and other_abnormalities.yaml, each of which explains itself.
+
+    Raises:
+        ValueError: a missing file, an unknown key or a wrong phrase; the message names the file.
+    """
+    folder = Path(folder)
+    meanings: dict[str, set[tuple[str, int]]] = {}
+    path = folder / "findings.yaml"
+    entries = _read(path)
+    expected = set(FINDINGS) - {"no_finding"}
+    if not isinstance(entries, dict) or set(entries) != expected:
+        wrong = sorted(expected ^ set(entries)) if isinstance(entries, dict) else "no mapping"
+        raise ValueError(f"{path}: expected the 13 findings as keys (without no_finding); at odds: {wrong}")
+    for finding, roles in entries.items():
+        if not isinstance(roles, dict) or not set(roles) <= set(FINDING_ROLES):
+            raise ValueError(f"{path}: {finding}: expected the keys {', '.join(FINDING_ROLES)}")
+        for role, phrases in roles.items():
+            _add(meanings, path, phrases, role, (role, FINDINGS.index(finding)))
+    path = folder / "cues.yaml"
+    entries = _read(path)
+    if not isinstance(entries, dict) or set(entries) != set(CUE_ROLES):
+        raise ValueError(f"{path}: expected exactly the keys {', '.join(CUE_ROLES)}")
+    for role, phrases in entries.items():
+        _add(meanings, path, phrases, role, (role, -1))
+    path = folder / "other_abnormalities.yaml"
+    _add(meanings, path, _read(path), "mentions", ("mentions", OTHER))
+    return meanings
+
+
+def load_mistakes(folder: str | Path = VOCABULARY) -> dict[str, set[tuple[int, int, int]]]:
+    """Every plain phrase of chexpert_mistakes.yaml with (place in the file, row, state id).
+
+    Raises:
+        ValueError: a missing file, an unknown key, finding or state, or a wrong phrase; the message names the file.
+    """
+    path = Path(folder) / "chexpert_mistakes.yaml"
+    entries = _read(path)
+    rows = {**{name: row for row, name in enumerate(FINDINGS) if name != "no_finding"}, "other_abnormalities": OTHER}
+    meanings: dict[str, set[tuple[int, int, int]]] = {}
+    if not isinstance(entries, list):
+        raise ValueError(f"{path}: expected a list of entries")
+    for place, entry in enumerate(entries):
+        if not isinstance(entry, dict) or set(entry) != {"finding", "state", "why", "phrases"}:
+            raise ValueError(f"{path}: entry {place + 1}: expected the keys finding, state, why, phrases")
+        if entry["finding"] not in rows or entry["state"] not in FINDING_STATES:
+            raise ValueError(
+                f"{path}: entry {place + 1}: no finding {entry['finding']!r} or no state {entry['state']!r}"
+            )
+        meaning = (place, rows[entry["finding"]], FINDING_STATES.index(entry["state"]))
+        _add(meanings, path, entry["phrases"], "phrases", meaning)
+    return meanings
+
+
+class Phrases(Generic[Meaning]):
+    """Phrases as a tree of words, in which the longest phrase that begins at a word is found.
+
+    Args:
+        meanings: what each plain phrase means, in parts; phrases that differ only in a `*` share theirs.
+        join: makes one meaning of the parts.
+    """
+
+    def __init__(self, meanings: dict[str, set], join: Callable[[set], Meaning]):
+        plain: dict[tuple[str, ...], set] = {}
+        for phrase, meaning in meanings.items():
+            words = _PHRASE_WORDS.findall(phrase)
+            if phrase.endswith("*"):
+                words[-1] += "*"
+            plain.setdefault(tuple(words), set()).update(meaning)
+        self._stems = {words[-1][:-1] for words in plain if words[-1].endswith("*")}
+        self._shortest_stem = min(map(len, self._stems), default=1)
+        self._whole = {word for words in plain for word in words if not word.endswith("*")}
+        self._forms: dict[str, tuple[str, ...]] = {}
+        self._tree: dict = {}  # a word leads to the next tree, "" to the meaning of the phrase that ends there
+        for words, meaning in plain.items():
+            node = self._tree
+            for word in words:
+                node = node.setdefault(word, {})
+            # "nodular opacity" means what "nodular opaci*" does too
+            last = words[-1].rstrip("*")
+            wider = (plain.get((*words[:-1], f"{last[:end]}*"), ()) for end in range(1, len(last) + 1))
+            node[""] = join(meaning.union(*wider))
+
+    def _forms_of(self, word: str) -> tuple[str, ...]:
+        """How a word may stand in a phrase: as it is, or as a stem with any ending, the longest stem first."""
+        ends = range(min(len(word), 40), self._shortest_stem - 1, -1)
+        stems = [f"{word[:end]}*" for end in ends if word[:end] in self._stems]
+        forms = (word, *stems) if word in self._whole else tuple(stems)
+        if len(self._forms) >= _WORDS_KEPT:
+            self._forms.clear()
+        self._forms[word] = forms
+        return forms
+
+    def find(self, words: list[str], start: int) -> tuple[Meaning | None, int]:
+        """The meaning of the longest phrase at word `start` and the word after it; None where no phrase begins."""
+        best, end = None, start + 1
+        nodes = [self._tree]
+        for place in range(start, len(words)):
+            forms = self._forms.get(words[place])
+            if forms is None:
+                forms = self._forms_of(words[place])
+            if not forms:
+                break
+            nodes = [node[form] for node in nodes for form in forms if form in node]
+            if not nodes:
+                break
+            ended = next((node[""] for node in nodes if "" in node), None)
+            if ended is not None:
+                best, end = ended, place + 1
+        return best, end
