@@ -3,7 +3,7 @@
     python benchmarks/labelers.py
     python benchmarks/labelers.py --reports reports.csv --option repeat_mistakes=true
 
-Without `--reports` the reports are phantoms', which repeat their sentences more than people do. Prints a Markdown table.
+Without `--reports` the reports are phantoms', which repeat their sentences more than people do.
 """
 
 from __future__ import annotations

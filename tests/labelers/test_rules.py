@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import otdrg
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -267,7 +268,15 @@ def test_agreement_with_chexpert_labeler(half):
     # its mistakes cost us here; with them repeated, the level that counts is reached
     assert f1(found == 1, true == 1) > 0.885
     assert f1(repeating == 1, true == 1) >= 0.95
-    # and so it nearly is without the cells in which the mistake is one of those listed
-    listed = (found != true) & (repeating == true)
-    assert f1((found == 1) & ~listed, (true == 1) & ~listed) > 0.945
-    assert listed.sum() < 200
+    # and so it nearly is without the cells that are listed as its mistakes
+    listed = np.zeros_like(true, dtype=bool)
+    studies = {row["id"]: place for place, row in enumerate(rows)}
+    with (Path(otdrg.__file__).parent / "docs" / "chexpert_labeler_mistakes.csv").open(encoding="utf-8") as file:
+        for cell in csv.DictReader(file):
+            if cell["id"] in studies:
+                place, column = studies[cell["id"]], FINDINGS.index(cell["finding"])
+                listed[place, column] = True
+                said = (FINDING_STATES[true[place, column]], FINDING_STATES[found[place, column]])
+                assert said == (cell["chexpert_labeler"], cell["rules"]), cell
+    assert 100 < listed.sum() < 200
+    assert f1((found == 1) & ~listed, (true == 1) & ~listed) > (0.945 if half else 0.985)
