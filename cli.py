@@ -29,7 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 #: Commands that live in rooms of their own, and what they do. A room is entered when its command is typed.
-_ROOMS = {"prepare": ("studies.command", "make a dataset of studies from radiographs and reports")}
+_ROOMS = {
+    "prepare": ("studies.command", "make a dataset of studies from radiographs and reports"),
+    "label": ("labelers.command", "read the states of 14 findings out of reports"),
+}
 
 
 def _parser(arguments: list[str]) -> argparse.ArgumentParser:

@@ -5,6 +5,7 @@ of state ids (`FINDING_STATES`), columns in the order of `FINDINGS`. A new one i
 `_LABELERS`. States that someone else's tool wrote to a CSV are joined by study id instead: `join_states`.
 """
 
+import inspect
 from importlib import import_module
 
 from ..lazy import lazy_names
@@ -12,10 +13,24 @@ from ..lazy import lazy_names
 #: name: (module, class)
 _LABELERS = {
     "rules": ("rules", "RulesLabeler"),
+    "llm": ("llm", "LLMLabeler"),
+    "chexbert": ("chexbert", "CheXbertLabeler"),
 }
-_HOMES = {"join_states": "csv_states", "read_states": "csv_states", "load_vocabulary": "rules"}
+_HOMES = {
+    "format_agreement": "agreement",
+    "measure_agreement": "agreement",
+    "join_states": "csv_states",
+    "read_states": "csv_states",
+    "write_states": "csv_states",
+    "load_vocabulary": "phrases",
+}
 
-__all__ = ["LABELERS", "load_labeler", *_HOMES]
+__all__ = ["LABELERS", "UnreadReportsWarning", "load_labeler", *_HOMES]
+
+
+class UnreadReportsWarning(UserWarning):
+    """Reports of which a labeler can read nothing have every finding unmentioned; this says how many, and which."""
+
 
 #: Names that `load_labeler` knows.
 LABELERS = tuple(_LABELERS)
@@ -31,7 +46,15 @@ def load_labeler(name: str, **options):
         hint = " (states in a CSV are joined by study id: join_states)" if name == "csv" else ""
         raise ValueError(f"unknown labeler {name!r}: expected one of {', '.join(LABELERS)}{hint}")
     module, cls = _LABELERS[name]
-    return getattr(import_module(f".{module}", __name__), cls)(**options)
+    labeler = getattr(import_module(f".{module}", __name__), cls)
+    allowed = inspect.signature(labeler).parameters
+    for option in options:
+        if option not in allowed:
+            raise ValueError(f"unknown option {option!r} of labeler {name!r}: expected one of {', '.join(allowed)}")
+    missing = [option for option, it in allowed.items() if it.default is it.empty and option not in options]
+    if missing:
+        raise ValueError(f"labeler {name!r} needs the option {missing[0]!r} (its options: {', '.join(allowed)})")
+    return labeler(**options)
 
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -1,10 +1,15 @@
-"""States that chexpert-labeler or CheXbert wrote to a CSV, joined to studies by id and to findings by column name."""
+"""Tables of reports and of their states, in the form of chexpert-labeler: 1, 0, -1 or blank under a finding's name.
+
+States are joined to studies by id and to findings by column name.
+"""
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 
@@ -56,6 +61,105 @@ def _state(path: Path, row: int, finding: str, text: str) -> int:
         ) from None
 
 
+#: The order of chexpert-labeler's own columns.
+CSV_FINDINGS: tuple[str, ...] = (
+    "no_finding",
+    "enlarged_cardiomediastinum",
+    "cardiomegaly",
+    "lung_lesion",
+    "lung_opacity",
+    "edema",
+    "consolidation",
+    "pneumonia",
+    "atelectasis",
+    "pneumothorax",
+    "pleural_effusion",
+    "pleural_other",
+    "fracture",
+    "support_devices",
+)
+_WRITTEN = {POSITIVE: "1", NEGATIVE: "0", UNCLEAR: "-1", UNMENTIONED: ""}
+_LONGEST_CELL = 2**24
+
+
+def read_reports(path: str | Path) -> Iterator[tuple[str, str]]:
+    """Ids and reports of a CSV with the columns `id` and `report`, one after another; other columns are ignored.
+
+    Raises:
+        ValueError: no such file, not UTF-8, not a CSV, a column that is missing or stands twice, a row of another
+            length, an empty or repeated id; one line that names the file and the line.
+    """
+    path = Path(path)
+    lines: dict[str, int] = {}
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_CELL))
+    with _reading(path, "a CSV with the columns id and report") as file:
+        reader = csv.reader(file, strict=True)
+        header = next(reader, [])
+        folded = [_fold(name) for name in header]
+        for name in ("id", "report"):
+            if folded.count(name) != 1:
+                found = f"{folded.count(name)} columns {name!r}"
+                raise ValueError(f"{path}: {found}, expected one; columns: {', '.join(header) or 'none'}")
+        id_place, report_place = folded.index("id"), folded.index("report")
+        for cells in reader:
+            if not cells:
+                continue
+            row = reader.line_num
+            if len(cells) != len(header):
+                raise ValueError(f"{path}, line {row}: {len(cells)} values, expected {len(header)} as in the header")
+            study = cells[id_place].strip()
+            _check_id(path, row, header[id_place], study, lines)
+            yield study, cells[report_place]
+
+
+def write_states(path: str | Path, rows: Iterable[tuple[str, Sequence[int]]]) -> None:
+    """A CSV in chexpert-labeler's form: `id` and the 14 findings in its order. It is there as a whole or not at all.
+
+    Args:
+        path: the file; one that is there is replaced.
+        rows: ids and their 14 state ids in the order of `FINDINGS`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f"{path.name}.tmp")
+    order = [FINDINGS.index(name) for name in CSV_FINDINGS]
+    try:
+        with unfinished.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["id", *(FINDING_DISPLAY_NAMES[name] for name in CSV_FINDINGS)])
+            for study, states in rows:
+                writer.writerow([study, *(_WRITTEN[int(states[place])] for place in order)])
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def _reading(path: Path, expected: str) -> Iterator[TextIO]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 (byte {error.start} of a block), expected a CSV saved as UTF-8") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}), expected {expected}") from None
+    except csv.Error as error:
+        raise ValueError(f"{path}: not a CSV ({error}), expected one row a study") from None
+
+
+def _check_id(path: Path, row: int, column: str, study: str, lines: dict[str, int]) -> None:
+    if not study:
+        raise ValueError(f"{path}, line {row}, column {column}: empty, expected a study's id")
+    if study in lines:
+        raise ValueError(
+            f"{path}, line {row}, column {column}: {study!r} stands in line {lines[study]} too, "
+            "expected one row a study"
+        )
+    lines[study] = row
+
+
 def read_states(path: str | Path, id_column: str = "id") -> dict[str, np.ndarray]:
     """States of a CSV in chexpert-labeler's or CheXbert's form: 1, 0, -1 or blank under each finding's name.
 
@@ -76,40 +180,24 @@ def read_states(path: str | Path, id_column: str = "id") -> dict[str, np.ndarray
     path = Path(path)
     states: dict[str, np.ndarray] = {}
     lines: dict[str, int] = {}
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            header = next(reader, [])
-            id_place, places = _columns(path, header, id_column)
-            for cells in reader:
-                row = reader.line_num
-                if not cells:
-                    continue
-                if len(cells) != len(header):
-                    raise ValueError(
-                        f"{path}, line {row}: {len(cells)} values, expected {len(header)} as in the header"
-                    )
-                study = cells[id_place].strip()
-                if not study:
-                    raise ValueError(f"{path}, line {row}, column {header[id_place]}: empty, expected a study's id")
-                if study in lines:
-                    raise ValueError(
-                        f"{path}, line {row}, column {header[id_place]}: {study!r} stands in line {lines[study]} too, "
-                        "expected one row a study"
-                    )
-                lines[study] = row
-                values = [_state(path, row, name, cells[place]) for name, place in zip(FINDINGS, places, strict=True)]
-                if values[_NO_FINDING] == UNCLEAR:
-                    raise ValueError(f"{path}, line {row}, column No Finding: -1, expected 1, 0 or blank")
-                if values[_NO_FINDING] == NEGATIVE:
-                    values[_NO_FINDING] = UNMENTIONED
-                states[study] = np.array(values, dtype=np.int64)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}), expected a CSV of finding states") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 (byte {error.start} of a block), expected a CSV saved as UTF-8") from None
-    except csv.Error as error:
-        raise ValueError(f"{path}: not a CSV ({error}), expected one row a study") from None
+    with _reading(path, "a CSV of finding states") as file:
+        reader = csv.reader(file, strict=True)
+        header = next(reader, [])
+        id_place, places = _columns(path, header, id_column)
+        for cells in reader:
+            row = reader.line_num
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                raise ValueError(f"{path}, line {row}: {len(cells)} values, expected {len(header)} as in the header")
+            study = cells[id_place].strip()
+            _check_id(path, row, header[id_place], study, lines)
+            values = [_state(path, row, name, cells[place]) for name, place in zip(FINDINGS, places, strict=True)]
+            if values[_NO_FINDING] == UNCLEAR:
+                raise ValueError(f"{path}, line {row}, column No Finding: -1, expected 1, 0 or blank")
+            if values[_NO_FINDING] == NEGATIVE:
+                values[_NO_FINDING] = UNMENTIONED
+            states[study] = np.array(values, dtype=np.int64)
     return states
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..findings_otdrg import FINDINGS, NEGATIVE, POSITIVE, UNCLEAR, UNMENTIONED
+from . import UnreadReportsWarning
 from .phrases import OTHER, VOCABULARY, WORDS, Phrases, expand_phrase, load_mistakes, load_vocabulary
 
 _NO_FINDING = FINDINGS.index("no_finding")
@@ -213,6 +214,7 @@ class RulesLabeler:
             warnings.warn(
                 f"{len(unread)} of {len(reports)} reports hold no word the rules labeler knows (positions "
                 f"{', '.join(map(str, unread[:5]))}{', …' if len(unread) > 5 else ''}): all findings unmentioned",
+                UnreadReportsWarning,
                 stacklevel=2,
             )
         return states

@@ -24,14 +24,14 @@ from tqdm.auto import tqdm
 from .assembly import SECTIONS, Sections, StudyListing, assemble_study
 from .card import dataset_card
 from .images import stored_image
-from .shards import ShardWriter, publish_shards
+from .shards import SUMMARY, ShardWriter, publish_shards, put_in_place, write_json
 from .source import SPLITS, Skipped, StudyEntry, StudySource, option
 from .summary import OfficialCheck, SplitCounts, format_counts
 
 logger = logging.getLogger(__name__)
 
-#: Files of a finished build beside the data.
-SUMMARY, SKIPPED = "summary.json", "skipped.jsonl"
+#: Each study that was left out, and why.
+SKIPPED = "skipped.jsonl"
 
 _SETTINGS, _SHARDS = "build.json", "shards"
 
@@ -171,7 +171,7 @@ def build_studies_dataset(
     _write_summary(work / SUMMARY, settings, report)
     shutil.rmtree(work / _SHARDS)
     (work / _SETTINGS).unlink()
-    _replace(output, work)
+    put_in_place(output, work)
     return report
 
 
@@ -191,7 +191,7 @@ def _report(output: Path, shards: list[_Shard], official: OfficialCheck | None) 
 def _write_summary(path: Path, settings: dict[str, Any], report: BuildReport) -> None:
     counts = {split or "none": asdict(counts) for split, counts in report.counts.items()}
     content = {"licences": report.licences, "counts": counts, "warnings": report.warnings, "skipped": report.skipped}
-    _write_json(path, {"settings": settings, **content})
+    write_json(path, {"settings": settings, **content})
 
 
 def _finished(output: Path, settings: dict[str, Any]) -> BuildReport:
@@ -233,7 +233,7 @@ def _enter(work: Path, settings: dict[str, Any], resume: bool, overwrite: bool) 
                 if path.is_dir() and path.name != _SHARDS:
                     shutil.rmtree(path)
     (work / _SHARDS).mkdir(parents=True, exist_ok=True)
-    _write_json(work / _SETTINGS, settings)
+    write_json(work / _SETTINGS, settings)
 
 
 def _check_settings(folder: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -342,7 +342,7 @@ def _build_shard(job: _Job, source: StudySource, options: BuildOptions, folder: 
                 writer.write(assembled.row)
                 licences.add(assembled.row["licence"])
     shard = _Shard(job.split, job.name, digest, counts.studies, asdict(counts), sorted(licences), skipped)
-    _write_json(record, shard._asdict())
+    write_json(record, shard._asdict())
     return shard
 
 
@@ -371,29 +371,10 @@ def _nothing_left(source: StudySource, shards: list[_Shard]) -> str:
     )
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    unfinished.replace(path)
-
-
 def _write_lines(path: Path, records: Iterable[dict]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def _replace(output: Path, work: Path) -> None:
-    """Put the finished folder in its place; one that is there stays until then."""
-    if (output / SUMMARY).is_file():
-        old = output.with_name(f"{output.name}.old")
-        if old.exists():
-            shutil.rmtree(old)
-        output.rename(old)
-        work.rename(output)
-        shutil.rmtree(old)
-    else:
-        work.replace(output)
-
-
-__all__ = ["SKIPPED", "SUMMARY", "BuildOptions", "BuildReport", "build_studies_dataset"]
+__all__ = ["SKIPPED", "BuildOptions", "BuildReport", "build_studies_dataset"]

@@ -81,6 +81,15 @@ def stream_prepared(folder: str | os.PathLike, split: str) -> IterableDataset:
     return load_dataset("parquet", data_files={split: _parquet(folder, split)}, split=split, streaming=True)
 
 
+def prepared_splits(folder: str | os.PathLike) -> list[str]:
+    """The splits of a built dataset.
+
+    Raises:
+        ValueError: the folder is not a built dataset.
+    """
+    return _splits(_prepared(folder))
+
+
 def prepared_rows(folder: str | os.PathLike, split: str) -> int:
     """How many studies a split of a built dataset has.
 
@@ -119,4 +128,4 @@ def _parquet(folder: Path, split: str) -> list[str]:
     return sorted(str(path) for path in (folder / "data").glob(f"{split}-*.parquet"))
 
 
-__all__ = ["load_in_memory", "load_prepared", "prepared_column", "prepared_rows", "stream_prepared"]
+__all__ = ["load_in_memory", "load_prepared", "prepared_column", "prepared_rows", "prepared_splits", "stream_prepared"]

@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from .build import SUMMARY
+from .shards import SUMMARY
 
 #: What of a dataset's folder is uploaded. `skipped.jsonl` and `summary.json` name files of the machine it was built on.
 _UPLOADED = ["README.md", "data/*.parquet"]

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from .schema import STUDY_FEATURES
+
+#: What a finished dataset holds beside its data: settings and counts.
+SUMMARY = "summary.json"
 
 #: Rows are written when there are this many of them, or this many bytes of images.
 _BATCH_ROWS, _BATCH_BYTES = 100, 32 * 2**20
@@ -45,17 +50,23 @@ class ShardWriter:
         if len(self._rows) >= _BATCH_ROWS or self._bytes >= _BATCH_BYTES:
             self._flush()
 
+    def write_batch(self, batch: pa.RecordBatch) -> None:
+        """Add rows that are in Arrow's form."""
+        self._flush()
+        self._write(batch)
+
     def _flush(self) -> None:
-        if not self._rows:
-            return
-        schema = STUDY_FEATURES.arrow_schema
+        if self._rows:
+            self._write(pa.RecordBatch.from_pylist(self._rows, schema=STUDY_FEATURES.arrow_schema))
+            self._rows, self._bytes = [], 0
+
+    def _write(self, batch: pa.RecordBatch) -> None:
         if not self._writers:
             opened = {".parquet": pq.ParquetWriter, ".arrow": pa.ipc.new_stream}
+            schema = STUDY_FEATURES.arrow_schema
             self._writers = [opened[suffix](str(self._unfinished(suffix)), schema) for suffix in self.suffixes]
-        batch = pa.RecordBatch.from_pylist(self._rows, schema=schema)
         for writer in self._writers:
             writer.write_batch(batch)
-        self._rows, self._bytes = [], 0
 
     def _unfinished(self, suffix: str) -> Path:
         return self.path.with_name(f"{self.path.name}{suffix}.tmp")
@@ -112,6 +123,26 @@ def _write_dataset_state(folder: Path, split: str, files: list[str], fingerprint
     path.write_text(json.dumps(state, indent=2), encoding="utf-8")
 
 
+def put_in_place(output: Path, work: Path) -> None:
+    """Put a finished dataset in its place; one that is there stays until then."""
+    if (output / SUMMARY).is_file():
+        old = output.with_name(f"{output.name}.old")
+        if old.exists():
+            shutil.rmtree(old)
+        output.rename(old)
+        work.rename(output)
+        shutil.rmtree(old)
+    else:
+        work.replace(output)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """A JSON file that is there as a whole or not at all."""
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
     """Without the library's bar over nothing."""
@@ -124,4 +155,4 @@ def _no_progress_bar() -> Iterator[None]:
             enable_progress_bars()
 
 
-__all__ = ["ShardWriter", "publish_shards"]
+__all__ = ["SUMMARY", "ShardWriter", "publish_shards", "put_in_place", "write_json"]

@@ -1,0 +1,247 @@
+"""`otdrg label`: states of the 14 findings for a dataset, for a table of reports, or two tables of states compared."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ..findings_otdrg import FINDING_STATES, FINDINGS, UNMENTIONED
+from . import LABELERS, UnreadReportsWarning, load_labeler
+from .csv_states import read_reports, read_states, write_states
+
+DESCRIPTION = (
+    "Read the states of the 14 findings out of reports: of a dataset that otdrg prepare has written (DATASET), or of a "
+    "table (--reports); or compare two tables of states (--compare)."
+)
+EPILOG = (
+    "Examples: otdrg label studies --labeler rules | otdrg label studies --labeler csv --csv chexpert.csv | "
+    "otdrg label --reports reports.csv --labeler rules --output states.csv | "
+    "otdrg label --compare chexpert.csv states.csv --output agreement"
+)
+
+#: Reports labelled at once, and ids that are named.
+_BATCH, _LISTED = 1000, 20
+
+
+def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
+    """The command's arguments; `arguments`, what was typed, does not change them."""
+    what = parser.add_argument_group("what is labelled, one of")
+    what.add_argument("dataset", nargs="?", metavar="DATASET", help="folder written by otdrg prepare")
+    what.add_argument("--reports", metavar="FILE", help="CSV with the columns id and report")
+    what.add_argument("--compare", nargs=2, metavar=("A", "B"), help="CSVs of states: a reference and another")
+    labeler = parser.add_argument_group("how")
+    labeler.add_argument("--labeler", choices=[*LABELERS, "csv"], help="what reads the states")
+    labeler.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="of the labeler; repeatable"
+    )
+    labeler.add_argument("--csv", metavar="FILE", help="states in chexpert-labeler's form, for --labeler csv")
+    labeler.add_argument("--id-column", metavar="NAME", help="column of --csv with the studies' ids (default: id)")
+    labeler.add_argument("--relabel", action="store_true", help="studies of DATASET that have states, too")
+    output = parser.add_argument_group("where to")
+    output.add_argument(
+        "--output",
+        metavar="PATH",
+        help="dataset (by default DATASET), CSV of states, or folder of the comparison",
+    )
+    output.add_argument("--resume", action="store_true", help="go on with an interrupted labelling of DATASET")
+    output.add_argument("--overwrite", action="store_true", help="replace what is at --output, or start anew")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Label or compare, whichever was asked for."""
+    given = [name for name in ("dataset", "reports", "compare") if getattr(options, name)]
+    if len(given) != 1:
+        raise ValueError(f"{' and '.join(given) or 'nothing'} given: expected one of DATASET, --reports and --compare")
+    _refuse_what_does_not_belong(options, given[0])
+    {"dataset": _label_dataset, "reports": _label_reports, "compare": _compare}[given[0]](options)
+
+
+def _refuse_what_does_not_belong(options: argparse.Namespace, form: str) -> None:
+    allowed = {
+        "dataset": {"labeler", "option", "csv", "id_column", "relabel", "resume"},
+        "reports": {"labeler", "option"},
+        "compare": set(),
+    }[form]
+    for name in ("labeler", "option", "csv", "id_column", "relabel", "resume"):
+        if getattr(options, name) and name not in allowed:
+            shown = "DATASET" if form == "dataset" else f"--{form}"
+            raise ValueError(f"--{name.replace('_', '-')} does not go with {shown}: leave it out")
+    if form != "compare" and options.labeler is None:
+        raise ValueError(f"--labeler is missing: expected one of {', '.join([*LABELERS, 'csv'])}")
+    if form != "dataset" and options.labeler == "csv":
+        raise ValueError("--labeler csv joins states to studies by id: expected a DATASET")
+    if (options.labeler == "csv") != (options.csv is not None):
+        raise ValueError("--labeler csv and --csv FILE go together: expected both or neither")
+
+
+def _parsed(pairs: list[str]) -> dict[str, Any]:
+    import yaml
+
+    parsed = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator:
+            raise ValueError(f"--option {pair}: expected NAME=VALUE, such as repeat_mistakes=true")
+        parsed[name] = yaml.safe_load(value)
+    return parsed
+
+
+# --- a table of reports ----------------------------------------------------------------------------------------------
+
+
+def _label_reports(options: argparse.Namespace) -> None:
+    if options.output is None:
+        raise ValueError("--output is missing: expected the CSV of states to be written")
+    output = Path(options.output)
+    if output.exists() and not options.overwrite:
+        raise ValueError(f"{output} exists: --overwrite replaces it")
+    if output.exists() and output.samefile(options.reports):
+        raise ValueError(f"{output} holds the reports themselves: expected another --output")
+    labeler = load_labeler(options.labeler, **_parsed(options.option))
+    blank: list[str] = []
+    count = 0
+
+    def rows() -> Iterator[tuple[str, list[int]]]:
+        nonlocal count
+        reports = read_reports(options.reports)
+        while batch := list(islice(reports, _BATCH)):
+            states = _states(labeler, [report for _, report in batch])
+            count += len(batch)
+            for (study, _), row in zip(batch, states.tolist(), strict=True):
+                if set(row) == {UNMENTIONED}:
+                    blank.append(study)
+                yield study, row
+
+    write_states(output, rows())
+    if blank:
+        print(f"{len(blank):,} reports have no state, empty or not understood: {_listed(blank)}", file=sys.stderr)
+    print(f"{count:,} reports labelled by {labeler.name}: {output}")
+
+
+def _states(labeler, reports: list[str]):
+    with warnings.catch_warnings():
+        # Those reports are told of by their ids, once.
+        warnings.simplefilter("ignore", UnreadReportsWarning)
+        return labeler.label(reports)
+
+
+def _listed(ids: list[str]) -> str:
+    rest = f" and {len(ids) - _LISTED:,} more" if len(ids) > _LISTED else ""
+    return ", ".join(ids[:_LISTED]) + rest
+
+
+# --- a dataset -------------------------------------------------------------------------------------------------------
+
+
+def _label_dataset(options: argparse.Namespace) -> None:
+    from .labelling import label_dataset
+
+    settings: dict[str, Any] = {"labeler": options.labeler}
+    if options.labeler == "csv":
+        known = read_states(options.csv, options.id_column or "id")
+        settings["csv"] = str(Path(options.csv).resolve())
+        unused = set(known)
+        absent: list[str] = []
+
+        def read(ids, reports):
+            unused.difference_update(ids)
+            absent.extend(study for study in ids if study not in known)
+            return [known.get(study) for study in ids]
+
+        _check_ids(options, known)
+    else:
+        settings["options"] = _parsed(options.option)
+        labeler = load_labeler(options.labeler, **settings["options"])
+
+        def read(ids, reports):
+            return _states(labeler, list(reports))
+
+    report = label_dataset(
+        options.dataset,
+        read,
+        settings,
+        output=options.output,
+        relabel=options.relabel,
+        resume=options.resume,
+        overwrite=options.overwrite,
+    )
+    print(report)
+    if options.labeler == "csv":
+        if absent:
+            print(f"not in {options.csv}: {len(absent):,} studies: {_listed(absent)}", file=sys.stderr)
+        if unused:
+            print(f"{len(unused):,} ids of {options.csv} are of no study that was labelled", file=sys.stderr)
+
+
+def _check_ids(options: argparse.Namespace, known: dict) -> None:
+    from ..studies.loading import prepared_column, prepared_splits
+
+    ids = [
+        study for split in prepared_splits(options.dataset) for study in prepared_column(options.dataset, split, "id")
+    ]
+    if not any(study in known for study in ids):
+        raise ValueError(
+            f"{options.csv}: none of the {len(ids):,} studies is in it (studies: {ids[0]!r}, file: "
+            f"{next(iter(known), 'none')!r}), expected the studies' own ids"
+        )
+
+
+# --- two tables of states --------------------------------------------------------------------------------------------
+
+
+def _compare(options: argparse.Namespace) -> None:
+    import numpy as np
+
+    from .agreement import format_agreement, measure_agreement
+
+    paths = [Path(path) for path in options.compare]
+    tables = [read_states(path) for path in paths]
+    ids = [study for study in tables[0] if study in tables[1]]
+    if not ids:
+        raise ValueError(f"{paths[0]} and {paths[1]} have no id in common: expected states of the same reports")
+    reference, candidate = (np.array([table[study] for study in ids]) for table in tables)
+    result = measure_agreement(reference, candidate)
+    print(format_agreement(result))
+    only = [[study for study in table if study not in other] for table, other in (tables, tables[::-1])]
+    for path, missing in zip(paths, only, strict=True):
+        if missing:
+            print(f"only in {path}: {len(missing):,} reports: {_listed(missing)}", file=sys.stderr)
+    if options.output is not None:
+        folder = Path(options.output)
+        if folder.exists() and any(folder.iterdir()) and not options.overwrite:
+            raise ValueError(f"{folder} exists and is not empty: --overwrite writes into it")
+        folder.mkdir(parents=True, exist_ok=True)
+        result["only_in_reference"], result["only_in_candidate"] = only
+        (folder / "agreement.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        _write_rates(folder / "agreement.csv", result)
+        _write_disagreements(folder / "disagreements.csv", ids, reference, candidate)
+        print(f"\nagreement.json, agreement.csv and disagreements.csv: {folder}")
+
+
+def _write_rates(path: Path, result: dict[str, Any]) -> None:
+    names = ("precision", "recall", "f1", "support", "predicted")
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["finding", "state", *names, "kappa"])
+        for finding, row in result["findings"].items():
+            for state, rates in {"mention": row["mention"], **row["states"]}.items():
+                writer.writerow([finding, state, *(rates[name] for name in names), row["kappa"]])
+
+
+def _write_disagreements(path: Path, ids: list[str], reference, candidate) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["id", "finding", "reference", "candidate"])
+        for row, column in zip(*(reference != candidate).nonzero(), strict=True):
+            states = (FINDING_STATES[table[row, column]] for table in (reference, candidate))
+            writer.writerow([ids[row], FINDINGS[column], *states])
+
+
+__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]

@@ -1,0 +1,232 @@
+"""Fills the finding states of a dataset of studies on disk, shard by shard."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm.auto import tqdm
+
+from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, UNMENTIONED
+from ..studies.schema import STUDY_FEATURES
+from ..studies.shards import SUMMARY, ShardWriter, publish_shards, put_in_place, write_json
+from ..studies.source import SPLITS
+
+#: Ids and reports to state ids, None where there are none.
+StateReader = Callable[[Sequence[str], Sequence[str]], Sequence[Sequence[int] | None]]
+
+#: Studies whose states are not known, or are all unmentioned.
+UNLABELLED = "unlabelled.txt"
+
+_SETTINGS, _SHARDS = "label.json", "shards"
+_COPIED_ROWS = 100
+
+
+@dataclass
+class LabelReport:
+    """What was labelled.
+
+    Args:
+        folder: the dataset.
+        studies: `{split: {"studies", "labelled", "kept", "unknown"}}`; kept ones had states before.
+        states: `{finding: {state: studies}}` over all studies whose states are known.
+        unlabelled: ids of the studies that stay without states, and of those that got nothing but unmentioned.
+    """
+
+    folder: Path
+    studies: dict[str, dict[str, int]] = field(default_factory=dict)
+    states: dict[str, dict[str, int]] = field(default_factory=dict)
+    unlabelled: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = ["| split | studies | labelled | kept | unknown |", "|---" * 5 + "|"]
+        lines += [f"| {split} | {' | '.join(f'{n:,}' for n in row.values())} |" for split, row in self.studies.items()]
+        lines += ["", f"| finding | {' | '.join(FINDING_STATES)} |", "|---" * 5 + "|"]
+        for name, row in self.states.items():
+            lines.append(f"| {FINDING_DISPLAY_NAMES[name]} | {' | '.join(f'{n:,}' for n in row.values())} |")
+        if self.unlabelled:
+            listed = self.folder / UNLABELLED
+            lines += ["", f"{len(self.unlabelled):,} studies without a state, or with nothing mentioned: {listed}"]
+        return "\n".join([*lines, "", f"dataset: {self.folder}"])
+
+
+class _Shard(NamedTuple):
+    """A shard that is labelled; its file `NAME.json` holds this, and is written last."""
+
+    name: str
+    digest: str
+    studies: dict[str, int]
+    states: list[list[int]]
+    unlabelled: list[str]
+
+
+def label_dataset(
+    folder: str | os.PathLike,
+    read: StateReader,
+    settings: dict[str, Any],
+    *,
+    output: str | os.PathLike | None = None,
+    relabel: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> LabelReport:
+    """Fill `finding_states` of a dataset that `otdrg prepare` has written; images are copied as they are.
+
+    The new dataset is built in `OUTPUT.partial` and takes its place in one step.
+
+    Args:
+        folder: of the dataset.
+        read: gives the states of studies by their ids and the text of their column `report`.
+        settings: what the states are read with; an interrupted run is only gone on with by the same.
+        output: folder of the labelled dataset; by default it takes the place of the other.
+        relabel: label the studies that have states, too.
+        resume: go on with an interrupted run.
+        overwrite: replace a dataset at `output`, and start an interrupted run anew.
+
+    Raises:
+        ValueError: the folder is not a built dataset, `output` is there, or an interrupted run is.
+    """
+    folder = Path(os.path.abspath(folder))
+    output = folder if output is None else Path(os.path.abspath(output))
+    work = output.with_name(f"{output.name}.partial")
+    files = _files(folder)
+    settings = json.loads(json.dumps({"dataset": str(folder), "relabel": relabel, **settings}, default=str))
+    if output != folder and output.exists() and not (overwrite and (output / SUMMARY).is_file()):
+        raise ValueError(f"{output} exists: expected a folder that does not, or --overwrite to replace a dataset")
+    _enter(work, settings, resume, overwrite)
+    arrow = (folder / "dataset_dict.json").is_file()
+    shards = []
+    with tqdm(total=sum(pq.read_metadata(file).num_rows for _, file in files), unit="study", disable=None) as bar:
+        for name, file in files:
+            shards.append(_label_shard(name, file, work / _SHARDS, read, relabel, arrow))
+            bar.update(shards[-1].studies["studies"])
+    report = _report(output, shards)
+    named = [(shard.name.rpartition("-")[0], shard.name) for shard in shards]
+    digest = hashlib.sha256(repr([(shard.name, shard.digest, shard.states) for shard in shards]).encode()).hexdigest()
+    publish_shards(work / _SHARDS, work, named, digest)
+    _copy_rest(folder, work, report, settings)
+    put_in_place(output, work)
+    return report
+
+
+def _files(folder: Path) -> list[tuple[str, Path]]:
+    """Name and Parquet file of each shard, by split."""
+    files = [
+        (f"{split}-{position:05d}", file)
+        for split in SPLITS
+        for position, file in enumerate(sorted((folder / "data").glob(f"{split}-*.parquet")))
+    ]
+    if not files or not (folder / SUMMARY).is_file():
+        raise ValueError(
+            f"{folder} is not a built dataset: expected a folder written by otdrg prepare "
+            "(otdrg prepare hub --dataset FOLDER makes one of any other)"
+        )
+    return files
+
+
+def _enter(work: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> None:
+    if work.exists():
+        if not (work / _SETTINGS).is_file():
+            raise ValueError(f"{work} is in the way: expected none of this name, or one of an interrupted labelling")
+        if overwrite:
+            shutil.rmtree(work)
+        elif not resume:
+            raise ValueError(
+                f"{work} is an interrupted labelling: --resume goes on with it, --overwrite starts anew and deletes it"
+            )
+        else:
+            before = json.loads((work / _SETTINGS).read_text(encoding="utf-8"))
+            for name in {**before, **settings}:
+                if before.get(name) != settings.get(name):
+                    raise ValueError(
+                        f"{work} was labelled with {name}={before.get(name)!r}, not {settings.get(name)!r}: "
+                        "--overwrite starts anew and deletes it"
+                    )
+    (work / _SHARDS).mkdir(parents=True, exist_ok=True)
+    write_json(work / _SETTINGS, settings)
+
+
+def _label_shard(name: str, file: Path, folder: Path, read: StateReader, relabel: bool, arrow: bool) -> _Shard:
+    """Label one shard, or take it as it is if it was labelled before."""
+    record, stat = folder / f"{name}.json", file.stat()
+    digest = f"{stat.st_size}-{stat.st_mtime_ns}"
+    if record.is_file():
+        before = _Shard(**json.loads(record.read_text(encoding="utf-8")))
+        if before.digest == digest and record.with_suffix(".parquet").is_file():
+            return before
+    columns = pq.read_table(file, columns=["id", "report", "finding_states"]).to_pydict()
+    states = columns["finding_states"]
+    wanted = [place for place, row in enumerate(states) if relabel or row is None]
+    ids, reports = ([columns[column][place] for place in wanted] for column in ("id", "report"))
+    found = read(ids, reports) if wanted else []
+    labelled = 0
+    for place, row in zip(wanted, found, strict=True):
+        if row is not None:
+            states[place] = [int(state) for state in row]
+            labelled += 1
+    _write(file, folder / name, states, arrow)
+    counts = Counter((column, state) for row in states if row is not None for column, state in enumerate(row))
+    shard = _Shard(
+        name,
+        digest,
+        {
+            "studies": len(states),
+            "labelled": labelled,
+            "kept": sum(row is not None for row in states) - labelled,
+            "unknown": sum(row is None for row in states),
+        },
+        [[counts[column, state] for state in range(len(FINDING_STATES))] for column in range(len(FINDINGS))],
+        [study for study, row in zip(columns["id"], states, strict=True) if row is None or set(row) == {UNMENTIONED}],
+    )
+    write_json(record, shard._asdict())
+    return shard
+
+
+def _write(file: Path, path: Path, states: list[list[int] | None], arrow: bool) -> None:
+    schema = STUDY_FEATURES.arrow_schema
+    start = 0
+    with ShardWriter(path, arrow=arrow) as writer:
+        for batch in pq.ParquetFile(file).iter_batches(batch_size=_COPIED_ROWS):
+            rows = states[start : start + len(batch)]
+            start += len(batch)
+            column = pa.array(rows, schema.field("finding_states").type)
+            arrays = [column if name == "finding_states" else batch.column(name) for name in schema.names]
+            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+
+
+def _report(output: Path, shards: list[_Shard]) -> LabelReport:
+    report = LabelReport(output, states={name: dict.fromkeys(FINDING_STATES, 0) for name in FINDINGS})
+    for shard in shards:
+        split = report.studies.setdefault(shard.name.rpartition("-")[0], dict.fromkeys(shard.studies, 0))
+        for name, count in shard.studies.items():
+            split[name] += count
+        for finding, counts in zip(FINDINGS, shard.states, strict=True):
+            for state, count in zip(FINDING_STATES, counts, strict=True):
+                report.states[finding][state] += count
+        report.unlabelled += shard.unlabelled
+    return report
+
+
+def _copy_rest(folder: Path, work: Path, report: LabelReport, settings: dict[str, Any]) -> None:
+    """Card, counts and list of the dataset, with what it was labelled with."""
+    for path in folder.iterdir():
+        if path.is_file() and path.name not in (SUMMARY, UNLABELLED, "dataset_dict.json"):
+            shutil.copy2(path, work / path.name)
+    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    write_json(work / SUMMARY, {**summary, "labels": {**settings, "studies": report.studies, "states": report.states}})
+    if report.unlabelled:
+        (work / UNLABELLED).write_text("\n".join(report.unlabelled) + "\n", encoding="utf-8")
+    shutil.rmtree(work / _SHARDS)
+    (work / _SETTINGS).unlink()
+
+
+__all__ = ["UNLABELLED", "LabelReport", "StateReader", "label_dataset"]

@@ -1,0 +1,262 @@
+"""`otdrg label` as it is typed, in its three forms."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from datasets import load_dataset, load_from_disk
+from otdrg import labelers
+from otdrg.cli import main
+from otdrg.findings_otdrg import FINDINGS
+from otdrg.labelers import load_labeler, read_states
+from otdrg.studies import prepare_studies
+from otdrg.studies.build import BuildOptions
+
+PHANTOMS = {"train": 7, "validation": 2, "test": 0, "image_size": 32}
+
+
+@pytest.fixture(scope="module")
+def _built(tmp_path_factory):
+    """A dataset of a table of phantoms' reports, without states."""
+    folder = tmp_path_factory.mktemp("studies")
+    phantoms = prepare_studies("phantom", folder / "phantoms", **PHANTOMS).folder
+    prepare_studies(
+        "hub",
+        folder / "built",
+        build=BuildOptions(studies_per_shard=3),
+        dataset=str(phantoms),
+        column=["finding_states="],
+    )
+    return folder / "built"
+
+
+@pytest.fixture
+def built(_built, tmp_path):
+    return shutil.copytree(_built, tmp_path / "built")
+
+
+@pytest.fixture
+def table(tmp_path):
+    def write(*rows, header=("id", "report"), name="reports.csv"):
+        path = tmp_path / name
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([header, *rows])
+        return str(path)
+
+    return write
+
+
+def states_of(folder):
+    return {row["id"]: row["finding_states"] for rows in load_from_disk(folder).values() for row in rows}
+
+
+# --- a table of reports ----------------------------------------------------------------------------------------------
+
+
+def test_a_table_of_reports_becomes_one_of_states(table, tmp_path, capsys):
+    reports = {"a": 'The heart is "enlarged".\nNo effusion, today.', "b": "", "c": "Clear lungs."}
+    path = table(*((4, name, report) for name, report in reports.items()), header=("n", "ID", " Report "))
+    output = tmp_path / "states.csv"
+    assert main(["label", "--reports", path, "--labeler", "rules", "--output", str(output)]) == 0
+    written = read_states(output)
+    assert list(written) == list(reports)
+    expected = load_labeler("rules").label([report or "xyz" for report in reports.values()])
+    assert np.array_equal(list(written.values()), expected)
+    with output.open(encoding="utf-8") as file:
+        assert next(csv.reader(file))[:3] == ["id", "No Finding", "Enlarged Cardiomediastinum"]
+    shown = capsys.readouterr()
+    assert shown.err == "1 reports have no state, empty or not understood: b\n"
+    assert shown.out == f"3 reports labelled by rules: {output}\n"
+
+
+def test_options_reach_the_labeler(table, tmp_path):
+    path = table(("a", "No displaced rib fractures."))
+    for value, state in (("false", 2), ("true", 1)):
+        command = ["label", "--reports", path, "--labeler", "rules", "--option", f"repeat_mistakes={value}"]
+        assert main([*command, "--output", str(tmp_path / f"{value}.csv")]) == 0
+        assert read_states(tmp_path / f"{value}.csv")["a"][FINDINGS.index("fracture")] == state
+
+
+def test_a_table_is_labelled_without_the_heavy_libraries(table, tmp_path):
+    path = table(("a", "Clear lungs."))
+    code = (
+        "import sys\nfrom otdrg.cli import main\n"
+        f"command = ['label', '--reports', {path!r}, '--labeler', 'rules', '--output', {path + '.states'!r}]\n"
+        "status = main(command)\n"
+        "print([m for m in ('torch', 'transformers', 'datasets', 'pandas', 'pyarrow') if m in sys.modules], status)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[] 0"
+
+
+# --- a dataset -------------------------------------------------------------------------------------------------------
+
+
+def test_a_dataset_is_labelled_in_its_place(built, tmp_path, capsys):
+    before = load_from_disk(built)
+    reports = {row["id"]: row["report"] for rows in before.values() for row in rows}
+    views = [image.tobytes() for rows in before.values() for row in rows for image in row["images"]]
+    assert set(states_of(built).values()) == {None}
+    assert main(["label", str(built), "--labeler", "rules"]) == 0
+    expected = dict(zip(reports, load_labeler("rules").label(list(reports.values())).tolist(), strict=True))
+    assert states_of(built) == expected
+    loaded = load_dataset(str(built), cache_dir=str(tmp_path / "cache"))
+    assert {row["id"]: row["finding_states"] for rows in loaded.values() for row in rows} == expected
+    after = load_from_disk(built)
+    assert [image.tobytes() for rows in after.values() for row in rows for image in row["images"]] == views
+    assert after["train"].features == before["train"].features
+    assert after["train"]._fingerprint != before["train"]._fingerprint
+    assert "| train | 7 | 7 | 0 | 0 |" in capsys.readouterr().out
+    assert json.loads((built / "summary.json").read_text())["labels"]["labeler"] == "rules"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("built")] == ["built"]
+
+
+def test_states_that_are_there_are_kept_unless_asked_for(built, tmp_path, table, capsys):
+    ids = list(states_of(built))
+    findings = [name.replace("_", " ") for name in FINDINGS]
+    path = table((ids[0], *["1"] * 14), ("other", *[""] * 14), header=("id", *findings))
+    command = ["label", str(built), "--labeler", "csv", "--csv", path, "--output", str(tmp_path / "labelled")]
+    assert main(command) == 0
+    shown = capsys.readouterr()
+    assert "not in" in shown.err and ids[1] in shown.err and "1 ids of" in shown.err
+    assert states_of(tmp_path / "labelled")[ids[0]] == [1] * 14
+    assert set(states_of(built).values()) == {None}
+    assert ids[1] in (tmp_path / "labelled" / "unlabelled.txt").read_text().split()
+    assert main(["label", str(tmp_path / "labelled"), "--labeler", "rules"]) == 0
+    assert states_of(tmp_path / "labelled")[ids[0]] == [1] * 14
+    assert None not in states_of(tmp_path / "labelled").values()
+    assert main(["label", str(tmp_path / "labelled"), "--labeler", "rules", "--relabel"]) == 0
+    assert states_of(tmp_path / "labelled")[ids[0]] != [1] * 14
+
+
+class Interrupted:
+    """The rules, interrupted at the third shard the first time."""
+
+    name = "interrupted"
+    calls = 0
+
+    def label(self, reports):
+        type(self).calls += 1
+        if type(self).calls == 3:
+            raise ValueError("out of luck")
+        return load_labeler("rules").label(reports)
+
+
+def test_an_interrupted_labelling_is_gone_on_with(built, monkeypatch, capsys):
+    monkeypatch.setattr(Interrupted, "calls", 0)
+    monkeypatch.setitem(labelers._LABELERS, "rules", ("rules", "RulesLabeler"))
+    real = load_labeler
+    monkeypatch.setattr(
+        "otdrg.labelers.command.load_labeler", lambda name, **options: Interrupted() if not options else real(name)
+    )
+    monkeypatch.setattr(sys.modules[__name__], "load_labeler", real)
+    command = ["label", str(built), "--labeler", "rules"]
+    assert main(command) == 1
+    assert "out of luck" in capsys.readouterr().err
+    assert set(states_of(built).values()) == {None}
+    assert main(command) == 1
+    assert "interrupted labelling: --resume goes on with it" in capsys.readouterr().err
+    assert main([*command, "--relabel", "--resume"]) == 1
+    assert "was labelled with relabel=False, not True" in capsys.readouterr().err
+    assert main([*command, "--resume"]) == 0
+    # Two shards before the interruption, one at it, and the two that were left.
+    assert Interrupted.calls == 5
+    assert None not in states_of(built).values()
+
+
+# --- two tables of states --------------------------------------------------------------------------------------------
+
+
+def test_two_tables_are_compared(table, tmp_path, capsys):
+    names = [name.replace("_", " ").title() for name in FINDINGS]
+    one = table(("a", *["1"] * 14), ("b", *["0"] * 13, ""), ("x", *[""] * 14), header=("id", *names), name="a.csv")
+    two = table(("b", "", *["0"] * 13), ("a", "1", *["1.0"] * 13), header=("id", *names[::-1]), name="b.csv")
+    folder = tmp_path / "agreement"
+    assert main(["label", "--compare", one, two, "--output", str(folder)]) == 0
+    shown = capsys.readouterr()
+    assert "2 reports, 1.000 of the cells equal" in shown.out
+    assert f"only in {one}: 1 reports: x" in shown.err
+    assert json.loads((folder / "agreement.json").read_text())["accuracy"] == 1
+    assert len((folder / "agreement.csv").read_text().splitlines()) == 1 + 14 * 5
+    assert (folder / "disagreements.csv").read_text() == "id,finding,reference,candidate\n"
+    three = table(("a", "", *["1"] * 13), header=("id", *names), name="c.csv")
+    assert main(["label", "--compare", one, three, "--output", str(folder)]) == 1
+    assert "exists and is not empty: --overwrite" in capsys.readouterr().err
+    assert main(["label", "--compare", one, three, "--output", str(folder), "--overwrite"]) == 0
+    assert (folder / "disagreements.csv").read_text().splitlines()[
+        1
+    ] == "a,enlarged_cardiomediastinum,positive,unmentioned"
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing given: expected one of DATASET, --reports and --compare"),
+        (["studies", "--reports", "r.csv"], "dataset and reports given"),
+        (["--reports", "r.csv"], "--labeler is missing: expected one of rules"),
+        (["--reports", "r.csv", "--labeler", "rules"], "--output is missing"),
+        (["--reports", "r.csv", "--labeler", "csv", "--output", "o"], "--labeler csv joins states to studies by id"),
+        (["--reports", "r.csv", "--labeler", "rules", "--output", "o", "--relabel"], "--relabel does not go with"),
+        (["--compare", "a.csv", "b.csv", "--labeler", "rules"], "--labeler does not go with --compare"),
+        (["studies", "--labeler", "csv"], "--labeler csv and --csv FILE go together"),
+        (["studies", "--labeler", "rules", "--option", "x"], "--option x: expected NAME=VALUE"),
+        (["studies", "--labeler", "rules", "--option", "size=3"], "unknown option 'size' of labeler 'rules'"),
+        (["studies", "--labeler", "llm"], "labeler 'llm' needs the option 'model'"),
+        (
+            ["studies", "--labeler", "rules"],
+            "studies is not a built dataset: expected a folder",
+        ),
+        (["--compare", "a.csv", "b.csv"], "a.csv: cannot be read"),
+        (["--reports", "no.csv", "--labeler", "rules", "--output", "o"], "no.csv: cannot be read"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["label", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"id,text\n1,Clear.\n", "0 columns 'report', expected one; columns: id, text"),
+        (b"id,report,Report\n1,a,b\n", "2 columns 'report', expected one"),
+        (b"", "0 columns 'id', expected one; columns: none"),
+        (b"id,report\n1,Clear.\n1,Clear.\n", "line 3, column id: '1' stands in line 2 too"),
+        (b"id,report\n ,Clear.\n", "line 2, column id: empty"),
+        (b"id,report\n1,Clear, no.\n", "line 2: 3 values, expected 2"),
+        (b"id,report\n1,R\xf6ntgen\n", "not UTF-8"),
+        (b'id,report\n1,"open\n', "not a CSV"),
+    ],
+)
+def test_a_faulty_table_leaves_no_output(content, message, tmp_path, capsys):
+    path = tmp_path / "reports.csv"
+    path.write_bytes(content)
+    output = tmp_path / "states.csv"
+    assert main(["label", "--reports", str(path), "--labeler", "rules", "--output", str(output)]) == 1
+    error = capsys.readouterr().err
+    assert str(path) in error and message in error and error.count("\n") == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["reports.csv"]
+
+
+def test_an_output_that_is_there_stays_unless_it_may_go(table, tmp_path, capsys):
+    path = table(("a", "Clear lungs."))
+    output = tmp_path / "states.csv"
+    output.write_text("mine")
+    command = ["label", "--reports", path, "--labeler", "rules", "--output"]
+    assert main([*command, str(output)]) == 1
+    assert "states.csv exists: --overwrite replaces it" in capsys.readouterr().err
+    assert output.read_text() == "mine"
+    assert main([*command, path, "--overwrite"]) == 1
+    assert "holds the reports themselves" in capsys.readouterr().err
+    assert main([*command, str(output), "--overwrite"]) == 0
+    assert list(read_states(output)) == ["a"]
