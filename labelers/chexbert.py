@@ -85,8 +85,8 @@ class CheXbertLabeler:
     def label(self, reports: Sequence[str]) -> np.ndarray:
         """(N, 14) int64 state ids of N reports.
 
-        Reports without text have every finding unmentioned, and reports that are too long for BERT are cut at their end,
-        as CheXbert does it; a warning counts and lists both.
+        Reports without text have every finding unmentioned, and reports that are too long for BERT are cut at their
+        end, as CheXbert does it; a warning counts and lists both.
 
         Raises:
             TypeError: `reports` is a single string.
@@ -172,7 +172,8 @@ def _load_weights(path: Path) -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError:
         raise ValueError(f"checkpoint {path} holds more than weights, or is none: it was not loaded") from None
     except (RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise ValueError(f"checkpoint {path} is damaged or is none ({str(error).splitlines()[0]})") from None
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"checkpoint {path} is damaged or is none ({reason})") from None
     weights = content.get("model_state_dict") if isinstance(content, dict) else None
     if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise ValueError(f"checkpoint {path} is not CheXbert's: expected weights under 'model_state_dict'")

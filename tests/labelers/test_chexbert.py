@@ -204,7 +204,8 @@ def test_the_checkpoint_comes_from_the_hub(hub_server, save, weights, tokenizer,
     hub_server.add_repo("models", "org/scorers", files)
     code = (
         "from otdrg.labelers import load_labeler\n"
-        f"labeler = load_labeler('chexbert', checkpoint='org/scorers', tokenizer={str(tokenizer)!r}, attention_heads=4)\n"
+        f"options = {{'tokenizer': {str(tokenizer)!r}, 'attention_heads': 4}}\n"
+        "labeler = load_labeler('chexbert', checkpoint='org/scorers', **options)\n"
         f"print(labeler.label([{REPORTS[0]!r}]).tolist())\n"
     )
     environment = hub_server.environment(tmp_path / "home")
