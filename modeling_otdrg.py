@@ -444,12 +444,12 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
             OSError: a backbone is not there, with the reference at fault.
             ValueError: a configuration field is wrong.
         """
-        vision_tower = _load_backbone("vision", AutoModel, vision, dtype)
-        language_model = _load_backbone("text", AutoModelForCausalLM, text, dtype)
-        tokenizer = _load_backbone("text", AutoTokenizer, text)
+        vision_tower = load_backbone("vision", AutoModel, vision, dtype)
+        language_model = load_backbone("text", AutoModelForCausalLM, text, dtype)
+        tokenizer = load_backbone("text", AutoTokenizer, text)
         text_encoder = None
         if label_text_encoder is not None:
-            text_encoder = _load_backbone("label_text_encoder", AutoModel, label_text_encoder, dtype)
+            text_encoder = load_backbone("label_text_encoder", AutoModel, label_text_encoder, dtype)
             config_fields |= {"label_encoder": "text_encoder", "label_encoder_config": text_encoder.config}
         if "gguf_file" in resolve_backbone(text)[1]:
             # It was dequantised on loading, but may still say it is quantised and then refuse to be saved.
@@ -463,7 +463,7 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
             part._attn_implementation = implementation
         config.bind_tokenizer(tokenizer)
         if text_encoder is not None:
-            config.bind_label_tokenizer(_load_backbone("label_text_encoder", AutoTokenizer, label_text_encoder))
+            config.bind_label_tokenizer(load_backbone("label_text_encoder", AutoTokenizer, label_text_encoder))
         language_model.resize_token_embeddings(config.text_config.vocab_size, mean_resizing=False)
         model = cls(config, vision_tower, language_model, text_encoder)
         # Chat LLMs may end a turn in more than one way, and only their generation configuration tells.
@@ -1002,7 +1002,18 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
         return model_inputs
 
 
-def _load_backbone(part: str, auto_class, reference: str, dtype=None):
+def load_backbone(part: str, auto_class, reference: str, dtype=None):
+    """A backbone, or its tokenizer, by its reference: a Hub id, a folder or, for text, a GGUF file.
+
+    Args:
+        part (`str`): "vision", "text" or another name for errors.
+        auto_class: `AutoModel` or the like.
+        reference (`str`): where it is.
+        dtype (`str` or `torch.dtype`, *optional*): of the weights; the checkpoint's by default.
+
+    Raises:
+        OSError: it cannot be loaded, with the reference at fault.
+    """
     name, kwargs = resolve_backbone(reference)
     if dtype is not None:
         kwargs["dtype"] = dtype

@@ -1,0 +1,200 @@
+"""The llm labeler on tiny random LLMs: what it computes, and what it makes of bad input."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from otdrg.findings_otdrg import FINDING_STATES, FINDINGS
+from otdrg.labelers import UnreadReportsWarning, load_labeler
+from otdrg.labelers.llm_prompt import ASKED, PROMPT, load_prompt
+from tokenizers import ByteLevelBPETokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+REPORTS = ["The heart is large.", "No effusion. There is a port and an old fracture of a rib.", "Clear lungs."]
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    """Folder of a random LLaMA that reads 4,096 tokens."""
+    folder = tmp_path_factory.mktemp("llm")
+    tokens = ByteLevelBPETokenizer()
+    tokens.train_from_iterator([load_prompt().head(3), *REPORTS], vocab_size=500, special_tokens=["<s>", "</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens._tokenizer, bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=500, max_position_embeddings=4096, initializer_range=0.3, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def labeler(llm):
+    return load_labeler("llm", model=str(llm), dtype="float32")
+
+
+def score(labeler, report, finding, state):
+    """The log-likelihood of an answer in the whole text, read at once."""
+    prompt = labeler.prompt
+    before = labeler._head + labeler._tokens(prompt.report(report)) + labeler._tokens(prompt.question(finding))
+    answer = labeler._tokens(prompt.question(finding) + prompt.answer(state))
+    answer = answer[len(labeler._tokens(prompt.question(finding))) :]
+    with torch.no_grad():
+        logits = labeler.model(torch.tensor([before + answer])).logits[0]
+    steps = torch.log_softmax(logits.float(), -1)[len(before) - 1 : -1]
+    return sum(float(step[token]) for step, token in zip(steps, answer, strict=True))
+
+
+def test_shared_prefixes_give_what_the_whole_text_gives(labeler):
+    expected = np.array(
+        [[[score(labeler, report, f, s) for s in range(4)] for f in range(13)] for report in REPORTS[:2]]
+    )
+    found = labeler._scores(REPORTS[:2])
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    states = labeler.label(REPORTS[:2])
+    assert states.shape == (2, 14) and states.dtype == np.int64
+    assert states[:, :13].tolist() == expected.argmax(-1).tolist()
+
+
+def test_a_batch_gives_what_single_reports_give_in_any_order(llm, labeler):
+    alone = [labeler.label([report])[0].tolist() for report in REPORTS]
+    for batch_size in (1, 2, 8):
+        batched = load_labeler("llm", model=str(llm), dtype="float32", batch_size=batch_size)
+        assert batched.label(REPORTS).tolist() == alone
+        assert batched.label(REPORTS[::-1]).tolist() == alone[::-1]
+
+
+def test_calibration_is_against_the_empty_report(llm, labeler):
+    calibrated = load_labeler("llm", model=str(llm), dtype="float32", calibrate=True)
+    expected = (labeler._scores(REPORTS) - labeler._scores([""])).argmax(-1)
+    assert calibrated.label(REPORTS)[:, :13].tolist() == expected.tolist()
+    assert not np.array_equal(expected, labeler._scores(REPORTS).argmax(-1))
+
+
+def test_no_finding_follows_from_the_others(labeler, monkeypatch):
+    device, cardiomegaly = ASKED.index("support_devices"), ASKED.index("cardiomegaly")
+    answers = {"a": {}, "b": {device: 1, cardiomegaly: 2}, "c": {cardiomegaly: 3}, "d": {cardiomegaly: 1}}
+
+    def scores(texts):
+        rows = np.zeros((len(texts), 13, 4))
+        for row, text in enumerate(texts):
+            for finding, state in answers[text].items():
+                rows[row, finding, state] = 1
+        return rows
+
+    monkeypatch.setattr(labeler, "_scores", scores)
+    assert labeler.label(list(answers))[:, FINDINGS.index("no_finding")].tolist() == [1, 1, 0, 0]
+
+
+def test_a_cache_is_gone_on_with(llm, tmp_path, monkeypatch):
+    cache = tmp_path / "states.jsonl"
+    first = load_labeler("llm", model=str(llm), dtype="float32", cache=cache)
+    expected = first.label(REPORTS).tolist()
+    assert len(cache.read_text().splitlines()) == 3
+    with cache.open("a") as file:
+        file.write('{"report": "torn')
+    second = load_labeler("llm", model=str(llm), dtype="float32", cache=cache)
+    read = []
+    monkeypatch.setattr(second, "_label", lambda texts: read.extend(texts) or [[2] * 13] * len(texts))
+    assert second.label([*REPORTS, "Another report.", REPORTS[0]]).tolist() == [*expected, [2] * 13 + [1], expected[0]]
+    assert read == ["Another report."]
+    # Other settings have states of their own.
+    third = load_labeler("llm", model=str(llm), dtype="float32", cache=cache, few_shot=1)
+    monkeypatch.setattr(third, "_label", lambda texts: [[2] * 13] * len(texts))
+    assert third.label(REPORTS).tolist() == [[2] * 13 + [1]] * 3
+    lines = cache.read_text().splitlines()
+    assert [line for line in lines if not line.endswith("}")] == ['{"report": "torn']
+    assert len(lines) == 1 + 3 + 1 + 3
+
+
+def answer_of(prompt, **states):
+    ids = {**dict.fromkeys(ASKED, 0), **states}
+    return json.dumps({prompt.names[ASKED.index(name)]: prompt.answers[state] for name, state in ids.items()})
+
+
+def test_json_answers_are_checked_asked_for_again_and_counted(llm, monkeypatch):
+    labeler = load_labeler("llm", model=str(llm), mode="json", retries=1, dtype="float32")
+    prompt = labeler.prompt
+    valid, other = answer_of(prompt, cardiomegaly=1), answer_of(prompt, edema=2)
+    written = {
+        ("good", 0): f"Here it is: {valid} and more.",
+        ("late", 0): valid.replace("present", "yes"),
+        ("late", 1): other,
+        ("never", 0): "{not json}",
+        ("never", 1): json.dumps({"enlarged heart": "present"}),
+    }
+    monkeypatch.setattr(labeler, "_write", lambda texts, attempt: [written[text, attempt] for text in texts])
+    with pytest.warns(UnreadReportsWarning, match=r"1 of 3 reports \(positions 2\) got no valid answer"):
+        states = labeler.label(["good", "late", "never"])
+    named = [{n: FINDING_STATES[s] for n, s in zip(FINDINGS, row, strict=True) if s} for row in states]
+    assert named == [{"cardiomegaly": "positive"}, {"edema": "negative", "no_finding": "positive"}, {}]
+
+
+def test_a_random_llm_writes_no_json(llm):
+    labeler = load_labeler("llm", model=str(llm), mode="json", retries=1, dtype="float32")
+    labeler._answer_tokens = 8
+    with pytest.warns(UnreadReportsWarning, match="2 of 2 reports"):
+        assert not labeler.label(REPORTS[:2]).any()
+
+
+def test_bad_reports(labeler):
+    with pytest.raises(ValueError, match="report 1 is NoneType: expected a string"):
+        labeler.label(["Clear.", None])
+    with pytest.raises(TypeError, match="reports is a single string"):
+        labeler.label("Clear.")
+    with pytest.warns(UnreadReportsWarning, match=r"1 of 2 reports \(positions 0\) hold no text"):
+        states = labeler.label([" \n", REPORTS[0]])
+    assert not states[0].any()
+    with pytest.warns(UserWarning, match=r"1 of 1 reports \(positions 0\) are longer than 400 tokens and were cut"):
+        assert labeler.label(["no effusion " * 5_000]).shape == (1, 14)
+    assert labeler.label(["Herz vergrößert, 心脏\x00\x07"]).shape == (1, 14)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "guess"}, "mode='guess': expected score or json"),
+        ({"few_shot": 9}, "few_shot=9: expected a whole number from 0 to 3"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"calibrate": True, "mode": "json"}, "calibrate=True: expected the mode score"),
+        ({"model": "nowhere/llm"}, "text backbone 'nowhere/llm' could not be loaded"),
+        ({"prompt": "nowhere.yaml"}, "prompt nowhere.yaml: cannot be read"),
+    ],
+)
+def test_wrong_options_are_named(llm, options, message, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises((ValueError, OSError), match=message) as caught:
+        load_labeler("llm", **{"model": str(llm), **options})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_context_that_the_prompt_fills(llm, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(llm)
+    model.config.max_position_embeddings = 100
+    model.save_pretrained(tmp_path)
+    PreTrainedTokenizerFast.from_pretrained(llm).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"reads 100 tokens, which the prompt fills: expected fewer few_shot"):
+        load_labeler("llm", model=str(tmp_path))
+
+
+def test_a_tokenizer_that_cannot_tell_the_answers(llm, tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, ":": 2, "edema": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    LlamaForCausalLM.from_pretrained(llm).save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="tokenizer of the LLM cannot score the answer 'unmentioned' to"):
+        load_labeler("llm", model=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("cardiomegaly: positive", "big_heart: positive"), ("positive: present", "sure: present"), ("json:", "xml:")],
+)
+def test_a_wrong_prompt_file_is_named(tmp_path, old, new):
+    path = tmp_path / "prompt.yaml"
+    path.write_text(PROMPT.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"prompt .*prompt\.yaml: .*expected the keys of llm\.yaml"):
+        load_prompt(path)
