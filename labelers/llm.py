@@ -28,10 +28,10 @@ class LLMLabeler:
     """States of the 14 findings by a frozen causal LLM.
 
     In the mode "score" each of 13 findings is a question whose four answers are weighed: the state is that of the
-    answer with the highest log-likelihood, so that every answer is valid. What a report shares with all reports, instruction
-    and examples, is read once, what its questions share, the report, once a report. In the mode "json" the LLM writes a
-    JSON object, which is checked, asked for again where it is not valid, and counted where it never was. No Finding is
-    positive where nothing else but support devices is positive or unclear (CheXpert's rule).
+    answer with the highest log-likelihood, so that every answer is valid. What all reports share, instruction and
+    examples, is read once; what the questions of a report share, the report, once a report. In the mode "json" the LLM
+    writes a JSON object, which is checked, asked for again where it is not valid, and counted where it never was. No
+    Finding is positive where nothing else but support devices is positive or unclear (CheXpert's rule).
 
     Args:
         model: Hub id, folder or GGUF file of the LLM.
@@ -78,6 +78,8 @@ class LLMLabeler:
 
         from ..modeling_otdrg import load_backbone
 
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"dtype={dtype!r}: expected float32, bfloat16 or float16")
         self.tokenizer = load_backbone("text", AutoTokenizer, str(model))
         self.model = load_backbone("text", AutoModelForCausalLM, str(model), dtype=getattr(torch, dtype)).eval()
         self.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

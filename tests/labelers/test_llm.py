@@ -157,6 +157,7 @@ def test_bad_reports(labeler):
         ({"mode": "guess"}, "mode='guess': expected score or json"),
         ({"few_shot": 9}, "few_shot=9: expected a whole number from 0 to 3"),
         ({"batch_size": 0}, "batch_size=0"),
+        ({"dtype": "float17"}, "dtype='float17': expected float32"),
         ({"calibrate": True, "mode": "json"}, "calibrate=True: expected the mode score"),
         ({"model": "nowhere/llm"}, "text backbone 'nowhere/llm' could not be loaded"),
         ({"prompt": "nowhere.yaml"}, "prompt nowhere.yaml: cannot be read"),
