@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -29,9 +29,9 @@ class LLMLabeler:
 
     In the mode "score" each of 13 findings is a question whose four answers are weighed: the state is that of the
     answer with the highest log-likelihood, so that every answer is valid. What all reports share, instruction and
-    examples, is read once; what the questions of a report share, the report, once a report. In the mode "json" the LLM
-    writes a JSON object, which is checked, asked for again where it is not valid, and counted where it never was. No
-    Finding is positive where nothing else but support devices is positive or unclear (CheXpert's rule).
+    examples, is read once, the report once a report, and its questions and answers together in one row. In the mode
+    "json" the LLM writes a JSON object, which is checked, asked for again where it is not valid, and counted where it
+    never was. No Finding is positive where nothing else but support devices is positive or unclear (CheXpert's rule).
 
     Args:
         model: Hub id, folder or GGUF file of the LLM.
@@ -88,9 +88,9 @@ class LLMLabeler:
         limit = getattr(self.model.config, "max_position_embeddings", None) or 2**31
         head = self.prompt.head(few_shot)
         if mode == "score":
-            self._suffixes, self._answer_lengths = self._tokenize_answers()
+            self._packed = self._pack_questions()
             self._head = self.tokenizer.encode(head)
-            room = limit - len(self._head) - self._suffixes.shape[-1]
+            room = limit - len(self._head) - int(self._packed.offsets.max()) - 1
             self._past = self._read(self._head)
         else:
             # Twice the tokens of the object with the longest words, for other white space.
@@ -181,91 +181,129 @@ class LLMLabeler:
 
     # --- scoring -----------------------------------------------------------------------------------------------------
 
-    def _tokenize_answers(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(4, 13, S) tokens of each question and answer, padded on the right, and (4, 13, 2) where the answer lies."""
+    def _pack_questions(self) -> _Packed:
+        """All questions and answers in one row, in which each sees only its own beginning."""
         import torch
 
-        rows, places = [], []
+        tokens: list[int] = []
+        offsets: list[int] = []
+        paths: list[list[int]] = []
+        picks: list[tuple[int, int, int, int]] = []
+
+        def put(token: int, path: list[int]) -> list[int]:
+            path = [*path, len(tokens)]
+            tokens.append(token)
+            offsets.append(len(path) - 1)
+            paths.append(path)
+            return path
+
+        for finding in range(len(ASKED)):
+            question, answers = self._tokenized(finding)
+            asked: list[int] = []
+            for token in question:
+                asked = put(token, asked)
+            for state, answer in enumerate(answers):
+                path = asked
+                for place, token in enumerate(answer):
+                    # A token's likelihood is read where the one before it stands; behind the last nothing is read.
+                    picks.append((finding, state, path[-1], token))
+                    if place + 1 < len(answer):
+                        path = put(token, path)
+        sees = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
+        for place, path in enumerate(paths):
+            sees[place, path] = True
+        return _Packed(torch.tensor(tokens), torch.tensor(offsets), sees, torch.tensor(picks))
+
+    def _tokenized(self, finding: int) -> tuple[list[int], list[list[int]]]:
+        """Tokens of a question, and of its four answers behind it.
+
+        Raises:
+            ValueError: the tokenizer does not keep them apart.
+        """
+        question = self._tokens(self.prompt.question(finding))
+        answers = []
         for state in _STATES:
-            for finding in range(len(ASKED)):
-                question = self._tokens(self.prompt.question(finding))
-                whole = self._tokens(self.prompt.question(finding) + self.prompt.answer(state))
-                unknown = self.tokenizer.unk_token_id in whole if self.tokenizer.unk_token_id is not None else False
-                if unknown or not question or len(whole) <= len(question) or whole[: len(question)] != question:
-                    raise ValueError(
-                        f"the tokenizer of the LLM cannot score the answer {self.prompt.answers[state]!r} to "
-                        f"{self.prompt.question(finding)!r}: expected it to be tokens of their own behind the question"
-                    )
-                rows.append(whole)
-                places.append((len(question), len(whole)))
-        if len(set(map(tuple, rows))) < len(rows):
+            whole = self._tokens(self.prompt.question(finding) + self.prompt.answer(state))
+            unknown = self.tokenizer.unk_token_id is not None and self.tokenizer.unk_token_id in whole
+            if unknown or not question or len(whole) <= len(question) or whole[: len(question)] != question:
+                raise ValueError(
+                    f"the tokenizer of the LLM cannot score the answer {self.prompt.answers[state]!r} to "
+                    f"{self.prompt.question(finding)!r}: expected it to be tokens of their own behind the question"
+                )
+            answers.append(whole[len(question) :])
+        if len(set(map(tuple, answers))) < len(answers):
             raise ValueError("the tokenizer of the LLM writes two answers alike: expected four different ones")
-        suffixes = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-        for row, tokens in zip(suffixes, rows, strict=True):
-            row[: len(tokens)] = torch.tensor(tokens)
-        shape = (len(_STATES), len(ASKED), -1)
-        return suffixes.view(shape), torch.tensor(places).view(shape)
+        return question, answers
 
     def _read(self, tokens: list[int]) -> Any:
-        """The cache behind the tokens that all reports share."""
+        """The cache behind the tokens that all reports share; of all layers whole, so that masks say what is seen."""
         import torch
+        from transformers import DynamicCache
 
+        inputs = torch.tensor([tokens], device=self.model.device)
         with torch.inference_mode():
             return self.model(
-                input_ids=torch.tensor([tokens], device=self.model.device), use_cache=True, logits_to_keep=1
+                input_ids=inputs, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1
             ).past_key_values
+
+    def _masks(self, seen: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> Any:
+        """The additive masks (B, 1, Q, K) of what is seen; of layers with a sliding window, what lies within it."""
+        import torch
+
+        def additive(allowed: torch.Tensor) -> torch.Tensor:
+            mask = torch.zeros(allowed.shape, dtype=self.model.dtype)
+            return mask.masked_fill_(~allowed, torch.finfo(self.model.dtype).min)[:, None].to(self.model.device)
+
+        config = self.model.config
+        kinds, window = set(getattr(config, "layer_types", None) or ()), getattr(config, "sliding_window", None)
+        if "sliding_attention" not in kinds and (kinds or not window):
+            return additive(seen)
+        near = seen & (queries[:, :, None] - keys[:, None, :] < window)
+        if kinds <= {"sliding_attention"}:
+            return additive(near)
+        return {"full_attention": additive(seen), "sliding_attention": additive(near)}
 
     def _scores(self, texts: list[str]) -> np.ndarray:
         """(B, 13, 4) log-likelihoods of the answers."""
         import torch
 
-        device, head = self.model.device, len(self._head)
+        device, head, packed = self.model.device, len(self._head), self._packed
         reports = [self._tokens(self.prompt.report(text)) for text in texts]
         longest = max(map(len, reports))
         tokens = torch.zeros(len(reports), longest, dtype=torch.long)
-        mask = torch.zeros(len(reports), head + longest, dtype=torch.long)
+        real = torch.zeros(len(reports), head + longest, dtype=torch.bool)
         for row, report in enumerate(reports):
             tokens[row, : len(report)] = torch.tensor(report)
-            mask[row, : head + len(report)] = 1
+            real[row, : head + len(report)] = True
         past = copy.deepcopy(self._past)
         past.batch_repeat_interleave(len(reports))
+        before = torch.arange(head + longest).expand(len(reports), -1)
+        reading = before[:, head:]
+        # Behind a shorter report of the batch the questions follow its padding, which they do not see.
+        asking = real.sum(1, keepdim=True) + packed.offsets
+        own = packed.sees.expand(len(reports), -1, -1)
+        seen = torch.cat([real[:, None].expand(-1, len(packed.tokens), -1), own], 2)
         with torch.inference_mode():
             past = self.model(
                 input_ids=tokens.to(device),
-                attention_mask=mask.to(device),
-                position_ids=torch.arange(head, head + longest, device=device).expand(len(reports), -1),
+                attention_mask=self._masks(reading[:, :, None] >= before[:, None, :], reading, before),
+                position_ids=reading.to(device),
                 past_key_values=past,
                 use_cache=True,
                 logits_to_keep=1,
             ).past_key_values
-            scores = [self._score_answer(state, past, mask) for state in _STATES]
-        return torch.stack(scores, -1).float().cpu().numpy()
-
-    def _score_answer(self, state: int, past: Any, mask: torch.Tensor) -> torch.Tensor:
-        """(B, 13) log-likelihoods of the answer that stands for a state, behind reports that have been read."""
-        import torch
-
-        suffixes, places = self._suffixes[state], self._answer_lengths[state]
-        questions, length = suffixes.shape
-        past = copy.deepcopy(past)
-        past.batch_repeat_interleave(questions)
-        rows = mask.repeat_interleave(questions, 0)
-        starts = rows.sum(1, keepdim=True)
-        inputs = suffixes.repeat(len(mask), 1)
-        # Behind a shorter report of the batch the questions follow its padding, which is masked.
-        logits = self.model(
-            input_ids=inputs.to(self.model.device),
-            attention_mask=torch.cat([rows, torch.ones_like(inputs)], 1).to(self.model.device),
-            position_ids=(starts + torch.arange(length)).to(self.model.device),
-            past_key_values=past,
-            use_cache=True,
-        ).logits
-        likelihoods = torch.log_softmax(logits[:, :-1].float(), -1)
-        chosen = likelihoods.gather(-1, inputs[:, 1:, None].to(logits.device))[..., 0].cpu()
-        begins, ends = places.repeat(len(mask), 1).T
-        token = torch.arange(1, length)
-        within = (token >= begins[:, None]) & (token < ends[:, None])
-        return chosen.masked_fill(~within, 0).sum(1).view(len(mask), questions)
+            logits = self.model(
+                input_ids=packed.tokens.expand(len(reports), -1).to(device),
+                attention_mask=self._masks(seen, asking, torch.cat([before, asking], 1)),
+                position_ids=asking.to(device),
+                past_key_values=past,
+                use_cache=True,
+            ).logits
+            likelihoods = torch.log_softmax(logits.float(), -1).cpu()
+        findings, states, places, chosen = packed.picks.T
+        scores = torch.zeros(len(reports), len(ASKED) * len(FINDING_STATES))
+        scores.index_add_(1, findings * len(FINDING_STATES) + states, likelihoods[:, places, chosen])
+        return scores.view(len(reports), len(ASKED), len(FINDING_STATES)).numpy()
 
     # --- JSON --------------------------------------------------------------------------------------------------------
 
@@ -307,6 +345,22 @@ class LLMLabeler:
                 input_ids=inputs, attention_mask=mask, max_new_tokens=self._answer_tokens, pad_token_id=pad, **sampling
             )
         return self.tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
+
+
+class _Packed(NamedTuple):
+    """The questions and answers behind every report.
+
+    Args:
+        tokens: (T,) all of them in one row; answers without their last token, behind which nothing is read.
+        offsets: (T,) place of each behind the report.
+        sees: (T, T) which of the row a token sees, itself included.
+        picks: (P, 4) finding, state, place in the row, and the answer's token whose likelihood is read there.
+    """
+
+    tokens: torch.Tensor
+    offsets: torch.Tensor
+    sees: torch.Tensor
+    picks: torch.Tensor
 
 
 def _check_options(mode, few_shot, examples, calibrate, batch_size, max_report_tokens, retries) -> None:

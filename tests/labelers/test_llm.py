@@ -9,7 +9,7 @@ from otdrg.findings_otdrg import FINDING_STATES, FINDINGS
 from otdrg.labelers import UnreadReportsWarning, load_labeler
 from otdrg.labelers.llm_prompt import ASKED, PROMPT, load_prompt
 from tokenizers import ByteLevelBPETokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 REPORTS = ["The heart is large.", "No effusion. There is a port and an old fracture of a rib.", "Clear lungs."]
 
@@ -55,6 +55,32 @@ def test_shared_prefixes_give_what_the_whole_text_gives(labeler):
     states = labeler.label(REPORTS[:2])
     assert states.shape == (2, 14) and states.dtype == np.int64
     assert states[:, :13].tolist() == expected.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("kinds", [["sliding_attention", "full_attention"], ["sliding_attention"] * 2])
+def test_layers_with_a_sliding_window_see_what_lies_within_it(llm, tmp_path, kinds):
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=500,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=40,
+        layer_types=kinds,
+        max_position_embeddings=4096,
+        initializer_range=0.3,
+    )
+    Gemma3ForCausalLM(config).save_pretrained(tmp_path)
+    PreTrainedTokenizerFast.from_pretrained(llm).save_pretrained(tmp_path)
+    labeler = load_labeler("llm", model=str(tmp_path), dtype="float32")
+    asked = [(report, finding, state) for report in range(2) for finding in (0, 12) for state in (0, 3)]
+    found = labeler._scores(REPORTS[:2])
+    for report, finding, state in asked:
+        expected = score(labeler, REPORTS[report], finding, state)
+        assert found[report, finding, state] == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_batch_gives_what_single_reports_give_in_any_order(llm, labeler):
