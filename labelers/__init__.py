@@ -40,7 +40,7 @@ def load_labeler(name: str, **options):
     """The labeler of that name, made with its options (see the class in the labeler's module).
 
     Raises:
-        ValueError: no labeler has that name, or an option is not one of its own.
+        ValueError: no labeler has that name, an option is not one of its own, or one that is true or false is neither.
     """
     if name not in _LABELERS:
         hint = " (states in a CSV are joined by study id: join_states)" if name == "csv" else ""
@@ -51,6 +51,9 @@ def load_labeler(name: str, **options):
     for option in options:
         if option not in allowed:
             raise ValueError(f"unknown option {option!r} of labeler {name!r}: expected one of {', '.join(allowed)}")
+        # "maybe" would count as true.
+        if isinstance(allowed[option].default, bool) and not isinstance(options[option], bool):
+            raise ValueError(f"option {option!r} of labeler {name!r} is {options[option]!r}: expected true or false")
     missing = [option for option, it in allowed.items() if it.default is it.empty and option not in options]
     if missing:
         raise ValueError(f"labeler {name!r} needs the option {missing[0]!r} (its options: {', '.join(allowed)})")

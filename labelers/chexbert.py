@@ -5,46 +5,68 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..findings_otdrg import FINDINGS, UNMENTIONED
+from ..findings_otdrg import FINDINGS, UNMENTIONED, finding_key
 from . import UnreadReportsWarning
 
 if TYPE_CHECKING:
     import torch
-    from transformers import BertModel
+    from transformers import PreTrainedTokenizerBase
 
 #: The file of the public checkpoint.
 CHECKPOINT_FILE = "chexbert.pth"
 
-#: Classes of CheXbert's heads, in the order of its findings, which is that of `FINDINGS`: blank, positive, negative and
-#: uncertain, and for No Finding blank and positive. A class is thereby a state's id.
-HEAD_SIZES: tuple[int, ...] = (4,) * (len(FINDINGS) - 1) + (2,)
+#: CheXbert's findings, in the order of its heads.
+CONDITIONS: tuple[str, ...] = (
+    "Enlarged Cardiomediastinum",
+    "Cardiomegaly",
+    "Lung Opacity",
+    "Lung Lesion",
+    "Edema",
+    "Consolidation",
+    "Pneumonia",
+    "Atelectasis",
+    "Pneumothorax",
+    "Pleural Effusion",
+    "Pleural Other",
+    "Fracture",
+    "Support Devices",
+    "No Finding",
+)
 
+#: Classes of each head: blank, positive, negative and uncertain, and for No Finding blank and positive. A class is
+#: thereby a state's id.
+HEAD_SIZES: tuple[int, ...] = tuple(2 if name == "No Finding" else 4 for name in CONDITIONS)
+
+_COLUMNS = [FINDINGS.index(finding_key(name)) for name in CONDITIONS]
 _HEAD_SIZE = 64  # of BERT's attention heads, whose number cannot be told from the shapes of weights
 _PREFIX = "module."
-#: Buffers that older versions of transformers saved, and weights that the labeler does not use.
-_UNUSED = ("embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias")
+#: Buffers that older versions of transformers saved, and weights that the labeler does not use: it reads [CLS] itself.
+_UNUSED = ("bert.embeddings.position_ids", "bert.pooler.dense.weight", "bert.pooler.dense.bias")
 _MAXIMUM_TOKENS = 512
+_LISTED = 5
 
 
 class CheXbertLabeler:
-    """States of the 14 findings by CheXbert.
+    """States of the 14 findings by CheXbert: BERT's state of [CLS], read by one linear head a finding.
 
     Args:
         checkpoint: a Hub id whose repository holds `chexbert.pth`, that file, or a folder that holds it.
-        tokenizer: Hub id or folder of BERT's tokenizer.
+        tokenizer: Hub id or folder of the tokenizer or vocabulary of BERT, uncased.
         batch_size: reports at once.
-        attention_heads: heads of each layer; by default the hidden size by 64, as in all published BERTs.
+        attention_heads: heads of each layer; by default the hidden size by 64, as in all published BERTs. All other
+            sizes are read from the checkpoint.
         device: where to run; by default the first accelerator, or else the CPU.
         progress: whether to draw a progress bar.
 
     Raises:
-        ValueError: the checkpoint or tokenizer is not there, is not CheXbert's, or holds more than weights.
+        ValueError: an option is none, or the checkpoint or tokenizer is not there, is not CheXbert's, or holds more
+            than weights.
     """
 
     name = "chexbert"
@@ -58,35 +80,27 @@ class CheXbertLabeler:
         device: str | None = None,
         progress: bool = False,
     ):
-        import torch
-        from transformers import AutoTokenizer
-
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: expected at least 1")
+        for option, value in {"checkpoint": checkpoint, "tokenizer": tokenizer}.items():
+            if not isinstance(value, str | os.PathLike) or not str(value):
+                raise ValueError(f"{option}={value!r}: expected a Hub id or a path")
+        _check_count("batch_size", batch_size)
+        if attention_heads is not None:
+            _check_count("attention_heads", attention_heads)
+        self.device = _device(device)
         path = _checkpoint_file(checkpoint)
-        encoder_weights, heads = _split_weights(_load_weights(path), path)
-        self.device = torch.device(device or _accelerator())
-        self.encoder = _encoder(encoder_weights, attention_heads, path).to(self.device)
-        self.heads = [(weight.to(self.device), bias.to(self.device)) for weight, bias in heads]
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"tokenizer {tokenizer}: cannot be loaded ({reason}); expected BERT's, uncased") from None
-        vocabulary = self.encoder.config.vocab_size
-        if len(self.tokenizer) > vocabulary:
-            raise ValueError(
-                f"tokenizer {tokenizer} has {len(self.tokenizer)} tokens, {path} knows {vocabulary}: expected its own"
-            )
-        self.maximum_tokens = min(_MAXIMUM_TOKENS, self.encoder.config.max_position_embeddings)
+        self.network = _network(_load_weights(path), attention_heads, path).to(self.device)
+        config = self.network["bert"].config
+        self.tokenizer = _load_tokenizer(tokenizer, config.vocab_size, path)
+        self.maximum_tokens = min(_MAXIMUM_TOKENS, config.max_position_embeddings)
         self.batch_size = batch_size
         self.progress = progress
 
     def label(self, reports: Sequence[str]) -> np.ndarray:
         """(N, 14) int64 state ids of N reports.
 
-        Reports without text have every finding unmentioned, and reports that are too long for BERT are cut at their
-        end, as CheXbert does it; a warning counts and lists both.
+        Reports in which not one token is known (empty, control characters, a script BERT has no letters of) have every
+        finding unmentioned, where CheXbert would answer all the same. Reports that are too long for BERT are cut at
+        their end, as CheXbert does it. A warning each counts and lists them.
 
         Raises:
             TypeError: `reports` is a single string.
@@ -100,144 +114,185 @@ class CheXbertLabeler:
         for position, report in enumerate(reports):
             if not isinstance(report, str):
                 raise ValueError(f"report {position} is {type(report).__name__}: expected a string ('' when absent)")
-        texts = [" ".join(report.split()) for report in reports]
-        empty = [position for position, text in enumerate(texts) if not text]
-        _warn(empty, len(texts), "hold no text: all findings unmentioned", UnreadReportsWarning)
-        tokens = [self.tokenizer(text, truncation=False, verbose=False)["input_ids"] for text in texts]
-        long = [position for position, ids in enumerate(tokens) if len(ids) > self.maximum_tokens]
-        _warn(long, len(texts), f"are longer than {self.maximum_tokens} tokens and were cut at their end", UserWarning)
         tokens = [
-            [*ids[: self.maximum_tokens - 1], ids[-1]] if len(ids) > self.maximum_tokens else ids for ids in tokens
+            self.tokenizer(" ".join(report.split()), truncation=False, verbose=False)["input_ids"] for report in reports
         ]
-        states = np.full((len(texts), len(FINDINGS)), UNMENTIONED, dtype=np.int64)
+        # The unknown token is one of them.
+        special = {*self.tokenizer.all_special_ids}
+        unread = [position for position, ids in enumerate(tokens) if special.issuperset(ids)]
+        _warn(unread, len(tokens), "hold no word BERT knows: all findings unmentioned", UnreadReportsWarning)
+        long = [position for position, ids in enumerate(tokens) if len(ids) > self.maximum_tokens]
+        _warn(long, len(tokens), f"are longer than {self.maximum_tokens} tokens and were cut at their end", UserWarning)
+        for position in long:
+            tokens[position] = [*tokens[position][: self.maximum_tokens - 1], self.tokenizer.sep_token_id]
+        states = np.full((len(tokens), len(FINDINGS)), UNMENTIONED, dtype=np.int64)
         # By length, so that a batch is hardly padded.
-        order = sorted(set(range(len(texts))) - set(empty), key=lambda position: len(tokens[position]))
+        order = sorted(set(range(len(tokens))) - set(unread), key=lambda position: len(tokens[position]))
         starts = range(0, len(order), self.batch_size)
         for start in tqdm(starts, desc=self.name, disable=not self.progress):
             places = order[start : start + self.batch_size]
             batch = self.tokenizer.pad({"input_ids": [tokens[place] for place in places]}, return_tensors="pt")
             with torch.inference_mode():
-                states[places] = self._states(batch.to(self.device)).cpu().numpy()
+                states[np.ix_(places, _COLUMNS)] = self._classes(batch.to(self.device)).cpu().numpy()
         return states
 
-    def _states(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """(B, 14) state ids of a batch of tokens."""
+    def _classes(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """(B, 14) classes of a batch of tokens, in the order of `CONDITIONS`."""
         import torch
 
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        pooled = self.encoder(**inputs).last_hidden_state[:, 0]
-        logits = [torch.nn.functional.linear(pooled, weight, bias) for weight, bias in self.heads]
-        return torch.stack([head.argmax(-1) for head in logits], dim=1)
+        first = self.network["bert"](**inputs).last_hidden_state[:, 0]
+        return torch.stack([head(first).argmax(-1) for head in self.network["linear_heads"]], dim=1)
 
 
 def _warn(positions: list[int], reports: int, what: str, category: type[Warning]) -> None:
     if positions:
-        listed = ", ".join(map(str, positions[:5])) + (", …" if len(positions) > 5 else "")
+        listed = ", ".join(map(str, positions[:_LISTED])) + (", …" if len(positions) > _LISTED else "")
         warnings.warn(f"{len(positions)} of {reports} reports (positions {listed}) {what}", category, stacklevel=3)
 
 
-def _accelerator() -> str:
+def _check_count(option: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{option}={value!r}: expected a whole number, at least 1")
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _device(name: str | None) -> torch.device:
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device={name!r}: not on this machine ({_reason(error)}), expected such as 'cpu'") from None
+
+
+def _load_tokenizer(name: str | os.PathLike, vocabulary: int, checkpoint: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer, BertTokenizerFast
+
+    # A vocabulary alone will do, as BERT was first published; AutoTokenizer wants more.
+    files = {path.name for path in Path(name).iterdir()} if Path(name).is_dir() else set()
+    bare = "vocab.txt" in files and not files & {"tokenizer.json", "tokenizer_config.json"}
+    try:
+        tokenizer = (BertTokenizerFast if bare else AutoTokenizer).from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # The parser of tokenizer.json raises just that.
+        get = "hf download bert-base-uncased vocab.txt --local-dir bert gets it, option 'tokenizer' names the folder"
+        raise ValueError(f"tokenizer {name}: cannot be loaded ({_reason(error)}); {get}") from None
+    # Another BERT's (the cased one has fewer tokens) would be read as if its ids were the checkpoint's.
+    if len(tokenizer) != vocabulary:
+        raise ValueError(
+            f"tokenizer {name} has {len(tokenizer)} tokens, {checkpoint} knows {vocabulary}: expected its own"
+        )
+    ends = [tokenizer.cls_token_id, tokenizer.sep_token_id]
+    if None in [*ends, tokenizer.pad_token_id] or tokenizer("")["input_ids"] != ends:
+        raise ValueError(f"tokenizer {name} does not put a text between [CLS] and [SEP]: expected BERT's, uncased")
+    return tokenizer
 
 
 def _checkpoint_file(checkpoint: str | os.PathLike) -> Path:
-    path = Path(checkpoint)
+    path = Path(checkpoint).expanduser()
     if path.is_dir():
         path = path / CHECKPOINT_FILE
     if path.is_file():
         return path
     get = f"hf download StanfordAIMI/RRG_scorers {CHECKPOINT_FILE} gets the file, option 'checkpoint' names it"
-    if path.suffix == ".pth" or os.path.isabs(path) or str(checkpoint).startswith(".") or path.parent.is_dir():
+    name = str(checkpoint)
+    if path.suffix == ".pth" or path.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise ValueError(f"checkpoint {path} does not exist: {get}")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HTTPError
 
     try:
-        return Path(hf_hub_download(str(checkpoint), CHECKPOINT_FILE))
+        return Path(hf_hub_download(name, CHECKPOINT_FILE))
     except (OSError, ValueError, HTTPError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"checkpoint {checkpoint}: {CHECKPOINT_FILE} cannot be had from the Hub ({reason}); {get}"
+            f"checkpoint {name}: no such folder, and {CHECKPOINT_FILE} cannot be had from the Hub "
+            f"({_reason(error)}); {get}"
         ) from None
 
 
 def _load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The checkpoint's weights, without the prefix of the parallel module it was trained in."""
+    """The checkpoint's weights that are used, without the prefix of the parallel module it was trained in."""
     import torch
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # What torch has to say of a damaged file is said below, in one line.
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"checkpoint {path} holds more than weights, or is none: it was not loaded") from None
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"checkpoint {path} is damaged or is none ({reason})") from None
-    weights = content.get("model_state_dict") if isinstance(content, dict) else None
-    if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+    except Exception as error:  # Damaged bytes raise whatever the reader stumbles over.
+        raise ValueError(f"checkpoint {path} is damaged, unreadable or is none ({_reason(error)})") from None
+    saved = content.get("model_state_dict") if isinstance(content, dict) else None
+    if not isinstance(saved, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in saved.items()
+    ):
         raise ValueError(f"checkpoint {path} is not CheXbert's: expected weights under 'model_state_dict'")
-    return {name.removeprefix(_PREFIX): value.float() for name, value in weights.items()}
+    weights = {name.removeprefix(_PREFIX): value for name, value in saved.items()}
+    weights = {name: value for name, value in weights.items() if name not in _UNUSED}
+    # Answers of such weights would all be the first class, which is blank.
+    wrong = [name for name, value in weights.items() if not (value.is_floating_point() and value.isfinite().all())]
+    if wrong:
+        raise ValueError(f"checkpoint {path} is damaged: {_listed(wrong)} with values that are no finite numbers")
+    return {name: value.float() for name, value in weights.items()}
 
 
-def _split_weights(
-    weights: dict[str, torch.Tensor], path: Path
-) -> tuple[dict[str, torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Weights of the encoder, and weight and bias of the 14 heads."""
-    encoder = {name.removeprefix("bert."): value for name, value in weights.items() if name.startswith("bert.")}
-    heads = []
-    for position, size in enumerate(HEAD_SIZES):
-        names = [f"linear_heads.{position}.{part}" for part in ("weight", "bias")]
-        absent = [name for name in names if name not in weights]
-        if absent:
-            raise ValueError(f"checkpoint {path} is not CheXbert's: {absent[0]} ({FINDINGS[position]}) is missing")
-        weight, bias = (weights[name] for name in names)
-        if weight.ndim != 2 or weight.shape[0] != size or bias.shape != (size,):
-            raise ValueError(
-                f"checkpoint {path} is not CheXbert's: {names[0]} ({FINDINGS[position]}) has shape "
-                f"{tuple(weight.shape)}, expected {size} classes"
-            )
-        heads.append((weight, bias))
-    known = {f"linear_heads.{position}.{part}" for position in range(len(HEAD_SIZES)) for part in ("weight", "bias")}
-    foreign = [name for name in weights if not name.startswith("bert.") and name not in known]
-    if foreign or not encoder:
-        raise ValueError(
-            f"checkpoint {path} is not CheXbert's: {foreign[0] if foreign else 'bert.*'} is not as expected"
-        )
-    return {name: value for name, value in encoder.items() if name not in _UNUSED}, heads
+def _listed(names: Iterable[str]) -> str:
+    first, rest = list(names)[:_LISTED], list(names)[_LISTED:]
+    return ", ".join(first) + (f" and {len(rest)} more" if rest else "")
 
 
-def _encoder(weights: dict[str, torch.Tensor], attention_heads: int | None, path: Path) -> BertModel:
-    """A BERT of the sizes that the weights have."""
+def _network(weights: dict[str, torch.Tensor], attention_heads: int | None, path: Path) -> torch.nn.ModuleDict:
+    """BERT and the heads, in the sizes that the weights have, by the names that these have."""
+    import torch
     from transformers import BertConfig, BertModel
 
-    def shape(name: str) -> tuple[int, ...]:
+    def size(name: str, axis: int = 0) -> int:
+        name = f"bert.{name}.weight"
         if name not in weights:
-            raise ValueError(f"checkpoint {path} is not CheXbert's: bert.{name} is missing")
-        return tuple(weights[name].shape)
+            raise ValueError(f"checkpoint {path} is not CheXbert's: {name} is missing")
+        if weights[name].ndim != 2:
+            raise ValueError(f"checkpoint {path} is not CheXbert's: {name} has {weights[name].ndim} axes, expected 2")
+        return weights[name].shape[axis]
 
-    vocabulary, hidden = shape("embeddings.word_embeddings.weight")
-    layers = {int(name.split(".")[2]) for name in weights if name.startswith("encoder.layer.")}
-    sizes: dict[str, Any] = {
-        "vocab_size": vocabulary,
-        "hidden_size": hidden,
-        "num_hidden_layers": len(layers),
-        "num_attention_heads": attention_heads or max(1, hidden // _HEAD_SIZE),
-        "intermediate_size": shape("encoder.layer.0.intermediate.dense.weight")[0],
-        "max_position_embeddings": shape("embeddings.position_embeddings.weight")[0],
-        "type_vocab_size": shape("embeddings.token_type_embeddings.weight")[0],
-    }
-    encoder = BertModel(BertConfig(**sizes), add_pooling_layer=False).eval()
-    try:
-        fit = encoder.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"checkpoint {path} is not CheXbert's: {' '.join(str(error).split())}") from None
-    wrong = [*fit.missing_keys, *fit.unexpected_keys]
+    layers = {name.split(".")[3] for name in weights if name.startswith("bert.encoder.layer.")}
+    layers = {layer for layer in layers if layer.isdigit()}
+    hidden = size("embeddings.word_embeddings", axis=1)
+    count = attention_heads or max(1, hidden // _HEAD_SIZE)
+    if hidden % count:
+        raise ValueError(f"attention_heads={count}: expected a divisor of the hidden size of {path}, {hidden}")
+    config = BertConfig(
+        vocab_size=size("embeddings.word_embeddings"),
+        hidden_size=hidden,
+        num_hidden_layers=len(layers),
+        num_attention_heads=count,
+        intermediate_size=size("encoder.layer.0.intermediate.dense"),
+        max_position_embeddings=size("embeddings.position_embeddings"),
+        type_vocab_size=size("embeddings.token_type_embeddings"),
+    )
+    # First weights are drawn at random, which must not change what is drawn after.
+    with torch.random.fork_rng(devices=[]):
+        heads = torch.nn.ModuleList(torch.nn.Linear(hidden, classes) for classes in HEAD_SIZES)
+        network = torch.nn.ModuleDict({"bert": BertModel(config, add_pooling_layer=False), "linear_heads": heads})
+    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    wrong = []
+    if missing := [name for name in expected if name not in weights]:
+        wrong.append(f"missing are {_listed(missing)}")
+    if unknown := [name for name in weights if name not in expected]:
+        wrong.append(f"unknown are {_listed(unknown)}")
+    shapes = {name: tuple(value.shape) for name, value in weights.items() if name in expected}
+    if misfits := [name for name, shape in shapes.items() if shape != expected[name]]:
+        described = (f"{name} {shapes[name]} instead of {expected[name]}" for name in misfits)
+        wrong.append(f"of another shape are {_listed(described)}")
     if wrong:
-        raise ValueError(
-            f"checkpoint {path} is not CheXbert's: bert.{wrong[0]} is missing or unknown ({len(wrong)} such)"
-        )
-    return encoder
+        raise ValueError(f"checkpoint {path} is not CheXbert's: {'; '.join(wrong)}")
+    network.load_state_dict(weights)
+    return network.eval()
 
 
-__all__ = ["CHECKPOINT_FILE", "HEAD_SIZES", "CheXbertLabeler"]
+__all__ = ["CHECKPOINT_FILE", "CONDITIONS", "HEAD_SIZES", "CheXbertLabeler"]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,20 @@ from ..findings_otdrg import FINDING_STATES, FINDINGS, UNMENTIONED
 from . import LABELERS, UnreadReportsWarning, load_labeler
 from .csv_states import read_reports, read_states, write_states
 
-DESCRIPTION = (
-    "Read the states of the 14 findings out of reports: of a dataset that otdrg prepare has written (DATASET), or of a "
-    "table (--reports); or compare two tables of states (--compare)."
-)
-EPILOG = (
-    "Examples: otdrg label studies --labeler rules | otdrg label studies --labeler csv --csv chexpert.csv | "
-    "otdrg label --reports reports.csv --labeler rules --output states.csv | "
-    "otdrg label --compare chexpert.csv states.csv --output agreement"
-)
+DESCRIPTION = """\
+Read the states of the 14 findings out of reports, in one of three forms:
+  DATASET    fills finding_states of a dataset that otdrg prepare has written, from its column "report" (the text a
+             model learns) or from a CSV (--labeler csv); studies that have states keep them unless --relabel
+  --reports  reads a table of reports and writes one of states in chexpert-labeler's form: 1, 0, -1 or blank
+  --compare  says how far two tables of states agree, finding by finding
+"""
+EPILOG = """\
+Examples:
+  otdrg label studies --labeler rules
+  otdrg label studies --labeler csv --csv chexpert.csv
+  otdrg label --reports reports.csv --labeler rules --output states.csv
+  otdrg label --compare chexpert.csv states.csv --output agreement
+"""
 
 #: Reports labelled at once, and ids that are named.
 _BATCH, _LISTED = 1000, 20
@@ -32,12 +39,13 @@ _BATCH, _LISTED = 1000, 20
 
 def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     """The command's arguments; `arguments`, what was typed, does not change them."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     what = parser.add_argument_group("what is labelled, one of")
     what.add_argument("dataset", nargs="?", metavar="DATASET", help="folder written by otdrg prepare")
-    what.add_argument("--reports", metavar="FILE", help="CSV with the columns id and report")
+    what.add_argument("--reports", metavar="FILE", help="CSV with the columns id and report, or .jsonl with these keys")
     what.add_argument("--compare", nargs=2, metavar=("A", "B"), help="CSVs of states: a reference and another")
     labeler = parser.add_argument_group("how")
-    labeler.add_argument("--labeler", choices=[*LABELERS, "csv"], help="what reads the states")
+    labeler.add_argument("--labeler", choices=[*LABELERS, "csv"], help="what reads the states (default: rules)")
     labeler.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="of the labeler; repeatable"
     )
@@ -74,11 +82,15 @@ def _refuse_what_does_not_belong(options: argparse.Namespace, form: str) -> None
             shown = "DATASET" if form == "dataset" else f"--{form}"
             raise ValueError(f"--{name.replace('_', '-')} does not go with {shown}: leave it out")
     if form != "compare" and options.labeler is None:
-        raise ValueError(f"--labeler is missing: expected one of {', '.join([*LABELERS, 'csv'])}")
+        options.labeler = "rules" if options.csv is None else "csv"
     if form != "dataset" and options.labeler == "csv":
         raise ValueError("--labeler csv joins states to studies by id: expected a DATASET")
     if (options.labeler == "csv") != (options.csv is not None):
         raise ValueError("--labeler csv and --csv FILE go together: expected both or neither")
+    if options.id_column and options.csv is None:
+        raise ValueError("--id-column is a column of --csv: expected both or neither")
+    if options.option and options.labeler == "csv":
+        raise ValueError("--option does not go with --labeler csv: leave it out")
 
 
 def _parsed(pairs: list[str]) -> dict[str, Any]:
@@ -89,8 +101,22 @@ def _parsed(pairs: list[str]) -> dict[str, Any]:
         name, separator, value = pair.partition("=")
         if not separator:
             raise ValueError(f"--option {pair}: expected NAME=VALUE, such as repeat_mistakes=true")
-        parsed[name] = yaml.safe_load(value)
+        if name in parsed:
+            raise ValueError(f"--option {name} is given twice: expected it once")
+        try:
+            parsed[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"--option {pair}: the value is no YAML, put it in quotes to have it as it is") from None
     return parsed
+
+
+def _labeler(name: str, options: dict[str, Any]):
+    try:
+        return load_labeler(name, **options)
+    except TypeError as error:
+        # A value of another type, which only the labeler knows to be wrong.
+        given = ", ".join(f"{option}={value!r}" for option, value in options.items())
+        raise ValueError(f"labeler {name!r} does not take {given}: {error}") from error
 
 
 # --- a table of reports ----------------------------------------------------------------------------------------------
@@ -100,24 +126,26 @@ def _label_reports(options: argparse.Namespace) -> None:
     if options.output is None:
         raise ValueError("--output is missing: expected the CSV of states to be written")
     output = Path(options.output)
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder: expected the name of a CSV")
     if output.exists() and not options.overwrite:
         raise ValueError(f"{output} exists: --overwrite replaces it")
     if output.exists() and output.samefile(options.reports):
         raise ValueError(f"{output} holds the reports themselves: expected another --output")
-    labeler = load_labeler(options.labeler, **_parsed(options.option))
+    labeler = _labeler(options.labeler, _parsed(options.option))
     blank: list[str] = []
     count = 0
 
     def rows() -> Iterator[tuple[str, list[int]]]:
         nonlocal count
-        reports = read_reports(options.reports)
-        while batch := list(islice(reports, _BATCH)):
-            states = _states(labeler, [report for _, report in batch])
-            count += len(batch)
-            for (study, _), row in zip(batch, states.tolist(), strict=True):
-                if set(row) == {UNMENTIONED}:
-                    blank.append(study)
-                yield study, row
+        with closing(read_reports(options.reports)) as reports:
+            while batch := list(islice(reports, _BATCH)):
+                states = _states(labeler, [report for _, report in batch])
+                count += len(batch)
+                for (study, _), row in zip(batch, states.tolist(), strict=True):
+                    if set(row) == {UNMENTIONED}:
+                        blank.append(study)
+                    yield study, row
 
     write_states(output, rows())
     if blank:
@@ -145,20 +173,20 @@ def _label_dataset(options: argparse.Namespace) -> None:
 
     settings: dict[str, Any] = {"labeler": options.labeler}
     if options.labeler == "csv":
-        known = read_states(options.csv, options.id_column or "id")
-        settings["csv"] = str(Path(options.csv).resolve())
-        unused = set(known)
-        absent: list[str] = []
+        id_column = options.id_column or "id"
+        known = read_states(options.csv, id_column)
+        # An interrupted labelling is not gone on with by a file that has changed.
+        content = hashlib.sha256(Path(options.csv).read_bytes()).hexdigest()
+        settings.update(csv=str(Path(options.csv).resolve()), csv_sha256=content, id_column=id_column)
+        ids = _dataset_ids(options, known)
+        absent, unused = [study for study in ids if study not in known], known.keys() - set(ids)
 
         def read(ids, reports):
-            unused.difference_update(ids)
-            absent.extend(study for study in ids if study not in known)
             return [known.get(study) for study in ids]
 
-        _check_ids(options, known)
     else:
         settings["options"] = _parsed(options.option)
-        labeler = load_labeler(options.labeler, **settings["options"])
+        labeler = _labeler(options.labeler, settings["options"])
 
         def read(ids, reports):
             return _states(labeler, list(reports))
@@ -177,10 +205,11 @@ def _label_dataset(options: argparse.Namespace) -> None:
         if absent:
             print(f"not in {options.csv}: {len(absent):,} studies: {_listed(absent)}", file=sys.stderr)
         if unused:
-            print(f"{len(unused):,} ids of {options.csv} are of no study that was labelled", file=sys.stderr)
+            print(f"{len(unused):,} ids of {options.csv} are of no study", file=sys.stderr)
 
 
-def _check_ids(options: argparse.Namespace, known: dict) -> None:
+def _dataset_ids(options: argparse.Namespace, known: dict) -> list[str]:
+    """Ids of all studies of the dataset, one of which at least must be known."""
     from ..studies.loading import prepared_column, prepared_splits
 
     ids = [
@@ -191,6 +220,7 @@ def _check_ids(options: argparse.Namespace, known: dict) -> None:
             f"{options.csv}: none of the {len(ids):,} studies is in it (studies: {ids[0]!r}, file: "
             f"{next(iter(known), 'none')!r}), expected the studies' own ids"
         )
+    return ids
 
 
 # --- two tables of states --------------------------------------------------------------------------------------------
@@ -201,6 +231,12 @@ def _compare(options: argparse.Namespace) -> None:
 
     from .agreement import format_agreement, measure_agreement
 
+    folder = None if options.output is None else Path(options.output)
+    if folder is not None and folder.exists():
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no folder: expected one for the files of the comparison")
+        if any(folder.iterdir()) and not options.overwrite:
+            raise ValueError(f"{folder} exists and is not empty: --overwrite writes into it")
     paths = [Path(path) for path in options.compare]
     tables = [read_states(path) for path in paths]
     ids = [study for study in tables[0] if study in tables[1]]
@@ -213,10 +249,7 @@ def _compare(options: argparse.Namespace) -> None:
     for path, missing in zip(paths, only, strict=True):
         if missing:
             print(f"only in {path}: {len(missing):,} reports: {_listed(missing)}", file=sys.stderr)
-    if options.output is not None:
-        folder = Path(options.output)
-        if folder.exists() and any(folder.iterdir()) and not options.overwrite:
-            raise ValueError(f"{folder} exists and is not empty: --overwrite writes into it")
+    if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         result["only_in_reference"], result["only_in_candidate"] = only
         (folder / "agreement.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -6,8 +6,9 @@ States are joined to studies by id and to findings by column name.
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -83,33 +84,53 @@ _LONGEST_CELL = 2**24
 
 
 def read_reports(path: str | Path) -> Iterator[tuple[str, str]]:
-    """Ids and reports of a CSV with the columns `id` and `report`, one after another; other columns are ignored.
+    """Ids and reports of a table, one after another; other columns are ignored.
+
+    Args:
+        path: a CSV with the columns `id` and `report`, or a file .jsonl with a JSON object with these keys a line.
 
     Raises:
-        ValueError: no such file, not UTF-8, not a CSV, a column that is missing or stands twice, a row of another
-            length, an empty or repeated id; one line that names the file and the line.
+        ValueError: no such file, not UTF-8, not such a table, a column that is missing or stands twice, a row of
+            another length, an empty or repeated id; one line that names the file and the line.
     """
     path = Path(path)
     lines: dict[str, int] = {}
-    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_CELL))
-    with _reading(path, "a CSV with the columns id and report") as file:
-        reader = csv.reader(file, strict=True)
-        header = next(reader, [])
+    if path.suffix.lower() == ".jsonl":
+        for row, study, report in _json_reports(path):
+            _check_id(path, row, "id", study, lines)
+            yield study, report
+        return
+    with closing(_rows(path, "a CSV with the columns id and report")) as rows:
+        _, header = next(rows)
         folded = [_fold(name) for name in header]
         for name in ("id", "report"):
             if folded.count(name) != 1:
                 found = f"{folded.count(name)} columns {name!r}"
                 raise ValueError(f"{path}: {found}, expected one; columns: {', '.join(header) or 'none'}")
         id_place, report_place = folded.index("id"), folded.index("report")
-        for cells in reader:
-            if not cells:
-                continue
-            row = reader.line_num
-            if len(cells) != len(header):
-                raise ValueError(f"{path}, line {row}: {len(cells)} values, expected {len(header)} as in the header")
+        for row, cells in rows:
             study = cells[id_place].strip()
             _check_id(path, row, header[id_place], study, lines)
             yield study, cells[report_place]
+
+
+def _json_reports(path: Path) -> Iterator[tuple[int, str, str]]:
+    expected = "an object with the keys id and report a line"
+    with _reading(path, expected) as file:
+        for row, text in enumerate(file, 1):
+            if not text.strip():
+                continue
+            try:
+                record = json.loads(text)
+                study, report = record["id"], record["report"]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{path}, line {row}: expected {expected}") from None
+            if not isinstance(report, str) or isinstance(study, bool) or not isinstance(study, (str, int)):
+                raise ValueError(
+                    f"{path}, line {row}: id is {type(study).__name__} and report {type(report).__name__}, "
+                    "expected strings"
+                )
+            yield row, str(study).strip(), report
 
 
 def write_states(path: str | Path, rows: Iterable[tuple[str, Sequence[int]]]) -> None:
@@ -123,6 +144,8 @@ def write_states(path: str | Path, rows: Iterable[tuple[str, Sequence[int]]]) ->
         OSError: it cannot be written.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}, expected one that exists")
     unfinished = path.with_name(f"{path.name}.tmp")
     order = [FINDINGS.index(name) for name in CSV_FINDINGS]
     try:
@@ -141,12 +164,52 @@ def _reading(path: Path, expected: str) -> Iterator[TextIO]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             yield file
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 (byte {error.start} of a block), expected a CSV saved as UTF-8") from None
+    except UnicodeDecodeError:
+        row = _undecodable(path)
+        raise ValueError(f"{path}: not UTF-8 (line {row}), expected {expected}, saved as UTF-8") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}), expected {expected}") from None
-    except csv.Error as error:
-        raise ValueError(f"{path}: not a CSV ({error}), expected one row a study") from None
+
+
+def _undecodable(path: Path) -> int | None:
+    """The first line that is not UTF-8."""
+    with path.open("rb") as file:
+        for row, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return row
+    return None
+
+
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    """Cells of `_LONGEST_CELL` characters; the limit is one for all readers of the process, so it is put back."""
+    before = csv.field_size_limit(_LONGEST_CELL)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _rows(path: Path, expected: str) -> Iterator[tuple[int, list[str]]]:
+    """The header of a CSV (empty where there is none), then its rows that are not blank; each with its first line."""
+    row = 1
+    with _reading(path, expected) as file, _long_cells():
+        reader = csv.reader(file, strict=True)
+        try:
+            header = next(reader, [])
+            yield row, header
+            row = reader.line_num + 1
+            for cells in reader:
+                if len(cells) not in (0, len(header)):
+                    found = f"{len(cells)} values, expected {len(header)} as in the header"
+                    raise ValueError(f"{path}, line {row}: {found}")
+                if cells:
+                    yield row, cells
+                row = reader.line_num + 1
+        except csv.Error as error:
+            raise ValueError(f"{path}: not a CSV (line {row}: {error}), expected {expected}") from None
 
 
 def _check_id(path: Path, row: int, column: str, study: str, lines: dict[str, int]) -> None:
@@ -180,16 +243,10 @@ def read_states(path: str | Path, id_column: str = "id") -> dict[str, np.ndarray
     path = Path(path)
     states: dict[str, np.ndarray] = {}
     lines: dict[str, int] = {}
-    with _reading(path, "a CSV of finding states") as file:
-        reader = csv.reader(file, strict=True)
-        header = next(reader, [])
+    with closing(_rows(path, "a CSV of finding states")) as rows:
+        _, header = next(rows)
         id_place, places = _columns(path, header, id_column)
-        for cells in reader:
-            row = reader.line_num
-            if not cells:
-                continue
-            if len(cells) != len(header):
-                raise ValueError(f"{path}, line {row}: {len(cells)} values, expected {len(header)} as in the header")
+        for row, cells in rows:
             study = cells[id_place].strip()
             _check_id(path, row, header[id_place], study, lines)
             values = [_state(path, row, name, cells[place]) for name, place in zip(FINDINGS, places, strict=True)]

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, UNMENTIONED
 from ..studies.schema import STUDY_FEATURES
-from ..studies.shards import SUMMARY, ShardWriter, publish_shards, put_in_place, write_json
+from ..studies.shards import SUMMARY, ShardWriter, check_output, publish_shards, put_in_place, write_json
 from ..studies.source import SPLITS
 
 #: Ids and reports to state ids, None where there are none.
@@ -89,19 +89,21 @@ def label_dataset(
         settings: what the states are read with; an interrupted run is only gone on with by the same.
         output: folder of the labelled dataset; by default it takes the place of the other.
         relabel: label the studies that have states, too.
-        resume: go on with an interrupted run.
+        resume: go on with an interrupted run; one that is whole is left as it is.
         overwrite: replace a dataset at `output`, and start an interrupted run anew.
 
     Raises:
-        ValueError: the folder is not a built dataset, `output` is there, or an interrupted run is.
+        ValueError: the folder is not a built dataset, `output` is there or lies in it, or an interrupted run is there.
     """
-    folder = Path(os.path.abspath(folder))
-    output = folder if output is None else Path(os.path.abspath(output))
+    # Not abspath: of a link to a dataset, the dataset is replaced, not the link.
+    folder = Path(os.path.realpath(folder))
+    output = folder if output is None else Path(os.path.realpath(output))
     work = output.with_name(f"{output.name}.partial")
-    files = _files(folder)
     settings = json.loads(json.dumps({"dataset": str(folder), "relabel": relabel, **settings}, default=str))
-    if output != folder and output.exists() and not (overwrite and (output / SUMMARY).is_file()):
-        raise ValueError(f"{output} exists: expected a folder that does not, or --overwrite to replace a dataset")
+    if resume and (finished := _finish(output, work, settings, overwrite=overwrite or output == folder)):
+        return finished
+    files, summary = _files(folder), _summary(folder)
+    _check_output(folder, output, overwrite)
     _enter(work, settings, resume, overwrite)
     arrow = (folder / "dataset_dict.json").is_file()
     shards = []
@@ -112,8 +114,10 @@ def label_dataset(
     report = _report(output, shards)
     named = [(shard.name.rpartition("-")[0], shard.name) for shard in shards]
     digest = hashlib.sha256(repr([(shard.name, shard.digest, shard.states) for shard in shards]).encode()).hexdigest()
+    _copy_rest(folder, work)
+    # Last, and quick: what is cut off from here on is labelled anew.
     publish_shards(work / _SHARDS, work, named, digest)
-    _copy_rest(folder, work, report, settings)
+    _write_summary(work, summary, report, settings)
     put_in_place(output, work)
     return report
 
@@ -130,7 +134,48 @@ def _files(folder: Path) -> list[tuple[str, Path]]:
             f"{folder} is not a built dataset: expected a folder written by otdrg prepare "
             "(otdrg prepare hub --dataset FOLDER makes one of any other)"
         )
+    for _, file in files:
+        if missing := set(STUDY_FEATURES) - set(pq.read_schema(file).names):
+            raise ValueError(f"{file}: no column {min(missing)!r}, expected those that otdrg prepare writes")
     return files
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / SUMMARY).read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise ValueError(f"{folder / SUMMARY} is damaged: expected what otdrg prepare writes") from None
+
+
+def _finish(output: Path, work: Path, settings: dict[str, Any], overwrite: bool) -> LabelReport | None:
+    """The report of this labelling if it is whole; cut off just before, it is put in its place."""
+    if _finished(work, settings) and not (work / _SETTINGS).exists():
+        check_output(output, overwrite)
+        put_in_place(output, work)
+    return None if work.exists() else _finished(output, settings)
+
+
+def _finished(output: Path, settings: dict[str, Any]) -> LabelReport | None:
+    """The report of the labelling of a dataset, provided that it is this one."""
+    labels = _summary(output).get("labels") if (output / SUMMARY).is_file() else None
+    if labels is None:
+        return None
+    report = LabelReport(output, labels.pop("studies"), labels.pop("states"))
+    if labels != settings:
+        return None
+    if (output / UNLABELLED).is_file():
+        report.unlabelled = (output / UNLABELLED).read_text(encoding="utf-8").splitlines()
+    return report
+
+
+def _check_output(folder: Path, output: Path, overwrite: bool) -> None:
+    if folder in output.parents:
+        raise ValueError(f"{output} lies in the dataset {folder}: expected an --output beside it")
+    for name in (_SETTINGS, _SHARDS):
+        if (folder / name).exists():
+            raise ValueError(f"{folder / name} has the name of a file of the labelling: expected none of this name")
+    if output != folder:
+        check_output(output, overwrite)
 
 
 def _enter(work: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> None:
@@ -151,6 +196,12 @@ def _enter(work: Path, settings: dict[str, Any], resume: bool, overwrite: bool) 
                         f"{work} was labelled with {name}={before.get(name)!r}, not {settings.get(name)!r}: "
                         "--overwrite starts anew and deletes it"
                     )
+            # Of a run that was cut off while its files were being put in their places.
+            for path in work.iterdir():
+                if path.is_dir() and not path.is_symlink() and path.name != _SHARDS:
+                    shutil.rmtree(path)
+                elif path.name not in (_SETTINGS, _SHARDS):
+                    path.unlink()
     (work / _SHARDS).mkdir(parents=True, exist_ok=True)
     write_json(work / _SETTINGS, settings)
 
@@ -194,13 +245,15 @@ def _label_shard(name: str, file: Path, folder: Path, read: StateReader, relabel
 def _write(file: Path, path: Path, states: list[list[int] | None], arrow: bool) -> None:
     schema = STUDY_FEATURES.arrow_schema
     start = 0
-    with ShardWriter(path, arrow=arrow) as writer:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=_COPIED_ROWS):
-            rows = states[start : start + len(batch)]
-            start += len(batch)
-            column = pa.array(rows, schema.field("finding_states").type)
-            arrays = [column if name == "finding_states" else batch.column(name) for name in schema.names]
-            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+    # Row group by row group: batches that reach over several hold more images than were ever in memory at once.
+    with pq.ParquetFile(file) as source, ShardWriter(path, arrow=arrow) as writer:
+        for group in range(source.num_row_groups):
+            for batch in source.iter_batches(_COPIED_ROWS, row_groups=[group]):
+                rows = states[start : start + len(batch)]
+                start += len(batch)
+                column = pa.array(rows, schema.field("finding_states").type)
+                arrays = [column if name == "finding_states" else batch.column(name) for name in schema.names]
+                writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
 
 
 def _report(output: Path, shards: list[_Shard]) -> LabelReport:
@@ -216,12 +269,19 @@ def _report(output: Path, shards: list[_Shard]) -> LabelReport:
     return report
 
 
-def _copy_rest(folder: Path, work: Path, report: LabelReport, settings: dict[str, Any]) -> None:
-    """Card, counts and list of the dataset, with what it was labelled with."""
+def _copy_rest(folder: Path, work: Path) -> None:
+    """Card and lists of the dataset, and whatever else its owner keeps in its folder: that goes with the old one."""
     for path in folder.iterdir():
-        if path.is_file() and path.name not in (SUMMARY, UNLABELLED, "dataset_dict.json"):
-            shutil.copy2(path, work / path.name)
-    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        if path.name in (SUMMARY, UNLABELLED, "dataset_dict.json", "data", *SPLITS):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, work / path.name, symlinks=True)
+        else:
+            shutil.copy2(path, work / path.name, follow_symlinks=False)
+
+
+def _write_summary(work: Path, summary: dict[str, Any], report: LabelReport, settings: dict[str, Any]) -> None:
+    """Counts and settings of the dataset, with what it was labelled with."""
     write_json(work / SUMMARY, {**summary, "labels": {**settings, "studies": report.studies, "states": report.states}})
     if report.unlabelled:
         (work / UNLABELLED).write_text("\n".join(report.unlabelled) + "\n", encoding="utf-8")

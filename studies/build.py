@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from .assembly import SECTIONS, Sections, StudyListing, assemble_study
 from .card import dataset_card
 from .images import stored_image
-from .shards import SUMMARY, ShardWriter, publish_shards, put_in_place, write_json
+from .shards import SUMMARY, ShardWriter, check_output, publish_shards, put_in_place, write_json
 from .source import SPLITS, Skipped, StudyEntry, StudySource, option
 from .summary import OfficialCheck, SplitCounts, format_counts
 
@@ -140,12 +140,13 @@ def build_studies_dataset(
             neither `resume` nor `overwrite` says what is to become of it, or, if `strict`, any study is skipped.
     """
     options = options or BuildOptions()
-    output = Path(os.path.abspath(output))
+    # Of a link, what it points to is replaced.
+    output = Path(os.path.realpath(output))
     work = output.with_name(f"{output.name}.partial")
     settings = _settings(source, options)
     if resume and (output / SUMMARY).is_file():
         return _finished(output, settings)
-    _check_output(output, overwrite)
+    check_output(output, overwrite)
     # Listed first: a fault of the source as a whole leaves nothing behind.
     listing = StudyListing(source, options.limit)
     # What was published of these collections are the studies with findings.
@@ -200,14 +201,6 @@ def _finished(output: Path, settings: dict[str, Any]) -> BuildReport:
     _check_settings(output, summary["settings"], settings)
     counts = {None if split == "none" else split: SplitCounts(**counts) for split, counts in summary["counts"].items()}
     return BuildReport(output, counts, summary["warnings"], summary["licences"], summary["skipped"])
-
-
-def _check_output(output: Path, overwrite: bool) -> None:
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        if not (output / SUMMARY).is_file():
-            raise ValueError(f"{output} exists and is no dataset of studies: expected a folder that does not exist yet")
-        if not overwrite:
-            raise ValueError(f"{output} exists: --overwrite replaces it, another --output leaves it alone")
 
 
 def _settings(source: StudySource, options: BuildOptions) -> dict[str, Any]:

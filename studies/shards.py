@@ -123,6 +123,19 @@ def _write_dataset_state(folder: Path, split: str, files: list[str], fingerprint
     path.write_text(json.dumps(state, indent=2), encoding="utf-8")
 
 
+def check_output(output: Path, overwrite: bool) -> None:
+    """Whether a dataset may be put at `output`.
+
+    Raises:
+        ValueError: something else is there, or a dataset that may not be replaced.
+    """
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        if not (output / SUMMARY).is_file():
+            raise ValueError(f"{output} exists and is no dataset of studies: expected a folder that does not exist yet")
+        if not overwrite:
+            raise ValueError(f"{output} exists: --overwrite replaces it, another --output leaves it alone")
+
+
 def put_in_place(output: Path, work: Path) -> None:
     """Put a finished dataset in its place; one that is there stays until then."""
     if (output / SUMMARY).is_file():
@@ -155,4 +168,4 @@ def _no_progress_bar() -> Iterator[None]:
             enable_progress_bars()
 
 
-__all__ = ["SUMMARY", "ShardWriter", "publish_shards", "put_in_place", "write_json"]
+__all__ = ["SUMMARY", "ShardWriter", "check_output", "publish_shards", "put_in_place", "write_json"]

@@ -1,13 +1,16 @@
 """The chexbert labeler on a small random checkpoint in the public one's form."""
 
+import json
 import os
+import random
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from otdrg.findings_otdrg import FINDINGS
+from otdrg.findings_otdrg import FINDING_DISPLAY_NAMES, FINDINGS
 from otdrg.labelers import UnreadReportsWarning, load_labeler
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
@@ -29,6 +32,10 @@ WORDS = [
     ",",
     ".",
 ]
+#: The findings of CheXbert's heads, one after another, as its constants.py has them.
+CONDITIONS = ["Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation"]
+CONDITIONS += ["Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture"]
+CONDITIONS += ["Support Devices", "No Finding"]
 REPORTS = ["The heart is large.", "Clear lungs, no effusion seen today and again.", "No edema", "not", "the the the"]
 
 
@@ -54,6 +61,7 @@ def weights(bert):
     """Weights by the names they have in the public checkpoint."""
     encoder, heads = bert
     named = {f"module.bert.{name}": value for name, value in encoder.state_dict().items()}
+    assert "module.bert.pooler.dense.weight" in named
     named["module.bert.embeddings.position_ids"] = torch.arange(24)[None]
     for position, head in enumerate(heads):
         named |= {f"module.linear_heads.{position}.{name}": value for name, value in head.state_dict().items()}
@@ -62,9 +70,16 @@ def weights(bert):
 
 @pytest.fixture
 def save(tmp_path):
-    def save(weights, name="chexbert.pth"):
-        torch.save({"epoch": 3, "model_state_dict": weights}, tmp_path / name)
-        return tmp_path / name
+    def save(weights, legacy=False):
+        """As CheXbert's training does it; `legacy` is the form of its torch, before 1.6."""
+        parameter = torch.nn.Parameter(torch.ones(2))
+        optimizer = torch.optim.Adam([parameter])
+        parameter.sum().backward()
+        optimizer.step()
+        content = {"epoch": 3, "model_state_dict": weights, "optimizer_state_dict": optimizer.state_dict()}
+        path = tmp_path / "chexbert.pth"
+        torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+        return path
 
     return save
 
@@ -83,7 +98,15 @@ def expected_states(bert, tokenizer, report):
     inputs = BertTokenizerFast.from_pretrained(tokenizer)(report, return_tensors="pt")
     with torch.no_grad():
         first = encoder(**inputs).last_hidden_state[:, 0]
-        return [int(head(first).argmax()) for head in heads]
+        states = {name: int(head(first).argmax()) for name, head in zip(CONDITIONS, heads, strict=True)}
+    return [states[FINDING_DISPLAY_NAMES[finding]] for finding in FINDINGS]
+
+
+def test_heads_are_known_by_name():
+    from otdrg.labelers import chexbert
+
+    assert list(chexbert.CONDITIONS) == CONDITIONS
+    assert dict(zip(CONDITIONS, chexbert.HEAD_SIZES, strict=True)) == {**dict.fromkeys(CONDITIONS, 4), "No Finding": 2}
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 32])
@@ -100,15 +123,40 @@ def test_white_space_is_of_no_matter(labeler):
     assert np.array_equal(labeler().label(spaced), labeler().label(REPORTS[:1]))
 
 
+def test_the_form_of_older_torch_is_read(save, weights, tokenizer, bert):
+    path = save(weights, legacy=True)
+    old = load_labeler("chexbert", checkpoint=path, tokenizer=tokenizer, attention_heads=4)
+    assert old.label(REPORTS[:1]).tolist() == [expected_states(bert, tokenizer, REPORTS[0])]
+
+
+def test_the_prefix_of_a_parallel_module_may_be_missing(save, weights, tokenizer, labeler):
+    path = save({name.removeprefix("module."): value for name, value in weights.items()})
+    bare = load_labeler("chexbert", checkpoint=path, tokenizer=tokenizer, attention_heads=4)
+    assert np.array_equal(bare.label(REPORTS), labeler().label(REPORTS))
+
+
+def test_no_random_number_is_drawn(labeler):
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    labeler()
+    assert torch.rand(1) == expected
+
+
+def test_nothing_is_labelled(labeler):
+    assert labeler().label([]).shape == (0, 14)
+
+
 def test_a_folder_may_be_given(save, weights, tokenizer):
     folder = save(weights).parent
     by_folder = load_labeler("chexbert", checkpoint=str(folder), tokenizer=str(tokenizer), attention_heads=4)
     assert by_folder.label(REPORTS[:1]).shape == (1, 14)
 
 
-def test_empty_reports_are_unmentioned_and_counted(labeler):
-    with pytest.warns(UnreadReportsWarning, match=r"2 of 3 reports \(positions 0, 2\) hold no text"):
-        states = labeler().label(["", REPORTS[0], " \n"])
+@pytest.mark.parametrize("unread", ["", " \n", "\x00\x07", "\u200b", "心脏 увеличено", "[SEP]"])
+def test_reports_without_a_known_word_are_unmentioned_and_counted(labeler, unread):
+    with pytest.warns(UnreadReportsWarning, match=r"2 of 3 reports \(positions 0, 2\) hold no word BERT knows"):
+        states = labeler().label([unread, REPORTS[0], unread])
     assert not states[[0, 2]].any() and states[1].any()
 
 
@@ -116,6 +164,9 @@ def test_long_reports_are_cut_at_their_end_and_counted(labeler, bert, tokenizer)
     with pytest.warns(UserWarning, match=r"1 of 1 reports \(positions 0\) are longer than 24 tokens and were cut"):
         states = labeler().label(["heart " * 10_000])
     assert states.tolist() == [expected_states(bert, tokenizer, "heart " * 22)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(labeler().label(["heart " * 22]), states)
 
 
 @pytest.mark.parametrize("report", [None, 3, b"text"])
@@ -126,8 +177,26 @@ def test_what_is_no_string_is_named(labeler, report):
         labeler().label("Clear.")
 
 
-def test_other_languages_and_control_characters_are_read_as_unknown_words(labeler):
-    assert labeler().label(["Herz vergrößert", "\x00\x07 心脏"]).shape == (2, 14)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0: expected a whole number, at least 1"),
+        ({"batch_size": "many"}, "batch_size='many': expected a whole number"),
+        ({"batch_size": True}, "batch_size=True: expected a whole number"),
+        ({"attention_heads": 0}, "attention_heads=0: expected a whole number"),
+        ({"attention_heads": 3}, r"attention_heads=3: expected a divisor of the hidden size of .*chexbert\.pth, 32"),
+        ({"device": "toaster"}, "device='toaster': not on this machine"),
+        ({"device": "cuda:99"}, "device='cuda:99': not on this machine"),
+        ({"checkpoint": 3}, "checkpoint=3: expected a Hub id or a path"),
+        ({"checkpoint": ""}, "checkpoint='': expected a Hub id or a path"),
+        ({"tokenizer": None}, "tokenizer=None: expected a Hub id or a path"),
+    ],
+)
+def test_wrong_options_are_named(save, weights, tokenizer, options, message):
+    options = {"checkpoint": save(weights), "tokenizer": tokenizer, **options}
+    with pytest.raises(ValueError, match=message) as caught:
+        load_labeler("chexbert", **options)
+    assert "\n" not in str(caught.value)
 
 
 class Malicious:
@@ -138,30 +207,45 @@ class Malicious:
         return os.mkdir, (self.path,)
 
 
-def test_code_in_a_checkpoint_is_not_run(save, weights, tokenizer, tmp_path):
+@pytest.mark.parametrize("legacy", [False, True])
+def test_code_in_a_checkpoint_is_not_run(save, weights, tokenizer, tmp_path, legacy):
     trap = tmp_path / "trap"
-    path = save({**weights, "module.bert.extra": Malicious(str(trap))})
+    path = save({**weights, "module.bert.extra": Malicious(str(trap))}, legacy)
     with pytest.raises(ValueError, match=r"chexbert\.pth holds more than weights, or is none: it was not loaded"):
         load_labeler("chexbert", checkpoint=path, tokenizer=tokenizer)
     assert not trap.exists()
+    torch.load(path, weights_only=False)
+    assert trap.exists()  # It would have been.
+
+
+WORD = "module.bert.embeddings.word_embeddings.weight"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: w.pop("module.linear_heads.13.weight"), r"linear_heads\.13\.weight \(no_finding\) is missing"),
+        (lambda w: w.pop("module.linear_heads.13.weight"), r"missing are linear_heads\.13\.weight$"),
         (
             lambda w: w.update({"module.linear_heads.1.weight": torch.zeros(2, 32)}),
-            r"linear_heads\.1\.weight \(cardiomegaly\) has shape \(2, 32\), expected 4 classes",
+            r"of another shape are linear_heads\.1\.weight \(2, 32\) instead of \(4, 32\)$",
         ),
         (
-            lambda w: w.pop("module.bert.encoder.layer.1.output.dense.bias"),
-            r"output\.dense\.bias is missing or unknown",
+            lambda w: w.update({"module.linear_heads.0.weight": torch.zeros(4, 64)}),
+            r"linear_heads\.0\.weight \(4, 64\) instead of \(4, 32\)$",
         ),
-        (lambda w: w.update({"module.bert.encoder.new": torch.zeros(1)}), r"bert\.encoder\.new is missing or unknown"),
-        (lambda w: w.update({"module.cnn.weight": torch.zeros(1)}), r"cnn\.weight is not as expected"),
-        (lambda w: w.pop("module.bert.embeddings.word_embeddings.weight"), r"word_embeddings\.weight is missing"),
-        (lambda w: w.clear(), r"linear_heads\.0\.weight"),
+        (
+            lambda w: [w.pop(name) for name in list(w) if "layer.1.attention" in name],
+            r"missing are bert\.encoder\.layer\.1\.attention\.self\.query\.weight, .* and 5 more$",
+        ),
+        (
+            lambda w: w.update({"module.bert.encoder.layer.x.new": torch.zeros(1), "module.cnn": torch.zeros(1)}),
+            r"unknown are bert\.encoder\.layer\.x\.new, cnn$",
+        ),
+        (lambda w: w.update({"module.linear_heads.14.weight": torch.zeros(4, 32)}), r"unknown are linear_heads\.14"),
+        (lambda w: w.pop(WORD), r"bert\.embeddings\.word_embeddings\.weight is missing"),
+        (lambda w: w.update({WORD: torch.zeros(5)}), r"word_embeddings\.weight has 1 axes, expected 2"),
+        (lambda w: w.update({3: torch.zeros(5)}), "expected weights under 'model_state_dict'"),
+        (lambda w: w.clear(), r"word_embeddings\.weight is missing"),
     ],
 )
 def test_other_checkpoints_are_refused(save, weights, tokenizer, change, message):
@@ -171,11 +255,34 @@ def test_other_checkpoints_are_refused(save, weights, tokenizer, change, message
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1j])
+def test_weights_that_are_no_finite_numbers_are_refused(save, weights, tokenizer, value):
+    """The first class, blank, is the largest of scores that are no numbers."""
+    weights["module.linear_heads.0.bias"] = torch.full((4,), value)
+    with pytest.raises(ValueError, match=r"chexbert\.pth is damaged: linear_heads\.0\.bias with values that are no"):
+        load_labeler("chexbert", checkpoint=save(weights), tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_damaged_files_are_one_line(save, weights, tokenizer, legacy):
+    path = save(weights, legacy)
+    content, dice = path.read_bytes(), random.Random(0)
+    for _ in range(60):
+        damaged = bytearray(content[: dice.randrange(len(content))])
+        for _ in range(dice.choice([0, 3])):
+            damaged[dice.randrange(min(len(damaged), 2000))] = dice.randrange(256)
+        path.write_bytes(damaged)
+        with warnings.catch_warnings(), pytest.raises(ValueError, match=r"^checkpoint .*chexbert\.pth") as caught:
+            warnings.simplefilter("error")
+            load_labeler("chexbert", checkpoint=path, tokenizer=tokenizer)
+        assert "\n" not in str(caught.value)
+
+
 def test_files_that_are_no_checkpoint(tmp_path, tokenizer):
     path = tmp_path / "chexbert.pth"
     for content in (b"", b"not a checkpoint", b"PK\x03\x04 damaged"):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"chexbert\.pth (is damaged or is none|holds more than weights)"):
+        with pytest.raises(ValueError, match=r"chexbert\.pth (is damaged, unreadable or|holds more than weights)"):
             load_labeler("chexbert", checkpoint=path, tokenizer=tokenizer)
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match="expected weights under 'model_state_dict'"):
@@ -190,25 +297,79 @@ def test_a_checkpoint_that_is_not_there_says_how_to_get_it(checkpoint, tokenizer
     assert "\n" not in str(caught.value)
 
 
-def test_a_tokenizer_that_does_not_fit(save, weights, tmp_path, tokenizer):
-    with pytest.raises(ValueError, match=r"tokenizer .*nowhere: cannot be loaded"):
-        load_labeler("chexbert", checkpoint=save(weights), tokenizer=str(tmp_path / "nowhere"), attention_heads=4)
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(99))]))
-    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"has 104 tokens, .* knows 21: expected its own"):
-        load_labeler("chexbert", checkpoint=save(weights), tokenizer=str(tmp_path), attention_heads=4)
+def test_a_folder_by_the_owners_name_does_not_hide_the_hub(tokenizer, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").mkdir()
+    with pytest.raises(ValueError, match=r"org/absent: no such folder, and chexbert\.pth cannot be had from the Hub"):
+        load_labeler("chexbert", checkpoint="org/absent", tokenizer=tokenizer)
+
+
+@pytest.fixture
+def write_vocabulary(tmp_path):
+    def write(*words):
+        folder = tmp_path / "vocabulary"
+        folder.mkdir()
+        (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+        return folder
+
+    return write
+
+
+def test_a_vocabulary_alone_will_do(labeler, save, weights, write_vocabulary):
+    bare = load_labeler("chexbert", checkpoint=save(weights), tokenizer=write_vocabulary(*WORDS), attention_heads=4)
+    assert np.array_equal(bare.label(REPORTS), labeler().label(REPORTS))
+
+
+@pytest.mark.parametrize("words", [WORDS[:-1], [*WORDS, "more"]])
+def test_another_vocabulary_is_refused(save, weights, write_vocabulary, words):
+    """BERT's cased one has fewer tokens than the uncased one: nothing else would tell."""
+    with pytest.raises(ValueError, match=rf"has {5 + len(words)} tokens, .* knows 21: expected its own"):
+        load_labeler("chexbert", checkpoint=save(weights), tokenizer=write_vocabulary(*words), attention_heads=4)
+
+
+def test_a_tokenizer_of_another_kind_is_refused(save, weights, tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"word{place}": place for place in range(21)}, unk_token="word0"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"other does not put a text between \[CLS\] and \[SEP\]"):
+        load_labeler("chexbert", checkpoint=save(weights), tokenizer=tmp_path / "other", attention_heads=4)
+
+
+@pytest.mark.parametrize("content", [None, "{damaged"])
+def test_a_tokenizer_that_cannot_be_loaded(save, weights, tmp_path, content):
+    folder = tmp_path / "nowhere"
+    if content is not None:
+        folder.mkdir()
+        for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+            (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=r"tokenizer .*nowhere: cannot be loaded .*hf download bert-base-un") as caught:
+        load_labeler("chexbert", checkpoint=save(weights), tokenizer=folder, attention_heads=4)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_checkpoint_comes_from_the_hub(hub_server, save, weights, tokenizer, bert, tmp_path):
-    files = {"chexbert.pth": save(weights).read_bytes()}
-    hub_server.add_repo("models", "org/scorers", files)
+    hub_server.add_repo("models", "org/scorers", {"chexbert.pth": save(weights).read_bytes()})
+    hub_server.add_repo("models", "org/empty", {"README.md": b"# Nothing\n"})
+    hub_server.add_repo("models", "org/gated", {"chexbert.pth": b""}).gated = True
     code = (
+        "import json\n"
         "from otdrg.labelers import load_labeler\n"
-        f"options = {{'tokenizer': {str(tokenizer)!r}, 'attention_heads': 4}}\n"
-        "labeler = load_labeler('chexbert', checkpoint='org/scorers', **options)\n"
-        f"print(labeler.label([{REPORTS[0]!r}]).tolist())\n"
+        "def label(checkpoint):\n"
+        f"    options = {{'tokenizer': {str(tokenizer)!r}, 'attention_heads': 4}}\n"
+        "    try:\n"
+        f"        return load_labeler('chexbert', checkpoint=checkpoint, **options).label({REPORTS!r}).tolist()\n"
+        "    except ValueError as error:\n"
+        "        return str(error)\n"
+        "names = ('scorers', 'empty', 'gated', 'absent')\n"
+        "print(json.dumps([label(f'org/{name}') for name in names]))\n"
     )
     environment = hub_server.environment(tmp_path / "home")
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str([expected_states(bert, tokenizer, REPORTS[0])])
+    states, *errors = json.loads(done.stdout)
+    assert states == [expected_states(bert, tokenizer, report) for report in REPORTS]
+    for error, name, reason in zip(errors, ("empty", "gated", "absent"), ("404", "restricted", "404"), strict=True):
+        assert error.startswith(f"checkpoint org/{name}: ") and reason in error and "\n" not in error
+        assert error.endswith("gets the file, option 'checkpoint' names it")

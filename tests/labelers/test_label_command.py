@@ -9,10 +9,13 @@ import sys
 import numpy as np
 import pytest
 from datasets import load_dataset, load_from_disk
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from otdrg import labelers
 from otdrg.cli import main
 from otdrg.findings_otdrg import FINDINGS
-from otdrg.labelers import load_labeler, read_states
+from otdrg.labelers import UnreadReportsWarning, load_labeler, read_states
+from otdrg.labelers.csv_states import read_reports
 from otdrg.studies import prepare_studies
 from otdrg.studies.build import BuildOptions
 
@@ -64,13 +67,75 @@ def test_a_table_of_reports_becomes_one_of_states(table, tmp_path, capsys):
     assert main(["label", "--reports", path, "--labeler", "rules", "--output", str(output)]) == 0
     written = read_states(output)
     assert list(written) == list(reports)
-    expected = load_labeler("rules").label([report or "xyz" for report in reports.values()])
+    with pytest.warns(UnreadReportsWarning):
+        expected = load_labeler("rules").label(list(reports.values()))
     assert np.array_equal(list(written.values()), expected)
     with output.open(encoding="utf-8") as file:
         assert next(csv.reader(file))[:3] == ["id", "No Finding", "Enlarged Cardiomediastinum"]
     shown = capsys.readouterr()
     assert shown.err == "1 reports have no state, empty or not understood: b\n"
     assert shown.out == f"3 reports labelled by rules: {output}\n"
+
+
+def test_reports_may_be_lines_of_json(tmp_path, capsys):
+    path, output = tmp_path / "reports.jsonl", tmp_path / "states.csv"
+    path.write_text('{"id": 7, "report": "Large heart.\\nNo \\"effusion\\"."}\n\n{"n": 1, "report": "", "id": "b"}\n')
+    command = ["label", "--reports", str(path), "--labeler", "rules", "--output", str(output)]
+    assert main(command) == 0
+    assert "1 reports have no state, empty or not understood: b\n" in capsys.readouterr().err
+    written = read_states(output)
+    assert list(written) == ["7", "b"]
+    assert written["7"].any() and not written["b"].any()
+    for line, message in [
+        ('{"id": "c"', "line 1: expected an object with the keys id and report"),
+        ('{"id": "c", "text": ""}', "line 1: expected an object with the keys id and report"),
+        ("[]", "line 1: expected an object with the keys id and report"),
+        ('{"id": "c", "report": null}', "line 1: id is str and report NoneType, expected strings"),
+        ('{"id": 7, "report": ""}\n{"id": "7", "report": ""}', "line 2, column id: '7' stands in line 1 too"),
+    ]:
+        path.write_text(line)
+        assert main([*command, "--overwrite"]) == 1
+        error = capsys.readouterr().err
+        assert f"{path}, {message}" in error and error.count("\n") == 1
+    assert list(read_states(output)) == ["7", "b"]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.text(st.characters(codec="utf-8")), min_size=1, max_size=5))
+def test_any_text_is_a_report(tmp_path_factory, reports):
+    folder = tmp_path_factory.mktemp("reports")
+    path, output = folder / "reports.csv", folder / "states.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("id", "report"), *((str(place), text) for place, text in enumerate(reports))])
+    assert list(read_reports(path)) == [(str(place), text) for place, text in enumerate(reports)]
+    assert main(["label", "--reports", str(path), "--labeler", "rules", "--output", str(output)]) == 0
+    assert list(read_states(output)) == [str(place) for place in range(len(reports))]
+
+
+def test_long_reports_are_read_and_other_readers_keep_their_limit(table, tmp_path):
+    limit = csv.field_size_limit()
+    path, output = table(("a", "Clear lungs. " * limit)), tmp_path / "states.csv"
+    assert main(["label", "--reports", path, "--labeler", "rules", "--output", str(output)]) == 0
+    assert read_states(output)["a"].any()
+    assert csv.field_size_limit() == limit
+    path = table(("a", "Clear lungs."), ("a", ""))
+    with pytest.raises(ValueError, match="stands in line 2 too"):  # kept, and with it what was open
+        list(read_reports(path))
+    assert csv.field_size_limit() == limit
+
+
+def test_an_output_that_cannot_be_is_named(table, tmp_path, capsys):
+    command = ["label", "--reports", table(("a", "Clear lungs.")), "--labeler", "rules", "--overwrite", "--output"]
+    assert main([*command, str(tmp_path / "none" / "states.csv")]) == 1
+    assert f"states.csv: there is no folder {tmp_path / 'none'}" in capsys.readouterr().err
+    assert main([*command, str(tmp_path)]) == 1
+    assert f"{tmp_path} is a folder" in capsys.readouterr().err
+
+
+def test_rules_are_the_default(table, tmp_path):
+    path = table(("a", "No effusion."))
+    assert main(["label", "--reports", path, "--output", str(tmp_path / "states.csv")]) == 0
+    assert read_states(tmp_path / "states.csv")["a"][FINDINGS.index("pleural_effusion")] == 2
 
 
 def test_options_reach_the_labeler(table, tmp_path):
@@ -168,6 +233,36 @@ def test_an_interrupted_labelling_is_gone_on_with(built, monkeypatch, capsys):
     assert None not in states_of(built).values()
 
 
+def test_a_csv_is_counted_whole_however_often_it_was_interrupted(built, table, monkeypatch, capsys):
+    findings = [name.replace("_", " ") for name in FINDINGS]
+    ids = list(states_of(built))
+    rows = [(study, *["1"] * 14) for study in (*ids[:-1], "other")]
+    path = table(*rows, header=("study", *findings))
+    command = ["label", str(built), "--labeler", "csv", "--csv", path, "--id-column", "study"]
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("otdrg.labelers.labelling._copy_rest", killed)
+        assert main(command) == 130
+    table(*rows[1:], header=("study", *findings))
+    assert main([*command, "--resume"]) == 1
+    assert "was labelled with csv_sha256=" in capsys.readouterr().err
+    table(*rows, header=("study", *findings))
+    assert main([*command, "--resume"]) == 0
+    error = capsys.readouterr().err
+    assert f"not in {path}: 1 studies: {ids[-1]}\n" in error
+    assert f"1 ids of {path} are of no study\n" in error
+
+
+def test_a_csv_of_other_studies_is_refused(built, table, capsys):
+    path = table(("x", *["1"] * 14), header=("id", *(name.replace("_", " ") for name in FINDINGS)))
+    assert main(["label", str(built), "--labeler", "csv", "--csv", path]) == 1
+    assert "none of the 9 studies is in it (studies: " in capsys.readouterr().err
+    assert [entry.name for entry in built.parent.iterdir() if entry.name.startswith("built")] == ["built"]
+
+
 # --- two tables of states --------------------------------------------------------------------------------------------
 
 
@@ -183,6 +278,8 @@ def test_two_tables_are_compared(table, tmp_path, capsys):
     assert json.loads((folder / "agreement.json").read_text())["accuracy"] == 1
     assert len((folder / "agreement.csv").read_text().splitlines()) == 1 + 14 * 5
     assert (folder / "disagreements.csv").read_text() == "id,finding,reference,candidate\n"
+    assert main(["label", "--compare", one, two, "--output", two]) == 1
+    assert f"{two} is no folder" in capsys.readouterr().err
     three = table(("a", "", *["1"] * 13), header=("id", *names), name="c.csv")
     assert main(["label", "--compare", one, three, "--output", str(folder)]) == 1
     assert "exists and is not empty: --overwrite" in capsys.readouterr().err
@@ -190,6 +287,14 @@ def test_two_tables_are_compared(table, tmp_path, capsys):
     assert (folder / "disagreements.csv").read_text().splitlines()[
         1
     ] == "a,enlarged_cardiomediastinum,positive,unmentioned"
+
+
+def test_the_help_shows_each_form(capsys):
+    with pytest.raises(SystemExit):
+        main(["label", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    for example in ("studies --labeler rules", "--reports reports.csv --labeler rules", "--compare chexpert.csv"):
+        assert any(line.startswith(f"  otdrg label {example}") for line in lines)
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------
@@ -200,7 +305,6 @@ def test_two_tables_are_compared(table, tmp_path, capsys):
     [
         ([], "nothing given: expected one of DATASET, --reports and --compare"),
         (["studies", "--reports", "r.csv"], "dataset and reports given"),
-        (["--reports", "r.csv"], "--labeler is missing: expected one of rules"),
         (["--reports", "r.csv", "--labeler", "rules"], "--output is missing"),
         (["--reports", "r.csv", "--labeler", "csv", "--output", "o"], "--labeler csv joins states to studies by id"),
         (["--reports", "r.csv", "--labeler", "rules", "--output", "o", "--relabel"], "--relabel does not go with"),
@@ -208,6 +312,15 @@ def test_two_tables_are_compared(table, tmp_path, capsys):
         (["studies", "--labeler", "csv"], "--labeler csv and --csv FILE go together"),
         (["studies", "--labeler", "rules", "--option", "x"], "--option x: expected NAME=VALUE"),
         (["studies", "--labeler", "rules", "--option", "size=3"], "unknown option 'size' of labeler 'rules'"),
+        (["studies", "--labeler", "rules", "--option", "vocabulary=["], "--option vocabulary=[: the value is no YAML"),
+        (["studies", "--labeler", "rules", "--option", "vocabulary=3"], "does not take vocabulary=3: "),
+        (["studies", "--labeler", "rules", "--option", "repeat_mistakes=maybe"], "is 'maybe': expected true or false"),
+        (["studies", "--labeler", "rules", *["--option", "vocabulary=v"] * 2], "--option vocabulary is given twice"),
+        (["studies", "--labeler", "rules", "--id-column", "x"], "--id-column is a column of --csv"),
+        (
+            ["studies", "--labeler", "csv", "--csv", "s.csv", "--option", "a=1"],
+            "--option does not go with --labeler csv",
+        ),
         (["studies", "--labeler", "llm"], "labeler 'llm' needs the option 'model'"),
         (
             ["studies", "--labeler", "rules"],
@@ -234,8 +347,9 @@ def test_a_mistake_is_one_line_and_leaves_nothing(arguments, message, tmp_path, 
         (b"id,report\n1,Clear.\n1,Clear.\n", "line 3, column id: '1' stands in line 2 too"),
         (b"id,report\n ,Clear.\n", "line 2, column id: empty"),
         (b"id,report\n1,Clear, no.\n", "line 2: 3 values, expected 2"),
-        (b"id,report\n1,R\xf6ntgen\n", "not UTF-8"),
-        (b'id,report\n1,"open\n', "not a CSV"),
+        (b"id,report\n1,Clear.\n2,R\xf6ntgen\n", "not UTF-8 (line 3)"),
+        (b'id,report\n1,"Clear.\nNo effusion."\n2,"open\n', "not a CSV (line 4: "),
+        (b'id,report\n1,"Clear.\nNo effusion."\n1,"No\nchange."\n', "line 4, column id: '1' stands in line 2 too"),
     ],
 )
 def test_a_faulty_table_leaves_no_output(content, message, tmp_path, capsys):

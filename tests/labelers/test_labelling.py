@@ -1,0 +1,226 @@
+"""Finding states of a dataset on disk."""
+
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from datasets import load_from_disk
+from otdrg.findings_otdrg import FINDING_STATES, FINDINGS
+from otdrg.labelers.labelling import label_dataset
+from otdrg.studies.schema import STUDY_FEATURES
+from otdrg.studies.shards import ShardWriter, publish_shards
+
+SETTINGS = {"labeler": "count"}
+IMAGE = 2**16
+
+
+@pytest.fixture
+def built(tmp_path):
+    return build(tmp_path / "built")
+
+
+def build(folder, arrow=True, images=1):
+    """Two splits, three shards of two studies, the second of each with states; bytes stand in for images."""
+    random = np.random.default_rng(0)
+    shards = folder / "shards"
+    shards.mkdir(parents=True)
+    names = [("train", "train-00000"), ("train", "train-00001"), ("test", "test-00000")]
+    empty = {name: [] if name in ("images", "views") else "" for name in STUDY_FEATURES}
+    for number, (_, name) in enumerate(names):
+        with ShardWriter(shards / name, arrow=arrow) as writer:
+            for place, states in enumerate((None, [3] * 13 + [0])):
+                study = f"s{2 * number + place}"
+                views = [{"bytes": random.bytes(IMAGE), "path": None} for _ in range(images)]
+                writer.write({**empty, "id": study, "report": f"of {study}", "images": views, "finding_states": states})
+    publish_shards(shards, folder, names, digest="a" * 64)
+    shards.rmdir()
+    (folder / "summary.json").write_text('{"licences": ["mine"]}')
+    (folder / "README.md").write_text("card")
+    return folder
+
+
+class Reader:
+    """Every finding positive; what it was asked for is kept, and it gives up at one of the studies."""
+
+    def __init__(self, gives_up_at=None):
+        self.seen, self.gives_up_at = [], gives_up_at
+
+    def __call__(self, ids, reports):
+        assert reports == [f"of {study}" for study in ids]
+        if self.gives_up_at in ids:
+            raise ValueError("gave up")
+        self.seen += ids
+        return [[1] * 14 for _ in ids]
+
+
+def states_of(folder):
+    tables = [pq.read_table(file).to_pydict() for file in sorted((folder / "data").glob("*.parquet"))]
+    return dict(pair for table in tables for pair in zip(table["id"], table["finding_states"], strict=True))
+
+
+def content_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_counts_are_by_split_and_by_finding(built):
+    report = label_dataset(built, Reader(), SETTINGS)
+    assert report.studies["train"] == {"studies": 4, "labelled": 2, "kept": 2, "unknown": 0}
+    assert report.studies["test"] == {"studies": 2, "labelled": 1, "kept": 1, "unknown": 0}
+    assert report.states["edema"] == dict(zip(FINDING_STATES, (0, 3, 0, 3), strict=True))
+    assert report.states["no_finding"] == dict(zip(FINDING_STATES, (3, 3, 0, 0), strict=True))
+    assert list(report.states) == list(FINDINGS)
+    assert "| test | 2 | 1 | 1 | 0 |" in str(report)
+
+
+def test_studies_without_a_state_are_counted_and_listed(built):
+    def read(ids, reports):
+        return [None if study == "s0" else [0] * 14 for study in ids]
+
+    report = label_dataset(built, read, SETTINGS)
+    assert report.studies["train"] == {"studies": 4, "labelled": 1, "kept": 2, "unknown": 1}
+    assert report.unlabelled == ["s0", "s2", "s4"]
+    assert (built / "unlabelled.txt").read_text() == "s0\ns2\ns4\n"
+    assert states_of(built)["s0"] is None
+    label_dataset(built, Reader(), SETTINGS, relabel=True)
+    assert not (built / "unlabelled.txt").exists()
+
+
+@pytest.mark.parametrize("arrow", [True, False])
+def test_all_else_is_as_it_was(tmp_path, arrow):
+    built = build(tmp_path / "built", arrow=arrow)
+    old = {file.name: pq.read_table(file) for file in (built / "data").iterdir()}
+    label_dataset(built, Reader(), SETTINGS)
+    for name, table in old.items():
+        new = pq.read_table(built / "data" / name)
+        assert new.drop_columns("finding_states").equals(table.drop_columns("finding_states"))
+        assert new.schema == table.schema
+    assert (built / "dataset_dict.json").exists() is arrow
+    if arrow:
+        loaded = load_from_disk(built)
+        loaded = {row["id"]: row["finding_states"] for rows in loaded.values() for row in rows.remove_columns("images")}
+        assert loaded == states_of(built)
+
+
+def test_row_groups_stay_so_that_memory_is_bounded_by_images_not_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr("otdrg.studies.shards._BATCH_BYTES", IMAGE)
+    built = build(tmp_path / "built")
+    file = built / "data" / "test-00000-of-00001.parquet"
+    assert pq.read_metadata(file).num_row_groups == 2
+    label_dataset(built, Reader(), SETTINGS)
+    assert pq.read_metadata(file).num_row_groups == 2
+    assert states_of(built)["s4"] == [1] * 14 and states_of(built)["s5"] == [3] * 13 + [0]
+
+
+def test_what_the_owner_keeps_in_the_folder_stays(built):
+    (built / "notes" / "deep").mkdir(parents=True)
+    (built / "notes" / "deep" / "a.txt").write_text("mine")
+    (built / "link").symlink_to("notes")
+    label_dataset(built, Reader(), SETTINGS)
+    assert (built / "notes" / "deep" / "a.txt").read_text() == "mine"
+    assert (built / "link").is_symlink()
+    assert (built / "README.md").read_text() == "card"
+
+
+def test_of_a_link_the_dataset_is_labelled(built, tmp_path):
+    (tmp_path / "link").symlink_to(built)
+    label_dataset(tmp_path / "link", Reader(), SETTINGS)
+    assert (tmp_path / "link").is_symlink()
+    assert None not in states_of(built).values()
+    assert {path.name for path in tmp_path.iterdir()} == {"link", "built"}
+
+
+def test_resumed_it_labels_the_rest(built):
+    before = content_of(built)
+    with pytest.raises(ValueError, match="gave up"):
+        label_dataset(built, Reader(gives_up_at="s2"), SETTINGS)
+    assert content_of(built) == before
+    rest = Reader()
+    report = label_dataset(built, rest, SETTINGS, resume=True)
+    assert rest.seen == ["s2", "s4"]
+    assert report.studies["train"]["labelled"] == 2
+    assert None not in states_of(built).values()
+
+
+@pytest.mark.parametrize("last", ["_write_summary", "put_in_place"])
+def test_cut_off_at_its_end_it_can_be_gone_on_with(built, tmp_path, monkeypatch, last):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    before = content_of(built)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"otdrg.labelers.labelling.{last}", killed)
+        with pytest.raises(KeyboardInterrupt):
+            label_dataset(built, Reader(), SETTINGS)
+    assert content_of(built) == before
+    rest = Reader()
+    report = label_dataset(built, rest, SETTINGS, resume=True)
+    assert report.studies["train"] == {"studies": 4, "labelled": 2, "kept": 2, "unknown": 0}
+    assert bool(rest.seen) is (last == "_write_summary")
+    assert {path.name for path in tmp_path.iterdir()} == {"built"}
+    assert content_of(built).keys() == before.keys()
+    assert list(states_of(built)) == ["s4", "s5", "s0", "s1", "s2", "s3"]
+    assert None not in states_of(built).values()
+
+
+def test_resumed_when_whole_it_is_left_as_it_is(built, tmp_path):
+    labelled = tmp_path / "labelled"
+    for output in (labelled, None):
+        report = label_dataset(built, lambda ids, _: [None] * len(ids), SETTINGS, output=output)
+        reader = Reader()
+        again = label_dataset(built, reader, SETTINGS, output=output, resume=True)
+        assert again == report and not reader.seen
+    with pytest.raises(ValueError, match="labelled exists: --overwrite replaces it"):
+        label_dataset(built, Reader(), {"labeler": "other"}, output=labelled, resume=True)
+
+
+def test_a_shard_that_was_built_anew_is_labelled_anew(built):
+    with pytest.raises(ValueError, match="gave up"):
+        label_dataset(built, Reader(gives_up_at="s4"), SETTINGS)
+    file = built / "data" / "train-00000-of-00002.parquet"
+    table = pq.read_table(file)
+    file.unlink()
+    pq.write_table(table.slice(0, 1), file)
+    rest = Reader()
+    label_dataset(built, rest, SETTINGS, resume=True)
+    assert rest.seen == ["s0", "s4"]
+    assert list(states_of(built)) == ["s4", "s5", "s0", "s2", "s3"]
+
+
+def test_a_dataset_that_is_there_is_replaced_if_it_may_be(built, tmp_path):
+    labelled = tmp_path / "labelled"
+    labelled.mkdir()
+    label_dataset(built, Reader(), SETTINGS, output=labelled)
+    with pytest.raises(ValueError, match="labelled exists: --overwrite replaces it"):
+        label_dataset(built, Reader(), SETTINGS, output=labelled)
+    label_dataset(built, lambda ids, _: [[2] * 13 + [0]] * len(ids), SETTINGS, output=labelled, overwrite=True)
+    assert states_of(labelled)["s0"] == [2] * 13 + [0]
+    assert states_of(built)["s0"] is None
+
+
+def _without(built, column):
+    for file in (built / "data").iterdir():
+        pq.write_table(pq.read_table(file).drop_columns(column), file)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "output", "message"),
+    [
+        (lambda built: shutil.rmtree(built / "data"), None, r"built is not a built dataset: .*otdrg prepare hub"),
+        (lambda built: (built / "summary.json").unlink(), None, "built is not a built dataset"),
+        (lambda built: (built / "summary.json").write_text("{"), None, r"summary\.json is damaged"),
+        (lambda built: _without(built, "finding_states"), None, r"00\d\.parquet: no column 'finding_states'"),
+        (lambda built: (built / "shards").mkdir(), None, "shards has the name of a file of the labelling"),
+        (lambda built: None, "built/labelled", "labelled lies in the dataset"),
+        (lambda built: (built.parent / "mine").write_text("mine"), "mine", "mine exists and is no dataset"),
+        (lambda built: (built.parent / "built.partial").mkdir(), None, r"built\.partial is in the way"),
+    ],
+)
+def test_a_fault_is_named_before_anything_is_read(built, tmp_path, spoil, output, message):
+    spoil(built)
+    before = content_of(tmp_path)
+    reader = Reader()
+    with pytest.raises(ValueError, match=message) as caught:
+        label_dataset(built, reader, SETTINGS, output=output and tmp_path / output)
+    assert "\n" not in str(caught.value)
+    assert content_of(tmp_path) == before and not reader.seen
