@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from datasets import Dataset
 from safetensors.torch import save_file
@@ -19,6 +18,7 @@ from ..processing_otdrg import OTDRGProcessor
 from .build import StudySplits, known_states, set_trained_parts
 from .callbacks import LossCallback
 from .collation import ContrastiveCollator
+from .contrastive import gather, gather_groups, global_mean, info_nce
 from .probe import ViewFeatures, alignment, encode_studies, linear_probe, uniformity
 from .recipe import IRCPRecipe, Recipe
 from .streaming import StreamedStudies
@@ -128,7 +128,7 @@ class ContrastivePretraining(nn.Module):
         keys, key_groups = gather(anchors, groups)
         compared = (self.stage.temperature, self.stage.similarity)
         losses = info_nce(anchors, positives, groups, keys, key_groups, *compared)
-        outputs = {"contrastive_loss": _global_mean(losses, len(keys))}
+        outputs = {"contrastive_loss": global_mean(losses, len(keys))}
         outputs["loss"] = outputs["contrastive_loss"]
         if report_ids is not None:
             reports = self.embed_reports(report_ids, report_mask)
@@ -136,7 +136,7 @@ class ContrastivePretraining(nn.Module):
             # Both directions; reports of one wording are no negatives of each other, nor are their views.
             to_reports = info_nce(anchors, own, wording, *gather(reports, report_keys), *compared)
             to_views = info_nce(own, anchors, wording, keys, gather_groups(wording), *compared)
-            outputs["report_contrastive_loss"] = _global_mean((to_reports + to_views) / 2, len(keys))
+            outputs["report_contrastive_loss"] = global_mean((to_reports + to_views) / 2, len(keys))
             outputs["loss"] = outputs["loss"] + self.stage.report_weight * outputs["report_contrastive_loss"]
         with torch.no_grad():
             outputs["alignment"] = alignment(anchors, positives)
@@ -201,98 +201,6 @@ def projection_head(in_features: int, out_features: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(in_features, in_features), nn.GELU(), nn.Linear(in_features, out_features))
 
 
-# --- the loss --------------------------------------------------------------------------------------------------------
-
-
-def info_nce(
-    anchors: torch.Tensor,
-    positives: torch.Tensor,
-    groups: torch.Tensor,
-    keys: torch.Tensor,
-    key_groups: torch.Tensor,
-    temperature: float,
-    similarity: str,
-) -> torch.Tensor:
-    """Eq. 2 for every anchor: -log(exp(s(a, a+) / t) / (exp(s(a, a+) / t) + sum over k of exp(s(a, k) / t))).
-
-    Args:
-        anchors, positives: (A, D).
-        groups: (A,); keys of an anchor's own group are not its negatives.
-        keys, key_groups: (K, D) and (K,), the negatives of anchors of other groups.
-        temperature: t.
-        similarity: "cosine", or "euclidean" for the distance, negated.
-
-    Returns:
-        (A,), 0 where an anchor has no negative.
-    """
-    # Under autocast as well: similarities in bfloat16 have two digits.
-    with torch.autocast(anchors.device.type, enabled=False):
-        anchors, positives, keys = anchors.float(), positives.float(), keys.float()
-        if similarity == "cosine":
-            anchors, positives, keys = (F.normalize(part, dim=-1) for part in (anchors, positives, keys))
-            positive, others = (anchors * positives).sum(dim=-1), anchors @ keys.T
-        else:
-            positive = -(anchors - positives).norm(dim=-1)
-            others = -torch.cdist(anchors, keys, compute_mode="donot_use_mm_for_euclid_dist")
-        others = others.masked_fill(groups[:, None] == key_groups[None], -torch.inf)
-        logits = torch.cat((positive[:, None], others), dim=1) / temperature
-        return logits.logsumexp(dim=1) - logits[:, 0]
-
-
-class _AllGather(torch.autograd.Function):
-    """(N, D) of every process as (processes, N, D); the gradient of each part comes back from all processes."""
-
-    @staticmethod
-    def forward(ctx, tensor):
-        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, tensor.contiguous())
-        return torch.stack(parts)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        return gradient[dist.get_rank()]
-
-
-def gather(features: torch.Tensor, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features (N, D) and groups (N,) of all processes, whose N may differ; with gradient.
-
-    Every process must call it, with features of one width.
-    """
-    if not _distributed():
-        return features, groups
-    groups, missing = _gather_padded(groups)
-    features = _AllGather.apply(F.pad(features, (0, 0, 0, missing)))
-    return features[groups >= 0], groups[groups >= 0]
-
-
-def gather_groups(groups: torch.Tensor) -> torch.Tensor:
-    """Groups (N,), at least 0, of all processes, in the order of [`gather`]."""
-    if not _distributed():
-        return groups
-    groups, _ = _gather_padded(groups)
-    return groups[groups >= 0]
-
-
-def _gather_padded(groups: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """(processes, longest), -1 where a process has fewer, and how many this one lacks."""
-    longest = torch.tensor(len(groups), device=groups.device)
-    dist.all_reduce(longest, op=dist.ReduceOp.MAX)
-    missing = int(longest) - len(groups)
-    return _AllGather.apply(F.pad(groups, (0, missing), value=-1)), missing
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _global_mean(losses: torch.Tensor, total: int) -> torch.Tensor:
-    """What this process has to give for the mean over processes to be that over all `total` anchors."""
-    processes = dist.get_world_size() if _distributed() else 1
-    return losses.sum() * processes / total
-
-
 # --- before and after ------------------------------------------------------------------------------------------------
 
 
@@ -355,13 +263,4 @@ def format_measures(before: dict[str, Any], after: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-__all__ = [
-    "ContrastivePretraining",
-    "ContrastiveTrainer",
-    "format_measures",
-    "gather",
-    "gather_groups",
-    "info_nce",
-    "measure",
-    "run",
-]
+__all__ = ["ContrastivePretraining", "ContrastiveTrainer", "format_measures", "measure", "run"]

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from otdrg.modeling_otdrg import OTDRGForReportGeneration
 from otdrg.train_hf import main
 from otdrg.training.collation import ContrastiveCollator
-from otdrg.training.ircp import ContrastivePretraining, info_nce
+from otdrg.training.contrastive import info_nce
+from otdrg.training.ircp import ContrastivePretraining
 from otdrg.training.recipe import IRCPRecipe, load_recipe
 from safetensors.torch import load_file
 
@@ -180,8 +181,8 @@ def test_reports_of_one_wording_are_no_negatives(pretraining, rows):
 
 
 GATHER = """
-import os, sys, torch, torch.distributed as dist
-from otdrg.training.ircp import _global_mean, gather, gather_groups, info_nce
+import torch, torch.distributed as dist
+from otdrg.training.contrastive import global_mean, gather, gather_groups, info_nce
 torch.manual_seed(0)
 weight, inputs = torch.randn(5, 3), torch.randn(7, 5)
 groups, wording = torch.tensor([0, 0, 1, 2, 3, 3, 2]), torch.tensor([5, 5, 6, 7, 5, 5, 7])
@@ -191,7 +192,7 @@ def loss(rows):
     keys, key_groups = gather(features, groups[rows])
     one = info_nce(features, features + 0.1, groups[rows], keys, key_groups, 0.5, "cosine")
     two = info_nce(features, features + 0.2, wording[rows], keys, gather_groups(wording[rows]), 0.5, "euclidean")
-    value = _global_mean(one + two, len(keys))
+    value = global_mean(one + two, len(keys))
     value.backward()
     return value.detach(), own.grad
 expected = loss(slice(0, 7))
@@ -354,6 +355,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(write_recipe, whole_run, tmp_
     assert "does not fit the recipe, 4 weights such as report_head.0.bias" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(write_recipe, tmp_path):
     path = write_recipe(tmp_path, sigma=0.0, probe_studies=0, eval_strategy="no", max_steps=3)
     vision = "model.overrides.vision_config.model_args.drop_path_rate=0.0"
