@@ -1,4 +1,4 @@
-"""The callback that watches and steers the transport loss while training."""
+"""The callbacks that watch a stage's losses while training, and steer the transport's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ FIGURES: tuple[str, ...] = (
     "plan_entropy",
     "epsilon_to_cost",
     "label_spread",
+    "contrastive_loss",
+    "report_contrastive_loss",
+    "alignment",
+    "uniformity",
 )
+#: Those of them that are losses: told when the loss is not finite.
+LOSSES: tuple[str, ...] = tuple(name for name in FIGURES if name.endswith("_loss"))
 
 #: Label features closer to their mean than this share of their length have collapsed into one.
 COLLAPSED_SPREAD = 0.02
@@ -31,12 +37,55 @@ class NonFiniteLossError(ArithmeticError):
     """The loss or its gradient is NaN or infinite; the weights are those of the step before."""
 
 
-class SinkhornLossCallback(TrainerCallback):
-    """Moves lambda and epsilon along their schedules, collects the transport's figures, and stops what has gone wrong.
+class LossCallback(TrainerCallback):
+    """Collects the figures of a stage's outputs, and stops a run whose loss or gradient is not finite.
 
-    [`StageTrainer`] hands it every output through [`observe`] and puts [`figures`] into its log lines. lambda and
-    epsilon are moved on the model (`ot_weight`, `ot_epsilon`), never in its configuration, whose values are where both
-    end.
+    [`StageTrainer`] hands it every output through [`observe`] and puts [`figures`] into its log lines.
+    """
+
+    def __init__(self):
+        self._sums: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def observe(self, outputs) -> None:
+        """Take in the output of one training batch.
+
+        Raises:
+            NonFiniteLossError: its loss, on this or any other process, is NaN or infinite.
+        """
+        for name in FIGURES:
+            value = outputs.get(name)
+            if value is not None:
+                self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
+                self._counts[name] = self._counts.get(name, 0) + 1
+        loss = outputs["loss"].detach()
+        if not _everywhere(torch.isfinite(loss)):
+            parts = {name: float(outputs[name].detach()) for name in LOSSES if outputs.get(name) is not None}
+            told = ", ".join(f"{name} {value:.4g}" for name, value in {"loss": float(loss), **parts}.items())
+            raise NonFiniteLossError(f"the loss is not finite ({told})")
+
+    def figures(self) -> dict[str, float]:
+        """Means since the last call, over all processes; every process must call it."""
+        means = {}
+        for name, total in self._sums.items():
+            pair = torch.stack((total, torch.full_like(total, self._counts[name])))
+            if _distributed():
+                dist.all_reduce(pair)
+            means[name] = float(pair[0] / pair[1])
+        self._sums, self._counts = {}, {}
+        return means
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if gradients and not _everywhere(torch.stack([gradient.isfinite().all() for gradient in gradients]).all()):
+            raise NonFiniteLossError("a gradient is not finite")
+
+
+class SinkhornLossCallback(LossCallback):
+    """Moves lambda and epsilon along their schedules too, and warns of a transport that has gone wrong.
+
+    lambda and epsilon are moved on the model (`ot_weight`, `ot_epsilon`), never in its configuration, whose values are
+    where both end.
 
     Args:
         ot_weight_warmup: share of the steps over which lambda rises from 0, linearly.
@@ -50,11 +99,10 @@ class SinkhornLossCallback(TrainerCallback):
         ot_epsilon_start: float | None = None,
         ot_epsilon_annealing: float = 0.5,
     ):
+        super().__init__()
         self.ot_weight_warmup = ot_weight_warmup
         self.ot_epsilon_start = ot_epsilon_start
         self.ot_epsilon_annealing = ot_epsilon_annealing
-        self._sums: dict[str, torch.Tensor] = {}
-        self._counts: dict[str, int] = {}
         self._warned: set[str] = set()
 
     # -- schedules ------------------------------------------------------------------------------------------------
@@ -79,40 +127,7 @@ class SinkhornLossCallback(TrainerCallback):
     def on_train_end(self, args, state, control, model=None, **kwargs):
         model.ot_weight, model.ot_epsilon = model.config.ot_weight, model.config.ot_epsilon
 
-    # -- figures --------------------------------------------------------------------------------------------------
-
-    def observe(self, outputs) -> None:
-        """Take in the output of one training batch.
-
-        Raises:
-            NonFiniteLossError: its loss, on this or any other process, is NaN or infinite.
-        """
-        for name in FIGURES:
-            value = outputs.get(name)
-            if value is not None:
-                self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
-                self._counts[name] = self._counts.get(name, 0) + 1
-        loss = outputs["loss"].detach()
-        if not _everywhere(torch.isfinite(loss)):
-            parts = {name: float(outputs[name].detach()) for name in FIGURES[:3] if outputs.get(name) is not None}
-            told = ", ".join(f"{name} {value:.4g}" for name, value in {"loss": float(loss), **parts}.items())
-            raise NonFiniteLossError(f"the loss is not finite ({told})")
-
-    def figures(self) -> dict[str, float]:
-        """Means since the last call, over all processes; every process must call it."""
-        means = {}
-        for name, total in self._sums.items():
-            pair = torch.stack((total, torch.full_like(total, self._counts[name])))
-            if _distributed():
-                dist.all_reduce(pair)
-            means[name] = float(pair[0] / pair[1])
-        self._sums, self._counts = {}, {}
-        return means
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        if gradients and not _everywhere(torch.stack([gradient.isfinite().all() for gradient in gradients]).all()):
-            raise NonFiniteLossError("a gradient is not finite")
+    # -- warnings -------------------------------------------------------------------------------------------------
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         logs = logs or {}
@@ -149,4 +164,4 @@ def _everywhere(condition: torch.Tensor) -> bool:
     return bool(condition)
 
 
-__all__ = ["NonFiniteLossError", "SinkhornLossCallback"]
+__all__ = ["LossCallback", "NonFiniteLossError", "SinkhornLossCallback"]

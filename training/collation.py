@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
@@ -79,4 +80,45 @@ class FindingCollator:
         return {"view_features": padded, "view_mask": view_mask, **labels}
 
 
-__all__ = ["FindingCollator", "PromptCollator", "ReportCollator"]
+class ContrastiveCollator:
+    """Batches for contrastive pre-training: views, and by which key to tell studies, and reports, from others.
+
+    `study_keys` (B,) are equal for one study wherever it is met, on whichever process. Where reports are read,
+    `report_ids` and `report_mask` (B, L) are their tokens and `report_keys` (B,) are equal for reports of one wording.
+
+    Args:
+        processor: the model's.
+        max_report_tokens: tokens of a report that are kept; None leaves the reports out.
+    """
+
+    def __init__(self, processor: OTDRGProcessor, max_report_tokens: int | None = None):
+        self.processor = processor
+        self.max_report_tokens = max_report_tokens
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        views = self.processor(images=[row["images"] for row in rows])
+        batch = {
+            "pixel_values": views["pixel_values"],
+            "view_mask": views["view_mask"],
+            "study_keys": torch.tensor([_key(row["id"]) for row in rows]),
+        }
+        if self.max_report_tokens is None:
+            return batch
+        reports = [row["report"] for row in rows]
+        ids = self.processor.tokenizer(reports, add_special_tokens=False)["input_ids"]
+        tokens = [torch.tensor(row[: self.max_report_tokens], dtype=torch.long) for row in ids]
+        pad = torch.nn.utils.rnn.pad_sequence
+        return {
+            **batch,
+            "report_ids": pad(tokens, batch_first=True),
+            "report_mask": pad([torch.ones(len(row), dtype=torch.bool) for row in tokens], batch_first=True),
+            "report_keys": torch.tensor([_key(" ".join(report.split())) for report in reports]),
+        }
+
+
+def _key(text: str) -> int:
+    """A number from 0 to 2^63 - 1 that is the text's own: the same on every process, unlike Python's hash."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+__all__ = ["ContrastiveCollator", "FindingCollator", "PromptCollator", "ReportCollator"]

@@ -64,7 +64,7 @@ def run(
         model,
         args,
         processor=processor,
-        sinkhorn=SinkhornLossCallback(),
+        loss_callback=SinkhornLossCallback(),
         frozen=frozen,
         vision_learning_rate=stage.vision_learning_rate,
         train_collator=collator,

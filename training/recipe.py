@@ -148,6 +148,37 @@ class StageRecipe:
 
 
 @dataclass
+class IRCPRecipe(StageRecipe):
+    """The stage that pre-trains the vision encoder by contrast (3.2.2)."""
+
+    vision: Literal["frozen", "full"] = _option("full", "The vision encoder is what this stage trains: always full.")
+    sigma: float = _option(0.1, "Standard deviation of the noise that makes an anchor's positive.")
+    noise: Literal["normalized", "raw"] = _option(
+        "normalized", "Add the noise to the pooled encoder feature scaled to length 1, or to it as it is (the paper)."
+    )
+    similarity: Literal["cosine", "euclidean"] = _option(
+        "cosine", "Of projected features: their cosine, or their Euclidean distance, negated."
+    )
+    temperature: float = _option(0.5, "By which similarities are divided.")
+    projection_size: int = _option(128, "Width of the features that are compared, behind the projection head.")
+    report_weight: float = _option(0.0, "Weight of the loss that contrasts views with reports; 0 leaves it out.")
+    max_report_tokens: int = _option(120, "Tokens of a report that are read for that loss.")
+    probe_studies: int = _option(
+        2000, "Most training and most validation studies encoded before and after for the figures; 0 leaves them out."
+    )
+
+    def __post_init__(self):
+        self._check("ircp")
+        _need(self.vision == "full", "ircp.vision", self.vision, "full: the vision encoder is what this stage trains")
+        _need(self.batch_size > 1, "ircp.batch_size", self.batch_size, "at least 2: negatives are the batch's others")
+        for name in ("sigma", "report_weight", "probe_studies"):
+            _need(getattr(self, name) >= 0, f"ircp.{name}", getattr(self, name), "a number of at least 0")
+        _need(self.temperature > 0, "ircp.temperature", self.temperature, "a number above 0")
+        for name in ("projection_size", "max_report_tokens"):
+            _need(getattr(self, name) > 0, f"ircp.{name}", getattr(self, name), "a positive integer")
+
+
+@dataclass
 class PredictorRecipe(StageRecipe):
     """The stage that trains the label predictor (3.4)."""
 
@@ -233,7 +264,9 @@ class ReportRecipe(StageRecipe):
 
 
 #: The stages there are, in the order in which they run, and the module of each.
-STAGES: dict[str, str] = {"predictor": "predictor", "report": "report"}
+STAGES: dict[str, str] = {"ircp": "ircp", "predictor": "predictor", "report": "report"}
+#: Those of a recipe that does not say: without pre-training, the encoder is taken as it is given.
+DEFAULT_STAGES: tuple[str, ...] = ("predictor", "report")
 
 
 @dataclass
@@ -245,11 +278,12 @@ class Recipe:
     seed: int = _option(42, "Seed of weights, batches and controls.")
     cpu_threads: int | None = _option(None, "Threads of each process on CPU; the cores' share of each without it.")
     stages: list[str] = field(
-        default_factory=lambda: list(STAGES),
-        metadata={"help": "Stages to run; each reads the folder of the one before."},
+        default_factory=lambda: list(DEFAULT_STAGES),
+        metadata={"help": "Stages to run, of ircp, predictor and report; each reads the folder of the one before."},
     )
     labels: LabelsRecipe = field(default_factory=LabelsRecipe, metadata={"help": "Where finding states come from."})
     model: ModelRecipe = field(default_factory=ModelRecipe, metadata={"help": "What the first stage starts from."})
+    ircp: IRCPRecipe = field(default_factory=IRCPRecipe, metadata={"help": "Contrastive pre-training (3.2.2)."})
     predictor: PredictorRecipe = field(default_factory=PredictorRecipe, metadata={"help": "Label predictor (3.4)."})
     report: ReportRecipe = field(default_factory=ReportRecipe, metadata={"help": "FIOT and the LLM (3.3, 3.5)."})
 

@@ -59,7 +59,7 @@ def run(
         model,
         args,
         processor=processor,
-        sinkhorn=sinkhorn,
+        loss_callback=sinkhorn,
         frozen=frozen,
         vision_learning_rate=stage.vision_learning_rate,
         train_collator=ReportCollator(

@@ -45,6 +45,7 @@ def run_recipe(recipe: Recipe, resume: bool = False, overwrite: bool = False) ->
     """
     output = Path(recipe.output_dir)
     pending = _pending_stages(recipe, resume, overwrite)
+    _check_predictor(recipe, pending)
     previous = _previous_folder(recipe, pending)
     studies = build_studies(recipe.studies, recipe.labels, recipe.seed)
     state = PartialState(cpu=not has_accelerator())
@@ -60,7 +61,7 @@ def run_recipe(recipe: Recipe, resume: bool = False, overwrite: bool = False) ->
     state.wait_for_everyone()
     results = _read_results(output)
     for stage in pending:
-        logger.info("stage %s: %s", stage, output / stage)
+        logger.info("stage %s: %s, from %s", stage, output / stage, previous or "the recipe's model")
         set_seed(recipe.seed)
         if previous is None:
             model, processor = build_model(recipe.model, studies["train"]["report"])
@@ -118,12 +119,23 @@ def _previous_folder(recipe: Recipe, pending: list[str]) -> Path | None:
         folder = Path(recipe.output_dir) / stage
         if (folder / FINISHED).is_file():
             return folder
-    if pending and pending[0] == "report" and recipe.model.overrides.get("dle", True):
-        raise ValueError(
-            f"stage report needs a trained predictor, and {Path(recipe.output_dir) / 'predictor'} holds none: run "
-            "stages=[predictor,report]"
-        )
     return None
+
+
+def _check_predictor(recipe: Recipe, pending: list[str]) -> None:
+    """The report stage reads a folder in which the predictor has been trained."""
+    if "report" not in pending or "predictor" in pending or not recipe.model.overrides.get("dle", True):
+        return
+    folder = Path(recipe.output_dir) / "predictor"
+    if not (folder / FINISHED).is_file():
+        raise ValueError(
+            f"stage report needs a trained predictor, and {folder} holds none: run stages=[predictor,report]"
+        )
+    if "ircp" in pending:
+        raise ValueError(
+            f"stage report needs a trained predictor, and that of {folder} does not know the encoder that stage ircp "
+            "makes: run stages=[ircp,predictor,report]"
+        )
 
 
 def _read_results(output: Path) -> dict[str, Any]:

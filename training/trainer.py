@@ -13,18 +13,19 @@ from transformers import Trainer, TrainingArguments
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from .build import last_checkpoint
-from .callbacks import FIGURES, NonFiniteLossError, SinkhornLossCallback
+from .callbacks import FIGURES, LossCallback, NonFiniteLossError
 from .recipe import StageRecipe
 
 logger = logging.getLogger(__name__)
 
 
 class StageTrainer(Trainer):
-    """A `Trainer` whose log lines hold the transport's figures and whose checkpoints resume any encoder.
+    """A `Trainer` whose log lines hold the losses' figures and whose checkpoints resume any encoder.
 
     Args:
+        model: OTDRG, or what wraps it and has a `save_pretrained` of its own.
         processor: saved beside the model in every checkpoint.
-        sinkhorn: the callback that is shown every output.
+        loss_callback: is shown every output.
         frozen: parts to be kept in evaluation mode.
         vision_learning_rate: peak learning rate of the vision encoder, if another than the rest's.
         train_collator, eval_collator: make batches of studies.
@@ -32,20 +33,20 @@ class StageTrainer(Trainer):
 
     def __init__(
         self,
-        model: OTDRGForReportGeneration,
+        model: OTDRGForReportGeneration | nn.Module,
         args: TrainingArguments,
         *,
         processor: OTDRGProcessor,
-        sinkhorn: SinkhornLossCallback,
+        loss_callback: LossCallback,
         frozen: list[nn.Module],
         vision_learning_rate: float | None,
         train_collator,
         eval_collator,
         **kwargs,
     ):
-        super().__init__(model, args, data_collator=train_collator, callbacks=[sinkhorn], **kwargs)
+        super().__init__(model, args, data_collator=train_collator, callbacks=[loss_callback], **kwargs)
         self.processor = processor
-        self.sinkhorn = sinkhorn
+        self.loss_callback = loss_callback
         self.frozen = frozen
         self.vision_learning_rate = vision_learning_rate
         self.eval_collator = eval_collator
@@ -85,7 +86,7 @@ class StageTrainer(Trainer):
                 part.eval()
         outputs = model(**inputs)
         if training:
-            self.sinkhorn.observe(outputs)
+            self.loss_callback.observe(outputs)
         else:
             for name in FIGURES:
                 if outputs.get(name) is not None:
@@ -106,8 +107,8 @@ class StageTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
-            logs.update(self.sinkhorn.figures())
-            if self.model.config.fiot and "ot_loss" in logs:
+            logs.update(self.loss_callback.figures())
+            if "ot_loss" in logs and self.model.config.fiot:
                 logs.update(ot_weight=self.model.ot_weight, ot_epsilon=self.model.ot_epsilon)
         elif "eval_loss" in logs:
             for name, values in self._eval_sums.items():

@@ -53,6 +53,11 @@ def test_overrides_win_over_the_file_and_defaults_fill_the_rest(write):
     assert recipe.predictor.batch_size == 8
 
 
+def test_pre_training_is_asked_for(write):
+    assert load_recipe(write(MINIMAL)).stages == ["predictor", "report"]
+    assert load_recipe(write(MINIMAL), ["stages=[ircp,predictor]"]).stages == ["ircp", "predictor"]
+
+
 def test_a_resolved_recipe_reads_back_as_itself(write):
     recipe = load_recipe(write(MINIMAL), ["model.overrides.ot_epsilon=1e-2", "report.max_steps=5"])
     assert load_recipe(write(recipe.to_yaml())) == recipe
@@ -84,8 +89,8 @@ def test_environment_variables(write, monkeypatch):
         (["report.text=lorra"], r"report\.text='lorra': expected one of frozen, lora, full"),
         (["report.vision=full"], r"report\.predictor='frozen': expected full where report\.vision is full"),
         (["stages=report"], r"stages='report': expected a list of strings"),
-        (["stages=[ircp]"], r"stages='ircp': expected one of predictor, report"),
-        (["stages=[report, predictor]"], r"in this order: predictor, report"),
+        (["stages=[pretraining]"], r"stages='pretraining': expected one of ircp, predictor, report"),
+        (["stages=[report, predictor]"], r"in this order: ircp, predictor, report"),
         (["report=3"], r"report=3: expected a section"),
         (["report.max_steps"], r"expected section\.field=value"),
         (["report.max_steps=[1"], r"is not valid YAML"),

@@ -60,10 +60,12 @@ def test_the_order_is_new_each_epoch_and_the_same_for_a_seed(prepared):
 
 
 @pytest.mark.parametrize("prepared", [True], ids=["parquet only"], indirect=True)
-def test_a_recipe_trains_both_stages_on_a_stream(prepared, tiny_recipe, tmp_path):
+def test_a_recipe_trains_all_stages_on_a_stream(prepared, tiny_recipe, tmp_path):
     recipe = yaml.safe_load(tiny_recipe.read_text(encoding="utf-8"))
     recipe["studies"] = {"source": "prepared", "options": {"folder": str(prepared)}, "streaming": True}
     recipe["output_dir"] = str(tmp_path / "run")
+    recipe["stages"] = ["ircp", "predictor", "report"]
+    recipe["ircp"] = {"epochs": 1, "batch_size": 4, "probe_studies": 10}
     # By epochs, which a stream of unknown length could not have; and with the views encoded anew.
     recipe["predictor"].update(max_steps=-1, epochs=2, workers=1)
     recipe["report"].update(max_steps=-1, epochs=1)
@@ -71,7 +73,8 @@ def test_a_recipe_trains_both_stages_on_a_stream(prepared, tiny_recipe, tmp_path
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     assert main([str(path)]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
-    assert (results["predictor"]["steps"], results["report"]["steps"]) == (8, 4)
+    assert [results[stage]["steps"] for stage in recipe["stages"]] == [4, 8, 4]
+    assert results["ircp"]["after"]["probe"]["train_studies"] == 10
     assert (tmp_path / "run" / "model" / "config.json").is_file()
 
 
