@@ -7,6 +7,7 @@ Generation via LLMs".
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,13 @@ if TYPE_CHECKING:
     from .processing_otdrg import OTDRGProcessor  # noqa: F401
 
 NO_FINDING = FINDINGS.index("no_finding")
+
+#: What transformers calls an LLM's key-value cache: `cache` from 5.24 on.
+CACHE = next(
+    name
+    for name in ("cache", "past_key_values")
+    if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+)
 
 
 # --- optimal transport (3.3.2) ---------------------------------------------------------------------------------------
@@ -314,7 +322,7 @@ class OTDRGOutput(ModelOutput):
             text written out; while training only those from the first label's on.
         transport_plan (`torch.Tensor` of shape `(B, M, 14)`): T.
         finding_logits (`torch.Tensor` of shape `(B, 14, 4)`): the label predictor's.
-        past_key_values (`Cache`): the LLM's key-value cache.
+        past_key_values (`Cache`): the LLM's key-value cache; from transformers 5.24 on also called `cache`.
         ot_marginal_error, plan_entropy, epsilon_to_cost, label_spread (`torch.Tensor` of shape `()`):
             figures to watch: mean L1 error of the plan's row marginals; entropy of the plan over its maximum (1 is a
             uniform plan); epsilon over the mean cost; distance of label features from their mean over their length.
@@ -327,7 +335,6 @@ class OTDRGOutput(ModelOutput):
     logits: torch.Tensor | None = None
     transport_plan: torch.Tensor | None = None
     finding_logits: torch.Tensor | None = None
-    past_key_values: object | None = None
     ot_marginal_error: torch.Tensor | None = None
     plan_entropy: torch.Tensor | None = None
     epsilon_to_cost: torch.Tensor | None = None
@@ -373,7 +380,7 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -754,6 +761,7 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values=None,
+        cache=None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -787,6 +795,7 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
             ValueError: no image, or placeholders that do not match the features.
         """
         return_dict = return_dict if return_dict is not None else self.config.return_dict
+        cache = past_key_values if cache is None else cache
         output = OTDRGOutput()
         if view_features is None and pixel_values is not None:
             view_features = self.encode_views(pixel_values, view_mask)
@@ -798,7 +807,7 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
                 output.predictor_loss = focal_loss(
                     output.finding_logits, finding_labels, self.config.focal_gamma, self.config.focal_reduction
                 )
-        elif past_key_values is None or past_key_values.get_seq_length() == 0:
+        elif cache is None or cache.get_seq_length() == 0:
             raise ValueError("no image: pixel_values is missing, and a report is never written from nothing")
 
         if input_ids is not None or inputs_embeds is not None:
@@ -818,13 +827,13 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 logits_to_keep=logits_to_keep,
+                **{CACHE: cache},
                 **kwargs,
             )
             output.logits = text_output.logits
-            output.past_key_values = text_output.past_key_values
+            cache = text_output.get(CACHE)
             if labels is not None:
                 logits = output.logits[:, :-1].float()
                 targets = labels[:, 1:][:, -logits.shape[1] :]
@@ -843,6 +852,8 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
             output.loss = sum(losses)
         # Values set one by one are attributes; whether they are items too differs between versions of transformers.
         output = OTDRGOutput(**{field.name: getattr(output, field.name) for field in fields(output)})
+        if cache is not None:
+            output[CACHE] = cache
         return output if return_dict else output.to_tuple()
 
     def condition_states(self, finding_logits, finding_states) -> torch.Tensor:
@@ -976,7 +987,6 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids,
-        past_key_values=None,
         attention_mask=None,
         inputs_embeds=None,
         view_features=None,
@@ -987,7 +997,6 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
     ):
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,

@@ -240,11 +240,11 @@ class LLMLabeler:
         import torch
         from transformers import DynamicCache
 
+        from ..modeling_otdrg import CACHE
+
         inputs = torch.tensor([tokens], device=self.model.device)
         with torch.inference_mode():
-            return self.model(
-                input_ids=inputs, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1
-            ).past_key_values
+            return self.model(input_ids=inputs, use_cache=True, logits_to_keep=1, **{CACHE: DynamicCache()})[CACHE]
 
     def _masks(self, seen: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> Any:
         """The additive masks (B, 1, Q, K) of what is seen; of layers with a sliding window, what lies within it."""
@@ -267,6 +267,8 @@ class LLMLabeler:
         """(B, 13, 4) log-likelihoods of the answers."""
         import torch
 
+        from ..modeling_otdrg import CACHE
+
         device, head, packed = self.model.device, len(self._head), self._packed
         reports = [self._tokens(self.prompt.report(text)) for text in texts]
         longest = max(map(len, reports))
@@ -288,15 +290,15 @@ class LLMLabeler:
                 input_ids=tokens.to(device),
                 attention_mask=self._masks(reading[:, :, None] >= before[:, None, :], reading, before),
                 position_ids=reading.to(device),
-                past_key_values=past,
+                **{CACHE: past},
                 use_cache=True,
                 logits_to_keep=1,
-            ).past_key_values
+            )[CACHE]
             logits = self.model(
                 input_ids=packed.tokens.expand(len(reports), -1).to(device),
                 attention_mask=self._masks(seen, asking, torch.cat([before, asking], 1)),
                 position_ids=asking.to(device),
-                past_key_values=past,
+                **{CACHE: past},
                 use_cache=True,
             ).logits
             likelihoods = torch.log_softmax(logits.float(), -1).cpu()
