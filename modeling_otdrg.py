@@ -523,12 +523,11 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
         }
         super().save_pretrained(save_directory, **kwargs)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
-        """Trade compute for memory in both backbones; see `PreTrainedModel`."""
-        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs):
+        super()._set_gradient_checkpointing(enable, **kwargs)
         # The call above does not reach timm, whose models have a switch of their own.
-        if self.vision_tower.supports_gradient_checkpointing:
-            self.vision_tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+        if hasattr(self.vision_tower, "timm_model") and self.vision_tower.supports_gradient_checkpointing:
+            self.vision_tower._set_gradient_checkpointing(enable)
 
     def get_input_embeddings(self):
         return self.language_model.get_input_embeddings()

@@ -195,12 +195,26 @@ def lora_fields(recipe: ModelRecipe) -> dict:
     return lora
 
 
-def load_model(folder: str | os.PathLike, dtype: str) -> tuple[OTDRGForReportGeneration, OTDRGProcessor]:
-    """A stage's model and processor from its folder; backbones in `dtype`, the rest in float32."""
+def load_model(folder: str | os.PathLike, recipe: ModelRecipe) -> tuple[OTDRGForReportGeneration, OTDRGProcessor]:
+    """A stage's model and processor from its folder, joined as the recipe now says.
+
+    Backbones come in the recipe's `dtype`, the rest in float32. How the two are joined (DLE, FIOT, the transport's
+    settings) is the recipe's business and not the folder's, so that stages can be run again under other switches;
+    what a switch adds starts from scratch.
+    """
+    config = OTDRGConfig.from_pretrained(folder)
+    wanted = _preset_config(recipe)
+    for name in _joining_fields():
+        # The thresholds are what a stage found, and a text encoder of the labels comes with its weights.
+        if name != "finding_thresholds" and not (name == "label_encoder" and recipe.label_text_encoder is not None):
+            setattr(config, name, getattr(wanted, name))
+    trained = OTDRGProcessor.from_pretrained(folder)
+    views = trained.image_processor
+    processor = OTDRGProcessor.from_config(config, trained.tokenizer, views.image_mean, views.image_std)
     # Loaded in one type or another, from_pretrained makes all of it that type and rounds what was trained in float32.
-    model = OTDRGForReportGeneration.from_pretrained(folder, dtype=torch.float32)
-    cast_backbones(model, dtype)
-    return model, OTDRGProcessor.from_pretrained(folder)
+    model = OTDRGForReportGeneration.from_pretrained(folder, config=config, dtype=torch.float32)
+    cast_backbones(model, recipe.dtype)
+    return model, processor
 
 
 def cast_backbones(model: OTDRGForReportGeneration, dtype: str) -> None:

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import yaml
 
+from .selection import SelectionExpression
+
 
 def _option(default: Any, help: str):
     return field(default=default, metadata={"help": help})
@@ -116,6 +118,10 @@ class StageRecipe:
     max_grad_norm: float = _option(1.0, "Gradients are scaled down to this norm.")
     vision: Literal["frozen", "full"] = _option("frozen", "Whether the vision encoder is trained.")
     bf16: bool = _option(False, "Train under bfloat16 autocast.")
+    gradient_checkpointing: bool = _option(
+        False, "Keep few activations and compute the others anew in the backward pass: less memory, more time."
+    )
+    compile: bool = _option(False, "Compile the model with torch.compile (inductor), which takes minutes once.")
     logging_steps: int = _option(10, "Steps between log lines.")
     eval_strategy: Literal["no", "steps", "epoch"] = _option("epoch", "When validation is evaluated during training.")
     eval_steps: int | None = _option(None, "Steps between evaluations, for eval_strategy steps.")
@@ -230,6 +236,30 @@ class EvaluationRecipe:
 
 
 @dataclass
+class SelectionRecipe:
+    """Evaluations during the report stage: reports are generated and scored, and the best checkpoint is kept."""
+
+    expression: str = _option(
+        "0.5 * bleu_4 + 0.5 * cider",
+        "What the best checkpoint has most of: + - * / over scores, such as bleu_4, cider or macro_f1_13, which is "
+        "short for macro_f1_13_uncertain_negative.",
+    )
+    limit: int | None = _option(None, "Most validation studies reports are generated for, from the split's start.")
+    num_beams: int = _option(1, "Beams of these evaluations; 1 is greedy search.")
+    patience: int | None = _option(None, "Evaluations without a new best after which the stage ends; null: never.")
+
+    def __post_init__(self):
+        try:
+            SelectionExpression(self.expression)
+        except ValueError as error:
+            raise ValueError(f"report.selection.expression={error}") from None
+        for name in ("limit", "patience"):
+            value = getattr(self, name)
+            _need(value is None or value > 0, f"report.selection.{name}", value, "a positive integer, or null")
+        _need(self.num_beams > 0, "report.selection.num_beams", self.num_beams, "a positive integer")
+
+
+@dataclass
 class ReportRecipe(StageRecipe):
     """The stage that trains FIOT and the LLM (3.3, 3.5)."""
 
@@ -241,8 +271,12 @@ class ReportRecipe(StageRecipe):
     ot_weight_warmup: float = _option(0.0, "Share of the steps over which lambda rises from 0 to model's ot_weight.")
     ot_epsilon_start: float | None = _option(None, "Epsilon at the first step, annealed to the model's ot_epsilon.")
     ot_epsilon_annealing: float = _option(0.5, "Share of the steps over which epsilon is annealed, geometrically.")
+    group_by_length: bool = _option(False, "Make batches of reports that are about equally long: less padding.")
     generation: GenerationRecipe = field(
         default_factory=GenerationRecipe, metadata={"help": "How reports are decoded."}
+    )
+    selection: SelectionRecipe = field(
+        default_factory=SelectionRecipe, metadata={"help": "Which checkpoint is kept, by reports of validation."}
     )
     evaluation: EvaluationRecipe = field(
         default_factory=EvaluationRecipe, metadata={"help": "The table of generated reports."}
@@ -255,6 +289,18 @@ class ReportRecipe(StageRecipe):
             _need(0 <= getattr(self, name) <= 1, f"report.{name}", getattr(self, name), "a share from 0 to 1")
         start = self.ot_epsilon_start
         _need(start is None or start > 0, "report.ot_epsilon_start", start, "a number above 0")
+        _need(
+            self.eval_strategy == "no" or self.save_strategy != "no",
+            "report.save_strategy",
+            self.save_strategy,
+            "steps or epoch, so that there is a best checkpoint to keep (or report.eval_strategy no)",
+        )
+        _need(
+            self.selection.patience is None or self.eval_strategy != "no",
+            "report.selection.patience",
+            self.selection.patience,
+            "null while report.eval_strategy is no",
+        )
         _need(
             self.vision == "frozen" or self.predictor == "full",
             "report.predictor",
@@ -297,6 +343,12 @@ class Recipe:
             "stages",
             self.stages,
             f"each once and in this order: {', '.join(STAGES)}",
+        )
+        _need(
+            not (self.report.group_by_length and self.studies.streaming),
+            "report.group_by_length",
+            True,
+            "false while studies.streaming is true (their order is the shards')",
         )
 
     def to_yaml(self) -> str:

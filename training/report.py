@@ -3,22 +3,56 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import EarlyStoppingCallback, TrainerCallback
 
+from ..findings_otdrg import FINDINGS
+from ..metrics import NLG_METRICS, clinical_efficacy_scores
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from .build import StudySplits, lora_fields, set_trained_parts
 from .callbacks import SinkhornLossCallback
 from .collation import ReportCollator
 from .evaluation import evaluate_model, format_table, write_predictions
-from .recipe import Recipe
+from .recipe import Recipe, ReportRecipe
+from .selection import SelectionExpression
 from .trainer import StageTrainer, training_arguments
 
 logger = logging.getLogger(__name__)
+
+#: Scores of every evaluation during training; METEOR, which starts Java, only where the expression names it.
+VALIDATION_SCORES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider", "macro_f1_13")
+
+#: The policy of a clinical score that is named without one.
+_POLICY = "uncertain_negative"
+
+
+def check(recipe: Recipe) -> None:
+    """What only the metrics know of a recipe, told before the first stage begins.
+
+    Raises:
+        ValueError: the selection's expression names a score there is not.
+    """
+    try:
+        SelectionExpression(recipe.report.selection.expression).check_names(list(_full_names()))
+    except ValueError as error:
+        raise ValueError(f"report.selection.expression={error}") from None
+
+
+def _full_names() -> dict[str, str]:
+    """The scores an expression can name, and the names the metrics have for them."""
+    blank = np.zeros((1, len(FINDINGS)), dtype=int)
+    clinical = [name for name, value in clinical_efficacy_scores(blank, blank).items() if isinstance(value, float)]
+    short = {name.removesuffix(f"_{_POLICY}"): name for name in clinical if name.endswith(_POLICY)}
+    return {**{name: name for name in (*NLG_METRICS, *clinical)}, **short}
 
 
 def run(
@@ -31,17 +65,20 @@ def run(
 ) -> tuple[OTDRGForReportGeneration, dict[str, Any]]:
     """Train what joins the backbones, and the LLM as the recipe says, on reports and true states.
 
-    Evaluation during training is teacher-forced and conditions on predicted states, as generation does.
+    Evaluation during training conditions on predicted states, as generation does: the teacher-forced losses of
+    validation, and scores of the reports that are generated for it, by which the best checkpoint is selected.
 
     Returns:
-        The model, LoRA merged and all of it in the recipe's type, as it is published; and the stage's results.
+        The best model, or the last where nothing is evaluated, LoRA merged and all of it in the recipe's type, as it is
+        published; and the stage's results, with step and value of the selection under `best`.
     """
     stage = recipe.report
     if stage.text == "lora":
         model.config.lora = lora_fields(recipe.model)
         model.add_lora()
     frozen = set_trained_parts(model, vision=stage.vision, text=stage.text, predictor=stage.predictor, joining=True)
-    validation = studies.get("validation")
+    train, validation = studies["train"], studies.get("validation")
+    selects = validation is not None and stage.eval_strategy != "no"
     args = training_arguments(
         stage,
         folder,
@@ -49,13 +86,21 @@ def run(
         evaluates=validation is not None,
         label_names=["labels"],
         prediction_loss_only=True,
+        metric_for_best_model="selection" if selects else None,
+        greater_is_better=True,
     )
+    # Set behind the constructor, which wants checkpoints at the steps of evaluations and at no others: here they may
+    # be more frequent, because `SaveOnEvaluation` sees to it that what is evaluated is also saved.
+    args.load_best_model_at_end = selects
+    callbacks: list[TrainerCallback] = [SaveOnEvaluation()] if selects else []
+    if selects and stage.selection.patience is not None:
+        callbacks.append(EarlyStoppingCallback(stage.selection.patience))
     sinkhorn = SinkhornLossCallback(
         ot_weight_warmup=stage.ot_weight_warmup,
         ot_epsilon_start=stage.ot_epsilon_start,
         ot_epsilon_annealing=stage.ot_epsilon_annealing,
     )
-    trainer = StageTrainer(
+    trainer = ReportTrainer(
         model,
         args,
         processor=processor,
@@ -66,17 +111,99 @@ def run(
             processor, True, stage.max_report_tokens, supervise_predictor=stage.predictor == "full"
         ),
         eval_collator=ReportCollator(processor, False, stage.max_report_tokens),
-        train_dataset=studies["train"],
+        train_lengths=_report_lengths(processor, train["report"], stage) if stage.group_by_length else None,
+        callbacks=callbacks,
+        validate=Validation(recipe, model, processor, validation, folder) if selects else None,
+        train_dataset=train,
         eval_dataset=validation,
     )
     trainer.train_stage(resume)
     results: dict[str, Any] = {"steps": trainer.state.global_step, "log_history": trainer.state.log_history}
+    if selects:
+        best = {"expression": stage.selection.expression, "value": trainer.state.best_metric}
+        results["best"] = {"step": trainer.state.best_global_step, **best}
+        logger.info("best of validation: step %d, %s = %.4f", *(results["best"][k] for k in ("step", *best)))
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     model.merge_lora()
     # One type throughout, because from_pretrained gives one: what is scored is what will be loaded.
     model.to(getattr(torch, recipe.model.dtype)).eval()
     model.generation_config.update(**asdict(stage.generation))
     return model, results
+
+
+class SaveOnEvaluation(TrainerCallback):
+    """A checkpoint at every evaluation, so that the best can be gone back to."""
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        control.should_save = True
+
+
+@dataclass
+class Validation:
+    """Generates reports for validation studies, scores them and writes them to `FOLDER/validation/step-N.csv`.
+
+    Args:
+        recipe: `report.selection` says how, `report.generation` and `report.evaluation` what it does not.
+        model, processor: as they are trained.
+        studies: the validation split.
+        folder: of the stage.
+    """
+
+    recipe: Recipe
+    model: OTDRGForReportGeneration
+    processor: OTDRGProcessor
+    studies: Dataset
+    folder: Path
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """`VALIDATION_SCORES`, those the expression names, and its value as `selection`; every process calls it."""
+        stage = self.recipe.report
+        expression = SelectionExpression(stage.selection.expression)
+        names = {name: _full_names()[name] for name in (*VALIDATION_SCORES, *expression.names)}
+        rows = self.studies.select(range(min(stage.selection.limit or len(self.studies), len(self.studies))))
+        evaluation = evaluate_model(
+            self.model,
+            self.processor,
+            rows,
+            training_reports=(),
+            batch_size=stage.eval_batch_size or stage.batch_size,
+            generation={**asdict(stage.generation), "num_beams": stage.selection.num_beams},
+            controls=(),
+            labeler=stage.evaluation.labeler,
+            metrics=[name for name in NLG_METRICS if name in names],
+            seed=self.recipe.seed,
+        )
+        if PartialState().is_main_process:
+            write_predictions(evaluation, self.folder / "validation" / f"step-{step:06d}.csv")
+        found = evaluation.rows["model"].scores
+        scores = {name: found[full] for name, full in names.items()}
+        return {**scores, "selection": expression(scores)}
+
+
+class ReportTrainer(StageTrainer):
+    """A [`StageTrainer`] whose evaluations generate reports too.
+
+    Args:
+        validate: gives the scores of an evaluation at a step; None leaves it at the losses.
+    """
+
+    def __init__(self, *args, validate: Callable[[int], dict[str, float]] | None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.validate = validate
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.validate is not None:
+            with self.compute_loss_context_manager():
+                scores = self.validate(self.state.global_step)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
+        return output
+
+
+def _report_lengths(processor: OTDRGProcessor, reports: list[str], stage: ReportRecipe) -> list[int]:
+    """Tokens of each report that are learned."""
+    ids = processor.tokenizer(list(reports), add_special_tokens=False)["input_ids"]
+    return [min(len(row), stage.max_report_tokens) for row in ids]
 
 
 def evaluate(
@@ -111,4 +238,4 @@ def evaluate(
     return {"split": wanted.split, **evaluation.scores()}
 
 
-__all__ = ["evaluate", "run"]
+__all__ = ["VALIDATION_SCORES", "ReportTrainer", "SaveOnEvaluation", "Validation", "check", "evaluate", "run"]

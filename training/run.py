@@ -14,6 +14,7 @@ import torch
 from accelerate import PartialState
 from transformers import set_seed
 
+from . import report
 from .build import build_model, build_studies, last_checkpoint, load_model
 from .recipe import STAGES, Recipe
 from .trainer import has_accelerator
@@ -46,6 +47,8 @@ def run_recipe(recipe: Recipe, resume: bool = False, overwrite: bool = False) ->
     output = Path(recipe.output_dir)
     pending = _pending_stages(recipe, resume, overwrite)
     _check_predictor(recipe, pending)
+    if "report" in pending:
+        report.check(recipe)
     previous = _previous_folder(recipe, pending)
     studies = build_studies(recipe.studies, recipe.labels, recipe.seed)
     state = PartialState(cpu=not has_accelerator())
@@ -66,7 +69,7 @@ def run_recipe(recipe: Recipe, resume: bool = False, overwrite: bool = False) ->
         if previous is None:
             model, processor = build_model(recipe.model, studies["train"]["report"])
         else:
-            model, processor = load_model(previous, recipe.model.dtype)
+            model, processor = load_model(previous, recipe.model)
         module = import_module(f".{STAGES[stage]}", __package__)
         model, results[stage] = module.run(recipe, studies, model, processor, output / stage, resume)
         folder = output / "model" if stage == "report" else output / stage

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
@@ -17,6 +20,25 @@ from .callbacks import FIGURES, LossCallback, NonFiniteLossError
 from .recipe import StageRecipe
 
 logger = logging.getLogger(__name__)
+
+
+class EpochLengthGroupedSampler(LengthGroupedSampler):
+    """transformers' sampler of batches of about equal length, in an order that is the epoch's own.
+
+    Its own draws from the global generator, which a resumed run has in another state when an epoch begins.
+    """
+
+    def __init__(self, batch_size: int, lengths: Sequence[int], seed: int):
+        super().__init__(batch_size, lengths=list(lengths))
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()
 
 
 class StageTrainer(Trainer):
@@ -29,6 +51,7 @@ class StageTrainer(Trainer):
         frozen: parts to be kept in evaluation mode.
         vision_learning_rate: peak learning rate of the vision encoder, if another than the rest's.
         train_collator, eval_collator: make batches of studies.
+        train_lengths: of the training studies, by which batches are grouped; None leaves them at random.
     """
 
     def __init__(
@@ -42,14 +65,17 @@ class StageTrainer(Trainer):
         vision_learning_rate: float | None,
         train_collator,
         eval_collator,
+        train_lengths: Sequence[int] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
         **kwargs,
     ):
-        super().__init__(model, args, data_collator=train_collator, callbacks=[loss_callback], **kwargs)
+        super().__init__(model, args, data_collator=train_collator, callbacks=[loss_callback, *callbacks], **kwargs)
         self.processor = processor
         self.loss_callback = loss_callback
         self.frozen = frozen
         self.vision_learning_rate = vision_learning_rate
         self.eval_collator = eval_collator
+        self.train_lengths = train_lengths
         self._eval_sums: dict[str, list[torch.Tensor]] = {}
 
     def get_eval_dataloader(self, eval_dataset=None):
@@ -58,6 +84,12 @@ class StageTrainer(Trainer):
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.data_collator = train_collator
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.train_lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return EpochLengthGroupedSampler(batch_size, self.train_lengths, self.args.seed)
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
@@ -153,6 +185,10 @@ class StageTrainer(Trainer):
 
 def training_arguments(stage: StageRecipe, folder: Path, seed: int, evaluates: bool, **more) -> TrainingArguments:
     """`TrainingArguments` of a stage's recipe; `evaluates` says whether there is a split to evaluate on."""
+    names = {field.name for field in fields(TrainingArguments)}
+    # The name gradient checkpointing has in later versions of transformers, which deprecate the other.
+    checkpointing = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in names)
+    more[checkpointing] = stage.gradient_checkpointing
     return TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=stage.epochs,
@@ -166,6 +202,7 @@ def training_arguments(stage: StageRecipe, folder: Path, seed: int, evaluates: b
         weight_decay=stage.weight_decay,
         max_grad_norm=stage.max_grad_norm,
         bf16=stage.bf16,
+        torch_compile=stage.compile,
         use_cpu=not has_accelerator(),
         logging_steps=stage.logging_steps,
         logging_first_step=True,

@@ -40,7 +40,7 @@ def test_overrides_win_over_the_file_and_defaults_fill_the_rest(write):
             "model.overrides.text_config.hidden_size=64",
             "studies.options={train: 3}",
             "predictor.learning_rate=1e-3",
-            "report.save_strategy=no",
+            "report.save_strategy=steps",
         ],
     )
     assert (recipe.report.epochs, recipe.report.max_steps) == (3.0, 20)
@@ -49,7 +49,7 @@ def test_overrides_win_over_the_file_and_defaults_fill_the_rest(write):
     assert recipe.model.overrides == {"text_config": {"hidden_size": 64}}
     assert recipe.studies.options == {"train": 3}
     assert recipe.predictor.learning_rate == 1e-3
-    assert recipe.report.save_strategy == "no"
+    assert recipe.report.save_strategy == "steps"
     assert recipe.predictor.batch_size == 8
 
 

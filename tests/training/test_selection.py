@@ -1,0 +1,168 @@
+"""Evaluations during the report stage: reports are generated, scored, and the best checkpoint is kept."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from otdrg.modeling_otdrg import OTDRGForReportGeneration
+from otdrg.train_hf import main
+from otdrg.training.recipe import load_recipe
+from otdrg.training.selection import SelectionExpression
+from otdrg.training.trainer import EpochLengthGroupedSampler
+from safetensors.torch import load_file
+
+SCORES = st.floats(-10, 10)
+
+
+@given(bleu=SCORES, cider=SCORES, weight=st.floats(0, 5))
+def test_an_expression_is_its_arithmetic(bleu, cider, weight):
+    expression = SelectionExpression(f"{weight!r} * bleu_4 - (cider + 1) / 2")
+    assert expression.names == ("bleu_4", "cider")
+    assert expression({"bleu_4": bleu, "cider": cider, "meteor": 3.0}) == weight * bleu - (cider + 1) / 2
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0.5 *", "2 + 3", "__import__('os')", "bleu_4 ** 2", "bleu_4 if cider else 1", "a.b"]
+)
+def test_what_is_no_expression_is_refused(text):
+    with pytest.raises(ValueError, match="expected scores, numbers"):
+        SelectionExpression(text)
+
+
+def test_missing_scores_and_division_by_nothing_are_told():
+    with pytest.raises(ValueError, match="there is no meteor here"):
+        SelectionExpression("meteor + cider")({"meteor": None, "cider": 1.0})
+    with pytest.raises(ValueError, match="divides by 0"):
+        SelectionExpression("1 / cider")({"cider": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("report.selection.expression=bleu5", "report.selection.expression='bleu5' names no score 'bleu5': did you"),
+        ("report.selection.expression=cider ** 2", "report.selection.expression='cider ** 2': expected scores"),
+        ("report.selection.patience=0", "report.selection.patience=0: expected a positive integer"),
+        ("report.save_strategy=no", "report.save_strategy='no': expected steps or epoch"),
+        ("report.group_by_length=1", "report.group_by_length=1: expected true or false"),
+    ],
+)
+def test_wrong_fields_are_one_line_before_anything_is_trained(tiny_recipe, tmp_path, override, message, capsys):
+    assert main([str(tiny_recipe), f"output_dir={tmp_path / 'run'}", override]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert message in error and not (tmp_path / "run").exists()
+
+
+def evaluations(run):
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))["report"]
+    return results, {line["step"]: line for line in results["log_history"] if "eval_selection" in line}
+
+
+@pytest.fixture(scope="module")
+def selected_run(tiny_recipe, trained_run, tmp_path_factory):
+    """A run whose selection falls the longer it trains, so that its first evaluation is the best."""
+    run = tmp_path_factory.mktemp("selected") / "run"
+    shutil.copytree(trained_run / "predictor", run / "predictor")
+    overrides = ["stages=[report]", "report.eval_strategy=steps", "report.eval_steps=1", "report.save_steps=3"]
+    overrides += ["report.max_steps=6", "report.selection.limit=3", "report.selection.patience=3"]
+    overrides += ["report.selection.expression=0 * macro_f1_13 - 1", "report.learning_rate=1e-2"]
+    assert main([str(tiny_recipe), f"output_dir={run}", *overrides]) == 0
+    return run
+
+
+def test_evaluations_hold_scores_and_reports(selected_run):
+    results, lines = evaluations(selected_run)
+    names = ("bleu_1", "bleu_4", "rouge_l", "cider", "macro_f1_13", "selection", "report_loss", "ot_loss", "loss")
+    for step, line in lines.items():
+        assert line.keys() >= {f"eval_{name}" for name in names} and "eval_meteor" not in line
+        with (selected_run / "report" / "validation" / f"step-{step:06d}.csv").open(encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == 3 and {"id", "reference", "report", "cider", "predicted edema"} <= rows[0].keys()
+    assert results["best"] == {"step": 1, "expression": "0 * macro_f1_13 - 1", "value": -1.0}
+
+
+def test_the_stage_ends_without_a_new_best(selected_run):
+    results, lines = evaluations(selected_run)
+    assert sorted(lines) == [1, 2, 3, 4] and results["steps"] == 4
+
+
+def test_the_best_checkpoint_is_published(selected_run):
+    report = selected_run / "report"
+    # The best and the last are kept, whatever else is saved.
+    assert {path.name for path in report.glob("checkpoint-*")} >= {"checkpoint-1", "checkpoint-4"}
+    published = load_file(selected_run / "model" / "model.safetensors")
+    best, last = (load_file(report / f"checkpoint-{step}" / "model.safetensors") for step in (1, 4))
+    weight = "image_projector.linear.weight"
+    assert torch.equal(published[weight], best[weight]) and not torch.equal(published[weight], last[weight])
+    merged = OTDRGForReportGeneration.from_pretrained(report / "checkpoint-1")
+    merged.merge_lora()
+    for name, tensor in merged.state_dict().items():
+        assert torch.allclose(tensor, published[name], atol=1e-6), name
+
+
+def test_batches_of_about_equal_length_in_an_order_of_the_epoch():
+    lengths = [(37 * position) % 101 for position in range(120)]
+    sampler = EpochLengthGroupedSampler(4, lengths, seed=5)
+    first = list(sampler)
+    assert sorted(first) == list(range(120)) and list(sampler) == first
+
+    def padding(order):
+        batches = [[lengths[position] for position in order[start : start + 4]] for start in range(0, 120, 4)]
+        return sum(4 * max(batch) - sum(batch) for batch in batches)
+
+    assert padding(first) < 0.3 * padding(range(120))
+    torch.rand(1)
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    sampler.set_epoch(0)
+    assert list(sampler) == first
+
+
+def losses(run):
+    lines = json.loads((run / "results.json").read_text(encoding="utf-8"))["report"]["log_history"]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def train_report(tiny_recipe, trained_run, run, *overrides):
+    shutil.copytree(trained_run / "predictor", run / "predictor", dirs_exist_ok=True)
+    arguments = [str(tiny_recipe), f"output_dir={run}", "stages=[report]", "report.eval_strategy=no", *overrides]
+    assert main(arguments) == 0
+    return losses(run)
+
+
+def test_grouping_survives_a_resume_in_the_second_epoch(tiny_recipe, trained_run, tmp_path):
+    overrides = ["report.group_by_length=true", "report.max_steps=8"]
+    unbroken = train_report(tiny_recipe, trained_run, tmp_path / "run", *overrides)
+    shutil.rmtree(tmp_path / "run" / "report" / "checkpoint-8")
+    (tmp_path / "run" / "report" / "finished.json").unlink()
+    resumed = train_report(tiny_recipe, trained_run, tmp_path / "run", "--resume", *overrides)
+    assert resumed == pytest.approx(unbroken, abs=1e-5)
+
+
+def test_checkpointed_gradients_are_the_same(tiny_recipe, trained_run, tmp_path):
+    plain = train_report(tiny_recipe, trained_run, tmp_path / "plain")
+    checkpointed = train_report(tiny_recipe, trained_run, tmp_path / "other", "report.gradient_checkpointing=true")
+    assert checkpointed == pytest.approx(plain, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_alike(tiny_recipe, trained_run, tmp_path):
+    plain = train_report(tiny_recipe, trained_run, tmp_path / "plain", "report.max_steps=2")
+    compiled = train_report(tiny_recipe, trained_run, tmp_path / "other", "report.max_steps=2", "report.compile=true")
+    assert compiled == pytest.approx(plain, abs=1e-3)
+
+
+def test_the_recipe_joins_the_model_anew_at_each_stage(tiny_recipe, trained_run, tmp_path):
+    overrides = ["model.overrides.fiot=false", "model.overrides.ot_weight=0.3", "report.max_steps=1"]
+    train_report(tiny_recipe, trained_run, tmp_path / "run", *overrides)
+    model = OTDRGForReportGeneration.from_pretrained(tmp_path / "run" / "model")
+    assert (model.config.fiot, model.config.dle, model.config.ot_weight) == (False, True, 0.3)
+    assert not hasattr(model, "label_projector")
+    processor = json.loads((tmp_path / "run" / "model" / "processor_config.json").read_text(encoding="utf-8"))
+    assert processor["fiot"] is False and model.config.finding_token_id not in model.config.prompt_token_ids
+    predictor = load_file(trained_run / "predictor" / "model.safetensors")
+    assert torch.equal(model.finding_predictor.queries.weight, predictor["finding_predictor.queries.weight"])
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").model.overrides["fiot"] is False
