@@ -15,6 +15,7 @@ from .build import StudySplits, lora_fields, set_trained_parts
 from .callbacks import SinkhornLossCallback
 from .collation import ReportCollator
 from .evaluation import evaluate_model, format_table, write_predictions
+from .features import cache_features, encoder_is_frozen
 from .recipe import Recipe
 from .trainer import StageTrainer, training_arguments
 
@@ -41,7 +42,7 @@ def run(
         model.config.lora = lora_fields(recipe.model)
         model.add_lora()
     frozen = set_trained_parts(model, vision=stage.vision, text=stage.text, predictor=stage.predictor, joining=True)
-    validation = studies.get("validation")
+    train, validation = studies["train"], studies.get("validation")
     args = training_arguments(
         stage,
         folder,
@@ -50,6 +51,11 @@ def run(
         label_names=["labels"],
         prediction_loss_only=True,
     )
+    if stage.cache_features and encoder_is_frozen(model):
+        cache = (recipe.features_folder, args.per_device_eval_batch_size)
+        model.to(args.device)
+        train = cache_features(model, processor, train, *cache)
+        validation = validation and cache_features(model, processor, validation, *cache)
     sinkhorn = SinkhornLossCallback(
         ot_weight_warmup=stage.ot_weight_warmup,
         ot_epsilon_start=stage.ot_epsilon_start,
@@ -63,10 +69,10 @@ def run(
         frozen=frozen,
         vision_learning_rate=stage.vision_learning_rate,
         train_collator=ReportCollator(
-            processor, True, stage.max_report_tokens, supervise_predictor=stage.predictor == "full"
+            processor, True, stage.max_report_tokens, stage.predictor == "full", stage.indication
         ),
-        eval_collator=ReportCollator(processor, False, stage.max_report_tokens),
-        train_dataset=studies["train"],
+        eval_collator=ReportCollator(processor, False, stage.max_report_tokens, indication=stage.indication),
+        train_dataset=train,
         eval_dataset=validation,
     )
     trainer.train_stage(resume)
@@ -94,17 +100,21 @@ def evaluate(
         )
     rows = studies[wanted.split]
     rows = rows.select(range(min(wanted.limit or len(rows), len(rows))))
+    batch_size = recipe.report.eval_batch_size or recipe.report.batch_size
+    if recipe.report.cache_features and encoder_is_frozen(model):
+        rows = cache_features(model, processor, rows, recipe.features_folder, batch_size)
     evaluation = evaluate_model(
         model,
         processor,
         rows,
         training_reports=studies["train"]["report"],
-        batch_size=recipe.report.eval_batch_size or recipe.report.batch_size,
+        batch_size=batch_size,
         generation=asdict(recipe.report.generation),
         controls=wanted.controls,
         labeler=wanted.labeler,
         metrics=wanted.metrics,
         seed=recipe.seed,
+        indication=recipe.report.indication,
     )
     write_predictions(evaluation, folder / "predictions.csv")
     logger.info("%s, %d studies:\n%s", wanted.split, len(rows), format_table(evaluation))
