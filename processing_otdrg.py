@@ -251,15 +251,59 @@ class OTDRGProcessor(ProcessorMixin):
             raise ValueError("videos and audio were given: expected images of radiographs")
         if return_tensors not in ("pt", None):
             raise ValueError(f"return_tensors={return_tensors!r}: expected 'pt'")
+        studies = self._studies(images, [text] if isinstance(text, str) else text)
+        views = list(map(len, studies))
+        features = self.encode_text(views, text, report, indication, max_report_tokens, finding_states)
+        return BatchFeature(features | self.encode_images(studies))
+
+    def encode_text(
+        self,
+        views: Sequence[int],
+        text: str | list[str] | None = None,
+        report: str | list[str] | None = None,
+        indication: str | list[str | None] | None = None,
+        max_report_tokens: int | None = None,
+        finding_states=None,
+    ) -> dict[str, torch.Tensor]:
+        """All of a batch but its pixels, for studies whose views are encoded already.
+
+        Args:
+            views (`Sequence[int]`): how many views each study has.
+            text, report, indication, max_report_tokens, finding_states: as in [`__call__`].
+
+        Returns:
+            `input_ids` and `attention_mask` (B, L) and, where asked for, `labels` (B, L) and `finding_states` (B, 14).
+
+        Raises:
+            ValueError: arguments whose lengths differ, or prompts that do not fit the studies.
+        """
         texts = [text] if isinstance(text, str) else text
-        studies = self._studies(images, texts)
-        pixel_values, view_mask = self._pixels(studies)
-        prompts = self._prompts(studies, texts, _one_each("indication", indication, len(studies)))
-        features = self._tokens(prompts, _one_each("report", report, len(studies)), max_report_tokens)
-        features |= {"pixel_values": pixel_values, "view_mask": view_mask}
+        if texts is not None and len(texts) != len(views):
+            raise ValueError(f"text has {len(texts)} prompts for {len(views)} studies: expected one each")
+        prompts = self._prompts(views, texts, _one_each("indication", indication, len(views)))
+        features = self._tokens(prompts, _one_each("report", report, len(views)), max_report_tokens)
         if finding_states is not None:
-            features["finding_states"] = self._states(finding_states, len(studies))
-        return BatchFeature(features)
+            features["finding_states"] = self._states(finding_states, len(views))
+        return features
+
+    def encode_images(self, images) -> dict[str, torch.Tensor]:
+        """`pixel_values` (B, V, 3, H, W) and `view_mask` (B, V) of studies, given as in [`__call__`].
+
+        Raises:
+            ValueError: no image, or one that cannot be read.
+        """
+        studies = self._studies(images, None)
+        views = [read_view(view, self.max_image_pixels) for study in studies for view in study]
+        pixels = iter(self.image_processor(views, return_tensors="pt")["pixel_values"])
+        most = max(map(len, studies))
+        size = self.image_processor.size
+        pixel_values = torch.zeros(len(studies), most, 3, size["height"], size["width"])
+        view_mask = torch.zeros(len(studies), most, dtype=torch.bool)
+        for row, study in enumerate(studies):
+            for column in range(len(study)):
+                pixel_values[row, column] = next(pixels)
+                view_mask[row, column] = True
+        return {"pixel_values": pixel_values, "view_mask": view_mask}
 
     def _studies(self, images, texts: list[str] | None) -> list[list]:
         if images is None or (isinstance(images, (list, tuple)) and len(images) == 0):
@@ -275,22 +319,7 @@ class OTDRGProcessor(ProcessorMixin):
         for position, study in enumerate(studies):
             if not study:
                 raise ValueError(f"no image: study {position} has no view, and a report needs at least one")
-        if texts is not None and len(texts) != len(studies):
-            raise ValueError(f"text has {len(texts)} prompts for {len(studies)} studies: expected one each")
         return studies
-
-    def _pixels(self, studies: list[list]) -> tuple[torch.Tensor, torch.Tensor]:
-        views = [read_view(view, self.max_image_pixels) for study in studies for view in study]
-        pixels = iter(self.image_processor(views, return_tensors="pt")["pixel_values"])
-        most = max(map(len, studies))
-        size = self.image_processor.size
-        pixel_values = torch.zeros(len(studies), most, 3, size["height"], size["width"])
-        view_mask = torch.zeros(len(studies), most, dtype=torch.bool)
-        for row, study in enumerate(studies):
-            for column in range(len(study)):
-                pixel_values[row, column] = next(pixels)
-                view_mask[row, column] = True
-        return pixel_values, view_mask
 
     def default_prompt(self, indication: str | None = None) -> str:
         """The prompt of one study, with one `<image>` where the study goes, in the LLM's chat template."""
@@ -300,14 +329,14 @@ class OTDRGProcessor(ProcessorMixin):
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
 
-    def _prompts(self, studies, texts: list[str] | None, indications: list) -> list[str]:
+    def _prompts(self, views: Sequence[int], texts: list[str] | None, indications: list) -> list[str]:
         if texts is None:
             prompts = [self.default_prompt(indication) for indication in indications]
         else:
             if any(indication is not None for indication in indications):
                 raise ValueError("text and indication were both given: the indication belongs to the default prompt")
             prompts = [text if self.image_token in text else f"{self.image_token}\n{text}" for text in texts]
-        return [self._expand(prompt, len(study)) for prompt, study in zip(prompts, studies, strict=True)]
+        return [self._expand(prompt, count) for prompt, count in zip(prompts, views, strict=True)]
 
     def _expand(self, prompt: str, views: int) -> str:
         """Write out the placeholders of a study of `views` views where the prompt has its first `<image>`."""

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from datasets import Dataset
@@ -19,6 +20,7 @@ from ..processing_otdrg import OTDRGProcessor
 from ..studies import load_studies
 from ..studies.cleaning import clean_report
 from ..studies.loading import load_prepared
+from .features import CachedStudies
 from .recipe import LabelsRecipe, ModelRecipe, StudiesRecipe
 from .streaming import StreamedStudies
 
@@ -26,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 #: Studies by split; only training ones are ever streamed.
 StudySplits = dict[str, Dataset | StreamedStudies]
+#: Studies in any of the forms in which they are trained on.
+Rows = TypeVar("Rows", Dataset, StreamedStudies, CachedStudies)
 
 
 def build_studies(studies: StudiesRecipe, labels: LabelsRecipe, seed: int = 0) -> StudySplits:
@@ -68,7 +72,7 @@ def build_studies(studies: StudiesRecipe, labels: LabelsRecipe, seed: int = 0) -
         if unknown:
             logger.warning("%s: %d of %d studies have no finding states", split, unknown, len(rows))
     cleaned = {
-        split: _with_column(rows, "report", [clean_report(report, studies.cleaning) for report in rows["report"]])
+        split: with_column(rows, "report", [clean_report(report, studies.cleaning) for report in rows["report"]])
         for split, rows in labelled.items()
     }
     for split, rows in cleaned.items():
@@ -86,8 +90,9 @@ def _streamed(studies: StudiesRecipe, seed: int) -> StudySplits:
     return {"train": train, **load_prepared(folder, leave_out=["train"])}
 
 
-def _with_column(rows: Dataset | StreamedStudies, name: str, values: list) -> Dataset | StreamedStudies:
-    if isinstance(rows, StreamedStudies):
+def with_column(rows: Rows, name: str, values: list) -> Rows:
+    """The same studies with other values in one of their columns."""
+    if not isinstance(rows, Dataset):
         return rows.with_column(name, values)
     feature = rows.features[name]
     return rows.remove_columns(name).add_column(name, values, feature=feature)
@@ -112,7 +117,7 @@ def _labelled(splits: StudySplits, labels: LabelsRecipe) -> StudySplits:
         if labeler is not None and others:
             for position, row in zip(others, labeler.label([reports[i] for i in others]), strict=True):
                 states[position] = row.tolist()
-        labelled[split] = _with_column(rows, "finding_states", states)
+        labelled[split] = with_column(rows, "finding_states", states)
         logger.info(
             "%s: states of %d studies from %s, of %d from %s",
             split,
@@ -280,7 +285,7 @@ def last_checkpoint(folder: str | os.PathLike) -> Path | None:
     return max(checkpoints)[1] if checkpoints else None
 
 
-def known_states(rows: Dataset) -> Dataset:
+def known_states(rows: Rows) -> Rows:
     """The studies of `rows` whose finding states are known."""
     return rows.select([position for position, states in enumerate(rows["finding_states"]) if states is not None])
 
@@ -295,4 +300,5 @@ __all__ = [
     "load_model",
     "lora_fields",
     "set_trained_parts",
+    "with_column",
 ]

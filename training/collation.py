@@ -10,8 +10,27 @@ import torch
 from ..processing_otdrg import OTDRGProcessor
 
 
+def collate_views(processor: OTDRGProcessor, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """The views of B studies, and `view_mask` (B, V).
+
+    Args:
+        processor: the model's.
+        rows: with `images`, or with `view_features` (V, image_tokens, D) in their place.
+
+    Returns:
+        `pixel_values` (B, V, 3, H, W) or `view_features` (B, V, image_tokens, D), and the mask.
+    """
+    if "view_features" not in rows[0]:
+        return processor.encode_images([row["images"] for row in rows])
+    features = [row["view_features"] for row in rows]
+    view_mask = torch.zeros(len(rows), max(map(len, features)), dtype=torch.bool)
+    for row, views in enumerate(features):
+        view_mask[row, : len(views)] = True
+    return {"view_features": torch.nn.utils.rnn.pad_sequence(features, batch_first=True), "view_mask": view_mask}
+
+
 class ReportCollator:
-    """Batches for the report stage.
+    """Batches for the report stage, of rows as [`collate_views`] takes them.
 
     Training batches hold the reports as targets and the true states that condition the LLM. Evaluation batches never
     hold true states, so the model conditions on the ones it predicts.
@@ -21,6 +40,7 @@ class ReportCollator:
         training: whether batches are for training.
         max_report_tokens: longer reports are cut to this many tokens.
         supervise_predictor: whether training batches hold the true states a second time, as `finding_labels`.
+        indication: whether prompts hold the studies' indications.
     """
 
     def __init__(
@@ -29,55 +49,55 @@ class ReportCollator:
         training: bool,
         max_report_tokens: int | None = None,
         supervise_predictor: bool = False,
+        indication: bool = False,
     ):
         self.processor = processor
         self.training = training
         self.max_report_tokens = max_report_tokens
         self.supervise_predictor = supervise_predictor
+        self.indication = indication
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        states = {"finding_states": [row["finding_states"] for row in rows]} if self.training else {}
-        batch = self.processor(
-            images=[row["images"] for row in rows],
+        views = collate_views(self.processor, rows)
+        text = self.processor.encode_text(
+            views["view_mask"].sum(dim=1).tolist(),
             report=[row["report"] for row in rows],
+            indication=_indications(rows) if self.indication else None,
             max_report_tokens=self.max_report_tokens,
-            **states,
+            finding_states=[row["finding_states"] for row in rows] if self.training else None,
         )
         if self.training and self.supervise_predictor:
-            batch["finding_labels"] = batch["finding_states"].clone()
-        return dict(batch)
+            text["finding_labels"] = text["finding_states"].clone()
+        return text | views
 
 
 class PromptCollator:
-    """Batches for generation: views and prompts, padded on the left, and nothing that tells of the report."""
+    """Batches for generation: views and prompts, padded on the left, and nothing that tells of the report.
 
-    def __init__(self, processor: OTDRGProcessor):
+    Args:
+        processor: the model's.
+        indication: whether prompts hold the studies' indications.
+    """
+
+    def __init__(self, processor: OTDRGProcessor, indication: bool = False):
         self.processor = processor
+        self.indication = indication
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        return dict(self.processor(images=[row["images"] for row in rows]))
+        views = collate_views(self.processor, rows)
+        indications = _indications(rows) if self.indication else None
+        return self.processor.encode_text(views["view_mask"].sum(dim=1).tolist(), indication=indications) | views
 
 
 class FindingCollator:
-    """Batches for the predictor stage: views and the true states as `finding_labels`.
-
-    Rows that come with `view_features` (V, image_tokens, D) are batched as those, without their views.
-    """
+    """Batches for the predictor stage: views and the true states as `finding_labels`."""
 
     def __init__(self, processor: OTDRGProcessor):
         self.processor = processor
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        labels = {"finding_labels": torch.tensor([row["finding_states"] for row in rows])}
-        if "view_features" not in rows[0]:
-            batch = self.processor(images=[row["images"] for row in rows])
-            return {"pixel_values": batch["pixel_values"], "view_mask": batch["view_mask"], **labels}
-        features = [row["view_features"] for row in rows]
-        view_mask = torch.zeros(len(rows), max(map(len, features)), dtype=torch.bool)
-        for row, views in enumerate(features):
-            view_mask[row, : len(views)] = True
-        padded = torch.nn.utils.rnn.pad_sequence(features, batch_first=True)
-        return {"view_features": padded, "view_mask": view_mask, **labels}
+        labels = torch.tensor([row["finding_states"] for row in rows])
+        return {**collate_views(self.processor, rows), "finding_labels": labels}
 
 
 class ContrastiveCollator:
@@ -96,12 +116,7 @@ class ContrastiveCollator:
         self.max_report_tokens = max_report_tokens
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        views = self.processor(images=[row["images"] for row in rows])
-        batch = {
-            "pixel_values": views["pixel_values"],
-            "view_mask": views["view_mask"],
-            "study_keys": torch.tensor([_key(row["id"]) for row in rows]),
-        }
+        batch = {**collate_views(self.processor, rows), "study_keys": torch.tensor([_key(row["id"]) for row in rows])}
         if self.max_report_tokens is None:
             return batch
         reports = [row["report"] for row in rows]
@@ -116,9 +131,13 @@ class ContrastiveCollator:
         }
 
 
+def _indications(rows: list[dict[str, Any]]) -> list[str | None]:
+    return [(row["indication"] or "").strip() or None for row in rows]
+
+
 def _key(text: str) -> int:
     """A number from 0 to 2^63 - 1 that is the text's own: the same on every process, unlike Python's hash."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-__all__ = ["ContrastiveCollator", "FindingCollator", "PromptCollator", "ReportCollator"]
+__all__ = ["ContrastiveCollator", "FindingCollator", "PromptCollator", "ReportCollator", "collate_views"]

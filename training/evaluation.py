@@ -21,7 +21,9 @@ from ..labelers import load_labeler
 from ..metrics import all_positive_report, best_constants, clinical_efficacy_scores, frequent_reports, nlg_scores
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
+from .build import with_column
 from .collation import PromptCollator
+from .features import CachedStudies
 
 logger = logging.getLogger(__name__)
 
@@ -58,21 +60,23 @@ class GeneratedReports:
 def generate_reports(
     model: OTDRGForReportGeneration,
     processor: OTDRGProcessor,
-    studies: Dataset,
+    studies: Dataset | CachedStudies,
     batch_size: int = 8,
     generation: dict[str, Any] | None = None,
     finding_states: np.ndarray | None = None,
+    indication: bool = False,
 ) -> GeneratedReports:
-    """Reports for studies, in their order, of which nothing is read but the images.
+    """Reports for studies, in their order, of which nothing is read but the images and, on request, the indications.
 
     Every process of a distributed run must call it; each writes its share, and all get the whole.
 
     Args:
         model, processor: as published; the model's type is left as it is.
-        studies: rows with `images`.
+        studies: rows with `images`, or those of [`cache_features`], which give the same.
         batch_size: studies a batch.
         generation: arguments of `generate`.
         finding_states: (N, 14) states to condition on, -1 where they are to be predicted; all are, without it.
+        indication: whether the studies' `indication` goes into the prompt.
 
     Raises:
         ValueError: `finding_states` does not fit the studies.
@@ -83,8 +87,11 @@ def generate_reports(
         )
     state = PartialState()
     mine = list(range(state.process_index, len(studies), state.num_processes))
+    views = "view_features" if "view_features" in studies.column_names else "images"
     loader = DataLoader(
-        studies.select_columns("images").select(mine), batch_size=batch_size, collate_fn=PromptCollator(processor)
+        studies.select_columns([views, "indication"] if indication else [views]).select(mine),
+        batch_size=batch_size,
+        collate_fn=PromptCollator(processor, indication),
     )
     model.eval()
     written: list[tuple[int, str, list[int]]] = []
@@ -92,15 +99,16 @@ def generate_reports(
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         positions = mine[len(written) : len(written) + len(batch["input_ids"])]
         with torch.no_grad():
-            features = model.encode_views(batch.pop("pixel_values"), batch["view_mask"])
-            logits = model(view_features=features, view_mask=batch["view_mask"]).finding_logits
+            if "pixel_values" in batch:
+                batch["view_features"] = model.encode_views(batch.pop("pixel_values"), batch["view_mask"])
+            logits = model(view_features=batch["view_features"], view_mask=batch["view_mask"]).finding_logits
             states = model.predict_states(logits)
             if finding_states is not None:
                 given = torch.as_tensor(np.asarray(finding_states)[positions], device=states.device)
                 states = torch.where(given < 0, states, given)
             # A model without DLE predicts findings but is not told of any.
             told = {"finding_states": states} if model.config.dle else {}
-            ids = model.generate(**batch, view_features=features, **told, **(generation or {}))
+            ids = model.generate(**batch, **told, **(generation or {}))
         texts = processor.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         written += zip(positions, (" ".join(text.split()) for text in texts), states.tolist(), strict=True)
     if state.num_processes > 1:
@@ -174,7 +182,7 @@ class Evaluation:
 def evaluate_model(
     model: OTDRGForReportGeneration,
     processor: OTDRGProcessor,
-    studies: Dataset,
+    studies: Dataset | CachedStudies,
     training_reports: Sequence[str],
     batch_size: int = 8,
     generation: dict[str, Any] | None = None,
@@ -182,6 +190,7 @@ def evaluate_model(
     labeler: str = "rules",
     metrics: Sequence[str] = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider"),
     seed: int = 0,
+    indication: bool = False,
 ) -> Evaluation:
     """Generate a report for each study and score them, beside the controls that say what the scores are worth.
 
@@ -192,7 +201,8 @@ def evaluate_model(
 
     Args:
         model, processor: as published.
-        studies: rows with `id`, `images`, `report` (cleaned as training's) and, for `true_states`, `finding_states`.
+        studies: rows with `id`, `images` or the features of [`cache_features`], `report` (cleaned as training's) and,
+            for `true_states`, `finding_states`.
         training_reports: for the constants, cleaned likewise.
         batch_size: studies a batch.
         generation: arguments of `generate`.
@@ -200,6 +210,7 @@ def evaluate_model(
         labeler: reads the states out of generated and true reports.
         metrics: of `otdrg.metrics.nlg_scores`.
         seed: of the shuffling and the constants' draw.
+        indication: whether the studies' `indication` goes into the prompt; shuffled images leave it where it is.
     """
     reader = load_labeler(labeler)
     references = list(studies["report"])
@@ -211,7 +222,10 @@ def evaluate_model(
         per_study = {**nlg.pop("per_study"), **clinical.pop("per_study")}
         return Row(reports, {**nlg, **clinical}, per_study)
 
-    written = generate_reports(model, processor, studies, batch_size, generation)
+    def generated(rows: Dataset | CachedStudies, finding_states: np.ndarray | None = None) -> GeneratedReports:
+        return generate_reports(model, processor, rows, batch_size, generation, finding_states, indication)
+
+    written = generated(studies)
     evaluation = Evaluation(
         ids=list(studies["id"]),
         references=references,
@@ -222,8 +236,13 @@ def evaluate_model(
     if "shuffled" in controls and len(studies) < 2:
         evaluation.notes.append("images of a single study cannot be shuffled")
     elif "shuffled" in controls:
-        # The images are all the model is given, so what it writes for another's is what it wrote for the other.
-        evaluation.rows["shuffled"] = scored([written.reports[other] for other in derangement(len(studies), seed)])
+        order = derangement(len(studies), seed)
+        if indication:
+            others = with_column(studies.select(order.tolist()), "indication", list(studies["indication"]))
+            evaluation.rows["shuffled"] = scored(generated(others).reports)
+        else:
+            # The images are all the model is given, so what it writes for another's is what it wrote for the other.
+            evaluation.rows["shuffled"] = scored([written.reports[other] for other in order])
     if "constant" in controls:
         columns = [column for column in COLUMNS if column in metrics or column.startswith("macro_f1")]
         states = reader.label(list(training_reports))
@@ -239,8 +258,7 @@ def evaluate_model(
         elif len(known) < len(studies):
             evaluation.notes.append(f"true states are known of {len(known)} of {len(studies)} studies only")
         else:
-            told = generate_reports(model, processor, studies, batch_size, generation, np.array(known))
-            evaluation.rows["true_states"] = scored(told.reports)
+            evaluation.rows["true_states"] = scored(generated(studies, np.array(known)).reports)
     return evaluation
 
 

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
-from torch.utils.data import DataLoader
 
 from ..findings_otdrg import FINDINGS, POSITIVE
 from ..modeling_otdrg import OTDRGForReportGeneration
@@ -17,8 +15,8 @@ from ..processing_otdrg import OTDRGProcessor
 from .build import StudySplits, known_states, set_trained_parts
 from .callbacks import SinkhornLossCallback
 from .collation import FindingCollator
+from .features import cache_features, encoder_is_frozen
 from .recipe import Recipe
-from .streaming import StreamedStudies
 from .trainer import StageTrainer, training_arguments
 
 logger = logging.getLogger(__name__)
@@ -54,11 +52,11 @@ def run(
     args = training_arguments(
         stage, folder, recipe.seed, evaluates=validation is not None, label_names=["finding_labels"]
     )
-    if stage.vision == "frozen" and stage.cache_features:
+    if stage.cache_features and encoder_is_frozen(model):
+        cache = (recipe.features_folder, args.per_device_eval_batch_size)
         model.to(args.device)
-        train = CachedFeatures(model, processor, train, args.per_device_eval_batch_size)
-        if validation is not None:
-            validation = CachedFeatures(model, processor, validation, args.per_device_eval_batch_size)
+        train = cache_features(model, processor, train, *cache)
+        validation = validation and cache_features(model, processor, validation, *cache)
     collator = FindingCollator(processor)
     trainer = StageTrainer(
         model,
@@ -95,38 +93,6 @@ def run(
             "predictor.fit_thresholds=True: expected a validation split with finding states to fit them on"
         )
     return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), results
-
-
-class CachedFeatures(torch.utils.data.Dataset):
-    """Studies of which a frozen encoder's view features are kept in memory instead of the images.
-
-    Rows have `view_features` (V, image_tokens, D) in the encoder's type, and `finding_states`.
-    """
-
-    def __init__(
-        self,
-        model: OTDRGForReportGeneration,
-        processor: OTDRGProcessor,
-        studies: Dataset | StreamedStudies,
-        batch_size: int,
-    ):
-        # Together with the features: the order of streamed studies is not that of their columns.
-        self.states: list[list[int]] = []
-        self.features: list[torch.Tensor] = []
-        model.eval()
-        logger.info("encoding the views of %d studies once", len(studies))
-        for batch in DataLoader(studies, batch_size=batch_size, collate_fn=FindingCollator(processor)):
-            self.states += batch["finding_labels"].tolist()
-            view_mask = batch["view_mask"]
-            with torch.no_grad():
-                encoded = model.encode_views(batch["pixel_values"].to(model.device), view_mask.to(model.device)).cpu()
-            self.features += [views[mask] for views, mask in zip(encoded, view_mask, strict=True)]
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        return {"view_features": self.features[position], "finding_states": self.states[position]}
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------
@@ -242,4 +208,4 @@ def _summary(metrics: dict[str, Any]) -> dict[str, float]:
     return {name: metrics[name] for name in ("macro_auc", "macro_f1_13") if metrics[name] is not None}
 
 
-__all__ = ["CachedFeatures", "area_under_curve", "finding_metrics", "fit_thresholds", "format_metrics", "run"]
+__all__ = ["area_under_curve", "finding_metrics", "fit_thresholds", "format_metrics", "run"]

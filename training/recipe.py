@@ -117,6 +117,9 @@ class StageRecipe:
     weight_decay: float = _option(0.01, "Weight decay, of weight matrices only.")
     max_grad_norm: float = _option(1.0, "Gradients are scaled down to this norm.")
     vision: Literal["frozen", "full"] = _option("frozen", "Whether the vision encoder is trained.")
+    cache_features: bool = _option(
+        True, "Encode each view once and keep its features in feature_cache, where the vision encoder is frozen."
+    )
     bf16: bool = _option(False, "Train under bfloat16 autocast.")
     gradient_checkpointing: bool = _option(
         False, "Keep few activations and compute the others anew in the backward pass: less memory, more time."
@@ -158,6 +161,7 @@ class IRCPRecipe(StageRecipe):
     """The stage that pre-trains the vision encoder by contrast (3.2.2)."""
 
     vision: Literal["frozen", "full"] = _option("full", "The vision encoder is what this stage trains: always full.")
+    cache_features: bool = _option(False, "Features of an encoder that is trained change: always false.")
     sigma: float = _option(0.1, "Standard deviation of the noise that makes an anchor's positive.")
     noise: Literal["normalized", "raw"] = _option(
         "normalized", "Add the noise to the pooled encoder feature scaled to length 1, or to it as it is (the paper)."
@@ -176,6 +180,12 @@ class IRCPRecipe(StageRecipe):
     def __post_init__(self):
         self._check("ircp")
         _need(self.vision == "full", "ircp.vision", self.vision, "full: the vision encoder is what this stage trains")
+        _need(
+            not self.cache_features,
+            "ircp.cache_features",
+            self.cache_features,
+            "false: features of the encoder that this stage trains change",
+        )
         _need(self.batch_size > 1, "ircp.batch_size", self.batch_size, "at least 2: negatives are the batch's others")
         for name in ("sigma", "report_weight", "probe_studies"):
             _need(getattr(self, name) >= 0, f"ircp.{name}", getattr(self, name), "a number of at least 0")
@@ -188,7 +198,6 @@ class IRCPRecipe(StageRecipe):
 class PredictorRecipe(StageRecipe):
     """The stage that trains the label predictor (3.4)."""
 
-    cache_features: bool = _option(True, "Encode each study once and keep its features in memory (frozen encoder).")
     fit_thresholds: bool = _option(False, "Fit a threshold for each finding on validation, into the configuration.")
 
     def __post_init__(self):
@@ -268,6 +277,7 @@ class ReportRecipe(StageRecipe):
         "frozen", "Whether the label predictor goes on learning; it must when the encoder it shares is trained."
     )
     max_report_tokens: int = _option(120, "Tokens of a training report that are kept.")
+    indication: bool = _option(False, "Put the studies' indication into the prompt.")
     ot_weight_warmup: float = _option(0.0, "Share of the steps over which lambda rises from 0 to model's ot_weight.")
     ot_epsilon_start: float | None = _option(None, "Epsilon at the first step, annealed to the model's ot_epsilon.")
     ot_epsilon_annealing: float = _option(0.5, "Share of the steps over which epsilon is annealed, geometrically.")
@@ -323,6 +333,9 @@ class Recipe:
     studies: StudiesRecipe = field(metadata={"help": "Which studies are trained on."})
     seed: int = _option(42, "Seed of weights, batches and controls.")
     cpu_threads: int | None = _option(None, "Threads of each process on CPU; the cores' share of each without it.")
+    feature_cache: str | None = _option(
+        None, "Folder of frozen encoders' features, which runs may share; features in output_dir without it."
+    )
     stages: list[str] = field(
         default_factory=lambda: list(DEFAULT_STAGES),
         metadata={"help": "Stages to run, of ircp, predictor and report; each reads the folder of the one before."},
@@ -335,6 +348,12 @@ class Recipe:
 
     def __post_init__(self):
         _need(self.cpu_threads is None or self.cpu_threads > 0, "cpu_threads", self.cpu_threads, "a positive integer")
+        _need(
+            self.feature_cache is None or not os.path.isfile(self.feature_cache),
+            "feature_cache",
+            self.feature_cache,
+            "a folder, and this is a file",
+        )
         _need(bool(self.stages), "stages", self.stages, f"some of {', '.join(STAGES)}")
         for stage in self.stages:
             _need(stage in STAGES, "stages", stage, f"one of {', '.join(STAGES)}")
@@ -350,6 +369,11 @@ class Recipe:
             True,
             "false while studies.streaming is true (their order is the shards')",
         )
+
+    @property
+    def features_folder(self) -> Path:
+        """Where features of frozen encoders are kept."""
+        return Path(self.feature_cache or os.path.join(self.output_dir, "features"))
 
     def to_yaml(self) -> str:
         """The recipe as resolved, every field written out; `load_recipe` reads it back."""

@@ -22,6 +22,7 @@ from .build import StudySplits, lora_fields, set_trained_parts
 from .callbacks import SinkhornLossCallback
 from .collation import ReportCollator
 from .evaluation import evaluate_model, format_table, write_predictions
+from .features import CachedStudies, cache_features, encoder_is_frozen
 from .recipe import Recipe, ReportRecipe
 from .selection import SelectionExpression
 from .trainer import StageTrainer, training_arguments
@@ -95,6 +96,11 @@ def run(
     callbacks: list[TrainerCallback] = [SaveOnEvaluation()] if selects else []
     if selects and stage.selection.patience is not None:
         callbacks.append(EarlyStoppingCallback(stage.selection.patience))
+    if stage.cache_features and encoder_is_frozen(model):
+        cache = (recipe.features_folder, args.per_device_eval_batch_size)
+        model.to(args.device)
+        train = cache_features(model, processor, train, *cache)
+        validation = validation and cache_features(model, processor, validation, *cache)
     sinkhorn = SinkhornLossCallback(
         ot_weight_warmup=stage.ot_weight_warmup,
         ot_epsilon_start=stage.ot_epsilon_start,
@@ -108,9 +114,9 @@ def run(
         frozen=frozen,
         vision_learning_rate=stage.vision_learning_rate,
         train_collator=ReportCollator(
-            processor, True, stage.max_report_tokens, supervise_predictor=stage.predictor == "full"
+            processor, True, stage.max_report_tokens, stage.predictor == "full", stage.indication
         ),
-        eval_collator=ReportCollator(processor, False, stage.max_report_tokens),
+        eval_collator=ReportCollator(processor, False, stage.max_report_tokens, indication=stage.indication),
         train_lengths=_report_lengths(processor, train["report"], stage) if stage.group_by_length else None,
         callbacks=callbacks,
         validate=Validation(recipe, model, processor, validation, folder) if selects else None,
@@ -152,7 +158,7 @@ class Validation:
     recipe: Recipe
     model: OTDRGForReportGeneration
     processor: OTDRGProcessor
-    studies: Dataset
+    studies: Dataset | CachedStudies
     folder: Path
 
     def __call__(self, step: int) -> dict[str, float]:
@@ -172,6 +178,7 @@ class Validation:
             labeler=stage.evaluation.labeler,
             metrics=[name for name in NLG_METRICS if name in names],
             seed=self.recipe.seed,
+            indication=stage.indication,
         )
         if PartialState().is_main_process:
             write_predictions(evaluation, self.folder / "validation" / f"step-{step:06d}.csv")
@@ -221,17 +228,21 @@ def evaluate(
         )
     rows = studies[wanted.split]
     rows = rows.select(range(min(wanted.limit or len(rows), len(rows))))
+    batch_size = recipe.report.eval_batch_size or recipe.report.batch_size
+    if recipe.report.cache_features and encoder_is_frozen(model):
+        rows = cache_features(model, processor, rows, recipe.features_folder, batch_size)
     evaluation = evaluate_model(
         model,
         processor,
         rows,
         training_reports=studies["train"]["report"],
-        batch_size=recipe.report.eval_batch_size or recipe.report.batch_size,
+        batch_size=batch_size,
         generation=asdict(recipe.report.generation),
         controls=wanted.controls,
         labeler=wanted.labeler,
         metrics=wanted.metrics,
         seed=recipe.seed,
+        indication=recipe.report.indication,
     )
     write_predictions(evaluation, folder / "predictions.csv")
     logger.info("%s, %d studies:\n%s", wanted.split, len(rows), format_table(evaluation))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from datasets import Image, List
+from datasets.distributed import split_dataset_by_node
 
 from ..studies.loading import prepared_column, stream_prepared
 
@@ -14,8 +16,8 @@ from ..studies.loading import prepared_column, stream_prepared
 class StreamedStudies(torch.utils.data.IterableDataset):
     """A split of a built dataset: views are streamed from its shards, in an order that is new each epoch.
 
-    What is small is held in memory as columns, `id`, `report` and `finding_states`, and can be read and replaced as
-    those of a `datasets.Dataset` can.
+    What is small is held in memory as columns, `id`, `report`, `indication` and `finding_states`, and can be read and
+    replaced as those of a `datasets.Dataset` can.
 
     Args:
         folder: of the dataset.
@@ -28,8 +30,10 @@ class StreamedStudies(torch.utils.data.IterableDataset):
     """
 
     def __init__(self, folder: str | os.PathLike, split: str, seed: int = 0, buffer: int = 256):
-        self._stream = stream_prepared(folder, split).shuffle(seed=seed, buffer_size=buffer)
-        self._columns = {name: prepared_column(folder, split, name) for name in ("id", "report", "finding_states")}
+        self._on_disk = stream_prepared(folder, split)
+        self._stream = self._on_disk.shuffle(seed=seed, buffer_size=buffer)
+        names = ("id", "report", "indication", "finding_states")
+        self._columns = {name: prepared_column(folder, split, name) for name in names}
 
     def __len__(self) -> int:
         return len(self._columns["id"])
@@ -47,15 +51,25 @@ class StreamedStudies(torch.utils.data.IterableDataset):
 
     def _changed(self, columns: dict[str, list]) -> StreamedStudies:
         changed = object.__new__(type(self))
-        changed._stream, changed._columns = self._stream, columns
+        changed._on_disk, changed._stream, changed._columns = self._on_disk, self._stream, columns
         return changed
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        for place, row in self._placed(self._stream):
+            yield {**row, **{name: values[place] for name, values in self._columns.items()}}
+
+    def image_files(self, process: int = 0, processes: int = 1) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        """One process's share of the studies, in the order of the shards: position in the columns, and the views as
+        `{"bytes", "path"}` of image files that are not decoded."""
+        undecoded = self._on_disk.select_columns(["id", "images"]).cast_column("images", List(Image(decode=False)))
+        for place, row in self._placed(split_dataset_by_node(undecoded, process, processes)):
+            yield place, row["images"]
+
+    def _placed(self, stream: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
         places = {study: place for place, study in enumerate(self._columns["id"])}
-        for row in self._stream:
-            place = places.get(row["id"])
-            if place is not None:
-                yield {**row, **{name: values[place] for name, values in self._columns.items()}}
+        for row in stream:
+            if row["id"] in places:
+                yield places[row["id"]], row
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle for this epoch; the Trainer calls it."""

@@ -83,6 +83,36 @@ def test_given_states_change_the_report(model, processor, studies):
         generate_reports(model, processor, studies, 4, GENERATION, states[0][:1])
 
 
+@pytest.mark.parametrize("collator", ["prompt", "report"])
+def test_indications_go_into_the_prompt_on_request(processor, studies, collator):
+    def batch(rows, indication):
+        if collator == "prompt":
+            return PromptCollator(processor, indication)(rows)
+        return ReportCollator(processor, training=False, indication=indication)(rows)
+
+    rows = [{**row, "indication": text} for row, text in zip(studies, ("Cough.", "", " ", None), strict=False)]
+    told, untold = (batch(rows, indication)["input_ids"] for indication in (True, False))
+    texts, plain = (processor.batch_decode(ids, skip_special_tokens=False) for ids in (told, untold))
+    assert ["Indication: Cough." in text for text in texts] == [True, False, False, False]
+    assert not any("Indication" in text for text in plain)
+    alike = [{**row, "indication": None} for row in rows]
+    assert torch.equal(batch(alike, True)["input_ids"], untold)
+
+
+def test_shuffled_images_leave_indications_where_they_are(model, processor, studies):
+    texts = [f"Case {number}. Shortness of breath, fever and cough." for number in range(len(studies))]
+    studies = studies.remove_columns("indication").add_column("indication", texts)
+    arguments = (["Clear lungs."], 4, GENERATION, ["shuffled"])
+    rows = evaluate_model(model, processor, studies, *arguments, metrics=["bleu_4"], indication=True).rows
+    assert rows["model"].reports == generate_reports(model, processor, studies, 4, GENERATION, indication=True).reports
+    assert rows["model"].reports != generate_reports(model, processor, studies, 4, GENERATION).reports
+    order = derangement(len(studies), seed=0).tolist()
+    images = studies.select(order).remove_columns("indication").add_column("indication", texts)
+    assert (
+        rows["shuffled"].reports == generate_reports(model, processor, images, 4, GENERATION, indication=True).reports
+    )
+
+
 def test_a_batch_writes_what_single_studies_get(model, processor, studies):
     batched, single = (generate_reports(model, processor, studies, size, GENERATION) for size in (4, 1))
     assert batched.reports == single.reports

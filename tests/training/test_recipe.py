@@ -106,6 +106,14 @@ def test_mistakes_are_named_in_one_line(write, overrides, message, capsys):
     assert error.startswith("train_hf.py: error: ") and error.count("\n") == 1
 
 
+def test_features_lie_in_the_run_or_where_runs_share_them(write, tmp_path):
+    path = write(MINIMAL)
+    assert load_recipe(path).features_folder == Path("runs/x/features")
+    assert load_recipe(path, [f"feature_cache={tmp_path}"]).features_folder == tmp_path
+    with pytest.raises(ValueError, match=r"feature_cache=.*recipe\.yaml': expected a folder, and this is a file"):
+        load_recipe(path, [f"feature_cache={path}"])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -32,7 +32,7 @@ def test_streamed_studies_are_those_of_the_table(prepared):
     table = build_studies(recipe_of(prepared, **fields), LabelsRecipe(labeler="rules"))
     assert list(streamed) == list(table) == ["train", "validation"]
     assert len(streamed["train"]) == len(table["train"]) == 9
-    for column in ("id", "report", "finding_states"):
+    for column in ("id", "report", "indication", "finding_states"):
         assert list(streamed["train"][column]) == list(table["train"][column])
     rows = {row["id"]: row for row in streamed["train"]}
     assert len(rows) == 9
@@ -66,9 +66,9 @@ def test_a_recipe_trains_all_stages_on_a_stream(prepared, tiny_recipe, tmp_path)
     recipe["output_dir"] = str(tmp_path / "run")
     recipe["stages"] = ["ircp", "predictor", "report"]
     recipe["ircp"] = {"epochs": 1, "batch_size": 4, "probe_studies": 10}
-    # By epochs, which a stream of unknown length could not have; and with the views encoded anew.
+    # By epochs, which a stream of unknown length could not have; and with and without features kept.
     recipe["predictor"].update(max_steps=-1, epochs=2, workers=1)
-    recipe["report"].update(max_steps=-1, epochs=1)
+    recipe["report"].update(max_steps=-1, epochs=1, cache_features=False)
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     assert main([str(path)]) == 0

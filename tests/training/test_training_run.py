@@ -28,6 +28,7 @@ def copied_run(trained_run, tmp_path):
 
 def test_both_stages_leave_their_folders(trained_run):
     assert {path.name for path in trained_run.iterdir()} == {
+        "features",
         "predictor",
         "report",
         "model",
@@ -69,9 +70,13 @@ def test_what_is_frozen_stays_as_it_was(trained_run):
         assert changed == (adapted or name.startswith(("image_projector.", "label_projector."))), name
 
 
-def test_a_stage_reruns_from_the_folder_before(tiny_recipe, copied_run):
+@pytest.mark.parametrize("cached", [True, False], ids=["features", "images"])
+def test_a_stage_reruns_from_the_folder_before(tiny_recipe, copied_run, cached, caplog):
     first = training_lines(results(copied_run)["report"])
-    assert main([str(tiny_recipe), f"output_dir={copied_run}", "stages=[report]"]) == 0
+    overrides = ["stages=[report]", f"report.cache_features={str(cached).lower()}"]
+    assert main([str(tiny_recipe), f"output_dir={copied_run}", *overrides]) == 0
+    found = f"features of 16 studies: 16 views found in {copied_run / 'features'}"
+    assert (found in caplog.text and ", 0 to be encoded" in caplog.text) == cached
     again = training_lines(results(copied_run)["report"])
     assert [line["loss"] for line in again.values()] == pytest.approx([line["loss"] for line in first.values()])
     assert "validation" in results(copied_run)["predictor"]
