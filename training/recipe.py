@@ -108,13 +108,15 @@ class StageRecipe:
     gradient_accumulation: int = _option(1, "Batches whose gradients make one optimizer step.")
     learning_rate: float = _option(1e-4, "Peak learning rate of AdamW.")
     vision_learning_rate: float | None = _option(
-        None, "Peak learning rate of a trained vision encoder; learning_rate without it."
+        None, "Peak learning rate of a trained vision encoder or its adapters; learning_rate without it."
     )
     schedule: Literal["cosine", "linear", "constant"] = _option("cosine", "Course of the learning rate after warm-up.")
     warmup_ratio: float = _option(0.0, "Share of the steps over which the learning rate rises from 0.")
     weight_decay: float = _option(0.01, "Weight decay, of weight matrices only.")
     max_grad_norm: float = _option(1.0, "Gradients are scaled down to this norm.")
-    vision: Literal["frozen", "full"] = _option("frozen", "Whether the vision encoder is trained.")
+    vision: Literal["frozen", "lora", "full"] = _option(
+        "frozen", "How the vision encoder is trained; lora as model.overrides.vision_lora says."
+    )
     bf16: bool = _option(False, "Train under bfloat16 autocast.")
     logging_steps: int = _option(10, "Steps between log lines.")
     eval_strategy: Literal["no", "steps", "epoch"] = _option("epoch", "When validation is evaluated during training.")
@@ -140,7 +142,7 @@ class StageRecipe:
         _need(self.max_steps == -1 or self.max_steps > 0, f"{section}.max_steps", self.max_steps, "a number of steps")
         _need(0 <= self.warmup_ratio < 1, f"{section}.warmup_ratio", self.warmup_ratio, "0 <= ratio < 1")
         _need(
-            self.vision_learning_rate is None or self.vision == "full",
+            self.vision_learning_rate is None or self.vision != "frozen",
             f"{section}.vision_learning_rate",
             self.vision_learning_rate,
             f"null while {section}.vision is frozen",
@@ -151,7 +153,9 @@ class StageRecipe:
 class IRCPRecipe(StageRecipe):
     """The stage that pre-trains the vision encoder by contrast (3.2.2)."""
 
-    vision: Literal["frozen", "full"] = _option("full", "The vision encoder is what this stage trains: always full.")
+    vision: Literal["frozen", "lora", "full"] = _option(
+        "full", "How the vision encoder, which is what this stage trains, is trained: full, or lora."
+    )
     sigma: float = _option(0.1, "Standard deviation of the noise that makes an anchor's positive.")
     noise: Literal["normalized", "raw"] = _option(
         "normalized", "Add the noise to the pooled encoder feature scaled to length 1, or to it as it is (the paper)."
@@ -169,7 +173,9 @@ class IRCPRecipe(StageRecipe):
 
     def __post_init__(self):
         self._check("ircp")
-        _need(self.vision == "full", "ircp.vision", self.vision, "full: the vision encoder is what this stage trains")
+        _need(
+            self.vision != "frozen", "ircp.vision", self.vision, "full or lora: the encoder is what this stage trains"
+        )
         _need(self.batch_size > 1, "ircp.batch_size", self.batch_size, "at least 2: negatives are the batch's others")
         for name in ("sigma", "report_weight", "probe_studies"):
             _need(getattr(self, name) >= 0, f"ircp.{name}", getattr(self, name), "a number of at least 0")
@@ -180,13 +186,24 @@ class IRCPRecipe(StageRecipe):
 
 @dataclass
 class PredictorRecipe(StageRecipe):
-    """The stage that trains the label predictor (3.4)."""
+    """The stage that trains the label predictor (3.4).
 
+    Where the predictor has an encoder of its own (`model.overrides.predictor_encoder`), `vision` is about that one,
+    which starts as a copy of the report's.
+    """
+
+    logit_adjustment: float = _option(
+        0.0,
+        "tau of Menon et al. (2021): tau times the log of how often training has each state is added to the logits "
+        "wherever the predictor learns, so that rare states are not learned to be unlikely.",
+    )
     cache_features: bool = _option(True, "Encode each study once and keep its features in memory (frozen encoder).")
     fit_thresholds: bool = _option(False, "Fit a threshold for each finding on validation, into the configuration.")
 
     def __post_init__(self):
         self._check("predictor")
+        value = self.logit_adjustment
+        _need(value >= 0, "predictor.logit_adjustment", value, "a number of at least 0")
 
 
 @dataclass
@@ -235,7 +252,7 @@ class ReportRecipe(StageRecipe):
 
     text: Literal["frozen", "lora", "full"] = _option("lora", "How the LLM is trained.")
     predictor: Literal["frozen", "full"] = _option(
-        "frozen", "Whether the label predictor goes on learning; it must when the encoder it shares is trained."
+        "frozen", "Whether the label predictor goes on learning; it must when an encoder it shares is trained."
     )
     max_report_tokens: int = _option(120, "Tokens of a training report that are kept.")
     ot_weight_warmup: float = _option(0.0, "Share of the steps over which lambda rises from 0 to model's ot_weight.")
@@ -255,12 +272,6 @@ class ReportRecipe(StageRecipe):
             _need(0 <= getattr(self, name) <= 1, f"report.{name}", getattr(self, name), "a share from 0 to 1")
         start = self.ot_epsilon_start
         _need(start is None or start > 0, "report.ot_epsilon_start", start, "a number above 0")
-        _need(
-            self.vision == "frozen" or self.predictor == "full",
-            "report.predictor",
-            self.predictor,
-            "full where report.vision is full (the encoder would move away under the predictor)",
-        )
 
 
 #: The stages there are, in the order in which they run, and the module of each.
@@ -297,6 +308,22 @@ class Recipe:
             "stages",
             self.stages,
             f"each once and in this order: {', '.join(STAGES)}",
+        )
+        self.check_predictor_encoder(self.model.overrides.get("predictor_encoder", "shared"))
+
+    def check_predictor_encoder(self, predictor_encoder: str) -> None:
+        """Whether the report stage leaves the predictor what it knows, of a model whose configuration says this.
+
+        Raises:
+            ValueError: the stage trains the encoder of a predictor that does not learn along.
+        """
+        report = self.report
+        _need(
+            report.vision == "frozen" or report.predictor == "full" or predictor_encoder != "shared",
+            "report.predictor",
+            report.predictor,
+            f"full where report.vision is {report.vision} (the encoder would move away under the predictor), or a "
+            "model whose overrides.predictor_encoder is own",
         )
 
     def to_yaml(self) -> str:

@@ -11,10 +11,11 @@ import torch
 
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
-from .build import StudySplits, lora_fields, set_trained_parts
+from .build import StudySplits, attach_lora, set_trained_parts
 from .callbacks import SinkhornLossCallback
 from .collation import ReportCollator
 from .evaluation import evaluate_model, format_table, write_predictions
+from .predictor import logit_adjustment
 from .recipe import Recipe
 from .trainer import StageTrainer, training_arguments
 
@@ -37,10 +38,11 @@ def run(
         The model, LoRA merged and all of it in the recipe's type, as it is published; and the stage's results.
     """
     stage = recipe.report
-    if stage.text == "lora":
-        model.config.lora = lora_fields(recipe.model)
-        model.add_lora()
+    attach_lora(model, recipe, "report")
     frozen = set_trained_parts(model, vision=stage.vision, text=stage.text, predictor=stage.predictor, joining=True)
+    if stage.predictor == "full":
+        tau = recipe.predictor.logit_adjustment
+        model.finding_logit_adjustment = logit_adjustment(studies["train"]["finding_states"], tau)
     validation = studies.get("validation")
     args = training_arguments(
         stage,

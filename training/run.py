@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from transformers import set_seed
 
-from .build import build_model, build_studies, last_checkpoint, load_model
+from .build import build_model, build_studies, last_checkpoint, load_model, lora_fields
 from .recipe import STAGES, Recipe
 from .trainer import has_accelerator
 
@@ -46,6 +46,8 @@ def run_recipe(recipe: Recipe, resume: bool = False, overwrite: bool = False) ->
     output = Path(recipe.output_dir)
     pending = _pending_stages(recipe, resume, overwrite)
     _check_predictor(recipe, pending)
+    for stage in pending:
+        lora_fields(recipe, stage)
     previous = _previous_folder(recipe, pending)
     studies = build_studies(recipe.studies, recipe.labels, recipe.seed)
     state = PartialState(cpu=not has_accelerator())
@@ -67,6 +69,9 @@ def run_recipe(recipe: Recipe, resume: bool = False, overwrite: bool = False) ->
             model, processor = build_model(recipe.model, studies["train"]["report"])
         else:
             model, processor = load_model(previous, recipe.model.dtype)
+        if "report" in pending:
+            # Before any other stage has taken its hours.
+            recipe.check_predictor_encoder(model.config.predictor_encoder)
         module = import_module(f".{STAGES[stage]}", __package__)
         model, results[stage] = module.run(recipe, studies, model, processor, output / stage, resume)
         folder = output / "model" if stage == "report" else output / stage

@@ -75,8 +75,8 @@ def test_training_studies_need_states(phantoms, monkeypatch):
 
 
 def test_parts_are_trained_as_the_recipe_says():
-    recipe = ModelRecipe(overrides={"lora": {"r": 2, "target_modules": ["q_proj"]}})
-    model, processor = build_model(recipe, ["the lungs are clear ."])
+    lora = {"r": 2, "target_modules": ["q_proj"]}
+    model, processor = build_model(ModelRecipe(overrides={"lora": lora}), ["the lungs are clear ."])
     assert model.config.lora is None and model.config.image_token_id == processor.image_token_id
 
     def trained():
@@ -87,7 +87,7 @@ def test_parts_are_trained_as_the_recipe_says():
     assert model.vision_tower in frozen and model.language_model in frozen
     set_trained_parts(model, vision="full", text="full", predictor="full", joining=True)
     assert trained() == {"vision_tower", "language_model", "finding_predictor", "image_projector", "label_projector"}
-    model.config.lora = lora_fields(recipe)
+    model.config.lora = lora
     model.add_lora()
     build.cast_backbones(model, "bfloat16")
     set_trained_parts(model, vision="frozen", text="lora", predictor="frozen", joining=True)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 from otdrg.findings_otdrg import FINDINGS
-from otdrg.training.predictor import area_under_curve, finding_metrics, fit_thresholds
+from otdrg.training.predictor_metrics import area_under_curve, finding_metrics, fit_thresholds
 
 sklearn_metrics = pytest.importorskip("sklearn.metrics")
 
