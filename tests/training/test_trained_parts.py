@@ -143,6 +143,21 @@ def test_a_shared_encoder_is_trained_by_lora_for_the_predictor(write_recipe, tmp
     assert not model.has_lora and not hasattr(model, "finding_vision_tower")
 
 
+def test_frozen_encoders_are_two_of_a_kind_and_features_can_be_kept(write_recipe, tmp_path):
+    evaluation = {"split": "validation", "controls": ["shuffled"], "metrics": ["bleu_4"]}
+    path = write_recipe(
+        tmp_path,
+        {"predictor_encoder": "own"},
+        predictor={"vision": "frozen", "cache_features": True, "fit_thresholds": True},
+        report={"max_steps": 1, "evaluation": evaluation},
+    )
+    assert main([str(path)]) == 0
+    run = tmp_path / "run"
+    assert not moved(weights(run / "model", "vision_tower."), weights(run / "model", "finding_vision_tower."))
+    assert results(run)["predictor"]["validation"]["thresholds_fitted_on"] == "validation"
+    assert set(results(run)["report"]["evaluation"]["rows"]) == {"model", "images shuffled across studies"}
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
