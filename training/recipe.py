@@ -309,21 +309,13 @@ class Recipe:
             self.stages,
             f"each once and in this order: {', '.join(STAGES)}",
         )
-        self.check_predictor_encoder(self.model.overrides.get("predictor_encoder", "shared"))
-
-    def check_predictor_encoder(self, predictor_encoder: str) -> None:
-        """Whether the report stage leaves the predictor what it knows, of a model whose configuration says this.
-
-        Raises:
-            ValueError: the stage trains the encoder of a predictor that does not learn along.
-        """
-        report = self.report
+        shared = self.model.overrides.get("predictor_encoder", "shared") == "shared"
         _need(
-            report.vision == "frozen" or report.predictor == "full" or predictor_encoder != "shared",
+            self.report.vision == "frozen" or self.report.predictor == "full" or not shared,
             "report.predictor",
-            report.predictor,
-            f"full where report.vision is {report.vision} (the encoder would move away under the predictor), or a "
-            "model whose overrides.predictor_encoder is own",
+            self.report.predictor,
+            f"full where report.vision is {self.report.vision} (the encoder would move away under the predictor), or "
+            "model.overrides.predictor_encoder own",
         )
 
     def to_yaml(self) -> str:

@@ -14,6 +14,7 @@ import torch
 from accelerate import PartialState
 from transformers import set_seed
 
+from ..configuration_otdrg import OTDRGConfig
 from .build import build_model, build_studies, last_checkpoint, load_model, lora_fields
 from .recipe import STAGES, Recipe
 from .trainer import has_accelerator
@@ -69,9 +70,6 @@ def run_recipe(recipe: Recipe, resume: bool = False, overwrite: bool = False) ->
             model, processor = build_model(recipe.model, studies["train"]["report"])
         else:
             model, processor = load_model(previous, recipe.model.dtype)
-        if "report" in pending:
-            # Before any other stage has taken its hours.
-            recipe.check_predictor_encoder(model.config.predictor_encoder)
         module = import_module(f".{STAGES[stage]}", __package__)
         model, results[stage] = module.run(recipe, studies, model, processor, output / stage, resume)
         folder = output / "model" if stage == "report" else output / stage
@@ -128,11 +126,19 @@ def _previous_folder(recipe: Recipe, pending: list[str]) -> Path | None:
 
 
 def _check_predictor(recipe: Recipe, pending: list[str]) -> None:
-    """The report stage reads a folder in which the predictor has been trained."""
+    """The report stage reads a folder in which the predictor has been trained, on the encoder the recipe says."""
     if "report" not in pending or "predictor" in pending or not recipe.model.overrides.get("dle", True):
         return
     folder = Path(recipe.output_dir) / "predictor"
-    if not (folder / FINISHED).is_file():
+    if (folder / FINISHED).is_file():
+        there = OTDRGConfig.from_pretrained(folder).predictor_encoder
+        wanted = recipe.model.overrides.get("predictor_encoder", "shared")
+        if there != wanted:
+            raise ValueError(
+                f"model.overrides.predictor_encoder={wanted!r}: expected {there}, as the predictor of {folder} was "
+                "trained, or stages=[predictor,report]"
+            )
+    else:
         raise ValueError(
             f"stage report needs a trained predictor, and {folder} holds none: run stages=[predictor,report]"
         )

@@ -184,4 +184,4 @@ def test_a_folder_whose_predictor_shares_the_encoder_is_refused(tiny_recipe, tra
     overrides = ["stages=[report]", "report.vision=full", "model.overrides.predictor_encoder=own"]
     assert main([str(tiny_recipe), f"output_dir={run}", *overrides]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "report.predictor='frozen': expected full where report.vision is full" in error
+    assert f"predictor_encoder='own': expected shared, as the predictor of {run / 'predictor'} was trained" in error
