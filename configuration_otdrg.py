@@ -81,6 +81,10 @@ class OTDRGConfig(PreTrainedConfig):
         focal_reduction (`str`, defaults to `"finding"`):
             `"finding"`: focal factor per finding, mean over studies and findings; `"study"`: the cross-entropies of a
             study are summed first (eq. 10 read literally).
+        predictor_encoder (`str`, defaults to `"shared"`):
+            Whose features the label predictor reads: `"shared"` those of the report's vision encoder, `"own"` those of
+            a second encoder of the same `vision_config`, so that training the report's leaves the predictor as it is
+            (3.4: it stands outside of the training of the report).
         predictor_dropout (`float`, defaults to 0.0):
             Dropout of the label predictor.
         predicted_state_ratio (`float`, defaults to 0.0):
@@ -89,6 +93,9 @@ class OTDRGConfig(PreTrainedConfig):
             14 probabilities above which a finding is predicted positive; without them the likeliest state wins.
         lora (`dict`, *optional*):
             peft `LoraConfig` fields of adapters in the LLM (`r`, `lora_alpha`, `lora_dropout`, `target_modules`).
+        vision_lora (`dict`, *optional*):
+            The same of adapters in the vision encoder, the predictor's own included: `target_modules` are `["qkv"]` in
+            timm's encoders and `["q_proj", "v_proj"]` in DINOv2.
         prompt (`str`, *optional*):
             Instruction after the image; the paper's by default.
         image_token_id, finding_token_id, finding_text_token_id (`int`, *optional*):
@@ -112,6 +119,7 @@ class OTDRGConfig(PreTrainedConfig):
         "ot_labels": ("all", "mentioned"),
         "ot_gradient": ("envelope", "unroll"),
         "focal_reduction": ("finding", "study"),
+        "predictor_encoder": ("shared", "own"),
     }
 
     def __init__(
@@ -141,10 +149,12 @@ class OTDRGConfig(PreTrainedConfig):
         ot_contrastive_temperature: float = 0.1,
         focal_gamma: float = 2.0,
         focal_reduction: str = "finding",
+        predictor_encoder: str = "shared",
         predictor_dropout: float = 0.0,
         predicted_state_ratio: float = 0.0,
         finding_thresholds: list[float] | None = None,
         lora: dict[str, Any] | None = None,
+        vision_lora: dict[str, Any] | None = None,
         prompt: str = DEFAULT_PROMPT,
         image_token_id: int | None = None,
         finding_token_id: int | None = None,
@@ -179,10 +189,12 @@ class OTDRGConfig(PreTrainedConfig):
         self.ot_contrastive_temperature = ot_contrastive_temperature
         self.focal_gamma = focal_gamma
         self.focal_reduction = focal_reduction
+        self.predictor_encoder = predictor_encoder
         self.predictor_dropout = predictor_dropout
         self.predicted_state_ratio = predicted_state_ratio
         self.finding_thresholds = finding_thresholds
         self.lora = lora
+        self.vision_lora = vision_lora
         self.prompt = prompt
         self.image_token_id = image_token_id
         self.finding_token_id = finding_token_id
@@ -234,9 +246,14 @@ class OTDRGConfig(PreTrainedConfig):
             "finding_thresholds",
             f"{len(FINDINGS)} numbers from 0 to 1",
         )
-        if self.lora is not None:
-            unknown = set(self.lora) - {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "bias"}
-            need(not unknown and "target_modules" in self.lora, "lora", "r, lora_alpha, lora_dropout, target_modules")
+        for field in ("lora", "vision_lora"):
+            lora = getattr(self, field)
+            known = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "bias"}
+            need(
+                lora is None or (isinstance(lora, dict) and "target_modules" in lora and not set(lora) - known),
+                field,
+                "r, lora_alpha, lora_dropout, target_modules",
+            )
         for field in ("image_token_id", "finding_token_id", "finding_text_token_id"):
             value = getattr(self, field)
             need(

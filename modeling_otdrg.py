@@ -7,6 +7,7 @@ Generation via LLMs".
 
 from __future__ import annotations
 
+import copy
 import inspect
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
@@ -236,7 +237,11 @@ class OTDRGFindingPredictor(nn.Module):
         self.classifier = nn.Linear(2 * feature_size, len(FINDINGS) * len(FINDING_STATES))
 
     def forward(self, view_features: torch.Tensor, view_mask: torch.Tensor) -> torch.Tensor:
-        """`view_features` (B, V, N, D), `view_mask` (B, V) -> logits (B, 14, 4)."""
+        """`view_features` (B, V, N, D), `view_mask` (B, V) -> logits (B, 14, 4).
+
+        Of an encoder of its own, the features are the last in D.
+        """
+        view_features = view_features[..., -self.queries.embedding_dim :]
         batch, views, tokens, size = view_features.shape
         features = self.norm(view_features.to(self.norm.weight.dtype)).reshape(batch, views * tokens, size)
         mask = view_mask.repeat_interleave(tokens, dim=1)
@@ -321,7 +326,8 @@ class OTDRGOutput(ModelOutput):
         logits (`torch.Tensor` of shape `(B, L', vocab_size)`): the LLM's, at the positions of the prompt with its label
             text written out; while training only those from the first label's on.
         transport_plan (`torch.Tensor` of shape `(B, M, 14)`): T.
-        finding_logits (`torch.Tensor` of shape `(B, 14, 4)`): the label predictor's.
+        finding_logits (`torch.Tensor` of shape `(B, 14, 4)`): the label predictor's; not while training on given
+            states, if its encoder is its own.
         past_key_values (`Cache`): the LLM's key-value cache; from transformers 5.24 on also called `cache`.
         ot_marginal_error, plan_entropy, epsilon_to_cost, label_spread (`torch.Tensor` of shape `()`):
             figures to watch: mean L1 error of the plan's row marginals; entropy of the plan over its maximum (1 is a
@@ -367,6 +373,8 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
     Attributes:
         ot_weight (`float`): lambda of eq. 12 as it stands now; the configuration's until a schedule moves it.
         ot_epsilon (`float`): the transport's epsilon as it stands now, likewise.
+        finding_logit_adjustment (`torch.Tensor` of shape `(14, 4)`): what training adds to the label predictor's
+            logits in its loss, and nothing else does; None, as it is in a loaded model, adds nothing.
     """
 
     config_class = OTDRGConfig
@@ -403,6 +411,12 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
         self.language_model = (
             AutoModelForCausalLM.from_config(config.text_config) if language_model is None else language_model
         )
+        if config.predictor_encoder == "own":
+            if vision_tower is None:
+                self.finding_vision_tower = AutoModel.from_config(config.vision_config)
+            else:
+                self.finding_vision_tower = copy.deepcopy(vision_tower)
+                _mark_initialized(self.finding_vision_tower)  # copied parameters lose their mark
         feature_size = _vision_feature_size(self.vision_tower)
         hidden_size = config.text_config.get_text_config().hidden_size
         self.image_projector = OTDRGProjector(feature_size, hidden_size, config.projection_norm)
@@ -414,8 +428,9 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
         self.finding_predictor = OTDRGFindingPredictor(feature_size, config.predictor_dropout)
         self.ot_weight = config.ot_weight
         self.ot_epsilon = config.ot_epsilon
+        self.finding_logit_adjustment: torch.Tensor | None = None
         self.post_init()
-        if config.lora is not None and language_model is None:
+        if vision_tower is None and language_model is None:
             # Behind post_init, which would initialise lora_B like any other weight: LoRA starts as the identity.
             self._inject_lora()
 
@@ -479,34 +494,44 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
         return model
 
     def add_lora(self) -> None:
-        """Attach fresh LoRA adapters (an identity at first) to the LLM as `config.lora` says; those there are kept.
+        """Attach fresh LoRA adapters (an identity at first) as the configuration says; those there are kept.
+
+        `config.lora` is the LLM's, `config.vision_lora` that of the vision encoders.
 
         Raises:
-            ValueError: `config.lora` is not set, or names modules the LLM does not have.
+            ValueError: neither is set, or one names modules its part does not have.
         """
-        if self.config.lora is None:
+        if self.config.lora is None and self.config.vision_lora is None:
             raise ValueError("OTDRGConfig.lora=None: expected peft's r, lora_alpha, lora_dropout and target_modules")
-        if not self.has_lora:
-            self._inject_lora()
+        self._inject_lora()
 
     def _inject_lora(self) -> None:
-        if not is_peft_available():
-            raise ImportError("OTDRGConfig.lora is set: LoRA needs peft (pip install peft)")
-        inject_adapter_in_model(LoraConfig(**self.config.lora), self.language_model)
+        for field, parts in (("lora", (self.language_model,)), ("vision_lora", self.vision_towers)):
+            lora = getattr(self.config, field)
+            if lora is None:
+                continue
+            if not is_peft_available():
+                raise ImportError(f"OTDRGConfig.{field} is set: LoRA needs peft (pip install peft)")
+            for part in parts:
+                if not _has_adapters(part):
+                    try:
+                        inject_adapter_in_model(LoraConfig(**lora), part)
+                    except ValueError as error:
+                        raise ValueError(f"OTDRGConfig.{field}={lora!r}: {error}") from None
 
     @property
     def has_lora(self) -> bool:
-        """Whether the LLM carries LoRA adapters."""
-        return is_peft_available() and any(isinstance(m, BaseTunerLayer) for m in self.language_model.modules())
+        """Whether the LLM or a vision encoder carries LoRA adapters."""
+        return _has_adapters(self)
 
     def merge_lora(self) -> None:
-        """Fold the LoRA adapters into the LLM's weights and set `config.lora` to None, so that peft is not needed."""
+        """Fold all LoRA adapters into the weights, so that peft is not needed; `lora` and `vision_lora` become None."""
         if self.has_lora:
-            for name, module in list(self.language_model.named_modules()):
+            for name, module in list(self.named_modules()):
                 if isinstance(module, BaseTunerLayer):
                     module.merge()
-                    self.language_model.set_submodule(name, module.get_base_layer())
-        self.config.lora = None
+                    self.set_submodule(name, module.get_base_layer())
+        self.config.lora = self.config.vision_lora = None
 
     def save_pretrained(self, save_directory, **kwargs):
         """Write weights, configuration, generation configuration and the code files; see `PreTrainedModel`."""
@@ -526,8 +551,9 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs):
         super()._set_gradient_checkpointing(enable, **kwargs)
         # The call above does not reach timm, whose models have a switch of their own.
-        if hasattr(self.vision_tower, "timm_model") and self.vision_tower.supports_gradient_checkpointing:
-            self.vision_tower._set_gradient_checkpointing(enable)
+        for tower in self.vision_towers:
+            if hasattr(tower, "timm_model") and tower.supports_gradient_checkpointing:
+                tower._set_gradient_checkpointing(enable)
 
     def get_input_embeddings(self):
         return self.language_model.get_input_embeddings()
@@ -543,15 +569,26 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
 
     # -- vision ---------------------------------------------------------------------------------------------------
 
-    def encode_views(self, pixel_values: torch.Tensor, view_mask: torch.Tensor | None = None) -> torch.Tensor:
+    @property
+    def vision_towers(self) -> tuple[PreTrainedModel, ...]:
+        """The report's vision encoder and, with `predictor_encoder="own"`, the label predictor's behind it."""
+        if self.config.predictor_encoder == "own":
+            return self.vision_tower, self.finding_vision_tower
+        return (self.vision_tower,)
+
+    def encode_views(
+        self, pixel_values: torch.Tensor, view_mask: torch.Tensor | None = None, reader: str = "both"
+    ) -> torch.Tensor:
         """X of eq. 1 for every view, pooled to the grid of image tokens.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, V, C, H, W)`)
             view_mask (`torch.Tensor` of shape `(B, V)`, *optional*): true where there is a view; each study has one.
+            reader (`str`): for whom, `"report"`, `"predictor"` or `"both"`; it matters where they read two encoders.
 
         Returns:
-            `torch.Tensor` of shape `(B, V, image_tokens, D)`; 0 where there is no view.
+            `torch.Tensor` of shape `(B, V, image_tokens, D)`; 0 where there is no view. With
+            `predictor_encoder="own"`, the report's features and behind them the predictor's: D is the sum for `"both"`.
         """
         if pixel_values.ndim != 5:
             raise ValueError(
@@ -559,13 +596,19 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
                 "expected (studies, views, channels, height, width)"
             )
         view_mask = self._view_mask(pixel_values, view_mask)
-        pixels = pixel_values[view_mask].to(self.vision_tower.dtype)
-        output = self.vision_tower(pixels).last_hidden_state
-        grid = _as_grid(output, self.vision_tower, tuple(pixels.shape[-2:]))
-        pooled = F.adaptive_avg_pool2d(grid, self.config.image_grid).flatten(2).transpose(1, 2)
+        towers = {"report": self.vision_towers[:1], "predictor": self.vision_towers[-1:], "both": self.vision_towers}
+        pixels = pixel_values[view_mask]
+        # A trained encoder is of a wider type than a frozen one: joined, both are of the wider.
+        pooled = torch.cat([self._encode(tower, pixels) for tower in towers[reader]], dim=-1)
         features = pooled.new_zeros(*view_mask.shape, *pooled.shape[1:])
         features[view_mask] = pooled
         return features
+
+    def _encode(self, tower: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (A, C, H, W) of A views -> their features (A, image_tokens, D)."""
+        output = tower(pixels.to(tower.dtype)).last_hidden_state
+        grid = _as_grid(output, tower, tuple(pixels.shape[-2:]))
+        return F.adaptive_avg_pool2d(grid, self.config.image_grid).flatten(2).transpose(1, 2)
 
     @staticmethod
     def _view_mask(views: torch.Tensor, view_mask: torch.Tensor | None) -> torch.Tensor:
@@ -578,7 +621,11 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
         return view_mask.bool()
 
     def fuse_views(self, view_features: torch.Tensor, view_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, V, N, D) -> one sequence of image tokens a study (B, M, D) and its mask (B, M)."""
+        """(B, V, N, D) -> one sequence of image tokens a study (B, M, D) and its mask (B, M).
+
+        Features of the predictor's own encoder, the last in D, are left out.
+        """
+        view_features = view_features[..., : self.image_projector.linear.in_features]
         batch, views, tokens, size = view_features.shape
         if self.config.view_fusion == "concat":
             return view_features.reshape(batch, views * tokens, size), view_mask.repeat_interleave(tokens, dim=1)
@@ -796,22 +843,24 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
         return_dict = return_dict if return_dict is not None else self.config.return_dict
         cache = past_key_values if cache is None else cache
         output = OTDRGOutput()
+        reader = self._reader(input_ids, inputs_embeds, finding_states, finding_labels)
         if view_features is None and pixel_values is not None:
-            view_features = self.encode_views(pixel_values, view_mask)
+            view_features = self.encode_views(pixel_values, view_mask, reader)
         if view_features is not None:
             view_mask = self._view_mask(view_features, view_mask)
-            with torch.set_grad_enabled(finding_labels is not None and torch.is_grad_enabled()):
-                output.finding_logits = self.finding_predictor(view_features, view_mask)
+            if reader != "report":
+                with torch.set_grad_enabled(finding_labels is not None and torch.is_grad_enabled()):
+                    output.finding_logits = self.finding_predictor(view_features, view_mask)
             if finding_labels is not None:
-                output.predictor_loss = focal_loss(
-                    output.finding_logits, finding_labels, self.config.focal_gamma, self.config.focal_reduction
-                )
+                output.predictor_loss = self._predictor_loss(output.finding_logits, finding_labels)
         elif cache is None or cache.get_seq_length() == 0:
             raise ValueError("no image: pixel_values is missing, and a report is never written from nothing")
 
         if input_ids is not None or inputs_embeds is not None:
             if view_features is not None and inputs_embeds is None:
-                states = self.condition_states(output.finding_logits.detach(), finding_states)
+                states = finding_states
+                if output.finding_logits is not None:
+                    states = self.condition_states(output.finding_logits.detach(), finding_states)
                 if attention_mask is None:
                     attention_mask = torch.ones_like(input_ids)
                 input_ids, attention_mask, labels = self.write_finding_text(input_ids, attention_mask, states, labels)
@@ -854,6 +903,28 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
         if cache is not None:
             output[CACHE] = cache
         return output if return_dict else output.to_tuple()
+
+    def _reader(self, input_ids, inputs_embeds, finding_states, finding_labels) -> str:
+        """For whom a forward pass encodes the views: nobody waits for an encoder whose features nobody reads."""
+        if input_ids is None and inputs_embeds is None:
+            return "predictor"
+        # While training only: elsewhere the output holds the logits, whatever the LLM is told.
+        if (
+            self.training
+            and self.config.predictor_encoder == "own"
+            and self.config.predicted_state_ratio == 0
+            and finding_labels is None
+            and finding_states is not None
+            and bool((finding_states >= 0).all())
+        ):
+            return "report"
+        return "both"
+
+    def _predictor_loss(self, finding_logits: torch.Tensor, finding_labels: torch.Tensor) -> torch.Tensor:
+        """L_cls (eq. 10); while training, of logits with `finding_logit_adjustment` added."""
+        if self.training and self.finding_logit_adjustment is not None:
+            finding_logits = finding_logits + self.finding_logit_adjustment.to(finding_logits)
+        return focal_loss(finding_logits, finding_labels, self.config.focal_gamma, self.config.focal_reduction)
 
     def condition_states(self, finding_logits, finding_states) -> torch.Tensor:
         """States (B, 14) the LLM is told: given ones, predicted where they are -1 or, while training, drawn to be."""
@@ -1042,6 +1113,10 @@ def _mark_initialized(model: PreTrainedModel) -> None:
     """Keep `post_init` from drawing a loaded backbone's weights anew."""
     for part in (*model.modules(), *model.parameters(), *model.buffers()):
         part._is_hf_initialized = True
+
+
+def _has_adapters(part: nn.Module) -> bool:
+    return is_peft_available() and any(isinstance(module, BaseTunerLayer) for module in part.modules())
 
 
 def _vision_feature_size(vision_tower: PreTrainedModel) -> int:

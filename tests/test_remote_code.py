@@ -116,6 +116,28 @@ print(json.dumps(found))
 )
 
 
+OWN_ENCODER = (
+    HIDE
+    + """
+hide("otdrg")
+import json
+from transformers import AutoModel, AutoProcessor, pipeline, logging
+
+logging.set_verbosity_error()
+folder, image, few = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+output = model(**processor(images=[image]))
+pipe = pipeline("image-to-text", model=folder, trust_remote_code=True)
+print(json.dumps({
+    "finding_logits": output.finding_logits.flatten().tolist(),
+    "logits": output.logits.double().sum().item(),
+    "written": pipe(image, **few)[0]["generated_text"],
+}))
+"""
+)
+
+
 @pytest.fixture
 def image(views, tmp_path):
     Image.fromarray(views[0]).save(tmp_path / "view.png")
@@ -146,8 +168,8 @@ def run(tmp_path):
     return run
 
 
-def lora_model(build_model):
-    model, processor = build_model(lora=LORA)
+def lora_model(build_model, **fields):
+    model, processor = build_model(lora=LORA, **fields)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -210,6 +232,21 @@ def test_a_merged_model_needs_no_peft(build_model, image, run, tmp_path):
     report = processor.decode(before[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert found["written"] == report.strip()
     assert found["adapted"] == "OTDRGConfig.lora is set: LoRA needs peft (pip install peft)"
+
+
+def test_a_predictor_with_its_own_encoder_loads_with_its_adapters(build_model, image, run, tmp_path):
+    vision_lora = {**LORA, "target_modules": ["qkv"]}
+    model, processor = lora_model(build_model, predictor_encoder="own", vision_lora=vision_lora)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    inputs = processor(images=[image])
+    with torch.no_grad():
+        output = model(**inputs)
+    found = run(OWN_ENCODER, tmp_path / "model", image)
+    assert found["finding_logits"] == pytest.approx(output.finding_logits.flatten().tolist(), abs=1e-5)
+    assert found["logits"] == pytest.approx(output.logits.double().sum().item(), abs=1e-3)
+    written = model.generate(**inputs, **FEW)[0, inputs["input_ids"].shape[1] :]
+    assert found["written"] == processor.decode(written, skip_special_tokens=True).strip()
 
 
 def test_the_processor_is_one_of_transformers(processor):

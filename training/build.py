@@ -21,7 +21,7 @@ from ..studies import load_studies
 from ..studies.cleaning import clean_report
 from ..studies.loading import load_prepared
 from .features import CachedStudies
-from .recipe import LabelsRecipe, ModelRecipe, StudiesRecipe
+from .recipe import LabelsRecipe, ModelRecipe, Recipe, StudiesRecipe
 from .streaming import StreamedStudies
 
 logger = logging.getLogger(__name__)
@@ -145,8 +145,9 @@ def build_model(recipe: ModelRecipe, reports: Sequence[str]) -> tuple[OTDRGForRe
     if (vision is None) != (text is None):
         absent = "vision" if vision is None else "text"
         raise ValueError(f"model.{absent} is missing: expected backbones for both vision and text, or for neither")
-    # LoRA belongs to the report stage: in the configuration of a folder without adapters it would make them load wrong.
-    config.lora = None
+    # LoRA belongs to the stage that trains it: in the configuration of a folder without adapters it would make them
+    # load wrong.
+    config.lora = config.vision_lora = None
     if vision is None:
         if recipe.label_text_encoder is not None:
             raise ValueError("model.label_text_encoder is given, but no backbones: expected vision and text beside it")
@@ -181,23 +182,39 @@ def _joining_fields() -> list[str]:
         for parameter in parameters
         if parameter.kind is parameter.KEYWORD_ONLY
         and not parameter.name.endswith(("_token_id", "_token_ids", "_backbone"))
-        and parameter.name not in ("label_encoder_config", "lora")
+        and parameter.name not in ("label_encoder_config", "lora", "vision_lora")
     ]
 
 
-def lora_fields(recipe: ModelRecipe) -> dict:
-    """peft's fields for the report stage's adapters, the preset's or the override's.
+def lora_fields(recipe: Recipe, stage: str) -> dict[str, dict]:
+    """The fields `lora` and `vision_lora` of the configuration, as far as a stage trains adapters.
+
+    They are the overrides', or else the preset's.
 
     Raises:
         ValueError: neither has any.
     """
-    lora = _preset_config(recipe).lora
-    if lora is None:
-        raise ValueError(
-            f"report.text=lora, but the preset {recipe.preset} has no LoRA: set model.overrides.lora to r, lora_alpha, "
-            "lora_dropout and target_modules, or report.text to full"
-        )
-    return lora
+    config, section = _preset_config(recipe.model), getattr(recipe, stage)
+    wanted = {}
+    for mode, part, field in (("text", "LLM", "lora"), ("vision", "vision encoder", "vision_lora")):
+        if getattr(section, mode, None) != "lora":
+            continue
+        wanted[field] = getattr(config, field)
+        if wanted[field] is None:
+            raise ValueError(
+                f"{stage}.{mode}=lora, but the preset {recipe.model.preset} has no LoRA of the {part}: set "
+                f"model.overrides.{field} to r, lora_alpha, lora_dropout and target_modules, or {stage}.{mode} to full"
+            )
+    return wanted
+
+
+def attach_lora(model: OTDRGForReportGeneration, recipe: Recipe, stage: str) -> None:
+    """Give a model the fresh adapters that a stage trains, as [`lora_fields`] has them."""
+    wanted = lora_fields(recipe, stage)
+    for field, value in wanted.items():
+        setattr(model.config, field, value)
+    if wanted:
+        model.add_lora()
 
 
 def load_model(folder: str | os.PathLike, recipe: ModelRecipe) -> tuple[OTDRGForReportGeneration, OTDRGProcessor]:
@@ -223,22 +240,29 @@ def load_model(folder: str | os.PathLike, recipe: ModelRecipe) -> tuple[OTDRGFor
 
 
 def cast_backbones(model: OTDRGForReportGeneration, dtype: str) -> None:
-    """Give the two backbones' weights `dtype` and everything between them float32."""
+    """Give the backbones' weights `dtype` and everything between them float32."""
     model.to(torch.float32)
-    for backbone in (model.vision_tower, model.language_model):
+    for backbone in (*model.vision_towers, model.language_model):
         backbone.to(getattr(torch, dtype))
 
 
 def set_trained_parts(
-    model: OTDRGForReportGeneration, *, vision: str, text: str, predictor: str, joining: bool
+    model: OTDRGForReportGeneration,
+    *,
+    vision: str,
+    text: str,
+    predictor: str,
+    joining: bool,
+    finding_vision: str = "frozen",
 ) -> list[nn.Module]:
     """Freeze and unfreeze the parts of a model; trained weights become float32 (`from_pretrained` loses freezing).
 
     Args:
-        vision: "frozen" or "full".
-        text: "frozen", "lora" (adapters only) or "full".
+        vision: "frozen", "lora" (adapters only) or "full".
+        text: likewise.
         predictor: "frozen" or "full".
         joining: whether what joins the backbones, projections and a label table, is trained.
+        finding_vision: as `vision`, of the predictor's own encoder.
 
     Returns:
         The parts that are wholly frozen, to be kept in evaluation mode: dropout and stochastic depth of a part that
@@ -246,18 +270,14 @@ def set_trained_parts(
     """
     model.requires_grad_(False)
     frozen = []
-    for part, mode in ((model.vision_tower, vision), (model.finding_predictor, predictor)):
-        if mode == "full":
-            part.requires_grad_(True)
-        else:
+    modes = [(model.vision_tower, vision), (model.language_model, text), (model.finding_predictor, predictor)]
+    if model.config.predictor_encoder == "own":
+        modes.append((model.finding_vision_tower, finding_vision))
+    for part, mode in modes:
+        if mode == "frozen":
             frozen.append(part)
-    if text == "full":
-        model.language_model.requires_grad_(True)
-    elif text == "lora":
-        for name, parameter in model.language_model.named_parameters():
-            parameter.requires_grad_("lora_" in name)
-    else:
-        frozen.append(model.language_model)
+        for name, parameter in part.named_parameters():
+            parameter.requires_grad_(mode == "full" or (mode == "lora" and "lora_" in name))
     if joining:
         model.image_projector.requires_grad_(True)
         if model.config.fiot:
@@ -292,6 +312,7 @@ def known_states(rows: Rows) -> Rows:
 
 __all__ = [
     "StudySplits",
+    "attach_lora",
     "build_model",
     "build_studies",
     "cast_backbones",

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
-from .build import StudySplits, known_states, set_trained_parts
+from .build import StudySplits, attach_lora, known_states, set_trained_parts
 from .callbacks import LossCallback
 from .collation import ContrastiveCollator
 from .contrastive import gather, gather_groups, global_mean, info_nce
@@ -38,14 +38,15 @@ def run(
     """Train the vision encoder so that the views of a study are told from those of others.
 
     Returns:
-        The model with its new encoder, the projection heads left behind; and the stage's results, with the figures of
-        [`measure`] under `before` and `after` where there are validation studies with finding states.
+        The model with its new encoder, LoRA merged and the projection heads left behind; and the stage's results, with
+        the figures of [`measure`] under `before` and `after` where there are validation studies with finding states.
     """
     stage = recipe.ircp
     train, validation = studies["train"], studies.get("validation")
     if len(train) < 2:
         raise ValueError("stage ircp needs at least 2 training studies: the negatives of one are the others")
-    frozen = set_trained_parts(model, vision="full", text="frozen", predictor="frozen", joining=False)
+    attach_lora(model, recipe, "ircp")
+    frozen = set_trained_parts(model, vision=stage.vision, text="frozen", predictor="frozen", joining=False)
     pretraining = ContrastivePretraining(model, stage)
     args = training_arguments(
         stage, folder, recipe.seed, evaluates=validation is not None, label_names=[], prediction_loss_only=True
@@ -74,6 +75,7 @@ def run(
         after = measure(pretraining, processor, train, measured, args.per_device_eval_batch_size)
         results |= {"before": before, "after": after}
         logger.info("ircp on validation:\n%s", format_measures(before, after))
+    pretraining.model.merge_lora()
     return pretraining.model, results
 
 
@@ -147,7 +149,7 @@ class ContrastivePretraining(nn.Module):
 
     def encode(self, pixel_values: torch.Tensor, view_mask: torch.Tensor) -> torch.Tensor:
         """The encoder's features of all views (A, D) of a batch, averaged over the image; study by study."""
-        return self.model.encode_views(pixel_values, view_mask)[view_mask].mean(dim=1)
+        return self.model.encode_views(pixel_values, view_mask, reader="report")[view_mask].mean(dim=1)
 
     def project(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Anchors and their positives, (A, projection_size) each, of the encoder's features (A, D)."""

@@ -9,24 +9,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..findings_otdrg import FINDINGS, POSITIVE
+from ..findings_otdrg import FINDING_STATES, FINDINGS, POSITIVE
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
-from .build import StudySplits, known_states, set_trained_parts
+from .build import StudySplits, attach_lora, known_states, set_trained_parts
 from .callbacks import SinkhornLossCallback
 from .collation import FindingCollator
 from .features import cache_features, encoder_is_frozen
+from .predictor_metrics import finding_metrics, fit_thresholds, format_metrics
 from .recipe import Recipe
 from .trainer import StageTrainer, training_arguments
 
 logger = logging.getLogger(__name__)
 
-#: Fewer validation positives than this say too little about where a threshold belongs.
-MINIMUM_POSITIVES = 5
-#: The threshold of a finding with fewer.
-DEFAULT_THRESHOLD = 0.5
-
-_NO_FINDING = FINDINGS.index("no_finding")
+#: Resamples of validation studies behind the intervals of the areas under the curve.
+RESAMPLES = 1000
 
 
 def run(
@@ -37,14 +34,29 @@ def run(
     folder: Path,
     resume: bool,
 ) -> tuple[OTDRGForReportGeneration, dict[str, Any]]:
-    """Train the predictor, and the vision encoder where the recipe says so.
+    """Train the predictor, and the vision encoder it reads where the recipe says so.
+
+    An encoder of its own takes the report encoder's weights first, which stays as it is.
 
     Returns:
-        The model, with its thresholds in the configuration where they were fitted, and the stage's results: the metrics
-        of [`finding_metrics`] on validation under `validation`, and `validation_default_threshold` without the fit.
+        The model, LoRA merged and with its thresholds in the configuration where they were fitted, and the stage's
+        results: the metrics of [`finding_metrics`] on validation under `validation`, and under
+        `validation_default_threshold` without the fit.
     """
     stage = recipe.predictor
-    frozen = set_trained_parts(model, vision=stage.vision, text="frozen", predictor="full", joining=False)
+    own = model.config.predictor_encoder == "own"
+    if own:
+        model.finding_vision_tower.load_state_dict(model.vision_tower.state_dict())
+    attach_lora(model, recipe, "predictor")
+    frozen = set_trained_parts(
+        model,
+        vision="frozen" if own else stage.vision,
+        finding_vision=stage.vision if own else "frozen",
+        text="frozen",
+        predictor="full",
+        joining=False,
+    )
+    model.finding_logit_adjustment = logit_adjustment(studies["train"]["finding_states"], stage.logit_adjustment)
     train, validation = studies["train"], studies.get("validation")
     if validation is not None:
         validation = known_states(validation)
@@ -79,133 +91,53 @@ def run(
         prediction = trainer.predict(validation, metric_key_prefix="validation")
         logits, labels = torch.from_numpy(prediction.predictions), prediction.label_ids
         model.config.finding_thresholds = None
-        results["validation"] = _metrics(model, logits, labels)
         if stage.fit_thresholds:
+            results["validation_default_threshold"] = _metrics(model, logits, labels)
             probabilities = model.finding_probabilities(logits)[..., POSITIVE].numpy()
             model.config.finding_thresholds = fit_thresholds(probabilities, labels)
-            results["validation_default_threshold"] = results["validation"]
-            # Thresholds and figures come from the same studies: an upper bound, and named so.
-            results["validation"] = {**_metrics(model, logits, labels), "thresholds_fitted_on": "validation"}
             results["thresholds"] = dict(zip(FINDINGS, model.config.finding_thresholds, strict=True))
+        results["validation"] = _metrics(model, logits, labels, RESAMPLES, recipe.seed)
+        if stage.fit_thresholds:
+            # Thresholds and figures come from the same studies: an upper bound, and named so.
+            results["validation"]["thresholds_fitted_on"] = "validation"
         logger.info("predictor on validation:\n%s", format_metrics(results["validation"]))
     elif stage.fit_thresholds:
         raise ValueError(
             "predictor.fit_thresholds=True: expected a validation split with finding states to fit them on"
         )
-    return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), results
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    model.merge_lora()
+    return model, results
 
 
-# --- metrics ---------------------------------------------------------------------------------------------------------
+def logit_adjustment(states: list[list[int]], tau: float) -> torch.Tensor | None:
+    """What is added to the logits while the predictor learns: tau * log prior of each state (Menon et al., 2021).
 
-
-def area_under_curve(scores: np.ndarray, positive: np.ndarray) -> float | None:
-    """Area under the ROC curve by ranks, ties counted half; None where there are no positives or no negatives.
+    The logits themselves, which inference reads, then say how much likelier than usual a state is; at tau 1 the
+    likeliest state minimises the error averaged over states.
 
     Args:
-        scores: (N,), higher for more likely positive.
-        positive: (N,) of bool.
+        states: N rows of 14 states, those of training; others than the four are left out.
+        tau: 0 adjusts nothing.
+
+    Returns:
+        (14, 4), the prior counted with add-one smoothing; None for tau 0.
     """
-    positives = int(positive.sum())
-    negatives = len(positive) - positives
-    if not positives or not negatives:
+    if tau == 0:
         return None
-    _, group, sizes = np.unique(scores, return_inverse=True, return_counts=True)
-    last = np.cumsum(sizes)
-    ranks = (last - (sizes - 1) / 2)[group]
-    return float((ranks[positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+    counts = (torch.tensor(states)[:, :, None] == torch.arange(len(FINDING_STATES))).sum(dim=0) + 1
+    return tau * (counts / counts.sum(dim=1, keepdim=True)).log()
 
 
-def finding_metrics(probabilities: np.ndarray, predicted: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """How well "positive" is told from the other three states.
-
-    Args:
-        probabilities: (N, 14) of the state positive.
-        predicted: (N, 14) state ids.
-        labels: (N, 14) true state ids; -100 is left out.
-
-    Returns:
-        `macro_auc` over the findings with positives and others (`auc_findings`, their number), `macro_f1_13`, the mean
-        F1 without "no finding", 0 for findings that have no positives or none predicted (of the 13,
-        `f1_findings_with_positives` have any), and under `findings` each one's positives, auc, precision, recall, f1.
-    """
-    findings = {}
-    for position, name in enumerate(FINDINGS):
-        known = labels[:, position] != -100
-        true = labels[known, position] == POSITIVE
-        said = predicted[known, position] == POSITIVE
-        hits = int((true & said).sum())
-        precision, recall = hits / max(int(said.sum()), 1), hits / max(int(true.sum()), 1)
-        findings[name] = {
-            "studies": int(known.sum()),
-            "positives": int(true.sum()),
-            "auc": area_under_curve(probabilities[known, position], true),
-            "precision": precision,
-            "recall": recall,
-            "f1": 2 * precision * recall / (precision + recall) if hits else 0.0,
-        }
-    areas = [row["auc"] for row in findings.values() if row["auc"] is not None]
-    thirteen = [row for name, row in findings.items() if name != FINDINGS[_NO_FINDING]]
-    return {
-        "macro_auc": float(np.mean(areas)) if areas else None,
-        "auc_findings": len(areas),
-        "macro_f1_13": float(np.mean([row["f1"] for row in thirteen])),
-        "f1_findings_with_positives": sum(row["positives"] > 0 for row in thirteen),
-        "findings": findings,
-    }
-
-
-def fit_thresholds(probabilities: np.ndarray, labels: np.ndarray) -> list[float]:
-    """The threshold of each finding with the best F1, `DEFAULT_THRESHOLD` for those with fewer positives than
-    `MINIMUM_POSITIVES`.
-
-    Args:
-        probabilities: (N, 14) of the state positive.
-        labels: (N, 14) true state ids; -100 is left out.
-
-    Returns:
-        14 thresholds: a finding is positive where its probability is at least that. Each lies halfway between two
-        observed probabilities.
-    """
-    thresholds = []
-    for position in range(len(FINDINGS)):
-        known = labels[:, position] != -100
-        scores, true = probabilities[known, position].astype(np.float64), labels[known, position] == POSITIVE
-        if true.sum() < MINIMUM_POSITIVES:
-            thresholds.append(DEFAULT_THRESHOLD)
-            continue
-        order = np.argsort(-scores, kind="stable")
-        scores, hits = scores[order], np.cumsum(true[order])
-        f1 = 2 * hits / (np.arange(1, len(scores) + 1) + true.sum())
-        # Only between two different probabilities is there room for a threshold.
-        cuts = np.append(scores[:-1] > scores[1:], True)
-        best = int(np.argmax(np.where(cuts, f1, -1.0)))
-        below = scores[best + 1] if best + 1 < len(scores) else 0.0
-        thresholds.append(float((scores[best] + below) / 2))
-    return thresholds
-
-
-def format_metrics(metrics: dict[str, Any]) -> str:
-    """[`finding_metrics`]' result as a Markdown table."""
-    lines = ["| finding | positives | AUC | precision | recall | F1 |", "|---|---|---|---|---|---|"]
-    for name, row in metrics["findings"].items():
-        area = "–" if row["auc"] is None else f"{row['auc']:.3f}"
-        rates = " | ".join(f"{row[key]:.3f}" for key in ("precision", "recall", "f1"))
-        lines.append(f"| {name} | {row['positives']} | {area} | {rates} |")
-    area = "–" if metrics["macro_auc"] is None else f"{metrics['macro_auc']:.3f}"
-    lines.append(
-        f"macro AUC {area} over {metrics['auc_findings']} findings; "
-        f"macro F1 without no_finding {metrics['macro_f1_13']:.3f}"
-    )
-    return "\n".join(lines)
-
-
-def _metrics(model: OTDRGForReportGeneration, logits: torch.Tensor, labels: np.ndarray) -> dict[str, Any]:
-    probabilities = model.finding_probabilities(logits)[..., POSITIVE]
-    return finding_metrics(probabilities.numpy(), model.predict_states(logits).numpy(), labels)
+def _metrics(
+    model: OTDRGForReportGeneration, logits: torch.Tensor, labels: np.ndarray, resamples: int = 0, seed: int = 0
+) -> dict[str, Any]:
+    probabilities = model.finding_probabilities(logits)[..., POSITIVE].numpy()
+    return finding_metrics(probabilities, model.predict_states(logits).numpy(), labels, resamples, seed)
 
 
 def _summary(metrics: dict[str, Any]) -> dict[str, float]:
-    return {name: metrics[name] for name in ("macro_auc", "macro_f1_13") if metrics[name] is not None}
+    return {name: metrics[name] for name in ("macro_auc", "macro_f1_13", "macro_ece") if metrics[name] is not None}
 
 
-__all__ = ["area_under_curve", "finding_metrics", "fit_thresholds", "format_metrics", "run"]
+__all__ = ["logit_adjustment", "run"]

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from ..findings_otdrg import FINDINGS, POSITIVE
 from ..processing_otdrg import OTDRGProcessor
 from .collation import FindingCollator
-from .predictor import area_under_curve
+from .predictor_metrics import area_under_curve
 from .streaming import StreamedStudies
 
 

@@ -110,13 +110,15 @@ class StageRecipe:
     gradient_accumulation: int = _option(1, "Batches whose gradients make one optimizer step.")
     learning_rate: float = _option(1e-4, "Peak learning rate of AdamW.")
     vision_learning_rate: float | None = _option(
-        None, "Peak learning rate of a trained vision encoder; learning_rate without it."
+        None, "Peak learning rate of a trained vision encoder or its adapters; learning_rate without it."
     )
     schedule: Literal["cosine", "linear", "constant"] = _option("cosine", "Course of the learning rate after warm-up.")
     warmup_ratio: float = _option(0.0, "Share of the steps over which the learning rate rises from 0.")
     weight_decay: float = _option(0.01, "Weight decay, of weight matrices only.")
     max_grad_norm: float = _option(1.0, "Gradients are scaled down to this norm.")
-    vision: Literal["frozen", "full"] = _option("frozen", "Whether the vision encoder is trained.")
+    vision: Literal["frozen", "lora", "full"] = _option(
+        "frozen", "How the vision encoder is trained; lora as model.overrides.vision_lora says."
+    )
     cache_features: bool = _option(
         True, "Encode each view once and keep its features in feature_cache, where the vision encoder is frozen."
     )
@@ -149,7 +151,7 @@ class StageRecipe:
         _need(self.max_steps == -1 or self.max_steps > 0, f"{section}.max_steps", self.max_steps, "a number of steps")
         _need(0 <= self.warmup_ratio < 1, f"{section}.warmup_ratio", self.warmup_ratio, "0 <= ratio < 1")
         _need(
-            self.vision_learning_rate is None or self.vision == "full",
+            self.vision_learning_rate is None or self.vision != "frozen",
             f"{section}.vision_learning_rate",
             self.vision_learning_rate,
             f"null while {section}.vision is frozen",
@@ -160,7 +162,9 @@ class StageRecipe:
 class IRCPRecipe(StageRecipe):
     """The stage that pre-trains the vision encoder by contrast (3.2.2)."""
 
-    vision: Literal["frozen", "full"] = _option("full", "The vision encoder is what this stage trains: always full.")
+    vision: Literal["frozen", "lora", "full"] = _option(
+        "full", "How the vision encoder, which is what this stage trains, is trained: full, or lora."
+    )
     cache_features: bool = _option(False, "Features of an encoder that is trained change: always false.")
     sigma: float = _option(0.1, "Standard deviation of the noise that makes an anchor's positive.")
     noise: Literal["normalized", "raw"] = _option(
@@ -179,7 +183,9 @@ class IRCPRecipe(StageRecipe):
 
     def __post_init__(self):
         self._check("ircp")
-        _need(self.vision == "full", "ircp.vision", self.vision, "full: the vision encoder is what this stage trains")
+        _need(
+            self.vision != "frozen", "ircp.vision", self.vision, "full or lora: the encoder is what this stage trains"
+        )
         _need(
             not self.cache_features,
             "ircp.cache_features",
@@ -196,12 +202,23 @@ class IRCPRecipe(StageRecipe):
 
 @dataclass
 class PredictorRecipe(StageRecipe):
-    """The stage that trains the label predictor (3.4)."""
+    """The stage that trains the label predictor (3.4).
 
+    Where the predictor has an encoder of its own (`model.overrides.predictor_encoder`), `vision` is about that one,
+    which starts as a copy of the report's.
+    """
+
+    logit_adjustment: float = _option(
+        0.0,
+        "tau of Menon et al. (2021): tau times the log of how often training has each state is added to the logits "
+        "wherever the predictor learns, so that rare states are not learned to be unlikely.",
+    )
     fit_thresholds: bool = _option(False, "Fit a threshold for each finding on validation, into the configuration.")
 
     def __post_init__(self):
         self._check("predictor")
+        value = self.logit_adjustment
+        _need(value >= 0, "predictor.logit_adjustment", value, "a number of at least 0")
 
 
 @dataclass
@@ -274,7 +291,7 @@ class ReportRecipe(StageRecipe):
 
     text: Literal["frozen", "lora", "full"] = _option("lora", "How the LLM is trained.")
     predictor: Literal["frozen", "full"] = _option(
-        "frozen", "Whether the label predictor goes on learning; it must when the encoder it shares is trained."
+        "frozen", "Whether the label predictor goes on learning; it must when an encoder it shares is trained."
     )
     max_report_tokens: int = _option(120, "Tokens of a training report that are kept.")
     indication: bool = _option(False, "Put the studies' indication into the prompt.")
@@ -310,12 +327,6 @@ class ReportRecipe(StageRecipe):
             "report.selection.patience",
             self.selection.patience,
             "null while report.eval_strategy is no",
-        )
-        _need(
-            self.vision == "frozen" or self.predictor == "full",
-            "report.predictor",
-            self.predictor,
-            "full where report.vision is full (the encoder would move away under the predictor)",
         )
 
 
@@ -368,6 +379,14 @@ class Recipe:
             "report.group_by_length",
             True,
             "false while studies.streaming is true (their order is the shards')",
+        )
+        shared = self.model.overrides.get("predictor_encoder", "shared") == "shared"
+        _need(
+            self.report.vision == "frozen" or self.report.predictor == "full" or not shared,
+            "report.predictor",
+            self.report.predictor,
+            f"full where report.vision is {self.report.vision} (the encoder would move away under the predictor), or "
+            "model.overrides.predictor_encoder own",
         )
 
     @property

@@ -18,11 +18,12 @@ from ..findings_otdrg import FINDINGS
 from ..metrics import NLG_METRICS, clinical_efficacy_scores
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
-from .build import StudySplits, lora_fields, set_trained_parts
+from .build import StudySplits, attach_lora, set_trained_parts
 from .callbacks import SinkhornLossCallback
 from .collation import ReportCollator
 from .evaluation import evaluate_model, format_table, write_predictions
 from .features import CachedStudies, cache_features, encoder_is_frozen
+from .predictor import logit_adjustment
 from .recipe import Recipe, ReportRecipe
 from .selection import SelectionExpression
 from .trainer import StageTrainer, training_arguments
@@ -74,10 +75,11 @@ def run(
         published; and the stage's results, with step and value of the selection under `best`.
     """
     stage = recipe.report
-    if stage.text == "lora":
-        model.config.lora = lora_fields(recipe.model)
-        model.add_lora()
+    attach_lora(model, recipe, "report")
     frozen = set_trained_parts(model, vision=stage.vision, text=stage.text, predictor=stage.predictor, joining=True)
+    if stage.predictor == "full":
+        tau = recipe.predictor.logit_adjustment
+        model.finding_logit_adjustment = logit_adjustment(studies["train"]["finding_states"], tau)
     train, validation = studies["train"], studies.get("validation")
     selects = validation is not None and stage.eval_strategy != "no"
     args = training_arguments(

@@ -14,8 +14,9 @@ import torch
 from accelerate import PartialState
 from transformers import set_seed
 
+from ..configuration_otdrg import OTDRGConfig
 from . import report
-from .build import build_model, build_studies, last_checkpoint, load_model
+from .build import build_model, build_studies, last_checkpoint, load_model, lora_fields
 from .recipe import STAGES, Recipe
 from .trainer import has_accelerator
 
@@ -49,6 +50,8 @@ def run_recipe(recipe: Recipe, resume: bool = False, overwrite: bool = False) ->
     _check_predictor(recipe, pending)
     if "report" in pending:
         report.check(recipe)
+    for stage in pending:
+        lora_fields(recipe, stage)
     previous = _previous_folder(recipe, pending)
     studies = build_studies(recipe.studies, recipe.labels, recipe.seed)
     state = PartialState(cpu=not has_accelerator())
@@ -126,11 +129,19 @@ def _previous_folder(recipe: Recipe, pending: list[str]) -> Path | None:
 
 
 def _check_predictor(recipe: Recipe, pending: list[str]) -> None:
-    """The report stage reads a folder in which the predictor has been trained."""
+    """The report stage reads a folder in which the predictor has been trained, on the encoder the recipe says."""
     if "report" not in pending or "predictor" in pending or not recipe.model.overrides.get("dle", True):
         return
     folder = Path(recipe.output_dir) / "predictor"
-    if not (folder / FINISHED).is_file():
+    if (folder / FINISHED).is_file():
+        there = OTDRGConfig.from_pretrained(folder).predictor_encoder
+        wanted = recipe.model.overrides.get("predictor_encoder", "shared")
+        if there != wanted:
+            raise ValueError(
+                f"model.overrides.predictor_encoder={wanted!r}: expected {there}, as the predictor of {folder} was "
+                "trained, or stages=[predictor,report]"
+            )
+    else:
         raise ValueError(
             f"stage report needs a trained predictor, and {folder} holds none: run stages=[predictor,report]"
         )

@@ -10,7 +10,7 @@ from otdrg.labelers import load_labeler
 from otdrg.studies import load_studies
 from otdrg.training import build
 from otdrg.training.build import build_model, build_studies, last_checkpoint, lora_fields, set_trained_parts
-from otdrg.training.recipe import LabelsRecipe, ModelRecipe, StudiesRecipe
+from otdrg.training.recipe import LabelsRecipe, ModelRecipe, PredictorRecipe, Recipe, ReportRecipe, StudiesRecipe
 
 OPTIONS = {"train": 5, "validation": 3, "test": 0, "image_size": 32, "views": ["frontal"]}
 
@@ -75,8 +75,8 @@ def test_training_studies_need_states(phantoms, monkeypatch):
 
 
 def test_parts_are_trained_as_the_recipe_says():
-    recipe = ModelRecipe(overrides={"lora": {"r": 2, "target_modules": ["q_proj"]}})
-    model, processor = build_model(recipe, ["the lungs are clear ."])
+    lora = {"r": 2, "target_modules": ["q_proj"]}
+    model, processor = build_model(ModelRecipe(overrides={"lora": lora}), ["the lungs are clear ."])
     assert model.config.lora is None and model.config.image_token_id == processor.image_token_id
 
     def trained():
@@ -87,7 +87,7 @@ def test_parts_are_trained_as_the_recipe_says():
     assert model.vision_tower in frozen and model.language_model in frozen
     set_trained_parts(model, vision="full", text="full", predictor="full", joining=True)
     assert trained() == {"vision_tower", "language_model", "finding_predictor", "image_projector", "label_projector"}
-    model.config.lora = lora_fields(recipe)
+    model.config.lora = lora
     model.add_lora()
     build.cast_backbones(model, "bfloat16")
     set_trained_parts(model, vision="frozen", text="lora", predictor="frozen", joining=True)
@@ -97,10 +97,26 @@ def test_parts_are_trained_as_the_recipe_says():
         assert str(weight.dtype) == ("torch.bfloat16" if is_backbone else "torch.float32"), name
 
 
+def recipe_of(stage=None, overrides=None, **fields):
+    sections = {} if stage is None else {stage: {"predictor": PredictorRecipe, "report": ReportRecipe}[stage](**fields)}
+    return Recipe(output_dir="run", studies=studies_recipe(), model=ModelRecipe(overrides=overrides or {}), **sections)
+
+
 def test_lora_needs_its_fields():
     assert OTDRGConfig.from_preset("tiny").lora is None
-    with pytest.raises(ValueError, match=r"report\.text=lora, but the preset tiny has no LoRA"):
-        lora_fields(ModelRecipe())
+    with pytest.raises(ValueError, match=r"report\.text=lora, but the preset tiny has no LoRA of the LLM: set model\."):
+        lora_fields(recipe_of(), "report")
+    message = r"predictor\.vision=lora, but .* set model\.overrides\.vision_lora to r.* or predictor\.vision to full"
+    with pytest.raises(ValueError, match=message):
+        lora_fields(recipe_of("predictor", vision="lora"), "predictor")
+
+
+def test_a_stage_has_the_adapters_it_trains():
+    lora = {field: {"r": 2, "target_modules": [name]} for field, name in (("lora", "q_proj"), ("vision_lora", "qkv"))}
+    assert lora_fields(recipe_of("predictor", lora, vision="lora"), "predictor") == {"vision_lora": lora["vision_lora"]}
+    assert lora_fields(recipe_of("report", lora), "report") == {"lora": lora["lora"]}
+    assert lora_fields(recipe_of("report", lora, vision="lora", predictor="full"), "report") == lora
+    assert lora_fields(recipe_of("report", lora, text="frozen"), "report") == {}
 
 
 def test_the_last_whole_checkpoint_is_found(tmp_path):

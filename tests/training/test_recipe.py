@@ -88,6 +88,10 @@ def test_environment_variables(write, monkeypatch):
         (["report.batch_size=0"], r"report\.batch_size=0: expected a positive integer"),
         (["report.text=lorra"], r"report\.text='lorra': expected one of frozen, lora, full"),
         (["report.vision=full"], r"report\.predictor='frozen': expected full where report\.vision is full"),
+        (["report.vision=lora"], r"report\.predictor='frozen': expected full where report\.vision is lora"),
+        (["predictor.vision=lorra"], r"predictor\.vision='lorra': expected one of frozen, lora, full"),
+        (["predictor.logit_adjustment=-1"], r"predictor\.logit_adjustment=-1\.0: expected a number of at least 0"),
+        (["predictor.vision_learning_rate=1e-4"], r"vision_learning_rate=0\.0001: expected null while"),
         (["stages=report"], r"stages='report': expected a list of strings"),
         (["stages=[pretraining]"], r"stages='pretraining': expected one of ircp, predictor, report"),
         (["stages=[report, predictor]"], r"in this order: ircp, predictor, report"),
@@ -112,6 +116,11 @@ def test_features_lie_in_the_run_or_where_runs_share_them(write, tmp_path):
     assert load_recipe(path, [f"feature_cache={tmp_path}"]).features_folder == tmp_path
     with pytest.raises(ValueError, match=r"feature_cache=.*recipe\.yaml': expected a folder, and this is a file"):
         load_recipe(path, [f"feature_cache={path}"])
+
+
+def test_the_reports_encoder_may_be_trained_beside_a_predictor_with_its_own(write):
+    overrides = ["model.overrides.predictor_encoder=own", "report.vision=full"]
+    assert load_recipe(write(MINIMAL), overrides).report.predictor == "frozen"
 
 
 @pytest.mark.parametrize(
