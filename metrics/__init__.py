@@ -12,6 +12,8 @@ _HOMES = {
     "best_constant_report": "baselines",
     "best_constants": "baselines",
     "frequent_reports": "baselines",
+    "ReportScores": "scoring",
+    "score_reports": "scoring",
     "StudyStatistics": "significance",
     "study_statistics": "significance",
     "bootstrap_intervals": "significance",
