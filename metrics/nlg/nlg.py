@@ -99,7 +99,8 @@ def _meteor(
     except (ValueError, OSError) as error:  # Java's answer was no number, or the pipe is broken: Java has ended
         process.kill()
         said = process.stderr.read().decode(errors="replace").strip().splitlines()
-        raise ChildProcessError(f"METEOR's Java process failed: {said[-1] if said else error}") from None
+        where = f" at predictions[{scorer.counts.index('')}]" if "" in scorer.counts else ""
+        raise ChildProcessError(f"METEOR's Java process failed{where}: {said[0] if said else error}") from None
     finally:
         if scorer.lock.locked():  # compute_score keeps it when it raises, and the scorer's __del__ waits for it
             scorer.lock.release()
@@ -136,7 +137,7 @@ def nlg_scores(
     Raises:
         ValueError: lengths differ, an unknown metric, or no reference holds a word.
         TypeError: a report is not a string; the message gives its position.
-        ChildProcessError: Java failed; the message carries what it said.
+        ChildProcessError: Java failed; the message carries what it said, and at which report.
     """
     if not isinstance(metrics, str):
         metrics = [name for given in metrics for name in _GROUPS.get(given, (given,))]
