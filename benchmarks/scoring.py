@@ -4,7 +4,7 @@
     python benchmarks/scoring.py --reports 600 3858 --against
 
 Reports are phantoms', generated and true ones of other states. Everything is scored, METEOR too if there is a Java.
-CPU seconds are those of the command and its Java together: what one idle core would take at the most.
+CPU seconds are those of the command and its Java together, whatever else the machine does.
 """
 
 from __future__ import annotations
