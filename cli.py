@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
 _ROOMS = {
     "prepare": ("studies.command", "make a dataset of studies from radiographs and reports"),
     "label": ("labelers.command", "read the states of 14 findings out of reports"),
+    "score": ("metrics.command", "score the reports of any system, and test two systems against each other"),
 }
 
 

@@ -7,7 +7,6 @@ import csv
 import hashlib
 import json
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import closing
 from itertools import islice
@@ -15,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ..findings_otdrg import FINDING_STATES, FINDINGS, UNMENTIONED
-from . import LABELERS, UnreadReportsWarning, load_labeler
-from .csv_states import read_reports, read_states, write_states
+from . import LABELERS
+from .as_typed import label_quietly, labeler_of, listed, parse_options
+from .csv_states import read_states, write_states
+from .report_table import read_reports
 
 DESCRIPTION = """\
 Read the states of the 14 findings out of reports, in one of three forms:
@@ -33,8 +34,8 @@ Examples:
   otdrg label --compare chexpert.csv states.csv --output agreement
 """
 
-#: Reports labelled at once, and ids that are named.
-_BATCH, _LISTED = 1000, 20
+#: Reports labelled at once.
+_BATCH = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
@@ -93,32 +94,6 @@ def _refuse_what_does_not_belong(options: argparse.Namespace, form: str) -> None
         raise ValueError("--option does not go with --labeler csv: leave it out")
 
 
-def _parsed(pairs: list[str]) -> dict[str, Any]:
-    import yaml
-
-    parsed = {}
-    for pair in pairs:
-        name, separator, value = pair.partition("=")
-        if not separator:
-            raise ValueError(f"--option {pair}: expected NAME=VALUE, such as repeat_mistakes=true")
-        if name in parsed:
-            raise ValueError(f"--option {name} is given twice: expected it once")
-        try:
-            parsed[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ValueError(f"--option {pair}: the value is no YAML, put it in quotes to have it as it is") from None
-    return parsed
-
-
-def _labeler(name: str, options: dict[str, Any]):
-    try:
-        return load_labeler(name, **options)
-    except TypeError as error:
-        # A value of another type, which only the labeler knows to be wrong.
-        given = ", ".join(f"{option}={value!r}" for option, value in options.items())
-        raise ValueError(f"labeler {name!r} does not take {given}: {error}") from error
-
-
 # --- a table of reports ----------------------------------------------------------------------------------------------
 
 
@@ -132,7 +107,7 @@ def _label_reports(options: argparse.Namespace) -> None:
         raise ValueError(f"{output} exists: --overwrite replaces it")
     if output.exists() and output.samefile(options.reports):
         raise ValueError(f"{output} holds the reports themselves: expected another --output")
-    labeler = _labeler(options.labeler, _parsed(options.option))
+    labeler = labeler_of(options.labeler, parse_options(options.option))
     blank: list[str] = []
     count = 0
 
@@ -140,7 +115,7 @@ def _label_reports(options: argparse.Namespace) -> None:
         nonlocal count
         with closing(read_reports(options.reports)) as reports:
             while batch := list(islice(reports, _BATCH)):
-                states = _states(labeler, [report for _, report in batch])
+                states = label_quietly(labeler, [report for _, report in batch])
                 count += len(batch)
                 for (study, _), row in zip(batch, states.tolist(), strict=True):
                     if set(row) == {UNMENTIONED}:
@@ -149,20 +124,8 @@ def _label_reports(options: argparse.Namespace) -> None:
 
     write_states(output, rows())
     if blank:
-        print(f"{len(blank):,} reports have no state, empty or not understood: {_listed(blank)}", file=sys.stderr)
+        print(f"{len(blank):,} reports have no state, empty or not understood: {listed(blank)}", file=sys.stderr)
     print(f"{count:,} reports labelled by {labeler.name}: {output}")
-
-
-def _states(labeler, reports: list[str]):
-    with warnings.catch_warnings():
-        # Those reports are told of by their ids, once.
-        warnings.simplefilter("ignore", UnreadReportsWarning)
-        return labeler.label(reports)
-
-
-def _listed(ids: list[str]) -> str:
-    rest = f" and {len(ids) - _LISTED:,} more" if len(ids) > _LISTED else ""
-    return ", ".join(ids[:_LISTED]) + rest
 
 
 # --- a dataset -------------------------------------------------------------------------------------------------------
@@ -185,11 +148,11 @@ def _label_dataset(options: argparse.Namespace) -> None:
             return [known.get(study) for study in ids]
 
     else:
-        settings["options"] = _parsed(options.option)
-        labeler = _labeler(options.labeler, settings["options"])
+        settings["options"] = parse_options(options.option)
+        labeler = labeler_of(options.labeler, settings["options"])
 
         def read(ids, reports):
-            return _states(labeler, list(reports))
+            return label_quietly(labeler, list(reports))
 
     report = label_dataset(
         options.dataset,
@@ -203,7 +166,7 @@ def _label_dataset(options: argparse.Namespace) -> None:
     print(report)
     if options.labeler == "csv":
         if absent:
-            print(f"not in {options.csv}: {len(absent):,} studies: {_listed(absent)}", file=sys.stderr)
+            print(f"not in {options.csv}: {len(absent):,} studies: {listed(absent)}", file=sys.stderr)
         if unused:
             print(f"{len(unused):,} ids of {options.csv} are of no study", file=sys.stderr)
 
@@ -248,7 +211,7 @@ def _compare(options: argparse.Namespace) -> None:
     only = [[study for study in table if study not in other] for table, other in (tables, tables[::-1])]
     for path, missing in zip(paths, only, strict=True):
         if missing:
-            print(f"only in {path}: {len(missing):,} reports: {_listed(missing)}", file=sys.stderr)
+            print(f"only in {path}: {len(missing):,} reports: {listed(missing)}", file=sys.stderr)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         result["only_in_reference"], result["only_in_candidate"] = only

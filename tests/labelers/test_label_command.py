@@ -15,7 +15,7 @@ from otdrg import labelers
 from otdrg.cli import main
 from otdrg.findings_otdrg import FINDINGS
 from otdrg.labelers import UnreadReportsWarning, load_labeler, read_states
-from otdrg.labelers.csv_states import read_reports
+from otdrg.labelers.report_table import read_reports
 from otdrg.studies import prepare_studies
 from otdrg.studies.build import BuildOptions
 
@@ -216,7 +216,7 @@ def test_an_interrupted_labelling_is_gone_on_with(built, monkeypatch, capsys):
     monkeypatch.setitem(labelers._LABELERS, "rules", ("rules", "RulesLabeler"))
     real = load_labeler
     monkeypatch.setattr(
-        "otdrg.labelers.command.load_labeler", lambda name, **options: Interrupted() if not options else real(name)
+        "otdrg.labelers.as_typed.load_labeler", lambda name, **options: Interrupted() if not options else real(name)
     )
     monkeypatch.setattr(sys.modules[__name__], "load_labeler", real)
     command = ["label", str(built), "--labeler", "rules"]

@@ -1,6 +1,8 @@
 """NLG scores against pycocoevalcap called directly, and what reports can hold."""
 
+import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from otdrg.metrics import NLG_METRICS, nlg_scores
+from otdrg.studies.cleaning import clean_report
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor.meteor import Meteor
@@ -30,6 +33,30 @@ WORDS = ["the", "heart", "lungs", "are", "clear", "normal", "no", "effusion", ".
 words = st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join)
 
 
+@pytest.fixture
+def started(monkeypatch):
+    """Processes that were started."""
+    processes = []
+    popen = subprocess.Popen
+
+    def start(*args, **kwargs):
+        processes.append(popen(*args, **kwargs))
+        return processes[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    return processes
+
+
+def meteor_directly(true, written):
+    scorer = Meteor()
+    process = scorer.meteor_p
+    scores = scorer.compute_score(*({i: [text] for i, text in enumerate(texts)} for texts in (true, written)))
+    del scorer
+    process.stdout.close()
+    process.stderr.close()
+    return scores
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(words, words), min_size=1, max_size=6).filter(lambda p: any(r.strip() for _, r in p)))
 def test_equals_pycocoevalcap(pairs):
@@ -46,30 +73,70 @@ def test_equals_pycocoevalcap(pairs):
 
 
 @needs_java
-def test_meteor_equals_pycocoevalcap_survives_odd_reports_and_ends_its_process(monkeypatch):
+def test_meteor_equals_pycocoevalcap_survives_odd_reports_and_ends_its_process(started):
     odd = ['say "normal"', "two\nlines\r\nand\ttabs", "a ||| b", "|||", "lungs \U0001fac1 clear", " . ", "\u2028 x"]
     written = PREDICTIONS + odd
     true = REFERENCES + ["the lungs ||| are clear .\nno effusion"] * len(odd)
     plain = [[" ".join(text.replace("|||", " ").split()) for text in texts] for texts in (true, written)]
-    scorer = Meteor()
-    direct = scorer.meteor_p
-    value, by_study = scorer.compute_score(*({i: [text] for i, text in enumerate(texts)} for texts in plain))
-    del scorer
-    direct.stdout.close()
-    direct.stderr.close()
-
-    started = []
-    popen = subprocess.Popen
-
-    def start(*args, **kwargs):
-        started.append(popen(*args, **kwargs))
-        return started[-1]
-
-    monkeypatch.setattr(subprocess, "Popen", start)
+    value, by_study = meteor_directly(*plain)
+    started.clear()
     scores = nlg_scores(written, true, metrics=["meteor"])
     assert scores["meteor"] == pytest.approx(value, abs=1e-12)
     assert scores["per_study"]["meteor"] == pytest.approx(by_study, abs=1e-12)
     assert [process.poll() is not None for process in started] == [True]
+
+
+@needs_java
+@pytest.mark.slow
+def test_ten_thousand_odd_reports_take_one_process(started):
+    rng = random.Random(0)
+    odd = [
+        '"',
+        "'",
+        "\n",
+        "\r\n",
+        "\t",
+        "|||",
+        " ||| ",
+        "\U0001fac1",
+        "\ud83d",
+        "\x00",
+        "\x85",
+        "\u2028",
+        "EVAL",
+        "%s",
+        "",
+    ]
+    odd += ["SCORE ||| a ||| b", "\N{COMBINING ACUTE ACCENT}", "\u202e"]
+
+    def written():
+        return rng.choice([" ", ""]).join(rng.choices(WORDS + odd, k=rng.choice([0, 1, 10, 60])))
+
+    predictions, references = ([written() for _ in range(10_000)] for _ in range(2))
+    predictions[7], references[7] = "clear " * 300, "the lungs are clear " * 100
+    scores = nlg_scores(predictions, references)
+    assert all(len(scores["per_study"][name]) == 10_000 for name in NLG_METRICS)
+    assert [process.poll() is not None for process in started] == [True]
+    # answers belong to their reports: others before them do not change them
+    few = nlg_scores(predictions[:9900:-1], references[:9900:-1], metrics=["meteor"])
+    assert few["per_study"]["meteor"] == scores["per_study"]["meteor"][:9900:-1]
+
+
+@pytest.mark.skipif("OTDRG_IU_XRAY" not in os.environ, reason="OTDRG_IU_XRAY does not name the IU X-Ray folder")
+def test_equals_pycocoevalcap_on_iu_validation_against_reports_of_training():
+    annotation = json.loads((Path(os.environ["OTDRG_IU_XRAY"]) / "annotation.json").read_text(encoding="utf-8"))
+    true = [clean_report(study["report"], "r2gen_iu") for study in annotation["val"]]
+    train = [clean_report(study["report"], "r2gen_iu") for study in annotation["train"]]
+    written = random.Random(0).sample(train, len(true))
+    scores = nlg_scores(written, true)
+    by_id = [{i: [text] for i, text in enumerate(texts)} for texts in (true, written)]
+    expected = dict(zip(NLG_METRICS[:4], zip(*Bleu(4).compute_score(*by_id, verbose=0), strict=True), strict=True))
+    expected |= {"rouge_l": Rouge().compute_score(*by_id), "cider": Cider().compute_score(*by_id)}
+    if scores["meteor"] is not None:
+        expected["meteor"] = meteor_directly(true, written)
+    for name, (value, by_study) in expected.items():
+        assert scores[name] == pytest.approx(value, abs=1e-9)
+        assert scores["per_study"][name] == pytest.approx(list(by_study), abs=1e-9)
 
 
 def test_java_that_dies_is_reported_and_gone(monkeypatch, tmp_path):
@@ -77,7 +144,7 @@ def test_java_that_dies_is_reported_and_gone(monkeypatch, tmp_path):
     java.write_text("#!/bin/sh\necho 'no JVM in here' >&2\nexit 3\n")
     java.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    with pytest.raises(RuntimeError, match="METEOR's Java process failed: no JVM in here"):
+    with pytest.raises(ChildProcessError, match=r"METEOR's Java process failed.*: no JVM in here"):
         nlg_scores(PREDICTIONS, REFERENCES, metrics=["meteor"])
 
 

@@ -1,0 +1,59 @@
+"""A labeler as it is typed on a command line, and what is said of the reports it is given."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from . import UnreadReportsWarning, load_labeler
+
+#: Ids that are named.
+_LISTED = 20
+
+
+def parse_options(pairs: list[str]) -> dict[str, Any]:
+    """A labeler's options from what was typed as `--option NAME=VALUE`, values as YAML reads them.
+
+    Raises:
+        ValueError: not of that form, a name twice, or a value that is no YAML.
+    """
+    import yaml
+
+    parsed = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator:
+            raise ValueError(f"--option {pair}: expected NAME=VALUE, such as repeat_mistakes=true")
+        if name in parsed:
+            raise ValueError(f"--option {name} is given twice: expected it once")
+        try:
+            parsed[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"--option {pair}: the value is no YAML, put it in quotes to have it as it is") from None
+    return parsed
+
+
+def labeler_of(name: str, options: dict[str, Any]):
+    """[`load_labeler`], with an option of the wrong type a `ValueError`, too."""
+    try:
+        return load_labeler(name, **options)
+    except TypeError as error:
+        # A value of another type, which only the labeler knows to be wrong.
+        given = ", ".join(f"{option}={value!r}" for option, value in options.items())
+        raise ValueError(f"labeler {name!r} does not take {given}: {error}") from error
+
+
+def label_quietly(labeler, reports: list[str]):
+    """(N, 14) states of the reports; of those that cannot be read the command tells itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnreadReportsWarning)
+        return labeler.label(reports)
+
+
+def listed(ids: list[str]) -> str:
+    """The first ids, and how many more there are."""
+    rest = f" and {len(ids) - _LISTED:,} more" if len(ids) > _LISTED else ""
+    return ", ".join(ids[:_LISTED]) + rest
+
+
+__all__ = ["label_quietly", "labeler_of", "listed", "parse_options"]

@@ -1,0 +1,136 @@
+"""Tables of reports as people have them: a CSV with a header, or a JSON object a line; one report an id."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TextIO
+
+_LONGEST_CELL = 2**24
+
+
+def fold_name(name: str) -> str:
+    """A column's name with case, spaces and underscores folded."""
+    return " ".join(name.replace("_", " ").split()).casefold()
+
+
+def read_reports(path: str | Path, column: str = "report") -> Iterator[tuple[str, str]]:
+    """Ids and reports of a table, one after another; other columns are ignored.
+
+    Args:
+        path: a CSV with the columns `id` and `column`, or a file .jsonl with a JSON object with these keys a line.
+        column: where the reports are.
+
+    Raises:
+        ValueError: no such file, not UTF-8, not such a table, a column that is missing or stands twice, a row of
+            another length, an empty or repeated id; one line that names the file and the line.
+    """
+    path = Path(path)
+    lines: dict[str, int] = {}
+    if path.suffix.lower() == ".jsonl":
+        for row, study, report in _json_reports(path, column):
+            check_id(path, row, "id", study, lines)
+            yield study, report
+        return
+    with closing(csv_rows(path, f"a CSV with the columns id and {column}")) as rows:
+        _, header = next(rows)
+        folded = [fold_name(name) for name in header]
+        for name in ("id", column):
+            if folded.count(fold_name(name)) != 1:
+                found = f"{folded.count(fold_name(name))} columns {name!r}"
+                raise ValueError(f"{path}: {found}, expected one; columns: {', '.join(header) or 'none'}")
+        id_place, report_place = folded.index("id"), folded.index(fold_name(column))
+        for row, cells in rows:
+            study = cells[id_place].strip()
+            check_id(path, row, header[id_place], study, lines)
+            yield study, cells[report_place]
+
+
+def _json_reports(path: Path, column: str) -> Iterator[tuple[int, str, str]]:
+    expected = f"an object with the keys id and {column} a line"
+    with _reading(path, expected) as file:
+        for row, text in enumerate(file, 1):
+            if not text.strip():
+                continue
+            try:
+                record = json.loads(text)
+                study, report = record["id"], record[column]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{path}, line {row}: expected {expected}") from None
+            if not isinstance(report, str) or isinstance(study, bool) or not isinstance(study, (str, int)):
+                raise ValueError(
+                    f"{path}, line {row}: id is {type(study).__name__} and {column} {type(report).__name__}, "
+                    "expected strings"
+                )
+            yield row, str(study).strip(), report
+
+
+@contextmanager
+def _reading(path: Path, expected: str) -> Iterator[TextIO]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield file
+    except UnicodeDecodeError:
+        row = _undecodable(path)
+        raise ValueError(f"{path}: not UTF-8 (line {row}), expected {expected}, saved as UTF-8") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}), expected {expected}") from None
+
+
+def _undecodable(path: Path) -> int | None:
+    """The first line that is not UTF-8."""
+    with path.open("rb") as file:
+        for row, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return row
+    return None
+
+
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    """Cells of `_LONGEST_CELL` characters; the limit is one for all readers of the process, so it is put back."""
+    before = csv.field_size_limit(_LONGEST_CELL)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def csv_rows(path: Path, expected: str) -> Iterator[tuple[int, list[str]]]:
+    """The header of a CSV (empty where there is none), then its rows that are not blank; each with its first line."""
+    row = 1
+    with _reading(path, expected) as file, _long_cells():
+        reader = csv.reader(file, strict=True)
+        try:
+            header = next(reader, [])
+            yield row, header
+            row = reader.line_num + 1
+            for cells in reader:
+                if len(cells) not in (0, len(header)):
+                    found = f"{len(cells)} values, expected {len(header)} as in the header"
+                    raise ValueError(f"{path}, line {row}: {found}")
+                if cells:
+                    yield row, cells
+                row = reader.line_num + 1
+        except csv.Error as error:
+            raise ValueError(f"{path}: not a CSV (line {row}: {error}), expected {expected}") from None
+
+
+def check_id(path: Path, row: int, column: str, study: str, lines: dict[str, int]) -> None:
+    """Refuse an id that is empty or was met before; `lines`, of those met, is added to."""
+    if not study:
+        raise ValueError(f"{path}, line {row}, column {column}: empty, expected a study's id")
+    if study in lines:
+        raise ValueError(
+            f"{path}, line {row}, column {column}: {study!r} stands in line {lines[study]} too, "
+            "expected one row a study"
+        )
+    lines[study] = row
+
+
+__all__ = ["check_id", "csv_rows", "fold_name", "read_reports"]

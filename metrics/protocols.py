@@ -1,0 +1,49 @@
+"""Which text a report is scored against: the field's two reference protocols.
+
+`full` takes references as they are. `r2gengpt` cuts them to so many tokens of a tokenizer, as R2GenGPT (Wang et al.,
+Meta-Radiology 2023) does in evaluation, too: 60 on IU X-Ray, 100 on MIMIC-CXR. Its scores do not compare with those of
+`full`, nor with its own under another tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+PROTOCOLS = ("full", "r2gengpt")
+
+#: Tokens of a reference in R2GenGPT's evaluation, by the cleaning that belongs to the data.
+R2GENGPT_TOKENS = {"r2gen_iu": 60, "r2gen_mimic": 100}
+
+
+def truncate_to_tokens(texts: Sequence[str], tokenizer: str, tokens: int) -> list[str]:
+    """Each text up to the end of its `tokens`-th token; shorter ones as they are.
+
+    Args:
+        texts: cleaned reports.
+        tokenizer: Hub id or folder of one of `AutoTokenizer`'s, a fast one: it has to say where a token ends.
+        tokens: how many are kept.
+
+    Raises:
+        ValueError: `tokens` below 1, no such tokenizer, or a slow one.
+    """
+    if tokens < 1:
+        raise ValueError(f"reference tokens: {tokens}, expected at least 1")
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(tokenizer)
+    except (OSError, ValueError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise ValueError(f"tokenizer {tokenizer}: {why}; expected a Hub id or a folder with a tokenizer") from None
+    if not loaded.is_fast:
+        raise ValueError(
+            f"tokenizer {tokenizer}: {type(loaded).__name__} does not say where tokens end, expected a fast one"
+        )
+    ends = loaded(list(texts), add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return [
+        text if len(places) <= tokens else text[: places[tokens - 1][1]]
+        for text, places in zip(texts, ends, strict=True)
+    ]
+
+
+__all__ = ["PROTOCOLS", "R2GENGPT_TOKENS", "truncate_to_tokens"]
