@@ -52,7 +52,12 @@ def run(
         validation = known_states(validation)
         validation = validation if len(validation) else None
     args = training_arguments(
-        stage, folder, recipe.seed, evaluates=validation is not None, label_names=["finding_labels"]
+        stage,
+        folder,
+        recipe.seed,
+        evaluates=validation is not None,
+        report_to=recipe.report_to,
+        label_names=["finding_labels"],
     )
     if stage.vision == "frozen" and stage.cache_features:
         model.to(args.device)

@@ -277,6 +277,12 @@ class Recipe:
     studies: StudiesRecipe = field(metadata={"help": "Which studies are trained on."})
     seed: int = _option(42, "Seed of weights, batches and controls.")
     cpu_threads: int | None = _option(None, "Threads of each process on CPU; the cores' share of each without it.")
+    report_to: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Where log lines go besides the run's folder, as transformers names it: tensorboard, trackio."
+        },
+    )
     stages: list[str] = field(
         default_factory=lambda: list(DEFAULT_STAGES),
         metadata={"help": "Stages to run, of ircp, predictor and report; each reads the folder of the one before."},

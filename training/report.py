@@ -47,6 +47,7 @@ def run(
         folder,
         recipe.seed,
         evaluates=validation is not None,
+        report_to=recipe.report_to,
         label_names=["labels"],
         prediction_loss_only=True,
     )

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from ..studies.loading import prepared_column, stream_prepared
+from ..studies.loading import prepared_column, prepared_shards, stream_prepared
 
 
 class StreamedStudies(torch.utils.data.IterableDataset):
     """A split of a built dataset: views are streamed from its shards, in an order that is new each epoch.
 
     What is small is held in memory as columns, `id`, `report` and `finding_states`, and can be read and replaced as
-    those of a `datasets.Dataset` can.
+    those of a `datasets.Dataset` can. `shards` are the files.
 
     Args:
         folder: of the dataset.
@@ -28,6 +28,7 @@ class StreamedStudies(torch.utils.data.IterableDataset):
     """
 
     def __init__(self, folder: str | os.PathLike, split: str, seed: int = 0, buffer: int = 256):
+        self.shards = prepared_shards(folder, split)
         self._stream = stream_prepared(folder, split).shuffle(seed=seed, buffer_size=buffer)
         self._columns = {name: prepared_column(folder, split, name) for name in ("id", "report", "finding_states")}
 
@@ -47,7 +48,7 @@ class StreamedStudies(torch.utils.data.IterableDataset):
 
     def _changed(self, columns: dict[str, list]) -> StreamedStudies:
         changed = object.__new__(type(self))
-        changed._stream, changed._columns = self._stream, columns
+        changed.shards, changed._stream, changed._columns = self.shards, self._stream, columns
         return changed
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
