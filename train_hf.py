@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 
 _EXAMPLE = """\
@@ -14,7 +15,11 @@ example:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a recipe; returns the exit status, 0 or, after one line on what is wrong, 1."""
+    """Run a recipe.
+
+    Returns:
+        The exit status: 0 or, after one line on what is wrong, 1; after Ctrl-C 130, after SIGTERM 143.
+    """
     parser = argparse.ArgumentParser(
         prog="train_hf.py",
         description="Train OTDRG as a recipe says: its stages in order, each from the folder of the one before.",
@@ -36,24 +41,44 @@ def main(argv: list[str] | None = None) -> int:
 
     # Only the first of several processes speaks.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("otdrg").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    is_first = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("otdrg").setLevel(logging.INFO if is_first else logging.ERROR)
+    from otdrg.training.interruptions import RunInterruptedError, Terminated, terminations
+
     try:
-        from otdrg.training.recipe import load_recipe
-
-        recipe = load_recipe(arguments.recipe, arguments.overrides)
-        # Behind the recipe's check, because torch and transformers take seconds to import.
-        from otdrg.training.run import run_recipe
-        from transformers.utils.logging import disable_progress_bar
-
-        # Bars of loading and writing weights, every checkpoint; the Trainer's own stays.
-        disable_progress_bar()
-        run_recipe(recipe, resume=arguments.resume, overwrite=arguments.overwrite)
-    except (ValueError, OSError, ArithmeticError) as error:
+        with terminations():
+            _run(arguments)
+    except (ValueError, OSError, ArithmeticError, RunInterruptedError) as error:
         if arguments.traceback:
             raise
-        print(f"train_hf.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"train_hf.py: error: {_one_line(error)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as stop:
+        if is_first:
+            print(f"train_hf.py: {_one_line(stop) or 'interrupted'}", file=sys.stderr)
+        return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
     return 0
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from otdrg.training.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    # Behind the recipe's check, because torch and transformers take seconds to import.
+    from otdrg.training.run import run_recipe
+    from transformers.utils.logging import disable_progress_bar
+
+    # Bars of loading and writing weights, every checkpoint; the Trainer's own stays.
+    disable_progress_bar()
+    run_recipe(recipe, resume=arguments.resume, overwrite=arguments.overwrite)
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error)
+    if text.startswith("Caught ") and "\nOriginal Traceback" in text:
+        # Of a process that loads studies: its traceback, with the error itself last.
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split())
 
 
 if __name__ == "__main__":

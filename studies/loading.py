@@ -99,6 +99,15 @@ def prepared_rows(folder: str | os.PathLike, split: str) -> int:
     return sum(pq.read_metadata(file).num_rows for file in _parquet(_prepared(folder), split))
 
 
+def prepared_shards(folder: str | os.PathLike, split: str) -> list[Path]:
+    """The Parquet files of a split of a built dataset, in order.
+
+    Raises:
+        ValueError: the folder is not a built dataset.
+    """
+    return [Path(file) for file in _parquet(_prepared(folder), split)]
+
+
 def prepared_column(folder: str | os.PathLike, split: str, column: str) -> list:
     """One column of a split of a built dataset; the others, images above all, are not read.
 
@@ -128,4 +137,12 @@ def _parquet(folder: Path, split: str) -> list[str]:
     return sorted(str(path) for path in (folder / "data").glob(f"{split}-*.parquet"))
 
 
-__all__ = ["load_in_memory", "load_prepared", "prepared_column", "prepared_rows", "prepared_splits", "stream_prepared"]
+__all__ = [
+    "load_in_memory",
+    "load_prepared",
+    "prepared_column",
+    "prepared_rows",
+    "prepared_shards",
+    "prepared_splits",
+    "stream_prepared",
+]

@@ -6,7 +6,6 @@ import inspect
 import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -292,19 +291,6 @@ def set_trained_parts(
     return frozen
 
 
-def last_checkpoint(folder: str | os.PathLike) -> Path | None:
-    """The newest checkpoint in a stage's folder that was written to its end; None where there is none.
-
-    Trainer writes in place and `trainer_state.json` last, so a folder without it was cut off.
-    """
-    checkpoints = []
-    for path in Path(folder).glob("checkpoint-*"):
-        step = path.name.removeprefix("checkpoint-")
-        if step.isdigit() and (path / "trainer_state.json").is_file():
-            checkpoints.append((int(step), path))
-    return max(checkpoints)[1] if checkpoints else None
-
-
 def known_states(rows: Rows) -> Rows:
     """The studies of `rows` whose finding states are known."""
     return rows.select([position for position, states in enumerate(rows["finding_states"]) if states is not None])
@@ -317,7 +303,6 @@ __all__ = [
     "build_studies",
     "cast_backbones",
     "known_states",
-    "last_checkpoint",
     "load_model",
     "lora_fields",
     "set_trained_parts",

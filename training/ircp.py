@@ -49,7 +49,13 @@ def run(
     frozen = set_trained_parts(model, vision=stage.vision, text="frozen", predictor="frozen", joining=False)
     pretraining = ContrastivePretraining(model, stage)
     args = training_arguments(
-        stage, folder, recipe.seed, evaluates=validation is not None, label_names=[], prediction_loss_only=True
+        stage,
+        folder,
+        recipe.seed,
+        evaluates=validation is not None,
+        report_to=recipe.report_to,
+        label_names=[],
+        prediction_loss_only=True,
     )
     pretraining.to(args.device)
     collator = ContrastiveCollator(processor, stage.max_report_tokens if stage.report_weight > 0 else None)

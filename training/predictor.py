@@ -62,7 +62,12 @@ def run(
         validation = known_states(validation)
         validation = validation if len(validation) else None
     args = training_arguments(
-        stage, folder, recipe.seed, evaluates=validation is not None, label_names=["finding_labels"]
+        stage,
+        folder,
+        recipe.seed,
+        evaluates=validation is not None,
+        report_to=recipe.report_to,
+        label_names=["finding_labels"],
     )
     if stage.cache_features and encoder_is_frozen(model):
         cache = (recipe.features_folder, args.per_device_eval_batch_size)

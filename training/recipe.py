@@ -347,6 +347,12 @@ class Recipe:
     feature_cache: str | None = _option(
         None, "Folder of frozen encoders' features, which runs may share; features in output_dir without it."
     )
+    report_to: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Where log lines go besides the run's folder, as transformers names it: tensorboard, trackio."
+        },
+    )
     stages: list[str] = field(
         default_factory=lambda: list(DEFAULT_STAGES),
         metadata={"help": "Stages to run, of ircp, predictor and report; each reads the folder of the one before."},

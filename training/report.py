@@ -87,6 +87,7 @@ def run(
         folder,
         recipe.seed,
         evaluates=validation is not None,
+        report_to=recipe.report_to,
         label_names=["labels"],
         prediction_loss_only=True,
         metric_for_best_model="selection" if selects else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -13,24 +14,30 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import set_seed
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from ..configuration_otdrg import OTDRGConfig
 from . import report
-from .build import build_model, build_studies, last_checkpoint, load_model, lora_fields
+from .build import build_model, build_studies, load_model, lora_fields
+from .checkpoints import last_checkpoint, remove_partial_checkpoints
+from .interruptions import RunInterruptedError, interruption
+from .kept_stages import FINISHED, STARTED, check_recipe, check_studies, kept_stages, stage_start, stages_before
 from .recipe import STAGES, Recipe
+from .run_folder import RunRecord, fingerprint, write_json
 from .trainer import has_accelerator
 
 logger = logging.getLogger(__name__)
-
-#: Written last into a stage's folder: with it the stage is done.
-FINISHED = "finished.json"
 
 
 def run_recipe(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Run a recipe's stages.
 
-    Leaves in `output_dir`: `recipe.yaml` as resolved; a folder for each stage with its checkpoints, its model and
-    `finished.json`; after the report stage `model`, which is what is published, and `predictions.csv`; `results.json`.
+    Leaves in `output_dir`: `recipe.yaml` as resolved; `run.json`, how it came about ([`RunRecord`]); a folder for each
+    stage with its checkpoints, its model, `metrics.jsonl`, `curves.png` and `finished.json`; after the report stage
+    `model`, which is what is published, and `predictions.csv`; `results.json`.
 
     Args:
         recipe: the run.
@@ -41,10 +48,14 @@ def run_recipe(recipe: Recipe, resume: bool = False, overwrite: bool = False) ->
         What `results.json` holds.
 
     Raises:
-        ValueError: the recipe does not fit the studies or the model, or a stage is unfinished and neither `resume` nor
-            `overwrite` says what is to become of it.
+        ValueError: the recipe does not fit the studies or the model, a stage is unfinished and neither `resume` nor
+            `overwrite` says what is to become of it, or a stage that is kept was trained with another recipe or on
+            other studies.
         NonFiniteLossError: the loss became NaN or infinite.
+        RunInterruptedError: the disk is full, or a process that loads studies died.
+        KeyboardInterrupt: Ctrl-C or SIGTERM ([`Terminated`]); the message names the last good checkpoint.
     """
+    _check_reporting(recipe.report_to)
     output = Path(recipe.output_dir)
     pending = _pending_stages(recipe, resume, overwrite)
     _check_predictor(recipe, pending)
@@ -53,42 +64,80 @@ def run_recipe(recipe: Recipe, resume: bool = False, overwrite: bool = False) ->
     for stage in pending:
         lora_fields(recipe, stage)
     previous = _previous_folder(recipe, pending)
+    kept = kept_stages(recipe, pending, resume)
+    check_recipe(recipe, kept, pending)
     studies = build_studies(recipe.studies, recipe.labels, recipe.seed)
     state = PartialState(cpu=not has_accelerator())
     if not has_accelerator():
         # `accelerate launch` leaves a process without a GPU one thread unless it is told otherwise.
         torch.set_num_threads(recipe.cpu_threads or max(1, (os.cpu_count() or 1) // state.num_processes))
+    data = fingerprint(studies) if state.is_main_process else {}
+    check_studies(recipe, kept, data, state)
     if state.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            for stage in pending:
+        for position, stage in enumerate(pending):
+            if resume and position == 0:
+                remove_partial_checkpoints(output / stage)
+            else:
                 _clear(output / stage)
         (output / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     state.wait_for_everyone()
+    record = RunRecord(recipe, state, data)
     results = _read_results(output)
-    for stage in pending:
-        logger.info("stage %s: %s, from %s", stage, output / stage, previous or "the recipe's model")
-        set_seed(recipe.seed)
-        if previous is None:
-            model, processor = build_model(recipe.model, studies["train"]["report"])
-        else:
-            model, processor = load_model(previous, recipe.model)
-        module = import_module(f".{STAGES[stage]}", __package__)
-        model, results[stage] = module.run(recipe, studies, model, processor, output / stage, resume)
-        folder = output / "model" if stage == "report" else output / stage
-        if state.is_main_process:
-            model.save_pretrained(folder)
-            processor.save_pretrained(folder)
-        state.wait_for_everyone()
-        if stage == "report" and recipe.report.evaluation.split != "none":
-            results[stage]["evaluation"] = module.evaluate(recipe, studies, model, processor, output)
-        if state.is_main_process:
-            _write_json(output / "results.json", results)
-            _write_json(output / stage / FINISHED, {"steps": results[stage]["steps"]})
-        state.wait_for_everyone()
-        previous = folder
+    folder = output
+    try:
+        for position, stage in enumerate(pending):
+            folder = output / stage
+            goes_on = resume and position == 0
+            logger.info("stage %s: %s, from %s", stage, folder, previous or "the recipe's model")
+            record.begin_stage(stage, last_checkpoint(folder) if goes_on else None)
+            if state.is_main_process:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(folder / STARTED, stage_start(recipe, data, state.num_processes, previous))
+            set_seed(recipe.seed)
+            if previous is None:
+                model, processor = build_model(recipe.model, studies["train"]["report"])
+            else:
+                model, processor = load_model(previous, recipe.model)
+            module = import_module(f".{STAGES[stage]}", __package__)
+            model, results[stage] = module.run(recipe, studies, model, processor, folder, goes_on)
+            published = output / "model" if stage == "report" else folder
+            if state.is_main_process:
+                model.save_pretrained(published)
+                processor.save_pretrained(published)
+            state.wait_for_everyone()
+            if stage == "report" and recipe.report.evaluation.split != "none":
+                results[stage]["evaluation"] = module.evaluate(recipe, studies, model, processor, output)
+            record.end_stage(stage, results[stage]["steps"])
+            if state.is_main_process:
+                write_json(output / "results.json", results)
+                ended = record.sitting["stages"][stage]["ended"]
+                write_json(folder / FINISHED, {"steps": results[stage]["steps"], "ended": ended})
+            state.wait_for_everyone()
+            previous = published
+        record.end("finished")
+    except BaseException as error:
+        reason = interruption(error, folder)
+        # The disk may be full; what is wrong is said all the same.
+        with contextlib.suppress(OSError):
+            record.end(reason or f"{type(error).__name__}: {' '.join(str(error).split())}")
+        if reason is None:
+            raise
+        told = f"{reason}; {_where_to_go_on(folder)}"
+        raise (type(error) if isinstance(error, KeyboardInterrupt) else RunInterruptedError)(told) from error
     logger.info("run: %s", output)
     return results
+
+
+def _check_reporting(names: list[str]) -> None:
+    available = get_available_reporting_integrations()
+    for name in names:
+        # Flyte's callback is not for a Trainer to be named by.
+        known = sorted(set(INTEGRATION_TO_CALLBACK) - {"flyte"})
+        if name not in known:
+            raise ValueError(f"report_to={name!r}: expected some of {', '.join(known)}")
+        if name not in available:
+            raise ValueError(f"report_to={name!r}: the package {name} is not installed")
 
 
 def _pending_stages(recipe: Recipe, resume: bool, overwrite: bool) -> list[str]:
@@ -119,9 +168,7 @@ def _clear(folder: Path) -> None:
 
 def _previous_folder(recipe: Recipe, pending: list[str]) -> Path | None:
     """The folder the first pending stage reads; None where it starts from the recipe's `model`."""
-    order = list(STAGES)
-    before = order[: order.index(pending[0])] if pending else []
-    for stage in reversed(before):
+    for stage in reversed(stages_before(pending)):
         folder = Path(recipe.output_dir) / stage
         if (folder / FINISHED).is_file():
             return folder
@@ -152,16 +199,17 @@ def _check_predictor(recipe: Recipe, pending: list[str]) -> None:
         )
 
 
+def _where_to_go_on(folder: Path) -> str:
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is None:
+        return f"{folder} has no checkpoint yet, --resume starts the stage anew"
+    return f"the last good checkpoint is {checkpoint}, --resume goes on from there"
+
+
 def _read_results(output: Path) -> dict[str, Any]:
     """What the stages that are not run again left in `results.json`."""
     path = output / "results.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    unfinished.replace(path)
-
-
-__all__ = ["FINISHED", "run_recipe"]
+__all__ = ["run_recipe"]

@@ -10,14 +10,14 @@ import torch
 from datasets import Image, List
 from datasets.distributed import split_dataset_by_node
 
-from ..studies.loading import prepared_column, stream_prepared
+from ..studies.loading import prepared_column, prepared_shards, stream_prepared
 
 
 class StreamedStudies(torch.utils.data.IterableDataset):
     """A split of a built dataset: views are streamed from its shards, in an order that is new each epoch.
 
     What is small is held in memory as columns, `id`, `report`, `indication` and `finding_states`, and can be read and
-    replaced as those of a `datasets.Dataset` can.
+    replaced as those of a `datasets.Dataset` can. `shards` are the files.
 
     Args:
         folder: of the dataset.
@@ -30,6 +30,7 @@ class StreamedStudies(torch.utils.data.IterableDataset):
     """
 
     def __init__(self, folder: str | os.PathLike, split: str, seed: int = 0, buffer: int = 256):
+        self.shards = prepared_shards(folder, split)
         self._on_disk = stream_prepared(folder, split)
         self._stream = self._on_disk.shuffle(seed=seed, buffer_size=buffer)
         names = ("id", "report", "indication", "finding_states")
@@ -51,7 +52,8 @@ class StreamedStudies(torch.utils.data.IterableDataset):
 
     def _changed(self, columns: dict[str, list]) -> StreamedStudies:
         changed = object.__new__(type(self))
-        changed._on_disk, changed._stream, changed._columns = self._on_disk, self._stream, columns
+        changed.shards, changed._columns = self.shards, columns
+        changed._on_disk, changed._stream = self._on_disk, self._stream
         return changed
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

@@ -15,8 +15,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
-from .build import last_checkpoint
 from .callbacks import FIGURES, LossCallback, NonFiniteLossError
+from .checkpoints import last_checkpoint
+from .history import HistoryCallback
 from .recipe import StageRecipe
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,8 @@ class StageTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
         **kwargs,
     ):
-        super().__init__(model, args, data_collator=train_collator, callbacks=[loss_callback, *callbacks], **kwargs)
+        callbacks = [loss_callback, HistoryCallback(), *callbacks]
+        super().__init__(model, args, data_collator=train_collator, callbacks=callbacks, **kwargs)
         self.processor = processor
         self.loss_callback = loss_callback
         self.frozen = frozen
@@ -159,6 +161,13 @@ class StageTrainer(Trainer):
         self.processor.save_pretrained(output_dir)
         torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
 
+    def _run_epoch(self, *args, **kwargs):
+        # Cut off between its last checkpoint and its end, a run would be trained a step too far when it is resumed.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def train_stage(self, resume: bool) -> None:
         """Train to the end, from the last whole checkpoint in the stage's folder if `resume`.
 
@@ -170,11 +179,13 @@ class StageTrainer(Trainer):
             logger.info("resuming from %s", checkpoint)
         try:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-        except NonFiniteLossError as error:
+        except BaseException as error:
             for callback in self.callback_handler.callbacks:
                 if getattr(callback, "training_bar", None) is not None:
                     # An open progress bar would be drawn once more behind the error.
                     callback.training_bar.close()
+            if not isinstance(error, NonFiniteLossError):
+                raise
             kept = last_checkpoint(self.args.output_dir)
             raise NonFiniteLossError(
                 f"step {self.state.global_step + 1} of {self.args.output_dir}: {error}; the weights were spared, "
@@ -183,8 +194,18 @@ class StageTrainer(Trainer):
             ) from None
 
 
-def training_arguments(stage: StageRecipe, folder: Path, seed: int, evaluates: bool, **more) -> TrainingArguments:
-    """`TrainingArguments` of a stage's recipe; `evaluates` says whether there is a split to evaluate on."""
+def training_arguments(
+    stage: StageRecipe, folder: Path, seed: int, evaluates: bool, report_to: list[str], **more
+) -> TrainingArguments:
+    """`TrainingArguments` of a stage's recipe.
+
+    Args:
+        stage: its section of the recipe.
+        folder: the stage's.
+        seed, report_to: the recipe's.
+        evaluates: whether there is a split to evaluate on.
+        more: fields that this stage alone has.
+    """
     names = {field.name for field in fields(TrainingArguments)}
     # The name gradient checkpointing has in later versions of transformers, which deprecate the other.
     checkpointing = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in names)
@@ -220,7 +241,9 @@ def training_arguments(stage: StageRecipe, folder: Path, seed: int, evaluates: b
         accelerator_config={"dispatch_batches": False},
         # The columns of studies are not the arguments of forward; the collator makes those of them.
         remove_unused_columns=False,
-        report_to="none",
+        report_to=report_to,
+        project=folder.parent.name,
+        run_name=f"{folder.parent.name}-{folder.name}",
         seed=seed,
         **more,
     )

@@ -1,7 +1,6 @@
 import csv
 import logging
 
-import numpy as np
 import pytest
 from datasets import DatasetDict
 from otdrg.configuration_otdrg import OTDRGConfig
@@ -9,7 +8,7 @@ from otdrg.findings_otdrg import FINDING_DISPLAY_NAMES
 from otdrg.labelers import load_labeler
 from otdrg.studies import load_studies
 from otdrg.training import build
-from otdrg.training.build import build_model, build_studies, last_checkpoint, lora_fields, set_trained_parts
+from otdrg.training.build import build_model, build_studies, lora_fields, set_trained_parts
 from otdrg.training.recipe import LabelsRecipe, ModelRecipe, PredictorRecipe, Recipe, ReportRecipe, StudiesRecipe
 
 OPTIONS = {"train": 5, "validation": 3, "test": 0, "image_size": 32, "views": ["frontal"]}
@@ -117,14 +116,3 @@ def test_a_stage_has_the_adapters_it_trains():
     assert lora_fields(recipe_of("report", lora), "report") == {"lora": lora["lora"]}
     assert lora_fields(recipe_of("report", lora, vision="lora", predictor="full"), "report") == lora
     assert lora_fields(recipe_of("report", lora, text="frozen"), "report") == {}
-
-
-def test_the_last_whole_checkpoint_is_found(tmp_path):
-    assert last_checkpoint(tmp_path) is None
-    for step, whole in ((2, True), (10, True), (12, False)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "model.safetensors").write_bytes(np.zeros(3).tobytes())
-        if whole:
-            (folder / "trainer_state.json").write_text("{}")
-    assert last_checkpoint(tmp_path).name == "checkpoint-10"

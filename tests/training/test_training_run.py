@@ -34,6 +34,7 @@ def test_both_stages_leave_their_folders(trained_run):
         "model",
         "recipe.yaml",
         "results.json",
+        "run.json",
     }
     assert (trained_run / "report" / "checkpoint-4" / "trainer_state.json").is_file()
     assert results(trained_run)["report"]["steps"] == 4

@@ -1,0 +1,208 @@
+"""What a run's folder tells of how it came about: `run.json`, and on which studies it was trained."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+
+from .. import __version__
+from .build import StudySplits
+from .recipe import Recipe
+from .streaming import StreamedStudies
+
+RUN = "run.json"
+#: Packages whose versions are kept beside our own.
+PACKAGES: tuple[str, ...] = ("torch", "transformers", "peft", "accelerate", "datasets", "timm")
+
+
+class RunRecord:
+    """`run.json` in a run's folder: its sittings in order, of which the last is this one.
+
+    Each holds when it began and ended and with what outcome (an `ended` of null: it was killed, or is still running),
+    the command line, seed, versions, the package's git commit, processes, threads and device, the studies of each split
+    with their fingerprint, and the stages that were run. The file is replaced as a whole whenever something is added.
+
+    Args:
+        recipe: the run.
+        state: of the processes; the main one writes.
+        studies: [`fingerprint`] of the studies.
+    """
+
+    def __init__(self, recipe: Recipe, state: PartialState, studies: dict[str, Any]):
+        self.path = Path(recipe.output_dir) / RUN
+        self.is_main_process = state.is_main_process
+        self.sitting: dict[str, Any] = {
+            "began": _now(),
+            "ended": None,
+            "outcome": None,
+            "command": sys.orig_argv,
+            "seed": recipe.seed,
+            "versions": versions(),
+            "commit": commit(),
+            "processes": state.num_processes,
+            "threads": torch.get_num_threads(),
+            "device": device_name(state.device),
+            "studies": studies,
+            "stages": {},
+        }
+        self.earlier = json.loads(self.path.read_text(encoding="utf-8"))["sittings"] if self.path.is_file() else []
+        self._write()
+
+    def begin_stage(self, stage: str, checkpoint: Path | None) -> None:
+        """A stage begins, or goes on from a checkpoint."""
+        self.sitting["stages"][stage] = {
+            "began": _now(),
+            "ended": None,
+            "checkpoint": None if checkpoint is None else checkpoint.name,
+        }
+        self._write()
+
+    def end_stage(self, stage: str, steps: int) -> None:
+        """A stage has ended after so many steps, those of earlier sittings among them."""
+        record = self.sitting["stages"][stage]
+        record["ended"] = _now()
+        record["seconds"] = _seconds(record)
+        record["steps"] = steps
+        self._write()
+
+    def end(self, outcome: str) -> None:
+        """The sitting has ended: `outcome` is "finished", or what ended it."""
+        self.sitting |= {"ended": _now(), "outcome": outcome}
+        self.sitting["seconds"] = _seconds(self.sitting)
+        self._write()
+
+    def _write(self) -> None:
+        if self.is_main_process:
+            write_json(self.path, {"sittings": [*self.earlier, self.sitting]})
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file that is either as it was or as it is to be, whenever the process ends."""
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+def _seconds(record: dict[str, Any]) -> float:
+    return (datetime.fromisoformat(record["ended"]) - datetime.fromisoformat(record["began"])).total_seconds()
+
+
+# --- on what it runs -------------------------------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str | None]:
+    """Python's, ours, and those of `PACKAGES`; None for a package that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "otdrg": __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def commit() -> dict[str, Any] | None:
+    """`id` of the git commit that the package's folder is a checkout of, and whether tracked files differ (`dirty`).
+
+    None where the folder is not the top of a repository, as when it is installed, or git is not there.
+    """
+    package = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != package:
+            return None
+        return {
+            "id": git("rev-parse", "HEAD"),
+            "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        }
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def device_name(device: torch.device) -> str:
+    """A device with its name, as far as it has one: "cuda (NVIDIA A100-SXM4-80GB)"."""
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return device.type
+
+
+# --- on what it is trained -------------------------------------------------------------------------------------------
+
+
+def fingerprint(studies: StudySplits) -> dict[str, dict[str, Any]]:
+    """Of each split the number of `studies`, a digest of their `text` and one of their views.
+
+    `text` is of ids, reports and finding states, in order. Views are told apart by their sizes in bytes (`views`), so
+    that no image is read; of streamed studies by those of the shards they lie in (`shards`).
+    """
+    found = {}
+    for split, rows in studies.items():
+        text = hashlib.blake2b(digest_size=16)
+        for study, report, states in zip(rows["id"], rows["report"], rows["finding_states"], strict=True):
+            text.update(json.dumps([study, report, states], ensure_ascii=False).encode())
+        found[split] = {"studies": len(rows), "text": text.hexdigest()}
+        if isinstance(rows, StreamedStudies):
+            found[split]["shards"] = _digest([path.name, path.stat().st_size] for path in rows.shards)
+        else:
+            found[split]["views"] = _digest(_view_sizes(rows))
+    return found
+
+
+def differing_splits(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> list[str]:
+    """Splits that two fingerprints tell apart. One of streamed and one of mapped studies differ in text alone."""
+    return [
+        split
+        for split in sorted({*before, *now})
+        if split not in before
+        or split not in now
+        or any(before[split][key] != now[split][key] for key in before[split].keys() & now[split].keys())
+    ]
+
+
+def _digest(items) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for item in items:
+        digest.update(json.dumps(item).encode())
+    return digest.hexdigest()
+
+
+def _view_sizes(rows: Dataset) -> Iterator[list[int]]:
+    """Of each study the sizes of its views: of what the table holds, or of the files it refers to."""
+    for table in rows.select_columns("images").with_format("arrow").iter(batch_size=1000):
+        for views in table.column("images").chunks:
+            flat = views.flatten()
+            sizes = pc.binary_length(flat.field("bytes")).to_pylist()
+            if any(size is None for size in sizes):
+                paths = flat.field("path").to_pylist()
+                sizes = [
+                    os.path.getsize(path) if size is None else size for size, path in zip(sizes, paths, strict=True)
+                ]
+            start = 0
+            for count in pc.list_value_length(views).to_pylist():
+                yield sizes[start : start + count]
+                start += count
+
+
+__all__ = ["RUN", "RunRecord", "differing_splits", "fingerprint", "write_json"]
