@@ -22,6 +22,7 @@ from ..metrics import all_positive_report, best_constants, clinical_efficacy_sco
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from .collation import PromptCollator
+from .distributed import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,11 @@ def generate_reports(
             f"finding_states has shape {np.shape(finding_states)}: expected {(len(studies), len(FINDINGS))}"
         )
     state = PartialState()
-    mine = list(range(state.process_index, len(studies), state.num_processes))
+    # As many for each: processes that share a model's weights out wait for each other at every layer.
+    rounds = -(-len(studies) // state.num_processes)
+    mine = [state.process_index + round * state.num_processes for round in range(rounds)]
+    mine = [position % len(studies) for position in mine]
+    waits = {"synced_gpus": True} if is_sharded(model) else {}
     loader = DataLoader(
         studies.select_columns("images").select(mine), batch_size=batch_size, collate_fn=PromptCollator(processor)
     )
@@ -100,11 +105,11 @@ def generate_reports(
                 states = torch.where(given < 0, states, given)
             # A model without DLE predicts findings but is not told of any.
             told = {"finding_states": states} if model.config.dle else {}
-            ids = model.generate(**batch, view_features=features, **told, **(generation or {}))
+            ids = model.generate(**batch, view_features=features, **told, **waits, **(generation or {}))
         texts = processor.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         written += zip(positions, (" ".join(text.split()) for text in texts), states.tolist(), strict=True)
     if state.num_processes > 1:
-        written = sorted(gather_object(written))
+        written = sorted({row[0]: row for row in gather_object(written)}.values())
     return GeneratedReports(
         reports=[text for _, text, _ in written],
         finding_states=np.array([row for _, _, row in written], dtype=np.int64).reshape(len(studies), len(FINDINGS)),

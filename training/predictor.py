@@ -76,7 +76,7 @@ def run(
         ),
     )
     trainer.train_stage(resume)
-    results: dict[str, Any] = {"steps": trainer.state.global_step, "log_history": trainer.state.log_history}
+    results = trainer.summary()
     if validation is not None:
         prediction = trainer.predict(validation, metric_key_prefix="validation")
         logits, labels = torch.from_numpy(prediction.predictions), prediction.label_ids
@@ -94,7 +94,7 @@ def run(
         raise ValueError(
             "predictor.fit_thresholds=True: expected a validation split with finding states to fit them on"
         )
-    return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), results
+    return trainer.whole_model(), results
 
 
 class CachedFeatures(torch.utils.data.Dataset):

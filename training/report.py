@@ -70,8 +70,8 @@ def run(
         eval_dataset=validation,
     )
     trainer.train_stage(resume)
-    results: dict[str, Any] = {"steps": trainer.state.global_step, "log_history": trainer.state.log_history}
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    results = trainer.summary()
+    model = trainer.whole_model()
     model.merge_lora()
     # One type throughout, because from_pretrained gives one: what is scored is what will be loaded.
     model.to(getattr(torch, recipe.model.dtype)).eval()

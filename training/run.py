@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import set_seed
 
 from .build import build_model, build_studies, last_checkpoint, load_model
+from .distributed import has_accelerator, start_processes
 from .recipe import STAGES, Recipe
-from .trainer import has_accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -39,16 +38,16 @@ def run_recipe(recipe: Recipe, resume: bool = False, overwrite: bool = False) ->
         What `results.json` holds.
 
     Raises:
-        ValueError: the recipe does not fit the studies or the model, or a stage is unfinished and neither `resume` nor
-            `overwrite` says what is to become of it.
+        ValueError: the recipe does not fit the studies or the model, a stage is unfinished and neither `resume` nor
+            `overwrite` says what is to become of it, or it would be trained by fewer processes than were asked for.
         NonFiniteLossError: the loss became NaN or infinite.
     """
+    state = start_processes()
     output = Path(recipe.output_dir)
     pending = _pending_stages(recipe, resume, overwrite)
     _check_predictor(recipe, pending)
     previous = _previous_folder(recipe, pending)
     studies = build_studies(recipe.studies, recipe.labels, recipe.seed)
-    state = PartialState(cpu=not has_accelerator())
     if not has_accelerator():
         # `accelerate launch` leaves a process without a GPU one thread unless it is told otherwise.
         torch.set_num_threads(recipe.cpu_threads or max(1, (os.cpu_count() or 1) // state.num_processes))

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import yaml
 
@@ -65,3 +69,40 @@ def trained_run(tiny_recipe):
 
     assert main([str(tiny_recipe)]) == 0
     return tiny_recipe.parent / "run"
+
+
+def launch_processes(arguments, processes=2, **variables):
+    """Python once for each process, as torchrun would start it."""
+    port = 20000 + os.getpid() % 20000
+    running = [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                **variables,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(processes),
+                "LOCAL_WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            },
+        )
+        for rank in range(processes)
+    ]
+    try:
+        told = [process.communicate(timeout=120) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert all(process.returncode == 0 for process in running), told
+    return [out for out, _ in told]
+
+
+@pytest.fixture(scope="session")
+def launch():
+    """A function that runs Python with its arguments in two processes and gives what each of them printed."""
+    return launch_processes

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -207,38 +204,7 @@ print("equal", dist.get_rank())
 """
 
 
-def launch(arguments, processes=2, **variables):
-    """Python once for each process, as torchrun would start it."""
-    port = 20000 + os.getpid() % 20000
-    running = [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={
-                **os.environ,
-                **variables,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(processes),
-                "LOCAL_WORLD_SIZE": str(processes),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            },
-        )
-        for rank in range(processes)
-    ]
-    try:
-        told = [process.communicate(timeout=120) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert all(process.returncode == 0 for process in running), told
-    return [out for out, _ in told]
-
-
-def test_two_processes_give_loss_and_gradient_of_the_joined_batch():
+def test_two_processes_give_loss_and_gradient_of_the_joined_batch(launch):
     assert launch(["-c", GATHER]) == ["equal 0\n", "equal 1\n"]
 
 
@@ -356,7 +322,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(write_recipe, whole_run, tmp_
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(write_recipe, tmp_path):
+def test_two_processes_train_as_one(write_recipe, launch, tmp_path):
     path = write_recipe(tmp_path, sigma=0.0, probe_studies=0, eval_strategy="no", max_steps=3)
     vision = "model.overrides.vision_config.model_args.drop_path_rate=0.0"
     assert main([str(path), "stages=[ircp]", vision]) == 0
