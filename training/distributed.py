@@ -10,7 +10,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, is_deepspeed_available, parse_flag_from_env
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 _SEVERAL = ("RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -110,6 +112,13 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
+def open_methods(model: nn.Module, *names: str) -> None:
+    """Let methods other than `forward` gather the weights that FSDP2 shares out; without FSDP2 nothing is changed."""
+    if isinstance(model, FSDPModule):
+        for name in names:
+            register_fsdp_forward_method(model, name)
+
+
 def weightless_copy(model: nn.Module) -> nn.Module:
     """The model once more, its configuration shared and its weights left out (on the device `meta`)."""
     shared = {id(model.config): model.config}
@@ -132,15 +141,19 @@ def fill(model: nn.Module, sharded: nn.Module) -> nn.Module:
             modules[place].register_parameter(name, whole[id(weight)])
         for name, buffer in part.named_buffers(recurse=False):
             setattr(modules[place], name, buffer)
+    # Else transformers would partition, under ZeRO-3, whatever it loads from now on.
+    unset_hf_deepspeed_config()
     return model.train(sharded.training)
 
 
 def _gathered(weight: nn.Parameter) -> torch.Tensor:
     if isinstance(weight, DTensor):
         return weight.detach().full_tensor()
-    from deepspeed.zero import GatheredParameters
+    if not hasattr(weight, "ds_id"):
+        return weight.detach().clone()
+    import deepspeed
 
-    with GatheredParameters([weight]):
+    with deepspeed.zero.GatheredParameters([weight]):
         return weight.detach().clone()
 
 
@@ -158,6 +171,7 @@ __all__ = [
     "fill",
     "has_accelerator",
     "is_sharded",
+    "open_methods",
     "start_processes",
     "weightless_copy",
     "wrapper_name",

@@ -22,7 +22,7 @@ from ..metrics import all_positive_report, best_constants, clinical_efficacy_sco
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from .collation import PromptCollator
-from .distributed import is_sharded
+from .distributed import is_sharded, open_methods
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,7 @@ def generate_reports(
     loader = DataLoader(
         studies.select_columns("images").select(mine), batch_size=batch_size, collate_fn=PromptCollator(processor)
     )
+    open_methods(model, "encode_views", "generate")
     model.eval()
     written: list[tuple[int, str, list[int]]] = []
     for batch in loader:
