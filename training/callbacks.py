@@ -6,6 +6,7 @@ import logging
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,8 @@ class LossCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        # Of weights that processes share out, each looks at its own share.
+        gradients = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
         if gradients and not _everywhere(torch.stack([gradient.isfinite().all() for gradient in gradients]).all()):
             raise NonFiniteLossError("a gradient is not finite")
 

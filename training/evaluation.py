@@ -23,6 +23,7 @@ from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from .build import with_column
 from .collation import PromptCollator
+from .distributed import is_sharded, open_methods
 from .features import CachedStudies
 
 logger = logging.getLogger(__name__)
@@ -86,13 +87,18 @@ def generate_reports(
             f"finding_states has shape {np.shape(finding_states)}: expected {(len(studies), len(FINDINGS))}"
         )
     state = PartialState()
-    mine = list(range(state.process_index, len(studies), state.num_processes))
+    # As many for each: processes that share a model's weights out wait for each other at every layer.
+    rounds = -(-len(studies) // state.num_processes)
+    mine = [state.process_index + round * state.num_processes for round in range(rounds)]
+    mine = [position % len(studies) for position in mine]
+    waits = {"synced_gpus": True} if is_sharded(model) else {}
     views = "view_features" if "view_features" in studies.column_names else "images"
     loader = DataLoader(
         studies.select_columns([views, "indication"] if indication else [views]).select(mine),
         batch_size=batch_size,
         collate_fn=PromptCollator(processor, indication),
     )
+    open_methods(model, "encode_views", "generate")
     model.eval()
     written: list[tuple[int, str, list[int]]] = []
     for batch in loader:
@@ -108,11 +114,11 @@ def generate_reports(
                 states = torch.where(given < 0, states, given)
             # A model without DLE predicts findings but is not told of any.
             told = {"finding_states": states} if model.config.dle else {}
-            ids = model.generate(**batch, **told, **(generation or {}))
+            ids = model.generate(**batch, **told, **waits, **(generation or {}))
         texts = processor.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         written += zip(positions, (" ".join(text.split()) for text in texts), states.tolist(), strict=True)
     if state.num_processes > 1:
-        written = sorted(gather_object(written))
+        written = sorted({row[0]: row for row in gather_object(written)}.values())
     return GeneratedReports(
         reports=[text for _, text, _ in written],
         finding_states=np.array([row for _, _, row in written], dtype=np.int64).reshape(len(studies), len(FINDINGS)),

@@ -75,8 +75,8 @@ def run(
     measures = stage.probe_studies > 0 and len(measured) > 0
     before = measure(pretraining, processor, train, measured, args.per_device_eval_batch_size) if measures else None
     trainer.train_stage(resume)
-    pretraining = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    results: dict[str, Any] = {"steps": trainer.state.global_step, "log_history": trainer.state.log_history}
+    pretraining = trainer.whole_model()
+    results = trainer.summary()
     if measures:
         after = measure(pretraining, processor, train, measured, args.per_device_eval_batch_size)
         results |= {"before": before, "after": after}

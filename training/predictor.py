@@ -91,7 +91,7 @@ def run(
         ),
     )
     trainer.train_stage(resume)
-    results: dict[str, Any] = {"steps": trainer.state.global_step, "log_history": trainer.state.log_history}
+    results = trainer.summary()
     if validation is not None:
         prediction = trainer.predict(validation, metric_key_prefix="validation")
         logits, labels = torch.from_numpy(prediction.predictions), prediction.label_ids
@@ -110,7 +110,7 @@ def run(
         raise ValueError(
             "predictor.fit_thresholds=True: expected a validation split with finding states to fit them on"
         )
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    model = trainer.whole_model()
     model.merge_lora()
     return model, results
 

@@ -127,12 +127,12 @@ def run(
         eval_dataset=validation,
     )
     trainer.train_stage(resume)
-    results: dict[str, Any] = {"steps": trainer.state.global_step, "log_history": trainer.state.log_history}
+    results = trainer.summary()
     if selects:
         best = {"expression": stage.selection.expression, "value": trainer.state.best_metric}
         results["best"] = {"step": trainer.state.best_global_step, **best}
         logger.info("best of validation: step %d, %s = %.4f", *(results["best"][k] for k in ("step", *best)))
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    model = trainer.whole_model()
     model.merge_lora()
     # One type throughout, because from_pretrained gives one: what is scored is what will be loaded.
     model.to(getattr(torch, recipe.model.dtype)).eval()

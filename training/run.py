@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import set_seed
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
@@ -23,11 +22,11 @@ from ..configuration_otdrg import OTDRGConfig
 from . import report
 from .build import build_model, build_studies, load_model, lora_fields
 from .checkpoints import last_checkpoint, remove_partial_checkpoints
+from .distributed import has_accelerator, start_processes
 from .interruptions import RunInterruptedError, interruption
 from .kept_stages import FINISHED, STARTED, check_recipe, check_studies, kept_stages, stage_start, stages_before
 from .recipe import STAGES, Recipe
 from .run_folder import RunRecord, fingerprint, write_json
-from .trainer import has_accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -49,13 +48,14 @@ def run_recipe(recipe: Recipe, resume: bool = False, overwrite: bool = False) ->
 
     Raises:
         ValueError: the recipe does not fit the studies or the model, a stage is unfinished and neither `resume` nor
-            `overwrite` says what is to become of it, or a stage that is kept was trained with another recipe or on
-            other studies.
+            `overwrite` says what is to become of it, a stage that is kept was trained with another recipe or on other
+            studies, or it would be trained by fewer processes than were asked for.
         NonFiniteLossError: the loss became NaN or infinite.
         RunInterruptedError: the disk is full, or a process that loads studies died.
         KeyboardInterrupt: Ctrl-C or SIGTERM ([`Terminated`]); the message names the last good checkpoint.
     """
     _check_reporting(recipe.report_to)
+    state = start_processes()
     output = Path(recipe.output_dir)
     pending = _pending_stages(recipe, resume, overwrite)
     _check_predictor(recipe, pending)
@@ -67,7 +67,6 @@ def run_recipe(recipe: Recipe, resume: bool = False, overwrite: bool = False) ->
     kept = kept_stages(recipe, pending, resume)
     check_recipe(recipe, kept, pending)
     studies = build_studies(recipe.studies, recipe.labels, recipe.seed)
-    state = PartialState(cpu=not has_accelerator())
     if not has_accelerator():
         # `accelerate launch` leaves a process without a GPU one thread unless it is told otherwise.
         torch.set_num_threads(recipe.cpu_threads or max(1, (os.cpu_count() or 1) // state.num_processes))

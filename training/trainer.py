@@ -7,8 +7,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -17,6 +19,7 @@ from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from .callbacks import FIGURES, LossCallback, NonFiniteLossError
 from .checkpoints import last_checkpoint
+from .distributed import check_wrapper, device_arguments, fill, has_accelerator, is_sharded, weightless_copy
 from .history import HistoryCallback
 from .recipe import StageRecipe
 
@@ -78,7 +81,12 @@ class StageTrainer(Trainer):
         self.vision_learning_rate = vision_learning_rate
         self.eval_collator = eval_collator
         self.train_lengths = train_lengths
-        self._eval_sums: dict[str, list[torch.Tensor]] = {}
+        self._eval_sums: dict[str, torch.Tensor] = {}
+        self._wrapper: str | None = None
+        self._checked = False
+        self._whole: nn.Module | None = None
+        # `compute_loss` takes the number of tokens in a step that transformers counts for models that do.
+        self.model_accepts_loss_kwargs = True
 
     def get_eval_dataloader(self, eval_dataset=None):
         train_collator, self.data_collator = self.data_collator, self.eval_collator
@@ -116,16 +124,36 @@ class StageTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         training = model.training
         if training:
+            if not self._checked:
+                self._wrapper, self._checked = check_wrapper(model), True
             for part in self.frozen:
                 part.eval()
         outputs = model(**inputs)
+        if training and num_items_in_batch is not None:
+            self._weigh_by_tokens(outputs, inputs["labels"], num_items_in_batch)
         if training:
             self.loss_callback.observe(outputs)
-        else:
-            for name in FIGURES:
-                if outputs.get(name) is not None:
-                    self._eval_sums.setdefault(name, []).append(outputs[name].detach().float())
-        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+        loss = outputs["loss"]
+        if training and num_items_in_batch is not None:
+            # Which transformers leaves to those who take the number of tokens.
+            loss = loss / self.current_gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+    def _weigh_by_tokens(self, outputs, labels: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Give the report loss of a batch the weight that its tokens have among those of all batches of the step.
+
+        The mean over processes and accumulated batches is then that over tokens, as of one large batch (eq. 11).
+
+        Args:
+            tokens: in the step, on all processes.
+        """
+        batches = self.current_gradient_accumulation_steps * self.accelerator.num_processes
+        if batches == 1:
+            return
+        own = outputs["report_loss"]
+        weighed = own * ((labels != -100).sum() * batches / tokens)
+        outputs["loss"] = outputs["loss"] - own + weighed
+        outputs["report_loss"] = weighed
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Loss and, unless only that is wanted, the finding logits (B, 14, 4) and labels (B, 14).
@@ -133,11 +161,43 @@ class StageTrainer(Trainer):
         The LLM's logits and the transport plans are left where they are: gathered over a split they fill the memory.
         """
         inputs = self._prepare_inputs(inputs)
+        rows = len(next(iter(inputs.values())))
+        own = self._own_rows(rows)
+        # A process with none of its own goes along with one: under ZeRO-3 and FSDP the others wait for it.
+        kept = {name: value[: max(own, 1)] for name, value in inputs.items()}
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            loss, outputs = self.compute_loss(model, kept, return_outputs=True)
+        self._add_to_evaluation(outputs, kept, own)
+        loss = loss.detach().mean()
         if prediction_loss_only:
-            return loss.detach().mean(), None, None
-        return loss.detach().mean(), outputs["finding_logits"].detach().float(), inputs["finding_labels"]
+            return loss, None, None
+        logits = outputs["finding_logits"].detach().float()
+        # The rest is cut off when processes are gathered, for which they must be of one shape.
+        logits = torch.cat((logits, logits.new_zeros(rows - len(logits), *logits.shape[1:])))
+        return loss, logits, inputs["finding_labels"]
+
+    def _add_to_evaluation(self, outputs, inputs, rows: int) -> None:
+        """Add a batch's figures, with the weight of its rows, and the report loss, with that of its tokens."""
+        values = {name: (outputs[name], rows) for name in FIGURES if outputs.get(name) is not None}
+        values["loss"] = (outputs["loss"], rows)
+        if "report_loss" in values:
+            tokens = int((inputs["labels"] != -100).sum()) if rows else 0
+            values["report_loss"] = (outputs["report_loss"], tokens)
+            values["loss"] = (outputs["loss"] - outputs["report_loss"], rows)
+        for name, (value, weight) in values.items():
+            value = value.detach().float()
+            pair = torch.stack((value * weight, torch.full_like(value, weight)))
+            self._eval_sums[name] = self._eval_sums.get(name, 0.0) + pair
+
+    def _own_rows(self, rows: int) -> int:
+        """Rows of this process's batch that are not there a second time, to fill up the last batch of a split.
+
+        Gathering drops such rows, but not from a mean over the batch they are in.
+        """
+        gradients = self.accelerator.gradient_state
+        if not gradients.end_of_dataloader or gradients.remainder <= 0:
+            return rows
+        return min(max(gradients.remainder - self.accelerator.process_index * rows, 0), rows)
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
@@ -145,9 +205,11 @@ class StageTrainer(Trainer):
             if "ot_loss" in logs and self.model.config.fiot:
                 logs.update(ot_weight=self.model.ot_weight, ot_epsilon=self.model.ot_epsilon)
         elif "eval_loss" in logs:
-            for name, values in self._eval_sums.items():
-                gathered = self.accelerator.gather(torch.stack(values).mean())
-                logs[f"eval_{name}"] = float(gathered.mean())
+            sums = {name: self.accelerator.reduce(pair) for name, pair in self._eval_sums.items()}
+            means = {name: float(total / weight) for name, (total, weight) in sums.items()}
+            # The mean over the split's tokens, however it was cut into batches and dealt to processes.
+            logs["eval_loss"] = means.pop("loss") + means.get("report_loss", 0.0)
+            logs.update({f"eval_{name}": value for name, value in means.items()})
             self._eval_sums = {}
         super().log(logs, start_time)
 
@@ -174,6 +236,8 @@ class StageTrainer(Trainer):
         Raises:
             NonFiniteLossError: with the step, and the last checkpoint that is whole.
         """
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            self._whole = weightless_copy(self.model)
         checkpoint = last_checkpoint(self.args.output_dir) if resume else None
         if checkpoint is not None:
             logger.info("resuming from %s", checkpoint)
@@ -192,6 +256,20 @@ class StageTrainer(Trainer):
                 + (f"the last good checkpoint is {kept}" if kept else "and no checkpoint was written before it")
                 + "; a lower learning rate or bf16: false may help"
             ) from None
+
+    def whole_model(self) -> nn.Module:
+        """The trained model without its wrapper, whole on every process; every process must call it."""
+        trained = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        return fill(self._whole, trained) if is_sharded(trained) else trained
+
+    def summary(self) -> dict[str, Any]:
+        """What every stage's results begin with: steps, log lines, processes and what made them one."""
+        return {
+            "steps": self.state.global_step,
+            "processes": self.accelerator.num_processes,
+            "wrapper": self._wrapper,
+            "log_history": self.state.log_history,
+        }
 
 
 def training_arguments(
@@ -224,7 +302,7 @@ def training_arguments(
         max_grad_norm=stage.max_grad_norm,
         bf16=stage.bf16,
         torch_compile=stage.compile,
-        use_cpu=not has_accelerator(),
+        **device_arguments(),
         logging_steps=stage.logging_steps,
         logging_first_step=True,
         # A loss that is not finite ends the run; it is not to be filtered out of what is logged.
@@ -249,8 +327,4 @@ def training_arguments(
     )
 
 
-def has_accelerator() -> bool:
-    return torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
-
-
-__all__ = ["StageTrainer", "has_accelerator", "training_arguments"]
+__all__ = ["StageTrainer", "training_arguments"]

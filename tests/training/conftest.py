@@ -86,6 +86,7 @@ def launch_processes(arguments, processes=2, **variables):
 
 @pytest.fixture(scope="session")
 def launch():
+    """A function that runs Python with its arguments in two processes and gives what each of them printed."""
     return launch_processes
 
 

@@ -1,0 +1,178 @@
+"""Training on several processes: what was launched is what runs, and whole models come out of sharded ones."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, is_deepspeed_available, parse_flag_from_env
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+_SEVERAL = ("RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def has_accelerator() -> bool:
+    """Whether there is a GPU to train on that `accelerate launch --cpu` has not ruled out."""
+    if parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return False
+    return torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
+
+
+def device_arguments() -> dict[str, Any]:
+    """The fields of `TrainingArguments` that say on what, and by what, processes work together."""
+    if has_accelerator():
+        return {"use_cpu": False}
+    # On `use_cpu` accelerate forgets that DeepSpeed was asked for, and without the backend that there are others.
+    return {"use_cpu": False, "ddp_backend": "gloo"} if _wants_deepspeed() else {"use_cpu": True}
+
+
+def start_processes() -> PartialState:
+    """Join the processes that were launched together.
+
+    Raises:
+        ValueError: more processes, FSDP or DeepSpeed were asked for than would run: accelerate goes on with one
+            process, or with DDP, and does not say so.
+    """
+    if _wants_fsdp() and not has_accelerator():
+        raise ValueError(
+            "FSDP was asked for (ACCELERATE_USE_FSDP) and there is no GPU, where accelerate trains by DDP instead: "
+            "use recipes/accelerate/cpu.yaml, or zero3.yaml, whose sharding works on CPU too"
+        )
+    if _wants_deepspeed() and not is_deepspeed_available():
+        raise ValueError("DeepSpeed was asked for (ACCELERATE_USE_DEEPSPEED) and is not there: pip install deepspeed")
+    # `accelerate launch` sets these two for several processes, ACCELERATE_USE_CPU where it starts just one itself.
+    asked = "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ
+    if asked and not any(name in os.environ for name in _SEVERAL):
+        raise ValueError(
+            "accelerate launch was asked for several processes and started one, as it does with --cpu and, where there "
+            "is no GPU, without --multi_gpu: use --config_file recipes/accelerate/cpu.yaml, or --num_processes 1"
+        )
+    arguments = device_arguments()
+    state = PartialState(cpu=arguments["use_cpu"], backend=arguments.get("ddp_backend"))
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != state.num_processes:
+        raise ValueError(
+            f"{launched} processes were launched (WORLD_SIZE), but each trains alone, in a world of "
+            f"{state.num_processes}: start them with accelerate launch or torchrun"
+        )
+    if _wants_deepspeed() and state.distributed_type != DistributedType.DEEPSPEED:
+        raise ValueError(
+            "DeepSpeed was asked for (ACCELERATE_USE_DEEPSPEED), but this process would train without it: start it by "
+            "accelerate launch --config_file recipes/accelerate/zero3.yaml"
+        )
+    if state.num_processes == 1 and torch.cuda.device_count() > 1:
+        raise ValueError(
+            f"one process was launched and sees {torch.cuda.device_count()} GPUs, over which transformers would spread "
+            "each batch by DataParallel: use --config_file recipes/accelerate/ddp.yaml, or CUDA_VISIBLE_DEVICES=0"
+        )
+    return state
+
+
+def wrapper_name(model: nn.Module) -> str | None:
+    """What makes the processes one: `DistributedDataParallel`, `FSDP2`, `DeepSpeed ZeRO-3`...; None for one alone."""
+    model = getattr(model, "_orig_mod", model)
+    name = type(model).__name__
+    if name == "DeepSpeedEngine":
+        return f"DeepSpeed ZeRO-{model.zero_optimization_stage()}"
+    if name in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
+        return name
+    return "FSDP2" if any(isinstance(parameter, DTensor) for parameter in model.parameters()) else None
+
+
+def check_wrapper(model: nn.Module) -> str | None:
+    """[`wrapper_name`] of the model as it is trained.
+
+    Raises:
+        ValueError: it is not what was asked for, or its weights are not shared out where they should be.
+    """
+    name = wrapper_name(model)
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+    wanted = None
+    if _wants_fsdp():
+        wanted = "FSDP2" if os.environ.get("FSDP_VERSION") == "2" else "FullyShardedDataParallel"
+    elif _wants_deepspeed() and stage is not None:
+        wanted = f"DeepSpeed ZeRO-{stage}"
+    elif PartialState().num_processes > 1 and not _wants_deepspeed():
+        wanted = "DistributedDataParallel"
+    if wanted is not None and name != wanted:
+        raise ValueError(f"{wanted} was asked for, but the model would be trained by {name or 'one process alone'}")
+    if name == "DeepSpeed ZeRO-3" and not is_sharded(model):
+        raise ValueError("DeepSpeed ZeRO-3 was asked for, but the model's weights are not partitioned")
+    return name
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each process holds its share of the weights only (FSDP2, ZeRO-3)."""
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def open_methods(model: nn.Module, *names: str) -> None:
+    """Let methods other than `forward` gather the weights that FSDP2 shares out; without FSDP2 nothing is changed."""
+    if isinstance(model, FSDPModule):
+        for name in names:
+            register_fsdp_forward_method(model, name)
+
+
+def weightless_copy(model: nn.Module) -> nn.Module:
+    """The model once more, its configuration shared and its weights left out (on the device `meta`)."""
+    shared = {id(model.config): model.config}
+    for weight in model.parameters():
+        shared[id(weight)] = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=weight.requires_grad)
+    return copy.deepcopy(model, shared)
+
+
+def fill(model: nn.Module, sharded: nn.Module) -> nn.Module:
+    """A [`weightless_copy`] with the weights of the sharded model it was made of; every process must call it.
+
+    Every process gets the whole: on its device there must be room for it beside its share.
+    """
+    whole: dict[int, nn.Parameter] = {}
+    modules = dict(model.named_modules())
+    for place, part in sharded.named_modules():
+        for name, weight in part.named_parameters(recurse=False):
+            if id(weight) not in whole:
+                whole[id(weight)] = nn.Parameter(_gathered(weight), requires_grad=weight.requires_grad)
+            modules[place].register_parameter(name, whole[id(weight)])
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(modules[place], name, buffer)
+    # Else transformers would partition, under ZeRO-3, whatever it loads from now on.
+    unset_hf_deepspeed_config()
+    return model.train(sharded.training)
+
+
+def _gathered(weight: nn.Parameter) -> torch.Tensor:
+    if isinstance(weight, DTensor):
+        return weight.detach().full_tensor()
+    if not hasattr(weight, "ds_id"):
+        return weight.detach().clone()
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([weight]):
+        return weight.detach().clone()
+
+
+def _wants_fsdp() -> bool:
+    return parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
+def _wants_deepspeed() -> bool:
+    return parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+
+
+__all__ = [
+    "check_wrapper",
+    "device_arguments",
+    "fill",
+    "has_accelerator",
+    "is_sharded",
+    "open_methods",
+    "start_processes",
+    "weightless_copy",
+    "wrapper_name",
+]
