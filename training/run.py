@@ -59,7 +59,7 @@ def run_recipe(recipe: Recipe, resume: bool = False, overwrite: bool = False) ->
                 _clear(output / stage)
         (output / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     state.wait_for_everyone()
-    results = _read_results(output)
+    results = read_results(output)
     for stage in pending:
         logger.info("stage %s: %s, from %s", stage, output / stage, previous or "the recipe's model")
         set_seed(recipe.seed)
@@ -77,8 +77,8 @@ def run_recipe(recipe: Recipe, resume: bool = False, overwrite: bool = False) ->
         if stage == "report" and recipe.report.evaluation.split != "none":
             results[stage]["evaluation"] = module.evaluate(recipe, studies, model, processor, output)
         if state.is_main_process:
-            _write_json(output / "results.json", results)
-            _write_json(output / stage / FINISHED, {"steps": results[stage]["steps"]})
+            write_json(output / "results.json", results)
+            write_json(output / stage / FINISHED, {"steps": results[stage]["steps"]})
         state.wait_for_everyone()
         previous = folder
     logger.info("run: %s", output)
@@ -138,16 +138,16 @@ def _check_predictor(recipe: Recipe, pending: list[str]) -> None:
         )
 
 
-def _read_results(output: Path) -> dict[str, Any]:
+def read_results(output: Path) -> dict[str, Any]:
     """What the stages that are not run again left in `results.json`."""
     path = output / "results.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     unfinished.replace(path)
 
 
-__all__ = ["FINISHED", "run_recipe"]
+__all__ = ["FINISHED", "read_results", "run_recipe", "write_json"]
