@@ -1,4 +1,4 @@
-"""Metrics of generated reports: fluency, clinical efficacy, baselines. Names are imported when they are first used."""
+"""Metrics of generated reports: fluency, clinical efficacy, baselines, significance. Names are imported when used."""
 
 from ..lazy import lazy_names
 
@@ -12,6 +12,12 @@ _HOMES = {
     "best_constant_report": "baselines",
     "best_constants": "baselines",
     "frequent_reports": "baselines",
+    "StudyStatistics": "significance",
+    "study_statistics": "significance",
+    "bootstrap_intervals": "significance",
+    "paired_bootstrap": "significance",
+    "paired_permutation": "significance",
+    "compare_systems": "significance",
 }
 
 __all__ = list(_HOMES)

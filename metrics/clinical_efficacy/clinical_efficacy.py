@@ -28,6 +28,8 @@ UNCERTAIN_POLICIES: dict[str, tuple[int, ...]] = {
 }
 
 AVERAGES = ("example", "micro", "macro")
+MEASURES = ("precision", "recall", "f1")
+_COUNTS = ("true_positives", "predicted", "support")
 
 _DESCRIPTION = """\
 Precision, recall and F1 of finding states: example, micro and macro averages, unclear counted as negative or as
@@ -97,41 +99,88 @@ def clinical_efficacy_scores(
     Raises:
         ValueError: a shape other than (N, 14), different N, or a state id outside 0 to 3.
     """
+    cells, ratios = clinical_efficacy_contributions(predicted_states, true_states)
+    counts = cells.sum(axis=0)
+    scores: dict[str, object] = {}
+    for name, value in clinical_efficacy_averages(counts, ratios.mean(axis=0)).items():
+        scores[name] = float(value)
+    per_finding: dict[str, dict[str, dict[str, float]]] = {}
+    per_study: dict[str, list[float]] = {}
+    for row, policy in enumerate(UNCERTAIN_POLICIES):
+        by_finding = _ratios(*counts[row])
+        per_finding[policy] = {
+            name: {
+                **{measure: float(values[column]) for measure, values in zip(MEASURES, by_finding, strict=True)},
+                **{count: int(values[column]) for count, values in zip(_COUNTS, counts[row], strict=True)},
+            }
+            for column, name in enumerate(FINDINGS)
+        }
+        for place, (labels, names) in enumerate(LABEL_SETS.items()):
+            supports = counts[row, 2, [FINDINGS.index(name) for name in names]]
+            scores[f"findings_with_positives_{labels}_{policy}"] = int((supports > 0).sum())
+            for measure, values in zip(MEASURES, ratios[:, row, place].T, strict=True):
+                per_study[f"{measure}_{labels}_{policy}"] = values.tolist()
+    return {**scores, "per_finding": per_finding, "per_study": per_study}
+
+
+def clinical_efficacy_contributions(
+    predicted_states: Sequence[Sequence[int]] | np.ndarray, true_states: Sequence[Sequence[int]] | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """What each of N studies adds to the averages: sums and means over any of them give [`clinical_efficacy_averages`].
+
+    Args:
+        predicted_states, true_states: as in [`clinical_efficacy_scores`].
+
+    Returns:
+        Cells (N, 2, 3, 14), 0 or 1, by policy: whether a finding is positive in both reports, in the generated one, in
+        the true one. Ratios (N, 2, 3, 3), by policy, label set and measure, of each study.
+
+    Raises:
+        ValueError: as [`clinical_efficacy_scores`].
+    """
     predicted_states, true_states = _states("predictions", predicted_states), _states("references", true_states)
     if len(predicted_states) != len(true_states):
         raise ValueError(
             f"predictions: {len(predicted_states)}, references: {len(true_states)}; expected as many of each"
         )
-    scores: dict[str, object] = {}
-    per_finding: dict[str, dict[str, dict[str, float]]] = {}
-    per_study: dict[str, list[float]] = {}
-    for policy, positives in UNCERTAIN_POLICIES.items():
+    cells = np.zeros((len(true_states), len(UNCERTAIN_POLICIES), len(_COUNTS), len(FINDINGS)))
+    ratios = np.zeros((len(true_states), len(UNCERTAIN_POLICIES), len(LABEL_SETS), len(MEASURES)))
+    for row, positives in enumerate(UNCERTAIN_POLICIES.values()):
         predicted, true = np.isin(predicted_states, positives), np.isin(true_states, positives)
-        hits = predicted & true
-        counts = [cells.sum(axis=0) for cells in (hits, predicted, true)]
-        by_finding = _ratios(*counts)
-        per_finding[policy] = {
-            name: {
-                **{measure: float(values[row]) for measure, values in zip(_MEASURES, by_finding, strict=True)},
-                **{count: int(values[row]) for count, values in zip(_COUNTS, counts, strict=True)},
-            }
-            for row, name in enumerate(FINDINGS)
-        }
-        for labels, names in LABEL_SETS.items():
-            rows = [FINDINGS.index(name) for name in names]
-            by_study = _ratios(*(cells[:, rows].sum(axis=1) for cells in (hits, predicted, true)))
-            micro = _ratios(*(np.asarray(count[rows].sum()) for count in counts))
-            for measure, studies, pooled, findings in zip(_MEASURES, by_study, micro, by_finding, strict=True):
-                averages = (studies.mean(), pooled, findings[rows].mean())
-                for average, value in zip(AVERAGES, averages, strict=True):
-                    scores[f"{average}_{measure}_{labels}_{policy}"] = float(value)
-                per_study[f"{measure}_{labels}_{policy}"] = studies.tolist()
-            scores[f"findings_with_positives_{labels}_{policy}"] = int((counts[2][rows] > 0).sum())
-    return {**scores, "per_finding": per_finding, "per_study": per_study}
+        cells[:, row] = np.stack([predicted & true, predicted, true], axis=1)
+        for place, names in enumerate(LABEL_SETS.values()):
+            columns = [FINDINGS.index(name) for name in names]
+            counts = cells[:, row][..., columns].sum(axis=-1)
+            ratios[:, row, place] = np.stack(_ratios(*counts.T), axis=1)
+    return cells, ratios
 
 
-_MEASURES = ("precision", "recall", "f1")
-_COUNTS = ("true_positives", "predicted", "support")
+def clinical_efficacy_averages(counts: np.ndarray, ratios: np.ndarray) -> dict[str, np.ndarray]:
+    """The averages of [`clinical_efficacy_scores`] from what studies contribute to them.
+
+    Args:
+        counts: (..., 2, 3, 14) sums of cells over studies, see [`clinical_efficacy_contributions`].
+        ratios: (..., 2, 3, 3) means of ratios over the same studies.
+
+    Returns:
+        `{average}_{measure}_{labels}_{policy}`, an array (...) each.
+    """
+    averages: dict[str, np.ndarray] = {}
+    for row, policy in enumerate(UNCERTAIN_POLICIES):
+        of_policy = [counts[..., row, count, :] for count in range(len(_COUNTS))]
+        by_finding = _ratios(*of_policy)
+        for place, (labels, names) in enumerate(LABEL_SETS.items()):
+            columns = [FINDINGS.index(name) for name in names]
+            micro = _ratios(*(count[..., columns].sum(axis=-1) for count in of_policy))
+            for number, measure in enumerate(MEASURES):
+                values = (
+                    ratios[..., row, place, number],
+                    micro[number],
+                    by_finding[number][..., columns].mean(axis=-1),
+                )
+                for average, value in zip(AVERAGES, values, strict=True):
+                    averages[f"{average}_{measure}_{labels}_{policy}"] = value
+    return averages
 
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)
