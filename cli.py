@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
 _ROOMS = {
     "prepare": ("studies.command", "make a dataset of studies from radiographs and reports"),
     "label": ("labelers.command", "read the states of 14 findings out of reports"),
+    "ablate": ("training.ablation_command", "train the paper's ablations of a recipe and table them"),
 }
 
 

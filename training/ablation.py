@@ -275,7 +275,7 @@ def train_runs(runs: Sequence[Run], jobs: int = 1, accelerate_config: str | None
     waiting = [run for run in runs if not run.finished]
     count, kept = len(waiting), len(runs) - len(waiting)
     logger.info("%d runs to train%s", count, f", {kept} finished before" if kept else "")
-    running: dict[int, tuple[Run, subprocess.Popen, float]] = {}
+    running: dict[int, _Started] = {}
     # A batch system ends a job by SIGTERM, and the processes started here must end with it.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
@@ -286,30 +286,40 @@ def train_runs(runs: Sequence[Run], jobs: int = 1, accelerate_config: str | None
                     waiting.remove(run)
                 elif len(running) < jobs and (run.shared is None or run.shared.finished):
                     waiting.remove(run)
-                    process = _start(run, accelerate_config)
-                    running[process.pid] = run, process, time.monotonic()
-            for pid, (run, process, started) in list(running.items()):
-                if process.poll() is None:
+                    started = _start(run, accelerate_config)
+                    running[started.process.pid] = started
+            for pid, started in list(running.items()):
+                run, status = started.run, started.process.poll()
+                if status is None:
                     continue
                 del running[pid]
-                if process.returncode or not run.finished:
-                    run.error = _last_error(run.log, process.returncode)
+                if status or not run.finished:
+                    run.error = _last_error(started, status)
                 logger.info(
                     "[%d/%d] %s: %s (%.0f s)",
                     count - len(waiting) - len(running),
                     count,
                     run.name,
                     f"failed: {run.error}" if run.error else run.folder,
-                    time.monotonic() - started,
+                    time.monotonic() - started.time,
                 )
             time.sleep(0.1)
     finally:
-        for _, process, _ in running.values():
-            _stop(process)
+        for started in running.values():
+            _stop(started.process)
         signal.signal(signal.SIGTERM, before)
 
 
-def _start(run: Run, accelerate_config: str | None) -> subprocess.Popen:
+class _Started(NamedTuple):
+    """A run's process, when it began, and where its own lines begin in the log."""
+
+    run: Run
+    process: subprocess.Popen
+    time: float
+    log_begin: int
+
+
+def _start(run: Run, accelerate_config: str | None) -> _Started:
     run.folder.mkdir(parents=True, exist_ok=True)
     if run.shared is not None:
         _take_stages(run)
@@ -321,8 +331,9 @@ def _start(run: Run, accelerate_config: str | None) -> subprocess.Popen:
     environment = dict(os.environ)
     if run.recipe.cpu_threads is not None:
         environment["OMP_NUM_THREADS"] = str(run.recipe.cpu_threads)
-    with run.log.open("a", encoding="utf-8") as log:
-        return subprocess.Popen(
+    with run.log.open("ab") as log:
+        begin = log.tell()
+        process = subprocess.Popen(
             [sys.executable, *launch, str(path), "--resume"],
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -331,6 +342,7 @@ def _start(run: Run, accelerate_config: str | None) -> subprocess.Popen:
             # A group of its own, to be stopped with what it starts.
             start_new_session=True,
         )
+    return _Started(run, process, time.monotonic(), begin)
 
 
 def _take_stages(run: Run) -> None:
@@ -361,14 +373,17 @@ def _stop(process: subprocess.Popen) -> None:
         return
 
 
-def _last_error(log: Path, status: int) -> str:
+def _last_error(started: _Started, status: int) -> str:
     """The line in which a run's process said what was wrong; the last it printed, where it did not."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    with started.run.log.open("rb") as log:
+        log.seek(started.log_begin)
+        printed = log.read().decode("utf-8", errors="replace")
+    lines = [line.strip() for line in printed.splitlines() if line.strip()]
     told = [line.partition("error: ")[2] for line in lines if line.startswith("train_hf.py: error: ")]
-    if told and status == 1:
+    if told:
         return told[-1]
     ended = f"ended by signal {-status}" if status < 0 else f"exit status {status}"
-    return f"{ended}, {log} ends with: {lines[-1]}" if lines else ended
+    return f"{ended}, {started.run.log} ends with: {lines[-1]}" if lines else ended
 
 
 __all__ = [
