@@ -23,6 +23,8 @@ from .clinical_efficacy.clinical_efficacy import (
     clinical_efficacy_averages,
     clinical_efficacy_contributions,
 )
+from .nlg.corpus import bleu_of_counts, meteor_of_counts
+from .nlg.nlg import NLG_METRICS
 
 #: Weights that are held at once: 32 MiB of them.
 _BLOCK = 2**22
@@ -264,6 +266,10 @@ def compare_systems(
 def _aggregates(sums: Mapping[str, np.ndarray], studies: int) -> dict[str, np.ndarray]:
     """Scores (R,) from sums (R, K) over `studies` studies."""
     scores: dict[str, np.ndarray] = {}
+    if "bleu" in sums:
+        scores.update(zip(NLG_METRICS[:4], bleu_of_counts(sums["bleu"]).T, strict=True))
+    if "meteor" in sums:
+        scores["meteor"] = meteor_of_counts(sums["meteor"])
     for name in ("rouge_l", "cider"):
         if name in sums:
             scores[name] = sums[name][:, 0] / studies

@@ -9,14 +9,16 @@ from collections.abc import Sequence
 
 import datasets
 import evaluate
+import numpy as np
 
 try:
-    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.rouge.rouge import Rouge
 except ImportError as error:
     raise ImportError('the NLG metrics need pycocoevalcap: pip install "otdrg[metrics]"') from error
+from otdrg.metrics.nlg.corpus import bleu_counts, meteor_counts
 
 NLG_METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider")
 
@@ -65,23 +67,39 @@ def _check(predictions: Sequence[str], references: Sequence[str], metrics: Seque
         raise ValueError(f"references: none of {len(references)} holds a word, there is nothing to compare with")
 
 
-def _meteor(references: dict[int, list[str]], predictions: dict[int, list[str]]) -> tuple[float, list[float]]:
-    """METEOR 1.5; its Java process is started once and gone when this returns or raises."""
+class _CountingMeteor(Meteor):
+    """METEOR that keeps the counts its Java gives of each report."""
 
-    # its protocol is one line a study with "|||" between the fields
+    def __init__(self):
+        super().__init__()
+        self.counts: list[str] = []
+
+    def _stat(self, hypothesis_str, reference_list):
+        self.counts.append(super()._stat(hypothesis_str, reference_list))
+        return self.counts[-1]
+
+
+def _meteor(
+    references: dict[int, list[str]], predictions: dict[int, list[str]]
+) -> tuple[float, list[float], np.ndarray]:
+    """METEOR 1.5, of each report too, and its counts (N, 23); the Java process is started once and gone at the end."""
+
+    # its protocol is one line of UTF-8 a study with "|||" between the fields
     def plain(studies: dict[int, list[str]]) -> dict[int, list[str]]:
         return {
-            study: [" ".join(text.replace("|||", " ").split()) for text in texts] for study, texts in studies.items()
+            study: [" ".join(text.encode(errors="replace").decode().replace("|||", " ").split()) for text in texts]
+            for study, texts in studies.items()
         }
 
-    scorer = Meteor()
+    scorer = _CountingMeteor()
     process = scorer.meteor_p
     try:
-        return scorer.compute_score(plain(references), plain(predictions))
+        value, by_study = scorer.compute_score(plain(references), plain(predictions))
+        return value, by_study, meteor_counts(scorer.counts)
     except (ValueError, OSError) as error:  # Java's answer was no number, or the pipe is broken: Java has ended
         process.kill()
         said = process.stderr.read().decode(errors="replace").strip().splitlines()
-        raise RuntimeError(f"METEOR's Java process failed: {said[-1] if said else error}") from None
+        raise ChildProcessError(f"METEOR's Java process failed: {said[-1] if said else error}") from None
     finally:
         if scorer.lock.locked():  # compute_score keeps it when it raises, and the scorer's __del__ waits for it
             scorer.lock.release()
@@ -94,7 +112,10 @@ def _meteor(references: dict[int, list[str]], predictions: dict[int, list[str]])
 
 
 def nlg_scores(
-    predictions: Sequence[str], references: Sequence[str], metrics: Sequence[str] = NLG_METRICS
+    predictions: Sequence[str],
+    references: Sequence[str],
+    metrics: Sequence[str] = NLG_METRICS,
+    return_statistics: bool = False,
 ) -> dict[str, object]:
     """BLEU-1..4, METEOR, ROUGE-L and CIDEr (paper, section 4.2) of N reports, as pycocoevalcap computes them.
 
@@ -105,15 +126,17 @@ def nlg_scores(
         predictions: N generated reports; empty strings are scored like any other.
         references: N true reports, in the same order.
         metrics: which of `NLG_METRICS` to compute; "bleu" is short for all four.
+        return_statistics: give what `otdrg.metrics.study_statistics` needs of BLEU and METEOR, too.
 
     Returns:
         One float for each metric; `"per_study"`: a list of N floats for each; `"notes"`: `{metric: why it is None}`.
-        METEOR is None when no `java` is on the PATH.
+        METEOR is None when no `java` is on the PATH. On request `"statistics"`: `{"bleu": (N, 10), "meteor": (N, 23)}`
+        of those computed, counts whose sums give the corpus scores (`metrics/nlg/corpus.py`).
 
     Raises:
         ValueError: lengths differ, an unknown metric, or no reference holds a word.
         TypeError: a report is not a string; the message gives its position.
-        RuntimeError: Java failed; the message carries what it said.
+        ChildProcessError: Java failed; the message carries what it said.
     """
     if not isinstance(metrics, str):
         metrics = [name for given in metrics for name in _GROUPS.get(given, (given,))]
@@ -123,21 +146,26 @@ def nlg_scores(
     values: dict[str, float | None] = {}
     studies: dict[str, list[float] | None] = {}
     notes: dict[str, str] = {}
+    statistics: dict[str, np.ndarray] = {}
 
     def keep(name: str, value: float, by_study: Sequence[float]) -> None:
         values[name], studies[name] = float(value), [float(score) for score in by_study]
 
     if any(name.startswith("bleu") for name in metrics):
-        for order, (value, by_study) in enumerate(
-            zip(*Bleu(4).compute_score(truth, written, verbose=0), strict=True), 1
-        ):
+        scorer = BleuScorer(n=4)
+        for study, text in written.items():
+            scorer += (text[0], truth[study])
+        bleu = scorer.compute_score(option="closest")
+        for order, (value, by_study) in enumerate(zip(*bleu, strict=True), 1):
             keep(f"bleu_{order}", value, by_study)
+        statistics["bleu"] = bleu_counts(scorer)
     if "meteor" in metrics:
         if shutil.which("java") is None:
             values["meteor"] = studies["meteor"] = None
             notes["meteor"] = METEOR_NEEDS_JAVA
         else:
-            keep("meteor", *_meteor(truth, written))
+            value, by_study, statistics["meteor"] = _meteor(truth, written)
+            keep("meteor", value, by_study)
     if "rouge_l" in metrics:
         keep("rouge_l", *Rouge().compute_score(truth, written))
     if "cider" in metrics:
@@ -147,6 +175,7 @@ def nlg_scores(
         **{name: values[name] for name in chosen},
         "per_study": {name: studies[name] for name in chosen},
         "notes": notes,
+        **({"statistics": statistics} if return_statistics else {}),
     }
 
 

@@ -77,7 +77,7 @@ def test_java_that_dies_is_reported_and_gone(monkeypatch, tmp_path):
     java.write_text("#!/bin/sh\necho 'no JVM in here' >&2\nexit 3\n")
     java.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    with pytest.raises(RuntimeError, match="METEOR's Java process failed: no JVM in here"):
+    with pytest.raises(ChildProcessError, match="METEOR's Java process failed: no JVM in here"):
         nlg_scores(PREDICTIONS, REFERENCES, metrics=["meteor"])
 
 
