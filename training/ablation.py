@@ -84,11 +84,7 @@ class Row(NamedTuple):
         return [
             f"model.overrides.dle={json.dumps('dle' in self.modules)}",
             f"model.overrides.fiot={json.dumps('fiot' in self.modules)}",
-            *(
-                f"model.overrides.{name}={value}"
-                for name, value in transport.items()
-                if getattr(config, name) != value
-            ),
+            *(f"model.overrides.{name}={value}" for name, value in transport.items() if getattr(config, name) != value),
         ]
 
 

@@ -29,15 +29,21 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
     parser.add_argument(
         "--tables", nargs="+", metavar="TABLE", help="some of modules, epsilon, iterations (default: all three)"
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="a run of each row each (default: 1 2 3)")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[1, 2, 3], help="a run of each row each (default: 1 2 3)"
+    )
     parser.add_argument(
         "--epsilons", nargs="+", type=float, metavar="E", help="rows of epsilon (default: 0.01 0.05 0.1 0.12)"
     )
     parser.add_argument(
         "--iterations", nargs="+", type=int, metavar="T", help="rows of iterations (default: 1 5 10 50 100)"
     )
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the CPU's threads")
-    parser.add_argument("--accelerate-config", metavar="FILE", help="train by accelerate launch, with this --config_file")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the CPU's threads"
+    )
+    parser.add_argument(
+        "--accelerate-config", metavar="FILE", help="train by accelerate launch, with this --config_file"
+    )
     parser.add_argument(
         "--resamples", type=int, default=1000, metavar="N", help="of the bootstrap behind intervals (default: 1000)"
     )
