@@ -35,7 +35,7 @@ CONTRIBUTIONS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("DLE alone", ("dle",), ()),
     ("IRCP beside DLE", ("ircp", "dle"), ("dle",)),
     ("FIOT", FULL, ("ircp", "dle")),
-    ("all three", FULL, ()),
+    ("the full model", FULL, ()),
 )
 
 _CONTROLS = ("constant", "shuffled", "true_states")
