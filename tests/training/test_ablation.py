@@ -306,8 +306,9 @@ def test_rows_train_in_processes_behind_the_stages_they_share(recipe, tmp_path):
     results = json.loads((dle.folder / "results.json").read_text(encoding="utf-8"))
     assert results["predictor"]["steps"] == 2 and results["report"]["steps"] == 4
     assert load_recipe(dle.folder / "recipe.yaml") == dle.recipe
-    config = json.loads((plan.by_row[BASELINE, 1].folder / "model" / "config.json").read_text(encoding="utf-8"))
-    assert (config["dle"], config["fiot"]) == (False, False)
+    for row in (BASELINE, DLE):
+        config = json.loads((plan.by_row[row, 1].folder / "model" / "config.json").read_text(encoding="utf-8"))
+        assert (config["dle"], config["fiot"]) == ("dle" in row.modules, False)
     before = stamps(tmp_path)
     train_runs(plan.runs)
     assert stamps(tmp_path) == before
