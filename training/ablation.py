@@ -69,23 +69,15 @@ class Row(NamedTuple):
         trained = {"ircp": "ircp" in self.modules, "predictor": "dle" in self.modules, "report": True}
         return tuple(stage for stage, runs in trained.items() if runs)
 
-    def overrides(self, config: OTDRGConfig) -> list[str]:
-        """Overrides that turn a recipe into the row's.
-
-        Args:
-            config: the recipe's. What it has already is not set again, so that equal rows have equal recipes.
-        """
-        transport: dict[str, Any] = {}
+    def transport(self, config: OTDRGConfig) -> dict[str, float]:
+        """The fields of the transport in which the row differs from a configuration."""
+        wanted: dict[str, float] = {}
         if self.table == "epsilon":
-            transport = {"ot_epsilon": self.value}
+            wanted = {"ot_epsilon": self.value}
         elif self.table == "iterations":
             # Tolerance 0 stops nothing early.
-            transport = {"ot_max_iterations": self.value, "ot_tolerance": 0.0}
-        return [
-            f"model.overrides.dle={json.dumps('dle' in self.modules)}",
-            f"model.overrides.fiot={json.dumps('fiot' in self.modules)}",
-            *(f"model.overrides.{name}={value}" for name, value in transport.items() if getattr(config, name) != value),
-        ]
+            wanted = {"ot_max_iterations": self.value, "ot_tolerance": 0.0}
+        return {name: value for name, value in wanted.items() if getattr(config, name) != value}
 
 
 def table_rows(
@@ -151,7 +143,7 @@ class Plan:
 
     Args:
         runs: without repeats.
-        by_row: the run of each row and seed; rows with equal recipes have the same one.
+        by_row: the run of each row and seed; of a row that is the full model it is the full model's.
     """
 
     runs: list[Run]
@@ -191,32 +183,40 @@ def plan_runs(
         raise ValueError(f"seeds {' '.join(map(str, seeds))}: expected at least one, each once")
     given = load_recipe(recipe, list(overrides))
     _check_recipe(recipe, given, rows)
-    config = OTDRGConfig.from_preset(given.model.preset, **{**given.model.overrides, "dle": True, "fiot": True})
+    config = OTDRGConfig.from_preset(given.model.preset, **{**given.model.overrides, **_switches(FULL)})
     plan = Plan([], {})
-    made: dict[str, Run] = {}
+    made: dict[tuple[str, int], Run] = {}
 
-    def run_of(name: str, stages: Sequence[str], seed: int, own: Sequence[str]) -> Run:
-        folder = Path(output) / name / f"seed-{seed}"
-        # JSON is YAML, and quotes what needs it.
-        laid = [*overrides, *own, f"seed={seed}", f"stages={json.dumps(list(stages))}"]
-        laid += [f"cpu_threads={cpu_threads}"] if cpu_threads else []
-        content = load_recipe(recipe, [*laid, "output_dir=x"]).to_yaml()
-        if content not in made:
-            before = list(stages[:-1])
-            shared = run_of(f"shared/{'+'.join(before)}", before, seed, _FULL_OVERRIDES) if before else None
-            resolved = load_recipe(recipe, [*laid, f"output_dir={json.dumps(str(folder))}"])
-            made[content] = Run(f"{name}, seed {seed}", resolved, shared)
-            _check_folder(made[content])
-            plan.runs.append(made[content])
-        return made[content]
+    def run_of(name: str, stages: Sequence[str], seed: int, own: dict[str, Any]) -> Run:
+        if (name, seed) not in made:
+            before = stages[:-1]
+            shared = run_of(f"shared/{'+'.join(before)}", before, seed, _switches(FULL)) if before else None
+            wanted = {
+                **{f"model.overrides.{field}": value for field, value in own.items()},
+                "seed": seed,
+                "stages": list(stages),
+                "output_dir": str(Path(output) / name / f"seed-{seed}"),
+                **({"cpu_threads": cpu_threads} if cpu_threads else {}),
+            }
+            # JSON is YAML, and quotes what needs it.
+            laid = [f"{field}={json.dumps(value)}" for field, value in wanted.items()]
+            run = Run(f"{name}, seed {seed}", load_recipe(recipe, [*overrides, *laid]), shared)
+            _check_folder(run)
+            plan.runs.append(run)
+            made[name, seed] = run
+        return made[name, seed]
 
     for seed in seeds:
         for row in rows:
-            plan.by_row[row, seed] = run_of(row.name, row.stages, seed, row.overrides(config))
+            transport = row.transport(config)
+            # At the recipe's own value a row is the full model, and not trained again.
+            name = row.name if row.value is None or transport else Row("modules", row.modules).name
+            plan.by_row[row, seed] = run_of(name, row.stages, seed, {**_switches(row.modules), **transport})
     return plan
 
 
-_FULL_OVERRIDES = ("model.overrides.dle=true", "model.overrides.fiot=true")
+def _switches(modules: Sequence[str]) -> dict[str, bool]:
+    return {"dle": "dle" in modules, "fiot": "fiot" in modules}
 
 
 def _check_recipe(path: str | os.PathLike, recipe: Recipe, rows: Sequence[Row]) -> None:

@@ -363,8 +363,12 @@ def _format_contributions(summary: dict[str, Any]) -> str:
     lines += [
         "",
         f"95 % intervals of a paired bootstrap over studies{' and seeds' if seeds else ''} ({summary['resamples']} "
-        "resamples); bold where 0 lies outside."
-        + ("" if seeds else " Of one seed they are about these runs, not about training them again."),
+        "resamples); bold where 0 lies outside. "
+        + (
+            "They are about training again as far as so few seeds can tell."
+            if seeds
+            else "Of one seed they are about these runs, not about training them again."
+        ),
         "",
         *(f"- {row['sentence']}" for row in contributions),
     ]
