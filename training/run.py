@@ -82,7 +82,7 @@ def run_recipe(recipe: Recipe, resume: bool = False, overwrite: bool = False) ->
         (output / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     state.wait_for_everyone()
     record = RunRecord(recipe, state, data)
-    results = _read_results(output)
+    results = read_results(output)
     folder = output
     try:
         for position, stage in enumerate(pending):
@@ -205,10 +205,10 @@ def _where_to_go_on(folder: Path) -> str:
     return f"the last good checkpoint is {checkpoint}, --resume goes on from there"
 
 
-def _read_results(output: Path) -> dict[str, Any]:
+def read_results(output: Path) -> dict[str, Any]:
     """What the stages that are not run again left in `results.json`."""
     path = output / "results.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-__all__ = ["run_recipe"]
+__all__ = ["read_results", "run_recipe"]
