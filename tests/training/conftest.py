@@ -16,6 +16,7 @@ TINY_RECIPE = {
             "image_tokens": 9,
             "ot_epsilon": 0.05,
             "vision_config": {
+                "architecture": "swin_tiny_patch4_window7_224",
                 "model_args": {
                     "img_size": 112,
                     "patch_size": 8,
@@ -23,7 +24,8 @@ TINY_RECIPE = {
                     "depths": [1, 1],
                     "num_heads": [1, 2],
                     "window_size": 7,
-                }
+                },
+                "initializer_range": 0.2,
             },
             # Wide initial weights and a head of its own, so that what an untrained LLM writes depends on its prompt.
             "text_config": {
