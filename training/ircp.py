@@ -232,14 +232,12 @@ def measure(
     pretraining.eval()
     device = next(pretraining.parameters()).device
 
+    def encode(pixel_values: torch.Tensor, view_mask: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=pretraining.stage.bf16):
+            return pretraining.encode(pixel_values.to(device), view_mask.to(device)).float().cpu()
+
     def encoded(studies) -> ViewFeatures:
-        return encode_studies(
-            lambda pixels, mask: pretraining.encode(pixels.to(device), mask.to(device)).float().cpu(),
-            processor,
-            studies,
-            pretraining.stage.probe_studies,
-            batch_size,
-        )
+        return encode_studies(encode, processor, studies, pretraining.stage.probe_studies, batch_size)
 
     known, unseen = encoded(train), encoded(validation)
     with torch.no_grad():
