@@ -62,10 +62,12 @@ def run_recipe(recipe: Recipe, resume: bool = False, overwrite: bool = False) ->
     for stage in pending:
         logger.info("stage %s: %s, from %s", stage, output / stage, previous or "the recipe's model")
         set_seed(recipe.seed)
+        # The other stages do not compute with the LLM, and leave folders that anything can load.
+        quantization = recipe.model.quantization if stage == "report" else None
         if previous is None:
-            model, processor = build_model(recipe.model, studies["train"]["report"])
+            model, processor = build_model(recipe.model, studies["train"]["report"], quantization)
         else:
-            model, processor = load_model(previous, recipe.model.dtype)
+            model, processor = load_model(previous, recipe.model.dtype, quantization)
         module = import_module(f".{STAGES[stage]}", __package__)
         model, results[stage] = module.run(recipe, studies, model, processor, output / stage, resume)
         folder = output / "model" if stage == "report" else output / stage
