@@ -49,9 +49,9 @@ def test_only_the_llm_is_quantised(trained_run, kind):
     model.merge_lora()
     whole, _ = load_model(trained_run / "predictor", "bfloat16")
     for name, weight in whole.named_parameters():
-        error = (model.get_parameter(name).float() - weight.float()).norm() / weight.float().norm()
-        is_packed = name.removesuffix(".weight") in packed
-        assert 0 < error < {"4bit": 0.15, "8bit": 0.02}[kind] if is_packed else error == 0, name
+        error = (model.get_parameter(name).float() - weight.float()).norm()
+        share = {"4bit": 0.3, "8bit": 0.02}[kind] if name.removesuffix(".weight") in packed else 0.0
+        assert error <= share * weight.float().norm(), name
 
 
 @needs_bitsandbytes
