@@ -450,6 +450,7 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
         text: str,
         label_text_encoder: str | None = None,
         dtype: str | torch.dtype | None = None,
+        quantization_config=None,
         **config_fields,
     ) -> OTDRGForReportGeneration:
         """A new model on pretrained backbones: their weights, everything between them from scratch.
@@ -460,6 +461,7 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
             label_text_encoder (`str`, *optional*): Hub id or folder of the text encoder of the labels, which sets
                 `label_encoder="text_encoder"`.
             dtype (`str` or `torch.dtype`, *optional*): type of the backbones' weights; the checkpoint's by default.
+            quantization_config (*optional*): transformers' for the LLM's weights, such as `BitsAndBytesConfig`.
             config_fields: fields of [`OTDRGConfig`].
 
         Raises:
@@ -467,7 +469,7 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
             ValueError: a configuration field is wrong.
         """
         vision_tower = load_backbone("vision", AutoModel, vision, dtype)
-        language_model = load_backbone("text", AutoModelForCausalLM, text, dtype)
+        language_model = load_backbone("text", AutoModelForCausalLM, text, dtype, quantization_config)
         tokenizer = load_backbone("text", AutoTokenizer, text)
         text_encoder = None
         if label_text_encoder is not None:
@@ -491,6 +493,7 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
         # Chat LLMs may end a turn in more than one way, and only their generation configuration tells.
         end = language_model.generation_config.eos_token_id
         model.generation_config.eos_token_id = config.text_config.eos_token_id if end is None else end
+        model.settle_quantization()
         return model
 
     def add_lora(self) -> None:
@@ -525,16 +528,52 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
         return _has_adapters(self)
 
     def merge_lora(self) -> None:
-        """Fold all LoRA adapters into the weights, so that peft is not needed; `lora` and `vision_lora` become None."""
+        """Fold all LoRA adapters into the weights, so that peft is not needed; `lora` and `vision_lora` become None.
+
+        A quantised LLM is dequantised first, so that nothing is rounded a second time and bitsandbytes is not needed.
+        """
+        adapters = {}
         if self.has_lora:
-            for name, module in list(self.named_modules()):
-                if isinstance(module, BaseTunerLayer):
-                    module.merge()
-                    self.set_submodule(name, module.get_base_layer())
+            adapters = {name: module for name, module in self.named_modules() if isinstance(module, BaseTunerLayer)}
+        quantized = self.is_llm_quantized
+        if quantized:
+            self.language_model.dequantize(self.get_input_embeddings().weight.dtype)
+        for name, module in adapters.items():
+            if not quantized or not name.startswith("language_model."):
+                module.merge()
+                continue
+            weight = module.get_base_layer().weight
+            for adapter in module.active_adapters:
+                weight.data = (weight.float() + module.get_delta_weight(adapter).float()).to(weight.dtype)
+        for name, module in adapters.items():
+            self.set_submodule(name, module.get_base_layer())
         self.config.lora = self.config.vision_lora = None
 
+    @property
+    def is_llm_quantized(self) -> bool:
+        """Whether the LLM's weights are packed into fewer bits."""
+        return bool(getattr(self.language_model, "is_quantized", False))
+
+    def settle_quantization(self) -> None:
+        """Make an LLM that was quantised on loading, by itself or with the whole, the only part that says it is."""
+        quantizer = getattr(self, "hf_quantizer", None)
+        if quantizer is not None:
+            quantizer.remove_quantization_config(self)
+            self.language_model.hf_quantizer = quantizer
+            self.language_model.is_quantized = True
+        for module in self.language_model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                # On a CPU the first evaluation would pack the weights anew, and then no gradient passes through them.
+                module.support_avx512bf16_for_cpu = False
+
     def save_pretrained(self, save_directory, **kwargs):
-        """Write weights, configuration, generation configuration and the code files; see `PreTrainedModel`."""
+        """Write weights, configuration, generation configuration and the code files; see `PreTrainedModel`.
+
+        Raises:
+            ValueError: the LLM is quantised, and there is no `state_dict` to be written in place of its weights.
+        """
+        if self.is_llm_quantized and kwargs.get("state_dict") is None:
+            raise ValueError("the LLM is quantised: call merge_lora(), which dequantises it, before save_pretrained")
         self.config.auto_map = {
             **(getattr(self.config, "auto_map", None) or {}),
             "AutoModelForImageTextToText": "modeling_otdrg.OTDRGForReportGeneration",
@@ -1081,7 +1120,7 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
         return model_inputs
 
 
-def load_backbone(part: str, auto_class, reference: str, dtype=None):
+def load_backbone(part: str, auto_class, reference: str, dtype=None, quantization_config=None):
     """A backbone, or its tokenizer, by its reference: a Hub id, a folder or, for text, a GGUF file.
 
     Args:
@@ -1089,6 +1128,7 @@ def load_backbone(part: str, auto_class, reference: str, dtype=None):
         auto_class: `AutoModel` or the like.
         reference (`str`): where it is.
         dtype (`str` or `torch.dtype`, *optional*): of the weights; the checkpoint's by default.
+        quantization_config (*optional*): transformers', by which the weights are packed on loading.
 
     Raises:
         OSError: it cannot be loaded, with the reference at fault.
@@ -1096,6 +1136,8 @@ def load_backbone(part: str, auto_class, reference: str, dtype=None):
     name, kwargs = resolve_backbone(reference)
     if dtype is not None:
         kwargs["dtype"] = dtype
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
     if auto_class is AutoModelForCausalLM and "gguf_file" in kwargs and hasattr(transformers, "GgufConfig"):
         # transformers that can compute on packed weights do so unless told; they can be neither trained nor saved.
         kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)

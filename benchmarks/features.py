@@ -2,8 +2,8 @@
 
     python benchmarks/features.py
 
-Prints a Markdown table: seconds a step as the Trainer counts them, reading and collating studies included. Encoding each
-view once, before the first step, is not in them.
+Prints a Markdown table: seconds a step as the Trainer counts them, reading and collating studies included. Encoding
+each view once, before the first step, is not in them.
 """
 
 from __future__ import annotations

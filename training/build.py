@@ -11,6 +11,8 @@ from typing import TypeVar
 import torch
 from datasets import Dataset
 from torch import nn
+from transformers import BitsAndBytesConfig
+from transformers.utils import is_bitsandbytes_available
 
 from ..configuration_otdrg import OTDRGConfig
 from ..labelers import load_labeler, read_states
@@ -128,15 +130,18 @@ def _labelled(splits: StudySplits, labels: LabelsRecipe) -> StudySplits:
     return labelled
 
 
-def build_model(recipe: ModelRecipe, reports: Sequence[str]) -> tuple[OTDRGForReportGeneration, OTDRGProcessor]:
+def build_model(
+    recipe: ModelRecipe, reports: Sequence[str], quantization: str | None = None
+) -> tuple[OTDRGForReportGeneration, OTDRGProcessor]:
     """A new model and its processor, without LoRA: on the recipe's or preset's backbones, or else from scratch.
 
     Args:
         recipe: the recipe's `model` section.
         reports: training reports, for the tokenizer of a model from scratch.
+        quantization: "4bit" or "8bit", for the LLM's weights; of a pretrained LLM only.
 
     Raises:
-        ValueError: an unknown preset or override, or one backbone without the other.
+        ValueError: an unknown preset or override, one backbone without the other, or a quantised LLM from scratch.
         OSError: a backbone that cannot be loaded.
     """
     config = _preset_config(recipe)
@@ -147,6 +152,8 @@ def build_model(recipe: ModelRecipe, reports: Sequence[str]) -> tuple[OTDRGForRe
     # LoRA belongs to the stage that trains it: in the configuration of a folder without adapters it would make them
     # load wrong.
     config.lora = config.vision_lora = None
+    if vision is None and recipe.quantization is not None:
+        raise ValueError(f"model.quantization={recipe.quantization!r}: expected null for a model from scratch")
     if vision is None:
         if recipe.label_text_encoder is not None:
             raise ValueError("model.label_text_encoder is given, but no backbones: expected vision and text beside it")
@@ -161,7 +168,12 @@ def build_model(recipe: ModelRecipe, reports: Sequence[str]) -> tuple[OTDRGForRe
             # A path of this machine means nothing to those who get the model.
             fields[name] = None if os.path.exists(reference) else reference
         model = OTDRGForReportGeneration.from_backbones(
-            vision=vision, text=text, label_text_encoder=recipe.label_text_encoder, dtype=recipe.dtype, **fields
+            vision=vision,
+            text=text,
+            label_text_encoder=recipe.label_text_encoder,
+            dtype=recipe.dtype,
+            quantization_config=quantization_config(quantization),
+            **fields,
         )
         processor = OTDRGProcessor.from_backbones(vision=vision, text=text, config=model.config)
     cast_backbones(model, recipe.dtype)
@@ -216,12 +228,17 @@ def attach_lora(model: OTDRGForReportGeneration, recipe: Recipe, stage: str) -> 
         model.add_lora()
 
 
-def load_model(folder: str | os.PathLike, recipe: ModelRecipe) -> tuple[OTDRGForReportGeneration, OTDRGProcessor]:
+def load_model(
+    folder: str | os.PathLike, recipe: ModelRecipe, quantization: str | None = None
+) -> tuple[OTDRGForReportGeneration, OTDRGProcessor]:
     """A stage's model and processor from its folder, joined as the recipe now says.
 
     Backbones come in the recipe's `dtype`, the rest in float32. How the two are joined (DLE, FIOT, the transport's
     settings) is the recipe's business and not the folder's, so that stages can be run again under other switches;
     what a switch adds starts from scratch.
+
+    Args:
+        quantization: "4bit" or "8bit", for the LLM's weights.
     """
     config = OTDRGConfig.from_pretrained(folder)
     wanted = _preset_config(recipe)
@@ -233,16 +250,56 @@ def load_model(folder: str | os.PathLike, recipe: ModelRecipe) -> tuple[OTDRGFor
     views = trained.image_processor
     processor = OTDRGProcessor.from_config(config, trained.tokenizer, views.image_mean, views.image_std)
     # Loaded in one type or another, from_pretrained makes all of it that type and rounds what was trained in float32.
-    model = OTDRGForReportGeneration.from_pretrained(folder, config=config, dtype=torch.float32)
+    model = OTDRGForReportGeneration.from_pretrained(
+        folder, config=config, dtype=torch.float32, quantization_config=quantization_config(quantization)
+    )
+    model.settle_quantization()
     cast_backbones(model, recipe.dtype)
     return model, processor
 
 
 def cast_backbones(model: OTDRGForReportGeneration, dtype: str) -> None:
     """Give the backbones' weights `dtype` and everything between them float32."""
-    model.to(torch.float32)
-    for backbone in (*model.vision_towers, model.language_model):
-        backbone.to(getattr(torch, dtype))
+    for name, part in model.named_children():
+        wanted = getattr(torch, dtype) if name.endswith(("vision_tower", "language_model")) else torch.float32
+        if not getattr(part, "is_quantized", False):
+            part.to(wanted)
+            continue
+        for weight in part.parameters():
+            # Packed weights are integers.
+            if weight.is_floating_point():
+                weight.data = weight.data.to(wanted)
+
+
+def quantization_config(kind: str | None) -> BitsAndBytesConfig | None:
+    """transformers' configuration for the LLM in "4bit" (NF4, quantised twice, computed in bfloat16) or "8bit".
+
+    Raises:
+        ValueError: bitsandbytes is not there.
+    """
+    if kind is None:
+        return None
+    if not is_bitsandbytes_available():
+        raise ValueError(f"model.quantization={kind!r} needs bitsandbytes: pip install bitsandbytes")
+    # The head as transformers has it by default, and all around the LLM, which is small and is trained.
+    unquantized = [
+        "vision_tower",
+        "finding_vision_tower",
+        "image_projector",
+        "label_encoder",
+        "label_projector",
+        "finding_predictor",
+        "lm_head",
+    ]
+    if kind == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=unquantized)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=unquantized,
+    )
 
 
 def set_trained_parts(
@@ -305,6 +362,7 @@ __all__ = [
     "known_states",
     "load_model",
     "lora_fields",
+    "quantization_config",
     "set_trained_parts",
     "with_column",
 ]

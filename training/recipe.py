@@ -94,6 +94,9 @@ class ModelRecipe:
     dtype: Literal["float32", "bfloat16"] = _option(
         "float32", "Type of frozen backbone weights and of the published model; what is trained is kept in float32."
     )
+    quantization: Literal["4bit", "8bit"] | None = _option(
+        None, "Hold the LLM's frozen weights in 4 or 8 bits (bitsandbytes) while the report stage trains LoRA on them."
+    )
 
     def __post_init__(self):
         _need(self.vocab_size >= 270, "model.vocab_size", self.vocab_size, "at least 270 (bytes and special tokens)")
@@ -364,6 +367,12 @@ class Recipe:
     report: ReportRecipe = field(default_factory=ReportRecipe, metadata={"help": "FIOT and the LLM (3.3, 3.5)."})
 
     def __post_init__(self):
+        _need(
+            self.model.quantization is None or self.report.text != "full",
+            "report.text",
+            self.report.text,
+            f"lora or frozen where model.quantization is {self.model.quantization}",
+        )
         _need(self.cpu_threads is None or self.cpu_threads > 0, "cpu_threads", self.cpu_threads, "a positive integer")
         _need(
             self.feature_cache is None or not os.path.isfile(self.feature_cache),

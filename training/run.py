@@ -94,10 +94,12 @@ def run_recipe(recipe: Recipe, resume: bool = False, overwrite: bool = False) ->
                 folder.mkdir(parents=True, exist_ok=True)
                 write_json(folder / STARTED, stage_start(recipe, data, state.num_processes, previous))
             set_seed(recipe.seed)
+            # The other stages do not compute with the LLM, and leave folders that anything can load.
+            quantization = recipe.model.quantization if stage == "report" else None
             if previous is None:
-                model, processor = build_model(recipe.model, studies["train"]["report"])
+                model, processor = build_model(recipe.model, studies["train"]["report"], quantization)
             else:
-                model, processor = load_model(previous, recipe.model)
+                model, processor = load_model(previous, recipe.model, quantization)
             module = import_module(f".{STAGES[stage]}", __package__)
             model, results[stage] = module.run(recipe, studies, model, processor, folder, goes_on)
             published = output / "model" if stage == "report" else folder

@@ -219,6 +219,10 @@ class StageTrainer(Trainer):
         # Trainer loads a checkpoint by the names weights have in memory; in their original names those of a trained
         # DINOv2 would only be warned of as missing.
         output_dir = output_dir if output_dir is not None else self.args.output_dir
+        if self._llm_is_quantized():
+            state_dict = {
+                name: weight for name, weight in self.model.state_dict().items() if not self._is_left_out(name)
+            }
         self.model.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
         self.processor.save_pretrained(output_dir)
         torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
@@ -230,6 +234,19 @@ class StageTrainer(Trainer):
             return
         super()._run_epoch(*args, **kwargs)
 
+    def _llm_is_quantized(self) -> bool:
+        """Whether the LLM is quantised: its weights are those the stage began with, and no checkpoint repeats them."""
+        return getattr(self.model, "is_llm_quantized", False)
+
+    @staticmethod
+    def _is_left_out(name: str) -> bool:
+        return name.startswith("language_model.") and "lora_" not in name
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        if self._llm_is_quantized():
+            load_result.missing_keys[:] = [name for name in load_result.missing_keys if not self._is_left_out(name)]
+        super()._issue_warnings_after_load(load_result)
+
     def train_stage(self, resume: bool) -> None:
         """Train to the end, from the last whole checkpoint in the stage's folder if `resume`.
 
@@ -237,6 +254,11 @@ class StageTrainer(Trainer):
             NonFiniteLossError: with the step, and the last checkpoint that is whole.
         """
         if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            if self._llm_is_quantized():
+                raise ValueError(
+                    "model.quantization: expected null with FSDP or DeepSpeed, which do not share packed weights out: "
+                    "use recipes/accelerate/ddp.yaml"
+                )
             self._whole = weightless_copy(self.model)
         checkpoint = last_checkpoint(self.args.output_dir) if resume else None
         if checkpoint is not None:
