@@ -2,55 +2,77 @@
 
     python benchmarks/features.py
 
-Prints a Markdown table: seconds a step as the Trainer counts them, reading and collating studies included. Encoding
-each view once, before the first step, is not in them.
+Prints a Markdown table of medians over steps: reading and collating the studies, forward, backward and AdamW. The steps
+of both alternate, on the same studies, so that what else the machine does weighs on both; seconds of the CPU are those
+of all threads. Encoding each view once, before the first step, has a line of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from otdrg.training.build import build_model, build_studies, set_trained_parts
+from otdrg.training.collation import ReportCollator
+from otdrg.training.features import cache_features
 from otdrg.training.recipe import load_recipe
-from otdrg.training.run import run_recipe
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "phantom_tiny.yaml"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--studies", type=int, default=200, help="training studies")
-    parser.add_argument("--steps", type=int, default=20, help="steps of the report stage")
-    parser.add_argument("--text", nargs="+", default=["full"], help="how the LLM is trained")
-    parser.add_argument("--runs", type=int, default=3, help="pairs of runs; each has a row")
+    parser.add_argument("--batch-size", type=int, default=16, help="studies in a step")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of each")
     options = parser.parse_args()
+    size, steps = options.batch_size, options.steps + 1  # the first is not timed
+    phantoms = f"studies.options={{train: {size * steps}, validation: 0, test: 0}}"
+    recipe = load_recipe(RECIPE, [phantoms])
+    images = build_studies(recipe.studies, recipe.labels)["train"]
+    torch.manual_seed(recipe.seed)
+    model, processor = build_model(recipe.model, images["report"])
+    frozen = set_trained_parts(model, vision="frozen", text=recipe.report.text, predictor="frozen", joining=True)
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-4)
+    collator = ReportCollator(processor, True, recipe.report.max_report_tokens)
+
+    def step(rows: list[dict]) -> None:
+        model(**collator(rows)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
     with tempfile.TemporaryDirectory() as folder:
-        overrides = [
-            f"output_dir={folder}",
-            f"studies.options={{train: {options.studies}, validation: 8, test: 0}}",
-            "predictor.max_steps=1",
-            "predictor.fit_thresholds=false",
-            f"report.max_steps={options.steps}",
-            "report.save_strategy=no",
-            "report.evaluation.split=none",
-        ]
-        run_recipe(load_recipe(RECIPE, [*overrides, "stages=[predictor]"]))
-        print("| LLM | run | seconds a step from images | from features | ratio |")
-        print("|---|---|---|---|---|")
-        for text in options.text:
-            for run in range(1, options.runs + 1):
-                images, features = (
-                    measure([*overrides, f"report.text={text}", f"report.cache_features={cached}"], options.steps)
-                    for cached in ("false", "true")
-                )
-                print(f"| {text} | {run} | {images:.3f} | {features:.3f} | {images / features:.2f} |", flush=True)
+        encoding = timed(lambda: cache_features(model, processor, images, folder, size))
+        features = cache_features(model, processor, images, folder, size)
+        model.train()
+        for part in frozen:
+            part.eval()
+        times: dict[str, list[tuple[float, float]]] = {"images": [], "features": []}
+        for number in range(steps):
+            for name, studies in (("images", images), ("features", features)):
+                places = range(number * size, (number + 1) * size)
+                times[name].append(timed(lambda rows=studies, where=places: step([rows[i] for i in where])))
+    print(f"{len(images)} views encoded once: {encoding[0]:.1f} s, {encoding[1]:.1f} s of the CPU\n")
+    print("| a step | seconds | seconds of the CPU |")
+    print("|---|---|---|")
+    medians = {
+        name: [statistics.median(column) for column in zip(*rows[1:], strict=True)] for name, rows in times.items()
+    }
+    for name, (wall, cpu) in medians.items():
+        print(f"| from {name} | {wall:.3f} | {cpu:.3f} |")
+    ratios = [one / other for one, other in zip(*medians.values(), strict=True)]
+    print(f"| ratio | {ratios[0]:.2f} | {ratios[1]:.2f} |")
 
 
-def measure(overrides: list[str], steps: int) -> float:
-    """Seconds a step of the report stage, from the predictor's folder."""
-    results = run_recipe(load_recipe(RECIPE, [*overrides, "stages=[report]"]))
-    return results["report"]["log_history"][-1]["train_runtime"] / steps
+def timed(work: Callable[[], object]) -> tuple[float, float]:
+    """Seconds on the clock and of the CPU."""
+    start = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - start[0], time.process_time() - start[1]
 
 
 if __name__ == "__main__":

@@ -180,8 +180,12 @@ def test_another_encoder_transform_or_type_is_encoded_anew(build_model, studies,
     other = copy.deepcopy(processor)
     other.image_processor.image_mean = [0.5, 0.5, 0.5]
     assert count(model, other) == 10
-    assert count(*build_model(image_size=112, vision_config={"model_args": {"img_size": 112}})) == 10
     assert count(*build_model(image_tokens=1)) == 10
+    any_size, _ = build_model(vision_config=DINOV2 | {"image_size": 56})
+    assert count(any_size, processor) == 10
+    other = copy.deepcopy(processor)
+    other.image_processor.size = {"height": 112, "width": 112}
+    assert (count(any_size, other), count(any_size, processor)) == (10, 0)
     with torch.no_grad():
         list(model.vision_tower.parameters())[-1].view(-1)[0].add_(1e-6)
     assert count(model, processor) == 10
