@@ -130,7 +130,7 @@ def weightless_copy(model: nn.Module) -> nn.Module:
 def fill(model: nn.Module, sharded: nn.Module) -> nn.Module:
     """A [`weightless_copy`] with the weights of the sharded model it was made of; every process must call it.
 
-    Every process gets the whole: on its device there must be room for it beside its share.
+    Every process gets the whole, in main memory: beside its share a GPU may have no room for it.
     """
     whole: dict[int, nn.Parameter] = {}
     modules = dict(model.named_modules())
@@ -140,7 +140,7 @@ def fill(model: nn.Module, sharded: nn.Module) -> nn.Module:
                 whole[id(weight)] = nn.Parameter(_gathered(weight), requires_grad=weight.requires_grad)
             modules[place].register_parameter(name, whole[id(weight)])
         for name, buffer in part.named_buffers(recurse=False):
-            setattr(modules[place], name, buffer)
+            setattr(modules[place], name, buffer.cpu())
     # Else transformers would partition, under ZeRO-3, whatever it loads from now on.
     unset_hf_deepspeed_config()
     return model.train(sharded.training)
@@ -148,13 +148,13 @@ def fill(model: nn.Module, sharded: nn.Module) -> nn.Module:
 
 def _gathered(weight: nn.Parameter) -> torch.Tensor:
     if isinstance(weight, DTensor):
-        return weight.detach().full_tensor()
+        return weight.detach().full_tensor().cpu()
     if not hasattr(weight, "ds_id"):
-        return weight.detach().clone()
+        return weight.detach().clone().cpu()
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([weight]):
-        return weight.detach().clone()
+        return weight.detach().clone().cpu()
 
 
 def _wants_fsdp() -> bool:

@@ -75,7 +75,7 @@ def run(
     measures = stage.probe_studies > 0 and len(measured) > 0
     before = measure(pretraining, processor, train, measured, args.per_device_eval_batch_size) if measures else None
     trainer.train_stage(resume)
-    pretraining = trainer.whole_model()
+    pretraining = trainer.whole_model().to(args.device)
     results = trainer.summary()
     if measures:
         after = measure(pretraining, processor, train, measured, args.per_device_eval_batch_size)

@@ -135,7 +135,7 @@ def run(
     model = trainer.whole_model()
     model.merge_lora()
     # One type throughout, because from_pretrained gives one: what is scored is what will be loaded.
-    model.to(getattr(torch, recipe.model.dtype)).eval()
+    model.to(args.device, getattr(torch, recipe.model.dtype)).eval()
     model.generation_config.update(**asdict(stage.generation))
     return model, results
 

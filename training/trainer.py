@@ -280,7 +280,10 @@ class StageTrainer(Trainer):
             ) from None
 
     def whole_model(self) -> nn.Module:
-        """The trained model without its wrapper, whole on every process; every process must call it."""
+        """The trained model without its wrapper, whole on every process, which must all call it.
+
+        Where each had its share of the weights, the whole is in main memory.
+        """
         trained = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         return fill(self._whole, trained) if is_sharded(trained) else trained
 

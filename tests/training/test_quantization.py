@@ -50,7 +50,8 @@ def test_only_the_llm_is_quantised(trained_run, kind):
     whole, _ = load_model(trained_run / "predictor", "bfloat16")
     for name, weight in whole.named_parameters():
         error = (model.get_parameter(name).float() - weight.float()).norm()
-        share = {"4bit": 0.3, "8bit": 0.02}[kind] if name.removesuffix(".weight") in packed else 0.0
+        # NF4's error is 0.09 of a weight of 256 x 256; the CPU backend is coarser on ones as small as these.
+        share = {"4bit": 0.5, "8bit": 0.02}[kind] if name.removesuffix(".weight") in packed else 0.0
         assert error <= share * weight.float().norm(), name
 
 
