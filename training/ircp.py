@@ -169,10 +169,12 @@ class ContrastivePretraining(nn.Module):
         return self.image_head(features), self.image_head(features + self.stage.sigma * noise)
 
     def embed_reports(self, report_ids: torch.Tensor, report_mask: torch.Tensor) -> torch.Tensor:
-        """Reports (B, projection_size): the LLM's frozen embeddings of their tokens, averaged and projected."""
+        """Reports (B, projection_size): the LLM's frozen embeddings of their tokens, averaged, scaled and projected."""
         with torch.no_grad():
             embeddings = self.model.get_input_embeddings()(report_ids).float() * report_mask[:, :, None]
             average = embeddings.sum(dim=1) / report_mask.sum(dim=1, keepdim=True).clamp(min=1)
+            # Embeddings are short and their averages shorter: the head would see little but its own biases.
+            average = F.layer_norm(average, average.shape[-1:], eps=1e-8)
         return self.report_head(average)
 
     def save_pretrained(self, folder: str | os.PathLike, state_dict: dict | None = None, **kwargs) -> None:

@@ -40,6 +40,8 @@ DINOV2 = {
     "patch_size": 14,
     "drop_path_rate": 0.1,
 }
+# With the running averages of batch normalisation, which are no parameters.
+RESNET = {"architecture": "resnet10t", "model_args": {"channels": [4, 8, 8, 16], "stem_width": 4}}
 
 
 # --- the loss --------------------------------------------------------------------------------------------------------
@@ -157,6 +159,15 @@ def test_noise_is_added_to_the_encoders_features(pretraining):
             anchors, positives = module.train(training).project(features)
             assert torch.cosine_similarity(anchors, positives).mean().item() == pytest.approx(similar, abs=0.01)
             assert torch.equal(positives, module.project(features)[1]) is not training
+
+
+def test_reports_are_read_on_any_scale_of_embeddings(pretraining, rows):
+    module, processor = pretraining(sigma=0.0, report_weight=1.0)
+    batch = ContrastiveCollator(processor, max_report_tokens=20)(rows)
+    with torch.no_grad():
+        loss = module(**batch)["report_contrastive_loss"]
+        module.model.get_input_embeddings().weight.mul_(0.1)
+        assert module(**batch)["report_contrastive_loss"].item() == pytest.approx(loss.item(), rel=1e-3)
 
 
 def test_reports_of_one_wording_are_no_negatives(pretraining, rows):
@@ -289,7 +300,7 @@ def test_only_the_encoder_is_trained_and_it_is_handed_on(whole_run):
     assert changed == {"model", "image_head", "report_head"}
 
 
-@pytest.mark.parametrize("vision_config", [None, DINOV2], ids=["swin", "dinov2"])
+@pytest.mark.parametrize("vision_config", [None, DINOV2, RESNET], ids=["swin", "dinov2", "resnet"])
 def test_resume_gives_what_an_unbroken_run_gives(write_recipe, tmp_path, vision_config, caplog):
     path = write_recipe(tmp_path, vision_config)
     run = tmp_path / "run"
