@@ -9,7 +9,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -21,9 +21,12 @@ from tqdm.auto import tqdm
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from .feature_store import SHARD_VIEWS, FeatureStore
+from .recipe import Recipe, StageRecipe
 from .streaming import StreamedStudies
 
 logger = logging.getLogger(__name__)
+
+Studies = TypeVar("Studies", Dataset, StreamedStudies, None)
 
 #: The parts of a model that make its view features.
 ENCODERS: tuple[str, ...] = ("vision_tower", "finding_vision_tower")
@@ -146,6 +149,24 @@ def cache_features(
     return CachedStudies(store, [views[place] for place in range(len(ids))], columns)
 
 
+def cached_where_frozen(
+    model: OTDRGForReportGeneration,
+    processor: OTDRGProcessor,
+    studies: Studies,
+    recipe: Recipe,
+    stage: StageRecipe,
+    device: torch.device | str,
+) -> Studies | CachedStudies:
+    """Studies with features in place of images where a stage of a recipe caches them and trains no vision encoder.
+
+    Others, and None, come back as they are; the model is moved to `device` where it encodes.
+    """
+    if studies is None or not (stage.cache_features and encoder_is_frozen(model)):
+        return studies
+    batch_size = stage.eval_batch_size or stage.batch_size
+    return cache_features(model.to(device), processor, studies, recipe.features_folder, batch_size)
+
+
 def _encode(
     model: OTDRGForReportGeneration,
     processor: OTDRGProcessor,
@@ -242,4 +263,4 @@ def _digest(file: bytes) -> bytes:
     return hashlib.blake2b(file, digest_size=16).digest()
 
 
-__all__ = ["CachedStudies", "cache_features", "encoder_digest", "encoder_is_frozen"]
+__all__ = ["CachedStudies", "cache_features", "cached_where_frozen", "encoder_digest", "encoder_is_frozen"]

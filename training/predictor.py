@@ -15,7 +15,7 @@ from ..processing_otdrg import OTDRGProcessor
 from .build import StudySplits, attach_lora, known_states, set_trained_parts
 from .callbacks import SinkhornLossCallback
 from .collation import FindingCollator
-from .features import cache_features, encoder_is_frozen
+from .features import cached_where_frozen
 from .predictor_metrics import finding_metrics, fit_thresholds, format_metrics
 from .recipe import Recipe
 from .trainer import StageTrainer, training_arguments
@@ -69,11 +69,9 @@ def run(
         report_to=recipe.report_to,
         label_names=["finding_labels"],
     )
-    if stage.cache_features and encoder_is_frozen(model):
-        cache = (recipe.features_folder, args.per_device_eval_batch_size)
-        model.to(args.device)
-        train = cache_features(model, processor, train, *cache)
-        validation = validation and cache_features(model, processor, validation, *cache)
+    train, validation = (
+        cached_where_frozen(model, processor, rows, recipe, stage, args.device) for rows in (train, validation)
+    )
     collator = FindingCollator(processor)
     trainer = StageTrainer(
         model,

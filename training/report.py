@@ -22,7 +22,7 @@ from .build import StudySplits, attach_lora, set_trained_parts
 from .callbacks import SinkhornLossCallback
 from .collation import ReportCollator
 from .evaluation import evaluate_model, format_table, write_predictions
-from .features import CachedStudies, cache_features, encoder_is_frozen
+from .features import CachedStudies, cached_where_frozen
 from .predictor import logit_adjustment
 from .recipe import Recipe, ReportRecipe
 from .selection import SelectionExpression
@@ -99,11 +99,9 @@ def run(
     callbacks: list[TrainerCallback] = [SaveOnEvaluation()] if selects else []
     if selects and stage.selection.patience is not None:
         callbacks.append(EarlyStoppingCallback(stage.selection.patience))
-    if stage.cache_features and encoder_is_frozen(model):
-        cache = (recipe.features_folder, args.per_device_eval_batch_size)
-        model.to(args.device)
-        train = cache_features(model, processor, train, *cache)
-        validation = validation and cache_features(model, processor, validation, *cache)
+    train, validation = (
+        cached_where_frozen(model, processor, rows, recipe, stage, args.device) for rows in (train, validation)
+    )
     sinkhorn = SinkhornLossCallback(
         ot_weight_warmup=stage.ot_weight_warmup,
         ot_epsilon_start=stage.ot_epsilon_start,
@@ -224,28 +222,26 @@ def evaluate(
     Raises:
         ValueError: the split is not among the studies.
     """
-    wanted = recipe.report.evaluation
+    stage, wanted = recipe.report, recipe.report.evaluation
     if wanted.split not in studies:
         raise ValueError(
             f"report.evaluation.split={wanted.split!r}: the studies have {', '.join(studies)}; or none, for no table"
         )
     rows = studies[wanted.split]
     rows = rows.select(range(min(wanted.limit or len(rows), len(rows))))
-    batch_size = recipe.report.eval_batch_size or recipe.report.batch_size
-    if recipe.report.cache_features and encoder_is_frozen(model):
-        rows = cache_features(model, processor, rows, recipe.features_folder, batch_size)
+    rows = cached_where_frozen(model, processor, rows, recipe, stage, model.device)
     evaluation = evaluate_model(
         model,
         processor,
         rows,
         training_reports=studies["train"]["report"],
-        batch_size=batch_size,
-        generation=asdict(recipe.report.generation),
+        batch_size=stage.eval_batch_size or stage.batch_size,
+        generation=asdict(stage.generation),
         controls=wanted.controls,
         labeler=wanted.labeler,
         metrics=wanted.metrics,
         seed=recipe.seed,
-        indication=recipe.report.indication,
+        indication=stage.indication,
     )
     write_predictions(evaluation, folder / "predictions.csv")
     logger.info("%s, %d studies:\n%s", wanted.split, len(rows), format_table(evaluation))
