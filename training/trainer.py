@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
@@ -16,12 +16,13 @@ from .callbacks import FIGURES, LossCallback, NonFiniteLossError
 from .checkpoints import last_checkpoint
 from .history import HistoryCallback
 from .recipe import StageRecipe
+from .resumption import ResumableTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class StageTrainer(Trainer):
-    """A `Trainer` whose log lines hold the losses' figures and whose checkpoints resume any encoder.
+class StageTrainer(ResumableTrainer):
+    """A Trainer whose log lines hold the losses' figures and whose checkpoints resume any encoder.
 
     Args:
         model: OTDRG, or what wraps it and has a `save_pretrained` of its own.
@@ -129,13 +130,6 @@ class StageTrainer(Trainer):
         self.model.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
         self.processor.save_pretrained(output_dir)
         torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
-
-    def _run_epoch(self, *args, **kwargs):
-        # Cut off between its last checkpoint and its end, a run would be trained a step too far when it is resumed.
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
 
     def train_stage(self, resume: bool) -> None:
         """Train to the end, from the last whole checkpoint in the stage's folder if `resume`.

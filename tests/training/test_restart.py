@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers.modeling_utils
 import yaml
 from otdrg.train_hf import main
 from otdrg.training.collation import ReportCollator
@@ -298,13 +299,11 @@ def test_interrupted_by_ctrl_c(recipe, copied, monkeypatch, capsys):
 
 @contextmanager
 def small_disk(folder):
-    """Mounts 30 MB at a folder; what it yields fills them but for 100 KB, and makes room again."""
+    """Mounts 30 MB at a folder; yields what fills them but for 4 KB, and what makes room again."""
     ballast = folder / "ballast"
 
     def fill():
-        free = shutil.disk_usage(folder).free
-        with ballast.open("wb") as file:
-            file.write(b"0" * max(0, free - 100_000))
+        ballast.write_bytes(b"0" * max(0, shutil.disk_usage(folder).free - 4096))
 
     command = ["mount", "-t", "tmpfs", "-o", "size=30m", "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode != 0:
@@ -324,63 +323,59 @@ def small_files(folder):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     try:
-        yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1])), restore
+        yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1])), restore
     finally:
         restore()
 
 
 @pytest.mark.parametrize(
-    ("limited", "reason"), [(small_disk, "No space left on device"), (small_files, "File too large")]
+    ("limited", "module", "writer", "name", "reason"),
+    [
+        (small_disk, transformers.modeling_utils, "safe_save_file", "model.safetensors", "No space left on device"),
+        (small_files, torch, "save", "optimizer.pt", "a file could not be written to its end"),
+        (small_files, TrainerState, "save_to_json", "trainer_state.json", "File too large"),
+    ],
 )
-@pytest.mark.parametrize("first", ["model.safetensors", "optimizer.pt"])
-def test_a_full_disk(recipe, unbroken, tmp_path, monkeypatch, capsys, limited, reason, first):
-    """Full from the moment at which the weights, or the optimizer, of checkpoint-6 are to be written."""
+def test_a_full_disk(recipe, unbroken, tmp_path, monkeypatch, capsys, limited, module, writer, name, reason):
+    """Full from the moment at which a file of checkpoint-6 is to be written."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    save, saved = torch.save, []
-    with limited(folder) as (fill, make_room), monkeypatch.context() as patch:
+    write = getattr(module, writer)
+    with limited(folder) as (fill, make_room):
+
+        def filling(content, path, *arguments, **options):
+            if os.path.basename(path) == name:
+                fill()
+            return write(content, path, *arguments, **options)
+
         run = shutil.copytree(unbroken, folder / "run")
-        for name in ("report/finished.json", "report/checkpoint-6", "model"):
-            path = run / name
-            path.unlink() if path.is_file() else shutil.rmtree(path)
-        (run / "predictor" / "kept").write_bytes(b"")
-
-        if first == "optimizer.pt":
-
-            def filled(content, path, *arguments, **options):
-                if os.path.basename(path) == first and not saved:
-                    saved.append(path)
-                    fill()
-                save(content, path, *arguments, **options)
-
-            patch.setattr(torch, "save", filled)
-            reason = "a file could not be written to its end"
-            at = at_backward(monkeypatch, -1, fill)
-        else:
-            at = at_backward(monkeypatch, 6, fill)
-        with at:
-            assert main([str(recipe), f"output_dir={run}", "--resume"]) == 1
+        (run / "report" / "finished.json").unlink()
+        shutil.rmtree(run / "report" / "checkpoint-6")
+        monkeypatch.setattr(module, writer, filling)
+        assert main([str(recipe), f"output_dir={run}", "--resume"]) == 1
         line = error_lines(capsys)
         assert line.startswith(f"train_hf.py: error: cannot write to {run / 'report'}: {reason}; ")
         assert "MB are free there" in line
         assert f"the last good checkpoint is {run / 'report' / 'checkpoint-3'}, --resume goes on from there" in line
 
+        monkeypatch.undo()
         make_room()
         assert main([str(recipe), f"output_dir={run}", "--resume"]) == 0
         assert_as_unbroken(run, unbroken)
 
 
 def test_the_death_of_a_process_that_loads_studies(recipe, unbroken, copied, monkeypatch, capsys):
-    import multiprocessing
+    collate = ReportCollator.__call__
+
+    def killed(self, rows):
+        if torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return collate(self, rows)
 
     shutil.rmtree(copied / "report" / "checkpoint-6")
-
-    def kill_worker():
-        for process in multiprocessing.active_children():
-            os.kill(process.pid, signal.SIGKILL)
-
     arguments = [str(recipe), f"output_dir={copied}", "--resume", "report.workers=1"]
-    with at_backward(monkeypatch, 1, kill_worker):
+    with monkeypatch.context() as patch:
+        patch.setattr(ReportCollator, "__call__", killed)
         assert main(arguments) == 1
     line = error_lines(capsys)
     assert line.startswith("train_hf.py: error: a process that loads studies died: DataLoader worker (pid")
