@@ -9,7 +9,7 @@ from otdrg.training.recipe_changes import format_changes, stage_changes
 
 @pytest.fixture
 def changes(tiny_recipe):
-    """Names of the changes that matter to a stage, and of those that do not, when overrides are laid over the recipe."""
+    """Names of the changes that matter to a stage, and of those that do not, when a recipe is overridden."""
 
     def compare(stage, finished, *overrides, before=(), processes=(1, 1)):
         then, now = asdict(load_recipe(tiny_recipe, list(before))), load_recipe(tiny_recipe, list(overrides))
