@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -116,6 +117,59 @@ print(json.dumps(found))
 )
 
 
+TRAINING = (
+    HIDE
+    + """
+hide("otdrg")
+import json, os, signal
+import torch
+from transformers import AutoModel, AutoProcessor, Trainer, TrainerCallback, TrainingArguments, logging, set_seed
+
+logging.set_verbosity_error()
+folder, out, images, killed_at = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
+
+def collate(rows):
+    reports, states = [row["report"] for row in rows], [row["states"] for row in rows]
+    return dict(processor(images=[row["images"] for row in rows], report=reports, finding_states=states))
+
+class Kill(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == killed_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+rows = [
+    {"images": [image], "report": f"The lungs are clear {n}.", "states": [n % 4] * 13 + [n % 2]}
+    for n, image in enumerate(images)
+]
+
+def train(name, resume, callbacks):
+    set_seed(0)
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    trained = ("lora_", "image_projector", "label_projector")
+    for weight_name, weight in model.named_parameters():
+        weight.requires_grad_(any(part in weight_name for part in trained))
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    arguments = TrainingArguments(
+        os.path.join(out, name), max_steps=5, per_device_train_batch_size=2, learning_rate=0.01, logging_steps=1,
+        save_strategy="steps", save_steps=2, use_cpu=True, report_to="none", remove_unused_columns=False,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model, arguments, data_collator=collate, train_dataset=rows, callbacks=callbacks)
+    trainer.train(resume_from_checkpoint=resume)
+    changed = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
+    assert changed == {name for name in before if any(part in name for part in trained)}, changed
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+if killed_at >= 0:
+    with open(os.path.join(out, "unbroken.json"), "w") as file:
+        json.dump(train("unbroken", None, []), file)
+    train("killed", None, [Kill()])
+print(json.dumps(train("killed", True, [])))
+"""
+)
+
+
 OWN_ENCODER = (
     HIDE
     + """
@@ -146,11 +200,11 @@ def image(views, tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs a script in a folder of its own with an empty cache; the JSON it prints last."""
+    """Runs a script in a folder of its own with an empty cache; the JSON it prints last, None if it is killed."""
 
-    def run(script, *arguments):
+    def run(script, *arguments, killed=False):
         elsewhere, cache = tmp_path / "elsewhere", tmp_path / "cache"
-        elsewhere.mkdir(), cache.mkdir()
+        elsewhere.mkdir(exist_ok=True), cache.mkdir(exist_ok=True)
         (elsewhere / "script.py").write_text(script)
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTHON"))}
         environment |= {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
@@ -162,8 +216,8 @@ def run(tmp_path):
             text=True,
             timeout=120,
         )
-        assert done.returncode == 0, done.stderr[-4000:]
-        return json.loads(done.stdout.splitlines()[-1])
+        assert done.returncode == (-signal.SIGKILL if killed else 0), done.stderr[-4000:]
+        return None if killed else json.loads(done.stdout.splitlines()[-1])
 
     return run
 
@@ -234,6 +288,27 @@ def test_a_merged_model_needs_no_peft(build_model, image, run, tmp_path):
     assert found["adapted"] == "OTDRGConfig.lora is set: LoRA needs peft (pip install peft)"
 
 
+def test_training_with_the_stock_trainer_is_killed_and_goes_on(build_model, views, run, tmp_path):
+    model, processor = build_model(
+        lora={**LORA, "lora_dropout": 0.1}, text_config={"hidden_size": 32, "attention_dropout": 0.1}
+    )
+    folder, images = tmp_path / "model", []
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    for number, view in enumerate(views):
+        images.append(str(tmp_path / f"{number}.png"))
+        Image.fromarray(view).save(images[-1])
+    run(TRAINING, folder, tmp_path, json.dumps(images), 3, killed=True)
+    assert (tmp_path / "killed" / "checkpoint-2").is_dir() and not (tmp_path / "killed" / "checkpoint-4").exists()
+    resumed = run(TRAINING, folder, tmp_path, json.dumps(images), -1)
+    unbroken = json.loads((tmp_path / "unbroken.json").read_text())
+    assert resumed == pytest.approx(unbroken, abs=1e-5) and len(resumed) == 5
+
+
+def test_the_processor_is_one_of_transformers(processor):
+    assert isinstance(processor, ProcessorMixin)
+
+
 def test_a_predictor_with_its_own_encoder_loads_with_its_adapters(build_model, image, run, tmp_path):
     vision_lora = {**LORA, "target_modules": ["qkv"]}
     model, processor = lora_model(build_model, predictor_encoder="own", vision_lora=vision_lora)
@@ -247,7 +322,3 @@ def test_a_predictor_with_its_own_encoder_loads_with_its_adapters(build_model, i
     assert found["logits"] == pytest.approx(output.logits.double().sum().item(), abs=1e-3)
     written = model.generate(**inputs, **FEW)[0, inputs["input_ids"].shape[1] :]
     assert found["written"] == processor.decode(written, skip_special_tokens=True).strip()
-
-
-def test_the_processor_is_one_of_transformers(processor):
-    assert isinstance(processor, ProcessorMixin)

@@ -81,7 +81,12 @@ def draw_curves(log_history: list[dict[str, Any]], path: Path, title: str) -> li
         return []
     columns = min(_COLUMNS, len(names))
     rows = -(-len(names) // columns)
-    figure = Figure(figsize=(3.4 * columns, 2.3 * rows + 0.7), layout="constrained")
+    width, height = 3.4 * columns, 2.3 * rows + 0.6
+    figure = Figure(figsize=(width, height))
+    # Set by hand, in inches: a layout that is solved for takes as long as all the rest.
+    figure.subplots_adjust(
+        left=0.6 / width, right=1 - 0.15 / width, top=1 - 0.75 / height, bottom=0.5 / height, wspace=0.26, hspace=0.45
+    )
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     shown: dict[str, Any] = {}
     for panel, name in zip(panels, names, strict=False):
@@ -102,11 +107,12 @@ def draw_curves(log_history: list[dict[str, Any]], path: Path, title: str) -> li
         panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         panel.ticklabel_format(axis="y", scilimits=(-3, 4), useOffset=False)
         panel.yaxis.get_offset_text().set_fontsize(7)
+        panel.set_xlim(0, max(1, log_history[-1]["step"]))
     for panel in panels[len(names) :]:
         panel.set_visible(False)
     for panel in panels[max(0, len(names) - columns) : len(names)]:
         panel.set_xlabel("step", fontsize=8)
-    figure.suptitle(title, fontsize=11, x=0.01, horizontalalignment="left")
+    figure.text(0.15 / width, 1 - 0.15 / height, title, fontsize=12, verticalalignment="top")
     figure.legend(shown.values(), shown.keys(), loc="upper right", ncols=2, frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)
     return names
@@ -128,11 +134,11 @@ def _series(log_history: list[dict[str, Any]], of_validation: bool) -> dict[str,
 
 
 def _rank(name: str, is_trained_on: bool) -> tuple[int, str]:
-    if name == "loss":
-        return 0, name
-    if name.endswith("_loss"):
-        return 1, name
-    return (3, name) if is_trained_on else (2, name)
+    if name == "loss" or name.endswith("_loss"):
+        return (0 if name == "loss" else 1), name
+    if not is_trained_on:
+        return 2, name
+    return (4 if name in ("grad_norm", "learning_rate") else 3), name
 
 
 def _running_mean(values: list[float]) -> np.ndarray:

@@ -116,7 +116,11 @@ def data_changes(before: dict[str, Any], recipe: Recipe) -> Changes:
 
 def format_changes(changes: Changes) -> str:
     """Changes in a line: "model.preset='small' then, 'tiny' now"."""
-    return "; ".join(f"{name}={old!r} then, {new!r} now" for name, (old, new) in sorted(changes.items()))
+
+    def told(value: Any) -> str:
+        return "unset" if value is None else repr(value)
+
+    return "; ".join(f"{name}={told(old)} then, {told(new)} now" for name, (old, new) in sorted(changes.items()))
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -160,8 +160,8 @@ def fingerprint(studies: StudySplits) -> dict[str, dict[str, Any]]:
     found = {}
     for split, rows in studies.items():
         text = hashlib.blake2b(digest_size=16)
-        for study, report, states in zip(rows["id"], rows["report"], rows["finding_states"], strict=True):
-            text.update(json.dumps([study, report, states], ensure_ascii=False).encode())
+        for row in _text(rows):
+            text.update(json.dumps(row, ensure_ascii=False).encode())
         found[split] = {"studies": len(rows), "text": text.hexdigest()}
         if isinstance(rows, StreamedStudies):
             found[split]["shards"] = _digest([path.name, path.stat().st_size] for path in rows.shards)
@@ -186,6 +186,16 @@ def _digest(items) -> str:
     for item in items:
         digest.update(json.dumps(item).encode())
     return digest.hexdigest()
+
+
+def _text(rows: Dataset | StreamedStudies) -> Iterator[tuple]:
+    """Id, report and finding states of each study."""
+    names = ("id", "report", "finding_states")
+    if isinstance(rows, StreamedStudies):
+        yield from zip(*(rows[name] for name in names), strict=True)
+        return
+    for table in rows.select_columns(list(names)).with_format("arrow").iter(batch_size=1000):
+        yield from zip(*(table.column(name).to_pylist() for name in names), strict=True)
 
 
 def _view_sizes(rows: Dataset) -> Iterator[list[int]]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..modeling_otdrg import OTDRGForReportGeneration
@@ -22,6 +22,7 @@ from .checkpoints import last_checkpoint
 from .distributed import check_wrapper, device_arguments, fill, has_accelerator, is_sharded, weightless_copy
 from .history import HistoryCallback
 from .recipe import StageRecipe
+from .resumption import ResumableTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +46,8 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
         return super().__iter__()
 
 
-class StageTrainer(Trainer):
-    """A `Trainer` whose log lines hold the losses' figures and whose checkpoints resume any encoder.
+class StageTrainer(ResumableTrainer):
+    """A Trainer whose log lines hold the losses' figures and whose checkpoints resume any encoder.
 
     Args:
         model: OTDRG, or what wraps it and has a `save_pretrained` of its own.
@@ -226,13 +227,6 @@ class StageTrainer(Trainer):
         self.model.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
         self.processor.save_pretrained(output_dir)
         torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
-
-    def _run_epoch(self, *args, **kwargs):
-        # Cut off between its last checkpoint and its end, a run would be trained a step too far when it is resumed.
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
 
     def _llm_is_quantized(self) -> bool:
         """Whether the LLM is quantised: its weights are those the stage began with, and no checkpoint repeats them."""
