@@ -1,4 +1,7 @@
-"""Recipes: a training run as a YAML file, checked field by field, with overrides from the command line."""
+"""Recipes: a training run as a YAML file, checked field by field, with overrides from the command line.
+
+Long, because every option of training is declared, documented and checked here.
+"""
 
 from __future__ import annotations
 
