@@ -80,9 +80,10 @@ def comparison_table(comparison: Mapping[str, Comparison]) -> str:
     return _markdown(header, rows)
 
 
-#: How the measures and chance levels of `localisation_scores` are written.
+#: How the measures, chance levels and verdicts of `localisation_scores` are written.
 _MAP_NAMES = dict(zip(MAP_MEASURES, ("pointing game", "soft IoU"), strict=True))
 _CHANCE_NAMES = dict(zip(CHANCES, ("a uniform map", "other studies' maps"), strict=True))
+_VERDICTS = {"above": "better than", "at": "no better than", "below": "worse than"}
 
 
 def localisation_table(scores: Mapping[str, Any]) -> str:
@@ -109,9 +110,9 @@ def localisation_verdicts(scores: Mapping[str, Any]) -> list[str]:
     told = []
     for measure, name in _MAP_NAMES.items():
         score = macro[measure]
-        levels = "; ".join(
-            f"{score[chance]['verdict']} {shown}, {_number(score[chance]['level'])} "
-            f"(difference {score[chance]['difference']:+.3f}, {_bounds(score[chance])})"
+        levels = " and ".join(
+            f"{_VERDICTS[score[chance]['verdict']]} {shown} ({_number(score[chance]['level'])}; "
+            f"difference {score[chance]['difference']:+.3f}, {_bounds(score[chance])})"
             for chance, shown in _CHANCE_NAMES.items()
         )
         words = {"yes": "beats chance", "no": "does not beat chance", "no, below it": "is below chance"}
