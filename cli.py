@@ -33,6 +33,8 @@ _ROOMS = {
     "prepare": ("studies.command", "make a dataset of studies from radiographs and reports"),
     "label": ("labelers.command", "read the states of 14 findings out of reports"),
     "score": ("metrics.command", "score the reports of any system, and test two systems against each other"),
+    "localise": ("training.localisation_command", "judge a model's heatmaps on phantoms, beside chance"),
+    "embed": ("training.embedding_command", "picture image features before and after alignment, by finding"),
     "ablate": ("training.ablation_command", "train the paper's ablations of a recipe and table them"),
 }
 
@@ -113,20 +115,10 @@ def load_pipeline(model: str):
     Raises:
         ValueError: it is a folder without a model.
     """
-    from transformers.utils.logging import disable_progress_bar
+    from .pipeline_otdrg import ReportGenerationPipeline
+    from .training.published import load_published
 
-    from . import OTDRGForReportGeneration, OTDRGProcessor, ReportGenerationPipeline
-
-    disable_progress_bar()
-    path = Path(model)
-    if path.is_dir():
-        path = next((folder for folder in (path / "model", path) if (folder / "config.json").is_file()), None)
-        if path is None:
-            raise ValueError(
-                f"{model}: no config.json here or in its folder 'model', expected a trained run or a model"
-            )
-    network = OTDRGForReportGeneration.from_pretrained(path).eval()
-    processor = OTDRGProcessor.from_pretrained(path)
+    network, processor = load_published(model)
     return ReportGenerationPipeline(model=network, processor=processor, task="image-to-text")
 
 

@@ -1,4 +1,4 @@
-"""Metrics of generated reports: fluency, clinical efficacy, baselines, significance. Names are imported when used."""
+"""Metrics of generated reports: fluency, clinical efficacy, baselines, significance, localisation; names on demand."""
 
 from ..lazy import lazy_names
 
@@ -20,6 +20,10 @@ _HOMES = {
     "paired_bootstrap": "significance",
     "paired_permutation": "significance",
     "compare_systems": "significance",
+    "pointing_game": "localisation",
+    "soft_iou": "localisation",
+    "judge_maps": "localisation",
+    "localisation_scores": "localisation",
 }
 
 __all__ = list(_HOMES)

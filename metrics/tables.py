@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from ..findings_otdrg import FINDING_DISPLAY_NAMES
 from .clinical_efficacy.clinical_efficacy import AVERAGES, LABEL_SETS, MEASURES, UNCERTAIN_POLICIES
+from .localisation import CHANCES, MINIMUM_STUDIES
+from .localisation import MEASURES as MAP_MEASURES
 from .nlg.nlg import NLG_METRICS
 from .significance import Comparison, Interval
 
@@ -77,6 +80,77 @@ def comparison_table(comparison: Mapping[str, Comparison]) -> str:
     return _markdown(header, rows)
 
 
+#: How the measures, chance levels and verdicts of `localisation_scores` are written.
+_MAP_NAMES = dict(zip(MAP_MEASURES, ("pointing game", "soft IoU"), strict=True))
+_CHANCE_NAMES = dict(zip(CHANCES, ("a uniform map", "other studies' maps"), strict=True))
+_VERDICTS = {"above": "better than", "at": "no better than", "below": "worse than"}
+
+
+def localisation_table(scores: Mapping[str, Any]) -> str:
+    """A row a finding, and one for all: both measures, their intervals, what chance gives, and whether it is beaten."""
+    header = ["finding", "studies", "a uniform map"]
+    for name in _MAP_NAMES.values():
+        header += [name, "95 % interval", "other studies' maps", "beats chance"]
+    rows = [
+        _localisation_row(FINDING_DISPLAY_NAMES[finding], str(row["studies"]), row)
+        for finding, row in scores["findings"].items()
+    ]
+    macro = scores["macro"]
+    if macro is not None:
+        name = f"macro, {macro['findings']} findings"
+        rows.append(_localisation_row(name, str(macro["studies"]), macro))
+    return _markdown(header, rows)
+
+
+def localisation_verdicts(scores: Mapping[str, Any]) -> list[str]:
+    """Whether maps beat chance in all, in words: a sentence for each measure, and one on single findings."""
+    macro = scores["macro"]
+    if macro is None:
+        return [f"Too few studies to tell whether the maps beat chance: no finding has {MINIMUM_STUDIES} of them."]
+    told = []
+    for measure, name in _MAP_NAMES.items():
+        score = macro[measure]
+        levels = " and ".join(
+            f"{_VERDICTS[score[chance]['verdict']]} {shown} ({_number(score[chance]['level'])}; "
+            f"difference {score[chance]['difference']:+.3f}, {_bounds(score[chance])})"
+            for chance, shown in _CHANCE_NAMES.items()
+        )
+        words = {"yes": "beats chance", "no": "does not beat chance", "no, below it": "is below chance"}
+        beats = words.get(_beats(score), "beats one of two chance levels")
+        told.append(f"In all, the {name} {beats}: {score['value']:.3f}, {levels}.")
+    findings = [row for row in scores["findings"].values() if row["studies"] >= MINIMUM_STUDIES]
+    beaten = {name: sum(_beats(row[measure]) == "yes" for row in findings) for measure, name in _MAP_NAMES.items()}
+    told.append(
+        f"Of {len(findings)} findings with at least {MINIMUM_STUDIES} studies "
+        + " and ".join(f"{count} beat both chance levels in the {name}" for name, count in beaten.items())
+        + "; of intervals at 95 %, one in forty lies above chance by luck."
+    )
+    return told
+
+
+def _localisation_row(name: str, studies: str, row: Mapping[str, Any]) -> list[str]:
+    cells = [name, studies, _number(row[MAP_MEASURES[0]]["uniform"]["level"])]
+    for measure in MAP_MEASURES:
+        score = row[measure]
+        cells += [_number(score["value"]), _bounds(score), _number(score["others"]["level"]), _beats(score)]
+    return cells
+
+
+def _beats(score: Mapping[str, Any]) -> str:
+    above = [_CHANCE_NAMES[chance] for chance in CHANCES if score[chance]["verdict"] == "above"]
+    if any(score[chance]["verdict"] is None for chance in CHANCES):
+        return "too few studies"
+    if len(above) == len(CHANCES):
+        return "yes"
+    if all(score[chance]["verdict"] == "below" for chance in CHANCES):
+        return "no, below it"
+    return f"only {above[0]}" if above else "no"
+
+
+def _bounds(score: Mapping[str, float | None]) -> str:
+    return "–" if score["low"] is None else f"{score['low']:.3f} to {score['high']:.3f}"
+
+
 def _clinical_name(average: str, labels: str, policy: str) -> str:
     return f"{average}, {labels} findings, {policy.replace('_', ' as ')}"
 
@@ -94,4 +168,12 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-__all__ = ["NLG_NAMES", "clinical_table", "comparison_table", "finding_table", "nlg_table"]
+__all__ = [
+    "NLG_NAMES",
+    "clinical_table",
+    "comparison_table",
+    "finding_table",
+    "localisation_table",
+    "localisation_verdicts",
+    "nlg_table",
+]

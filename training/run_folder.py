@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -88,6 +88,21 @@ class RunRecord:
     def _write(self) -> None:
         if self.is_main_process:
             write_json(self.path, {"sittings": [*self.earlier, self.sitting]})
+
+
+def new_results(folder: Path, name: str, suffixes: Sequence[str], overwrite: bool) -> dict[str, Path]:
+    """Where a command's results go in a folder, which is made: paths by suffix.
+
+    Raises:
+        ValueError: one is there already and is not to be overwritten.
+        OSError: the folder cannot be made.
+    """
+    paths = {suffix: folder / f"{name}{suffix}" for suffix in suffixes}
+    for path in paths.values():
+        if path.exists() and not overwrite:
+            raise ValueError(f"{path} exists: --overwrite replaces it")
+    folder.mkdir(parents=True, exist_ok=True)
+    return paths
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -215,4 +230,4 @@ def _view_sizes(rows: Dataset) -> Iterator[list[int]]:
                 start += count
 
 
-__all__ = ["RUN", "RunRecord", "differing_splits", "fingerprint", "write_json"]
+__all__ = ["RUN", "RunRecord", "differing_splits", "fingerprint", "new_results", "write_json"]
