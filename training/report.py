@@ -21,7 +21,8 @@ from ..processing_otdrg import OTDRGProcessor
 from .build import StudySplits, attach_lora, set_trained_parts
 from .callbacks import SinkhornLossCallback
 from .collation import ReportCollator
-from .evaluation import evaluate_model, format_table, write_predictions
+from .evaluation import evaluate_model
+from .evaluation_report import format_table, write_predictions
 from .features import CachedStudies, cache_features, encoder_is_frozen
 from .predictor import logit_adjustment
 from .recipe import Recipe, ReportRecipe
@@ -174,7 +175,6 @@ class Validation:
             self.model,
             self.processor,
             rows,
-            training_reports=(),
             batch_size=stage.eval_batch_size or stage.batch_size,
             generation={**asdict(stage.generation), "num_beams": stage.selection.num_beams},
             controls=(),
@@ -229,16 +229,18 @@ def evaluate(
         raise ValueError(
             f"report.evaluation.split={wanted.split!r}: the studies have {', '.join(studies)}; or none, for no table"
         )
-    rows = studies[wanted.split]
+    rows, training = studies[wanted.split], studies["train"]
     rows = rows.select(range(min(wanted.limit or len(rows), len(rows))))
     batch_size = recipe.report.eval_batch_size or recipe.report.batch_size
     if recipe.report.cache_features and encoder_is_frozen(model):
         rows = cache_features(model, processor, rows, recipe.features_folder, batch_size)
+        if "retrieval" in wanted.controls:
+            training = cache_features(model, processor, training, recipe.features_folder, batch_size)
     evaluation = evaluate_model(
         model,
         processor,
         rows,
-        training_reports=studies["train"]["report"],
+        training=training,
         batch_size=batch_size,
         generation=asdict(recipe.report.generation),
         controls=wanted.controls,
