@@ -33,6 +33,7 @@ _ROOMS = {
     "prepare": ("studies.command", "make a dataset of studies from radiographs and reports"),
     "label": ("labelers.command", "read the states of 14 findings out of reports"),
     "score": ("metrics.command", "score the reports of any system, and test two systems against each other"),
+    "evaluate": ("training.evaluation_command", "score a model's reports beside baselines and controls"),
     "ablate": ("training.ablation_command", "train the paper's ablations of a recipe and table them"),
 }
 
@@ -76,6 +77,7 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
 
 def _generate(options: argparse.Namespace) -> None:
     from .findings_otdrg import parse_findings
+    from .loading import load_pipeline
     from .processing_otdrg import read_view
 
     findings = {}
@@ -105,29 +107,6 @@ def _generate(options: argparse.Namespace) -> None:
             print(json.dumps({"study": study, **record}, ensure_ascii=False))
         else:
             _print_record(study, record)
-
-
-def load_pipeline(model: str):
-    """The `image-to-text` pipeline of a run's folder, a model's folder or a Hub id.
-
-    Raises:
-        ValueError: it is a folder without a model.
-    """
-    from transformers.utils.logging import disable_progress_bar
-
-    from . import OTDRGForReportGeneration, OTDRGProcessor, ReportGenerationPipeline
-
-    disable_progress_bar()
-    path = Path(model)
-    if path.is_dir():
-        path = next((folder for folder in (path / "model", path) if (folder / "config.json").is_file()), None)
-        if path is None:
-            raise ValueError(
-                f"{model}: no config.json here or in its folder 'model', expected a trained run or a model"
-            )
-    network = OTDRGForReportGeneration.from_pretrained(path).eval()
-    processor = OTDRGProcessor.from_pretrained(path)
-    return ReportGenerationPipeline(model=network, processor=processor, task="image-to-text")
 
 
 def _draw(folder: Path, position: int, study: list[str], heatmaps, findings, pipe) -> Path:

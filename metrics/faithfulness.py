@@ -1,8 +1,8 @@
 """Does a report say what the model was told: the states it was written from, against those a labeler reads in it.
 
-Only states that are mentioned count, positive, negative and unclear, of the 13 findings without No Finding, which
-follows from the others. A model that leaves everything out is told of most findings that they are unmentioned, and would
-be right about these.
+Only states that are mentioned count, positive, negative and unclear: of most findings a model is told that they are
+unmentioned, and one that leaves everything out would be right about these. No Finding, which follows from the others,
+does not count.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from ..findings_otdrg import FINDING_DISPLAY_NAMES
 from .clinical_efficacy.clinical_efficacy import AVERAGES, LABEL_SETS, MEASURES, UNCERTAIN_POLICIES
 from .nlg.nlg import NLG_METRICS
-from .significance import Comparison, Interval
+from .significance import Comparison, Interval, PairedDifference
 
 #: How the scores of `nlg_scores` are written.
 NLG_NAMES = dict(zip(NLG_METRICS, ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr"), strict=True))
@@ -15,8 +15,10 @@ NLG_NAMES = dict(zip(NLG_METRICS, ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METE
 
 def nlg_table(scores: Mapping[str, float | None], intervals: Mapping[str, Interval]) -> str:
     """A row a metric: its score and interval; a dash where there is none."""
-    rows = [[NLG_NAMES[name], _number(value), _interval(intervals.get(name))] for name, value in scores.items()]
-    return _markdown(["fluency", "score", "95 % interval"], rows)
+    rows = [
+        [NLG_NAMES[name], shown_number(value), shown_interval(intervals.get(name))] for name, value in scores.items()
+    ]
+    return markdown_table(["fluency", "score", "95 % interval"], rows)
 
 
 def clinical_table(scores: Mapping[str, float | int], intervals: Mapping[str, Interval]) -> str:
@@ -29,13 +31,13 @@ def clinical_table(scores: Mapping[str, float | int], intervals: Mapping[str, In
                 rows.append(
                     [
                         _clinical_name(average, labels, policy),
-                        *(_number(scores[name]) for name in names),
-                        _interval(intervals.get(names[-1])),
+                        *(shown_number(scores[name]) for name in names),
+                        shown_interval(intervals.get(names[-1])),
                         str(scores[f"findings_with_positives_{labels}_{policy}"]),
                     ]
                 )
     header = ["clinical efficacy", *MEASURES[:2], "F1", "95 % interval of F1", "findings that occur"]
-    return _markdown(header, rows)
+    return markdown_table(header, rows)
 
 
 def finding_table(findings: Mapping[str, Mapping[str, float]]) -> str:
@@ -44,13 +46,13 @@ def finding_table(findings: Mapping[str, Mapping[str, float]]) -> str:
     rows = [
         [
             FINDING_DISPLAY_NAMES[name],
-            *(_number(row[measure]) for measure in MEASURES),
+            *(shown_number(row[measure]) for measure in MEASURES),
             *(str(row[count]) for count in counts),
         ]
         for name, row in findings.items()
     ]
     header = ["finding, uncertain as negative", *MEASURES[:2], "F1", *(count.replace("_", " ") for count in counts)]
-    return _markdown(header, rows)
+    return markdown_table(header, rows)
 
 
 def comparison_table(comparison: Mapping[str, Comparison]) -> str:
@@ -64,34 +66,46 @@ def comparison_table(comparison: Mapping[str, Comparison]) -> str:
     rows = [
         [
             shown,
-            *(_number(value) for value in comparison[name][:2]),
+            *(shown_number(value) for value in comparison[name][:2]),
             f"{comparison[name].difference:+.3f}",
-            _interval(comparison[name]),
-            _number(comparison[name].p_bootstrap),
-            _number(comparison[name].p_permutation),
+            shown_interval(comparison[name]),
+            shown_number(comparison[name].p_bootstrap),
+            shown_number(comparison[name].p_permutation),
         ]
         for name, shown in {**NLG_NAMES, **f1}.items()
         if name in comparison
     ]
     header = ["", "score", "against", "difference", "95 % interval", "p, bootstrap", "p, permutation"]
-    return _markdown(header, rows)
+    return markdown_table(header, rows)
 
 
 def _clinical_name(average: str, labels: str, policy: str) -> str:
     return f"{average}, {labels} findings, {policy.replace('_', ' as ')}"
 
 
-def _number(value: float | None) -> str:
+def shown_number(value: float | None) -> str:
+    """A score; a dash where there is none."""
     return "–" if value is None else f"{value:.3f}"
 
 
-def _interval(interval: Interval | Comparison | None) -> str:
+def shown_interval(interval: Interval | PairedDifference | Comparison | None) -> str:
+    """ "low to high"; a dash where there is none."""
     return "–" if interval is None else f"{interval.low:.3f} to {interval.high:.3f}"
 
 
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """Rows of cells below a header."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-__all__ = ["NLG_NAMES", "clinical_table", "comparison_table", "finding_table", "nlg_table"]
+__all__ = [
+    "NLG_NAMES",
+    "clinical_table",
+    "comparison_table",
+    "finding_table",
+    "markdown_table",
+    "nlg_table",
+    "shown_interval",
+    "shown_number",
+]

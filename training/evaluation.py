@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets import Dataset
 
-from ..labelers.as_typed import labeler_of
+from ..findings_otdrg import UNMENTIONED
+from ..labelers.as_typed import label_quietly, labeler_of
 from ..metrics import (
     LABEL_SETS,
     NLG_METRICS,
@@ -22,6 +23,7 @@ from ..metrics import (
     score_reports,
 )
 from ..metrics.clinical_efficacy.clinical_efficacy import AVERAGES
+from ..metrics.faithfulness import flip_states
 from ..metrics.retrieval import NEIGHBOURS
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
@@ -41,7 +43,7 @@ ROWS: dict[str, str] = {
     "true_states": "true states given",
 }
 
-#: What can stand beside the model's own row; `retrieval` is two rows.
+#: What can stand beside the model's own row; `retrieval` is two rows. Beside these there is `flipped`, which is none.
 CONTROLS: tuple[str, ...] = ("shuffled", "retrieval", "constant", "true_states")
 
 #: Every F1 of `clinical_efficacy_scores`.
@@ -70,6 +72,20 @@ class Row(NamedTuple):
         return {**found.nlg, "notes": found.notes, **found.clinical_efficacy, "per_finding": found.per_finding}
 
 
+class Steered(NamedTuple):
+    """What the model wrote from states that were given to it.
+
+    Args:
+        row: its reports.
+        told: (N, 14) the states.
+        within: (N, 14) true where they are other than the true ones on purpose; None where they are not.
+    """
+
+    row: Row
+    told: np.ndarray
+    within: np.ndarray | None = None
+
+
 @dataclass
 class Evaluation:
     """What [`evaluate_model`] found on N studies.
@@ -82,6 +98,7 @@ class Evaluation:
         labeler: name of the labeler behind the clinical scores.
         rows: by their keys in `ROWS`; the constant's is not among them.
         constants: by column, the row of its own best constant.
+        steered: reports from states that were given, "true_states" and "flipped", as far as they were asked for.
         notes: why something is not there.
     """
 
@@ -92,6 +109,7 @@ class Evaluation:
     labeler: str
     rows: dict[str, Row]
     constants: dict[str, Row] = field(default_factory=dict)
+    steered: dict[str, Steered] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def scores(self) -> dict[str, Any]:
@@ -120,17 +138,17 @@ class _Scorer:
 
     def __init__(self, reader, references: list[str], compared: list[str], metrics: Sequence[str]):
         self.reader = reader
-        self.true_states = reader.label(references)
+        self.true_states = label_quietly(reader, references)
         self.compared = compared
         self.metrics = metrics
 
     def __call__(self, reports: list[str]) -> Row:
-        return self._row(reports, self.reader.label(reports))
+        return self._row(reports, label_quietly(self.reader, reports))
 
     def constant(self, report: str) -> Row:
         """The row of one report that is written for every study."""
         count = len(self.compared)
-        return self._row([report] * count, np.tile(self.reader.label([report]), (count, 1)))
+        return self._row([report] * count, np.tile(label_quietly(self.reader, [report]), (count, 1)))
 
     def _row(self, reports: list[str], states: np.ndarray) -> Row:
         return Row(
@@ -162,7 +180,8 @@ def evaluate_model(
     nearest, and the one that the nearest 30 agree on most ([`retrieve_reports`]). `constant` is, in each column, the
     report that scores best on training when it is written for every study: one of the 60 most frequent or, what F1
     rewards, one that has every finding positive; METEOR, too slow to choose by, has the best of the other columns'.
-    `true_states` is the model given the true states: the ceiling of a better predictor.
+    `true_states` is the model given the true states: the ceiling of a better predictor. `flipped` gives it these with
+    one finding of each study flipped ([`flip_states`]); that is no row, but what steerability is measured on.
 
     Args:
         model, processor: as published.
@@ -171,10 +190,10 @@ def evaluate_model(
         training: the training studies, cleaned likewise; needed for `constant` and `retrieval`.
         batch_size: studies a batch.
         generation: arguments of `generate`.
-        controls: of `CONTROLS`, which rows stand beside the model's.
+        controls: of `CONTROLS` and `flipped`, what stands beside the model's row.
         labeler: reads the states out of generated and true reports.
         metrics: of `otdrg.metrics.nlg_scores`.
-        seed: of the shuffling and the constants' draw.
+        seed: of the shuffling, the flips and the constants' draw.
         indication: whether the studies' `indication` goes into the prompt; shuffled images leave it where it is.
         labeler_options: the labeler's own.
         references: N texts that fluency is scored against, where it is not the studies' reports.
@@ -230,20 +249,31 @@ def evaluate_model(
             evaluation.notes.append(f"the consensus is of {retrieved.neighbours} neighbours: training has no more")
     if "constant" in controls:
         evaluation.constants = _constants(scored, training["report"], seed)
-    if "true_states" in controls:
-        known = [states for states in studies["finding_states"] if states is not None]
-        if not model.config.dle:
-            evaluation.notes.append("the model is not told of findings (dle is off), so true states change nothing")
-        elif len(known) < len(studies):
-            evaluation.notes.append(f"true states are known of {len(known)} of {len(studies)} studies only")
-        else:
-            evaluation.rows["true_states"] = scored(generated("true_states", studies, np.array(known)).reports)
+    given = [name for name in ("true_states", "flipped") if name in controls]
+    known = [states for states in studies["finding_states"] if states is not None] if given else []
+    if given and not model.config.dle:
+        evaluation.notes.append("the model is not told of findings (dle is off), so true states change nothing")
+    elif given and len(known) < len(studies):
+        evaluation.notes.append(f"true states are known of {len(known)} of {len(studies)} studies only")
+    else:
+        for name in given:
+            told, within = flip_states(np.array(known), seed) if name == "flipped" else (np.array(known), None)
+            row = scored(generated(name, studies, told).reports)
+            evaluation.steered[name] = Steered(row, told, within)
+            if name in ROWS:
+                evaluation.rows[name] = row
+    read = {"true reports": evaluation.true_states}
+    read.update({f"reports, {ROWS[name]}": row.finding_states for name, row in evaluation.rows.items()})
+    for name, states in read.items():
+        blank = int((states == UNMENTIONED).all(axis=1).sum())
+        if blank:
+            evaluation.notes.append(f"the labeler reads no state in {blank} of {len(states)} {name}")
     return evaluation
 
 
 def _constants(scored: _Scorer, training_reports: Sequence[str], seed: int) -> dict[str, Row]:
     """By column, the row of its own best constant, chosen on training."""
-    states = scored.reader.label(list(training_reports))
+    states = label_quietly(scored.reader, list(training_reports))
     candidates = [*frequent_reports(training_reports, 60), all_positive_report(training_reports, states)]
     candidates = [report for report in candidates if report]
     columns = [column for column in (*NLG_METRICS, *F1_COLUMNS) if column in scored.metrics or column in F1_COLUMNS]

@@ -9,9 +9,7 @@ from otdrg.findings_otdrg import FINDINGS, NEGATIVE, POSITIVE, UNCLEAR, UNMENTIO
 from otdrg.metrics.faithfulness import Cell, Contradiction, contradictions, faithfulness, flip_states
 from sklearn.metrics import recall_score
 
-EDEMA, FRACTURE, DEVICES, NO_FINDING = map(
-    FINDINGS.index, ("edema", "fracture", "support_devices", "no_finding")
-)
+EDEMA, FRACTURE, DEVICES, NO_FINDING = map(FINDINGS.index, ("edema", "fracture", "support_devices", "no_finding"))
 STATES = arrays(np.int64, st.tuples(st.integers(1, 30), st.just(14)), elements=st.integers(0, 3))
 
 
