@@ -33,6 +33,7 @@ _ROOMS = {
     "prepare": ("studies.command", "make a dataset of studies from radiographs and reports"),
     "label": ("labelers.command", "read the states of 14 findings out of reports"),
     "score": ("metrics.command", "score the reports of any system, and test two systems against each other"),
+    "evaluate": ("training.evaluation_command", "score a model's reports beside baselines and controls"),
     "localise": ("training.localisation_command", "judge a model's heatmaps on phantoms, beside chance"),
     "embed": ("training.embedding_command", "picture image features before and after alignment, by finding"),
     "ablate": ("training.ablation_command", "train the paper's ablations of a recipe and table them"),

@@ -14,6 +14,8 @@ _HOMES = {
     "frequent_reports": "baselines",
     "ReportScores": "scoring",
     "score_reports": "scoring",
+    "Interval": "significance",
+    "PairedDifference": "significance",
     "StudyStatistics": "significance",
     "study_statistics": "significance",
     "bootstrap_intervals": "significance",

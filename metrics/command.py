@@ -14,7 +14,7 @@ from ..findings_otdrg import FINDING_STATES, FINDINGS, UNMENTIONED
 from ..labelers import LABELERS
 from ..labelers.as_typed import label_quietly, labeler_of, listed, parse_options
 from ..studies.cleaning import CLEANING_STYLES, clean_report
-from .protocols import PROTOCOLS, R2GENGPT_TOKENS, truncate_to_tokens
+from .protocols import add_protocol_arguments, reference_tokens, truncate_to_tokens
 from .report_files import join_reports
 
 if TYPE_CHECKING:
@@ -57,13 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
     )
     text = parser.add_argument_group("text")
     text.add_argument("--cleaning", choices=CLEANING_STYLES, default="none", help="of all reports (default: none)")
-    text.add_argument(
-        "--protocol", choices=PROTOCOLS, default="full", help="r2gengpt truncates the true reports (default: full)"
-    )
-    text.add_argument("--tokenizer", metavar="NAME", help="for r2gengpt: Hub id or folder")
-    text.add_argument(
-        "--reference-tokens", type=int, metavar="N", help="for r2gengpt (default: 60 for r2gen_iu, 100 for r2gen_mimic)"
-    )
+    add_protocol_arguments(text)
     scores = parser.add_argument_group("scores")
     scores.add_argument("--metrics", nargs="+", choices=_METRICS, help="some of them only (default: all)")
     scores.add_argument("--labeler", choices=LABELERS, help="reads the states of all reports (default: rules)")
@@ -79,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
 def run(options: argparse.Namespace) -> None:
     """Read, join, score, write and print."""
     metrics, clinical = _chosen_metrics(options)
-    tokens = _reference_tokens(options)
+    tokens = reference_tokens(options, options.cleaning)
     output, table = _outputs(options)
     labeler_options = parse_options(options.option)
     labeler = labeler_of(options.labeler or "rules", labeler_options) if clinical else None
@@ -163,20 +157,6 @@ def _chosen_metrics(options: argparse.Namespace) -> tuple[list[str], bool]:
     if options.seed < 0:
         raise ValueError(f"--seed is {options.seed}: expected 0 or more")
     return [name for name in asked if name != "clinical_efficacy"], clinical
-
-
-def _reference_tokens(options: argparse.Namespace) -> int | None:
-    if options.protocol == "full":
-        for name in ("tokenizer", "reference_tokens"):
-            if getattr(options, name) is not None:
-                raise ValueError(f"--{name.replace('_', '-')} goes with --protocol r2gengpt: leave it out")
-        return None
-    if options.tokenizer is None:
-        raise ValueError("--protocol r2gengpt truncates by a tokenizer: expected --tokenizer, a Hub id or a folder")
-    tokens = options.reference_tokens or R2GENGPT_TOKENS.get(options.cleaning)
-    if tokens is None:
-        raise ValueError("--protocol r2gengpt: expected --reference-tokens, 60 for IU X-Ray or 100 for MIMIC-CXR")
-    return tokens
 
 
 def _outputs(options: argparse.Namespace) -> tuple[Path, Path]:

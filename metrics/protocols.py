@@ -7,12 +7,43 @@ Meta-Radiology 2023) does in evaluation, too: 60 on IU X-Ray, 100 on MIMIC-CXR. 
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
 PROTOCOLS = ("full", "r2gengpt")
 
 #: Tokens of a reference in R2GenGPT's evaluation, by the cleaning that belongs to the data.
 R2GENGPT_TOKENS = {"r2gen_iu": 60, "r2gen_mimic": 100}
+
+
+def add_protocol_arguments(parser) -> None:
+    """The arguments, of a parser or a group of one, that [`reference_tokens`] reads."""
+    parser.add_argument(
+        "--protocol", choices=PROTOCOLS, default="full", help="r2gengpt truncates the true reports (default: full)"
+    )
+    parser.add_argument("--tokenizer", metavar="NAME", help="for r2gengpt: Hub id or folder")
+    parser.add_argument(
+        "--reference-tokens", type=int, metavar="N", help="for r2gengpt (default: 60 for r2gen_iu, 100 for r2gen_mimic)"
+    )
+
+
+def reference_tokens(options: argparse.Namespace, cleaning: str) -> int | None:
+    """To how many tokens true reports are cut, by the arguments that were typed; None under protocol `full`.
+
+    Raises:
+        ValueError: an argument too many or too few.
+    """
+    if options.protocol == "full":
+        for name in ("tokenizer", "reference_tokens"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} goes with --protocol r2gengpt: leave it out")
+        return None
+    if options.tokenizer is None:
+        raise ValueError("--protocol r2gengpt truncates by a tokenizer: expected --tokenizer, a Hub id or a folder")
+    tokens = options.reference_tokens or R2GENGPT_TOKENS.get(cleaning)
+    if tokens is None:
+        raise ValueError("--protocol r2gengpt: expected --reference-tokens, 60 for IU X-Ray or 100 for MIMIC-CXR")
+    return tokens
 
 
 def truncate_to_tokens(texts: Sequence[str], tokenizer: str, tokens: int) -> list[str]:
@@ -46,4 +77,4 @@ def truncate_to_tokens(texts: Sequence[str], tokenizer: str, tokens: int) -> lis
     ]
 
 
-__all__ = ["PROTOCOLS", "R2GENGPT_TOKENS", "truncate_to_tokens"]
+__all__ = ["PROTOCOLS", "R2GENGPT_TOKENS", "add_protocol_arguments", "reference_tokens", "truncate_to_tokens"]

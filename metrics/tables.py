@@ -10,7 +10,7 @@ from .clinical_efficacy.clinical_efficacy import AVERAGES, LABEL_SETS, MEASURES,
 from .localisation import CHANCES, MINIMUM_STUDIES
 from .localisation import MEASURES as MAP_MEASURES
 from .nlg.nlg import NLG_METRICS
-from .significance import Comparison, Interval
+from .significance import Comparison, Interval, PairedDifference
 
 #: How the scores of `nlg_scores` are written.
 NLG_NAMES = dict(zip(NLG_METRICS, ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr"), strict=True))
@@ -18,8 +18,11 @@ NLG_NAMES = dict(zip(NLG_METRICS, ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METE
 
 def nlg_table(scores: Mapping[str, float | None], intervals: Mapping[str, Interval]) -> str:
     """A row a metric: its score and interval; a dash where there is none."""
-    rows = [[NLG_NAMES[name], _number(value), _interval(intervals.get(name))] for name, value in scores.items()]
-    return _markdown(["fluency", "score", "95 % interval"], rows)
+    rows = [
+        [NLG_NAMES[name], shown_number(value), shown_interval(intervals.get(name))]
+        for name, value in scores.items()
+    ]
+    return markdown_table(["fluency", "score", "95 % interval"], rows)
 
 
 def clinical_table(scores: Mapping[str, float | int], intervals: Mapping[str, Interval]) -> str:
@@ -32,13 +35,13 @@ def clinical_table(scores: Mapping[str, float | int], intervals: Mapping[str, In
                 rows.append(
                     [
                         _clinical_name(average, labels, policy),
-                        *(_number(scores[name]) for name in names),
-                        _interval(intervals.get(names[-1])),
+                        *(shown_number(scores[name]) for name in names),
+                        shown_interval(intervals.get(names[-1])),
                         str(scores[f"findings_with_positives_{labels}_{policy}"]),
                     ]
                 )
     header = ["clinical efficacy", *MEASURES[:2], "F1", "95 % interval of F1", "findings that occur"]
-    return _markdown(header, rows)
+    return markdown_table(header, rows)
 
 
 def finding_table(findings: Mapping[str, Mapping[str, float]]) -> str:
@@ -47,13 +50,13 @@ def finding_table(findings: Mapping[str, Mapping[str, float]]) -> str:
     rows = [
         [
             FINDING_DISPLAY_NAMES[name],
-            *(_number(row[measure]) for measure in MEASURES),
+            *(shown_number(row[measure]) for measure in MEASURES),
             *(str(row[count]) for count in counts),
         ]
         for name, row in findings.items()
     ]
     header = ["finding, uncertain as negative", *MEASURES[:2], "F1", *(count.replace("_", " ") for count in counts)]
-    return _markdown(header, rows)
+    return markdown_table(header, rows)
 
 
 def comparison_table(comparison: Mapping[str, Comparison]) -> str:
@@ -67,17 +70,17 @@ def comparison_table(comparison: Mapping[str, Comparison]) -> str:
     rows = [
         [
             shown,
-            *(_number(value) for value in comparison[name][:2]),
+            *(shown_number(value) for value in comparison[name][:2]),
             f"{comparison[name].difference:+.3f}",
-            _interval(comparison[name]),
-            _number(comparison[name].p_bootstrap),
-            _number(comparison[name].p_permutation),
+            shown_interval(comparison[name]),
+            shown_number(comparison[name].p_bootstrap),
+            shown_number(comparison[name].p_permutation),
         ]
         for name, shown in {**NLG_NAMES, **f1}.items()
         if name in comparison
     ]
     header = ["", "score", "against", "difference", "95 % interval", "p, bootstrap", "p, permutation"]
-    return _markdown(header, rows)
+    return markdown_table(header, rows)
 
 
 #: How the measures, chance levels and verdicts of `localisation_scores` are written.
@@ -99,7 +102,7 @@ def localisation_table(scores: Mapping[str, Any]) -> str:
     if macro is not None:
         name = f"macro, {macro['findings']} findings"
         rows.append(_localisation_row(name, str(macro["studies"]), macro))
-    return _markdown(header, rows)
+    return markdown_table(header, rows)
 
 
 def localisation_verdicts(scores: Mapping[str, Any]) -> list[str]:
@@ -111,7 +114,7 @@ def localisation_verdicts(scores: Mapping[str, Any]) -> list[str]:
     for measure, name in _MAP_NAMES.items():
         score = macro[measure]
         levels = " and ".join(
-            f"{_VERDICTS[score[chance]['verdict']]} {shown} ({_number(score[chance]['level'])}; "
+            f"{_VERDICTS[score[chance]['verdict']]} {shown} ({shown_number(score[chance]['level'])}; "
             f"difference {score[chance]['difference']:+.3f}, {_bounds(score[chance])})"
             for chance, shown in _CHANCE_NAMES.items()
         )
@@ -129,10 +132,10 @@ def localisation_verdicts(scores: Mapping[str, Any]) -> list[str]:
 
 
 def _localisation_row(name: str, studies: str, row: Mapping[str, Any]) -> list[str]:
-    cells = [name, studies, _number(row[MAP_MEASURES[0]]["uniform"]["level"])]
+    cells = [name, studies, shown_number(row[MAP_MEASURES[0]]["uniform"]["level"])]
     for measure in MAP_MEASURES:
         score = row[measure]
-        cells += [_number(score["value"]), _bounds(score), _number(score["others"]["level"]), _beats(score)]
+        cells += [shown_number(score["value"]), _bounds(score), shown_number(score["others"]["level"]), _beats(score)]
     return cells
 
 
@@ -155,15 +158,18 @@ def _clinical_name(average: str, labels: str, policy: str) -> str:
     return f"{average}, {labels} findings, {policy.replace('_', ' as ')}"
 
 
-def _number(value: float | None) -> str:
+def shown_number(value: float | None) -> str:
+    """A score; a dash where there is none."""
     return "–" if value is None else f"{value:.3f}"
 
 
-def _interval(interval: Interval | Comparison | None) -> str:
+def shown_interval(interval: Interval | PairedDifference | Comparison | None) -> str:
+    """ "low to high"; a dash where there is none."""
     return "–" if interval is None else f"{interval.low:.3f} to {interval.high:.3f}"
 
 
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """Rows of cells below a header."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -175,5 +181,8 @@ __all__ = [
     "finding_table",
     "localisation_table",
     "localisation_verdicts",
+    "markdown_table",
     "nlg_table",
+    "shown_interval",
+    "shown_number",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TypeVar
 
 import torch
@@ -33,7 +33,9 @@ StudySplits = dict[str, Dataset | StreamedStudies]
 Rows = TypeVar("Rows", Dataset, StreamedStudies, CachedStudies)
 
 
-def build_studies(studies: StudiesRecipe, labels: LabelsRecipe, seed: int = 0) -> StudySplits:
+def build_studies(
+    studies: StudiesRecipe, labels: LabelsRecipe, seed: int = 0, splits: Sequence[str] | None = None
+) -> StudySplits:
     """The recipe's studies by split, as `STUDY_FEATURES` has them, with `report` cleaned and `finding_states` filled.
 
     Studies without a report are left out and counted. States come from the CSV for the studies it names, else from the
@@ -42,16 +44,20 @@ def build_studies(studies: StudiesRecipe, labels: LabelsRecipe, seed: int = 0) -
     Args:
         studies, labels: sections of the recipe.
         seed: of the order of streamed studies.
+        splits: those that are wanted; all there are without it, of which training is one.
 
     Raises:
-        ValueError: no training studies, training studies whose states are not known, or a fault in source or CSV.
+        ValueError: no training studies, or none of a split that is wanted, training studies whose states are not known,
+            or a fault in source or CSV.
     """
     loaded = _streamed(studies, seed) if studies.streaming else _loaded(studies)
     for split in studies.limit:
         if split not in loaded:
             raise ValueError(f"studies.limit names the split {split}, which {studies.source} does not have here")
-    splits = {}
+    found = {}
     for split, rows in loaded.items():
+        if splits is not None and split not in splits:
+            continue
         kept = [position for position, report in enumerate(rows["report"]) if (report or "").strip()]
         if len(kept) < len(rows):
             logger.warning(
@@ -59,10 +65,12 @@ def build_studies(studies: StudiesRecipe, labels: LabelsRecipe, seed: int = 0) -
             )
         kept = kept[: studies.limit.get(split)]
         if kept:
-            splits[split] = rows.select(kept)
-    if "train" not in splits:
-        raise ValueError(f"studies.source={studies.source!r} gives no training study with a report")
-    labelled = _labelled(splits, labels)
+            found[split] = rows.select(kept)
+    for split in ["train"] if splits is None else splits:
+        if split not in found:
+            kind = "training" if split == "train" else split
+            raise ValueError(f"studies.source={studies.source!r} gives no {kind} study with a report")
+    labelled = _labelled(found, labels, {study for rows in loaded.values() for study in rows["id"]})
     for split, rows in labelled.items():
         unknown = sum(states is None for states in rows["finding_states"])
         if unknown and split == "train":
@@ -99,12 +107,13 @@ def with_column(rows: Rows, name: str, values: list) -> Rows:
     return rows.remove_columns(name).add_column(name, values, feature=feature)
 
 
-def _labelled(splits: StudySplits, labels: LabelsRecipe) -> StudySplits:
+def _labelled(splits: StudySplits, labels: LabelsRecipe, ids: Collection[str]) -> StudySplits:
+    """The splits with states; `ids` are those of all there are, of which a CSV has to name some."""
     if labels.csv is None and labels.labeler is None:
         return splits
     from_csv = read_states(labels.csv) if labels.csv is not None else {}
     labeler = load_labeler(labels.labeler, **labels.options) if labels.labeler is not None else None
-    if labels.csv is not None and not any(study in from_csv for rows in splits.values() for study in rows["id"]):
+    if labels.csv is not None and from_csv.keys().isdisjoint(ids):
         raise ValueError(f"labels.csv={labels.csv!r} names none of the studies: expected their ids in its column id")
     labelled = {}
     for split, rows in splits.items():

@@ -74,6 +74,17 @@ def start_processes() -> PartialState:
     return state
 
 
+def process_share(count: int) -> list[int]:
+    """Positions, of `count`, that are this process's to work on.
+
+    As many for each, so that the last ones may be the first once more: processes that share a model's weights out wait
+    for each other at every layer.
+    """
+    state = PartialState()
+    rounds = -(-count // state.num_processes)
+    return [(state.process_index + number * state.num_processes) % count for number in range(rounds)]
+
+
 def wrapper_name(model: nn.Module) -> str | None:
     """What makes the processes one: `DistributedDataParallel`, `FSDP2`, `DeepSpeed ZeRO-3`...; None for one alone."""
     model = getattr(model, "_orig_mod", model)
@@ -172,6 +183,7 @@ __all__ = [
     "has_accelerator",
     "is_sharded",
     "open_methods",
+    "process_share",
     "start_processes",
     "weightless_copy",
     "wrapper_name",

@@ -1,152 +1,89 @@
-"""Evaluation by generation: reports for studies, and the table that sets them beside baselines and controls."""
+"""Evaluation by generation: what a model writes, and the baselines and controls that say what its scores are worth."""
 
 from __future__ import annotations
 
-import csv
-import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from datasets import Dataset
-from torch.utils.data import DataLoader
 
-from ..findings_otdrg import FINDING_STATES, FINDINGS
-from ..labelers import load_labeler
-from ..metrics import all_positive_report, best_constants, clinical_efficacy_scores, frequent_reports, nlg_scores
+from ..findings_otdrg import UNMENTIONED
+from ..labelers.as_typed import label_quietly, labeler_of
+from ..metrics import (
+    LABEL_SETS,
+    NLG_METRICS,
+    UNCERTAIN_POLICIES,
+    ReportScores,
+    all_positive_report,
+    best_constants,
+    frequent_reports,
+    score_reports,
+)
+from ..metrics.clinical_efficacy.clinical_efficacy import AVERAGES
+from ..metrics.faithfulness import flip_states
+from ..metrics.retrieval import NEIGHBOURS
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from .build import with_column
-from .collation import PromptCollator
-from .distributed import is_sharded, open_methods
 from .features import CachedStudies
-
-logger = logging.getLogger(__name__)
-
-#: The columns of the table, and how they are headed; all other scores are in `Evaluation.scores`.
-COLUMNS: dict[str, str] = {
-    "bleu_4": "BLEU-4",
-    "rouge_l": "ROUGE-L",
-    "cider": "CIDEr",
-    "macro_f1_13_uncertain_negative": "macro-F1 (13)",
-}
+from .generation import GeneratedReports, ReportJournal, derangement, generate_reports
+from .retrieval import retrieve_reports
+from .streaming import StreamedStudies
 
 #: The rows of the table, and how they are named.
 ROWS: dict[str, str] = {
     "model": "model",
     "shuffled": "images shuffled across studies",
+    "nearest": "nearest neighbour",
+    "consensus": f"consensus of {NEIGHBOURS} neighbours",
     "constant": "best constant report",
     "true_states": "true states given",
 }
 
+#: What can stand beside the model's own row; `retrieval` is two rows. Beside these there is `flipped`, which is none.
+CONTROLS: tuple[str, ...] = ("shuffled", "retrieval", "constant", "true_states")
 
-@dataclass
-class GeneratedReports:
-    """What a model wrote for N studies.
+#: Every F1 of `clinical_efficacy_scores`.
+F1_COLUMNS: tuple[str, ...] = tuple(
+    f"{average}_f1_{labels}_{policy}" for policy in UNCERTAIN_POLICIES for average in AVERAGES for labels in LABEL_SETS
+)
+
+
+class Row(NamedTuple):
+    """A row of the table.
 
     Args:
         reports: N texts.
-        finding_states: (N, 14), the states each report was conditioned on, predicted unless they were given.
+        finding_states: (N, 14) what the labeler reads in them.
+        found: their scores.
     """
 
     reports: list[str]
     finding_states: np.ndarray
+    found: ReportScores
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """The aggregate scores, ready for JSON."""
+        found = self.found
+        return {**found.nlg, "notes": found.notes, **found.clinical_efficacy, "per_finding": found.per_finding}
 
 
-def generate_reports(
-    model: OTDRGForReportGeneration,
-    processor: OTDRGProcessor,
-    studies: Dataset | CachedStudies,
-    batch_size: int = 8,
-    generation: dict[str, Any] | None = None,
-    finding_states: np.ndarray | None = None,
-    indication: bool = False,
-) -> GeneratedReports:
-    """Reports for studies, in their order, of which nothing is read but the images and, on request, the indications.
-
-    Every process of a distributed run must call it; each writes its share, and all get the whole.
+class Steered(NamedTuple):
+    """What the model wrote from states that were given to it.
 
     Args:
-        model, processor: as published; the model's type is left as it is.
-        studies: rows with `images`, or those of [`cache_features`], which give the same.
-        batch_size: studies a batch.
-        generation: arguments of `generate`.
-        finding_states: (N, 14) states to condition on, -1 where they are to be predicted; all are, without it.
-        indication: whether the studies' `indication` goes into the prompt.
-
-    Raises:
-        ValueError: `finding_states` does not fit the studies.
+        row: its reports.
+        told: (N, 14) the states.
+        within: (N, 14) true where they are other than the true ones on purpose; None where they are not.
     """
-    if finding_states is not None and np.shape(finding_states) != (len(studies), len(FINDINGS)):
-        raise ValueError(
-            f"finding_states has shape {np.shape(finding_states)}: expected {(len(studies), len(FINDINGS))}"
-        )
-    state = PartialState()
-    # As many for each: processes that share a model's weights out wait for each other at every layer.
-    rounds = -(-len(studies) // state.num_processes)
-    mine = [state.process_index + round * state.num_processes for round in range(rounds)]
-    mine = [position % len(studies) for position in mine]
-    waits = {"synced_gpus": True} if is_sharded(model) else {}
-    views = "view_features" if "view_features" in studies.column_names else "images"
-    loader = DataLoader(
-        studies.select_columns([views, "indication"] if indication else [views]).select(mine),
-        batch_size=batch_size,
-        collate_fn=PromptCollator(processor, indication),
-    )
-    open_methods(model, "encode_views", "generate")
-    model.eval()
-    written: list[tuple[int, str, list[int]]] = []
-    for batch in loader:
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        positions = mine[len(written) : len(written) + len(batch["input_ids"])]
-        with torch.no_grad():
-            if "pixel_values" in batch:
-                batch["view_features"] = model.encode_views(batch.pop("pixel_values"), batch["view_mask"])
-            logits = model(view_features=batch["view_features"], view_mask=batch["view_mask"]).finding_logits
-            states = model.predict_states(logits)
-            if finding_states is not None:
-                given = torch.as_tensor(np.asarray(finding_states)[positions], device=states.device)
-                states = torch.where(given < 0, states, given)
-            # A model without DLE predicts findings but is not told of any.
-            told = {"finding_states": states} if model.config.dle else {}
-            ids = model.generate(**batch, **told, **waits, **(generation or {}))
-        texts = processor.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        written += zip(positions, (" ".join(text.split()) for text in texts), states.tolist(), strict=True)
-    if state.num_processes > 1:
-        written = sorted({row[0]: row for row in gather_object(written)}.values())
-    return GeneratedReports(
-        reports=[text for _, text, _ in written],
-        finding_states=np.array([row for _, _, row in written], dtype=np.int64).reshape(len(studies), len(FINDINGS)),
-    )
 
-
-def derangement(count: int, seed: int) -> np.ndarray:
-    """A random permutation (count,) that leaves nothing in its place.
-
-    Raises:
-        ValueError: there is none of fewer than two.
-    """
-    if count < 2:
-        raise ValueError(f"images of {count} study cannot be shuffled: expected at least 2 studies")
-    # Sattolo's algorithm: one cycle through all.
-    order, rng = np.arange(count), np.random.default_rng(seed)
-    for position in range(count - 1, 0, -1):
-        other = rng.integers(position)
-        order[position], order[other] = order[other], order[position]
-    return order
-
-
-class Row(NamedTuple):
-    """A row of the table: N reports, their scores, and those scores study by study."""
-
-    reports: list[str]
-    scores: dict[str, Any]
-    per_study: dict[str, list[float]]
+    row: Row
+    told: np.ndarray
+    within: np.ndarray | None = None
 
 
 @dataclass
@@ -155,86 +92,138 @@ class Evaluation:
 
     Args:
         ids: the studies'.
-        references: the true reports.
+        references: the true reports, as fluency is scored against them.
+        true_states: (N, 14) what the labeler reads in the whole true reports.
         finding_states: (N, 14) the states the model predicted.
         labeler: name of the labeler behind the clinical scores.
         rows: by their keys in `ROWS`; the constant's is not among them.
-        constants: `{column: (report, score)}`, each column's own best constant.
+        constants: by column, the row of its own best constant.
+        steered: reports from states that were given, "true_states" and "flipped", as far as they were asked for.
         notes: why something is not there.
     """
 
     ids: list[str]
     references: list[str]
+    true_states: np.ndarray
     finding_states: np.ndarray
     labeler: str
     rows: dict[str, Row]
-    constants: dict[str, tuple[str, float]] = field(default_factory=dict)
+    constants: dict[str, Row] = field(default_factory=dict)
+    steered: dict[str, Steered] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def scores(self) -> dict[str, Any]:
         """All aggregate scores, ready for JSON."""
         rows = {ROWS[name]: row.scores for name, row in self.rows.items()}
         if self.constants:
-            rows[ROWS["constant"]] = {column: score for column, (_, score) in self.constants.items()}
+            rows[ROWS["constant"]] = {column: row.scores[column] for column, row in self.constants.items()}
         return {
             "studies": len(self.ids),
             "labeler": self.labeler,
             "rows": {name: rows[name] for name in ROWS.values() if name in rows},
-            "constants": {column: report for column, (report, _) in self.constants.items()},
+            "constants": {column: row.reports[0] for column, row in self.constants.items()},
             "notes": self.notes,
         }
+
+
+class _Scorer:
+    """Rows of the same studies.
+
+    Args:
+        reader: the labeler.
+        references: N true reports, whose states are read.
+        compared: the true reports as fluency is scored against them.
+        metrics: of `nlg_scores`.
+    """
+
+    def __init__(self, reader, references: list[str], compared: list[str], metrics: Sequence[str]):
+        self.reader = reader
+        self.true_states = label_quietly(reader, references)
+        self.compared = compared
+        self.metrics = metrics
+
+    def __call__(self, reports: list[str]) -> Row:
+        return self._row(reports, label_quietly(self.reader, reports))
+
+    def constant(self, report: str) -> Row:
+        """The row of one report that is written for every study."""
+        count = len(self.compared)
+        return self._row([report] * count, np.tile(label_quietly(self.reader, [report]), (count, 1)))
+
+    def _row(self, reports: list[str], states: np.ndarray) -> Row:
+        return Row(
+            reports, states, score_reports(reports, self.compared, states, self.true_states, metrics=self.metrics)
+        )
 
 
 def evaluate_model(
     model: OTDRGForReportGeneration,
     processor: OTDRGProcessor,
     studies: Dataset | CachedStudies,
-    training_reports: Sequence[str],
+    training: Dataset | StreamedStudies | CachedStudies | None = None,
     batch_size: int = 8,
     generation: dict[str, Any] | None = None,
-    controls: Sequence[str] = ("shuffled", "constant", "true_states"),
+    controls: Sequence[str] = CONTROLS,
     labeler: str = "rules",
-    metrics: Sequence[str] = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider"),
+    metrics: Sequence[str] = NLG_METRICS,
     seed: int = 0,
     indication: bool = False,
+    labeler_options: Mapping[str, Any] | None = None,
+    references: Sequence[str] | None = None,
+    clean: Callable[[str], str] | None = None,
+    journals: Path | None = None,
 ) -> Evaluation:
     """Generate a report for each study and score them, beside the controls that say what the scores are worth.
 
     `shuffled` is the same model with images shuffled across studies: if it does not fall to the constant's level, the
-    model does not look. `constant` is, in each column, the report that scores best on training when it is written for
-    every study: one of the 60 most frequent or, what F1 rewards, one that has every finding positive. `true_states` is
-    the model given the true states: the ceiling of a better predictor.
+    model does not look. `retrieval` writes the report of the training study whose image features, the model's own, are
+    nearest, and the one that the nearest 30 agree on most ([`retrieve_reports`]). `constant` is, in each column, the
+    report that scores best on training when it is written for every study: one of the 60 most frequent or, what F1
+    rewards, one that has every finding positive; METEOR, too slow to choose by, has the best of the other columns'.
+    `true_states` is the model given the true states: the ceiling of a better predictor. `flipped` gives it these with
+    one finding of each study flipped ([`flip_states`]); that is no row, but what steerability is measured on.
 
     Args:
         model, processor: as published.
         studies: rows with `id`, `images` or the features of [`cache_features`], `report` (cleaned as training's) and,
             for `true_states`, `finding_states`.
-        training_reports: for the constants, cleaned likewise.
+        training: the training studies, cleaned likewise; needed for `constant` and `retrieval`.
         batch_size: studies a batch.
         generation: arguments of `generate`.
-        controls: which rows stand beside the model's.
+        controls: of `CONTROLS` and `flipped`, what stands beside the model's row.
         labeler: reads the states out of generated and true reports.
         metrics: of `otdrg.metrics.nlg_scores`.
-        seed: of the shuffling and the constants' draw.
+        seed: of the shuffling, the flips and the constants' draw.
         indication: whether the studies' `indication` goes into the prompt; shuffled images leave it where it is.
+        labeler_options: the labeler's own.
+        references: N texts that fluency is scored against, where it is not the studies' reports.
+        clean: a function of a generated report, of a model that learned to write otherwise than `studies` are cleaned.
+        journals: folder in which reports are kept as they are generated, see [`ReportJournal`].
+
+    Raises:
+        ValueError: a control that needs training studies, without them.
     """
-    reader = load_labeler(labeler)
-    references = list(studies["report"])
-    true_states = reader.label(references)
+    needed = [name for name in ("retrieval", "constant") if name in controls]
+    if needed and training is None:
+        raise ValueError(f"controls {', '.join(needed)}: expected training studies")
+    reader = labeler_of(labeler, dict(labeler_options or {}))
+    reports = list(studies["report"])
+    scored = _Scorer(reader, reports, reports if references is None else list(references), metrics)
 
-    def scored(reports: list[str]) -> Row:
-        nlg = nlg_scores(reports, references, metrics)
-        clinical = clinical_efficacy_scores(reader.label(reports), true_states)
-        per_study = {**nlg.pop("per_study"), **clinical.pop("per_study")}
-        return Row(reports, {**nlg, **clinical}, per_study)
+    def generated(
+        name: str, rows: Dataset | CachedStudies, finding_states: np.ndarray | None = None
+    ) -> GeneratedReports:
+        journal = None if journals is None else ReportJournal(journals / f"{name}.jsonl")
+        written = generate_reports(model, processor, rows, batch_size, generation, finding_states, indication, journal)
+        if clean is not None:
+            written.reports = [clean(report) for report in written.reports]
+        return written
 
-    def generated(rows: Dataset | CachedStudies, finding_states: np.ndarray | None = None) -> GeneratedReports:
-        return generate_reports(model, processor, rows, batch_size, generation, finding_states, indication)
-
-    written = generated(studies)
+    written = generated("model", studies)
     evaluation = Evaluation(
         ids=list(studies["id"]),
-        references=references,
+        references=scored.compared,
+        true_states=scored.true_states,
         finding_states=written.finding_states,
         labeler=reader.name,
         rows={"model": scored(written.reports)},
@@ -244,79 +233,57 @@ def evaluate_model(
     elif "shuffled" in controls:
         order = derangement(len(studies), seed)
         if indication:
-            others = with_column(studies.select(order.tolist()), "indication", list(studies["indication"]))
-            evaluation.rows["shuffled"] = scored(generated(others).reports)
+            # Ids go with the indications: in the journal a report is of the study it is compared with.
+            others = studies.select(order.tolist())
+            for column in ("id", "indication"):
+                others = with_column(others, column, list(studies[column]))
+            evaluation.rows["shuffled"] = scored(generated("shuffled", others).reports)
         else:
             # The images are all the model is given, so what it writes for another's is what it wrote for the other.
             evaluation.rows["shuffled"] = scored([written.reports[other] for other in order])
+    if "retrieval" in controls:
+        retrieved = retrieve_reports(model, processor, studies, training, batch_size)
+        evaluation.rows["nearest"] = scored(retrieved.nearest)
+        evaluation.rows["consensus"] = scored(retrieved.consensus)
+        if retrieved.neighbours < NEIGHBOURS:
+            evaluation.notes.append(f"the consensus is of {retrieved.neighbours} neighbours: training has no more")
     if "constant" in controls:
-        columns = [column for column in COLUMNS if column in metrics or column.startswith("macro_f1")]
-        states = reader.label(list(training_reports))
-        candidates = [*frequent_reports(training_reports, 60), all_positive_report(training_reports, states)]
-        candidates = [report for report in candidates if report]
-        best = best_constants(candidates, training_reports, states, reader, columns, seed=seed)
-        rows = {report: scored([report] * len(studies)) for report in dict.fromkeys(best.values())}
-        evaluation.constants = {column: (report, rows[report].scores[column]) for column, report in best.items()}
-    if "true_states" in controls:
-        known = [states for states in studies["finding_states"] if states is not None]
-        if not model.config.dle:
-            evaluation.notes.append("the model is not told of findings (dle is off), so true states change nothing")
-        elif len(known) < len(studies):
-            evaluation.notes.append(f"true states are known of {len(known)} of {len(studies)} studies only")
-        else:
-            evaluation.rows["true_states"] = scored(generated(studies, np.array(known)).reports)
+        evaluation.constants = _constants(scored, training["report"], seed)
+    given = [name for name in ("true_states", "flipped") if name in controls]
+    known = [states for states in studies["finding_states"] if states is not None] if given else []
+    if given and not model.config.dle:
+        evaluation.notes.append("the model is not told of findings (dle is off), so true states change nothing")
+    elif given and len(known) < len(studies):
+        evaluation.notes.append(f"true states are known of {len(known)} of {len(studies)} studies only")
+    else:
+        for name in given:
+            told, within = flip_states(np.array(known), seed) if name == "flipped" else (np.array(known), None)
+            row = scored(generated(name, studies, told).reports)
+            evaluation.steered[name] = Steered(row, told, within)
+            if name in ROWS:
+                evaluation.rows[name] = row
+    read = {"true reports": evaluation.true_states}
+    read.update({f"reports, {ROWS[name]}": row.finding_states for name, row in evaluation.rows.items()})
+    for name, states in read.items():
+        blank = int((states == UNMENTIONED).all(axis=1).sum())
+        if blank:
+            evaluation.notes.append(f"the labeler reads no state in {blank} of {len(states)} {name}")
     return evaluation
 
 
-def format_table(evaluation: Evaluation) -> str:
-    """The rows of an evaluation as a Markdown table, the labeler named below it."""
-    rows = evaluation.scores()["rows"]
-    columns = [column for column in COLUMNS if column in rows[ROWS["model"]]]
-    lines = [
-        "| " + " | ".join(["", *(COLUMNS[column] for column in columns)]) + " |",
-        "|---" * (len(columns) + 1) + "|",
-    ]
-    for name, scores in rows.items():
-        lines.append("| " + " | ".join([name, *(f"{scores[column]:.3f}" for column in columns)]) + " |")
-    positives = rows[ROWS["model"]]["findings_with_positives_13_uncertain_negative"]
-    lines.append("")
-    lines.append(
-        f"{len(evaluation.ids)} studies; macro-F1 over the 13 findings without No Finding ({positives} of them occur), "
-        f"uncertain as negative, by the labeler {evaluation.labeler}"
-    )
-    return "\n".join(lines + evaluation.notes)
+def _constants(scored: _Scorer, training_reports: Sequence[str], seed: int) -> dict[str, Row]:
+    """By column, the row of its own best constant, chosen on training."""
+    states = label_quietly(scored.reader, list(training_reports))
+    candidates = [*frequent_reports(training_reports, 60), all_positive_report(training_reports, states)]
+    candidates = [report for report in candidates if report]
+    columns = [column for column in (*NLG_METRICS, *F1_COLUMNS) if column in scored.metrics or column in F1_COLUMNS]
+    chosen_by = [column for column in columns if column != "meteor"]
+    best = best_constants(candidates, training_reports, states, scored.reader, chosen_by, seed=seed)
+    rows = {report: scored.constant(report) for report in dict.fromkeys(best.values())}
+    found = {column: rows[report] for column, report in best.items()}
+    if any(row.scores.get("meteor") is not None for row in rows.values()):
+        found["meteor"] = max(rows.values(), key=lambda row: row.scores["meteor"])
+    return {column: found[column] for column in columns if column in found}
 
 
-def write_predictions(evaluation: Evaluation, path: Path) -> None:
-    """A CSV of N rows: id, true report, generated reports, the model's scores, and the 14 states it predicted."""
-    model = evaluation.rows["model"]
-    scores = {name: values for name, values in model.per_study.items() if values is not None}
-    others = {f"report, {ROWS[name]}": row.reports for name, row in evaluation.rows.items() if name != "model"}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["id", "reference", "report", *others, *scores, *(f"predicted {name}" for name in FINDINGS)])
-        for position, study in enumerate(evaluation.ids):
-            writer.writerow(
-                [
-                    study,
-                    evaluation.references[position],
-                    model.reports[position],
-                    *(reports[position] for reports in others.values()),
-                    *(f"{values[position]:.6f}" for values in scores.values()),
-                    *(FINDING_STATES[state] for state in evaluation.finding_states[position]),
-                ]
-            )
-
-
-__all__ = [
-    "COLUMNS",
-    "ROWS",
-    "Evaluation",
-    "GeneratedReports",
-    "derangement",
-    "evaluate_model",
-    "format_table",
-    "generate_reports",
-    "write_predictions",
-]
+__all__ = ["CONTROLS", "F1_COLUMNS", "ROWS", "Evaluation", "Row", "evaluate_model"]

@@ -247,9 +247,25 @@ def encoder_digest(model: OTDRGForReportGeneration, processor: OTDRGProcessor) -
         "image_processor": _settings(processor.image_processor),
         "encoders": {part: _settings(tower.config) for part, tower in towers.items() if tower is not None},
     }
+    return _digest_weights(model, settings, tuple(f"{part}." for part in ENCODERS))
+
+
+def model_digest(model: OTDRGForReportGeneration, processor: OTDRGProcessor) -> str:
+    """Of all that a report follows from besides the study and the arguments of `generate`."""
+    settings = {
+        "model": _settings(model.config),
+        "image_processor": _settings(processor.image_processor),
+        "vocabulary": processor.tokenizer.get_vocab(),
+        "generation": _settings(model.generation_config),
+    }
+    return _digest_weights(model, settings, "")
+
+
+def _digest_weights(model: OTDRGForReportGeneration, settings: dict[str, Any], prefixes: str | tuple[str, ...]) -> str:
+    """Of settings and the weights whose names have one of the prefixes."""
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
     for name, weight in sorted(model.state_dict().items()):
-        if name.startswith(tuple(f"{part}." for part in ENCODERS)):
+        if name.startswith(prefixes):
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
             digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -263,4 +279,11 @@ def _digest(file: bytes) -> bytes:
     return hashlib.blake2b(file, digest_size=16).digest()
 
 
-__all__ = ["CachedStudies", "cache_features", "cached_where_frozen", "encoder_digest", "encoder_is_frozen"]
+__all__ = [
+    "CachedStudies",
+    "cache_features",
+    "cached_where_frozen",
+    "encoder_digest",
+    "encoder_is_frozen",
+    "model_digest",
+]

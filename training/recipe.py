@@ -249,8 +249,11 @@ class EvaluationRecipe:
     split: Literal["validation", "test", "none"] = _option("validation", "Split that is scored; none skips the table.")
     limit: int | None = _option(None, "Most studies scored, from the split's start.")
     controls: list[str] = field(
-        default_factory=lambda: ["shuffled", "constant", "true_states"],
-        metadata={"help": "Rows beside the model's own: shuffled, constant, true_states."},
+        default_factory=lambda: ["shuffled", "retrieval", "constant", "true_states"],
+        metadata={
+            "help": "Rows beside the model's own: shuffled, retrieval, constant, true_states. Retrieval encodes the "
+            "training views once, unless they are cached."
+        },
     )
     labeler: str = _option("rules", "Labeler that reads the states out of generated and true reports.")
     metrics: list[str] = field(
@@ -260,7 +263,7 @@ class EvaluationRecipe:
 
     def __post_init__(self):
         for name in self.controls:
-            allowed = ("shuffled", "constant", "true_states")
+            allowed = ("shuffled", "retrieval", "constant", "true_states")
             _need(name in allowed, "report.evaluation.controls", name, f"one of {', '.join(allowed)}")
         _need(
             self.limit is None or self.limit > 0, "report.evaluation.limit", self.limit, "a positive integer, or null"

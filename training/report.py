@@ -21,7 +21,8 @@ from ..processing_otdrg import OTDRGProcessor
 from .build import StudySplits, attach_lora, set_trained_parts
 from .callbacks import SinkhornLossCallback
 from .collation import ReportCollator
-from .evaluation import evaluate_model, format_table, write_predictions
+from .evaluation import evaluate_model
+from .evaluation_report import format_table, write_predictions
 from .features import CachedStudies, cached_where_frozen
 from .predictor import logit_adjustment
 from .recipe import Recipe, ReportRecipe
@@ -172,7 +173,6 @@ class Validation:
             self.model,
             self.processor,
             rows,
-            training_reports=(),
             batch_size=stage.eval_batch_size or stage.batch_size,
             generation={**asdict(stage.generation), "num_beams": stage.selection.num_beams},
             controls=(),
@@ -227,14 +227,16 @@ def evaluate(
         raise ValueError(
             f"report.evaluation.split={wanted.split!r}: the studies have {', '.join(studies)}; or none, for no table"
         )
-    rows = studies[wanted.split]
+    rows, training = studies[wanted.split], studies["train"]
     rows = rows.select(range(min(wanted.limit or len(rows), len(rows))))
     rows = cached_where_frozen(model, processor, rows, recipe, stage, model.device)
+    if "retrieval" in wanted.controls:
+        training = cached_where_frozen(model, processor, training, recipe, stage, model.device)
     evaluation = evaluate_model(
         model,
         processor,
         rows,
-        training_reports=studies["train"]["report"],
+        training=training,
         batch_size=stage.eval_batch_size or stage.batch_size,
         generation=asdict(stage.generation),
         controls=wanted.controls,

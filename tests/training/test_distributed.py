@@ -272,7 +272,7 @@ from otdrg.training.build import cast_backbones, set_trained_parts
 from otdrg.training.callbacks import LossCallback
 from otdrg.training.collation import ReportCollator
 from otdrg.training.distributed import fill, is_sharded, start_processes, weightless_copy, wrapper_name
-from otdrg.training.evaluation import generate_reports
+from otdrg.training.generation import generate_reports
 
 folder, kind = sys.argv[1:]
 assert start_processes().num_processes == 2

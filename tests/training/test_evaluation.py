@@ -1,14 +1,22 @@
 import csv
+import json
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from otdrg.findings_otdrg import FINDINGS
+from otdrg.metrics.retrieval import consensus
 from otdrg.modeling_otdrg import OTDRGForReportGeneration
 from otdrg.processing_otdrg import OTDRGProcessor
 from otdrg.studies import load_studies
 from otdrg.training.collation import FindingCollator, PromptCollator, ReportCollator
-from otdrg.training.evaluation import derangement, evaluate_model, format_table, generate_reports, write_predictions
+from otdrg.training.evaluation import F1_COLUMNS, evaluate_model
+from otdrg.training.evaluation_report import format_table, write_predictions
+from otdrg.training.features import cache_features
+from otdrg.training.generation import ReportJournal, derangement, generate_reports
+from otdrg.training.retrieval import pooled_features, retrieve_reports
+from sklearn.neighbors import NearestNeighbors
 
 GENERATION = {"num_beams": 1, "max_new_tokens": 10}
 
@@ -102,7 +110,7 @@ def test_indications_go_into_the_prompt_on_request(processor, studies, collator)
 def test_shuffled_images_leave_indications_where_they_are(model, processor, studies):
     texts = [f"Case {number}. Shortness of breath, fever and cough." for number in range(len(studies))]
     studies = studies.remove_columns("indication").add_column("indication", texts)
-    arguments = (["Clear lungs."], 4, GENERATION, ["shuffled"])
+    arguments = (None, 4, GENERATION, ["shuffled"])
     rows = evaluate_model(model, processor, studies, *arguments, metrics=["bleu_4"], indication=True).rows
     assert rows["model"].reports == generate_reports(model, processor, studies, 4, GENERATION, indication=True).reports
     assert rows["model"].reports != generate_reports(model, processor, studies, 4, GENERATION).reports
@@ -128,24 +136,34 @@ def test_shuffling_moves_every_image():
         derangement(1, seed=0)
 
 
-def test_the_table_holds_model_and_controls(model, processor, studies, tmp_path):
-    metrics = ["bleu_4", "rouge_l", "cider"]
-    training = load_studies("phantom", train=10, validation=0, test=0, image_size=32, views=["frontal"])["train"][
-        "report"
-    ]
-    evaluation = evaluate_model(model, processor, studies, training, 4, GENERATION, metrics=metrics)
+@pytest.fixture(scope="module")
+def training():
+    return load_studies("phantom", train=10, validation=0, test=0, image_size=112, views=["frontal"])["train"]
+
+
+@pytest.fixture(scope="module")
+def evaluation(model, processor, studies, training):
+    return evaluate_model(
+        model, processor, studies, training, 4, GENERATION, metrics=["bleu_1", "bleu_4", "rouge_l", "cider"]
+    )
+
+
+def test_the_table_holds_model_and_controls(evaluation, studies, training, tmp_path):
     lines = format_table(evaluation).splitlines()
     assert lines[0] == "|  | BLEU-4 | ROUGE-L | CIDEr | macro-F1 (13) |"
-    assert [line.split(" | ")[0].strip("| ") for line in lines[2:6]] == [
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:8]] == [
         "model",
         "images shuffled across studies",
+        "nearest neighbour",
+        "consensus of 30 neighbours",
         "best constant report",
         "true states given",
     ]
-    assert lines[-1].startswith("6 studies; ") and lines[-1].endswith("by the labeler rules")
+    assert lines[9].startswith("6 studies; ") and lines[9].endswith("by the labeler rules")
+    assert lines[10:] == evaluation.notes
+    assert "the consensus is of 10 neighbours: training has no more" in evaluation.notes
     order = derangement(6, seed=0)
     assert evaluation.rows["shuffled"].reports == [evaluation.rows["model"].reports[other] for other in order]
-    assert set(evaluation.constants["bleu_4"][0]) and evaluation.constants["bleu_4"][0] in training
     scores = evaluation.scores()
     assert scores["rows"]["model"]["micro_f1_14_uncertain_positive"] >= 0 and scores["labeler"] == "rules"
 
@@ -155,3 +173,68 @@ def test_the_table_holds_model_and_controls(model, processor, studies, tmp_path)
     assert [row["id"] for row in rows] == studies["id"]
     assert [row["report"] for row in rows] == evaluation.rows["model"].reports
     assert {"reference", "bleu_4", "predicted edema", "report, true states given"} <= rows[0].keys()
+
+
+def test_each_column_has_its_own_constant(evaluation, training):
+    assert evaluation.constants.keys() == {"bleu_1", "bleu_4", "rouge_l", "cider", *F1_COLUMNS}
+    assert evaluation.constants["bleu_4"].reports[0] in training["report"]
+    told = evaluation.scores()["rows"]["best constant report"]
+    for column, row in evaluation.constants.items():
+        assert len(set(row.reports)) == 1 and told[column] == row.scores[column]
+
+
+def test_retrieval_is_by_the_models_own_features(model, processor, studies, training, evaluation, tmp_path):
+    def alone(study):
+        with torch.no_grad():
+            features = model.encode_views(processor(images=[study["images"]])["pixel_values"])
+        return features[0].mean(dim=(0, 1)).numpy()
+
+    queries, keys = (np.stack([alone(study) for study in rows]) for rows in (studies, training))
+    assert np.allclose(pooled_features(model, processor, training, 4), keys, atol=1e-5)
+    neighbours = NearestNeighbors(n_neighbors=10, metric="cosine").fit(keys).kneighbors(queries, return_distance=False)
+    reports = training["report"]
+    assert evaluation.rows["nearest"].reports == [reports[row[0]] for row in neighbours]
+    near = [[reports[place] for place in row] for row in neighbours]
+    assert evaluation.rows["consensus"].reports == [row[consensus(row)] for row in near]
+    cached = [cache_features(model, processor, rows, tmp_path, 4) for rows in (studies, training)]
+    assert retrieve_reports(model, processor, *cached, 4).nearest == evaluation.rows["nearest"].reports
+    assert retrieve_reports(model, processor, studies, training, 4, neighbours=1)[1:] == (
+        evaluation.rows["nearest"].reports,
+        1,
+    )
+
+
+def test_features_are_the_mean_over_the_views_there_are(model, processor):
+    options = {"train": 0, "validation": 3, "test": 0, "image_size": 112, "views": ["frontal", "lateral"]}
+    two = load_studies("phantom", **options)["validation"]
+    rows = [{**row, "images": row["images"][: 1 + place % 2]} for place, row in enumerate(two)]
+    ragged = Dataset.from_list(rows, features=two.features)
+    pooled = pooled_features(model, processor, ragged, batch_size=3)
+    for row, features in zip(rows, pooled, strict=True):
+        with torch.no_grad():
+            encoded = model.encode_views(processor(images=[row["images"]])["pixel_values"])[0]
+        assert features == pytest.approx(encoded.mean(dim=(0, 1)).numpy(), abs=1e-5)
+
+
+def test_a_baseline_without_training_studies_is_refused(model, processor, studies):
+    with pytest.raises(ValueError, match="controls retrieval, constant: expected training studies"):
+        evaluate_model(model, processor, studies)
+
+
+def test_reports_in_a_journal_are_not_written_again(model, processor, studies, tmp_path):
+    whole = generate_reports(model, processor, studies, 4, GENERATION)
+    path = tmp_path / "deep" / "model.jsonl"
+    kept = generate_reports(model, processor, studies, 4, GENERATION, journal=ReportJournal(path))
+    assert kept.reports == whole.reports
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    assert len(lines) == 6
+    other = {**json.loads(lines[2]), "report": "kept as it is"}
+    # As a process that was killed leaves it: not all studies, and a line cut off.
+    path.write_text(json.dumps(other) + "\n" + lines[0] + lines[4][:30], encoding="utf-8")
+    again = generate_reports(model, processor, studies, 4, GENERATION, journal=ReportJournal(path))
+    assert again.reports == [*whole.reports[:2], "kept as it is", *whole.reports[3:]]
+    assert (again.finding_states == whole.finding_states).all()
+    assert sorted(json.loads(line)["id"] for line in path.read_text(encoding="utf-8").splitlines()) == studies["id"]
+    path.write_text('{"id": "a"}\n')
+    with pytest.raises(ValueError, match=r"model.jsonl, line 1: no report with its id and 14 states"):
+        ReportJournal(path)

@@ -14,8 +14,8 @@ from otdrg.studies import load_studies, prepare_studies
 from otdrg.training import features
 from otdrg.training.build import set_trained_parts, with_column
 from otdrg.training.collation import FindingCollator, PromptCollator, ReportCollator
-from otdrg.training.evaluation import generate_reports
 from otdrg.training.features import cache_features, encoder_digest, encoder_is_frozen
+from otdrg.training.generation import generate_reports
 from otdrg.training.streaming import StreamedStudies
 from PIL import Image
 

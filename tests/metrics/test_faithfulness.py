@@ -1,0 +1,105 @@
+"""Whether reports say what was told: on arrays made by hand, and what holds of any."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from otdrg.findings_otdrg import FINDINGS, NEGATIVE, POSITIVE, UNCLEAR, UNMENTIONED
+from otdrg.metrics.faithfulness import Cell, Contradiction, contradictions, faithfulness, flip_states
+from sklearn.metrics import recall_score
+
+EDEMA, FRACTURE, DEVICES, NO_FINDING = map(FINDINGS.index, ("edema", "fracture", "support_devices", "no_finding"))
+STATES = arrays(np.int64, st.tuples(st.integers(1, 30), st.just(14)), elements=st.integers(0, 3))
+
+
+def states(count, **findings):
+    """(count, 14) states, unmentioned but for those given."""
+    array = np.zeros((count, len(FINDINGS)), int)
+    for name, column in findings.items():
+        array[:, FINDINGS.index(name)] = column
+    return array
+
+
+TOLD = states(4, edema=[1, 1, 2, 0], fracture=[3, 0, 0, 0], no_finding=[0, 0, 0, 1])
+SAID = states(4, edema=[1, 2, 2, 1], fracture=[0, 0, 0, 3], no_finding=[1, 1, 0, 0])
+
+
+def test_by_hand():
+    found = faithfulness(TOLD, SAID, floor=1)
+    assert found.cells["edema"] == {"positive": Cell(2, 1), "negative": Cell(1, 1), "unclear": Cell(0, 0)}
+    assert found.cells["fracture"]["unclear"] == Cell(1, 0)
+    assert found.macro == pytest.approx((0.5 + 1 + 0) / 3) and found.micro == pytest.approx(2 / 4)
+    assert (found.counted, found.contradicted, found.omitted, found.added) == (3, 1, 1, 2)
+    assert "no_finding" not in found.cells
+    assert list(contradictions(TOLD, SAID)) == [Contradiction(1, "edema", "positive", "negative")]
+
+
+def test_rare_ones_do_not_count_in_the_macro_average():
+    assert faithfulness(TOLD, SAID, floor=2).macro == 0.5
+    rare = faithfulness(TOLD, SAID, floor=3)
+    assert rare.macro is None and rare.counted == 0 and rare.micro == 0.5
+    nothing = faithfulness(states(3), states(3, edema=1))
+    assert nothing.macro is None and nothing.micro is None and nothing.added == 3
+
+
+def test_only_where_it_is_asked():
+    within = np.zeros(TOLD.shape, bool)
+    within[0, EDEMA] = within[0, FRACTURE] = True
+    found = faithfulness(TOLD, SAID, floor=1, within=within)
+    assert (found.macro, found.micro, found.contradicted, found.omitted, found.added) == (0.5, 0.5, 0, 1, 0)
+    assert not list(contradictions(TOLD, SAID, within))
+
+
+@settings(deadline=None, max_examples=60)
+@given(STATES, st.integers(0, 2**32 - 1), st.integers(1, 4))
+def test_it_is_the_mean_of_recalls(told, seed, floor):
+    said = np.random.default_rng(seed).integers(0, 4, told.shape)
+    found = faithfulness(told, said, floor)
+    recalls, supports = [], []
+    for place in range(NO_FINDING):
+        recalls += list(recall_score(told[:, place], said[:, place], labels=[1, 2, 3], average=None, zero_division=0))
+        supports += [int((told[:, place] == state).sum()) for state in (1, 2, 3)]
+    kept = [recall for recall, support in zip(recalls, supports, strict=True) if support >= floor]
+    assert found.counted == len(kept)
+    assert found.macro == (pytest.approx(np.mean(kept)) if kept else None)
+    assert found.contradicted == len(list(contradictions(told, said)))
+    followed = sum(cell.followed for row in found.cells.values() for cell in row.values())
+    assert followed + found.contradicted + found.omitted == (told[:, :NO_FINDING] != UNMENTIONED).sum()
+
+
+@settings(deadline=None, max_examples=60)
+@given(STATES, st.integers(0, 2**32 - 1))
+def test_what_is_said_as_told_is_perfect_and_flips_are_missed(told, seed):
+    assert faithfulness(told, told, floor=1).macro in (None, 1.0)
+    flipped, where = flip_states(told, seed)
+    assert faithfulness(flipped, told, floor=1, within=where).macro in (None, 0.0)
+    assert faithfulness(flipped, flipped, floor=1, within=where).contradicted == 0
+    can = np.isin(told[:, :NO_FINDING], (POSITIVE, NEGATIVE)).any(axis=1)
+    assert (where.sum(axis=1) == can).all() and not where[:, NO_FINDING].any()
+    # One pair is left in place of the other, and all else but No Finding is as it was.
+    assert (flipped[where] + told[where] == POSITIVE + NEGATIVE).all()
+    where[:, NO_FINDING] = True
+    assert (flipped[~where] == told[~where]).all()
+    again, _ = flip_states(told, seed)
+    assert (again == flipped).all()
+
+
+def test_a_positive_finding_takes_no_finding_away():
+    flipped, _ = flip_states(states(2, edema=[2, 1], no_finding=1))
+    assert flipped[:, EDEMA].tolist() == [POSITIVE, NEGATIVE]
+    assert flipped[:, NO_FINDING].tolist() == [UNMENTIONED, POSITIVE]
+    flipped, _ = flip_states(states(1, support_devices=2, no_finding=1))
+    assert flipped[0, DEVICES] == POSITIVE and flipped[0, NO_FINDING] == POSITIVE
+    assert not flip_states(states(1, edema=UNCLEAR))[1].any()
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"told have shape \(4, 14\), said \(3, 14\): expected \(N, 14\) both"):
+        faithfulness(TOLD, SAID[:3])
+    with pytest.raises(ValueError, match="states said: expected ids 0 to 3"):
+        faithfulness(TOLD, SAID - 1)
+    with pytest.raises(ValueError, match="floor is 0: expected at least 1"):
+        faithfulness(TOLD, SAID, floor=0)
+    with pytest.raises(ValueError, match=r"within has shape \(4, 2\)"):
+        faithfulness(TOLD, SAID, within=np.ones((4, 2)))

@@ -1,0 +1,63 @@
+"""Nearest neighbours as scikit-learn finds them; the consensus as pycocoevalcap's ROUGE-L would choose it."""
+
+import numpy as np
+import pytest
+from otdrg.metrics.retrieval import consensus, nearest_neighbours, rouge_l_matrix
+from pycocoevalcap.rouge.rouge import Rouge
+from sklearn.neighbors import NearestNeighbors
+
+REPORTS = [
+    "the heart is normal in size . the lungs are clear .",
+    "the heart is enlarged . no pleural effusion .",
+    "heart size is normal . the lungs are clear . no pleural effusion or pneumothorax .",
+    "there is a  small effusion",
+    "clear",
+]
+
+
+def test_neighbours_are_scikit_learns(monkeypatch):
+    rng = np.random.default_rng(0)
+    queries, keys = rng.normal(size=(40, 8)) + 1, rng.normal(size=(70, 8)) + 1
+    expected = NearestNeighbors(metric="cosine").fit(keys).kneighbors(queries, 30, return_distance=False)
+    assert (nearest_neighbours(queries, keys, 30) == expected).all()
+    monkeypatch.setattr("otdrg.metrics.retrieval._BLOCK", 100)
+    assert (nearest_neighbours(queries, keys, 30) == expected).all()
+
+
+def test_of_equally_near_ones_the_first_come_first():
+    keys = np.array([[0.0, 1.0], [2.0, 0.0], [1.0, 0.0], [3.0, 0.0]])
+    assert nearest_neighbours(np.array([[1.0, 0.0], [0.0, 0.0]]), keys, 4).tolist() == [[1, 2, 3, 0], [0, 1, 2, 3]]
+
+
+def test_rouge_l_is_pycocoevalcaps():
+    rouge = Rouge()
+    expected = [[rouge.calc_score([written], [true]) for true in REPORTS] for written in REPORTS]
+    assert rouge_l_matrix(REPORTS) == pytest.approx(np.array(expected), abs=1e-12)
+
+
+def test_the_consensus_is_most_like_the_others():
+    rng = np.random.default_rng(1)
+    rouge = Rouge()
+    for _ in range(5):
+        near = [REPORTS[place] for place in rng.choice(len(REPORTS), 12)]
+        means = [
+            np.mean([rouge.calc_score([report], [near[other]]) for other in range(12) if other != place])
+            for place, report in enumerate(near)
+        ]
+        assert means[consensus(near)] == pytest.approx(max(means), abs=1e-12)
+        assert near.index(near[consensus(near)]) == consensus(near)
+    assert consensus(["alone"]) == 0 and consensus(["same", "same"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "count", "message"),
+    [
+        ((2, 3), (4, 5), 1, r"queries have shape \(2, 3\), keys \(4, 5\)"),
+        ((2, 3), (4, 3), 5, "count is 5: expected 1 to 4"),
+    ],
+)
+def test_what_does_not_fit_is_refused(queries, keys, count, message):
+    with pytest.raises(ValueError, match=message):
+        nearest_neighbours(np.ones(queries), np.ones(keys), count)
+    with pytest.raises(ValueError, match="reports: none given"):
+        consensus([])

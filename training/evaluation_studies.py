@@ -1,0 +1,225 @@
+"""The studies a model is evaluated on: which they are, what the baselines learn from, whether the counts are right."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from ..studies import PREPARED, open_source
+from ..studies.loading import prepared_column, prepared_splits
+from ..studies.shards import SUMMARY
+from ..studies.summary import OfficialCheck, SplitCounts
+from .build import StudySplits, build_studies
+from .recipe import LabelsRecipe, Recipe, StudiesRecipe, load_recipe
+from .streaming import StreamedStudies
+
+
+@dataclass
+class EvaluationStudies:
+    """What a model is evaluated on.
+
+    Args:
+        rows: the split, cleaned and with states as far as they are known.
+        training: the studies of the baselines, cleaned likewise.
+        dataset: where the split is from, for people.
+        training_from: where those of the baselines are from.
+        zero_shot: whether the model was trained on another dataset; None where that is not known.
+        cleaning: of true reports.
+        counts: by split of the dataset, how many studies there are, and how many were published where that is known.
+        warnings: counts that are not the published ones, and studies that the model knows from training.
+    """
+
+    rows: Dataset
+    training: Dataset | StreamedStudies
+    dataset: str
+    training_from: str
+    zero_shot: bool | None
+    cleaning: str
+    counts: dict[str, dict[str, Any]]
+    warnings: list[str] = field(default_factory=list)
+
+
+def run_folder(model: str | os.PathLike) -> Path | None:
+    """The folder of the run that a model is of, told by the recipe in it: the model's or the one above; else None."""
+    folder = Path(model)
+    return next((run for run in (folder, folder.parent) if folder.is_dir() and (run / "recipe.yaml").is_file()), None)
+
+
+def evaluation_studies(
+    dataset: str | None,
+    split: str,
+    own: Recipe | None = None,
+    train_from: str | None = None,
+    cleaning: str | None = None,
+    labeler: str = "rules",
+    labeler_options: dict[str, Any] | None = None,
+) -> EvaluationStudies:
+    """The studies of a split, and those that retrieval and constants are from.
+
+    The dataset is the one the model was trained on if it has the source, options and sections of the model's recipe.
+    If it is not, the evaluation is zero-shot: the baselines are then of the training studies of the model's own recipe,
+    or of `train_from`. Of a model whose recipe is not known they are the dataset's own.
+
+    Args:
+        dataset: a recipe, of which `studies` and `labels` are read, or a folder of `otdrg prepare`; the model's own
+            recipe without it.
+        split: "validation" or "test".
+        own: the model's recipe.
+        train_from: another recipe or folder, for the baselines.
+        cleaning: of all reports; the recipe's without it, of a folder that of the model's own recipe.
+        labeler, labeler_options: read the states of a folder's studies where not all have them.
+
+    Raises:
+        ValueError: neither a dataset nor a recipe of the model's, no such split, or a fault in the studies.
+        OSError: a file that is not there.
+    """
+    if dataset is None and own is None:
+        raise ValueError(
+            "DATASET is missing, and no recipe.yaml lies beside the model: expected a recipe or a folder of otdrg "
+            "prepare"
+        )
+    read_by = LabelsRecipe(labeler=labeler, options=labeler_options or {})
+    sections = (own.studies, own.labels) if dataset is None else _sections(dataset, own, split, read_by)
+    studies = replace(sections[0], cleaning=cleaning or sections[0].cleaning)
+    labels = sections[1]
+    zero_shot = None if own is None else not _same(studies, own.studies)
+    if train_from is not None:
+        learned, training_from = _sections(train_from, own, "train", read_by), train_from
+    elif zero_shot:
+        learned, training_from = (own.studies, own.labels), "the model's own recipe"
+    else:
+        learned, training_from = None, "the dataset"
+    training_from = f"split train of {training_from}"
+    if learned is None:
+        splits = build_studies(studies, labels, splits=("train", split))
+        training = splits["train"]
+    else:
+        splits = build_studies(studies, labels, splits=(split,))
+        training = _training(replace(learned[0], cleaning=studies.cleaning), learned[1], train_from)
+    counts, warnings = check_counts(studies, splits)
+    known = set(training["id"]).intersection(splits[split]["id"])
+    if known:
+        warnings.append(f"{len(known):,} of the {len(splits[split]):,} studies have ids that training studies have too")
+    return EvaluationStudies(
+        rows=splits[split],
+        training=training,
+        dataset=dataset or "the model's own recipe",
+        training_from=training_from,
+        zero_shot=zero_shot,
+        cleaning=studies.cleaning,
+        counts=counts,
+        warnings=warnings,
+    )
+
+
+def _sections(dataset: str, own: Recipe | None, split: str, labels: LabelsRecipe) -> tuple[StudiesRecipe, LabelsRecipe]:
+    """What a recipe or a folder says of studies and labels; of a folder that has not all states, `labels`."""
+    path = Path(dataset)
+    if path.is_file():
+        recipe = load_recipe(path)
+        return recipe.studies, recipe.labels
+    if not path.is_dir():
+        raise ValueError(f"{dataset} does not exist: expected a recipe (YAML) or a folder of otdrg prepare")
+    there = prepared_splits(path)
+    if split not in there:
+        raise ValueError(f"{dataset} has no split {split!r}: it has {', '.join(there)}")
+    needed = {split, "train"}.intersection(there)
+    unknown = any(None in prepared_column(path, name, "finding_states") for name in needed)
+    return (
+        StudiesRecipe(
+            source=PREPARED,
+            options={"folder": dataset},
+            cleaning="none" if own is None else own.studies.cleaning,
+        ),
+        labels if unknown else LabelsRecipe(),
+    )
+
+
+def _training(studies: StudiesRecipe, labels: LabelsRecipe, train_from: str | None) -> Dataset | StreamedStudies:
+    try:
+        return build_studies(studies, labels, splits=("train",))["train"]
+    except (OSError, ValueError) as error:
+        if train_from is not None:
+            raise
+        raise ValueError(
+            f"the studies the model was trained on cannot be read ({error}): expected --train-from, other ones for "
+            "the baselines"
+        ) from error
+
+
+def _same(studies: StudiesRecipe, others: StudiesRecipe) -> bool:
+    """Whether two sections are of the same dataset; paths are compared by where they lead."""
+
+    def known_by(section: StudiesRecipe) -> tuple:
+        options = {
+            name: os.path.realpath(value) if isinstance(value, str) and os.path.exists(value) else value
+            for name, value in section.options.items()
+        }
+        return section.source, section.sections, options
+
+    return known_by(studies) == known_by(others)
+
+
+def check_counts(studies: StudiesRecipe, splits: StudySplits) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Counts of the splits, held against the published ones where the source knows them.
+
+    Args:
+        studies: what the splits were built by.
+        splits: some or all of them.
+
+    Returns:
+        `{split: {"studies", "images", "published", "unit"}}`, None for what is not known, and a line for each split
+        that is not as published, with the ids that lack.
+    """
+    counts = {split: {"studies": len(rows), "images": _images(rows)} for split, rows in splits.items()}
+    told = {split: {**count, "published": None, "unit": None} for split, count in counts.items()}
+    if studies.source == PREPARED:
+        return told, _prepared_warnings(Path(studies.options["folder"]), splits)
+    source = open_source(studies.source, **studies.options)
+    # What was published of these collections are the studies with findings.
+    if not source.official_counts or studies.sections != "findings":
+        return told, []
+    for split, count in told.items():
+        count.update(published=source.official_counts.get(split), unit=source.official_unit)
+    check, kept = OfficialCheck(source), {split: set(rows["id"]) for split, rows in splits.items()}
+    left_out: dict[str, list[str]] = {split: [] for split in splits}
+    for entry in source.entries():
+        check.see(entry)
+        if entry.split in kept and entry.id not in kept[entry.split]:
+            left_out[entry.split].append(entry.id)
+    lines = check.warnings({split: _split_counts(count) for split, count in counts.items()}, left_out)
+    limited = [f"{split}: of the first {studies.limit[split]:,}, as studies.limit says" for split in studies.limit]
+    return told, [line for line in lines if _split_of(line) in splits and _split_of(line) not in studies.limit] + [
+        line for line in limited if _split_of(line) in splits
+    ]
+
+
+def _prepared_warnings(folder: Path, splits: Collection[str]) -> list[str]:
+    """What was found when the folder was built."""
+    path = folder / SUMMARY
+    if not path.is_file():
+        return []
+    warnings = json.loads(path.read_text(encoding="utf-8")).get("warnings", [])
+    return [line for line in warnings if _split_of(line) in splits]
+
+
+def _split_of(line: str) -> str:
+    return line.partition(":")[0]
+
+
+def _split_counts(count: dict[str, int | None]) -> SplitCounts:
+    return SplitCounts(studies=count["studies"], images=count["images"] or 0)
+
+
+def _images(rows: Dataset | StreamedStudies) -> int | None:
+    """Views of a split; of streamed studies they are not counted."""
+    return sum(map(len, rows["views"])) if isinstance(rows, Dataset) else None
+
+
+__all__ = ["EvaluationStudies", "check_counts", "evaluation_studies", "run_folder"]

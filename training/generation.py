@@ -1,0 +1,181 @@
+"""Reports for studies: generated batch by batch, by all processes, and on request written down as they come."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from ..findings_otdrg import FINDING_STATES, FINDINGS
+from ..modeling_otdrg import OTDRGForReportGeneration
+from ..processing_otdrg import OTDRGProcessor
+from .collation import PromptCollator
+from .distributed import is_sharded, open_methods, process_share
+from .features import CachedStudies
+
+
+class ReportJournal:
+    """Reports on disk as they are written, a JSON object a line, so that a generation that is broken off can go on.
+
+    A last line that was cut off is removed. Whoever keeps one sees to it that it is of one model, one set of studies
+    and one way of decoding.
+
+    Args:
+        path: the `.jsonl` file; it need not be there.
+
+    Raises:
+        ValueError: a line is no report.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self._reports: dict[str, tuple[str, list[int]]] = {}
+        if not self.path.is_file():
+            return
+        *lines, cut_off = self.path.read_bytes().split(b"\n")
+        if cut_off:
+            os.truncate(self.path, self.path.stat().st_size - len(cut_off))
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                self._reports[row["id"]] = row["report"], [FINDING_STATES.index(row[name]) for name in FINDINGS]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(
+                    f"{self.path}, line {number}: no report with its id and 14 states; delete the file to begin anew"
+                ) from None
+
+    def __contains__(self, study: str) -> bool:
+        return study in self._reports
+
+    def __getitem__(self, study: str) -> tuple[str, list[int]]:
+        """A study's report, and the ids of the 14 states it was written from."""
+        return self._reports[study]
+
+    def add(self, rows: Sequence[tuple[str, str, list[int]]]) -> None:
+        """Add a study's id, report and states, each a line."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            for study, report, states in rows:
+                told = {name: FINDING_STATES[state] for name, state in zip(FINDINGS, states, strict=True)}
+                file.write(json.dumps({"id": study, "report": report, **told}, ensure_ascii=False) + "\n")
+                self._reports[study] = report, states
+
+
+@dataclass
+class GeneratedReports:
+    """What a model wrote for N studies.
+
+    Args:
+        reports: N texts.
+        finding_states: (N, 14), the states each report was conditioned on, predicted unless they were given.
+    """
+
+    reports: list[str]
+    finding_states: np.ndarray
+
+
+def generate_reports(
+    model: OTDRGForReportGeneration,
+    processor: OTDRGProcessor,
+    studies: Dataset | CachedStudies,
+    batch_size: int = 8,
+    generation: dict[str, Any] | None = None,
+    finding_states: np.ndarray | None = None,
+    indication: bool = False,
+    journal: ReportJournal | None = None,
+) -> GeneratedReports:
+    """Reports for studies, in their order, of which nothing is read but the images and, on request, the indications.
+
+    Every process of a distributed run must call it; each writes its share, and all get the whole.
+
+    Args:
+        model, processor: as published; the model's type is left as it is.
+        studies: rows with `images`, or those of [`cache_features`], which give the same.
+        batch_size: studies a batch.
+        generation: arguments of `generate`.
+        finding_states: (N, 14) states to condition on, -1 where they are to be predicted; all are, without it.
+        indication: whether the studies' `indication` goes into the prompt.
+        journal: of reports of these very studies, under these very settings: those that are in it are not written
+            again, the others are added to it as they come.
+
+    Raises:
+        ValueError: `finding_states` does not fit the studies, or a journal is to be kept by several processes.
+    """
+    if finding_states is not None and np.shape(finding_states) != (len(studies), len(FINDINGS)):
+        raise ValueError(
+            f"finding_states has shape {np.shape(finding_states)}: expected {(len(studies), len(FINDINGS))}"
+        )
+    state = PartialState()
+    if journal is not None and state.num_processes > 1:
+        raise ValueError(f"{journal.path} cannot be written by {state.num_processes} processes: expected one")
+    mine, written = process_share(len(studies)), []
+    if journal is not None:
+        written = [(place, *journal[study]) for place, study in enumerate(studies["id"]) if study in journal]
+        mine = sorted(set(mine).difference(place for place, *_ in written))
+    waits = {"synced_gpus": True} if is_sharded(model) else {}
+    views = "view_features" if "view_features" in studies.column_names else "images"
+    loader = DataLoader(
+        studies.select_columns([views, "indication"] if indication else [views]).select(mine),
+        batch_size=batch_size,
+        collate_fn=PromptCollator(processor, indication),
+    )
+    open_methods(model, "encode_views", "generate")
+    model.eval()
+    waiting = iter(mine)
+    # A command shows how far it is; training has a bar of its own.
+    for batch in tqdm(loader, desc=journal and journal.path.stem, unit="batch", disable=None if journal else True):
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        positions = list(islice(waiting, len(batch["input_ids"])))
+        with torch.no_grad():
+            if "pixel_values" in batch:
+                batch["view_features"] = model.encode_views(batch.pop("pixel_values"), batch["view_mask"])
+            logits = model(view_features=batch["view_features"], view_mask=batch["view_mask"]).finding_logits
+            states = model.predict_states(logits)
+            if finding_states is not None:
+                given = torch.as_tensor(np.asarray(finding_states)[positions], device=states.device)
+                states = torch.where(given < 0, states, given)
+            # A model without DLE predicts findings but is not told of any.
+            told = {"finding_states": states} if model.config.dle else {}
+            ids = model.generate(**batch, **told, **waits, **(generation or {}))
+        texts = processor.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        rows = list(zip(positions, (" ".join(text.split()) for text in texts), states.tolist(), strict=True))
+        written += rows
+        if journal is not None:
+            journal.add([(studies["id"][position], report, told) for position, report, told in rows])
+    everyones = gather_object(written) if state.num_processes > 1 else written
+    written = sorted({row[0]: row for row in everyones}.values())
+    return GeneratedReports(
+        reports=[text for _, text, _ in written],
+        finding_states=np.array([row for _, _, row in written], dtype=np.int64).reshape(len(studies), len(FINDINGS)),
+    )
+
+
+def derangement(count: int, seed: int) -> np.ndarray:
+    """A random permutation (count,) that leaves nothing in its place.
+
+    Raises:
+        ValueError: there is none of fewer than two.
+    """
+    if count < 2:
+        raise ValueError(f"images of {count} study cannot be shuffled: expected at least 2 studies")
+    # Sattolo's algorithm: one cycle through all.
+    order, rng = np.arange(count), np.random.default_rng(seed)
+    for position in range(count - 1, 0, -1):
+        other = rng.integers(position)
+        order[position], order[other] = order[other], order[position]
+    return order
+
+
+__all__ = ["GeneratedReports", "ReportJournal", "derangement", "generate_reports"]
