@@ -83,6 +83,8 @@ def run_recipe(recipe: Recipe, resume: bool = False, overwrite: bool = False) ->
         state.wait_for_everyone()
         previous = folder
     logger.info("run: %s", output)
+    # Left open, its threads may take a process down at the very end, and the launcher would call the run failed.
+    state.destroy_process_group()
     return results
 
 
