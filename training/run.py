@@ -127,6 +127,8 @@ def run_recipe(recipe: Recipe, resume: bool = False, overwrite: bool = False) ->
         told = f"{reason}; {_where_to_go_on(folder)}"
         raise (type(error) if isinstance(error, KeyboardInterrupt) else RunInterruptedError)(told) from error
     logger.info("run: %s", output)
+    # Left open, its threads may take a process down at the very end, and the launcher would call the run failed.
+    state.destroy_process_group()
     return results
 
 

@@ -78,7 +78,7 @@ def launch_processes(arguments, processes=2, **variables):
         for rank in range(processes)
     ]
     try:
-        told = [process.communicate(timeout=120) for process in running]
+        told = [process.communicate(timeout=300) for process in running]
     finally:
         for process in running:
             process.kill()

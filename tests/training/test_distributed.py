@@ -211,7 +211,7 @@ def accelerate_launch(config, *arguments):
     command += ["--main_process_port", "0", "-m", "otdrg.train_hf", *map(str, arguments)]
     # A configuration of the user's own must not matter.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=170, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
 @pytest.mark.slow
@@ -316,6 +316,7 @@ assert not is_sharded(whole) and whole.config is model.config
 assert all(torch.equal(weight, weights[name]) for name, weight in whole.state_dict().items())
 assert generate_reports(whole, *settings).reports == before.reports
 print(wrapper_name(wrapped))
+torch.distributed.destroy_process_group()
 """
 
 

@@ -212,6 +212,7 @@ for joined, part in zip(expected, (value, gradient)):
     dist.all_reduce(part)
     torch.testing.assert_close(part / 2, joined)
 print("equal", dist.get_rank())
+dist.destroy_process_group()
 """
 
 
