@@ -100,7 +100,7 @@ def test_the_document_says_what_was_compared(evaluated, capsys):
         "- the dataset the model was trained on",
         "train 16 studies; validation 5 studies",
         "- constants and neighbours from split train of the dataset",
-        "- 1 beams, up to 10 tokens",
+        "- greedy search, up to 10 tokens",
         "| fluency | BLEU-1 | BLEU-4 | ROUGE-L | CIDEr |",
         "| clinical efficacy, F1 | example (14) | example (5) | example (13) | micro (14) |",
         "by the labeler rules",

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from otdrg.labelers import write_states
 from otdrg.studies.iu_xray_split import r2gen_split_ids
 from otdrg.training.build import build_studies
 from otdrg.training.evaluation_studies import check_counts, evaluation_studies, run_folder
@@ -48,10 +49,10 @@ def test_a_split_that_the_recipe_limits_is_not_held_against_them(iu_xray):
 
 def test_states_of_training_alone_may_come_from_a_csv(iu_xray, tmp_path):
     train = r2gen_split_ids()["train"][0]
-    (tmp_path / "states.csv").write_text(f"id,Edema\n{train},1\n", encoding="utf-8")
+    write_states(tmp_path / "states.csv", [(train, [0] * 14)])
     labels = LabelsRecipe(csv=str(tmp_path / "states.csv"), labeler="rules")
     assert list(build_studies(iu_xray, labels, splits=("validation",))) == ["validation"]
-    (tmp_path / "states.csv").write_text("id,Edema\nother,1\n", encoding="utf-8")
+    write_states(tmp_path / "states.csv", [("other", [0] * 14)])
     with pytest.raises(ValueError, match="names none of the studies"):
         build_studies(iu_xray, labels, splits=("validation",))
 
@@ -79,7 +80,7 @@ def test_a_recipe_is_the_same_dataset_whatever_the_way_to_it(iu_xray, tmp_path, 
     assert found.rows["finding_states"][0] is not None and len(found.training) == 2
 
 
-def test_the_model_s_own_studies_that_are_gone_are_asked_for(iu_xray, tmp_path):
+def test_training_studies_that_are_gone_are_asked_for(iu_xray, tmp_path):
     path = tmp_path / "recipe.yaml"
     gone = {**vars(iu_xray), "options": {"annotation": "gone.json", "images": "gone"}}
     path.write_text(json.dumps({"output_dir": "x", "studies": gone}), encoding="utf-8")
