@@ -73,7 +73,7 @@ class Row(NamedTuple):
 
 
 class Steered(NamedTuple):
-    """What the model wrote from states that were given to it.
+    """What a model that is told of findings wrote from the states it was told.
 
     Args:
         row: its reports.
@@ -98,7 +98,8 @@ class Evaluation:
         labeler: name of the labeler behind the clinical scores.
         rows: by their keys in `ROWS`; the constant's is not among them.
         constants: by column, the row of its own best constant.
-        steered: reports from states that were given, "true_states" and "flipped", as far as they were asked for.
+        steered: reports by where the states they were written from are from: "predicted" and, as far as they were asked
+            for, "true_states" and "flipped"; empty for a model that is not told of findings.
         notes: why something is not there.
     """
 
@@ -179,7 +180,8 @@ def evaluate_model(
     model does not look. `retrieval` writes the report of the training study whose image features, the model's own, are
     nearest, and the one that the nearest 30 agree on most ([`retrieve_reports`]). `constant` is, in each column, the
     report that scores best on training when it is written for every study: one of the 60 most frequent or, what F1
-    rewards, one that has every finding positive; METEOR, too slow to choose by, has the best of the other columns'.
+    rewards, one that has every finding positive; METEOR, too slow to choose by, has that of another column which does
+    best on the studies themselves.
     `true_states` is the model given the true states: the ceiling of a better predictor. `flipped` gives it these with
     one finding of each study flipped ([`flip_states`]); that is no row, but what steerability is measured on.
 
@@ -249,6 +251,8 @@ def evaluate_model(
             evaluation.notes.append(f"the consensus is of {retrieved.neighbours} neighbours: training has no more")
     if "constant" in controls:
         evaluation.constants = _constants(scored, training["report"], seed)
+    if model.config.dle:
+        evaluation.steered["predicted"] = Steered(evaluation.rows["model"], written.finding_states)
     given = [name for name in ("true_states", "flipped") if name in controls]
     known = [states for states in studies["finding_states"] if states is not None] if given else []
     if given and not model.config.dle:

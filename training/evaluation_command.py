@@ -259,9 +259,9 @@ def _write(output: Path, told: dict[str, Any], evaluation: Evaluation, steering:
         format_scores(evaluation, intervals, differences),
         "## Do reports say what they were told?",
         format_steering(steering, evaluation.labeler),
-        *(f"- {note}" for note in (*told["warnings"], *missing, *evaluation.notes)),
+        "\n".join(f"- {note}" for note in (*told["warnings"], *missing, *evaluation.notes)),
     ]
-    document = "\n\n".join(blocks)
+    document = "\n\n".join(block for block in blocks if block)
     write_json(output / "evaluation.json", result)
     (output / "evaluation.md").write_text(document + "\n", encoding="utf-8")
     write_predictions(evaluation, output / "predictions.csv")
@@ -282,6 +282,7 @@ def _preamble(told: dict[str, Any], studies: int) -> str:
         published = "" if count["published"] is None else f" (published: {count['published']:,})"
         counts.append(f"{split} {count[unit]:,} {unit}{published}")
     decoding = told["generation"]
+    beams = "greedy search" if decoding["num_beams"] == 1 else f"{decoding['num_beams']} beams"
     lines = [
         f"{studies:,} studies of split {told['split']} of {told['dataset']}",
         kind.get(told["zero_shot"], "whether the model was trained on this dataset is not known"),
@@ -289,8 +290,7 @@ def _preamble(told: dict[str, Any], studies: int) -> str:
         f"constants and neighbours from {told['training_from']}",
         f"cleaning {told['cleaning']}" + (", of generated reports too" if told["generated_reports_cleaned"] else ""),
         f"protocol {protocol}",
-        f"{decoding['num_beams']} beams, up to {decoding['max_new_tokens']} tokens"
-        + (", with indication" if decoding["indication"] else ""),
+        f"{beams}, up to {decoding['max_new_tokens']} tokens" + (", with indication" if decoding["indication"] else ""),
     ]
     return "\n".join(f"- {line}" for line in lines)
 

@@ -101,6 +101,8 @@ def format_scores(
 
 def format_steering(steering: Steering, labeler: str) -> str:
     """Faithfulness under each condition, the model's beside the constant's."""
+    if not steering.conditions:
+        return "The model is not told of findings."
     rows = []
     for name, found in steering.conditions.items():
         shares = [shown_number(value) for one in (found.model, found.constant) for value in (one.macro, one.micro)]

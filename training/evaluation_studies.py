@@ -97,6 +97,8 @@ def evaluation_studies(
         learned, training_from = None, "the dataset"
     training_from = f"split train of {training_from}"
     if learned is None:
+        if studies.source == PREPARED and "train" not in prepared_splits(studies.options["folder"]):
+            raise ValueError(f"{dataset} has no split 'train' for the baselines: expected --train-from, where they are")
         splits = build_studies(studies, labels, splits=("train", split))
         training = splits["train"]
     else:
@@ -194,10 +196,11 @@ def check_counts(studies: StudiesRecipe, splits: StudySplits) -> tuple[dict[str,
         if entry.split in kept and entry.id not in kept[entry.split]:
             left_out[entry.split].append(entry.id)
     lines = check.warnings({split: _split_counts(count) for split, count in counts.items()}, left_out)
-    limited = [f"{split}: of the first {studies.limit[split]:,}, as studies.limit says" for split in studies.limit]
-    return told, [line for line in lines if _split_of(line) in splits and _split_of(line) not in studies.limit] + [
-        line for line in limited if _split_of(line) in splits
-    ]
+    warnings = [line for line in lines if _split_of(line) in splits and _split_of(line) not in studies.limit]
+    for split, limit in studies.limit.items():
+        if split in splits:
+            warnings.append(f"{split}: the first {limit:,} studies only, as studies.limit says")
+    return told, warnings
 
 
 def _prepared_warnings(folder: Path, splits: Collection[str]) -> list[str]:

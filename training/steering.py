@@ -77,19 +77,13 @@ def measure_steering(
         {row.reports[0]: row for row in evaluation.constants.values()}.values(),
         key=lambda row: _followed(training_states, row.finding_states[0], floor),
     )
-    told = {"predicted": (evaluation.finding_states, evaluation.rows["model"].finding_states, None)}
-    for name, steered in evaluation.steered.items():
-        told[name] = steered.told, steered.row.finding_states, steered.within
     conditions = {}
-    for name in CONDITIONS:
-        if name not in told:
-            continue
-        given, said, within = told[name]
+    for name, (row, told, within) in evaluation.steered.items():
         conditions[name] = SteeredReports(
-            studies=len(given) if within is None else int(within.any(axis=1).sum()),
-            model=faithfulness(given, said, floor, within),
-            constant=faithfulness(given, constant.finding_states, floor, within),
-            contradicted=list(contradictions(given, said, within)),
+            studies=len(told) if within is None else int(within.any(axis=1).sum()),
+            model=faithfulness(told, row.finding_states, floor, within),
+            constant=faithfulness(told, constant.finding_states, floor, within),
+            contradicted=list(contradictions(told, row.finding_states, within)),
         )
     return Steering(conditions, constant.reports[0])
 
