@@ -14,6 +14,7 @@ from datasets import Dataset
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_samples
 from sklearn.metrics.pairwise import cosine_distances
+from threadpoolctl import threadpool_limits
 from torch.utils.data import DataLoader
 
 from ..findings_otdrg import FINDINGS, POSITIVE
@@ -167,7 +168,10 @@ def _interval(values: Sequence[float]) -> dict[str, float]:
 def embed(features: np.ndarray, seed: int) -> np.ndarray:
     """(S, D) features in the plane, (S, 2), by t-SNE on cosine distances; the same for the same seed."""
     perplexity = min(30.0, (len(features) - 1) / 3)
-    return TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=seed).fit_transform(features)
+    # On one thread: sums over several have no fixed order, and threads waiting for each other at each of a thousand
+    # small steps make a busy machine's minutes of seconds.
+    with threadpool_limits(1):
+        return TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=seed).fit_transform(features)
 
 
 __all__ = [
