@@ -61,7 +61,9 @@ def draw_ablation(summary: dict[str, Any], path: str | Path) -> None:
         by_label |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
     if any(table["controls"]["constant"] for table in tables.values()):
         by_label["best constant report"] = panels[0].plot([], [], color="#404040", linestyle=":")[0]
-    figure.legend(by_label.values(), by_label.keys(), loc="outside lower center", ncols=len(by_label), frameon=False)
+    # A single panel is too narrow for one line of all labels.
+    columns = len(by_label) if len(tables) > 1 else 3
+    figure.legend(by_label.values(), by_label.keys(), loc="outside lower center", ncols=columns, frameon=False)
     figure.savefig(path, dpi=150)
 
 
