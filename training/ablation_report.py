@@ -38,7 +38,7 @@ CONTRIBUTIONS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("the full model", FULL, ()),
 )
 
-_CONTROLS = ("constant", "shuffled", "true_states")
+_CONTROLS = ("constant", "nearest", "consensus", "shuffled", "true_states")
 _HEADINGS = {"epsilon": "ε", "iterations": "iterations"}
 _ROW_LABELS = {"epsilon": "ε = {:g}", "iterations": "{:g} iterations"}
 
@@ -334,6 +334,8 @@ def _format_table(name: str, table: dict[str, Any]) -> str:
     controls = table["controls"]
     labels = {
         "constant": "best constant report, each column its own",
+        "nearest": f"{ROWS['nearest']}, by the features of {controls['of']}",
+        "consensus": f"{ROWS['consensus']}, likewise",
         "shuffled": f"{controls['of']}, images shuffled across studies",
         "true_states": f"{controls['of']}, true states given",
     }
