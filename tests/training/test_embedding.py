@@ -75,14 +75,14 @@ def test_the_plane_keeps_neighbours_and_is_the_same_for_a_seed():
 
 
 def run_embed(model, output, *arguments):
-    return main(["embed", str(model), "--output", str(output), "--resamples", "50", *map(str, arguments)])
+    return main(["embed", str(model), *map(str, arguments), "--output", str(output), "--resamples", "50"])
 
 
 @pytest.fixture(scope="module")
 def phantoms(tmp_path_factory):
-    """A prepared dataset of 60 test studies."""
+    """A prepared dataset of 140 test studies."""
     folder = tmp_path_factory.mktemp("prepared") / "phantoms"
-    sizes = ["--train", "1", "--validation", "0", "--test", "60", "--image-size", "112"]
+    sizes = ["--train", "1", "--validation", "0", "--test", "140", "--image-size", "112"]
     assert main(["prepare", "phantom", *sizes, "--output", str(folder)]) == 0
     return folder
 
@@ -97,7 +97,7 @@ def embedded(trained_run, phantoms, tmp_path_factory):
 
 def test_picture_figures_and_a_row_a_study_are_left(embedded, phantoms):
     result = json.loads((embedded / "embedding.json").read_text(encoding="utf-8"))
-    assert sum(result["by_finding"].values()) == result["studies"] == 60 - sum(result["left_out"].values())
+    assert sum(result["by_finding"].values()) == result["studies"] == 140 - sum(result["left_out"].values())
     with (embedded / "embedding.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == result["studies"]
@@ -136,12 +136,12 @@ def test_without_a_dataset_the_recipes_studies_are_taken(trained_run, tmp_path, 
     run.mkdir()
     shutil.copytree(trained_run / "model", run / "model")
     recipe = yaml.safe_load((trained_run / "recipe.yaml").read_text(encoding="utf-8"))
-    recipe["studies"]["options"] |= {"train": 50}
+    recipe["studies"]["options"] |= {"train": 100}
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    assert run_embed(run, tmp_path / "out", "--split", "train", "--limit", "25") == 0
+    assert run_embed(run, tmp_path / "out", "--split", "train", "--limit", "48") == 0
     shown = capsys.readouterr().out
     assert "studies of train with exactly one positive finding" in shown and "| before alignment |" in shown
-    assert json.loads((tmp_path / "out" / "embedding.json").read_text(encoding="utf-8"))["studies"] <= 25
+    assert json.loads((tmp_path / "out" / "embedding.json").read_text(encoding="utf-8"))["studies"] < 48
 
 
 def test_wrong_input_ends_in_one_line(trained_run, phantoms, embedded, model, processor, tmp_path, capsys):
