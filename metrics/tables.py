@@ -19,8 +19,7 @@ NLG_NAMES = dict(zip(NLG_METRICS, ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METE
 def nlg_table(scores: Mapping[str, float | None], intervals: Mapping[str, Interval]) -> str:
     """A row a metric: its score and interval; a dash where there is none."""
     rows = [
-        [NLG_NAMES[name], shown_number(value), shown_interval(intervals.get(name))]
-        for name, value in scores.items()
+        [NLG_NAMES[name], shown_number(value), shown_interval(intervals.get(name))] for name, value in scores.items()
     ]
     return markdown_table(["fluency", "score", "95 % interval"], rows)
 

@@ -332,6 +332,12 @@ class ReportRecipe(StageRecipe):
             "steps or epoch, so that there is a best checkpoint to keep (or report.eval_strategy no)",
         )
         _need(
+            self.eval_strategy == "no" or self.save_total_limit is None or self.save_total_limit > 1,
+            "report.save_total_limit",
+            self.save_total_limit,
+            "at least 2, or null: the best checkpoint and the last one",
+        )
+        _need(
             self.selection.patience is None or self.eval_strategy != "no",
             "report.selection.patience",
             self.selection.patience,

@@ -30,7 +30,7 @@ FIRST_READ: dict[str, str] = {
         "report",
     ),
 }
-#: Fields of a stage's section that change what is watched and kept, and not what is learned.
+#: Fields of a stage's section that change what is watched and kept, or how it is computed, and not what is learned.
 _WATCHING = (
     "eval_batch_size",
     "logging_steps",
@@ -41,6 +41,8 @@ _WATCHING = (
     "save_total_limit",
     "probe_studies",
     "cache_features",
+    "gradient_checkpointing",
+    "compile",
 )
 #: Those that come into play when the training of the stage is over.
 _AFTERWARDS = ("fit_thresholds", "evaluation")

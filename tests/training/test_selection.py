@@ -47,6 +47,10 @@ def test_missing_scores_and_division_by_nothing_are_told():
         ("report.selection.expression=cider ** 2", "report.selection.expression='cider ** 2': expected scores"),
         ("report.selection.patience=0", "report.selection.patience=0: expected a positive integer"),
         ("report.save_strategy=no", "report.save_strategy='no': expected steps or epoch"),
+        (
+            "report.save_total_limit=1",
+            "report.save_total_limit=1: expected at least 2, or null: the best checkpoint and",
+        ),
         ("report.group_by_length=1", "report.group_by_length=1: expected true or false"),
     ],
 )
