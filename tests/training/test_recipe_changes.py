@@ -40,7 +40,7 @@ def test_what_a_stage_learns_from_matters(changes, finished):
 
 
 def test_an_unfinished_stage_may_be_watched_differently_and_made_longer(changes):
-    watching = ["report.logging_steps=5", "report.save_total_limit=1", "report.workers=1", "report.eval_batch_size=2"]
+    watching = ["report.logging_steps=5", "report.save_total_limit=3", "report.workers=1", "report.eval_batch_size=2"]
     names = {override.partition("=")[0] for override in watching}
     assert changes("report", False, *watching, "cpu_threads=2", "output_dir=elsewhere") == (set(), names)
     assert changes("report", True, *watching) == (set(), names)
