@@ -341,6 +341,10 @@ class OTDRGOutput(ModelOutput):
     logits: torch.Tensor | None = None
     transport_plan: torch.Tensor | None = None
     finding_logits: torch.Tensor | None = None
+    if CACHE == "cache":
+        cache: object | None = None
+    else:
+        past_key_values: object | None = None
     ot_marginal_error: torch.Tensor | None = None
     plan_entropy: torch.Tensor | None = None
     epsilon_to_cost: torch.Tensor | None = None
@@ -920,7 +924,7 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
                 **kwargs,
             )
             output.logits = text_output.logits
-            cache = text_output.get(CACHE)
+            setattr(output, CACHE, text_output.get(CACHE))
             if labels is not None:
                 logits = output.logits[:, :-1].float()
                 targets = labels[:, 1:][:, -logits.shape[1] :]
@@ -939,8 +943,6 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
             output.loss = sum(losses)
         # Values set one by one are attributes; whether they are items too differs between versions of transformers.
         output = OTDRGOutput(**{field.name: getattr(output, field.name) for field in fields(output)})
-        if cache is not None:
-            output[CACHE] = cache
         return output if return_dict else output.to_tuple()
 
     def _reader(self, input_ids, inputs_embeds, finding_states, finding_labels) -> str:

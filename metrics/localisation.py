@@ -86,7 +86,7 @@ def pointing_game(maps: np.ndarray, masks: np.ndarray) -> np.ndarray:
     maps, masks = _flat(maps, masks)
     peaks = maps.max(axis=1, keepdims=True)
     highest = ((maps >= peaks * (1 - _TIE)) & (peaks > 0)).astype(float)
-    return masks @ (highest / np.maximum(highest.sum(axis=1, keepdims=True), 1)).T
+    return masks @ highest.T / np.maximum(highest.sum(axis=1), 1)
 
 
 def soft_iou(maps: np.ndarray, masks: np.ndarray) -> np.ndarray:

@@ -138,9 +138,12 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _reads(stage: str, field: str) -> bool:
     """Whether a stage reads a field of the recipe's `model`, "preset" or "overrides.ot_epsilon"."""
     section, _, name = field.partition(".")
+    order = list(STAGES)
+    if section == "quantization":
+        # The LLM is packed in this stage alone.
+        return stage == order[-1]
     if section != "overrides":
         return True
-    order = list(STAGES)
     return order.index(stage) >= order.index(FIRST_READ.get(name.partition(".")[0], order[0]))
 
 

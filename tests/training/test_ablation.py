@@ -343,7 +343,13 @@ def test_an_interrupted_ablation_stops_what_it_started(recipe, tmp_path, how):
     command = [sys.executable, "-m", "otdrg.cli", "ablate", str(recipe), "--seeds", "1", "--output", str(tmp_path)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 120
-    while not (started := psutil.Process(process.pid).children(recursive=True)) and time.monotonic() < deadline:
+
+    def training():
+        # Python itself starts others for a moment when it looks for libraries.
+        children = psutil.Process(process.pid).children(recursive=True)
+        return [child for child in children if "otdrg.train_hf" in child.cmdline()]
+
+    while not (started := training()) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(how)
     assert process.wait(timeout=60) == 130

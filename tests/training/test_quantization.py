@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from otdrg.studies import load_studies
 from otdrg.train_hf import main
 from otdrg.training.build import load_model, quantization_config, set_trained_parts
 from otdrg.training.collation import ReportCollator
+from otdrg.training.recipe import load_recipe
 from safetensors.torch import load_file
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -31,6 +33,10 @@ def batch(trained_run):
     return ReportCollator(processor, True, 20)(list(studies["validation"]))
 
 
+def in_bfloat16(run):
+    return replace(load_recipe(run / "recipe.yaml").model, dtype="bfloat16")
+
+
 def linears(model):
     return [name for name, module in model.named_modules() if type(module).__module__.startswith("bitsandbytes")]
 
@@ -38,7 +44,7 @@ def linears(model):
 @needs_bitsandbytes
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_llm_is_quantised(trained_run, kind):
-    model, _ = load_model(trained_run / "predictor", "bfloat16", kind)
+    model, _ = load_model(trained_run / "predictor", in_bfloat16(trained_run), kind)
     assert len(linears(model)) == 7 and all(name.startswith("language_model.model.") for name in linears(model))
     for name, weight in model.named_parameters():
         is_backbone = name.startswith(("vision_tower", "language_model"))
@@ -47,7 +53,7 @@ def test_only_the_llm_is_quantised(trained_run, kind):
         assert weight.dtype == (wanted if is_backbone else torch.float32), name
     packed = linears(model)
     model.merge_lora()
-    whole, _ = load_model(trained_run / "predictor", "bfloat16")
+    whole, _ = load_model(trained_run / "predictor", in_bfloat16(trained_run))
     for name, weight in whole.named_parameters():
         error = (model.get_parameter(name).float() - weight.float()).norm()
         # NF4's error is 0.09 of a weight of 256 x 256; the CPU backend is coarser on ones as small as these.
@@ -59,7 +65,7 @@ def test_only_the_llm_is_quantised(trained_run, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_pass_through_packed_weights(trained_run, kind, batch):
     """Also behind an evaluation, and as they pass through the same weights in full."""
-    model, _ = load_model(trained_run / "predictor", "bfloat16", kind)
+    model, _ = load_model(trained_run / "predictor", in_bfloat16(trained_run), kind)
     model.config.lora = LORA
     model.add_lora()
     set_trained_parts(model, vision="frozen", text="lora", predictor="frozen", joining=True)
@@ -86,16 +92,10 @@ def test_gradients_pass_through_packed_weights(trained_run, kind, batch):
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stage_trains_resumes_and_publishes_without_bitsandbytes(tiny_recipe, trained_run, tmp_path, kind, caplog):
-    shutil.copytree(trained_run / "predictor", tmp_path / "predictor")
-    arguments = [
-        str(tiny_recipe),
-        f"output_dir={tmp_path}",
-        "stages=[report]",
-        f"model.quantization={kind}",
-        "model.dtype=bfloat16",
-        "report.learning_rate=1e-2",
-    ]
+def test_a_stage_trains_resumes_and_publishes_without_bitsandbytes(tiny_recipe, tmp_path, kind, caplog):
+    run = [str(tiny_recipe), f"output_dir={tmp_path}", "model.dtype=bfloat16"]
+    assert main([*run, "stages=[predictor]"]) == 0
+    arguments = [*run, "stages=[report]", f"model.quantization={kind}", "report.learning_rate=1e-2"]
     assert main(arguments) == 0
 
     def losses():
