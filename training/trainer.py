@@ -28,9 +28,10 @@ logger = logging.getLogger(__name__)
 
 
 class EpochLengthGroupedSampler(LengthGroupedSampler):
-    """transformers' sampler of batches of about equal length, in an order that is the epoch's own.
+    """transformers' sampler of batches of about equal length, the batches in an order that is the epoch's own.
 
-    Its own draws from the global generator, which a resumed run has in another state when an epoch begins.
+    Left to itself it draws from the global generator, which a resumed run has in another state when an epoch begins,
+    and goes from long to short batches, 50 at a time, of which the loss makes a saw.
     """
 
     def __init__(self, batch_size: int, lengths: Sequence[int], seed: int):
@@ -43,7 +44,15 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
 
     def __iter__(self):
         self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return super().__iter__()
+        places = list(super().__iter__())
+        # The longest stays first, where memory runs out at once if at all, and what is left over stays last.
+        whole = len(places) // self.batch_size
+        batches = [
+            places[start : start + self.batch_size] for start in range(0, whole * self.batch_size, self.batch_size)
+        ]
+        order = [0, *(torch.randperm(whole - 1, generator=self.generator) + 1).tolist()] if whole else []
+        shuffled = [place for batch in order for place in batches[batch]]
+        return iter(shuffled + places[whole * self.batch_size :])
 
 
 class StageTrainer(ResumableTrainer):

@@ -118,11 +118,15 @@ def test_batches_of_about_equal_length_in_an_order_of_the_epoch():
         return sum(4 * max(batch) - sum(batch) for batch in batches)
 
     assert padding(first) < 0.3 * padding(range(120))
+    longest = [max(lengths[position] for position in first[start : start + 4]) for start in range(0, 120, 4)]
+    assert longest[0] == max(lengths) and longest != sorted(longest, reverse=True)
     torch.rand(1)
     sampler.set_epoch(1)
     assert list(sampler) != first
     sampler.set_epoch(0)
     assert list(sampler) == first
+    assert sorted(EpochLengthGroupedSampler(4, lengths[:10], seed=5)) == list(range(10))
+    assert sorted(EpochLengthGroupedSampler(4, lengths[:3], seed=5)) == list(range(3))
 
 
 def losses(run):
