@@ -341,7 +341,13 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(recipe, references, t
 @pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupted_ablation_stops_what_it_started(recipe, tmp_path, how):
     command = [sys.executable, "-m", "otdrg.cli", "ablate", str(recipe), "--seeds", "1", "--output", str(tmp_path)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # A shell's background jobs, and what they start, ignore Ctrl-C unless told otherwise.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     deadline = time.monotonic() + 120
 
     def training():

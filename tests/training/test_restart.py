@@ -288,8 +288,13 @@ def test_terminated(recipe, unbroken, tmp_path):
 
 def test_interrupted_by_ctrl_c(recipe, copied, monkeypatch, capsys):
     shutil.rmtree(copied / "report" / "checkpoint-6")
-    with at_backward(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGINT)):
-        assert main([str(recipe), f"output_dir={copied}", "--resume"]) == 130
+    # A shell's background jobs, and what they start, ignore Ctrl-C unless told otherwise.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with at_backward(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGINT)):
+            assert main([str(recipe), f"output_dir={copied}", "--resume"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     line = (
         f"train_hf.py: interrupted; the last good checkpoint is {copied / 'report' / 'checkpoint-3'}, --resume goes on"
     )
