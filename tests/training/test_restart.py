@@ -328,7 +328,7 @@ def small_files(folder):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     try:
-        yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1])), restore
+        yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1])), restore
     finally:
         restore()
 
