@@ -1,4 +1,7 @@
-"""Runs that are ended from outside: what they say, and that they go on as if nothing had been."""
+"""Runs that are ended from outside: what they say, and that they go on as if nothing had been.
+
+Long, because each way of ending a run has to be brought about in a process of its own.
+"""
 
 import json
 import os
