@@ -105,7 +105,16 @@ class OTDRGConfig(PreTrainedConfig):
         finding_text_token_ids (`list[list[list[int]]]`, *optional*):
             Token ids of the 14 x 4 texts "finding: state"; set by `bind_tokenizer`.
         vision_backbone, text_backbone (`str`, *optional*):
-            Hub ids the backbones' weights were taken from.
+            Hub ids the backbones' weights were taken from; folders and GGUF files are fine in an adapter of one's own.
+        weights (`str`, defaults to `"full"`):
+            What the weight files beside this configuration hold: `"full"` all weights, `"adapter"` those that
+            `vision_backbone` and `text_backbone` do not have. A model that is loaded has all.
+        weights_sha256 (`dict[str, str]`, *optional*):
+            SHA-256 of each of these files, checked when they are loaded; written by `save_pretrained`.
+        backbone_sha256 (`dict[str, dict[str, str]]`, *optional*):
+            Of an adapter: SHA-256 of each weight file of its backbones, "vision" and "text"; others are refused.
+        backbone_revisions (`dict[str, str]`, *optional*):
+            Of an adapter: the commits of its backbones on the Hub.
     """
 
     model_type = "otdrg"
@@ -120,6 +129,7 @@ class OTDRGConfig(PreTrainedConfig):
         "ot_gradient": ("envelope", "unroll"),
         "focal_reduction": ("finding", "study"),
         "predictor_encoder": ("shared", "own"),
+        "weights": ("full", "adapter"),
     }
 
     def __init__(
@@ -163,6 +173,10 @@ class OTDRGConfig(PreTrainedConfig):
         finding_text_token_ids: list[list[list[int]]] | None = None,
         vision_backbone: str | None = None,
         text_backbone: str | None = None,
+        weights: str = "full",
+        weights_sha256: dict[str, str] | None = None,
+        backbone_sha256: dict[str, dict[str, str]] | None = None,
+        backbone_revisions: dict[str, str] | None = None,
         **kwargs,
     ):
         self.vision_config = _sub_config("vision_config", vision_config, default="timm_wrapper")
@@ -203,6 +217,10 @@ class OTDRGConfig(PreTrainedConfig):
         self.finding_text_token_ids = finding_text_token_ids
         self.vision_backbone = vision_backbone
         self.text_backbone = text_backbone
+        self.weights = weights
+        self.weights_sha256 = weights_sha256
+        self.backbone_sha256 = backbone_sha256
+        self.backbone_revisions = backbone_revisions
         kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
         super().__init__(**kwargs)
         self.check_fields()

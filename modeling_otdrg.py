@@ -21,9 +21,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    GenerationConfig,
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers import initialization as init
@@ -32,6 +34,15 @@ from transformers.utils import is_peft_available
 
 from .configuration_otdrg import OTDRGConfig, resolve_backbone
 from .findings_otdrg import FINDING_STATES, FINDINGS, POSITIVE, UNMENTIONED
+from .weights_otdrg import (
+    HUB_KEYWORDS,
+    adapter_weights,
+    backbone_weights,
+    check_sha256,
+    load_backbone,
+    read_adapter,
+    record_sha256,
+)
 
 if is_peft_available():
     from peft import LoraConfig, inject_adapter_in_model
@@ -570,14 +581,91 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
                 # On a CPU the first evaluation would pack the weights anew, and then no gradient passes through them.
                 module.support_avx512bf16_for_cpu = False
 
-    def save_pretrained(self, save_directory, **kwargs):
-        """Write weights, configuration, generation configuration and the code files; see `PreTrainedModel`.
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """A trained model, from a folder or a Hub id; see `PreTrainedModel`.
+
+        Whole weights and adapters load alike. Files are of safetensors format, and are those the configuration tells
+        of. With a `quantization_config` the LLM's weights are packed, and no others.
 
         Raises:
-            ValueError: the LLM is quantised, and there is no `state_dict` to be written in place of its weights.
+            OSError: there is no model, it is damaged, or it is an adapter of a backbone that is not there or another.
         """
-        if self.is_llm_quantized and kwargs.get("state_dict") is None:
-            raise ValueError("the LLM is quantised: call merge_lora(), which dequantises it, before save_pretrained")
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *model_args, config=config, **kwargs)
+        source, hub = pretrained_model_name_or_path, {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
+        told = config if isinstance(config, PreTrainedConfig) else cls.config_class.from_pretrained(source, **hub)
+        if kwargs.get("variant") is None:
+            check_sha256(source, told, **hub)
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = _of_llm_only(kwargs["quantization_config"])
+        if told.weights == "adapter":
+            loaded = cls._from_adapter(source, hub, *model_args, config=config, **kwargs)
+        else:
+            kwargs.setdefault("use_safetensors", True)  # the other format can run code when it is loaded
+            loaded = super().from_pretrained(source, *model_args, config=config, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.settle_quantization()
+        # What is said of files is not true of a model, which may be trained and saved anew.
+        model.config.weights, model.config.weights_sha256 = "full", None
+        return loaded
+
+    @classmethod
+    def _from_adapter(cls, source, hub: dict, *model_args, config=None, **kwargs):
+        kwargs = {name: value for name, value in kwargs.items() if name not in (*HUB_KEYWORDS, "use_safetensors")}
+        if not isinstance(config, PreTrainedConfig):
+            config, kwargs = cls.config_class.from_pretrained(source, return_unused_kwargs=True, **hub, **kwargs)
+        config = copy.deepcopy(config)
+        weights, lora = read_adapter(source, config, **hub)
+        wanted = {field: getattr(config, field) for field in ("lora", "vision_lora")}
+        # Behind the LLM's weights, which may have been packed by then: peft's layers follow what they are laid over.
+        config.lora = config.vision_lora = None
+        with_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            None, *model_args, config=config, state_dict=weights, output_loading_info=True, **kwargs
+        )
+        for field, value in wanted.items():
+            setattr(model.config, field, value)
+        if model.config.lora is not None or model.config.vision_lora is not None:
+            model.add_lora()
+        for name, weight in model.named_parameters():
+            if ".lora_" in name:
+                weight.data = weight.data.to(model.get_input_embeddings().weight.dtype)
+        absent = model.load_state_dict(lora, strict=False)
+        missing = [*info["missing_keys"], *(name for name in absent.missing_keys if ".lora_" in name)]
+        unknown = [*info["unexpected_keys"], *absent.unexpected_keys]
+        if missing or unknown:
+            raise OSError(
+                f"{source} does not fit its backbones: {len(missing)} weights are missing"
+                f"{f', such as {missing[0]}' if missing else ''}, and {len(unknown)} are unknown"
+                f"{f', such as {unknown[0]}' if unknown else ''}; it was saved with transformers "
+                f"{config.transformers_version}, this is {transformers.__version__}"
+            )
+        model.generation_config = GenerationConfig.from_pretrained(source, **hub)
+        model.name_or_path = str(source)
+        return (model.eval(), info) if with_info else model.eval()
+
+    def save_pretrained(self, save_directory, weights: str = "full", **kwargs):
+        """Write weights with their SHA-256, configuration, generation configuration and code; see `PreTrainedModel`.
+
+        Args:
+            save_directory (`str`): the folder.
+            weights (`str`): `"full"`, or `"adapter"` for those that the backbones do not have: `config.vision_backbone`
+                and `config.text_backbone` are read, compared, and referred to. Either is loaded by `from_pretrained`.
+            kwargs: those of `PreTrainedModel.save_pretrained`.
+
+        Raises:
+            ValueError: the LLM is quantised, and there is no `state_dict` to be written in place of its weights; or an
+                adapter has no backbones to refer to.
+            OSError: a backbone cannot be loaded.
+        """
+        if weights not in ("full", "adapter"):
+            raise ValueError(f"weights={weights!r}: expected 'full' or 'adapter'")
+        if weights == "full" and self.is_llm_quantized and kwargs.get("state_dict") is None:
+            raise ValueError(
+                "the LLM is quantised: call merge_lora(), which dequantises it, before save_pretrained, or save with "
+                "weights='adapter'"
+            )
         self.config.auto_map = {
             **(getattr(self.config, "auto_map", None) or {}),
             "AutoModelForImageTextToText": "modeling_otdrg.OTDRGForReportGeneration",
@@ -589,7 +677,23 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
                 "type": "multimodal",
             }
         }
-        super().save_pretrained(save_directory, **kwargs)
+        self.config.weights, self.config.weights_sha256 = weights, None
+        if weights == "adapter":
+            backbones, facts = backbone_weights(self.config)
+            for field, value in facts.items():
+                setattr(self.config, field, value)
+            own = kwargs.pop("state_dict", None) or self.state_dict()
+            # By the names of a model in memory: those of the backbones it is compared and put together with.
+            kwargs |= {
+                "state_dict": adapter_weights(own, backbones, self.is_llm_quantized),
+                "save_original_format": False,
+            }
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.config.weights = "full"
+        if kwargs.get("is_main_process", True):
+            record_sha256(save_directory)
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs):
         super()._set_gradient_checkpointing(enable, **kwargs)
@@ -1122,41 +1226,33 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
         return model_inputs
 
 
-def load_backbone(part: str, auto_class, reference: str, dtype=None, quantization_config=None):
-    """A backbone, or its tokenizer, by its reference: a Hub id, a folder or, for text, a GGUF file.
-
-    Args:
-        part (`str`): "vision", "text" or another name for errors.
-        auto_class: `AutoModel` or the like.
-        reference (`str`): where it is.
-        dtype (`str` or `torch.dtype`, *optional*): of the weights; the checkpoint's by default.
-        quantization_config (*optional*): transformers', by which the weights are packed on loading.
-
-    Raises:
-        OSError: it cannot be loaded, with the reference at fault.
-    """
-    name, kwargs = resolve_backbone(reference)
-    if dtype is not None:
-        kwargs["dtype"] = dtype
-    if quantization_config is not None:
-        kwargs["quantization_config"] = quantization_config
-    if auto_class is AutoModelForCausalLM and "gguf_file" in kwargs and hasattr(transformers, "GgufConfig"):
-        # transformers that can compute on packed weights do so unless told; they can be neither trained nor saved.
-        kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    try:
-        return auto_class.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as error:
-        raise OSError(
-            f"{part} backbone {reference!r} could not be loaded: expected a Hub id, a folder written by save_pretrained"
-            f"{', a timm/ name' if part == 'vision' else ''}{' or a .gguf file' if part == 'text' else ''} "
-            f"({str(error).splitlines()[0]})"
-        ) from error
-
-
 def _mark_initialized(model: PreTrainedModel) -> None:
     """Keep `post_init` from drawing a loaded backbone's weights anew."""
     for part in (*model.modules(), *model.parameters(), *model.buffers()):
         part._is_hf_initialized = True
+
+
+#: Around the LLM: small, trained, and read by parts that know nothing of packed weights. Its head stays as it is, too.
+_NEVER_QUANTIZED = (
+    "vision_tower",
+    "finding_vision_tower",
+    "image_projector",
+    "label_encoder",
+    "label_projector",
+    "finding_predictor",
+    "lm_head",
+)
+
+
+def _of_llm_only(quantization_config):
+    """transformers' configuration of quantisation, restricted to the LLM where it does not say itself what to skip."""
+    quantization_config = copy.deepcopy(quantization_config)
+    for field in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        if isinstance(quantization_config, dict):
+            quantization_config.setdefault(field, list(_NEVER_QUANTIZED))
+        elif hasattr(quantization_config, field) and getattr(quantization_config, field) is None:
+            setattr(quantization_config, field, list(_NEVER_QUANTIZED))
+    return quantization_config
 
 
 def _has_adapters(part: nn.Module) -> bool:

@@ -76,7 +76,7 @@ class LLMLabeler:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from ..modeling_otdrg import load_backbone
+        from ..weights_otdrg import load_backbone
 
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"dtype={dtype!r}: expected float32, bfloat16 or float16")

@@ -104,6 +104,23 @@ def processor(_tiny):
 
 
 @pytest.fixture(scope="session")
+def plain_tokenizer(processor):
+    """The processor's tokenizer as an LLM has it, without our placeholders. Shared: do not change it."""
+    import json
+
+    tokenizer = processor.tokenizer
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    markers = ("<image>", "<finding>", "<finding_text>")
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in markers]
+    return type(tokenizer)(
+        tokenizer_object=type(tokenizer.backend_tokenizer).from_str(json.dumps(content)),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+    )
+
+
+@pytest.fixture(scope="session")
 def tiny_config(model):
     """Shared: do not change it; `build_config` makes one of your own."""
     return model.config

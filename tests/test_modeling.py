@@ -71,17 +71,9 @@ TEXT_CONFIGS = {
 
 
 @pytest.fixture(scope="module")
-def backbones(tmp_path_factory, processor):
+def backbones(tmp_path_factory, plain_tokenizer):
     """Folders of small backbones by name, an LLM's with its tokenizer (without our placeholders)."""
-    root = tmp_path_factory.mktemp("backbones")
-    tokenizer = copy.deepcopy(processor.tokenizer)
-    plain = tokenizer.backend_tokenizer.to_str()
-    tokenizer = type(tokenizer)(
-        tokenizer_object=type(tokenizer.backend_tokenizer).from_str(_without_placeholders(plain)),
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-    )
+    root, tokenizer = tmp_path_factory.mktemp("backbones"), plain_tokenizer
     torch.manual_seed(0)
     folders = {}
     for name, make in VISION_CONFIGS.items():
@@ -102,15 +94,6 @@ def backbones(tmp_path_factory, processor):
     BertModel(bert).save_pretrained(folders["bert"])
     tokenizer.save_pretrained(folders["bert"])
     return folders
-
-
-def _without_placeholders(tokenizer_json):
-    import json
-
-    content = json.loads(tokenizer_json)
-    markers = ("<image>", "<finding>", "<finding_text>")
-    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in markers]
-    return json.dumps(content)
 
 
 @pytest.fixture

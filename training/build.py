@@ -201,8 +201,8 @@ def _joining_fields() -> list[str]:
         parameter.name
         for parameter in parameters
         if parameter.kind is parameter.KEYWORD_ONLY
-        and not parameter.name.endswith(("_token_id", "_token_ids", "_backbone"))
-        and parameter.name not in ("label_encoder_config", "lora", "vision_lora")
+        and not parameter.name.endswith(("_token_id", "_token_ids", "_backbone", "_sha256", "_revisions"))
+        and parameter.name not in ("label_encoder_config", "lora", "vision_lora", "weights")
     ]
 
 
@@ -262,7 +262,6 @@ def load_model(
     model = OTDRGForReportGeneration.from_pretrained(
         folder, config=config, dtype=torch.float32, quantization_config=quantization_config(quantization)
     )
-    model.settle_quantization()
     cast_backbones(model, recipe.dtype)
     return model, processor
 
@@ -290,24 +289,13 @@ def quantization_config(kind: str | None) -> BitsAndBytesConfig | None:
         return None
     if not is_bitsandbytes_available():
         raise ValueError(f"model.quantization={kind!r} needs bitsandbytes: pip install bitsandbytes")
-    # The head as transformers has it by default, and all around the LLM, which is small and is trained.
-    unquantized = [
-        "vision_tower",
-        "finding_vision_tower",
-        "image_projector",
-        "label_encoder",
-        "label_projector",
-        "finding_predictor",
-        "lm_head",
-    ]
     if kind == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=unquantized)
+        return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=unquantized,
     )
 
 

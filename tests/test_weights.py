@@ -1,0 +1,258 @@
+"""Weights in folders: whole and as adapters, their SHA-256, and what is refused."""
+
+import importlib.util
+import json
+import shutil
+from itertools import pairwise
+
+import pytest
+import torch
+from otdrg import OTDRGForReportGeneration, OTDRGProcessor
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, BitsAndBytesConfig, Dinov2Config, LlamaConfig
+from transformers import AutoModelForCausalLM as CausalLM
+
+LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}
+FEW = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+DINOV2 = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
+LLAMA = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None,
+    reason="bitsandbytes is not installed (pip install otdrg[quantization])",
+)
+
+
+def make_backbones(root, tokenizer, tied=True, bias=False):
+    """Folders of a DINOv2 and a LLaMA, which have not seen our placeholders."""
+    torch.manual_seed(1)
+    AutoModel.from_config(Dinov2Config(**DINOV2)).save_pretrained(root / "vision")
+    text = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=tied, attention_bias=bias, **LLAMA)
+    CausalLM.from_config(text).save_pretrained(root / "text")
+    tokenizer.save_pretrained(root / "text")
+    return {"vision": str(root / "vision"), "text": str(root / "text")}
+
+
+def trained_model(backbones, **fields):
+    """A model whose adapters, projections and predictor have moved, as after the stages; its backbones have not."""
+    fields = {"lora": LORA, "image_size": 56, "image_tokens": 4, **fields}
+    for part, reference in backbones.items():
+        fields.setdefault(f"{part}_backbone", reference)
+    model = OTDRGForReportGeneration.from_backbones(**backbones, **fields)
+    processor = OTDRGProcessor.from_backbones(**backbones, config=model.config)
+    model.add_lora()
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or not name.startswith(("vision_tower", "language_model")):
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval(), processor
+
+
+@pytest.fixture(scope="module")
+def backbones(tmp_path_factory, plain_tokenizer):
+    """Shared: do not change them."""
+    return make_backbones(tmp_path_factory.mktemp("backbones"), plain_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def trained(backbones):
+    """Shared: do not change it."""
+    return trained_model(backbones)
+
+
+@pytest.fixture
+def study(trained, views):
+    return trained[1](images=[views[:2], views[2]])
+
+
+def assert_same(model, other, inputs):
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, other(**inputs).logits)
+    assert torch.equal(model.generate(**inputs, **FEW), other.generate(**inputs, **FEW))
+
+
+def test_an_adapter_is_what_was_trained_and_gives_the_model_back(trained, study, tmp_path):
+    model, _ = trained
+    model.save_pretrained(tmp_path / "adapter", weights="adapter")
+    model.save_pretrained(tmp_path / "full")
+    files = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert "model.safetensors" in files and not any(name.startswith("adapter_") for name in files)
+    stored = load_file(tmp_path / "adapter" / "model.safetensors")
+    backbone = [name for name in stored if name.startswith(("vision_tower", "language_model")) and "lora_" not in name]
+    # The placeholders' rows, of the embeddings and, tied to them, of the head.
+    assert all(name.endswith(".added_rows") and len(stored[name]) == 3 for name in backbone) and backbone
+    assert sum("lora_" in name for name in stored) == 8
+    again, info = OTDRGForReportGeneration.from_pretrained(tmp_path / "adapter", output_loading_info=True)
+    assert not info["missing_keys"] and not again.training
+    assert again.config.lora == LORA and again.generation_config.eos_token_id == model.generation_config.eos_token_id
+    for name, weight in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight), name
+    assert_same(model, again, study)
+    sizes = [(tmp_path / form / "model.safetensors").stat().st_size for form in ("adapter", "full")]
+    assert sizes[0] < 0.7 * sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("made", "fields"),
+    [
+        ({"tied": False, "bias": True}, {}),
+        ({}, {"predictor_encoder": "own", "vision_lora": {**LORA, "target_modules": ["q_proj", "v_proj"]}}),
+        ({}, {"dtype": "bfloat16"}),
+    ],
+    ids=["untied, biased", "two encoders with adapters", "bfloat16"],
+)
+def test_adapters_of_other_backbones(plain_tokenizer, views, tmp_path, made, fields):
+    backbones = make_backbones(tmp_path, plain_tokenizer, **made)
+    model, processor = trained_model(backbones, **fields)
+    model.save_pretrained(tmp_path / "adapter", weights="adapter")
+    again = OTDRGForReportGeneration.from_pretrained(tmp_path / "adapter")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(again.dtype)
+    assert_same(model, again, processor(images=[views[:2], views[2]]))
+    again.save_pretrained(tmp_path / "second", weights="adapter")
+    stored, second = (load_file(tmp_path / name / "model.safetensors") for name in ("adapter", "second"))
+    assert stored.keys() == second.keys()
+
+
+def test_a_trained_encoder_is_in_the_adapter(backbones, study, tmp_path):
+    model, _ = trained_model(backbones)
+    with torch.no_grad():
+        model.vision_tower.layernorm.weight.mul_(1.5)
+    model.save_pretrained(tmp_path / "adapter", weights="adapter")
+    stored = load_file(tmp_path / "adapter" / "model.safetensors")
+    assert [name for name in stored if name.startswith("vision_tower")] == ["vision_tower.layernorm.weight"]
+    assert_same(model, OTDRGForReportGeneration.from_pretrained(tmp_path / "adapter"), study)
+
+
+def test_a_loaded_adapter_is_a_whole_model(trained, study, tmp_path):
+    trained[0].save_pretrained(tmp_path / "adapter", weights="adapter")
+    model = OTDRGForReportGeneration.from_pretrained(tmp_path / "adapter")
+    model.merge_lora()
+    model.save_pretrained(tmp_path / "merged")
+    merged = OTDRGForReportGeneration.from_pretrained(tmp_path / "merged")
+    assert merged.config.lora is None and not merged.has_lora
+    with torch.no_grad():
+        logits = [it(**study).logits for it in (trained[0], merged)]
+    assert torch.allclose(*logits, atol=1e-4)
+
+
+def test_fields_and_keywords_reach_an_adapter(trained, tmp_path):
+    trained[0].save_pretrained(tmp_path / "adapter", weights="adapter")
+    model = OTDRGForReportGeneration.from_pretrained(
+        tmp_path / "adapter", ot_epsilon=0.05, dtype=torch.bfloat16, device_map="auto", attn_implementation="eager"
+    )
+    assert model.ot_epsilon == 0.05 and model.dtype == torch.bfloat16
+    assert model.language_model.config._attn_implementation == "eager"
+    assert {weight.dtype for name, weight in model.named_parameters() if "lora_" not in name} == {torch.bfloat16}
+
+
+def test_another_backbone_is_refused(plain_tokenizer, tmp_path):
+    backbones = make_backbones(tmp_path, plain_tokenizer)
+    model, _ = trained_model(backbones)
+    model.save_pretrained(tmp_path / "adapter", weights="adapter")
+    file = tmp_path / "text" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(OSError, match=r"an adapter of another text backbone than .*/text' is: the SHA-256"):
+        OTDRGForReportGeneration.from_pretrained(tmp_path / "adapter")
+    shutil.rmtree(tmp_path / "text")
+    with pytest.raises(OSError, match=r"an adapter of the text backbone .*/text', which could not be loaded"):
+        OTDRGForReportGeneration.from_pretrained(tmp_path / "adapter")
+
+
+def test_an_adapter_needs_backbones_to_refer_to(build_model, tmp_path):
+    model, _ = build_model()
+    with pytest.raises(ValueError, match=r"OTDRGConfig.vision_backbone=None: expected the Hub id or folder"):
+        model.save_pretrained(tmp_path, weights="adapter")
+    with pytest.raises(ValueError, match="weights='half': expected 'full' or 'adapter'"):
+        model.save_pretrained(tmp_path, weights="half")
+
+
+def test_an_adapter_that_lacks_weights_is_refused(trained, tmp_path):
+    """transformers would warn, and draw them at random."""
+    trained[0].save_pretrained(tmp_path / "adapter", weights="adapter")
+    file, config = tmp_path / "adapter" / "model.safetensors", tmp_path / "adapter" / "config.json"
+    weights = load_file(file)
+    del weights["image_projector.linear.weight"]
+    save_file(weights, file, {"format": "pt"})
+    told = json.loads(config.read_text())
+    config.write_text(json.dumps({**told, "weights_sha256": None}))
+    with pytest.raises(OSError, match=r"1 weights are missing, such as image_projector.linear.weight, and 0 are unkn"):
+        OTDRGForReportGeneration.from_pretrained(tmp_path / "adapter")
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+@pytest.mark.parametrize("form", ["adapter", "full"])
+def test_a_quantised_llm_under_an_adapter_and_alone(backbones, views, tmp_path, kind, form):
+    model, processor = trained_model(backbones)
+    if form == "full":
+        model.merge_lora()
+    model.save_pretrained(tmp_path / "model", weights=form)
+    packed = OTDRGForReportGeneration.from_pretrained(
+        tmp_path / "model", quantization_config=BitsAndBytesConfig(**{f"load_in_{kind}": True})
+    )
+    layers = [name for name, it in packed.named_modules() if type(it).__module__.startswith("bitsandbytes")]
+    # Seven in each of two layers.
+    assert len(layers) == 14 and all(name.startswith("language_model.model.") for name in layers)
+    inputs = processor(images=[views[:2], views[2]])
+    with torch.no_grad():
+        close = torch.cosine_similarity(packed(**inputs).logits.float(), model(**inputs).logits, dim=-1)
+    assert close.mean() > 0.9
+    if form == "adapter":
+        packed.save_pretrained(tmp_path / "again", weights="adapter")
+        stored, again = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "again"))
+        assert stored.keys() == again.keys()
+        assert all(torch.allclose(stored[n].float(), again[n].float(), atol=1e-2) for n in stored)
+
+
+# --- SHA-256 ---------------------------------------------------------------------------------------------------------
+
+
+def test_damaged_weights_of_the_right_size_are_refused(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    OTDRGForReportGeneration.from_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(OSError, match=r"model.safetensors is damaged, or is not what config.json beside it is of"):
+        OTDRGForReportGeneration.from_pretrained(tmp_path)
+
+
+def test_shards_are_recorded_and_those_of_old_are_not(model, tmp_path):
+    for shards in ("200KB", "400KB", "50GB"):
+        model.save_pretrained(tmp_path, max_shard_size=shards)
+        told = json.loads((tmp_path / "config.json").read_text())["weights_sha256"]
+        assert set(told) == {path.name for path in tmp_path.glob("*.safetensors")}
+        OTDRGForReportGeneration.from_pretrained(tmp_path)
+
+
+def test_a_folder_without_sums_is_taken_as_it_is(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    told = json.loads(config.read_text())
+    del told["weights_sha256"]
+    config.write_text(json.dumps(told))
+    assert OTDRGForReportGeneration.from_pretrained(tmp_path).config.weights_sha256 is None
+
+
+def test_a_model_that_is_trained_on_is_saved_with_sums_of_its_own(model, tmp_path):
+    model.save_pretrained(tmp_path / "first")
+    again = OTDRGForReportGeneration.from_pretrained(tmp_path / "first")
+    with torch.no_grad():
+        again.image_projector.linear.bias.add_(1)
+    again.save_pretrained(tmp_path / "second")
+    OTDRGForReportGeneration.from_pretrained(tmp_path / "second")
+    sums = [json.loads((tmp_path / name / "config.json").read_text())["weights_sha256"] for name in ("first", "second")]
+    assert all(one != other for one, other in pairwise(sums))
+
+
+def test_weights_that_could_run_code_are_not_loaded(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="model.safetensors"):
+        OTDRGForReportGeneration.from_pretrained(tmp_path)
