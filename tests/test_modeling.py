@@ -3,7 +3,6 @@
 Long because it follows one module that ships as one file.
 """
 
-import copy
 import os
 
 import numpy as np

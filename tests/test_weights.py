@@ -254,5 +254,5 @@ def test_weights_that_could_run_code_are_not_loaded(model, tmp_path):
     model.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(OSError, match="model.safetensors"):
+    with pytest.raises(OSError, match=r"model\.safetensors"):
         OTDRGForReportGeneration.from_pretrained(tmp_path)

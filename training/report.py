@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+from ..configuration_otdrg import OTDRGConfig
 from ..findings_otdrg import FINDINGS
 from ..metrics import NLG_METRICS, clinical_efficacy_scores
 from ..modeling_otdrg import OTDRGForReportGeneration
@@ -70,6 +72,8 @@ def run(
 
     Evaluation during training conditions on predicted states, as generation does: the teacher-forced losses of
     validation, and scores of the reports that are generated for it, by which the best checkpoint is selected.
+
+    What was trained on pretrained backbones is kept as their adapter, too, in the folder `adapter` beside the stage's.
 
     Returns:
         The best model, or the last where nothing is evaluated, LoRA merged and all of it in the recipe's type, as it is
@@ -132,11 +136,46 @@ def run(
         results["best"] = {"step": trainer.state.best_global_step, **best}
         logger.info("best of validation: step %d, %s = %.4f", *(results["best"][k] for k in ("step", *best)))
     model = trainer.whole_model()
-    model.merge_lora()
-    # One type throughout, because from_pretrained gives one: what is scored is what will be loaded.
-    model.to(args.device, getattr(torch, recipe.model.dtype)).eval()
     model.generation_config.update(**asdict(stage.generation))
+    # One type throughout, because from_pretrained gives one: what is scored is what will be loaded.
+    dtype = getattr(torch, recipe.model.dtype)
+    for weight in model.parameters():
+        # Packed weights are integers.
+        if weight.is_floating_point():
+            weight.data = weight.data.to(dtype)
+    if PartialState().is_main_process:
+        save_adapter(model.eval(), processor, recipe, folder.parent / "adapter")
+    model.merge_lora()
+    model.to(args.device, dtype).eval()
     return model, results
+
+
+def save_adapter(model: OTDRGForReportGeneration, processor: OTDRGProcessor, recipe: Recipe, folder: Path) -> None:
+    """Write what was trained as an adapter of the recipe's backbones, which are kept as the recipe refers to them.
+
+    Not of a model from scratch, nor of one whose LLM is trained as a whole. A backbone that cannot be loaded any more
+    is warned of.
+    """
+    preset = OTDRGConfig.from_preset(recipe.model.preset)
+    references = {
+        "vision_backbone": recipe.model.vision or preset.vision_backbone,
+        "text_backbone": recipe.model.text or preset.text_backbone,
+    }
+    if recipe.report.text == "full" or None in references.values():
+        return
+    published = {field: getattr(model.config, field) for field in references}
+    for field, reference in references.items():
+        setattr(model.config, field, reference)
+    try:
+        model.save_pretrained(folder, weights="adapter")
+        processor.save_pretrained(folder)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        logger.warning("no adapter is kept: %s", error)
+    finally:
+        for field, reference in published.items():
+            setattr(model.config, field, reference)
 
 
 class SaveOnEvaluation(TrainerCallback):

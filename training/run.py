@@ -36,7 +36,8 @@ def run_recipe(recipe: Recipe, resume: bool = False, overwrite: bool = False) ->
 
     Leaves in `output_dir`: `recipe.yaml` as resolved; `run.json`, how it came about ([`RunRecord`]); a folder for each
     stage with its checkpoints, its model, `metrics.jsonl`, `curves.png` and `finished.json`; after the report stage
-    `model`, which is what is published, and `predictions.csv`; `results.json`.
+    `model`, which is what is published, `adapter`, the same as an adapter of its backbones if it has any, and
+    `predictions.csv`; `results.json`.
 
     Args:
         recipe: the run.

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from otdrg.modeling_otdrg import OTDRGForReportGeneration
 from otdrg.processing_otdrg import OTDRGProcessor
@@ -115,7 +116,14 @@ def test_all_three_stages_run(name, views, backbones, tmp_path, monkeypatch):
         if field != "lora":
             assert getattr(model.config, field) == value, field
     processor = OTDRGProcessor.from_pretrained(tmp_path / "run" / "model")
-    prompt = processor.tokenizer.decode(processor(images=[tmp_path / "images" / "test_0" / "0.png"])["input_ids"][0])
+    view = tmp_path / "images" / "test_0" / "0.png"
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text(encoding="utf-8"))["text_backbone"] is None
+    adapter = OTDRGForReportGeneration.from_pretrained(tmp_path / "run" / "adapter")
+    assert adapter.has_lora and not model.has_lora
+    inputs = OTDRGProcessor.from_pretrained(tmp_path / "run" / "adapter")(images=[view])
+    with torch.no_grad():
+        assert torch.allclose(adapter(**inputs).logits.float(), model(**inputs).logits.float(), atol=0.02)
+    prompt = processor.tokenizer.decode(processor(images=[view])["input_ids"][0])
     assert prompt.startswith("<s>") and prompt.count("[INST]") == 1 and "<s><s>" not in prompt.replace(" ", "")
 
 
