@@ -327,6 +327,12 @@ class OTDRGConfig(PreTrainedConfig):
         self.check_fields()
 
     @property
+    def placeholder_token_ids(self) -> list[int]:
+        """Ids of the tokens that stand for features, as far as there are any."""
+        ids = (self.image_token_id, self.finding_token_id, self.finding_text_token_id)
+        return [token for token in ids if token is not None]
+
+    @property
     def image_grid(self) -> int:
         """Side of the grid of image tokens of one view."""
         return round(self.image_tokens**0.5)

@@ -366,8 +366,7 @@ class _NoPlaceholders(LogitsProcessor):
     """Keeps placeholders out of reports, where they would be taken for places of features."""
 
     def __init__(self, config: OTDRGConfig):
-        ids = (config.image_token_id, config.finding_token_id, config.finding_text_token_id)
-        self.ids = [token for token in ids if token is not None]
+        self.ids = config.placeholder_token_ids
 
     def __call__(self, input_ids, scores):
         return scores.index_fill(1, torch.tensor(self.ids, device=scores.device), -torch.inf)
@@ -1112,6 +1111,29 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
                 min=1e-12
             )
         return embeddings
+
+    @torch.no_grad()
+    def get_prompt_embeddings(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        pixel_values: torch.Tensor,
+        view_mask: torch.Tensor | None = None,
+        finding_states: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the LLM reads of a study, for an engine that serves the LLM alone and is given embeddings.
+
+        Args: as of [`generate`].
+
+        Returns:
+            Embeddings (B, L', hidden_size) of the prompt, image and label tokens in place and the label text written
+            out, and their mask (B, L').
+        """
+        view_features = self.encode_views(pixel_values, view_mask)
+        view_mask = self._view_mask(view_features, view_mask)
+        states = self.condition_states(self.finding_predictor(view_features, view_mask), finding_states)
+        input_ids, attention_mask, _ = self.write_finding_text(input_ids, attention_mask, states)
+        return self._embed_prompt(input_ids, view_features, view_mask, states, OTDRGOutput()), attention_mask
 
     # -- generation -----------------------------------------------------------------------------------------------
 

@@ -5,9 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .shards import SUMMARY
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 #: What of a dataset's folder is uploaded. `skipped.jsonl` and `summary.json` name files of the machine it was built on.
 _UPLOADED = ["README.md", "data/*.parquet"]
@@ -36,18 +42,15 @@ def push_studies(folder: str | os.PathLike, repo_id: str, public: bool = False) 
         OSError: the Hub refuses, or cannot be reached.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError
 
     folder = Path(folder)
     licences = _licences(folder)
     if public:
         _check_public(folder, licences)
     hub = HfApi()
-    try:
-        # With its owner, which may have been left out.
-        repo_id = hub.create_repo(repo_id, repo_type="dataset", private=not public, exist_ok=True).repo_id
-        # One that was there is as it was, whatever was asked for.
-        if hub.dataset_info(repo_id).private is public:
+    with hub_errors(f"{repo_id} was not pushed to {hub.endpoint}"):
+        repo_id, is_private = make_repo(hub, repo_id, "dataset", private=not public)
+        if is_private is public:
             raise ValueError(
                 f"{repo_id} is {'private' if public else 'public'}: "
                 f"{'leave out --public' if public else '--public agrees'}, or push to another name"
@@ -59,11 +62,42 @@ def push_studies(folder: str | os.PathLike, repo_id: str, public: bool = False) 
             allow_patterns=_UPLOADED,
             delete_patterns=_REPLACED,
         )
-    except (HTTPError, RuntimeError) as error:
+    return f"{hub.endpoint}/datasets/{repo_id}"
+
+
+@contextmanager
+def hub_errors(what: str, remedy: str | None = None) -> Iterator[None]:
+    """Errors of the Hub's client as an `OSError` of one line, `what` did not succeed and why.
+
+    Args:
+        what: begins the line.
+        remedy: ends it.
+    """
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        yield
+    except (OSError, HTTPError, RuntimeError) as error:
         # Neither a broken connection nor a file that was not taken is an OSError of the client; the latter hides why.
         reason = f"{error} {error.__cause__}" if isinstance(error, RuntimeError) and error.__cause__ else error
-        raise OSError(f"{repo_id} was not pushed to {hub.endpoint}: {reason}") from error
-    return f"{hub.endpoint}/datasets/{repo_id}"
+        raise OSError(f"{what}: {reason}{f'; {remedy}' if remedy else ''}") from error
+
+
+def make_repo(hub: HfApi, repo_id: str, repo_type: str, private: bool, **more) -> tuple[str, bool]:
+    """Make a repository where it is not there; one that was there is as it was.
+
+    Args:
+        hub: the client.
+        repo_id: "org/name".
+        repo_type: "model", "dataset" or "space".
+        private: whether only its owners may see a new one.
+        more: arguments of `create_repo`.
+
+    Returns:
+        Its id with its owner, which may have been left out, and whether it is private.
+    """
+    repo_id = hub.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, **more).repo_id
+    return repo_id, hub.repo_info(repo_id, repo_type=repo_type).private
 
 
 def _check_public(folder: Path, licences: list[str]) -> None:
@@ -82,4 +116,4 @@ def _licences(folder: Path) -> list[str]:
         raise ValueError(f"{folder} is not a built dataset: expected a folder written by otdrg prepare") from None
 
 
-__all__ = ["push_studies"]
+__all__ = ["hub_errors", "make_repo", "push_studies"]

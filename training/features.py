@@ -31,7 +31,18 @@ Studies = TypeVar("Studies", Dataset, StreamedStudies, None)
 #: The parts of a model that make its view features.
 ENCODERS: tuple[str, ...] = ("vision_tower", "finding_vision_tower")
 #: What a configuration says of where it comes from, and not of what it does.
-_PROVENANCE = ("_name_or_path", "architectures", "auto_map", "dtype", "processor_class", "transformers_version")
+_PROVENANCE = (
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "backbone_revisions",
+    "backbone_sha256",
+    "dtype",
+    "processor_class",
+    "transformers_version",
+    "weights",
+    "weights_sha256",
+)
 
 
 class CachedStudies(torch.utils.data.Dataset):

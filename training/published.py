@@ -15,21 +15,47 @@ def load_published(model: str) -> tuple[OTDRGForReportGeneration, OTDRGProcessor
     """A trained model, in evaluation mode, and its processor.
 
     Args:
-        model: folder of a run or a model, or a Hub id.
+        model: folder of a run or a model, a Hub id, or a Hub id and a revision, "org/name@revision".
 
     Raises:
         ValueError: it is a folder without a model.
+        OSError: it cannot be loaded, with what the Hub answered.
     """
     disable_progress_bar()
-    path: str | Path = model
     if Path(model).is_dir():
-        folders = (Path(model) / "model", Path(model))
-        path = next((folder for folder in folders if (folder / "config.json").is_file()), None)
-        if path is None:
-            raise ValueError(
-                f"{model}: no config.json here or in its folder 'model', expected a trained run or a model"
-            )
-    return OTDRGForReportGeneration.from_pretrained(path).eval(), OTDRGProcessor.from_pretrained(path)
+        folder = published_folder(model)
+        return OTDRGForReportGeneration.from_pretrained(folder).eval(), OTDRGProcessor.from_pretrained(folder)
+    name, _, revision = model.partition("@")
+    hub = {"revision": revision} if revision else {}
+    try:
+        network = OTDRGForReportGeneration.from_pretrained(name, **hub)
+        return network.eval(), OTDRGProcessor.from_pretrained(name, **hub)
+    except OSError as error:
+        status = _http_status(error)
+        # transformers says "couldn't connect" where the Hub did answer.
+        raise OSError(f"{model}: {error}{f' (the Hub answered {status})' if status else ''}") from error
+
+
+def published_folder(model: str) -> Path:
+    """The folder with the model of a run's folder, or of one that is a model itself.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for folder in (Path(model) / "model", Path(model)):
+        if (folder / "config.json").is_file():
+            return folder
+    raise ValueError(f"{model}: no config.json here or in its folder 'model', expected a trained run or a model")
+
+
+def _http_status(error: BaseException | None) -> int | None:
+    """Of the answer that an error, or one behind it, came from."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None:
+            return status
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def published_recipe(model: str) -> Recipe | None:
@@ -43,4 +69,4 @@ def published_recipe(model: str) -> Recipe | None:
     return load_recipe(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else None
 
 
-__all__ = ["load_published", "published_recipe"]
+__all__ = ["load_published", "published_folder", "published_recipe"]
