@@ -168,9 +168,9 @@ def shown_interval(interval: Interval | PairedDifference | Comparison | None) ->
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """Rows of cells below a header."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    """Rows of cells below a header; what would end a cell or a row is kept from doing so."""
+    header, *rows = ([" ".join(cell.replace("|", "\\|").split()) for cell in cells] for cells in (header, *rows))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
 
 
 __all__ = [

@@ -97,6 +97,7 @@ def run(options: argparse.Namespace) -> None:
     labeler_of(options.labeler, labeler_options)
 
     # Behind the checks, because what these import takes seconds.
+    from .description import describe_studies
     from .evaluation import CONTROLS, evaluate_model
     from .evaluation_studies import evaluation_studies, run_folder
     from .features import cache_features
@@ -119,6 +120,7 @@ def run(options: argparse.Namespace) -> None:
     references, tokens = list(rows["report"]), reference_tokens(options, studies.cleaning)
     if tokens is not None:
         references = truncate_to_tokens(references, options.tokenizer, tokens)
+    data = describe_studies({options.split: rows, "train": studies.training})
     model, processor = load_published(options.model)
     settings = _settings(options, own, model, processor, rows)
     _enter(output, settings, options.overwrite)
@@ -152,6 +154,7 @@ def run(options: argparse.Namespace) -> None:
         "zero_shot": studies.zero_shot,
         "training_from": studies.training_from,
         "counts": studies.counts,
+        "data": data,
         "warnings": studies.warnings,
         "cleaning": studies.cleaning,
         "generated_reports_cleaned": foreign,
@@ -258,7 +261,7 @@ def _write(output: Path, told: dict[str, Any], evaluation: Evaluation, steering:
         _preamble(told, len(evaluation.ids)),
         format_scores(evaluation, intervals, differences),
         "## Do reports say what they were told?",
-        format_steering(steering, evaluation.labeler),
+        format_steering(result["faithfulness"]),
         "\n".join(f"- {note}" for note in (*told["warnings"], *missing, *evaluation.notes)),
     ]
     document = "\n\n".join(block for block in blocks if block)

@@ -92,28 +92,47 @@ def format_scores(
         header = ["95 % interval", *(COLUMNS[column] for column in columns)]
         shown = {name: [shown_interval(row.get(column)) for column in columns] for name, row in intervals.items()}
         blocks.append(markdown_table(header, [[name, *cells] for name, cells in shown.items()]))
-        header = ["model minus", *header[1:]]
-        shown = {name: [_difference(row.get(column)) for column in columns] for name, row in differences.items()}
-        blocks.append(markdown_table(header, [[name, *cells] for name, cells in shown.items()]))
-        blocks.append("Differences with 95 % intervals of a paired bootstrap; bold where 0 lies outside.")
+        blocks.append(difference_table(differences))
     return "\n\n".join(blocks)
 
 
-def format_steering(steering: Steering, labeler: str) -> str:
-    """Faithfulness under each condition, the model's beside the constant's."""
-    if not steering.conditions:
+def difference_table(
+    differences: Mapping[str, Mapping[str, PairedDifference]], headings: Mapping[str, str] = COLUMNS
+) -> str:
+    """The model minus each other row, with what the intervals are below.
+
+    Args:
+        differences: by row and column, as [`bootstrap_rows`] has them.
+        headings: the columns that are shown, as far as any row has them.
+    """
+    columns = [column for column in headings if any(column in row for row in differences.values())]
+    shown = [[name, *(_difference(row.get(column)) for column in columns)] for name, row in differences.items()]
+    table = markdown_table(["model minus", *(headings[column] for column in columns)], shown)
+    return table + "\n\nDifferences with 95 % intervals of a paired bootstrap; bold where 0 lies outside."
+
+
+def format_steering(faithfulness: Mapping[str, Any]) -> str:
+    """Faithfulness under each condition, the model's beside the constant's.
+
+    Args:
+        faithfulness: `Steering.scores`, and the `labeler`, as evaluation.json has them.
+    """
+    conditions = faithfulness["conditions"]
+    if not conditions:
         return "The model is not told of findings."
     rows = []
-    for name, found in steering.conditions.items():
-        shares = [shown_number(value) for one in (found.model, found.constant) for value in (one.macro, one.micro)]
-        counts = [found.model.contradicted, found.model.omitted, found.model.added]
-        rows.append([CONDITIONS[name], str(found.studies), str(found.model.counted), *shares, *map(str, counts)])
+    for name, found in conditions.items():
+        model = found["model"]
+        shares = [shown_number(one[average]) for one in (model, found["constant"]) for average in ("macro", "micro")]
+        counts = [found["studies"], model["counted"]]
+        missed = [model["contradicted"], model["omitted"], model["added"]]
+        rows.append([CONDITIONS[name], *map(str, counts), *shares, *map(str, missed)])
     header = ["the report says as told", "studies", "findings x states", "macro", "micro", "constant, macro"]
     header += ["constant, micro", "contradicted", "omitted", "added"]
-    floor = next(iter(steering.conditions.values())).model.floor
+    floor = next(iter(conditions.values()))["model"]["floor"]
     return markdown_table(header, rows) + (
-        f"\n\nShares of what was told, positive, negative or unclear, that the labeler {labeler} reads in the report; "
-        f"macro over findings x states told at least {floor} times, without No Finding."
+        f"\n\nShares of what was told, positive, negative or unclear, that the labeler {faithfulness['labeler']} reads in "
+        f"the report; macro over findings x states told at least {floor} times, without No Finding."
     )
 
 
@@ -188,7 +207,9 @@ def write_contradictions(steering: Steering, evaluation: Evaluation, path: Path)
 
 __all__ = [
     "COLUMNS",
+    "F1_HEADINGS",
     "bootstrap_rows",
+    "difference_table",
     "format_scores",
     "format_steering",
     "format_table",

@@ -22,6 +22,7 @@ from ..configuration_otdrg import OTDRGConfig
 from . import report
 from .build import build_model, build_studies, load_model, lora_fields
 from .checkpoints import last_checkpoint, remove_partial_checkpoints
+from .description import describe_studies
 from .distributed import has_accelerator, start_processes
 from .interruptions import RunInterruptedError, interruption
 from .kept_stages import FINISHED, STARTED, check_recipe, check_studies, kept_stages, stage_start, stages_before
@@ -82,7 +83,7 @@ def run_recipe(recipe: Recipe, resume: bool = False, overwrite: bool = False) ->
                 _clear(output / stage)
         (output / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     state.wait_for_everyone()
-    record = RunRecord(recipe, state, data)
+    record = RunRecord(recipe, state, data, describe_studies(studies) if state.is_main_process else {})
     results = read_results(output)
     folder = output
     try:

@@ -33,16 +33,18 @@ class RunRecord:
     """`run.json` in a run's folder: its sittings in order, of which the last is this one.
 
     Each holds when it began and ended and with what outcome (an `ended` of null: it was killed, or is still running),
-    the command line, seed, versions, the package's git commit, processes, threads and device, the studies of each split
-    with their fingerprint, and the stages that were run. The file is replaced as a whole whenever something is added.
+    the command line, seed, versions, the package's git commit, processes, threads, device, processor and cores, the
+    studies of each split with their fingerprint, what is in them and which dataset on the Hub they are, and the stages
+    that were run. The file is replaced as a whole whenever something is added.
 
     Args:
         recipe: the run.
         state: of the processes; the main one writes.
         studies: [`fingerprint`] of the studies.
+        data: [`otdrg.training.description.describe_studies`] of them.
     """
 
-    def __init__(self, recipe: Recipe, state: PartialState, studies: dict[str, Any]):
+    def __init__(self, recipe: Recipe, state: PartialState, studies: dict[str, Any], data: dict[str, Any]):
         self.path = Path(recipe.output_dir) / RUN
         self.is_main_process = state.is_main_process
         self.sitting: dict[str, Any] = {
@@ -56,7 +58,11 @@ class RunRecord:
             "processes": state.num_processes,
             "threads": torch.get_num_threads(),
             "device": device_name(state.device),
+            "processor": processor_name(),
+            "cores": os.cpu_count(),
             "studies": studies,
+            "data": data,
+            "hub_dataset": hub_dataset(recipe),
             "stages": {},
         }
         self.earlier = json.loads(self.path.read_text(encoding="utf-8"))["sittings"] if self.path.is_file() else []
@@ -163,7 +169,23 @@ def device_name(device: torch.device) -> str:
     return device.type
 
 
+def processor_name() -> str | None:
+    """The CPU's name as Linux gives it, elsewhere its architecture; None where neither is known."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(filter(None, names), None) or platform.processor() or platform.machine() or None
+
+
 # --- on what it is trained -------------------------------------------------------------------------------------------
+
+
+def hub_dataset(recipe: Recipe) -> str | None:
+    """Id of the dataset on the Hub that a recipe's studies are read from; None of all others, folders too."""
+    name = recipe.studies.options.get("dataset") if recipe.studies.source == "hub" else None
+    return None if name is None or os.path.isdir(name) else name
 
 
 def fingerprint(studies: StudySplits) -> dict[str, dict[str, Any]]:
