@@ -36,6 +36,7 @@ _ROOMS = {
     "evaluate": ("training.evaluation_command", "score a model's reports beside baselines and controls"),
     "localise": ("training.localisation_command", "judge a model's heatmaps on phantoms, beside chance"),
     "embed": ("training.embedding_command", "picture image features before and after alignment, by finding"),
+    "push": ("hub_card.push_command", "publish a trained model on the Hub, with its card and its demo"),
     "ablate": ("training.ablation_command", "train the paper's ablations of a recipe and table them"),
 }
 

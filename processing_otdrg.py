@@ -26,12 +26,12 @@ from transformers import (
     ProcessorMixin,
 )
 
-try:
+if find_spec("transformers.image_processing_backends") is not None:
+    from transformers import ViTImageProcessor
+else:
     # While transformers had two, the plain name was the slow one, and a folder was reloaded as the fast one, whose
     # pixels differ a little.
     from transformers.models.vit.image_processing_vit_fast import ViTImageProcessorFast as ViTImageProcessor
-except ImportError:
-    from transformers import ViTImageProcessor
 
 from .configuration_otdrg import (
     DEFAULT_PROMPT,

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from ..configuration_otdrg import OTDRGConfig
 from ..studies.publish import hub_errors, make_repo
 from ..training.features import model_digest
-from ..training.published import load_published, published_folder
+from ..training.published import load_published
 from ..weights_otdrg import record_sha256, sha256
 from .card import build_card
 from .run_files import published_metrics
@@ -100,8 +100,8 @@ def assemble_adapter(
         config[field] = backbones.get(part, config[field])
         if Path(config[field]).exists():
             raise ValueError(
-                f"{source} is an adapter of the {part} backbone {config[field]}, which nobody else has: --{part}-backbone"
-                " ORG/NAME says where on the Hub the same weights are"
+                f"{source} is an adapter of the {part} backbone {config[field]}, which nobody else has: "
+                f"--{part}-backbone ORG/NAME says where on the Hub the same weights are"
             )
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     record_sha256(folder)
@@ -137,8 +137,8 @@ def pin_backbones(folder: Path) -> None:
             }
         if found != expected:
             raise ValueError(
-                f"{reference} does not hold the {part} backbone that this is an adapter of: the SHA-256 of its weights is "
-                f"{found}, expected {expected}"
+                f"{reference} does not hold the {part} backbone that this is an adapter of: the SHA-256 of its weights "
+                f"is {found}, expected {expected}"
             )
         config["backbone_revisions"][part] = revision
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

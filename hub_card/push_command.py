@@ -9,8 +9,8 @@ from pathlib import Path
 
 DESCRIPTION = """\
 Publish a trained model: weights (safetensors, LoRA merged), the code that loads them, processor, generation
-configuration, a model card with what was measured, metrics and licence, in one commit. transformers then loads it by its
-name, with nothing of ours installed. You are whom `hf auth login` or HF_TOKEN says.
+configuration, a model card with what was measured, metrics and licence, in one commit. transformers then loads it by
+its name, with nothing of ours installed. You are whom `hf auth login` or HF_TOKEN says.
 """
 EPILOG = """\
 Examples:
@@ -23,7 +23,7 @@ Examples:
 def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     """The command's arguments; `arguments`, what was typed, does not change them."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("run", metavar="RUN", help="folder of a run or of a model")
+    parser.add_argument("source", metavar="RUN", help="folder of a run or of a model")
     parser.add_argument("repo", metavar="ORG/NAME", help="the repository, made where it is not there")
     parser.add_argument("--private", action="store_true", help="a new repository is seen by its owners only")
     parser.add_argument("--revision", metavar="BRANCH", help="branch, made where it is not there (default: main)")
@@ -68,8 +68,8 @@ def run(options: argparse.Namespace) -> None:
     backbones = {part: reference for part, reference in given.items() if reference is not None}
     if backbones and not options.adapter:
         raise ValueError(f"--{next(iter(backbones))}-backbone is given without --adapter, which alone refers to it")
-    if not Path(options.run).is_dir():
-        raise ValueError(f"{options.run} is no folder: expected one of a run or a model")
+    if not Path(options.source).is_dir():
+        raise ValueError(f"{options.source} is no folder: expected one of a run or a model")
     if options.output is not None and options.output.exists() and any(options.output.iterdir()):
         raise ValueError(f"--output {options.output} is not empty: expected a new folder")
 
@@ -81,9 +81,9 @@ def run(options: argparse.Namespace) -> None:
         folder = options.output or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         if options.adapter:
-            assemble_adapter(options.run, options.repo, folder, backbones, options.evaluation, options.license)
+            assemble_adapter(options.source, options.repo, folder, backbones, options.evaluation, options.license)
         else:
-            assemble_full(options.run, options.repo, folder, options.evaluation, options.license, options.merge)
+            assemble_full(options.source, options.repo, folder, options.evaluation, options.license, options.merge)
         if options.adapter and not options.dry_run:
             pin_backbones(folder)
         files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*")}

@@ -10,6 +10,32 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import pytest
 
+# Makes packages look as if they were not installed, before anything is imported.
+HIDE = """
+import sys
+
+class Hidden:
+    def __init__(self, finder, names):
+        self.finder, self.names = finder, names
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.names:
+            return None
+        return self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+def hide(*names):
+    sys.meta_path[:] = [Hidden(finder, names) for finder in sys.meta_path]
+    for name in names:
+        try:
+            __import__(name)
+        except ModuleNotFoundError:
+            continue
+        raise SystemExit(f"{name} can still be imported")
+"""
+
 REPORTS = (
     "The heart is normal in size. The lungs are clear. There is no pleural effusion or pneumothorax.",
     "The cardiac silhouette is enlarged. Small bilateral pleural effusions are present.",
@@ -121,6 +147,51 @@ def plain_tokenizer(processor):
 
 
 @pytest.fixture(scope="session")
+def build_backbones(plain_tokenizer):
+    """Writes folders of a DINOv2 and a LLaMA, which have not seen our placeholders."""
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM, Dinov2Config, LlamaConfig
+
+    def build(root, tied=True, bias=False, seed=1):
+        torch.manual_seed(seed)
+        layers = {"num_hidden_layers": 2, "num_attention_heads": 2}
+        vision = Dinov2Config(hidden_size=32, image_size=56, patch_size=14, **layers)
+        AutoModel.from_config(vision).save_pretrained(root / "vision")
+        ids = {f"{name}_token_id": getattr(plain_tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        size = {"vocab_size": len(plain_tokenizer), "hidden_size": 64, "intermediate_size": 128, **ids}
+        text = LlamaConfig(tie_word_embeddings=tied, attention_bias=bias, **size, **layers)
+        AutoModelForCausalLM.from_config(text).save_pretrained(root / "text")
+        plain_tokenizer.save_pretrained(root / "text")
+        return {"vision": str(root / "vision"), "text": str(root / "text")}
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def build_on_backbones():
+    """A model whose adapters, projections and predictor have moved, as after the stages; its backbones have not."""
+    import torch
+    from otdrg import OTDRGForReportGeneration, OTDRGProcessor
+
+    def build(backbones, **fields):
+        lora = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}
+        fields = {"lora": lora, "image_size": 56, "image_tokens": 4, **fields}
+        for part, reference in backbones.items():
+            fields.setdefault(f"{part}_backbone", reference)
+        model = OTDRGForReportGeneration.from_backbones(**backbones, **fields)
+        processor = OTDRGProcessor.from_backbones(**backbones, config=model.config)
+        model.add_lora()
+        torch.manual_seed(2)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name or not name.startswith(("vision_tower", "language_model")):
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+        return model.eval(), processor
+
+    return build
+
+
+@pytest.fixture(scope="session")
 def tiny_config(model):
     """Shared: do not change it; `build_config` makes one of your own."""
     return model.config
@@ -137,9 +208,15 @@ def views():
     return [make_view(seed) for seed in range(6)]
 
 
-@pytest.fixture
-def hub_server():
-    """A Hub of the test's own on this machine, described in hub_server.py; processes reach it by its `environment`."""
+@pytest.fixture(scope="session")
+def hide():
+    """What a script begins with that calls `hide("otdrg")`, so that the package looks as if it were not installed."""
+    return HIDE
+
+
+@pytest.fixture(scope="session")
+def make_hub_server():
+    """The class of the servers of hub_server.py."""
     import sys
     from importlib.util import module_from_spec, spec_from_file_location
     from pathlib import Path
@@ -148,6 +225,12 @@ def hub_server():
         spec = spec_from_file_location("hub_server", Path(__file__).with_name("hub_server.py"))
         sys.modules["hub_server"] = module_from_spec(spec)
         spec.loader.exec_module(sys.modules["hub_server"])
-    server = sys.modules["hub_server"].HubServer()
+    return sys.modules["hub_server"].HubServer
+
+
+@pytest.fixture
+def hub_server(make_hub_server):
+    """A Hub of the test's own on this machine, described in hub_server.py; processes reach it by its `environment`."""
+    server = make_hub_server()
     yield server
     server.stop()

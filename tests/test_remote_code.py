@@ -14,35 +14,7 @@ from transformers import ProcessorMixin
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
 FEW = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
 
-# Makes packages look as if they were not installed, before anything is imported.
-HIDE = """
-import sys
-
-class Hidden:
-    def __init__(self, finder, names):
-        self.finder, self.names = finder, names
-
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in self.names:
-            return None
-        return self.finder.find_spec(name, path, target)
-
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-
-def hide(*names):
-    sys.meta_path[:] = [Hidden(finder, names) for finder in sys.meta_path]
-    for name in names:
-        try:
-            __import__(name)
-        except ModuleNotFoundError:
-            continue
-        raise SystemExit(f"{name} can still be imported")
-"""
-
-EVERY_DOOR = (
-    HIDE
-    + """
+EVERY_DOOR = """
 hide("otdrg")
 import json
 import torch
@@ -94,11 +66,8 @@ processor.save_pretrained(second)
 again, _, _ = doors(second)
 print(json.dumps([first, again]))
 """
-)
 
-WITHOUT_PEFT = (
-    HIDE
-    + """
+WITHOUT_PEFT = """
 hide("otdrg", "peft")
 import json
 from transformers import AutoModel, pipeline, logging
@@ -114,12 +83,9 @@ except ImportError as error:
     found["adapted"] = str(error)
 print(json.dumps(found))
 """
-)
 
 
-TRAINING = (
-    HIDE
-    + """
+TRAINING = """
 hide("otdrg")
 import json, os, signal
 import torch
@@ -167,12 +133,9 @@ if killed_at >= 0:
     train("killed", None, [Kill()])
 print(json.dumps(train("killed", True, [])))
 """
-)
 
 
-OWN_ENCODER = (
-    HIDE
-    + """
+OWN_ENCODER = """
 hide("otdrg")
 import json
 from transformers import AutoModel, AutoProcessor, pipeline, logging
@@ -189,7 +152,6 @@ print(json.dumps({
     "written": pipe(image, **few)[0]["generated_text"],
 }))
 """
-)
 
 
 @pytest.fixture
@@ -199,13 +161,13 @@ def image(views, tmp_path):
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(hide, tmp_path):
     """Runs a script in a folder of its own with an empty cache; the JSON it prints last, None if it is killed."""
 
     def run(script, *arguments, killed=False):
         elsewhere, cache = tmp_path / "elsewhere", tmp_path / "cache"
         elsewhere.mkdir(exist_ok=True), cache.mkdir(exist_ok=True)
-        (elsewhere / "script.py").write_text(script)
+        (elsewhere / "script.py").write_text(hide + script)
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTHON"))}
         environment |= {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(
