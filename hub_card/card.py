@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from ..metrics.clinical_efficacy.clinical_efficacy import AVERAGES
 from ..metrics.tables import NLG_NAMES
 from ..studies.card import HUB_LICENCES
 from ..training.evaluation import ROWS
+from ..training.predictor_metrics import MINIMUM_INTERVAL_POSITIVES
 from . import facts
-from .measured import Measured, decoding_words, measured, protocol_words
+from .measured import Measured, decoding_words, labeler_words, measured, protocol_words, title
 from .run_files import OWN_DATASET, RunFiles, published_recipe, read_run
 
 #: How a repository can hold the weights, and what that makes of its base models on the Hub.
@@ -70,14 +72,7 @@ def build_card(
     files = read_run(run, evaluations)
     _check_model(files, model_digest)
     metadata = _metadata(files, repo_id, form, base_models, license)
-    found = [
-        measured(
-            evaluation,
-            facts.evaluated_dataset(files, evaluation),
-            files.results.get("predictor", {}).get("validation") if evaluation["dataset"] == OWN_DATASET else None,
-        )
-        for evaluation in files.evaluations
-    ]
+    found = _measured(files)
     return ModelCard.from_template(
         metadata,
         template_path=str(_TEMPLATE),
@@ -89,6 +84,7 @@ def build_card(
         max_new_tokens=_new_tokens(files),
         data_facts=facts.data_facts(files),
         evaluations=found,
+        least_positives=MINIMUM_INTERVAL_POSITIVES,
         stage_facts=facts.stage_facts(files),
         limits=facts.limits(files),
         training_facts=facts.training_facts(files),
@@ -98,6 +94,20 @@ def build_card(
     )
 
 
+def _measured(files: RunFiles) -> list[Measured]:
+    """The evaluations as the card shows them; titles that would be the same are told apart."""
+    predictor = files.results.get("predictor", {}).get("validation")
+    names = [facts.evaluated_dataset(files, evaluation) for evaluation in files.evaluations]
+    titles = [title(evaluation, name) for evaluation, name in zip(files.evaluations, names, strict=True)]
+    found = []
+    for evaluation, name, heading in zip(files.evaluations, names, titles, strict=True):
+        one = measured(evaluation, name, predictor if evaluation["dataset"] == OWN_DATASET else None)
+        if titles.count(heading) > 1:
+            one = replace(one, title=f"{heading}, {decoding_words(evaluation)}, {evaluation['studies']:,} studies")
+        found.append(one)
+    return found
+
+
 def _check_model(files: RunFiles, model_digest: str | None) -> None:
     if model_digest is None:
         return
@@ -105,8 +115,8 @@ def _check_model(files: RunFiles, model_digest: str | None) -> None:
         evaluated = evaluation["generation"].get("model")
         if evaluated not in (None, model_digest):
             raise ValueError(
-                f"the evaluation of split {evaluation['split']} is of another model than that of {files.name}: expected "
-                "one that otdrg evaluate made of these very weights, with this version of the package"
+                f"the evaluation of split {evaluation['split']} is of another model than {files.name}'s: expected one "
+                "that otdrg evaluate made of these very weights, with this version of the package"
             )
 
 
@@ -114,7 +124,7 @@ def _results_in_short(found: Sequence[Measured]) -> str:
     if not found:
         return "**Its reports have not been evaluated: no measured result lies with this model.**"
     first = found[0]
-    lines = [f"Measured on {first.title} (see [Results](#results)):", "", *(f"- {told}" for told in first.in_short)]
+    lines = [f"Measured on {first.title}:", "", *(f"- {told}" for told in first.in_short)]
     return "\n".join(lines)
 
 
@@ -140,7 +150,8 @@ def _licence_fields(files: RunFiles, repo_id: str, base_models: Sequence[str], l
 
 def _licence_text(files: RunFiles, metadata: ModelCardData, license: str | None) -> str:
     licences = [licence or "not stated" for licence in facts.training_licences(files)]
-    data = f"the training data ({facts.dataset_name(files)}: {', '.join(licences) or facts.NOT_RECORDED})"
+    known = ", ".join(licences) or f"licence {facts.NOT_RECORDED}"
+    data = f"the training data ({facts.dataset_name(files)}: {known})"
     base_models = metadata.base_model or facts.origin_names(files)
     bases = "no base model"
     if base_models:
@@ -188,7 +199,7 @@ def _metadata(
 def _report_results(files: RunFiles, evaluation: Mapping[str, Any]) -> Iterator[EvalResult]:
     """Every score of fluency and every F1 of the model's reports."""
     scores = evaluation["rows"][ROWS["model"]]
-    protocol, labeler = protocol_words(evaluation), f"labeler {evaluation['labeler']}"
+    protocol, labeler = protocol_words(evaluation), f"labeler {labeler_words(evaluation)}"
     for column, type_, name, told in _columns():
         if scores.get(column) is None:
             continue
@@ -197,7 +208,7 @@ def _report_results(files: RunFiles, evaluation: Mapping[str, Any]) -> Iterator[
             task_type=_TASK,
             task_name="Radiology report generation",
             # With what tells two protocols apart, or the Hub would show their figures as one system's.
-            dataset_config=f"{protocol}, {labeler}, {decoding_words(evaluation)}",
+            dataset_config=f"{protocol}, {labeler}, {decoding_words(evaluation)}, {evaluation['studies']:,} studies",
             metric_type=type_,
             metric_value=scores[column],
             metric_name=f"{name} ({'; '.join(how)})",
@@ -209,9 +220,13 @@ def _predictor_results(files: RunFiles) -> Iterator[EvalResult]:
     """The area under the curve of the label predictor, on validation."""
     validation = files.results.get("predictor", {}).get("validation") or {}
     macro = validation.get("macro_auc_interval")
-    value, count = (macro["auc"], macro["findings"]) if macro else (
-        validation.get("macro_auc"),
-        validation.get("auc_findings"),
+    value, count = (
+        (macro["auc"], macro["findings"])
+        if macro
+        else (
+            validation.get("macro_auc"),
+            validation.get("auc_findings"),
+        )
     )
     if value is None:
         return

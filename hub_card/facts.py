@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..findings_otdrg import FINDING_DISPLAY_NAMES
@@ -134,18 +134,21 @@ def is_from_scratch(files: RunFiles) -> bool:
 def how_it_works(files: RunFiles) -> str:
     """A paragraph on the model's parts, as its configuration has them."""
     config, scratch = files.config, is_from_scratch(files)
-    vision, text = (f"`{config[f'{part}_config']['model_type']}`" + _origin(files, part) for part in ("vision", "text"))
+    parts = ((part, config[f"{part}_config"]) for part in ("vision", "text"))
+    vision, text = (
+        f"`{found.get('architecture') or found['model_type']}`{_origin(files, part)}" for part, found in parts
+    )
     fusion = "averaged over the views" if config.get("view_fusion") == "mean" else "one view's behind another's"
     told = [
         f"A vision encoder ({vision}) turns each view into {config['image_tokens']} image tokens, {fusion}.",
-        "A predictor reads the state of each of 14 findings, positive, negative, unclear or unmentioned, from the image.",
+        "A predictor reads the state of 14 findings, positive, negative, unclear or unmentioned, from the image.",
     ]
     if config.get("dle") and config.get("fiot"):
         told.append(
             "Image tokens and features of these states are projected into the LLM's embedding space and drawn together "
             f"there in training by optimal transport (entropic, epsilon {config['ot_epsilon']}, weight "
-            f"{config['ot_weight']} in the loss). The LLM ({text}) reads image tokens, label tokens, the states as text "
-            "and a prompt, and writes the report."
+            f"{config['ot_weight']} in the loss). The LLM ({text}) reads image tokens, label tokens, the states as "
+            "text and a prompt, and writes the report."
         )
     elif config.get("dle"):
         told.append(
@@ -255,8 +258,10 @@ def stage_facts(files: RunFiles) -> list[str]:
         )
     best = report.get("best")
     if best and best.get("value") is not None:
+        limit = ((files.recipe or {}).get("report", {}).get("selection") or {}).get("limit")
         facts.append(
-            f"The checkpoint was chosen on validation: step {best['step']}, `{best['expression']}` = {best['value']:.3f}"
+            f"The checkpoint was chosen on validation{f', its first {limit:,} studies' if limit else ''}: step "
+            f"{best['step']}, `{best['expression']}` = {best['value']:.3f}"
         )
     return facts
 
@@ -271,13 +276,19 @@ def limits(files: RunFiles) -> list[str]:
 
 def _limits_of_data(files: RunFiles) -> Iterable[str]:
     counts = files.sittings[-1].get("studies", {}) if files.sittings else {}
-    size = f"{counts['train']['studies']:,} studies" if "train" in counts else "a number of studies that is not recorded"
-    if dataset_name(files) == "phantom radiographs":
-        yield "Trained on **phantoms**, drawn by a program: it has seen no radiograph of a patient and cannot read one."
-    yield (
-        f"Trained on {size} of {dataset_name(files)}. Other hospitals, devices, views, ages and reporting habits may "
-        "give quite other results."
-    )
+    size = f"{counts['train']['studies']:,} studies" if "train" in counts else f"studies whose number is {NOT_RECORDED}"
+    if files.recipe is None:
+        yield f"What it was trained on is {NOT_RECORDED}: of which images it can write is not known."
+    elif _source(files) == "phantom":
+        yield (
+            f"Trained on {size} of **phantoms**, drawn by a program: it has seen no radiograph of a patient and cannot "
+            "read one."
+        )
+    else:
+        yield (
+            f"Trained on {size} of {dataset_name(files)}. Other hospitals, devices, views, ages and reporting habits "
+            "may give quite other results."
+        )
     train = (training_data(files) or {}).get("train")
     if train is None:
         yield f"How often each finding occurs in training, and in which views, is {NOT_RECORDED}."
@@ -289,7 +300,8 @@ def _limits_of_data(files: RunFiles) -> Iterable[str]:
         ]
         if few:
             yield f"Positive in fewer than {_FEW_TRAINING_POSITIVES} training studies: {', '.join(few)}."
-    yield f"Views are brought to {files.config['image_size']} x {files.config['image_size']} pixels: small findings are lost."
+    side = files.config["image_size"]
+    yield f"Views are brought to {side} x {side} pixels: small findings are lost."
     yield "One language, English. Earlier studies are not shown to it: comparisons with them in a report are invented."
 
 
@@ -305,17 +317,17 @@ def _limits_of_evaluations(files: RunFiles) -> Iterable[str]:
             )
         if evaluation["split"] == "validation" and evaluation["dataset"] == OWN_DATASET:
             yield (
-                "The figures on validation flatter: checkpoints and thresholds may have been chosen on the same studies."
+                "Figures on validation flatter: checkpoints and thresholds may have been chosen on the same studies."
             )
     if files.evaluations:
         labelers = ", ".join(dict.fromkeys(f"`{found['labeler']}`" for found in files.evaluations))
         yield (
-            f"Clinical efficacy compares states that a program ({labelers}) reads in two texts: its mistakes are in the "
-            "figures, the true reports may be wrong or leave things out, and no radiologist has read the generated ones."
+            f"Clinical efficacy compares states that a program ({labelers}) reads in two texts: its mistakes are in "
+            "the figures, true reports may be wrong or leave things out, and no radiologist took part in these figures."
         )
     if not any(found.get("zero_shot") for found in files.evaluations):
         yield "Not evaluated on another dataset than that of training."
-    yield "Not evaluated by sex, age, origin, device or hospital: whether it serves some worse than others is not known."
+    yield "Not evaluated by sex, age, origin, device or hospital: whom it serves worse than others is not known."
 
 
 def _limits_of_reports(files: RunFiles) -> Iterable[str]:
@@ -325,8 +337,8 @@ def _limits_of_reports(files: RunFiles) -> Iterable[str]:
             found = told["model"]
             yield (
                 f"Over {told['studies']:,} studies its reports contradict {found['contradicted']:,} of the states it "
-                f"predicted, leave out {found['omitted']:,} and add {found['added']:,}: report and states are to be read "
-                "side by side."
+                f"predicted, leave out {found['omitted']:,} and add {found['added']:,}: report and states are to be "
+                "read side by side."
             )
             break
     recipe = files.recipe
@@ -350,7 +362,7 @@ def _counted(count: int, one: str, several: str) -> str:
     return f"{count:,} {one if count == 1 else several}"
 
 
-__all__: Sequence[str] = [
+__all__ = [
     "NOT_RECORDED",
     "backbones",
     "data_facts",

@@ -11,6 +11,7 @@ from ..metrics import UNCERTAIN_POLICIES, Interval, PairedDifference
 from ..metrics.tables import NLG_NAMES, clinical_table, markdown_table, shown_interval, shown_number
 from ..training.evaluation import ROWS
 from ..training.evaluation_report import F1_HEADINGS, difference_table, format_steering
+from ..training.predictor_metrics import MINIMUM_INTERVAL_POSITIVES
 
 #: The columns in which a model is held against each other row, a few that tell the most.
 JUDGED: dict[str, str] = {
@@ -78,7 +79,7 @@ def measured(evaluation: Mapping[str, Any], dataset: str, predictor: Mapping[str
     differences = _differences(evaluation)
     steering = evaluation.get("faithfulness")
     return Measured(
-        title=f"{dataset}, split {evaluation['split']}, protocol {evaluation['protocol']}",
+        title=title(evaluation, dataset),
         facts=_facts(evaluation, dataset),
         in_short=_in_short(evaluation, differences),
         fluency=_rows_table("fluency", rows, NLG_NAMES, intervals),
@@ -92,6 +93,18 @@ def measured(evaluation: Mapping[str, Any], dataset: str, predictor: Mapping[str
         faithfulness=format_steering(steering) if steering else "",
         notes=_notes(evaluation, model),
     )
+
+
+def title(evaluation: Mapping[str, Any], dataset: str) -> str:
+    """Dataset, split, and under which names scores were made: what must be the same for two figures to compare."""
+    return f"{dataset}, split {evaluation['split']}: {protocol_words(evaluation)}, labeler {labeler_words(evaluation)}"
+
+
+def labeler_words(evaluation: Mapping[str, Any]) -> str:
+    """The labeler and its options."""
+    options = evaluation.get("labeler_options") or {}
+    told = f" ({', '.join(f'{name}={value}' for name, value in options.items())})" if options else ""
+    return evaluation["labeler"] + told
 
 
 def never_written(evaluation: Mapping[str, Any]) -> list[str]:
@@ -140,16 +153,12 @@ def _facts(evaluation: Mapping[str, Any], dataset: str) -> list[str]:
         True: "zero-shot: the model was trained on another dataset",
         False: "the dataset the model was trained on; its training studies are another split",
     }
-    count = evaluation.get("counts", {}).get(evaluation["split"], {})
-    published = count.get("published")
-    kept = f"; the split has {count[count['unit']]:,} of {published:,} published {count['unit']}" if published else ""
     resampling = evaluation.get("bootstrap")
     facts = [
-        f"{evaluation['studies']:,} studies of split {evaluation['split']} of {dataset}{kept}",
+        f"{evaluation['studies']:,} studies of split {evaluation['split']} of {dataset}",
         kind.get(evaluation.get("zero_shot"), "whether the model was trained on this dataset is not recorded"),
         protocol_words(evaluation),
-        f"states of findings in true and in generated reports read by the labeler {evaluation['labeler']}"
-        + _options(evaluation.get("labeler_options")),
+        f"states of findings in true and in generated reports read by the labeler {labeler_words(evaluation)}",
         decoding_words(evaluation),
         f"constant reports and neighbours from {evaluation.get('training_from', 'the training studies')}",
     ]
@@ -162,17 +171,14 @@ def _facts(evaluation: Mapping[str, Any], dataset: str) -> list[str]:
     return facts
 
 
-def _options(options: Mapping[str, Any] | None) -> str:
-    return f" ({', '.join(f'{name}={value}' for name, value in options.items())})" if options else ""
-
-
 def _in_short(evaluation: Mapping[str, Any], differences: Mapping[str, Mapping[str, PairedDifference]]) -> list[str]:
-    """What the best constant report and shuffled images say of the model."""
+    """What the best constant report and shuffled images say of the model, and how much it finds."""
     told = []
+    measured_by = "" if differences else ", as far as scores without intervals tell"
     for name, against, otherwise in (
         (
             ROWS["constant"],
-            "the best constant report, one text for every study",
+            "the best constant report (one text for every study)",
             "there, a text that does not look at any image scores as well or better",
         ),
         (
@@ -188,11 +194,25 @@ def _in_short(evaluation: Mapping[str, Any], differences: Mapping[str, Mapping[s
         above = [JUDGED[column] for column, place in judged.items() if place == "above"]
         others = [JUDGED[column] for column, place in judged.items() if place != "above"]
         if not above:
-            told.append(f"**In none of {_listed(others)} is the model above {against}**: {otherwise}.")
+            told.append(f"**In none of {_listed(others)} is the model above {against}**{measured_by}: {otherwise}.")
         else:
             rest = f", and is not in {_listed(others)}: {otherwise}" if others else ""
-            told.append(f"The model is above {against}, in {_listed(above)}{rest}.")
+            told.append(f"The model is above {against} in {_listed(above)}{measured_by}{rest}.")
+    told.append(_found(evaluation["rows"][ROWS["model"]]["per_finding"]["uncertain_negative"]))
     return told
+
+
+def _found(findings: Mapping[str, Mapping[str, int]]) -> str:
+    """How many of the positive findings its reports have, and how many of those they have are right."""
+    counted = [row for name, row in findings.items() if name != "no_finding"]
+    there, written, both = (sum(row[count] for row in counted) for count in ("support", "predicted", "true_positives"))
+    told = f"Of {there:,} positive findings in true reports its reports have {both:,}; of {written:,} that they have"
+    told += f", {written - both:,} are not in the true ones."
+    normal = findings["no_finding"]
+    missed = normal["predicted"] - normal["true_positives"]
+    return told + (
+        f" It calls {normal['predicted']:,} studies normal (No Finding), {missed:,} of which their true reports do not."
+    )
 
 
 def _verdict(
@@ -265,7 +285,11 @@ def _rows_table(
 
 def _finding_table(findings: Mapping[str, Mapping[str, Any]], predictor: Mapping[str, Any] | None) -> str:
     """The model's reports finding by finding, and beside it how well the label predictor ranks the studies."""
-    areas = {} if predictor is None else predictor["findings"]
+    # Of a few positives an area says nothing, however it looks.
+    areas = {
+        name: row if row["positives"] >= MINIMUM_INTERVAL_POSITIVES else {"auc": None}
+        for name, row in ({} if predictor is None else predictor["findings"]).items()
+    }
     header = ["finding", "true", "written", "both", "precision", "recall", "F1"]
     if areas:
         header += ["predictor's AUC on validation", "95 % interval"]
@@ -292,8 +316,10 @@ __all__ = [
     "JUDGED",
     "Measured",
     "decoding_words",
+    "labeler_words",
     "measured",
     "never_written",
     "protocol_words",
     "rare_findings",
+    "title",
 ]

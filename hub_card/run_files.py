@@ -66,7 +66,9 @@ def read_run(run: Path, evaluations: Sequence[Path] = ()) -> RunFiles:
     run = model.parent if model.name == "model" and (model.parent / "recipe.yaml").is_file() else run
     paths = [_evaluation_file(Path(path)) for path in evaluations]
     if not paths:
-        paths = [path for folder in dict.fromkeys((run, model)) for path in sorted(folder.glob(f"evaluation-*/{EVALUATION}"))]
+        paths = [
+            path for folder in dict.fromkeys((run, model)) for path in sorted(folder.glob(f"evaluation-*/{EVALUATION}"))
+        ]
     recipe = _read(run / "recipe.yaml")
     known = [str(run), str(Path.cwd()), str(Path.home()), *(str(path.absolute().parent) for path in paths)]
     known += [text for text in _texts(recipe) if _WHOLE_PATH.fullmatch(text)]
@@ -87,10 +89,11 @@ def read_run(run: Path, evaluations: Sequence[Path] = ()) -> RunFiles:
     for path, evaluation in found.items():
         same = told.setdefault(identity(evaluation), path)
         if same != path:
-            raise ValueError(f"{same} and {path} evaluate the same studies in the same way: expected one of them")
+            raise ValueError(f"{same} and {path}: nothing tells these evaluations apart, expected one of them")
     own = _own_evaluation(files)
     files.evaluations = list(found.values())
-    if own is not None and not any(_repeats(evaluation, own) for evaluation in files.evaluations):
+    # With one of the same by `otdrg evaluate`, which has intervals, there is nothing it would add.
+    if own is not None and identity(own) not in told:
         files.evaluations.append(own)
     return files
 
@@ -118,20 +121,12 @@ def published_recipe(files: RunFiles) -> str | None:
 
 
 def identity(evaluation: dict[str, Any]) -> tuple:
-    """What tells evaluations apart: dataset, split, studies, and how they were generated and scored."""
+    """What tells evaluations apart in a card: dataset, split, studies, how reports were generated and scored."""
     generation = evaluation["generation"]
     names = ("dataset", "split", "studies", "protocol", "tokenizer", "reference_tokens", "cleaning", "labeler")
     decoding = (generation.get(name) for name in ("num_beams", "max_new_tokens", "indication"))
-    digest = json.dumps(generation.get("studies"), sort_keys=True)
-    options = json.dumps(evaluation.get("labeler_options"), sort_keys=True)
-    return (*(evaluation.get(name) for name in names), *decoding, digest, options)
-
-
-def _repeats(evaluation: dict[str, Any], own: dict[str, Any]) -> bool:
-    """Whether an evaluation is of what the report stage's own is of, so that its intervals are all there is to add."""
-    if evaluation["dataset"] != OWN_DATASET:
-        return False
-    return identity({**evaluation, "generation": {**evaluation["generation"], "studies": None}})[:-1] == identity(own)[:-1]
+    options = json.dumps(evaluation.get("labeler_options") or {}, sort_keys=True)
+    return (*(evaluation.get(name) for name in names), *decoding, options)
 
 
 def _own_evaluation(files: RunFiles) -> dict[str, Any] | None:
@@ -159,7 +154,9 @@ def _own_evaluation(files: RunFiles) -> dict[str, Any] | None:
 def _evaluation_file(path: Path) -> Path:
     file = path / EVALUATION if path.is_dir() else path
     if not file.is_file():
-        raise OSError(f"evaluation {path} does not exist: expected a folder that otdrg evaluate wrote, or its {EVALUATION}")
+        raise OSError(
+            f"evaluation {path} does not exist: expected a folder that otdrg evaluate wrote, or its {EVALUATION}"
+        )
     return file
 
 
@@ -193,14 +190,20 @@ def _shown(content: Any, roots: Sequence[str]) -> Any:
     if isinstance(content, dict):
         # Warnings name studies behind their counts.
         content = {name: _counts(value) if name == "warnings" else value for name, value in content.items()}
-        return {name: _shown(value, roots) for name, value in content.items() if name not in _REPORTS or not _holds_text(value)}
+        return {
+            name: _shown(value, roots)
+            for name, value in content.items()
+            if name not in _REPORTS or not _holds_text(value)
+        }
     if isinstance(content, list):
         return [_shown(value, roots) for value in content]
     return _without_paths(content, roots) if isinstance(content, str) else content
 
 
 def _holds_text(content: Any) -> bool:
-    return isinstance(content, str) or (isinstance(content, dict) and all(isinstance(text, str) for text in content.values()))
+    return isinstance(content, str) or (
+        isinstance(content, dict) and all(isinstance(text, str) for text in content.values())
+    )
 
 
 def _counts(warnings: Iterable[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a reader of a model's figures asks of the studies behind them: whose they are, under which terms, what they show."""
+"""What a reader of a model's figures asks of the studies behind them: whose, on which terms, and what they show."""
 
 from __future__ import annotations
 

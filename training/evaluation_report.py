@@ -131,8 +131,9 @@ def format_steering(faithfulness: Mapping[str, Any]) -> str:
     header += ["constant, micro", "contradicted", "omitted", "added"]
     floor = next(iter(conditions.values()))["model"]["floor"]
     return markdown_table(header, rows) + (
-        f"\n\nShares of what was told, positive, negative or unclear, that the labeler {faithfulness['labeler']} reads in "
-        f"the report; macro over findings x states told at least {floor} times, without No Finding."
+        "\n\nShares of what was told, positive, negative or unclear, that the labeler "
+        f"{faithfulness['labeler']} reads in the report; macro over findings x states told at least {floor} times, "
+        "without No Finding."
     )
 
 
