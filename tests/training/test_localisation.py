@@ -6,12 +6,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from otdrg.cli import load_pipeline, main
+from otdrg.cli import main
 from otdrg.findings_otdrg import FINDINGS
 from otdrg.heatmaps import upsample_lift
 from otdrg.metrics import pointing_game, soft_iou
 from otdrg.studies.phantom import SPLIT_STARTS, PhantomSource, make_phantom
 from otdrg.training.localisation import judge_phantoms
+from otdrg.training.published import load_pipeline
 
 
 def localise(run, output, *arguments):
