@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import numpy as np
 import torch
 from PIL import Image
@@ -42,10 +44,15 @@ class ReportGenerationPipeline(Pipeline):
     - `generated_text` (`str`): the report;
     - `findings` (`dict`): for each of the 14, the `state` the LLM was told and its `probability` to the predictor;
     - `heatmaps` (`dict`, with `return_heatmaps=True`): for each of the 14, an array (views, rows, columns) of the
-      transport plan over the grid of image tokens, as a multiple of the uniform plan's mass.
+      transport plan over the grid of image tokens, as a multiple of the uniform plan's mass;
+    - `contradictions` (`list`, with `return_contradictions=True`): each finding but No Finding of which the report says
+      another state than the LLM was told, as `{"finding", "told", "said", "kind"}`. The kind is `"contradicted"`, told
+      in one state and said in another; `"omitted"`, told and not said; or `"added"`, said without being told. The
+      report is read by the labeler `rules` of the package `otdrg`, which must be installed for this.
 
-    Call arguments: `findings` steers the report, `indication` says why the study was made, `return_heatmaps`; every
-    argument of `generate` (`max_new_tokens`, `num_beams`, `num_return_sequences`, ...), also in `generate_kwargs`.
+    Call arguments: `findings` steers the report, `indication` says why the study was made, `return_heatmaps`,
+    `return_contradictions`; every argument of `generate` (`max_new_tokens`, `num_beams`, `num_return_sequences`, ...),
+    also in `generate_kwargs`.
     """
 
     _load_processor = True
@@ -58,15 +65,22 @@ class ReportGenerationPipeline(Pipeline):
     default_max_new_tokens = 256
 
     def _sanitize_parameters(
-        self, findings=None, indication=None, return_heatmaps=None, generate_kwargs=None, timeout=None, **kwargs
+        self,
+        findings=None,
+        indication=None,
+        return_heatmaps=None,
+        return_contradictions=None,
+        generate_kwargs=None,
+        timeout=None,
+        **kwargs,
     ):
         generate_kwargs = dict(generate_kwargs or {})
         known = {*vars(GenerationConfig()), "generation_config", "streamer", "stopping_criteria", "logits_processor"}
         for key, value in kwargs.items():
             if key not in known:
                 raise ValueError(
-                    f"unknown pipeline argument {key!r}: expected findings, indication, return_heatmaps or an "
-                    "argument of generate"
+                    f"unknown pipeline argument {key!r}: expected findings, indication, return_heatmaps, "
+                    "return_contradictions or an argument of generate"
                 )
             generate_kwargs[key] = value
         forward = {}
@@ -75,7 +89,28 @@ class ReportGenerationPipeline(Pipeline):
         if return_heatmaps is not None:
             forward["return_heatmaps"] = return_heatmaps
         forward |= generate_kwargs
-        return ({} if indication is None else {"indication": indication}), forward, {}
+        postprocess = {}
+        if return_contradictions is not None:
+            # Before anything is written, so that what is missing is told at once.
+            postprocess["self_check"] = self._self_check() if return_contradictions else None
+        return ({} if indication is None else {"indication": indication}), forward, postprocess
+
+    def _self_check(self):
+        """`otdrg.metrics.faithfulness.self_check`, which is not among the files that come with weights."""
+        if not self.model.config.dle:
+            raise ValueError(
+                "return_contradictions=True, but OTDRGConfig.dle=False: this model is not told of findings"
+            )
+        try:
+            return import_module("otdrg.metrics.faithfulness").self_check
+        except ModuleNotFoundError as error:
+            # A folder of that name beside the script counts as a package, and has no metrics.
+            if error.name is None or error.name.partition(".")[0] != "otdrg":
+                raise
+            raise ImportError(
+                "return_contradictions=True reads reports with the package otdrg, which is not installed: "
+                "pip install otdrg, or a clone of its repository"
+            ) from error
 
     def __call__(self, inputs, **kwargs):
         """Reports of one study or of several; see the class."""
@@ -145,7 +180,7 @@ class ReportGenerationPipeline(Pipeline):
         lift = self.model.transport_lift(view_features, view_mask, states).float().cpu()
         return [lift[row, view_mask[row].cpu()].numpy() for row in range(len(lift))]
 
-    def postprocess(self, model_outputs) -> list[dict]:
+    def postprocess(self, model_outputs, self_check=None) -> list[dict]:
         findings = {
             name: {"state": FINDING_STATES[state], "probability": probability}
             for name, state, probability in zip(
@@ -159,6 +194,10 @@ class ReportGenerationPipeline(Pipeline):
             lift = lift.reshape(-1, *lift.shape[-3:])
             heatmaps = {name: lift[:, row] for row, name in enumerate(FINDINGS)}
             records = [{**record, "heatmaps": heatmaps} for record in records]
+        if self_check is not None:
+            reports = [record["generated_text"] for record in records]
+            found = self_check(reports, [model_outputs["states"]] * len(reports))
+            records = [{**record, "contradictions": each} for record, each in zip(records, found, strict=True)]
         return records
 
 

@@ -7,14 +7,20 @@ does not count.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 
 from ..findings_otdrg import FINDING_STATES, FINDINGS, NEGATIVE, POSITIVE, UNCLEAR, UNMENTIONED
+from ..labelers import load_labeler
+from ..labelers.as_typed import label_quietly
 
+#: How a report can disagree with what the model was told: told in one state and said in another, both mentioned; told,
+#: and unmentioned in the report; told to be unmentioned, and said.
+KINDS = ("contradicted", "omitted", "added")
 MENTIONED = (POSITIVE, NEGATIVE, UNCLEAR)
 #: Times a finding must have been told in a state for the two to count in the macro average.
 FLOOR = 10
@@ -64,6 +70,12 @@ class Contradiction(NamedTuple):
     told: str
     said: str
 
+    @property
+    def kind(self) -> str:
+        """Which of `KINDS` it is."""
+        unmentioned = FINDING_STATES[UNMENTIONED]
+        return "added" if self.told == unmentioned else "omitted" if self.said == unmentioned else "contradicted"
+
 
 def faithfulness(
     told: np.ndarray, said: np.ndarray, floor: int = FLOOR, within: np.ndarray | None = None
@@ -111,19 +123,54 @@ def faithfulness(
     )
 
 
-def contradictions(told: np.ndarray, said: np.ndarray, within: np.ndarray | None = None) -> Iterator[Contradiction]:
-    """Where a report says another state than the model was told, both mentioned, study by study.
+def contradictions(
+    told: np.ndarray, said: np.ndarray, within: np.ndarray | None = None, kinds: Collection[str] = KINDS[:1]
+) -> Iterator[Contradiction]:
+    """Where a report says another state than the model was told, study by study, findings in their order.
 
-    Arguments and errors as of [`faithfulness`].
+    Args:
+        told, said, within: as of [`faithfulness`].
+        kinds: which of `KINDS`; both mentioned without it.
+
+    Raises:
+        ValueError: as [`faithfulness`].
     """
     told, said = _checked(told, said)
-    apart = (told != said) & (told != UNMENTIONED) & (said != UNMENTIONED)
+    apart = told != said
     apart[:, _NO_FINDING] = False
     if within is not None:
         apart &= within
     for study, place in np.argwhere(apart):
         names = (FINDING_STATES[states[study, place]] for states in (told, said))
-        yield Contradiction(int(study), FINDINGS[place], *names)
+        contradiction = Contradiction(int(study), FINDINGS[place], *names)
+        if contradiction.kind in kinds:
+            yield contradiction
+
+
+def self_check(reports: Sequence[str], told: np.ndarray) -> list[list[dict[str, str]]]:
+    """Every disagreement of reports with the states they were written from, as the labeler `rules` reads them.
+
+    Args:
+        reports: N texts.
+        told: (N, 14) state ids the model was told.
+
+    Returns:
+        For each report a list, in the order of `FINDINGS` and without No Finding, of `{"finding", "told", "said",
+        "kind"}`, all of them names; the kinds are `KINDS`. A report that the labeler cannot read omits all it was told.
+
+    Raises:
+        ValueError: states of another shape, or other than 0 to 3.
+    """
+    found: list[list[dict[str, str]]] = [[] for _ in reports]
+    for one in contradictions(told, label_quietly(_labeler(), list(reports)), kinds=KINDS):
+        found[one.study].append({"finding": one.finding, "told": one.told, "said": one.said, "kind": one.kind})
+    return found
+
+
+@cache
+def _labeler():
+    """The one of all self-checks, which remembers the sentences it has read."""
+    return load_labeler("rules")
 
 
 def flip_states(states: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -167,4 +214,14 @@ def _checked(told: np.ndarray, said: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return told, said
 
 
-__all__ = ["FLOOR", "Cell", "Contradiction", "Faithfulness", "contradictions", "faithfulness", "flip_states"]
+__all__ = [
+    "FLOOR",
+    "KINDS",
+    "Cell",
+    "Contradiction",
+    "Faithfulness",
+    "contradictions",
+    "faithfulness",
+    "flip_states",
+    "self_check",
+]

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from ..findings_otdrg import FINDINGS
 from .significance import resample_weights
@@ -55,15 +54,6 @@ class JudgedMap(NamedTuple):
         """By how much the map is better in a measure than a chance level."""
         level = self.uniform if chance == "uniform" else getattr(self, f"{measure}_others")
         return getattr(self, measure) - level
-
-
-def resample_map(lift: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A map over the grid of image tokens (rows, columns) at a view's resolution, (height, width) in float32.
-
-    Bilinear between the centres of the grid's cells, constant beyond the outer ones, as pictures of heatmaps show it.
-    """
-    grid = Image.fromarray(np.asarray(lift, dtype=np.float32))
-    return np.asarray(grid.resize((width, height), Image.Resampling.BILINEAR))
 
 
 def pointing_game(maps: np.ndarray, masks: np.ndarray) -> np.ndarray:
@@ -259,6 +249,5 @@ __all__ = [
     "judge_maps",
     "localisation_scores",
     "pointing_game",
-    "resample_map",
     "soft_iou",
 ]

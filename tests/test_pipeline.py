@@ -1,10 +1,14 @@
 """The image-to-text pipeline, over every kind of input."""
 
+import sys
+import warnings
+
 import datasets
 import numpy as np
 import pytest
 import torch
 from otdrg import FINDING_STATES, FINDINGS, ReportGenerationPipeline
+from otdrg.labelers import UnreadReportsWarning, load_labeler
 from PIL import Image
 
 FEW = {"max_new_tokens": 8, "min_new_tokens": 8}
@@ -171,8 +175,63 @@ def test_a_model_that_is_not_told_of_findings_still_predicts_them(build_model, p
     model, processor = build_model(dle=False, fiot=False)
     pipe = ReportGenerationPipeline(model=model, processor=processor)
     assert set(pipe(paths[0], **FEW)[0]["findings"]) == set(FINDINGS)
-    with pytest.raises(ValueError, match=r"OTDRGConfig.dle=False: this model is not told of findings"):
-        pipe(paths[0], findings={"edema": "positive"}, **FEW)
+    for more in ({"findings": {"edema": "positive"}}, {"return_contradictions": True}):
+        with pytest.raises(ValueError, match=r"OTDRGConfig.dle=False: this model is not told of findings"):
+            pipe(paths[0], **more, **FEW)
+
+
+def test_contradictions_are_of_what_the_model_was_told(pipe, paths, reports, monkeypatch):
+    """The model writes what real reports say: its own words are no English."""
+    monkeypatch.setattr(pipe.processor, "batch_decode", lambda sequences, **_: reports[: len(sequences)])
+    steered = {name: "unmentioned" for name in FINDINGS} | {"pneumothorax": "negative", "edema": "positive"}
+    more = {"findings": steered, "return_contradictions": True, **FEW}
+    (first, second) = pipe(paths[0], num_return_sequences=2, num_beams=2, **more)
+    # The first report: normal heart, clear lungs, no effusion, no pneumothorax.
+    assert {"finding": "edema", "told": "positive", "said": "unmentioned", "kind": "omitted"} in first["contradictions"]
+    added = [one["finding"] for one in first["contradictions"] if one["kind"] == "added"]
+    assert "pleural_effusion" in added and "pneumothorax" not in added
+    # The second: an enlarged heart and effusions, no word of a pneumothorax.
+    assert second["contradictions"] == disagreements(second, reports[1])
+    assert [one["finding"] for one in second["contradictions"] if one["kind"] == "omitted"] == ["edema", "pneumothorax"]
+    contrary = pipe(paths[0], return_contradictions=True, findings={"pleural effusion": "positive"}, **FEW)[0]
+    assert {"finding": "pleural_effusion", "told": "positive", "said": "negative", "kind": "contradicted"} in contrary[
+        "contradictions"
+    ]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_contradictions_are_of_each_report(pipe, paths, batch_size):
+    more = {"num_return_sequences": 2, "num_beams": 2, "batch_size": batch_size, **FEW}
+    found = pipe([paths[:2], paths[2], paths[3]], return_contradictions=True, **more)
+    for records in found:
+        for record in records:
+            assert record["contradictions"] == disagreements(record, record["generated_text"])
+    assert "contradictions" not in pipe(paths[0], return_contradictions=False, **FEW)[0]
+
+
+def test_contradictions_need_the_package(pipe, paths, monkeypatch):
+    """A folder named otdrg beside a script is imported as a package, of which nothing can be."""
+    monkeypatch.setitem(sys.modules, "otdrg.metrics.faithfulness", None)
+    with pytest.raises(ImportError, match="with the package otdrg, which is not installed: pip install otdrg"):
+        pipe(paths[0], return_contradictions=True, **FEW)
+
+
+def disagreements(record, report):
+    """What a record's report, read by the labeler, says otherwise than its states."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnreadReportsWarning)
+        said = [FINDING_STATES[state] for state in load_labeler("rules").label([report])[0]]
+    kinds = {(True, False): "added", (False, True): "omitted", (False, False): "contradicted"}
+    return [
+        {
+            "finding": name,
+            "told": finding["state"],
+            "said": state,
+            "kind": kinds[finding["state"] == "unmentioned", state == "unmentioned"],
+        }
+        for (name, finding), state in zip(record["findings"].items(), said, strict=True)
+        if name != "no_finding" and finding["state"] != state
+    ]
 
 
 @pytest.mark.parametrize(

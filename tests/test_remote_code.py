@@ -41,6 +41,11 @@ def doors(folder):
 
     pipe = pipeline("image-to-text", model=folder, **trust)
     found["image-to-text"] = pipe([[image, image], image], batch_size=2, **few)
+    try:
+        pipe(image, return_contradictions=True, **few)
+        found["no package"] = "not refused"
+    except ImportError as error:
+        found["no package"] = str(error)
     found["shape"] = list(pipe(image, return_heatmaps=True, **few)[0]["heatmaps"]["edema"].shape)
 
     built_in = pipeline("image-text-to-text", model=folder, **trust)
@@ -211,6 +216,10 @@ def test_every_door_opens_from_the_saved_folder_and_after_saving_it_again(build_
     reports = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert [records[0]["generated_text"] for records in once["image-to-text"]] == [text.strip() for text in reports]
     assert once["shape"] == [1, 2, 2]
+    assert once["no package"] == (
+        "return_contradictions=True reads reports with the package otdrg, which is not installed: "
+        "pip install otdrg, or a clone of its repository"
+    )
 
     def answer(text):
         asked = processor(images=[image], text=text)

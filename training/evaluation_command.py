@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..journal import differing_settings
 from ..labelers import LABELERS
 from ..labelers.as_typed import labeler_of, parse_options
 from ..metrics.protocols import add_protocol_arguments, reference_tokens, truncate_to_tokens
@@ -36,8 +36,6 @@ Examples:
 
 _NLG = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider")
 _SETTINGS, _REPORTS = "settings.json", "reports"
-#: Where neither the command nor the model says.
-_BEAMS, _NEW_TOKENS = 3, 120
 
 
 def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
@@ -187,15 +185,14 @@ def _checked_output(options: argparse.Namespace) -> Path:
 def _settings(options: argparse.Namespace, own: Recipe | None, model, processor, rows: Dataset) -> dict[str, Any]:
     """What generated reports depend on."""
     from .features import model_digest
+    from .published import decoding
     from .run_folder import fingerprint
 
-    asked = model.generation_config
     indication = own is not None and own.report.indication
     return {
         "model": model_digest(model, processor),
         "studies": fingerprint({options.split: rows}),
-        "num_beams": options.num_beams or asked.num_beams or _BEAMS,
-        "max_new_tokens": options.max_new_tokens or asked.max_new_tokens or _NEW_TOKENS,
+        **decoding(model, options.num_beams, options.max_new_tokens),
         "indication": indication if options.indication is None else options.indication,
         "seed": options.seed,
     }
@@ -209,13 +206,8 @@ def _enter(output: Path, settings: dict[str, Any], overwrite: bool) -> None:
     if overwrite:
         shutil.rmtree(output / _REPORTS, ignore_errors=True)
     elif path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        differing = [name for name in settings if before.get(name) != settings[name]]
-        if differing:
-            told = ", ".join(
-                name if name in ("model", "studies") else f"{name} {before.get(name)}, now {settings[name]}"
-                for name in differing
-            )
+        told = differing_settings(path, settings, ("model", "studies"))
+        if told is not None:
             raise ValueError(
                 f"{output} holds reports of other settings ({told}): expected the same, another --output, or "
                 "--overwrite, which writes all of them anew"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..findings_otdrg import FINDING_STATES, FINDINGS
+from ..journal import Journal
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from .collation import PromptCollator
@@ -27,10 +26,9 @@ from .features import CachedStudies
 
 
 class ReportJournal:
-    """Reports on disk as they are written, a JSON object a line, so that a generation that is broken off can go on.
+    """Reports on disk as they are written, so that a generation that is broken off can go on: a [`Journal`] of them.
 
-    A last line that was cut off is removed. Whoever keeps one sees to it that it is of one model, one set of studies
-    and one way of decoding.
+    Whoever keeps one sees to it that it is of one model, one set of studies and one way of decoding.
 
     Args:
         path: the `.jsonl` file; it need not be there.
@@ -40,16 +38,11 @@ class ReportJournal:
     """
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+        self._journal = Journal(path)
+        self.path = self._journal.path
         self._reports: dict[str, tuple[str, list[int]]] = {}
-        if not self.path.is_file():
-            return
-        *lines, cut_off = self.path.read_bytes().split(b"\n")
-        if cut_off:
-            os.truncate(self.path, self.path.stat().st_size - len(cut_off))
-        for number, line in enumerate(lines, 1):
+        for number, row in enumerate(self._journal.rows, 1):
             try:
-                row = json.loads(line)
                 self._reports[row["id"]] = row["report"], [FINDING_STATES.index(row[name]) for name in FINDINGS]
             except (ValueError, KeyError, TypeError):
                 raise ValueError(
@@ -65,12 +58,11 @@ class ReportJournal:
 
     def add(self, rows: Sequence[tuple[str, str, list[int]]]) -> None:
         """Add a study's id, report and states, each a line."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            for study, report, states in rows:
-                told = {name: FINDING_STATES[state] for name, state in zip(FINDINGS, states, strict=True)}
-                file.write(json.dumps({"id": study, "report": report, **told}, ensure_ascii=False) + "\n")
-                self._reports[study] = report, states
+        named = [dict(zip(FINDINGS, (FINDING_STATES[state] for state in states), strict=True)) for *_, states in rows]
+        self._journal.add(
+            {"id": study, "report": report, **told} for (study, report, _), told in zip(rows, named, strict=True)
+        )
+        self._reports |= {study: (report, states) for study, report, states in rows}
 
 
 @dataclass

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from ..findings_otdrg import FINDINGS, POSITIVE
-from ..metrics.localisation import LARGEST_MASK, JudgedMap, judge_maps, resample_map
+from ..heatmaps import upsample_lift
+from ..metrics.localisation import LARGEST_MASK, JudgedMap, judge_maps
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from ..studies.phantom import Phantom, PhantomSource, make_phantom
@@ -106,7 +107,7 @@ def judge_phantoms(
         told.append(states)
     maps = []
     for (finding, view), group in sorted(groups.items(), key=lambda item: (FINDINGS.index(item[0][0]), item[0][1])):
-        resampled = np.stack([resample_map(grid, *group.masks[0].shape) for grid in group.maps])
+        resampled = np.stack([upsample_lift(grid, group.masks[0].shape) for grid in group.maps])
         maps += judge_maps(finding, view, group.studies, resampled, np.stack(group.masks))
     return JudgedPhantoms(maps, ids, np.concatenate(told), counts)
 

@@ -7,8 +7,12 @@ from pathlib import Path
 from transformers.utils.logging import disable_progress_bar
 
 from ..modeling_otdrg import OTDRGForReportGeneration
+from ..pipeline_otdrg import ReportGenerationPipeline
 from ..processing_otdrg import OTDRGProcessor
 from .recipe import Recipe, load_recipe
+
+#: Beams and most tokens of a report where neither the command nor the model says.
+_BEAMS, _NEW_TOKENS = 3, 120
 
 
 def load_published(model: str) -> tuple[OTDRGForReportGeneration, OTDRGProcessor]:
@@ -58,6 +62,23 @@ def _http_status(error: BaseException | None) -> int | None:
     return None
 
 
+def load_pipeline(model: str) -> ReportGenerationPipeline:
+    """The `image-to-text` pipeline of a trained model; argument and errors as of [`load_published`]."""
+    network, processor = load_published(model)
+    return ReportGenerationPipeline(model=network, processor=processor, task="image-to-text")
+
+
+def decoding(
+    model: OTDRGForReportGeneration, num_beams: int | None = None, max_new_tokens: int | None = None
+) -> dict[str, int]:
+    """Arguments of `generate`, as a command was given them, or else as the model's generation configuration says."""
+    asked = model.generation_config
+    return {
+        "num_beams": num_beams or asked.num_beams or _BEAMS,
+        "max_new_tokens": max_new_tokens or asked.max_new_tokens or _NEW_TOKENS,
+    }
+
+
 def published_recipe(model: str) -> Recipe | None:
     """The recipe by which a model was trained, as it lies in its run's folder; None where there is none.
 
@@ -69,4 +90,4 @@ def published_recipe(model: str) -> Recipe | None:
     return load_recipe(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else None
 
 
-__all__ = ["load_published", "published_folder", "published_recipe"]
+__all__ = ["decoding", "load_pipeline", "load_published", "published_folder", "published_recipe"]

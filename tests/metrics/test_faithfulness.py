@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from otdrg.findings_otdrg import FINDINGS, NEGATIVE, POSITIVE, UNCLEAR, UNMENTIONED
-from otdrg.metrics.faithfulness import Cell, Contradiction, contradictions, faithfulness, flip_states
+from otdrg.metrics.faithfulness import (
+    KINDS,
+    Cell,
+    Contradiction,
+    contradictions,
+    faithfulness,
+    flip_states,
+    self_check,
+)
 from sklearn.metrics import recall_score
 
 EDEMA, FRACTURE, DEVICES, NO_FINDING = map(FINDINGS.index, ("edema", "fracture", "support_devices", "no_finding"))
@@ -33,6 +41,13 @@ def test_by_hand():
     assert (found.counted, found.contradicted, found.omitted, found.added) == (3, 1, 1, 2)
     assert "no_finding" not in found.cells
     assert list(contradictions(TOLD, SAID)) == [Contradiction(1, "edema", "positive", "negative")]
+    every = [(one.study, one.finding, one.kind) for one in contradictions(TOLD, SAID, kinds=KINDS)]
+    assert every == [
+        (0, "fracture", "omitted"),
+        (1, "edema", "contradicted"),
+        (3, "edema", "added"),
+        (3, "fracture", "added"),
+    ]
 
 
 def test_rare_ones_do_not_count_in_the_macro_average():
@@ -103,3 +118,26 @@ def test_what_does_not_fit_is_refused():
         faithfulness(TOLD, SAID, floor=0)
     with pytest.raises(ValueError, match=r"within has shape \(4, 2\)"):
         faithfulness(TOLD, SAID, within=np.ones((4, 2)))
+
+
+def test_reports_are_checked_against_what_was_told():
+    told = states(4, edema=[1, 1, 1, 0], pneumothorax=[2, 2, 0, 0], no_finding=[0, 0, 1, 1])
+    reports = ["There is edema. No pneumothorax.", "No edema. Small pneumothorax.", "", "Rib fracture."]
+    assert self_check(reports, told) == [
+        [],
+        [
+            {"finding": "edema", "told": "positive", "said": "negative", "kind": "contradicted"},
+            {"finding": "pneumothorax", "told": "negative", "said": "positive", "kind": "contradicted"},
+        ],
+        [{"finding": "edema", "told": "positive", "said": "unmentioned", "kind": "omitted"}],
+        [{"finding": "fracture", "told": "unmentioned", "said": "positive", "kind": "added"}],
+    ]
+
+
+@settings(deadline=None, max_examples=30)
+@given(STATES, st.integers(0, 2**32 - 1))
+def test_disagreements_are_counted_as_they_are_listed(told, seed):
+    said = np.random.default_rng(seed).integers(0, 4, told.shape)
+    found = faithfulness(told, said)
+    kinds = [one.kind for one in contradictions(told, said, kinds=KINDS)]
+    assert [kinds.count(kind) for kind in KINDS] == [found.contradicted, found.omitted, found.added]

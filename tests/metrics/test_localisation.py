@@ -2,12 +2,11 @@
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from otdrg.metrics import judge_maps, localisation_scores, pointing_game, soft_iou
-from otdrg.metrics.localisation import MINIMUM_STUDIES, JudgedMap, resample_map
+from otdrg.metrics.localisation import MINIMUM_STUDIES, JudgedMap
 from otdrg.metrics.tables import localisation_table, localisation_verdicts
 
 MASKS = arrays(bool, (1, 5, 6)).filter(np.any)
@@ -64,14 +63,6 @@ def test_maps_that_are_none_are_refused():
     for value in (-1.0, np.nan, np.inf):
         with pytest.raises(ValueError, match="below 0 or not finite"):
             soft_iou(np.full((1, 8, 8), value), square(0, 0)[None])
-
-
-@pytest.mark.parametrize("size", [(112, 112), (30, 51)])
-def test_maps_are_resampled_as_torch_interpolates(size):
-    lift = np.random.default_rng(0).random((7, 7), dtype=np.float32)
-    expected = torch.nn.functional.interpolate(torch.from_numpy(lift)[None, None], size, mode="bilinear")[0, 0]
-    np.testing.assert_allclose(resample_map(lift, *size), expected, atol=1e-5)
-    assert np.ptp(resample_map(np.full((7, 7), 0.7), *size)) < 1e-6
 
 
 def test_chance_is_what_the_maps_of_other_studies_are_worth():

@@ -7,8 +7,9 @@ import shutil
 import numpy as np
 import pytest
 import yaml
-from otdrg.cli import load_pipeline, main
+from otdrg.cli import main
 from otdrg.findings_otdrg import FINDINGS
+from otdrg.training.published import load_pipeline
 from PIL import Image
 from scipy.spatial.distance import cosine
 

@@ -6,12 +6,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from otdrg.cli import load_pipeline, main
+from otdrg.cli import main
 from otdrg.findings_otdrg import FINDINGS
+from otdrg.heatmaps import upsample_lift
 from otdrg.metrics import pointing_game, soft_iou
-from otdrg.metrics.localisation import resample_map
 from otdrg.studies.phantom import SPLIT_STARTS, PhantomSource, make_phantom
 from otdrg.training.localisation import judge_phantoms
+from otdrg.training.published import load_pipeline
 
 
 def localise(run, output, *arguments):
@@ -51,7 +52,7 @@ def test_a_map_is_judged_as_the_pipeline_shows_it(judged, trained_run):
     told = {name: int(state) for name, state in zip(FINDINGS, phantom.states, strict=True)}
     pipe = load_pipeline(str(trained_run))
     (record,) = pipe(phantom.images[0], findings=told, return_heatmaps=True, max_new_tokens=1)
-    heat = resample_map(record["heatmaps"][row["finding"]][0], 112, 112)[None]
+    heat = upsample_lift(record["heatmaps"][row["finding"]][0], (112, 112))[None]
     mask = phantom.masks[row["finding"]][0][None]
     assert float(row["uniform"]) == pytest.approx(mask.mean(), abs=1e-6)
     assert float(row["pointing"]) == pytest.approx(pointing_game(heat, mask).item(), abs=1e-5)

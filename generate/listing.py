@@ -1,0 +1,232 @@
+"""The studies that reports are to be written of: typed, listed line by line, or those of a prepared dataset."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..findings_otdrg import FINDING_STATES, FINDINGS, finding_key, parse_findings
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from PIL import Image
+
+_KEYS = ("id", "images", "indication", "findings")
+
+
+@dataclass(frozen=True)
+class ListedStudy:
+    """A study whose report is to be written.
+
+    Args:
+        id: no other study's of the same list; its views' names where it was given none.
+        images: paths or URLs of its views; of a dataset's study None, since its views lie in `rows`.
+        indication: why it was made.
+        findings: states to write the report from, names of `FINDINGS` to names of `FINDING_STATES`.
+        rows, place: of a dataset's study, the dataset and where in it.
+    """
+
+    id: str
+    images: tuple[str, ...] | None
+    indication: str | None = None
+    findings: dict[str, str] = field(default_factory=dict)
+    rows: Dataset | None = field(default=None, compare=False, repr=False)
+    place: int = 0
+
+    def asked(self) -> dict[str, Any]:
+        """What its report follows from besides the model and the decoding, as it is kept beside the report."""
+        return {
+            "id": self.id,
+            **({} if self.images is None else {"images": list(self.images)}),
+            **({"indication": self.indication} if self.indication else {}),
+            **({"steered": self.findings} if self.findings else {}),
+        }
+
+    def read_views(self, max_pixels: int) -> list[Image.Image]:
+        """Its views, images of at most so many pixels.
+
+        Raises:
+            ValueError: there is none, or one cannot be read.
+        """
+        from ..processing_otdrg import read_view
+
+        images: Sequence[Any] | None = self.images
+        if self.rows is not None:
+            images = [image["bytes"] or image["path"] for image in self.rows[self.place]["images"]]
+        if not images:
+            raise ValueError("it has no view: a report is only written from at least one")
+        return [read_view(image, max_pixels) for image in images]
+
+
+def typed_findings(pairs: Iterable[str]) -> dict[str, str]:
+    """States typed as `FINDING=STATE`; case, spaces and underscores do not matter.
+
+    Raises:
+        ValueError: not of that form, no finding or state, or a finding twice.
+    """
+    found: dict[str, str] = {}
+    for pair in pairs:
+        name, separator, state = pair.partition("=")
+        if not separator:
+            raise ValueError(f"--findings {pair}: expected FINDING=STATE, such as edema=positive")
+        if finding_key(name) in found:
+            raise ValueError(f"--findings {pair}: {finding_key(name)} is given twice, expected it once")
+        found |= _named_states({name: state})
+    return found
+
+
+def typed_studies(
+    studies: Iterable[Sequence[str]], indication: str | None, findings: dict[str, str]
+) -> list[ListedStudy]:
+    """Studies given as lists of their views.
+
+    Raises:
+        ValueError: one is given twice.
+    """
+    listed = [ListedStudy(_joined(views), tuple(views), indication, findings) for views in studies]
+    seen: set[str] = set()
+    for study in listed:
+        if study.id in seen:
+            raise ValueError(f"--study {study.id} is given twice: expected it once")
+        seen.add(study.id)
+    return listed
+
+
+def listed_studies(
+    lines: Iterable[str], name: str, indication: str | None, findings: dict[str, str]
+) -> list[ListedStudy]:
+    """Studies listed a line each, blank lines apart.
+
+    A line is a JSON object with `images`, the path of a view or a list of such, and, if wanted, `id`, `indication` and
+    `findings`; or it is the paths of a study's views, with tabs between them. Paths are as if typed.
+
+    Args:
+        lines: of the list.
+        name: of the list, for errors.
+        indication, findings: of all studies; a study's own have precedence, finding by finding.
+
+    Raises:
+        ValueError: a line is no such thing, an id or a study stands twice, or there is none; one line that names the
+            list, the line and what would be right.
+    """
+    listed: list[ListedStudy] = []
+    seen: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        line = line.strip("\r\n")
+        if not line.strip():
+            continue
+        try:
+            fields = _json_fields(line) if line.lstrip().startswith("{") else {"images": _tabbed(line)}
+        except ValueError as error:
+            raise ValueError(f"{name}, line {number}: {error}") from error
+        images = tuple(fields["images"])
+        study = ListedStudy(
+            fields.get("id") or _joined(images),
+            images,
+            fields.get("indication") or indication,
+            {**findings, **fields.get("findings", {})},
+        )
+        if study.id in seen:
+            raise ValueError(
+                f"{name}, line {number}: {study.id!r} stands in line {seen[study.id]} too; expected each study once, "
+                "or an id of its own"
+            )
+        seen[study.id] = number
+        listed.append(study)
+    if not listed:
+        raise ValueError(f"{name} lists no study: expected a line each")
+    return listed
+
+
+def prepared_studies(
+    folder: str, split: str | None, indication: str | None, indications: bool, findings: dict[str, str]
+) -> list[ListedStudy]:
+    """The studies of a split of a dataset that `otdrg prepare` has made.
+
+    Args:
+        folder: of the dataset.
+        split: may be left out where there is but one.
+        indication: of all studies.
+        indications: whether the studies' own indications are taken where there is none for all.
+        findings: of all studies.
+
+    Raises:
+        ValueError: the folder is not a prepared dataset, it has no such split, or several to choose from.
+    """
+    from datasets import Image, List
+
+    from ..studies.loading import load_prepared, prepared_splits
+
+    splits = prepared_splits(folder)
+    if split is None and len(splits) > 1:
+        raise ValueError(f"{folder} has the splits {', '.join(splits)}: expected --split, one of them")
+    if split is not None and split not in splits:
+        raise ValueError(f"{folder} has no split {split!r}: it has {', '.join(splits)}")
+    rows = load_prepared(folder)[split or splits[0]]
+    # Not decoded by the library, so that a view is read as those of other lists are.
+    rows = rows.cast_column("images", List(Image(decode=False)))
+    own = rows["indication"] if indications and indication is None else [indication] * len(rows)
+    return [
+        ListedStudy(study, None, reason or None, findings, rows, place)
+        for place, (study, reason) in enumerate(zip(rows["id"], own, strict=True))
+    ]
+
+
+def _joined(images: Sequence[str]) -> str:
+    return " + ".join(images)
+
+
+def _named_states(findings: dict[str, Any]) -> dict[str, str]:
+    return {FINDINGS[place]: FINDING_STATES[state] for place, state in parse_findings(findings).items()}
+
+
+def _json_fields(line: str) -> dict[str, Any]:
+    """The checked fields of a study that is a JSON object."""
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"no JSON ({error})") from error
+    for key in fields:
+        if key not in _KEYS:
+            raise ValueError(f"unknown key {key!r}, expected some of {', '.join(_KEYS)}")
+    fields = {key: value for key, value in fields.items() if value is not None}
+    images = fields.get("images")
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not images or not all(isinstance(image, str) and image for image in images):
+        raise ValueError("images: expected the path of a view, or a list of such")
+    for key in ("id", "indication"):
+        if key in fields and not isinstance(fields[key], str):
+            raise ValueError(f"{key} is {fields[key]!r}, expected a string")
+    if not isinstance(fields.get("findings", {}), dict):
+        raise ValueError(f'findings is {fields["findings"]!r}, expected an object such as {{"edema": "positive"}}')
+    return {**fields, "images": images, "findings": _named_states(fields.get("findings", {}))}
+
+
+def _tabbed(line: str) -> list[str]:
+    images = [image for image in line.split("\t") if image.strip()]
+    if len(images) == 1 and " " in line and not os.path.exists(line) and all(map(os.path.exists, line.split())):
+        raise ValueError("spaces stand between the views, expected tabs")
+    return images
+
+
+def read_lines(name: str) -> list[str]:
+    """The lines of a file, or of the standard input for `-`.
+
+    Raises:
+        ValueError: it is not UTF-8.
+        OSError: it cannot be read.
+    """
+    try:
+        if name == "-":
+            return sys.stdin.buffer.read().decode("utf-8").split("\n")
+        return Path(name).read_bytes().decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: not UTF-8 text ({error.reason}), expected a list of studies") from error
+
+
+__all__ = ["ListedStudy", "listed_studies", "prepared_studies", "read_lines", "typed_findings", "typed_studies"]
