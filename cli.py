@@ -37,6 +37,7 @@ _ROOMS = {
     "localise": ("training.localisation_command", "judge a model's heatmaps on phantoms, beside chance"),
     "embed": ("training.embedding_command", "picture image features before and after alignment, by finding"),
     "ablate": ("training.ablation_command", "train the paper's ablations of a recipe and table them"),
+    "demo": ("hub_card.demo_command", "try a model in a browser on this machine"),
 }
 
 
