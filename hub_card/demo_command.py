@@ -48,7 +48,8 @@ def run(options: argparse.Namespace) -> None:
         os.environ["GRADIO_TEMP_DIR"] = uploads
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         from ..cli import load_pipeline
-        from .space.interface import build_demo, serve
+        from .space.interface import build_demo
+        from .space.serving import serve
 
         demo = build_demo(load_pipeline(options.model), options.model, options.max_new_tokens)
         print(f"{serve(demo, _LOOPBACK, options.port, block=False)}\nCtrl-C ends it.", flush=True)

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from html import escape
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
+from PIL import Image
 
 from ...findings_otdrg import FINDING_DISPLAY_NAMES, FINDINGS
 from ...pipeline_otdrg import ReportGenerationPipeline
 from .findings_table import findings_table, table_rows, table_states
 from .pictures import heatmap, preview
-from .uploads import MAX_FILE_SIZE, MAX_VIEWS, Example, View, phantom_examples, read_uploads
+from .uploads import Example, View, phantom_examples, read_uploads
 from .writing import stream_report
 
-#: Visitors that wait for the model at once; whoever comes later is told that it is busy.
-QUEUE_SIZE = 16
-#: Visitors whose studies are kept in memory; the one away longest is forgotten first.
-_SESSIONS = 32
 #: How often, in seconds, files of uploads that never arrived whole are looked for, and how old they may get.
 _LEFTOVERS = (60, 300)
 
@@ -42,7 +39,7 @@ _HERE = {"api_visibility": "private"}
 
 
 def build_demo(pipe: ReportGenerationPipeline, name: str, max_new_tokens: int | None = None) -> gr.Blocks:
-    """The page for one model; [`serve`] shows it.
+    """The page for one model; [`serving.serve`] shows it.
 
     Args:
         pipe: the model's pipeline.
@@ -55,38 +52,11 @@ def build_demo(pipe: ReportGenerationPipeline, name: str, max_new_tokens: int | 
     return demo
 
 
-def serve(demo: gr.Blocks, server_name: str | None = "127.0.0.1", port: int | None = None, block: bool = True) -> str:
-    """Show the page, until Ctrl-C if `block`, and return its address.
+class _Written(NamedTuple):
+    """A report and the views that it is of, whatever is in the form by now."""
 
-    Nothing is shared, recorded or fetched from elsewhere, and one report is written at a time.
-
-    Args:
-        demo: of [`build_demo`].
-        server_name: the address to listen on; None is what Gradio takes from its environment, as on a Space.
-        port: the port; without it, the first free one from 7860.
-        block: whether to wait here.
-
-    Raises:
-        OSError: the port is taken.
-    """
-    demo.queue(max_size=QUEUE_SIZE, default_concurrency_limit=1)
-    _, address, _ = demo.launch(
-        server_name=server_name,
-        server_port=port,
-        prevent_thread_lock=not block,
-        quiet=True,
-        share=False,
-        run_history=False,  # in the browser, with the images
-        enable_monitoring=False,
-        mcp_server=False,
-        pwa=False,
-        ssr_mode=False,
-        footer_links=[],
-        max_file_size=MAX_FILE_SIZE,
-        state_session_capacity=_SESSIONS,
-        css_paths=[Path(__file__).with_name("page.css")],
-    )
-    return address
+    views: Sequence[Image.Image]
+    record: dict[str, Any]
 
 
 class _Page:
@@ -100,7 +70,7 @@ class _Page:
     def lay_out(self, name: str) -> None:
         gr.Markdown(f"# Radiology report generation\nModel: {escape(name)}")
         gr.Markdown(WARNING, elem_id="warning")
-        self.study, self.record = gr.State([]), gr.State(None)
+        self.study, self.written = gr.State([]), gr.State(None)
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 self._lay_out_study()
@@ -160,7 +130,7 @@ class _Page:
 
     def _connect(self) -> None:
         results = [
-            self.record,
+            self.written,
             self.report,
             self.contradictions,
             self.table,
@@ -170,34 +140,34 @@ class _Page:
             self.problem,
         ]
         buttons = [self.write, self.again, self.save_text, self.save_record]
-        study = [self.files, self.study, self.preview]
-        self.files.upload(
-            self.add_views, [self.files, self.study], [*study, *results, *buttons], show_progress="minimal", **_HERE
-        )
-        for button, example in self.examples:
-            button.click(
-                lambda example=example: self.show_example(example),
-                outputs=[*study, self.indication, *results, *buttons],
-                **_HERE,
-            )
-        self.clear.click(self.start_anew, outputs=[*study, self.indication, *results, *buttons], **_HERE)
-        for triggers, write, inputs in (
-            ([self.write.click, self.indication.submit], self.write_report, [self.study, self.indication]),
-            ([self.again.click], self.write_again, [self.study, self.indication, self.table]),
-        ):
-            # In three events, so that the buttons come back after an error too.
-            gr.on(triggers, self.disable, outputs=buttons, queue=False, trigger_mode="once", **_HERE).then(
+        form = [self.files, self.study, self.preview, self.indication, *results, *buttons]
+        writing = [
+            # One trigger at a time: a second Enter writes nothing more.
+            gr.on(
+                triggers,
                 write,
                 inputs,
-                results,
+                [*results, *buttons],
+                trigger_mode="once",
                 concurrency_id="model",
                 concurrency_limit=1,
                 show_progress_on=self.report,
                 **_HERE,
-            ).then(self.enable, self.record, buttons, queue=False, **_HERE)
-        self.finding.input(
-            self.show_heatmap, [self.study, self.record, self.finding], [self.heatmap, self.problem], **_HERE
-        )
+            )
+            for triggers, write, inputs in (
+                ([self.write.click, self.indication.submit], self.write_report, [self.study, self.indication]),
+                ([self.again.click], self.write_again, [self.study, self.indication, self.table]),
+            )
+        ]
+        for event in writing:
+            # After an error too, which the writing itself could not do.
+            event.then(self.enable, self.written, buttons, queue=False, **_HERE)
+        # A change of the study ends the report of the one before.
+        self.files.upload(self.add_views, [self.files, self.study], form, cancels=writing, **_HERE)
+        self.clear.click(self.start_anew, outputs=form, cancels=writing, **_HERE)
+        for button, example in self.examples:
+            button.click(partial(self.show_example, example), outputs=form, cancels=writing, **_HERE)
+        self.finding.input(self.show_heatmap, [self.written, self.finding], [self.heatmap, self.problem], **_HERE)
         for button, text, name, kind in (
             (self.save_text, self.report, "report.txt", "text/plain"),
             (self.save_record, self.record_text, "report.json", "application/json"),
@@ -228,7 +198,7 @@ class _Page:
 
     def _no_results(self) -> dict:
         empty = {self.report: "", self.contradictions: "", self.heatmap: "", self.record_text: "", self.problem: ""}
-        return {**empty, self.record: None, self.table: [], **self.enable(None)}
+        return {**empty, self.written: None, self.table: [], **self.enable(None)}
 
     # -- the report ---------------------------------------------------------------------------------------------------
 
@@ -250,47 +220,49 @@ class _Page:
             yield {self.problem: _problem("no view: upload one or two views of a study, or take a phantom")}
             return
         views = [view.image for view in study]
+        yield {self.problem: "", self.contradictions: "", self.record_text: "", **self._disable()}
         try:
             for written in stream_report(self.pipe, views, indication.strip() or None, states, self.max_new_tokens):
                 if isinstance(written, str):
-                    yield {self.report: written, self.contradictions: "", self.problem: ""}
+                    yield {self.report: written}
                 else:
-                    yield self._results(written)
+                    yield self._results(_Written(views, written))
                     if self.has_plan:
                         finding = _most_telling(written["findings"])
                         yield {self.finding: finding, self.heatmap: heatmap(views, written, finding)}
         except (ValueError, OSError, ImportError) as error:
-            yield {self.problem: _problem(error)}
+            yield {**self._no_results(), self.problem: _problem(error)}
 
-    def _results(self, record: dict[str, Any]) -> dict:
+    def _results(self, written: _Written) -> dict:
+        record = written.record
         return {
-            self.record: record,
+            self.written: written,
             self.report: record["generated_text"] or "(the model wrote nothing)",
             self.contradictions: _contradictions(record),
             self.table: table_rows(record, self.steerable),
             self.record_text: json.dumps(record, ensure_ascii=False, indent=2, default=lambda array: array.tolist()),
-            self.problem: "",
         }
 
-    def show_heatmap(self, study: list[View], record: dict | None, finding: str) -> dict:
+    def show_heatmap(self, written: _Written | None, finding: str) -> dict:
         """Draw the chosen finding's."""
-        if record is None:
+        if written is None:
             return {self.problem: _problem("no heatmap yet: write a report first")}
-        return {self.heatmap: heatmap([view.image for view in study], record, finding), self.problem: ""}
+        try:
+            return {self.heatmap: heatmap(written.views, written.record, finding), self.problem: ""}
+        except ImportError as error:
+            return {self.problem: _problem(error)}
 
-    def disable(self) -> dict:
-        """No button starts anything while a report is written."""
-        buttons = (self.again, self.save_text, self.save_record)
-        return {self.write: gr.update(value="Writing …", interactive=False)} | dict.fromkeys(
-            buttons, gr.update(interactive=False)
-        )
+    def _disable(self) -> dict:
+        waiting = dict.fromkeys((self.again, self.save_text, self.save_record), gr.update(interactive=False))
+        return {self.write: gr.update(value="Writing …", interactive=False), **waiting}
 
-    def enable(self, record: dict | None) -> dict:
+    def enable(self, written: _Written | None) -> dict:
         """The buttons, those behind a report only where there is one."""
         buttons = (self.again, self.save_text, self.save_record)
-        return {self.write: gr.update(value="Write report", interactive=True)} | dict.fromkeys(
-            buttons, gr.update(interactive=record is not None)
-        )
+        return {
+            self.write: gr.update(value="Write report", interactive=True),
+            **dict.fromkeys(buttons, gr.update(interactive=written is not None)),
+        }
 
 
 def _most_telling(findings: dict[str, dict]) -> str:
@@ -316,4 +288,4 @@ def _problem(error: Exception | str) -> str:
     return f'<p role="alert">{escape(" ".join(str(error).split()))}</p>'
 
 
-__all__ = ["MAX_VIEWS", "QUEUE_SIZE", "WARNING", "build_demo", "serve"]
+__all__ = ["WARNING", "build_demo"]
