@@ -43,6 +43,7 @@ _ROOMS = {
     "embed": ("training.embedding_command", "picture image features before and after alignment, by finding"),
     "push": ("hub_card.push_command", "publish a trained model on the Hub, with its card and its demo"),
     "ablate": ("training.ablation_command", "train the paper's ablations of a recipe and table them"),
+    "demo": ("hub_card.demo_command", "try a model in a browser on this machine"),
 }
 
 

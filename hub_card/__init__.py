@@ -1,1 +1,1 @@
-"""What goes to the Hub beside the weights: the model card, and what it is filled from."""
+"""The Hub: a model's card, its Space and how they get there."""

@@ -225,35 +225,6 @@ def test_a_server_that_is_not_there_is_named(server):
 # --- DICOM -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def dicom(tmp_path):
-    """Writes a DICOM file around `pixels` (uint16 or int16; None leaves them out) and returns its path."""
-    pydicom = pytest.importorskip("pydicom")
-    from pydicom.uid import ExplicitVRLittleEndian, generate_uid
-
-    def write(pixels, interpretation="MONOCHROME2", name="view.dcm", **fields):
-        dataset = pydicom.Dataset()
-        dataset.file_meta = pydicom.dataset.FileMetaDataset()
-        dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = "1.2.840.10008.5.1.4.1.1.1.1"
-        dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = generate_uid()
-        dataset.Modality = "DX"
-        if pixels is not None:
-            dataset.Rows, dataset.Columns = pixels.shape[-2:]
-            dataset.SamplesPerPixel = 1
-            dataset.PhotometricInterpretation = interpretation
-            dataset.BitsAllocated = dataset.BitsStored = 8 * pixels.itemsize
-            dataset.HighBit = dataset.BitsStored - 1
-            dataset.PixelRepresentation = int(pixels.dtype.kind == "i")
-            dataset.PixelData = pixels.tobytes()
-        for field, value in fields.items():
-            setattr(dataset, field, value)
-        dataset.save_as(tmp_path / name, enforce_file_format=True)
-        return str(tmp_path / name)
-
-    return write
-
-
 def ramp(low, high, dtype=np.uint16):
     return np.linspace(low, high, 48 * 40).reshape(48, 40).astype(dtype)
 

@@ -1,0 +1,20 @@
+"""The Space of a model: `otdrg push` puts this file beside the package, and the model's own id into it."""
+
+import os
+import tempfile
+
+# Gradio reads these when it is imported.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="otdrg-demo-"))
+
+from otdrg.cli import load_pipeline
+from otdrg.hub_card.space.interface import build_demo
+from otdrg.hub_card.space.serving import serve
+
+#: A private model is read with the Space's secret HF_TOKEN.
+MODEL = os.environ.get("OTDRG_MODEL", "org/otdrg")
+
+demo = build_demo(load_pipeline(MODEL), MODEL)
+
+if __name__ == "__main__":
+    serve(demo)

@@ -1,0 +1,291 @@
+"""The page: a study goes in, its report streams out, with findings that can be changed and a heatmap of each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import partial
+from html import escape
+from typing import Any, NamedTuple
+
+import gradio as gr
+from PIL import Image
+
+from ...findings_otdrg import FINDING_DISPLAY_NAMES, FINDINGS
+from ...pipeline_otdrg import ReportGenerationPipeline
+from .findings_table import findings_table, table_rows, table_states
+from .pictures import heatmap, preview
+from .uploads import Example, View, phantom_examples, read_uploads
+from .writing import stream_report
+
+#: How often, in seconds, files of uploads that never arrived whole are looked for, and how old they may get.
+_LEFTOVERS = (60, 300)
+
+WARNING = """\
+**Research prototype. Not for clinical use.** Reports, findings and heatmaps are a machine's and often wrong. They must
+not be used for diagnosis, treatment or any other decision about a patient. Do not upload images that identify one.
+"""
+
+_DOWNLOAD = """(text) => {{
+  const link = document.createElement('a');
+  link.href = URL.createObjectURL(new Blob([text], {{type: '{type}'}}));
+  link.download = '{name}';
+  link.click();
+  URL.revokeObjectURL(link.href);
+}}"""
+
+# No event is an address that programs may call: this is a page.
+_HERE = {"api_visibility": "private"}
+
+
+def build_demo(pipe: ReportGenerationPipeline, name: str, max_new_tokens: int | None = None) -> gr.Blocks:
+    """The page for one model; [`serving.serve`] shows it.
+
+    Args:
+        pipe: the model's pipeline.
+        name: of the model, for the heading.
+        max_new_tokens: most tokens of a report; the model's own number without it.
+    """
+    page = _Page(pipe, max_new_tokens)
+    with gr.Blocks(title="OTDRG", analytics_enabled=False, delete_cache=_LEFTOVERS) as demo:
+        page.lay_out(name)
+    return demo
+
+
+class _Written(NamedTuple):
+    """A report and the views that it is of, whatever is in the form by now."""
+
+    views: Sequence[Image.Image]
+    record: dict[str, Any]
+
+
+class _Page:
+    """Components of the page and what happens between them."""
+
+    def __init__(self, pipe: ReportGenerationPipeline, max_new_tokens: int | None):
+        self.pipe = pipe
+        self.max_new_tokens = max_new_tokens
+        self.steerable, self.has_plan = pipe.model.config.dle, pipe.model.config.fiot
+
+    def lay_out(self, name: str) -> None:
+        gr.Markdown(f"# Radiology report generation\nModel: {escape(name)}")
+        gr.Markdown(WARNING, elem_id="warning")
+        self.study, self.written = gr.State([]), gr.State(None)
+        with gr.Row():
+            with gr.Column(scale=2, min_width=320):
+                self._lay_out_study()
+            with gr.Column(scale=3, min_width=320):
+                self._lay_out_report()
+        self._connect()
+
+    def _lay_out_study(self) -> None:
+        self.files = gr.File(
+            label="One or two views of a study (PNG, JPEG, DICOM)",
+            file_count="multiple",
+            height=180,
+            elem_id="files",
+        )
+        self.preview = gr.HTML(elem_id="preview")
+        self.indication = gr.Textbox(
+            label="Indication (optional)",
+            placeholder="Why the study was made. Enter writes the report.",
+            max_lines=1,
+            max_length=500,
+            elem_id="indication",
+        )
+        with gr.Row():
+            self.write = gr.Button("Write report", variant="primary", elem_id="write")
+            self.clear = gr.Button("Clear", elem_id="clear")
+        self.problem = gr.HTML(elem_id="problem")
+        gr.Markdown("Or try a phantom: drawn by a program, of no patient.")
+        self.examples = [
+            (gr.Button(example.title, size="sm"), example)
+            for example in phantom_examples(max(self.pipe.model.config.image_size, 256))
+        ]
+
+    def _lay_out_report(self) -> None:
+        self.report = gr.Textbox(
+            label="Report", lines=5, max_lines=20, interactive=False, buttons=["copy"], elem_id="report"
+        )
+        with gr.Row():
+            self.save_text = gr.Button("Download text", size="sm", interactive=False)
+            self.save_record = gr.Button("Download JSON", size="sm", interactive=False)
+        self.contradictions = gr.HTML(elem_id="contradictions")
+        self.table = findings_table()
+        self.again = gr.Button(
+            "Write again from these states", interactive=False, visible=self.steerable, elem_id="again"
+        )
+        self.finding = gr.Dropdown(
+            [(FINDING_DISPLAY_NAMES[finding], finding) for finding in FINDINGS],
+            value=FINDINGS[-1],
+            label="Heatmap of",
+            info="Where the transport plan puts the finding, as a multiple of a uniform plan."
+            if self.has_plan
+            else "This model has no transport plan (it was trained without FIOT), and so no heatmaps.",
+            interactive=self.has_plan,
+            elem_id="finding",
+        )
+        self.heatmap = gr.HTML(elem_id="heatmap")
+        self.record_text = gr.Textbox(visible="hidden", elem_id="record")
+
+    def _connect(self) -> None:
+        results = [
+            self.written,
+            self.report,
+            self.contradictions,
+            self.table,
+            self.finding,
+            self.heatmap,
+            self.record_text,
+            self.problem,
+        ]
+        buttons = [self.write, self.again, self.save_text, self.save_record]
+        form = [self.files, self.study, self.preview, self.indication, *results, *buttons]
+        writing = [
+            # One trigger at a time: a second Enter writes nothing more.
+            gr.on(
+                triggers,
+                write,
+                inputs,
+                [*results, *buttons],
+                trigger_mode="once",
+                concurrency_id="model",
+                concurrency_limit=1,
+                show_progress_on=self.report,
+                **_HERE,
+            )
+            for triggers, write, inputs in (
+                ([self.write.click, self.indication.submit], self.write_report, [self.study, self.indication]),
+                ([self.again.click], self.write_again, [self.study, self.indication, self.table]),
+            )
+        ]
+        for event in writing:
+            # After an error too, which the writing itself could not do.
+            event.then(self.enable, self.written, buttons, queue=False, **_HERE)
+        # A change of the study ends the report of the one before.
+        self.files.upload(self.add_views, [self.files, self.study], form, cancels=writing, **_HERE)
+        self.clear.click(self.start_anew, outputs=form, cancels=writing, **_HERE)
+        for button, example in self.examples:
+            button.click(partial(self.show_example, example), outputs=form, cancels=writing, **_HERE)
+        self.finding.input(self.show_heatmap, [self.written, self.finding], [self.heatmap, self.problem], **_HERE)
+        for button, text, name, kind in (
+            (self.save_text, self.report, "report.txt", "text/plain"),
+            (self.save_record, self.record_text, "report.json", "application/json"),
+        ):
+            button.click(None, text, js=_DOWNLOAD.format(name=name, type=kind), **_HERE)
+
+    # -- the study ----------------------------------------------------------------------------------------------------
+
+    def add_views(self, paths: list[str] | None, before: list[View]) -> dict:
+        """Read what was uploaded into the study; a problem leaves the study as it was."""
+        try:
+            views = read_uploads(paths or [], before, self.pipe.processor.max_image_pixels)
+        except (ValueError, ImportError) as error:
+            return {self.files: None, self.problem: _problem(error)}
+        return {**self._no_results(), **self._study(views)}
+
+    def show_example(self, example: Example) -> dict:
+        """Put a phantom into the form."""
+        return {**self._no_results(), **self._study(example.views), self.indication: example.indication}
+
+    def start_anew(self) -> dict:
+        """Empty the form."""
+        return {**self._no_results(), **self._study([]), self.indication: ""}
+
+    def _study(self, views: list[View]) -> dict:
+        names, images = zip(*views, strict=True) if views else ((), ())
+        return {self.files: None, self.study: views, self.preview: preview(names, images)}
+
+    def _no_results(self) -> dict:
+        empty = {self.report: "", self.contradictions: "", self.heatmap: "", self.record_text: "", self.problem: ""}
+        return {**empty, self.written: None, self.table: [], **self.enable(None)}
+
+    # -- the report ---------------------------------------------------------------------------------------------------
+
+    def write_report(self, study: list[View], indication: str) -> Iterator[dict]:
+        """Write the report of the study, from the states that the model predicts."""
+        yield from self._write(study, indication, None)
+
+    def write_again(self, study: list[View], indication: str, rows: Any) -> Iterator[dict]:
+        """Write it from the states in the table."""
+        try:
+            states = table_states(rows)
+        except ValueError as error:
+            yield {self.problem: _problem(error)}
+            return
+        yield from self._write(study, indication, states)
+
+    def _write(self, study: list[View], indication: str, states: dict[str, str] | None) -> Iterator[dict]:
+        if not study:
+            yield {self.problem: _problem("no view: upload one or two views of a study, or take a phantom")}
+            return
+        views = [view.image for view in study]
+        yield {self.problem: "", self.contradictions: "", self.record_text: "", **self._disable()}
+        try:
+            for written in stream_report(self.pipe, views, indication.strip() or None, states, self.max_new_tokens):
+                if isinstance(written, str):
+                    yield {self.report: written}
+                else:
+                    yield self._results(_Written(views, written))
+                    if self.has_plan:
+                        finding = _most_telling(written["findings"])
+                        yield {self.finding: finding, self.heatmap: heatmap(views, written, finding)}
+        except (ValueError, OSError, ImportError) as error:
+            yield {**self._no_results(), self.problem: _problem(error)}
+
+    def _results(self, written: _Written) -> dict:
+        record = written.record
+        return {
+            self.written: written,
+            self.report: record["generated_text"] or "(the model wrote nothing)",
+            self.contradictions: _contradictions(record),
+            self.table: table_rows(record, self.steerable),
+            self.record_text: json.dumps(record, ensure_ascii=False, indent=2, default=lambda array: array.tolist()),
+        }
+
+    def show_heatmap(self, written: _Written | None, finding: str) -> dict:
+        """Draw the chosen finding's."""
+        if written is None:
+            return {self.problem: _problem("no heatmap yet: write a report first")}
+        try:
+            return {self.heatmap: heatmap(written.views, written.record, finding), self.problem: ""}
+        except ImportError as error:
+            return {self.problem: _problem(error)}
+
+    def _disable(self) -> dict:
+        waiting = dict.fromkeys((self.again, self.save_text, self.save_record), gr.update(interactive=False))
+        return {self.write: gr.update(value="Writing …", interactive=False), **waiting}
+
+    def enable(self, written: _Written | None) -> dict:
+        """The buttons, those behind a report only where there is one."""
+        buttons = (self.again, self.save_text, self.save_record)
+        return {
+            self.write: gr.update(value="Write report", interactive=True),
+            **dict.fromkeys(buttons, gr.update(interactive=written is not None)),
+        }
+
+
+def _most_telling(findings: dict[str, dict]) -> str:
+    """The likeliest finding that is there or may be; No Finding where there is none."""
+    there = [name for name in FINDINGS[:-1] if findings[name]["state"] in ("positive", "unclear")]
+    return max(there, key=lambda name: findings[name]["probability"], default=FINDINGS[-1])
+
+
+def _contradictions(record: dict[str, Any]) -> str:
+    if "contradictions" not in record:
+        return ""
+    contradicted = [each for each in record["contradictions"] if each["kind"] == "contradicted"]
+    if not contradicted:
+        return "<p>The report contradicts no state below, as the labeler <code>rules</code> reads it.</p>"
+    lines = "".join(
+        f"<li>{FINDING_DISPLAY_NAMES[each['finding']]}: told {each['told']}, the report says {each['said']}</li>"
+        for each in contradicted
+    )
+    return f"<p>The report contradicts what the model was told:</p><ul>{lines}</ul>"
+
+
+def _problem(error: Exception | str) -> str:
+    return f'<p role="alert">{escape(" ".join(str(error).split()))}</p>'
+
+
+__all__ = ["WARNING", "build_demo"]

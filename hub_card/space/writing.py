@@ -1,0 +1,112 @@
+"""A report as it is written: words while they come, then the pipeline's record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from functools import cache
+from threading import Event, Thread
+from typing import Any
+
+from PIL import Image
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+from ...findings_otdrg import FINDING_STATES, FINDINGS
+from ...labelers import load_labeler
+from ...pipeline_otdrg import ReportGenerationPipeline
+
+
+def stream_report(
+    pipe: ReportGenerationPipeline,
+    views: Sequence[Image.Image],
+    indication: str | None = None,
+    findings: dict[str, str] | None = None,
+    max_new_tokens: int | None = None,
+) -> Iterator[str | dict[str, Any]]:
+    """The report of a study, decoded greedily, because a streamer cannot follow beams.
+
+    A caller that closes the iterator ends the writing with the next token.
+
+    Args:
+        pipe: the model's pipeline.
+        views: of the study, one or more.
+        indication: why the study was made.
+        findings: states to write from, by finding; the others are predicted.
+        max_new_tokens: most tokens of the report; the model's own number without it.
+
+    Yields:
+        The report so far (`str`), longer each time, and at last the pipeline's record (`dict`) with `generated_text`,
+        `findings`, `heatmaps` where the model has a transport plan, and `contradictions` where it is told of findings.
+
+    Raises:
+        ValueError: what the pipeline refuses, such as an unknown finding or state.
+    """
+    config = pipe.model.config
+    streamer = TextIteratorStreamer(pipe.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    left, outcome = Event(), Future()
+    arguments = {"findings": findings, "max_new_tokens": max_new_tokens}
+
+    def write() -> None:
+        try:
+            records = pipe(
+                {"images": list(views), "indication": indication},
+                return_heatmaps=config.fiot,
+                num_beams=1,
+                do_sample=False,
+                streamer=streamer,
+                stopping_criteria=StoppingCriteriaList([_Left(left)]),
+                **{name: value for name, value in arguments.items() if value is not None},
+            )
+            outcome.set_result(records[0])
+        except Exception as error:  # any, because it is raised where the report is awaited
+            outcome.set_exception(error)
+        finally:
+            streamer.on_finalized_text("", stream_end=True)  # an error leaves the stream open
+
+    writer = Thread(target=write, daemon=True)
+    writer.start()
+    try:
+        report = ""
+        for words in streamer:
+            report += words
+            yield report.strip()
+        record = outcome.result()
+        yield {**record, "contradictions": _contradictions(record)} if config.dle else record
+    finally:
+        left.set()
+        writer.join()  # The next report has the processor to itself.
+
+
+class _Left(StoppingCriteria):
+    """Stops generation once nobody waits for it."""
+
+    def __init__(self, left: Event):
+        self.left = left
+
+    def __call__(self, input_ids, scores, **kwargs) -> bool:
+        return self.left.is_set()
+
+
+@cache
+def _labeler():
+    return load_labeler("rules")
+
+
+def _contradictions(record: dict[str, Any]) -> list[dict[str, str]]:
+    """Where the report says other states than the model was told, as the labeler `rules` reads it."""
+    told = {name: finding["state"] for name, finding in record["findings"].items() if name != "no_finding"}
+    read = _labeler().label([record["generated_text"]])[0]
+    said = {name: FINDING_STATES[state] for name, state in zip(FINDINGS, read, strict=True)}
+    return [
+        {
+            "finding": name,
+            "told": state,
+            "said": said[name],
+            "kind": "added" if state == "unmentioned" else "omitted" if said[name] == "unmentioned" else "contradicted",
+        }
+        for name, state in told.items()
+        if state != said[name]
+    ]
+
+
+__all__ = ["stream_report"]

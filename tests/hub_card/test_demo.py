@@ -1,0 +1,459 @@
+"""The demo in a browser, Chromium without a window, from the first click to the last file."""
+
+import json
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from otdrg import FINDING_STATES, FINDINGS
+from otdrg.labelers import load_labeler
+from otdrg.metrics.faithfulness import contradictions
+from PIL import Image
+
+pytest.importorskip("gradio", reason="gradio is not installed")
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+
+NORMAL = "The heart is normal in size. There is no pleural effusion or pneumothorax."
+ENLARGED = "The cardiac silhouette is enlarged. There is no pleural effusion."
+TOKENS = 40
+
+
+@pytest.fixture(scope="module")
+def pipe(build_model, view):
+    """A model that has learned two reports, and from the state of the heart which to write."""
+    import torch
+    from otdrg import ReportGenerationPipeline
+
+    model, processor = build_model()
+    told = [{"cardiomegaly": state} for state in ("negative", "positive")] * 4
+    inputs = processor(images=[view(seed) for seed in range(8)], report=[NORMAL, ENLARGED] * 4, finding_states=told)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(60):
+        model(**inputs).report_loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return ReportGenerationPipeline(model=model.eval(), processor=processor)
+
+
+class Pace:
+    """Slows a model down, so that what happens meanwhile can be seen."""
+
+    def __init__(self, model):
+        self.seconds, self.steps = 0.0, 0
+        model.language_model.register_forward_pre_hook(self)
+
+    def __call__(self, *_):
+        self.steps += 1
+        time.sleep(self.seconds)
+
+
+@pytest.fixture(scope="module")
+def pace(pipe):
+    return Pace(pipe.model)
+
+
+@pytest.fixture(scope="module")
+def uploads(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uploads")
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    yield folder
+    del os.environ["GRADIO_TEMP_DIR"]
+
+
+@pytest.fixture(scope="module")
+def address(pipe, pace, uploads):
+    from otdrg.hub_card.space.interface import build_demo
+    from otdrg.hub_card.space.serving import serve
+
+    demo = build_demo(pipe, "org/otdrg", max_new_tokens=TOKENS)
+    yield serve(demo, "127.0.0.1", block=False)
+    demo.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def browser(address):
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser, address, pace):
+    """Opens the page as a new visitor; whatever a visitor does, nothing may be asked of another machine."""
+    contexts, asked = [], []
+
+    def visit():
+        context = browser.new_context(viewport={"width": 1280, "height": 900})
+        context.set_default_timeout(15_000)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(address)
+        button(page, "Write report").wait_for()
+        return page
+
+    yield visit
+    pace.seconds = 0.0
+    for context in contexts:
+        context.close()
+    assert asked
+    assert [url for url in asked if not url.startswith((address, "data:", f"blob:{address}"))] == []
+
+
+@pytest.fixture
+def page(visit):
+    return visit()
+
+
+@pytest.fixture
+def png(view, tmp_path):
+    def write(seed=0, name="frontal.png"):
+        Image.fromarray(view(seed)).save(tmp_path / name)
+        return str(tmp_path / name)
+
+    return write
+
+
+def button(page, name):
+    return page.get_by_role("button", name=name, exact=True)
+
+
+def upload(page, *paths):
+    page.set_input_files("#files input[type=file]", paths)
+
+
+def views(page):
+    return page.locator("#preview img")
+
+
+def given(page, *paths):
+    """Upload, and wait for the views."""
+    before = views(page).count()
+    upload(page, *paths)
+    views(page).nth(before + len(paths) - 1).wait_for()
+
+
+def written(page, press="Write report"):
+    """Press, wait, and return the report and the record."""
+    page.locator("#record textarea").evaluate("record => record.value = ''")
+    button(page, press).click()
+    return result(page)
+
+
+def result(page):
+    page.wait_for_function("document.querySelector('#record textarea').value.endsWith('}')")
+    button(page, "Write report").and_(page.locator(":enabled")).wait_for()
+    return page.locator("#report textarea").input_value(), json.loads(page.locator("#record textarea").input_value())
+
+
+def problem(page):
+    alert = page.locator("#problem").get_by_role("alert")
+    alert.wait_for()
+    return alert.inner_text()
+
+
+def expected(pipe, study, findings=None, indication=None):
+    """What the pipeline writes greedily."""
+    study = {"images": study, "indication": indication}
+    return pipe(study, findings=findings, num_beams=1, max_new_tokens=TOKENS, return_heatmaps=True)[0]
+
+
+def same(record, wanted):
+    assert record["generated_text"] == wanted["generated_text"]
+    assert {name: each["state"] for name, each in record["findings"].items()} == {
+        name: each["state"] for name, each in wanted["findings"].items()
+    }
+    for name in FINDINGS:
+        assert record["findings"][name]["probability"] == pytest.approx(wanted["findings"][name]["probability"])
+        np.testing.assert_allclose(record["heatmaps"][name], wanted["heatmaps"][name], rtol=1e-4)
+
+
+def told_and_said(record):
+    """Contradictions as `otdrg evaluate` counts them."""
+    told = [[FINDING_STATES.index(record["findings"][name]["state"]) for name in FINDINGS]]
+    said = load_labeler("rules").label([record["generated_text"]])
+    return {one.finding: (one.told, one.said) for one in contradictions(told, said)}
+
+
+def kept(folder):
+    return [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size]
+
+
+def test_the_page_warns_before_anything_is_done(page):
+    warning = page.get_by_text("Not for clinical use")
+    warning.wait_for()
+    box = warning.bounding_box()
+    assert box["y"] + box["height"] < button(page, "Write report").bounding_box()["y"] < 900
+    assert not button(page, "Write again from these states").is_enabled()
+    assert not button(page, "Download JSON").is_enabled()
+
+
+def test_an_image_and_a_dicom_file_become_the_pipelines_report(page, pipe, png, dicom, uploads):
+    frontal = png()
+    lateral = dicom(np.linspace(0, 4000, 48 * 40).reshape(48, 40).astype(np.uint16), name="lateral.dcm")
+    given(page, frontal)
+    given(page, lateral)
+    assert "lateral.dcm, 40 × 48" in page.locator("#preview").inner_text()
+    page.get_by_label("Indication").fill("Chest pain.")
+    report, record = written(page)
+    same(record, expected(pipe, [frontal, lateral], indication="Chest pain."))
+    assert report == record["generated_text"]
+    assert len(record["heatmaps"]["edema"]) == 2
+    assert kept(uploads) == []
+
+
+def test_the_report_appears_word_by_word(page, pace, png):
+    given(page, png())
+    pace.seconds = 0.02
+    page.evaluate(
+        """() => {
+          const report = document.querySelector('#report textarea');
+          window.seen = [];
+          setInterval(() => { if (report.value !== window.seen.at(-1)) window.seen.push(report.value) }, 5);
+        }"""
+    )
+    report, _ = written(page)
+    seen = [text for text in page.evaluate("window.seen") if text]
+    assert len(seen) > 5
+    assert all(later.startswith(earlier) for earlier, later in zip(seen, seen[1:], strict=False))
+    assert seen[-1] == report
+
+
+def test_a_changed_state_is_what_the_model_is_told(page, pipe, png):
+    frontal = png()
+    given(page, frontal)
+    _, record = written(page)
+    states = {name: each["state"] for name, each in record["findings"].items()}
+    for heart, report in (("positive", ENLARGED), ("negative", NORMAL)):
+        for finding, state in (
+            ("Cardiomegaly", heart),
+            ("Pleural Effusion", "unmentioned"),
+            ("No Finding", "positive"),
+        ):
+            page.get_by_label(f"State of {finding}").select_option(state)
+        written_again, record = written(page, "Write again from these states")
+        states |= {"cardiomegaly": heart, "pleural_effusion": "unmentioned", "no_finding": "positive"}
+        same(record, expected(pipe, [frontal], findings=states))
+        assert written_again == report
+        assert page.get_by_label("State of Cardiomegaly").input_value() == heart
+    options = page.get_by_label("State of No Finding").locator("option").all_inner_texts()
+    assert options == ["unmentioned", "positive"]
+
+
+def test_contradictions_are_listed_and_their_rows_marked(page, png):
+    given(page, png())
+    written(page)
+    page.get_by_label("State of Pleural Effusion").select_option("positive")
+    _, record = written(page, "Write again from these states")
+    found = told_and_said(record)
+    assert found["pleural_effusion"] == ("positive", "negative")
+    assert {one["finding"] for one in record["contradictions"] if one["kind"] == "contradicted"} == set(found)
+    marked = page.locator("#findings tr.contradicted")
+    assert [row.get_attribute("data-finding") for row in marked.all()] == [name for name in FINDINGS if name in found]
+    assert "negative" in page.locator("tr[data-finding=pleural_effusion] td").last.inner_text()
+    listed = page.locator("#contradictions li").all_inner_texts()
+    assert "Pleural Effusion: told positive, the report says negative" in listed
+    assert len(listed) == len(found)
+    # A state that is changed has no report yet that could contradict it.
+    page.get_by_label("State of Pleural Effusion").select_option("negative")
+    assert page.locator("tr.contradicted[data-finding=pleural_effusion]").count() == 0
+
+
+def test_a_heatmap_for_each_finding(page, png):
+    given(page, png(), png(1, "lateral.png"))
+    written(page)
+    picture = page.locator("#heatmap img")
+    picture.wait_for()
+    first = picture.get_attribute("src")
+    page.get_by_label("Heatmap of").click()
+    page.get_by_role("option", name="Fracture").click()
+    page.get_by_alt_text("Heatmap of Fracture").wait_for()
+    assert picture.get_attribute("src") != first
+    size = picture.evaluate("image => [image.naturalWidth, image.naturalHeight]")
+    assert min(size) > 300
+
+
+def test_downloads_hold_the_report_and_the_record(page, png, tmp_path):
+    given(page, png())
+    report, record = written(page)
+    for name, file in (("Download text", "report.txt"), ("Download JSON", "report.json")):
+        with page.expect_download() as download:
+            button(page, name).click()
+        assert download.value.suggested_filename == file
+        download.value.save_as(tmp_path / file)
+    assert (tmp_path / "report.txt").read_text(encoding="utf-8") == report
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == record
+
+
+def bad_uploads(png, dicom, tmp_path):
+    """Files that are no view, and what is said of each."""
+    note, huge, cut = tmp_path / "note.png", tmp_path / "huge.png", tmp_path / "cut.dcm"
+    note.write_text("not an image")
+    Image.new("L", (9000, 9000)).save(huge)
+    cut.write_bytes(Path(dicom(np.full((48, 40), 7, np.uint16))).read_bytes()[:-500])
+    return (
+        ([str(note)], "note.png: not an image, expected PNG, JPEG or another format Pillow reads, or DICOM"),
+        ([str(huge)], "huge.png: 9000x9000 pixels, expected at most 64000000 in all"),
+        ([str(cut)], "cut.dcm: the DICOM file's pixels cannot be decoded"),
+        ([png(1), png(2, "b.png"), png(3, "c.png")], "3 views: a study has one or two here"),
+    )
+
+
+def test_what_is_no_view_is_told_in_a_line_and_the_page_goes_on(page, pipe, png, dicom, tmp_path, uploads):
+    button(page, "Write report").click()
+    assert problem(page).startswith("no view: upload one or two views")
+    for paths, message in bad_uploads(png, dicom, tmp_path):
+        upload(page, *paths)
+        page.locator("#problem").get_by_text(message).wait_for()
+        assert "\n" not in problem(page) and str(uploads) not in problem(page)
+        assert views(page).count() == 0
+    frontal = png()
+    given(page, frontal)
+    assert page.locator("#problem").get_by_role("alert").count() == 0
+    upload(page, png(1), png(2, "b.png"))
+    page.locator("#problem").get_by_text("3 views, 1 of them here already").wait_for()
+    same(written(page)[1], expected(pipe, [frontal]))
+    assert kept(uploads) == []
+
+
+def test_an_error_in_the_model_leaves_the_page_usable(page, pipe, png, monkeypatch):
+    given(page, png())
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipe.model, "generate", fail)
+        button(page, "Write report").click()
+        page.locator(".toast-body.error").wait_for()
+    page.locator("#write:enabled").get_by_text("Write report").wait_for()
+    report, _ = written(page)
+    assert report
+
+
+def test_the_keyboard_is_enough(page, pipe, png):
+    frontal = png()
+
+    def tab_to(locator):
+        for _ in range(40):
+            page.keyboard.press("Tab")
+            if locator.evaluate("element => element === document.activeElement"):
+                outline = locator.evaluate("element => getComputedStyle(element).outlineStyle")
+                assert outline == "solid"
+                return
+        raise AssertionError(f"no Tab leads to {locator}")
+
+    tab_to(page.locator("#files").get_by_role("button"))
+    with page.expect_file_chooser() as chooser:
+        page.keyboard.press("Enter")
+    chooser.value.set_files(frontal)
+    views(page).first.wait_for()
+    tab_to(page.get_by_label("Indication"))
+    page.keyboard.type("Cough.")
+    page.keyboard.press("Enter")
+    _, record = result(page)
+    same(record, expected(pipe, [frontal], indication="Cough."))
+    choice = page.get_by_label("State of Cardiomegaly")
+    tab_to(choice)
+    page.keyboard.type("neg")
+    assert choice.input_value() == "negative"
+    tab_to(button(page, "Write again from these states"))
+    page.locator("#record textarea").evaluate("record => record.value = ''")
+    page.keyboard.press("Enter")
+    _, record = result(page)
+    assert record["findings"]["cardiomegaly"]["state"] == "negative"
+
+
+def test_a_phantom_is_an_example_and_clear_forgets_everything(page):
+    page.get_by_role("button", name="Pleural effusion, frontal and lateral").click()
+    views(page).nth(1).wait_for()
+    assert page.get_by_label("Indication").input_value()
+    report, record = written(page)
+    assert report and len(record["heatmaps"]["edema"]) == 2
+    button(page, "Clear").click()
+    views(page).first.wait_for(state="detached")
+    assert page.locator("#report textarea").input_value() == ""
+    assert page.get_by_label("Indication").input_value() == ""
+    assert page.locator("#findings tr").count() == 0
+    assert not button(page, "Write again from these states").is_enabled()
+
+
+def test_another_study_ends_the_report_of_the_one_before(page, pipe, pace, png):
+    given(page, png())
+    pace.seconds = 0.3
+    button(page, "Write report").click()
+    page.wait_for_function("document.querySelector('#report textarea').value !== ''")
+    assert page.locator("#write").inner_text() == "Writing …"
+    button(page, "Clear").click()
+    views(page).first.wait_for(state="detached")
+    pace.seconds = 0.0
+    other = png(5, "other.png")
+    given(page, other)
+    report, record = written(page)
+    same(record, expected(pipe, [other]))
+    assert report == record["generated_text"]
+
+
+def test_who_closes_the_page_frees_the_model(visit, pace, png):
+    page = visit()
+    given(page, png())
+    pace.seconds, pace.steps = 0.3, 0
+    button(page, "Write report").click()
+    page.wait_for_function("document.querySelector('#report textarea').value !== ''")
+    page.context.close()
+    deadline = time.monotonic() + 10
+    before = -1
+    while before != pace.steps and time.monotonic() < deadline:
+        before = pace.steps
+        time.sleep(0.8)
+    assert before == pace.steps < TOKENS - 5
+
+
+def test_a_second_visitor_waits_for_the_first(visit, pipe, pace, png):
+    pages, studies = [visit(), visit()], [png(3, "a.png"), png(4, "b.png")]
+    for page, study in zip(pages, studies, strict=True):
+        given(page, study)
+    at_once, most, lock = 0, 0, threading.Lock()
+    generate = pipe.model.generate
+
+    def counted(*args, **kwargs):
+        nonlocal at_once, most
+        with lock:
+            at_once += 1
+            most = max(most, at_once)
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            with lock:
+                at_once -= 1
+
+    pipe.model.generate = counted
+    pace.seconds = 0.03
+    try:
+        for page in pages:
+            button(page, "Write report").click()
+        pages[1].get_by_text("queue").first.wait_for()
+        records = [result(page)[1] for page in pages]
+    finally:
+        del pipe.model.generate
+    assert most == 1
+    for record, study in zip(records, studies, strict=True):
+        same(record, expected(pipe, [study]))
+
+
+def test_on_a_phone_nothing_is_wider_than_the_screen(page, png):
+    page.set_viewport_size({"width": 390, "height": 844})
+    given(page, png())
+    written(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    for row in page.locator("#findings tr").all():
+        box = row.bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 390
