@@ -326,6 +326,13 @@ class OTDRGConfig(PreTrainedConfig):
                 setattr(self.text_config, field, getattr(tokenizer, field))
         self.check_fields()
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is saved. Where the parts were loaded from is left out: it may be a folder that nobody else has."""
+        saved = super().to_diff_dict()
+        for part in self.sub_configs:
+            (saved.get(part) or {}).pop("_name_or_path", None)
+        return saved
+
     @property
     def placeholder_token_ids(self) -> list[int]:
         """Ids of the tokens that stand for features, as far as there are any."""

@@ -245,6 +245,10 @@ class HubServer:
         names = {name.replace("_", "-"): value for name, value in headers.items()}
         self._faults.append(Fault(method, pattern, times, status, cut, content, names))
 
+    def calm(self) -> None:
+        """Forget what was still to go wrong."""
+        self._faults.clear()
+
     def next_fault(self, method: str, path: str) -> Fault:
         """What is to go wrong with this request; an empty fault if nothing."""
         for fault in self._faults:

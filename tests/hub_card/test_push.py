@@ -1,0 +1,413 @@
+"""The whole way: a model is pushed to a Hub on this machine as the command does it, and loaded from there by a process
+that has nothing of ours.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+from otdrg import OTDRGForReportGeneration
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+FEW = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+SHIPPED = {
+    f"{name}_otdrg.py" for name in ("findings", "configuration", "weights", "modeling", "processing", "pipeline")
+}
+
+# A process that loads what it is told to, line by line, so that starting it is paid once.
+LOADER = """
+hide("otdrg")
+import json
+import torch
+from transformers import AutoModel, AutoProcessor, logging, pipeline
+
+logging.set_verbosity_error()
+few, image = json.loads(sys.argv[1]), sys.argv[2]
+
+def everything(model, **where):
+    network = AutoModel.from_pretrained(model, trust_remote_code=True, **where)
+    processor = AutoProcessor.from_pretrained(model, trust_remote_code=True, **where)
+    inputs = processor(images=[[image, image], image])
+    found = {"ids": network.generate(**inputs, **few).tolist(), "module": type(network).__module__.partition(".")[0]}
+    pipe = pipeline("image-to-text", model=model, trust_remote_code=True, **where)
+    found["written"] = pipe([[image, image], image], batch_size=2, **few)
+    built_in = pipeline("image-text-to-text", model=model, trust_remote_code=True, **where)
+    message = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "Describe."}]}
+    found["chat"] = built_in(text=[message], generate_kwargs=few, return_full_text=False)[0]["generated_text"]
+    return found
+
+def model_only(model, **where):
+    network = AutoModel.from_pretrained(model, trust_remote_code=True, **where)
+    return {"bias": network.image_projector.linear.bias.double().sum().item(), "commit": network.config._commit_hash}
+
+for line in sys.stdin:
+    asked = json.loads(line)
+    try:
+        found = globals()[asked.pop("do")](**asked)
+    except Exception as error:
+        found = {"error": [kind.__name__ for kind in type(error).__mro__], "message": str(error)}
+    print("=>", json.dumps(found), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def hub(make_hub_server):
+    """A Hub for all tests here; each has repositories of its own, and leaves no disturbance behind."""
+    server = make_hub_server(token="hf_not_to_be_seen")
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """The loaders' caches."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory, view):
+    path = tmp_path_factory.mktemp("views") / "view.png"
+    Image.fromarray(view(0)).save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def start_loader(hub, home, hide, image, tmp_path_factory):
+    @contextmanager
+    def start(**variables):
+        folder = tmp_path_factory.mktemp("loader")
+        (folder / "loader.py").write_text(hide + LOADER)
+        environment = hub.environment(home, **variables)
+        environment.pop("PYTHONPATH", None)
+        with subprocess.Popen(
+            [sys.executable, "loader.py", json.dumps(FEW), image],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=(folder / "stderr").open("w"),
+            text=True,
+        ) as process:
+
+            def load(do, model, **where):
+                process.stdin.write(json.dumps({"do": do, "model": model, **where}) + "\n")
+                process.stdin.flush()
+                for line in process.stdout:
+                    if line.startswith("=>"):
+                        return json.loads(line[2:])
+                raise AssertionError((folder / "stderr").read_text()[-4000:])
+
+            yield load
+            process.stdin.close()
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def load(start_loader):
+    """Loads from the Hub in a process without our package and, at first, without a cache."""
+    with start_loader() as load:
+        yield load
+
+
+@pytest.fixture(scope="module")
+def push(hub, tmp_path_factory):
+    """Runs the command."""
+
+    def push(*arguments, **variables):
+        return subprocess.run(
+            [sys.executable, "-m", "otdrg.cli", "push", *map(str, arguments)],
+            cwd=tmp_path_factory.mktemp("elsewhere"),
+            env=hub.environment(tmp_path_factory.mktemp("pusher"), HF_TOKEN=hub.token, **variables),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    return push
+
+
+@pytest.fixture(scope="module")
+def trained(build_backbones, build_on_backbones, tmp_path_factory):
+    """A model with adapters, its processor and the run's folder that holds both of its forms. Do not change them."""
+    root = tmp_path_factory.mktemp("trained")
+    backbones = build_backbones(root / "backbones")
+    model, processor = build_on_backbones(backbones)
+    for form in ("adapter", "full"):
+        folder = root / "run" / {"adapter": "adapter", "full": "model"}[form]
+        if form == "full":
+            whole = OTDRGForReportGeneration.from_pretrained(root / "run" / "adapter")
+            whole.config.vision_backbone = whole.config.text_backbone = None
+            whole.merge_lora()
+            whole.save_pretrained(folder)
+        else:
+            model.save_pretrained(folder, weights="adapter")
+        processor.save_pretrained(folder)
+    return whole.eval(), processor, root
+
+
+@pytest.fixture(scope="module")
+def pushed(push, trained):
+    done = push(trained[2] / "run", "org/otdrg", "--private", "--merge")
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def expected_ids(trained, image):
+    model, processor, _ = trained
+    return model.generate(**processor(images=[[image, image], image]), **FEW).tolist()
+
+
+def test_what_is_pushed(hub, pushed, trained):
+    repo = hub.repos["models", "org/otdrg"]
+    assert repo.private and pushed.stdout.endswith(f"pushed: {hub.url}/org/otdrg\n")
+    names = set(repo.files)
+    assert names >= SHIPPED | {"README.md", "LICENSE", "metrics.json", "config.json", "generation_config.json"}
+    assert names >= {"model.safetensors", "processor_config.json", "tokenizer.json", "chat_template.jinja"}
+    assert all(not name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5")) for name in names)
+    assert "adapter_config.json" not in names
+    everything = pushed.stdout + pushed.stderr + "".join(map(str, repo.files.values()))
+    assert hub.token not in everything
+    assert not [name for name, content in repo.files.items() if str(trained[2]).encode() in content]
+    for name, content in repo.files.items():
+        size = re.search(rf"([\d,]+)  {re.escape(name)}\n", pushed.stdout)
+        assert size and int(size[1].replace(",", "")) == len(content), name
+    card = repo.files["README.md"].decode()
+    assert card.startswith("---\n") and "No measured result" in card and "org/otdrg" in card
+
+
+def test_a_fresh_process_without_the_package_loads_it(pushed, load, trained, image):
+    found = load("everything", "org/otdrg")
+    assert found["module"] == "transformers_modules", found
+    ids = expected_ids(trained, image)
+    assert found["ids"] == ids
+    start = trained[1](images=[[image, image], image])["input_ids"].shape[1]
+    reports = trained[1].batch_decode([row[start:] for row in ids], skip_special_tokens=True)
+    assert [record["generated_text"] for (record,) in found["written"]] == [report.strip() for report in reports]
+    assert len(found["written"][0][0]["findings"]) == 14 and isinstance(found["chat"], str)
+
+
+def test_a_revision_stays_what_it_was(hub, push, pushed, load, trained, tmp_path):
+    first = hub.repos["models", "org/otdrg"].at("main").id
+    other = OTDRGForReportGeneration.from_pretrained(trained[2] / "run" / "model")
+    with torch.no_grad():
+        other.image_projector.linear.bias.add_(1)
+    other.save_pretrained(tmp_path)
+    trained[1].save_pretrained(tmp_path)
+    done = push(tmp_path, "org/otdrg", "--revision", "second")
+    assert done.returncode == 0 and done.stdout.endswith("/org/otdrg/tree/second\n"), done.stderr
+    assert hub.repos["models", "org/otdrg"].at("main").id == first
+    before, after, pinned = (load("model_only", "org/otdrg", revision=it) for it in ("main", "second", first))
+    assert after["bias"] == pytest.approx(before["bias"] + 64, abs=1e-3)
+    assert pinned == before and before["commit"] == first
+    assert {name for name in hub.repos["models", "org/otdrg"].at("second").tree if "/" in name} == set()
+
+
+def test_from_the_cache_without_a_network(pushed, hub, load, start_loader, trained, image):
+    load("model_only", "org/otdrg")
+    before = len(hub.requests)
+    with start_loader(HF_HUB_OFFLINE="1") as load_offline:
+        found = load_offline("everything", "org/otdrg")
+    assert found.get("ids") == expected_ids(trained, image), found
+    assert len(hub.requests) == before
+
+
+def test_the_llm_is_served_alone(pushed, hub, trained, image, tmp_path):
+    """A plain causal LM, given the prompt's embeddings, writes what the model writes."""
+    model, processor, _ = trained
+    for name, content in hub.repos["models", "org/otdrg"].files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    llm = AutoModelForCausalLM.from_pretrained(tmp_path / "language_model")
+    inputs = processor(images=[[image, image], image])
+    embeddings, mask = model.get_prompt_embeddings(**inputs)
+    written = llm.generate(inputs_embeds=embeddings, attention_mask=mask, **FEW)
+    assert written.tolist() == [row[inputs["input_ids"].shape[1] :] for row in expected_ids(trained, image)]
+    joining = load_file(tmp_path / "projector.safetensors")
+    own = model.state_dict()
+    assert {"image_projector.linear.weight", "label_projector.linear.weight"} <= joining.keys()
+    assert all(torch.equal(own[name], weight) for name, weight in joining.items())
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def backbones_on_hub(hub, trained):
+    for part in ("vision", "text"):
+        folder = trained[2] / "backbones" / part
+        hub.add_repo("models", f"base/{part}", {path.name: path.read_bytes() for path in folder.iterdir()})
+    return "--vision-backbone", "base/vision", "--text-backbone", "base/text"
+
+
+def test_an_adapter_finds_its_backbones_and_keeps_to_their_commits(
+    hub, push, load, backbones_on_hub, trained, image, tmp_path
+):
+    done = push(trained[2] / "run", "org/adapter", "--adapter", *backbones_on_hub)
+    assert done.returncode == 0, done.stderr
+    repo = hub.repos["models", "org/adapter"]
+    weights = repo.files["model.safetensors"]
+    assert len(weights) < 0.7 * len((trained[2] / "run" / "model" / "model.safetensors").read_bytes())
+    assert "base_model_relation: adapter" in repo.files["README.md"].decode()
+    found = load("everything", "org/adapter")
+    assert found.get("ids") == expected_ids(trained, image), found
+    # The backbones' main branch moves on; the adapter was made for what was there.
+    base = hub.repos["models", "base/text"]
+    tree = dict(base.at("main").tree)
+    config = tree["config.json"]
+    changed = config.content.replace(b'"hidden_act": "silu"', b'"hidden_act": "gelu"')
+    assert changed != config.content
+    base.commit("main", {**tree, "config.json": type(config)(changed, False)}, "another activation")
+    again = load("everything", "org/adapter", cache_dir=str(tmp_path / "cache"))
+    assert again.get("ids") == found["ids"], again
+
+
+def test_an_adapter_of_what_is_not_on_the_hub_is_not_pushed(
+    hub, push, backbones_on_hub, build_backbones, tmp_path, trained
+):
+    done = push(trained[2] / "run", "org/lost", "--adapter")
+    assert done.returncode == 1 and re.fullmatch(
+        r"otdrg push: error: .*adapter is an adapter of the vision backbone .*vision, which nobody else has: "
+        r"--vision-backbone ORG/NAME says where on the Hub the same weights are\n",
+        done.stderr.splitlines(keepends=True)[-1],
+    )
+    build_backbones(tmp_path, seed=5)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "text").iterdir()}
+    hub.add_repo("models", "base/other", files)
+    done = push(trained[2] / "run", "org/lost", "--adapter", *backbones_on_hub[:3], "base/other")
+    assert (
+        done.returncode == 1 and "base/other does not hold the text backbone that this is an adapter of" in done.stderr
+    )
+    done = push(trained[2] / "run", "org/lost", "--adapter", *backbones_on_hub[:3], "base/nothing")
+    assert done.returncode == 1 and "the text backbone base/nothing was not found" in done.stderr
+    assert "Traceback" not in done.stderr and ("models", "org/lost") not in hub.repos
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_asks_the_hub_for_nothing(hub, push, trained, tmp_path):
+    before = len(hub.requests)
+    done = push(trained[2] / "run", "org/dry", "--dry-run", "--output", tmp_path / "kept", "--space", "org/dry-demo")
+    assert done.returncode == 0 and done.stdout.endswith("nothing was pushed (--dry-run)\n"), done.stderr
+    assert len(hub.requests) == before and ("models", "org/dry") not in hub.repos
+    assert {path.name for path in (tmp_path / "kept").iterdir()} >= SHIPPED | {"README.md", "model.safetensors"}
+    assert "  app.py\n" in done.stdout and "  otdrg/modeling_otdrg.py\n" in done.stdout
+
+
+def test_a_space_is_pushed_behind_the_model(hub, push, trained):
+    done = push(trained[2] / "run" / "model", "org/shown", "--space", "org/shown-demo")
+    assert done.returncode == 0 and done.stdout.endswith("/spaces/org/shown-demo\n"), done.stderr
+    files = hub.repos["spaces", "org/shown-demo"].files
+    assert {"app.py", "requirements.txt", "README.md", "otdrg/modeling_otdrg.py"} <= set(files)
+    assert b"org/shown" in files["app.py"]
+
+
+def test_a_broken_upload_is_gone_on_with(hub, push, trained):
+    # The client itself tries a request a few times.
+    hub.disturb("PUT", "/storage/models/org/broken/", times=50, status=500, Retry_After="0")
+    done = push(trained[2] / "run", "org/broken", "--merge")
+    hub.calm()
+    assert done.returncode == 1 and "org/broken was not pushed to http" in done.stderr.splitlines()[-1]
+    assert done.stderr.endswith("the same command goes on with what has not arrived yet\n")
+    assert "Traceback" not in done.stderr and set(hub.repos["models", "org/broken"].files) <= {".gitattributes"}
+    # One of the large files arrives, then the line breaks again.
+    (large,) = {len(c) for n, c in hub.repos["models", "org/otdrg"].files.items() if n == "model.safetensors"}
+    hub.disturb("PUT", "/storage/models/org/broken/", times=1)
+    hub.disturb("PUT", "/storage/models/org/broken/", times=50, status=500, Retry_After="0")
+    push(trained[2] / "run", "org/broken", "--merge")
+    hub.calm()
+    arrived = len(hub.repos["models", "org/broken"].objects)
+    before = len(hub.requests)
+    done = push(trained[2] / "run", "org/broken", "--merge")
+    assert done.returncode == 0, done.stderr
+    sent = [it for it in hub.requests[before:] if it.method == "PUT" and it.status == 200]
+    assert arrived >= 1 and len(sent) + arrived == len(hub.repos["models", "org/broken"].objects) and large
+
+
+def test_what_cannot_be_pushed_is_one_line(hub, push, trained, tmp_path):
+    hub.add_repo("models", "org/public")
+    for arguments, message in (
+        ((trained[2] / "run", "org/public", "--private"), "org/public is public: leave out --private"),
+        ((tmp_path / "nothing", "org/x"), "nothing is no folder: expected one of a run or a model"),
+        ((tmp_path, "org/x"), "no config.json here or in its folder 'model', expected a trained run or a model"),
+        ((trained[2] / "run", "not a name"), "not a name"),
+        ((trained[2] / "run" / "model", "org/x", "--adapter"), "no adapter here or in its folder 'adapter'"),
+    ):
+        done = push(*arguments)
+        assert done.returncode == 1 and message in done.stderr.splitlines()[-1], done.stderr
+        assert done.stderr.splitlines()[-1].startswith("otdrg push: error: ") and "Traceback" not in done.stderr
+    assert ("models", "org/x") not in hub.repos
+
+
+def fresh(load, tmp_path, model="org/otdrg", **where):
+    return load("model_only", model, cache_dir=str(tmp_path / "cache"), **where)
+
+
+@pytest.mark.parametrize(
+    ("disturbance", "message"),
+    [
+        (("GET", "^/storage/", {"status": 500, "times": 50, "Retry_After": "0"}), "500"),
+        (("GET", "^/storage/", {"content": b"short"}), "Consistency check failed"),
+        (("HEAD", "/resolve/.*/config.json", {"status": 404, "times": 50}), "config.json"),
+        (("HEAD", "/resolve/.*/model.safetensors", {"status": 404, "times": 50}), "model.safetensors"),
+    ],
+    ids=["500", "size", "no configuration", "no weights"],
+)
+def test_the_clients_own_errors_reach_the_user(hub, pushed, load, tmp_path, disturbance, message):
+    method, pattern, how = disturbance
+    hub.disturb(method, pattern, **how)
+    found = fresh(load, tmp_path)
+    hub.calm()
+    assert "OSError" in found["error"] and message in found["message"], found
+    assert "bias" in fresh(load, tmp_path)
+
+
+def test_a_cut_download_is_taken_up_again(hub, pushed, load, tmp_path):
+    hub.disturb("GET", "^/storage/", cut=1000)
+    assert "bias" in fresh(load, tmp_path)
+
+
+def test_damaged_weights_of_the_right_size_are_refused(hub, pushed, load, tmp_path):
+    """The client takes them; the configuration tells of their SHA-256."""
+    weights = bytearray(hub.repos["models", "org/otdrg"].files["model.safetensors"])
+    weights[-1] ^= 1
+    hub.disturb("GET", "^/storage/", content=bytes(weights))
+    found = fresh(load, tmp_path)
+    hub.calm()
+    assert "OSError" in found["error"], found
+    assert re.search(r"model\.safetensors is damaged, .* delete (\S+) and load it anew", found["message"])
+
+
+def test_unknown_revision_missing_and_gated_repositories(hub, pushed, load, tmp_path):
+    gated = hub.add_repo("models", "org/gated", {"config.json": b"{}"})
+    gated.gated = True
+    for model, where, message in (
+        ("org/otdrg", {"revision": "never"}, "never"),
+        ("org/nowhere", {}, "org/nowhere"),
+        ("org/gated", {}, "gated"),
+    ):
+        found = fresh(load, tmp_path, model, **where)
+        assert "OSError" in found["error"] and message in found["message"], found
+
+
+def test_the_commands_say_what_the_hub_answered(hub, pushed, image, tmp_path):
+    """transformers says that it could not connect where the Hub did answer."""
+    hub.disturb("HEAD", "/org/otdrg/resolve/", times=50, status=500, Retry_After="0")
+    done = subprocess.run(
+        [sys.executable, "-m", "otdrg.cli", "generate", "org/otdrg", "--study", image],
+        env=hub.environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    hub.calm()
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("otdrg generate: error: org/otdrg: "), done.stderr
+    assert last.endswith("(the Hub answered 500)") and "Traceback" not in done.stderr
