@@ -21,6 +21,7 @@ from ..studies.card import HUB_LICENCES
 from ..training.evaluation import ROWS
 from ..training.predictor_metrics import MINIMUM_INTERVAL_POSITIVES
 from . import facts
+from .limits import limits
 from .measured import Measured, decoding_words, labeler_words, measured, protocol_words, title
 from .run_files import OWN_DATASET, RunFiles, published_recipe, read_run
 
@@ -86,7 +87,7 @@ def build_card(
         evaluations=found,
         least_positives=MINIMUM_INTERVAL_POSITIVES,
         stage_facts=facts.stage_facts(files),
-        limits=facts.limits(files),
+        limits=limits(files),
         training_facts=facts.training_facts(files),
         stages=facts.stage_table(files),
         recipe=published_recipe(files),

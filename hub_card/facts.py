@@ -1,21 +1,17 @@
-"""What a card says of a model besides its scores: parts, data, training, limits, all from the run's files."""
+"""What a card says of a model besides its scores: parts, data, training, all from the run's files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from ..findings_otdrg import FINDING_DISPLAY_NAMES
 from ..metrics.tables import markdown_table
 from ..studies import PREPARED
 from ..studies.card import collection_name
 from ..studies.phantom import LICENCE as PHANTOM_LICENCE
 from ..training.predictor_metrics import MINIMUM_INTERVAL_POSITIVES
-from .measured import FEW_POSITIVES, never_written, rare_findings
 from .run_files import OWN_DATASET, RunFiles
 
-#: Fewer training positives than this are told of as a limit.
-_FEW_TRAINING_POSITIVES = 50
 NOT_RECORDED = "not recorded"
 
 
@@ -40,19 +36,19 @@ def training_licences(files: RunFiles) -> list[str]:
     data = training_data(files)
     if data is not None and "train" in data:
         return data["train"]["licences"]
-    return [PHANTOM_LICENCE] if _source(files) == "phantom" else []
+    return [PHANTOM_LICENCE] if source(files) == "phantom" else []
 
 
 def dataset_name(files: RunFiles) -> str:
     """The dataset the model was trained on: its id on the Hub, its collection, or what it is, in words."""
-    data, source = training_data(files), _source(files)
+    data, name = training_data(files), source(files)
     if hub_dataset(files) is not None:
         return hub_dataset(files)
     if data is not None and "train" in data:
         return ", ".join(data["train"]["collections"])
-    if source is None:
+    if name is None:
         return "a dataset that is not recorded"
-    return "a folder of otdrg prepare" if source == PREPARED else collection_name(source, "")
+    return "a folder of otdrg prepare" if name == PREPARED else collection_name(name, "")
 
 
 def evaluated_dataset(files: RunFiles, evaluation: Mapping[str, Any]) -> str:
@@ -85,7 +81,8 @@ def data_facts(files: RunFiles) -> list[str]:
     return facts
 
 
-def _source(files: RunFiles) -> str | None:
+def source(files: RunFiles) -> str | None:
+    """The source of the recipe's studies."""
     return None if files.recipe is None else files.recipe["studies"]["source"]
 
 
@@ -266,91 +263,6 @@ def stage_facts(files: RunFiles) -> list[str]:
     return facts
 
 
-# --- limits ----------------------------------------------------------------------------------------------------------
-
-
-def limits(files: RunFiles) -> list[str]:
-    """Where the model's figures and reports are not to be trusted, as far as its files tell."""
-    return [*_limits_of_data(files), *_limits_of_evaluations(files), *_limits_of_reports(files)]
-
-
-def _limits_of_data(files: RunFiles) -> Iterable[str]:
-    counts = files.sittings[-1].get("studies", {}) if files.sittings else {}
-    size = f"{counts['train']['studies']:,} studies" if "train" in counts else f"studies whose number is {NOT_RECORDED}"
-    if files.recipe is None:
-        yield f"What it was trained on is {NOT_RECORDED}: of which images it can write is not known."
-    elif _source(files) == "phantom":
-        yield (
-            f"Trained on {size} of **phantoms**, drawn by a program: it has seen no radiograph of a patient and cannot "
-            "read one."
-        )
-    else:
-        yield (
-            f"Trained on {size} of {dataset_name(files)}. Other hospitals, devices, views, ages and reporting habits "
-            "may give quite other results."
-        )
-    train = (training_data(files) or {}).get("train")
-    if train is None:
-        yield f"How often each finding occurs in training, and in which views, is {NOT_RECORDED}."
-    else:
-        few = [
-            f"{FINDING_DISPLAY_NAMES[name]} ({count})"
-            for name, count in train["positives"].items()
-            if count < _FEW_TRAINING_POSITIVES
-        ]
-        if few:
-            yield f"Positive in fewer than {_FEW_TRAINING_POSITIVES} training studies: {', '.join(few)}."
-    side = files.config["image_size"]
-    yield f"Views are brought to {side} x {side} pixels: small findings are lost."
-    yield "One language, English. Earlier studies are not shown to it: comparisons with them in a report are invented."
-
-
-def _limits_of_evaluations(files: RunFiles) -> Iterable[str]:
-    for evaluation in files.evaluations:
-        where = f"{evaluated_dataset(files, evaluation)}, split {evaluation['split']}"
-        silent, rare = never_written(evaluation), rare_findings(evaluation)
-        if silent:
-            yield f"**Never written as positive** on {where}, though true reports have them: {', '.join(silent)}."
-        if rare:
-            yield (
-                f"Too rare on {where} to say anything of (fewer than {FEW_POSITIVES} true reports): {', '.join(rare)}."
-            )
-        if evaluation["split"] == "validation" and evaluation["dataset"] == OWN_DATASET:
-            yield (
-                "Figures on validation flatter: checkpoints and thresholds may have been chosen on the same studies."
-            )
-    if files.evaluations:
-        labelers = ", ".join(dict.fromkeys(f"`{found['labeler']}`" for found in files.evaluations))
-        yield (
-            f"Clinical efficacy compares states that a program ({labelers}) reads in two texts: its mistakes are in "
-            "the figures, true reports may be wrong or leave things out, and no radiologist took part in these figures."
-        )
-    if not any(found.get("zero_shot") for found in files.evaluations):
-        yield "Not evaluated on another dataset than that of training."
-    yield "Not evaluated by sex, age, origin, device or hospital: whom it serves worse than others is not known."
-
-
-def _limits_of_reports(files: RunFiles) -> Iterable[str]:
-    for evaluation in files.evaluations:
-        told = ((evaluation.get("faithfulness") or {}).get("conditions") or {}).get("predicted")
-        if told:
-            found = told["model"]
-            yield (
-                f"Over {told['studies']:,} studies its reports contradict {found['contradicted']:,} of the states it "
-                f"predicted, leave out {found['omitted']:,} and add {found['added']:,}: report and states are to be "
-                "read side by side."
-            )
-            break
-    recipe = files.recipe
-    if recipe is not None:
-        yield f"It learned from at most {recipe['report']['max_report_tokens']} tokens of a report: long ones are cut."
-        if recipe["studies"]["cleaning"] != "none":
-            yield "Reports are written as those it learned from were cleaned: lower case, sentence by sentence."
-    if files.config.get("dle") and files.config.get("fiot"):
-        yield "A heatmap shows where the transport plan puts a finding, which need not be where the finding is."
-    yield "People tend to believe what is written fluently: a wrong report can mislead its reader more than none."
-
-
 def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} seconds"
@@ -371,10 +283,11 @@ __all__ = [
     "how_it_works",
     "hub_dataset",
     "is_from_scratch",
-    "limits",
     "origin_names",
+    "source",
     "stage_facts",
     "stage_table",
+    "training_data",
     "training_facts",
     "training_licences",
 ]

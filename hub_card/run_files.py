@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from ..configuration_otdrg import OTDRGConfig
+
 EVALUATION = "evaluation.json"
 #: What `dataset` says in an evaluation on the studies of the run's own recipe.
 OWN_DATASET = "the model's own recipe"
@@ -63,6 +65,9 @@ def read_run(run: Path, evaluations: Sequence[Path] = ()) -> RunFiles:
     model = next((folder for folder in (run / "model", run) if (folder / "config.json").is_file()), None)
     if model is None:
         raise ValueError(f"{run}: no config.json here or in its folder 'model', expected a trained run or a model")
+    config = _read(model / "config.json")
+    if config.get("model_type") != OTDRGConfig.model_type:
+        raise ValueError(f"{model / 'config.json'}: model_type is {config.get('model_type')!r}, expected 'otdrg'")
     run = model.parent if model.name == "model" and (model.parent / "recipe.yaml").is_file() else run
     paths = [_evaluation_file(Path(path)) for path in evaluations]
     if not paths:
@@ -79,7 +84,7 @@ def read_run(run: Path, evaluations: Sequence[Path] = ()) -> RunFiles:
 
     files = RunFiles(
         name=run.name,
-        config=shown(_read(model / "config.json")),
+        config=shown(config),
         recipe=shown(recipe) or None,
         sittings=shown(_read(run / "run.json").get("sittings", [])),
         results=shown(_read(run / "results.json")),

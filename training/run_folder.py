@@ -252,4 +252,4 @@ def _view_sizes(rows: Dataset) -> Iterator[list[int]]:
                 start += count
 
 
-__all__ = ["RUN", "RunRecord", "differing_splits", "fingerprint", "new_results", "write_json"]
+__all__ = ["RUN", "RunRecord", "differing_splits", "fingerprint", "hub_dataset", "new_results", "write_json"]

@@ -27,7 +27,10 @@ RECIPE = {
         "source": "phantom",
         "options": {"train": 16, "validation": 12, "test": 0, "image_size": 112, "views": ["frontal"]},
     },
-    "model": {"vocab_size": 400},
+    "model": {
+        "vocab_size": 400,
+        "overrides": {"text_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}},
+    },
     "stages": ["predictor", "report"],
     "predictor": {"max_steps": 2, "batch_size": 4},
     "report": {
@@ -50,6 +53,8 @@ def made(tmp_path_factory):
     assert train([str(folder / "tiny.yaml")]) == 0
     run = folder / "run"
     assert otdrg(["evaluate", str(run), *FEW]) == 0
+    # The reports are the same, and kept.
+    shutil.copytree(run / "evaluation-validation", folder / "truncated")
     truncated = ["--protocol", "r2gengpt", "--tokenizer", str(run / "model"), "--reference-tokens", "6"]
     assert otdrg(["evaluate", str(run), *FEW, *truncated, "--output", str(folder / "truncated")]) == 0
     return folder
@@ -280,6 +285,23 @@ def test_two_protocols_stand_apart(made):
     assert len(fluency) == 3
 
 
+def test_another_dataset_is_named_and_has_no_predictors_areas(copied):
+    def edit(result):
+        described = {**result["data"]["validation"], "collections": ["IU X-Ray"]}
+        result.update(dataset="/data/of/others/iu_xray", zero_shot=True, split="test", data={"test": described})
+
+    change(copied / "evaluation-validation/evaluation.json", edit)
+    card = build_card(copied, "org/tiny")
+    assert "### IU X-Ray (`iu_xray`), split test: protocol full" in card.text
+    assert "zero-shot: the model was trained on another dataset" in card.text
+    assert "Not evaluated on another dataset" not in card.text and "/data/of" not in str(card)
+    foreign, own = named(tables(card.text), "finding")
+    assert not any("AUC" in column for column in foreign["Edema"])
+    assert any("AUC" in column for column in own["Edema"])
+    places = {(found.dataset_type, found.dataset_split) for found in card.data.eval_results}
+    assert places == {("iu-x-ray-iu-xray", "test"), ("phantom-radiographs", "validation")}
+
+
 # --- what is not there -----------------------------------------------------------------------------------------------
 
 
@@ -477,6 +499,9 @@ def test_what_is_wrong_is_said(copied, tmp_path):
     with pytest.raises(ValueError, match="form is 'merged': expected one of full, adapter"):
         build_card(copied, "org/tiny", form="merged")
     with pytest.raises(ValueError, match=r"no config\.json here or in its folder 'model'"):
+        build_card(tmp_path, "org/tiny")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"config\.json: model_type is 'llama', expected 'otdrg'"):
         build_card(tmp_path, "org/tiny")
     with pytest.raises(OSError, match=r"evaluation .*nowhere does not exist"):
         build_card(copied, "org/tiny", [tmp_path / "nowhere"])

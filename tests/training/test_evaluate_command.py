@@ -91,6 +91,9 @@ def test_all_rows_stand_in_the_table_with_intervals(evaluated):
     assert result["zero_shot"] is False and result["training_from"] == "split train of the dataset"
     assert result["counts"]["train"]["studies"] == 16 and result["counts"]["validation"]["images"] == 5
     assert (result["labeler"], result["protocol"], result["cleaning"]) == ("rules", "full", "none")
+    described = result["data"]
+    assert {split: row["studies"] for split, row in described.items()} == {"validation": 5, "train": 16}
+    assert described["validation"]["collections"] == ["phantom radiographs"]
 
 
 def test_the_document_says_what_was_compared(evaluated, capsys):

@@ -1,6 +1,7 @@
 """What a run's folder tells of it: run.json, metrics as they come, curves, and what is reported elsewhere."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,8 @@ from otdrg.studies.build import BuildOptions
 from otdrg.train_hf import main
 from otdrg.training.build import build_studies
 from otdrg.training.history import draw_curves
-from otdrg.training.recipe import LabelsRecipe, StudiesRecipe
-from otdrg.training.run_folder import commit, differing_splits, fingerprint
+from otdrg.training.recipe import LabelsRecipe, Recipe, StudiesRecipe
+from otdrg.training.run_folder import commit, differing_splits, fingerprint, hub_dataset
 from PIL import Image
 
 PHANTOMS = {"train": 9, "validation": 3, "test": 0, "image_size": 112, "views": ["frontal", "lateral"]}
@@ -48,7 +49,10 @@ def test_a_sitting(trained_run):
         assert sitting["versions"][package] == version(package)
     assert (sitting["processes"], sitting["threads"]) == (1, torch.get_num_threads())
     assert sitting["device"].partition(" ")[0] in ("cpu", "cuda", "mps", "xpu")
+    assert sitting["cores"] == os.cpu_count() and sitting["processor"]
     assert {split: row["studies"] for split, row in sitting["studies"].items()} == {"train": 16, "validation": 5}
+    assert {split: row["studies"] for split, row in sitting["data"].items()} == {"train": 16, "validation": 5}
+    assert sitting["data"]["train"]["licences"] == ["Apache-2.0"] and sitting["hub_dataset"] is None
     assert list(sitting["stages"]) == ["predictor", "report"]
     for stage, steps in (("predictor", 2), ("report", 4)):
         record = sitting["stages"][stage]
@@ -56,6 +60,15 @@ def test_a_sitting(trained_run):
         began, ended = (datetime.fromisoformat(record[key]) for key in ("began", "ended"))
         assert record["seconds"] == pytest.approx((ended - began).total_seconds()) and record["seconds"] > 0
     assert sitting["seconds"] >= sum(record["seconds"] for record in sitting["stages"].values())
+
+
+def test_only_a_dataset_that_is_no_folder_is_one_of_the_hubs(tmp_path):
+    def named(source, **options):
+        return hub_dataset(Recipe(output_dir="run", studies=StudiesRecipe(source=source, options=options)))
+
+    assert named("hub", dataset="org/radiographs") == "org/radiographs"
+    assert named("hub", dataset=str(tmp_path)) is None
+    assert named("phantom", train=3) is None
 
 
 def test_a_resumed_run_adds_a_sitting(tiny_recipe, trained_run, tmp_path):
