@@ -226,7 +226,8 @@ def read_lines(name: str) -> list[str]:
         return Path(name).read_bytes().decode("utf-8").split("\n")
     except OSError as error:
         raise ValueError(
-            f"--studies {name}: cannot be read ({error.strerror}), expected a list of studies, or a folder of otdrg prepare"
+            f"--studies {name}: cannot be read ({error.strerror}), expected a list of studies, or a folder of otdrg "
+            "prepare"
         ) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"--studies {name}: not UTF-8 text ({error.reason}), expected a list of studies") from error
