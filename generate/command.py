@@ -189,7 +189,8 @@ def _write(pipe, studies: list[ListedStudy], options, arguments: dict[str, int],
             def skip(study: ListedStudy, error: Exception) -> None:
                 if options.study:
                     raise error
-                faults.append(f"{study.id}: {' '.join(str(error).split())}")
+                told = " ".join(str(error).split())
+                faults.append(told if told.startswith(f"{study.id}:") else f"{study.id}: {told}")
                 outcome.skipped += 1
                 bar.update()
 

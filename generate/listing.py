@@ -218,15 +218,19 @@ def read_lines(name: str) -> list[str]:
     """The lines of a file, or of the standard input for `-`.
 
     Raises:
-        ValueError: it is not UTF-8.
-        OSError: it cannot be read.
+        ValueError: it cannot be read, or is not UTF-8.
     """
     try:
         if name == "-":
             return sys.stdin.buffer.read().decode("utf-8").split("\n")
         return Path(name).read_bytes().decode("utf-8").split("\n")
+    except OSError as error:
+        raise ValueError(
+            f"--studies {name}: cannot be read ({error.strerror}), expected a list of studies, or a folder of otdrg "
+            "prepare"
+        ) from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: not UTF-8 text ({error.reason}), expected a list of studies") from error
+        raise ValueError(f"--studies {name}: not UTF-8 text ({error.reason}), expected a list of studies") from error
 
 
 __all__ = ["ListedStudy", "listed_studies", "prepared_studies", "read_lines", "typed_findings", "typed_studies"]

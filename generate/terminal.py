@@ -19,6 +19,8 @@ _STATES: dict[str, tuple[str, str]] = {
 }
 _DISAGREEMENT, _HEADING = "35", "1"
 _NARROWEST = 40
+#: At which a line does not end.
+_KEPT_SPACE = "\xa0"
 
 
 def terminal_width() -> int:
@@ -59,7 +61,7 @@ def format_record(record: dict[str, Any], width: int, colour: bool = False) -> s
                 continue
             shown, probability = FINDING_DISPLAY_NAMES[name], f"{finding['probability']:.2f}"
             if state == "unmentioned" and name not in disagreements:
-                unmentioned.append(f"{shown} {probability}")
+                unmentioned.append(f"{shown} {probability}".replace(" ", _KEPT_SPACE))
                 continue
             row = f"  {paint(f'{mark} {shown:<26}  {state:<11}', code)}  {probability}"
             if name in record.get("steered", {}):
@@ -68,11 +70,8 @@ def format_record(record: dict[str, Any], width: int, colour: bool = False) -> s
                 row += "  " + paint(f"! {_said(disagreements[name])}", _DISAGREEMENT)
             rows.append(row)
     if unmentioned:
-        rows.append(
-            paint(
-                _wrapped(f"unmentioned: {', '.join(unmentioned)}", width, "    ", "      "), _STATES["unmentioned"][1]
-            )
-        )
+        last = _wrapped(f"unmentioned: {', '.join(unmentioned)}", width, "    ", "      ").replace(_KEPT_SPACE, " ")
+        rows.append(paint(last, _STATES["unmentioned"][1]))
     blocks.append("\n".join(rows))
     if disagreements:
         told = [

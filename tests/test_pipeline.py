@@ -158,9 +158,24 @@ def test_heatmaps(build_model, paths, batch_size, view_fusion):
             assert (heatmaps[name] >= 0).all()
             assert heatmaps[name].mean() == pytest.approx(1, abs=1e-3)
         assert np.ptp([heatmaps[name] for name in FINDINGS]) > 0
+        shared = all((heatmaps[name] == heatmaps[name][0]).all() for name in FINDINGS)
+        assert shared == (view_fusion == "mean" or views == 1)
     alone = pipe(paths[3], return_heatmaps=True, **FEW)[0]["heatmaps"]
     np.testing.assert_allclose(alone["edema"], found[1][0]["heatmaps"]["edema"], atol=1e-4)
     assert "heatmaps" not in pipe(paths[3], **FEW)[0]
+
+
+@pytest.mark.parametrize("view_fusion", ["mean", "concat"])
+def test_what_is_not_mentioned_may_be_left_out_of_the_plan(build_model, paths, view_fusion):
+    model, processor = build_model(ot_labels="mentioned", view_fusion=view_fusion)
+    pipe = ReportGenerationPipeline(model=model, processor=processor)
+    told = {name: "unmentioned" for name in FINDINGS} | {"edema": "negative", "fracture": "positive"}
+    heatmaps = pipe([paths[:2]], findings=told, return_heatmaps=True, **FEW)[0][0]["heatmaps"]
+    for name in FINDINGS:
+        if told[name] == "unmentioned":
+            assert not heatmaps[name].any()
+        else:
+            assert heatmaps[name].mean() == pytest.approx(1, abs=1e-3)
 
 
 def test_heatmaps_need_a_plan(build_model, paths):

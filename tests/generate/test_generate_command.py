@@ -175,7 +175,7 @@ def test_a_study_that_cannot_be_read_is_left_out_and_named(generate, paths, tmp_
     assert status == 1
     assert [row["id"] for row in rows_of(shown)] == [paths[0], paths[2]]
     told, last = error.splitlines()
-    assert told == "left out: nowhere.png: nowhere.png: cannot be read (No such file or directory)"
+    assert told == "left out: nowhere.png: cannot be read (No such file or directory)"
     assert last.startswith("otdrg generate: error: 1 of 3 studies were left out, for the reasons above")
 
 

@@ -70,7 +70,9 @@ def test_spaces_between_views_are_told_of(tmp_path, monkeypatch):
         listed("a.png b.png")
 
 
-def test_lines_that_are_no_text_are_told_of(tmp_path):
+def test_what_is_no_list_is_told_of(tmp_path):
+    with pytest.raises(ValueError, match=r"--studies nowhere: cannot be read \(No such file or directory\), expected"):
+        read_lines("nowhere")
     (tmp_path / "list").write_bytes(b"a.png\n\xff\xfe")
     with pytest.raises(ValueError, match="list: not UTF-8 text"):
         read_lines(str(tmp_path / "list"))
