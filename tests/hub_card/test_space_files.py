@@ -1,0 +1,112 @@
+"""The files of a Space, run where nothing else of the package is."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import otdrg
+import pytest
+import yaml
+from otdrg.hub_card.space_files import space_files
+
+ROOT = Path(otdrg.__file__).parent
+RUN = """
+import json, sys
+import app
+import otdrg
+
+kinds = [component["type"] for component in app.demo.config["components"]]
+libraries = {name.partition(".")[0] for name in sys.modules}
+print(json.dumps({"package": otdrg.__file__, "kinds": kinds, "model": app.MODEL, "libraries": sorted(libraries)}))
+"""
+
+
+def content(file):
+    return file if isinstance(file, bytes) else file.read_bytes()
+
+
+def header(files):
+    _, header, _ = content(files["README.md"]).decode().split("---\n", 2)
+    return yaml.safe_load(header)
+
+
+def requirements(lines):
+    """Name and lower bound, of those that have one."""
+    return dict(re.findall(r"^([\w-]+)>=([\d.]+)$", "\n".join(lines), re.MULTILINE))
+
+
+def test_the_header_is_one_that_spaces_know():
+    stated = header(space_files("someone/model"))
+    assert stated["models"] == ["someone/model"]
+    assert stated["sdk"] == "gradio" and stated["app_file"] == "app.py" and stated["license"] == "apache-2.0"
+    assert stated["disable_embedding"] is True
+    assert len(stated["short_description"]) <= 60  # the Hub refuses longer ones
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    card = huggingface_hub.SpaceCard(content(space_files("someone/model")["README.md"]).decode())
+    assert card.data.sdk_version == stated["sdk_version"]
+    assert "Not for clinical use" in card.text
+
+
+def test_the_model_stands_in_every_place():
+    files = space_files("someone/model")
+    for name in ("app.py", "README.md"):
+        assert b"someone/model" in content(files[name]) and b"org/otdrg" not in content(files[name])
+    for wrong in ("model", "a/b/c", 'a/b"', ""):
+        with pytest.raises(ValueError, match="expected one of the Hub"):
+            space_files(wrong)
+
+
+def test_versions_are_those_of_the_package():
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    if not (ROOT / "pyproject.toml").is_file():
+        pytest.skip("the package is installed without its pyproject.toml")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    package = requirements([*project["dependencies"], *extras["demo"], *extras["dicom"]])
+    files = space_files("someone/model")
+    needed = requirements(content(files["requirements.txt"]).decode().splitlines())
+    assert needed == {name: package[name] for name in needed}
+    assert header(files)["sdk_version"].startswith(package["gradio"])
+
+
+def test_no_tests_no_documents_no_scripts():
+    files = space_files("someone/model")
+    names = {name.removeprefix("otdrg/").partition("/")[0] for name in files}
+    assert not names & {"tests", "docs", "benchmarks", "recipes", "train_hf.py", "quickstart.py", "pyproject.toml"}
+    assert sum(len(content(file)) for file in files.values()) < 5e6
+    assert not [name for name in files if "__pycache__" in name]
+
+
+def test_the_space_runs_on_its_own_files(model, processor, tmp_path):
+    pytest.importorskip("gradio")
+    space, weights = tmp_path / "space", tmp_path / "model"
+    model.save_pretrained(weights)
+    processor.save_pretrained(weights)
+    files = space_files("someone/model")
+    for name, file in files.items():
+        path = space / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content(file))
+    elsewhere = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {**elsewhere, "OTDRG_MODEL": str(weights), "GRADIO_TEMP_DIR": str(tmp_path / "uploads")}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN], cwd=space, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert Path(told["package"]).is_relative_to(space)
+    assert told["model"] == str(weights)
+    assert {"file", "textbox", "dropdown", "html"} <= set(told["kinds"])
+    # What the page imports beyond the standard library has to be among the requirements.
+    ours = set(sys.stdlib_module_names) | {"otdrg", "app", "gradio"}
+    named = requirements(content(files["requirements.txt"]).decode().splitlines())
+    modules = {"pillow": "PIL", "pyyaml": "yaml", "python-gdcm": "gdcm"}
+    provided = ours | {modules.get(name, name) for name in named}
+    imports = set()
+    for name, file in files.items():
+        if name.startswith("otdrg/hub_card/space/") and name.endswith(".py"):
+            imports |= set(re.findall(r"^(?:import|from) (\w+)", content(file).decode(), re.MULTILINE))
+    assert imports <= provided
