@@ -463,6 +463,28 @@ def test_a_second_visitor_waits_for_the_first(visit, pipe, pace, png):
         same(record, expected(pipe, [study]))
 
 
+def test_a_model_without_states_or_plan_says_so(build_model, browser, png, pace):
+    from otdrg import ReportGenerationPipeline
+    from otdrg.hub_card.space.interface import build_demo
+    from otdrg.hub_card.space.serving import serve
+
+    model, processor = build_model(dle=False, fiot=False)
+    demo = build_demo(ReportGenerationPipeline(model=model, processor=processor), "plain", max_new_tokens=8)
+    try:
+        page = browser.new_page()
+        page.goto(serve(demo, "127.0.0.1", block=False))
+        page.get_by_text("This model has no transport plan").wait_for()
+        given(page, png())
+        _, record = written(page)
+        assert set(record) == {"generated_text", "findings"}
+        assert page.get_by_label("State of Edema").is_disabled()
+        assert button(page, "Write again from these states").count() == 0
+        assert page.locator("#heatmap img").count() == 0
+        page.close()
+    finally:
+        demo.close(verbose=False)
+
+
 def test_on_a_phone_nothing_is_wider_than_the_screen(page, png):
     page.set_viewport_size({"width": 390, "height": 844})
     given(page, png())

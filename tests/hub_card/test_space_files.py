@@ -1,5 +1,6 @@
 """The files of a Space, run where nothing else of the package is."""
 
+import ast
 import json
 import os
 import re
@@ -17,10 +18,11 @@ RUN = """
 import json, sys
 import app
 import otdrg
+from otdrg.hub_card.space import writing
 
-kinds = [component["type"] for component in app.demo.config["components"]]
-libraries = {name.partition(".")[0] for name in sys.modules}
-print(json.dumps({"package": otdrg.__file__, "kinds": kinds, "model": app.MODEL, "libraries": sorted(libraries)}))
+writing._labeler()
+ours = {name: module.__file__ for name, module in sys.modules.items() if name.partition(".")[0] in ("app", "otdrg")}
+print(json.dumps({"ours": ours, "kinds": [one["type"] for one in app.demo.config["components"]], "model": app.MODEL}))
 """
 
 
@@ -97,16 +99,28 @@ def test_the_space_runs_on_its_own_files(model, processor, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
-    assert Path(told["package"]).is_relative_to(space)
+    assert all(Path(file).is_relative_to(space) for file in told["ours"].values())
     assert told["model"] == str(weights)
     assert {"file", "textbox", "dropdown", "html"} <= set(told["kinds"])
-    # What the page imports beyond the standard library has to be among the requirements.
-    ours = set(sys.stdlib_module_names) | {"otdrg", "app", "gradio"}
     named = requirements(content(files["requirements.txt"]).decode().splitlines())
     modules = {"pillow": "PIL", "pyyaml": "yaml", "python-gdcm": "gdcm"}
-    provided = ours | {modules.get(name, name) for name in named}
-    imports = set()
-    for name, file in files.items():
-        if name.startswith("otdrg/hub_card/space/") and name.endswith(".py"):
-            imports |= set(re.findall(r"^(?:import|from) (\w+)", content(file).decode(), re.MULTILINE))
-    assert imports <= provided
+    provided = {modules.get(name, name) for name in named} | {"app", "otdrg", "gradio"} | set(sys.stdlib_module_names)
+    assert imported(told["ours"].values()) <= provided
+
+
+def imported(files):
+    """Libraries that these files import when they are run; what only type checkers read is left out."""
+    libraries = set()
+    for file in files:
+        nodes = ast.parse(Path(file).read_text(encoding="utf-8")).body
+        while nodes:
+            node = nodes.pop()
+            if isinstance(node, ast.Import):
+                libraries |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                libraries.add(node.module.partition(".")[0])
+            elif isinstance(node, ast.If) and getattr(node.test, "id", "") != "TYPE_CHECKING":
+                nodes += node.body + node.orelse
+            elif isinstance(node, ast.Try):
+                nodes += node.body
+    return libraries
