@@ -17,12 +17,13 @@ ROOT = Path(otdrg.__file__).parent
 RUN = """
 import json, sys
 import app
-import otdrg
-from otdrg.hub_card.space import writing
+from otdrg.hub_card.space.writing import stream_report
+from PIL import Image
 
-writing._labeler()
+*_, record = stream_report(app.pipe, [Image.new("RGB", (64, 64), "gray")], max_new_tokens=4)
 ours = {name: module.__file__ for name, module in sys.modules.items() if name.partition(".")[0] in ("app", "otdrg")}
-print(json.dumps({"ours": ours, "kinds": [one["type"] for one in app.demo.config["components"]], "model": app.MODEL}))
+kinds = [one["type"] for one in app.demo.config["components"]]
+print(json.dumps({"ours": ours, "kinds": kinds, "model": app.MODEL, "record": sorted(record)}))
 """
 
 
@@ -101,10 +102,12 @@ def test_the_space_runs_on_its_own_files(model, processor, tmp_path):
     told = json.loads(done.stdout.splitlines()[-1])
     assert all(Path(file).is_relative_to(space) for file in told["ours"].values())
     assert told["model"] == str(weights)
+    assert told["record"] == ["contradictions", "findings", "generated_text", "heatmaps"]
     assert {"file", "textbox", "dropdown", "html"} <= set(told["kinds"])
     named = requirements(content(files["requirements.txt"]).decode().splitlines())
     modules = {"pillow": "PIL", "pyyaml": "yaml", "python-gdcm": "gdcm"}
-    provided = {modules.get(name, name) for name in named} | {"app", "otdrg", "gradio"} | set(sys.stdlib_module_names)
+    provided = {modules.get(name, name) for name in named} | set(sys.stdlib_module_names)
+    provided |= {"app", "otdrg", "gradio", "huggingface_hub", "safetensors"}  # the last two with transformers
     assert imported(told["ours"].values()) <= provided
 
 
