@@ -67,4 +67,4 @@ def _check_port(port: int) -> None:
     try:
         socket.create_server((_LOOPBACK, port)).close()
     except OSError as error:
-        raise OSError(f"--port {port} cannot be used ({error.strerror}): expected a free one") from error
+        raise OSError(f"--port {port} cannot be used ({os.strerror(error.errno)}): expected a free one") from error

@@ -14,7 +14,8 @@ from otdrg.hub_card.space.serving import serve
 #: A private model is read with the Space's secret HF_TOKEN.
 MODEL = os.environ.get("OTDRG_MODEL", "org/otdrg")
 
-demo = build_demo(load_pipeline(MODEL), MODEL)
+pipe = load_pipeline(MODEL)
+demo = build_demo(pipe, MODEL)
 
 if __name__ == "__main__":
     serve(demo)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
 from html import escape
@@ -17,6 +18,8 @@ from .findings_table import findings_table, table_rows, table_states
 from .pictures import heatmap, preview
 from .uploads import Example, View, phantom_examples, read_uploads
 from .writing import stream_report
+
+_LOG = logging.getLogger(__name__)
 
 #: How often, in seconds, files of uploads that never arrived whole are looked for, and how old they may get.
 _LEFTOVERS = (60, 300)
@@ -232,6 +235,10 @@ class _Page:
                         yield {self.finding: finding, self.heatmap: heatmap(views, written, finding)}
         except (ValueError, OSError, ImportError) as error:
             yield {**self._no_results(), self.problem: _problem(error)}
+        except Exception as error:  # the next visitor's report is another matter
+            _LOG.exception("a report could not be written")
+            told = f"the report could not be written ({type(error).__name__}): the server's log says why"
+            yield {**self._no_results(), self.problem: _problem(told)}
 
     def _results(self, written: _Written) -> dict:
         record = written.record

@@ -49,8 +49,12 @@ def heatmap(views: Sequence[Image.Image], record: dict[str, Any], finding: str) 
         path = Path(folder) / "heatmap.png"
         draw_heatmaps(views, record["heatmaps"], record["findings"], path, names=[finding])
         data = path.read_bytes()
-    state = record["findings"][finding]["state"]
-    return _picture(data, "png", f"Heatmap of {FINDING_DISPLAY_NAMES[finding]}, which the model was told is {state}")
+    found, name = record["findings"][finding], FINDING_DISPLAY_NAMES[finding]
+    # On a phone the picture's own words are small.
+    caption = (
+        f"{name}: {found['state']}, p = {found['probability']:.2f}. Red is more than a uniform plan, blue is less."
+    )
+    return f"<figure>{_picture(data, 'png', f'Heatmap of {name}')}<figcaption>{caption}</figcaption></figure>"
 
 
 def _picture(data: bytes, form: str, alternative: str) -> str:

@@ -13,6 +13,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 from ...findings_otdrg import FINDING_STATES, FINDINGS
 from ...labelers import load_labeler
+from ...labelers.as_typed import label_quietly
 from ...pipeline_otdrg import ReportGenerationPipeline
 
 
@@ -95,7 +96,7 @@ def _labeler():
 def _contradictions(record: dict[str, Any]) -> list[dict[str, str]]:
     """Where the report says other states than the model was told, as the labeler `rules` reads it."""
     told = {name: finding["state"] for name, finding in record["findings"].items() if name != "no_finding"}
-    read = _labeler().label([record["generated_text"]])[0]
+    read = label_quietly(_labeler(), [record["generated_text"]])[0]
     said = {name: FINDING_STATES[state] for name, state in zip(FINDINGS, read, strict=True)}
     return [
         {
