@@ -102,7 +102,7 @@ def study_statistics(
         nlg: `nlg_scores(..., return_statistics=True)` of N reports. Of a result without statistics ROUGE-L and CIDEr
             are taken, BLEU and METEOR are not: they are no means of the studies' values.
         predicted_states, true_states: (N, 14) state ids as in `clinical_efficacy_scores`.
-        radeval: `radeval_scores` of N reports. Of its scores those are aggregated that are means of the studies' values.
+        radeval: `radeval_scores` of N reports. Its means of the studies' values are aggregated.
 
     Raises:
         ValueError: nothing is given, one kind of states without the other, or another N in each.
@@ -123,7 +123,7 @@ def study_statistics(
         cells, ratios = clinical_efficacy_contributions(predicted_states, true_states)
         columns["cells"], columns["ratios"] = (rows.reshape(len(rows), -1) for rows in (cells, ratios))
     if not columns:
-        raise ValueError("no scores of nlg or radeval are given, and no states: expected at least one")
+        raise ValueError("neither nlg nor states nor scores of radeval are given: expected at least one")
     sizes = {name: len(rows) for name, rows in columns.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"scores and states are of different studies, expected as many of each: {sizes}")
