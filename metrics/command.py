@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
 
 def run(options: argparse.Namespace) -> None:
     """Read, join, score, write and print."""
-    metrics, clinical = _chosen_metrics(options)
+    metrics, radeval_metrics, clinical = _chosen_metrics(options)
     tokens = reference_tokens(options, options.cleaning)
     output, table = _outputs(options)
     labeler_options = parse_options(options.option)
@@ -95,7 +95,9 @@ def run(options: argparse.Namespace) -> None:
     from .significance import bootstrap_intervals, compare_systems
 
     systems = {
-        name: score_reports(texts[name], texts["references"], states.get(name), states.get("references"), metrics)
+        name: score_reports(
+            texts[name], texts["references"], states.get(name), states.get("references"), metrics, radeval_metrics
+        )
         for name in texts
         if name != "references"
     }
@@ -149,8 +151,8 @@ def _chosen(results: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, A
 # --- what was asked for ----------------------------------------------------------------------------------------------
 
 
-def _chosen_metrics(options: argparse.Namespace) -> tuple[list[str], bool]:
-    """Those of `nlg_scores` and of RadEval, and whether clinical efficacy is among them."""
+def _chosen_metrics(options: argparse.Namespace) -> tuple[list[str], list[str], bool]:
+    """Those of `nlg_scores`, those of RadEval, and whether clinical efficacy is among them."""
     asked = options.metrics or [*_NLG, "clinical_efficacy"]
     clinical = "clinical_efficacy" in asked
     if not clinical and (options.labeler or options.option):
@@ -160,7 +162,8 @@ def _chosen_metrics(options: argparse.Namespace) -> tuple[list[str], bool]:
         raise ValueError(f"--bootstrap is {options.bootstrap}: expected {least}")
     if options.seed < 0:
         raise ValueError(f"--seed is {options.seed}: expected 0 or more")
-    return [name for name in asked if name != "clinical_efficacy"], clinical
+    fluency = [name for name in asked if name != "clinical_efficacy" and name not in RADEVAL_METRICS]
+    return fluency, [name for name in asked if name in RADEVAL_METRICS], clinical
 
 
 def _outputs(options: argparse.Namespace) -> tuple[Path, Path]:

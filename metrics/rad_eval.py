@@ -122,7 +122,7 @@ def _computed(
             evaluator.per_sample = False
             whole = {} if metric.mean else evaluator(refs=true, hyps=written)
         except Exception as error:  # RadEval raises `Exception` itself, and whatever its parts do
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise _NotComputed(f"RadEval could not compute it: {said}; it needs {metric.needs}") from error
     values: dict[str, float] = {}
     studies: dict[str, list[float]] = {}

@@ -10,7 +10,7 @@ import numpy as np
 
 from .clinical_efficacy.clinical_efficacy import clinical_efficacy_scores
 from .nlg.nlg import NLG_METRICS, nlg_scores
-from .rad_eval import RADEVAL_METRICS, radeval_scores
+from .rad_eval import radeval_scores
 from .significance import StudyStatistics, study_statistics
 
 
@@ -43,22 +43,22 @@ def score_reports(
     predicted_states: Sequence[Sequence[int]] | np.ndarray | None = None,
     true_states: Sequence[Sequence[int]] | np.ndarray | None = None,
     metrics: Sequence[str] = NLG_METRICS,
+    radeval_metrics: Sequence[str] = (),
 ) -> ReportScores:
     """Fluency of N reports, what is asked for of RadEval's metrics, and clinical efficacy if states are given.
 
     Args:
         predictions, references: N generated and true reports, cleaned.
         predicted_states, true_states: (N, 14) their states by one labeler.
-        metrics: of `nlg_scores` and `RADEVAL_METRICS`; may be empty when there are states.
+        metrics: of `nlg_scores`; may be empty when there are states or `radeval_metrics`.
+        radeval_metrics: of `RADEVAL_METRICS`.
 
     Raises:
         ValueError, TypeError, ChildProcessError: as `nlg_scores`, `clinical_efficacy_scores` and `study_statistics`, or
             nothing that was asked for can be computed here.
     """
-    nlg = nlg_scores(
-        predictions, references, [name for name in metrics if name not in RADEVAL_METRICS], return_statistics=True
-    )
-    radeval = radeval_scores(predictions, references, [name for name in metrics if name in RADEVAL_METRICS])
+    nlg = nlg_scores(predictions, references, metrics, return_statistics=True)
+    radeval = radeval_scores(predictions, references, radeval_metrics)
     notes = {**nlg.pop("notes"), **radeval.pop("notes")}
     by_study = {
         name: values for scores in (nlg, radeval) for name, values in scores["per_study"].items() if values is not None

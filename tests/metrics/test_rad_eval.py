@@ -199,6 +199,6 @@ def test_without_weights_the_note_says_which(tmp_path):
 
 def test_scores_of_all_rooms_together(monkeypatch):
     monkeypatch.setitem(sys.modules, "radeval", None)
-    found = score_reports(PREDICTIONS, REFERENCES, [[0] * 14] * 4, [[0] * 14] * 4, metrics=["srrbert"])
+    found = score_reports(PREDICTIONS, REFERENCES, [[0] * 14] * 4, [[0] * 14] * 4, [], ["srrbert"])
     assert found.nlg == {} and set(found.radeval.values()) == {None} and "srrbert" in found.notes
     assert found.clinical_efficacy["micro_f1_14_uncertain_negative"] == 0
