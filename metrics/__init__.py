@@ -5,6 +5,8 @@ from ..lazy import lazy_names
 _HOMES = {
     "nlg_scores": "nlg.nlg",
     "NLG_METRICS": "nlg.nlg",
+    "radeval_scores": "rad_eval",
+    "RADEVAL_METRICS": "rad_eval",
     "clinical_efficacy_scores": "clinical_efficacy.clinical_efficacy",
     "LABEL_SETS": "clinical_efficacy.clinical_efficacy",
     "UNCERTAIN_POLICIES": "clinical_efficacy.clinical_efficacy",

@@ -15,6 +15,7 @@ from ..labelers import LABELERS
 from ..labelers.as_typed import label_quietly, labeler_of, listed, parse_options
 from ..studies.cleaning import CLEANING_STYLES, clean_report
 from .protocols import add_protocol_arguments, reference_tokens, truncate_to_tokens
+from .rad_eval import RADEVAL_METRICS
 from .report_files import join_reports
 
 if TYPE_CHECKING:
@@ -23,18 +24,20 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Score generated reports: BLEU-1 to 4, METEOR, ROUGE-L, CIDEr, and clinical efficacy by a labeler's states, with
-bootstrap intervals; with --against, compare two systems by paired bootstrap and permutation tests. Files are CSV or
-.jsonl with id and report, joined by id. Writes OUT.json, a row a study in OUT.csv beside it, and prints tables.
+bootstrap intervals; where --metrics names them, RadGraph-F1, RadCliQ, RaTEScore and SRR-BERT by RadEval. With
+--against, compare two systems by paired bootstrap and permutation tests. Files are CSV or .jsonl with id and report,
+joined by id. Writes OUT.json, a row a study in OUT.csv beside it, and prints tables.
 """
 EPILOG = """\
 Examples:
   otdrg score --predictions ours.jsonl --references test.jsonl --cleaning r2gen_iu --output ours.json
   otdrg score --predictions ours.jsonl --references test.jsonl --against theirs.csv --output ours.json
+  otdrg score --predictions ours.jsonl --references test.jsonl --metrics rouge_l radgraph --output ours.json
   otdrg score --predictions runs/quickstart/predictions.csv --output scores.json
 """
 
 _NLG = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider")
-_METRICS = ("bleu", *_NLG, "clinical_efficacy")
+_METRICS = ("bleu", *_NLG, "clinical_efficacy", *RADEVAL_METRICS)
 _CONFIDENCE = 0.95
 
 
@@ -59,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
     text.add_argument("--cleaning", choices=CLEANING_STYLES, default="none", help="of all reports (default: none)")
     add_protocol_arguments(text)
     scores = parser.add_argument_group("scores")
-    scores.add_argument("--metrics", nargs="+", choices=_METRICS, help="some of them only (default: all)")
+    scores.add_argument("--metrics", nargs="+", choices=_METRICS, help="which (default: all but RadEval's)")
     scores.add_argument("--labeler", choices=LABELERS, help="reads the states of all reports (default: rules)")
     scores.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="of the labeler; repeatable"
@@ -72,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
 
 def run(options: argparse.Namespace) -> None:
     """Read, join, score, write and print."""
-    metrics, clinical = _chosen_metrics(options)
+    metrics, radeval_metrics, clinical = _chosen_metrics(options)
     tokens = reference_tokens(options, options.cleaning)
     output, table = _outputs(options)
     labeler_options = parse_options(options.option)
@@ -92,12 +95,14 @@ def run(options: argparse.Namespace) -> None:
     from .significance import bootstrap_intervals, compare_systems
 
     systems = {
-        name: score_reports(texts[name], texts["references"], states.get(name), states.get("references"), metrics)
+        name: score_reports(
+            texts[name], texts["references"], states.get(name), states.get("references"), metrics, radeval_metrics
+        )
         for name in texts
         if name != "references"
     }
     system, resampling = systems["predictions"], (options.bootstrap, _CONFIDENCE, options.seed)
-    asked = {**system.nlg, **system.clinical_efficacy}
+    asked = {**system.nlg, **system.radeval, **system.clinical_efficacy}
     intervals, comparison = {}, {}
     if options.bootstrap:
         intervals = _chosen(bootstrap_intervals(system.statistics, *resampling), asked)
@@ -110,6 +115,7 @@ def run(options: argparse.Namespace) -> None:
     result = {
         "nlg": system.nlg,
         "clinical_efficacy": system.clinical_efficacy,
+        "radeval": system.radeval,
         "intervals": {name: {"low": interval.low, "high": interval.high} for name, interval in intervals.items()},
         "per_finding": system.per_finding,
         **({"comparison": {name: it._asdict() for name, it in comparison.items()}} if options.against else {}),
@@ -145,8 +151,8 @@ def _chosen(results: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, A
 # --- what was asked for ----------------------------------------------------------------------------------------------
 
 
-def _chosen_metrics(options: argparse.Namespace) -> tuple[list[str], bool]:
-    """Those of `nlg_scores`, and whether clinical efficacy is among them."""
+def _chosen_metrics(options: argparse.Namespace) -> tuple[list[str], list[str], bool]:
+    """Those of `nlg_scores`, those of RadEval, and whether clinical efficacy is among them."""
     asked = options.metrics or [*_NLG, "clinical_efficacy"]
     clinical = "clinical_efficacy" in asked
     if not clinical and (options.labeler or options.option):
@@ -156,7 +162,8 @@ def _chosen_metrics(options: argparse.Namespace) -> tuple[list[str], bool]:
         raise ValueError(f"--bootstrap is {options.bootstrap}: expected {least}")
     if options.seed < 0:
         raise ValueError(f"--seed is {options.seed}: expected 0 or more")
-    return [name for name in asked if name != "clinical_efficacy"], clinical
+    fluency = [name for name in asked if name != "clinical_efficacy" and name not in RADEVAL_METRICS]
+    return fluency, [name for name in asked if name in RADEVAL_METRICS], clinical
 
 
 def _outputs(options: argparse.Namespace) -> tuple[Path, Path]:
@@ -217,7 +224,7 @@ def _print_tables(
     intervals: Mapping[str, Interval],
     comparison: Mapping[str, Comparison],
 ) -> None:
-    from .tables import clinical_table, comparison_table, finding_table, nlg_table
+    from .tables import clinical_table, comparison_table, finding_table, nlg_table, radeval_table
 
     told = [f"{result['counts']['studies']:,} studies", f"cleaning {result['cleaning']}"]
     told.append(f"protocol {result['protocol']}")
@@ -228,6 +235,8 @@ def _print_tables(
     print("; ".join(told))
     if system.nlg:
         print(f"\n{nlg_table(system.nlg, intervals)}")
+    if system.radeval:
+        print(f"\n{radeval_table(system.radeval, intervals)}")
     if system.clinical_efficacy:
         print(f"\n{clinical_table(system.clinical_efficacy, intervals)}")
         print(f"\n{finding_table(system.per_finding['uncertain_negative'])}")

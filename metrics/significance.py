@@ -25,6 +25,7 @@ from .clinical_efficacy.clinical_efficacy import (
 )
 from .nlg.corpus import bleu_of_counts, meteor_of_counts
 from .nlg.nlg import NLG_METRICS
+from .rad_eval import RADEVAL_MEANS
 
 #: Weights that are held at once: 32 MiB of them.
 _BLOCK = 2**22
@@ -93,6 +94,7 @@ def study_statistics(
     nlg: Mapping[str, Any] | None = None,
     predicted_states: Sequence[Sequence[int]] | np.ndarray | None = None,
     true_states: Sequence[Sequence[int]] | np.ndarray | None = None,
+    radeval: Mapping[str, Any] | None = None,
 ) -> StudyStatistics:
     """The statistics of one run of a system, of what is given.
 
@@ -100,6 +102,7 @@ def study_statistics(
         nlg: `nlg_scores(..., return_statistics=True)` of N reports. Of a result without statistics ROUGE-L and CIDEr
             are taken, BLEU and METEOR are not: they are no means of the studies' values.
         predicted_states, true_states: (N, 14) state ids as in `clinical_efficacy_scores`.
+        radeval: `radeval_scores` of N reports. Its means of the studies' values are aggregated.
 
     Raises:
         ValueError: nothing is given, one kind of states without the other, or another N in each.
@@ -110,16 +113,20 @@ def study_statistics(
         for name in ("rouge_l", "cider"):
             if name in nlg["per_study"]:
                 columns[name] = np.asarray(nlg["per_study"][name], float)[:, None]
+    if radeval is not None:
+        for name, values in radeval["per_study"].items():
+            if values is not None:
+                columns[name] = np.asarray(values, float)[:, None]
     if (predicted_states is None) != (true_states is None):
         raise ValueError("predicted_states and true_states: one is given without the other, expected both or neither")
     if predicted_states is not None:
         cells, ratios = clinical_efficacy_contributions(predicted_states, true_states)
         columns["cells"], columns["ratios"] = (rows.reshape(len(rows), -1) for rows in (cells, ratios))
     if not columns:
-        raise ValueError("neither nlg nor states are given: expected at least one")
+        raise ValueError("neither nlg nor states nor scores of radeval are given: expected at least one")
     sizes = {name: len(rows) for name, rows in columns.items()}
     if len(set(sizes.values())) > 1:
-        raise ValueError(f"nlg and states are of different studies, expected as many of each: {sizes}")
+        raise ValueError(f"scores and states are of different studies, expected as many of each: {sizes}")
     return StudyStatistics(columns)
 
 
@@ -270,7 +277,7 @@ def _aggregates(sums: Mapping[str, np.ndarray], studies: int) -> dict[str, np.nd
         scores.update(zip(NLG_METRICS[:4], bleu_of_counts(sums["bleu"]).T, strict=True))
     if "meteor" in sums:
         scores["meteor"] = meteor_of_counts(sums["meteor"])
-    for name in ("rouge_l", "cider"):
+    for name in ("rouge_l", "cider", *RADEVAL_MEANS):
         if name in sums:
             scores[name] = sums[name][:, 0] / studies
     if "cells" in sums:

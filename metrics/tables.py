@@ -10,6 +10,7 @@ from .clinical_efficacy.clinical_efficacy import AVERAGES, LABEL_SETS, MEASURES,
 from .localisation import CHANCES, MINIMUM_STUDIES
 from .localisation import MEASURES as MAP_MEASURES
 from .nlg.nlg import NLG_METRICS
+from .rad_eval import RADEVAL_NAMES
 from .significance import Comparison, Interval, PairedDifference
 
 #: How the scores of `nlg_scores` are written.
@@ -18,10 +19,19 @@ NLG_NAMES = dict(zip(NLG_METRICS, ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METE
 
 def nlg_table(scores: Mapping[str, float | None], intervals: Mapping[str, Interval]) -> str:
     """A row a metric: its score and interval; a dash where there is none."""
-    rows = [
-        [NLG_NAMES[name], shown_number(value), shown_interval(intervals.get(name))] for name, value in scores.items()
-    ]
-    return markdown_table(["fluency", "score", "95 % interval"], rows)
+    return _score_table("fluency", NLG_NAMES, scores, intervals)
+
+
+def radeval_table(scores: Mapping[str, float | None], intervals: Mapping[str, Interval]) -> str:
+    """As [`nlg_table`], of the scores of `radeval_scores`."""
+    return _score_table("by RadEval", RADEVAL_NAMES, scores, intervals)
+
+
+def _score_table(
+    title: str, names: Mapping[str, str], scores: Mapping[str, float | None], intervals: Mapping[str, Interval]
+) -> str:
+    rows = [[names[name], shown_number(value), shown_interval(intervals.get(name))] for name, value in scores.items()]
+    return markdown_table([title, "score", "95 % interval"], rows)
 
 
 def clinical_table(scores: Mapping[str, float | int], intervals: Mapping[str, Interval]) -> str:
@@ -59,7 +69,7 @@ def finding_table(findings: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def comparison_table(comparison: Mapping[str, Comparison]) -> str:
-    """A row for each metric of fluency and each F1: both systems' scores, their difference, its interval and p."""
+    """A row for each score of fluency, of RadEval and each F1: both systems', their difference, its interval and p."""
     f1 = {
         f"{average}_f1_{labels}_{policy}": "F1, " + _clinical_name(average, labels, policy)
         for policy in UNCERTAIN_POLICIES
@@ -75,7 +85,7 @@ def comparison_table(comparison: Mapping[str, Comparison]) -> str:
             shown_number(comparison[name].p_bootstrap),
             shown_number(comparison[name].p_permutation),
         ]
-        for name, shown in {**NLG_NAMES, **f1}.items()
+        for name, shown in {**NLG_NAMES, **RADEVAL_NAMES, **f1}.items()
         if name in comparison
     ]
     header = ["", "score", "against", "difference", "95 % interval", "p, bootstrap", "p, permutation"]
@@ -182,6 +192,7 @@ __all__ = [
     "localisation_verdicts",
     "markdown_table",
     "nlg_table",
+    "radeval_table",
     "shown_interval",
     "shown_number",
 ]

@@ -1,0 +1,204 @@
+"""Scores by RadEval: without it, without its weights, and, where it is installed, against RadEval called directly."""
+
+import csv
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import otdrg
+import pytest
+from otdrg.cli import main
+from otdrg.metrics import (
+    RADEVAL_METRICS,
+    bootstrap_intervals,
+    compare_systems,
+    nlg_scores,
+    radeval_scores,
+    score_reports,
+    study_statistics,
+)
+from otdrg.metrics.rad_eval import RADEVAL_MEANS
+
+REFERENCES = [
+    "The heart is large . Small left pleural effusion .",
+    "The lungs are clear . No pneumothorax .",
+    "No edema seen .",
+    "Normal heart . Clear lungs .",
+]
+PREDICTIONS = [
+    "The heart is large . The lungs are clear .",
+    "The lungs are clear . No pneumothorax .",
+    "Small right effusion .",
+    "Large heart . No edema seen .",
+]
+needs_radeval = pytest.mark.skipif(importlib.util.find_spec("radeval") is None, reason="radeval is not installed")
+
+
+@pytest.fixture
+def files(tmp_path):
+    paths = {name: tmp_path / f"{name}.csv" for name in ("predictions", "references", "against")}
+    for path, reports in zip(paths.values(), (PREDICTIONS, REFERENCES, REFERENCES[::-1]), strict=True):
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([("id", "report"), *enumerate(reports)])
+    return {**paths, "output": tmp_path / "out.json"}
+
+
+def typed(files, *metrics):
+    return [
+        "score",
+        *(word for name, path in files.items() for word in (f"--{name}", str(path))),
+        "--metrics",
+        *metrics,
+    ]
+
+
+def test_without_radeval_the_rest_is_computed(files, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "radeval", None)
+    assert main(typed(files, "rouge_l", "radgraph")) == 0
+    result = json.loads(files["output"].read_text())
+    assert result["nlg"]["rouge_l"] == nlg_scores(PREDICTIONS, REFERENCES, ["rouge_l"])["rouge_l"]
+    assert result["radeval"] == dict.fromkeys(RADEVAL_METRICS["radgraph"].scores)
+    assert 'pip install "otdrg[radeval]"' in result["notes"]["radgraph"]
+    assert "| RadGraph-F1, simple | – | – |" in capsys.readouterr().out
+    files["output"] = files["output"].with_name("alone.json")
+    assert main(typed(files, "radgraph", "ratescore")) != 0
+    told = capsys.readouterr().err.strip()
+    assert "radgraph: RadEval is not installed" in told and "ratescore: RadEval is not" in told and "\n" not in told
+
+
+def test_unknown_metrics_are_named():
+    with pytest.raises(ValueError, match=r"unknown metrics \['radgraf'\]: expected some of radgraph, "):
+        radeval_scores(PREDICTIONS, REFERENCES, ["radgraf"])
+
+
+def test_means_are_resampled_and_other_aggregates_are_not():
+    rng = np.random.default_rng(0)
+    made_up = [{"ratescore": rng.random(40).tolist(), "radcliq_v1": rng.random(40).tolist()} for _ in range(2)]
+    systems = [study_statistics(radeval={"per_study": each}) for each in made_up]
+    means = [np.mean(each["ratescore"]) for each in made_up]
+    intervals = bootstrap_intervals(systems[0], resamples=4000)
+    assert list(intervals) == ["ratescore"]
+    spread = 1.96 * np.std(made_up[0]["ratescore"]) / np.sqrt(40)
+    assert intervals["ratescore"] == pytest.approx((means[0], means[0] - spread, means[0] + spread), abs=0.01)
+    compared = compare_systems(*systems, resamples=100)["ratescore"]
+    assert compared[:3] == pytest.approx((means[0], means[1], means[0] - means[1]))
+
+
+def environment(folder):
+    return {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(folder / "hub"),
+        "XDG_CACHE_HOME": str(folder / "cache"),
+        "NLTK_DATA": str(folder / "nltk"),
+        "PYTHONPATH": str(Path(otdrg.__file__).parent.parent),
+    }
+
+
+def run(folder, *arguments):
+    """What a new Python says, which reads the folders' names from its environment before it imports anything."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], env=environment(folder), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    run(folder, Path(__file__).with_name("radeval_weights.py"))
+    return folder
+
+
+_BOTH = """
+import json, sys
+from otdrg.metrics import radeval_scores
+predictions, references, metrics = json.loads(sys.argv[1])
+ours = radeval_scores(predictions, references, metrics)
+from radeval import RadEval
+directly = {}
+for name in metrics:
+    try:
+        evaluator = RadEval(metrics=[name], show_progress=False)
+    except Exception:
+        continue
+    texts = {"refs": references, "hyps": [text.strip() for text in predictions]}
+    whole = evaluator(**texts)
+    evaluator.per_sample = True
+    directly[name] = [{key: float(value) for key, value in whole.items()}, evaluator(**texts)]
+print("\\n" + json.dumps([ours, directly]))
+"""
+
+
+def both(folder, predictions, references, metrics):
+    """Our scores and RadEval's own, aggregates and studies' values by metric, of those it can compute here."""
+    told = run(folder, "-c", _BOTH, json.dumps([predictions, references, metrics]))
+    return json.loads(told.splitlines()[-1])
+
+
+@pytest.mark.slow
+@needs_radeval
+def test_equal_radeval_called_directly(weights):
+    ours, directly = both(weights, PREDICTIONS, REFERENCES, list(RADEVAL_METRICS))
+    # RaTEScore's spaCy may not fit the NumPy that is installed.
+    assert set(directly) >= set(RADEVAL_METRICS) - {"ratescore"}
+    assert set(ours["notes"]) == set(RADEVAL_METRICS) - set(directly)
+    for name, (whole, by_study) in directly.items():
+        assert list(whole) == list(by_study)
+        assert set(whole) == set(RADEVAL_METRICS[name].scores)
+        for score, value in whole.items():
+            assert ours[score] == pytest.approx(value, abs=5.1e-5)
+            assert ours["per_study"][score] == pytest.approx(by_study[score], abs=1e-6)
+            assert len(set(by_study[score])) > 1
+            if score in RADEVAL_MEANS:
+                assert ours[score] == pytest.approx(np.mean(by_study[score]), abs=1e-6)
+    assert ours["radcliq_v1"] == pytest.approx(1 / np.mean(ours["per_study"]["radcliq_v1"]), abs=1e-4)
+
+
+@pytest.mark.slow
+@needs_radeval
+def test_blank_reports_count_nothing_or_are_refused(weights):
+    blank = [*PREDICTIONS[:2], " \n", PREDICTIONS[3]]
+    ours, directly = both(weights, blank, REFERENCES, ["radgraph", "ratescore"])
+    assert ours["per_study"]["radgraph_simple"] == pytest.approx(directly["radgraph"][1]["radgraph_simple"], abs=1e-6)
+    assert ours["per_study"]["radgraph_simple"][2] == 0 < ours["per_study"]["radgraph_simple"][3]
+    assert ours["ratescore"] is None and ours["per_study"]["ratescore"] is None
+    if "ratescore" in directly:
+        assert "3 values for 4 reports" in ours["notes"]["ratescore"]
+
+
+@pytest.mark.slow
+@needs_radeval
+def test_the_command_writes_tests_and_prints_them(weights, files):
+    code = "import sys; from otdrg.cli import main; sys.exit(main(sys.argv[1:]))"
+    told = run(weights, "-c", code, *typed(files, "rouge_l", "radgraph", "radcliq"), "--bootstrap", "100")
+    result = json.loads(files["output"].read_text())
+    table = list(csv.DictReader(files["output"].with_suffix(".csv").open()))
+    assert set(result["radeval"]) == {*RADEVAL_METRICS["radgraph"].scores, "radcliq_v1"}
+    for score, value in result["radeval"].items():
+        studies = [float(row[score]) for row in table]
+        assert (1 / value if score == "radcliq_v1" else value) == pytest.approx(np.mean(studies), abs=1e-3)
+        assert (score in result["intervals"]) == (score in result["comparison"]) == (score != "radcliq_v1")
+        assert f"{score}, against" in table[0]
+    assert told.startswith("4 studies") and told.count("RadGraph-F1, complete") == 2
+
+
+@needs_radeval
+def test_without_weights_the_note_says_which(tmp_path):
+    ours, directly = both(tmp_path, PREDICTIONS, REFERENCES, ["radgraph", "srrbert"])
+    assert directly == {} and ours["radgraph_simple"] is ours["srrbert_weighted_f1"] is None
+    for name, weights in (("radgraph", "StanfordAIMI/RRG_scorers"), ("srrbert", "StanfordAIMI/SRR-BERT")):
+        assert ours["notes"][name].startswith("RadEval could not compute it: ")
+        assert weights in ours["notes"][name] and "\n" not in ours["notes"][name]
+
+
+def test_scores_of_all_rooms_together(monkeypatch):
+    monkeypatch.setitem(sys.modules, "radeval", None)
+    found = score_reports(PREDICTIONS, REFERENCES, [[0] * 14] * 4, [[0] * 14] * 4, [], ["srrbert"])
+    assert found.nlg == {} and set(found.radeval.values()) == {None} and "srrbert" in found.notes
+    assert found.clinical_efficacy["micro_f1_14_uncertain_negative"] == 0
