@@ -130,7 +130,7 @@ def run(options: argparse.Namespace) -> None:
         "counts": {"studies": len(joined.ids), **joined.counts},
         "missing_from": joined.missing,
         "without_states": blank,
-        "notes": _notes(options, system.notes, intervals, clinical),
+        "notes": _notes(options, system, intervals, clinical),
     }
     _write_studies(table, joined.ids, texts, systems, states)
     output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -247,12 +247,17 @@ def _print_tables(
 
 
 def _notes(
-    options: argparse.Namespace, notes: Mapping[str, str], intervals: Mapping[str, Any], clinical: bool
+    options: argparse.Namespace, system: ReportScores, intervals: Mapping[str, Any], clinical: bool
 ) -> dict[str, str]:
-    notes = dict(notes)
+    notes = dict(system.notes)
     if "cider" in intervals:
         notes["cider"] = (
             "its interval and tests are of the mean of the studies' values, with document frequencies of all references"
+        )
+    if "radcliq_v1" in system.per_study:
+        notes["radcliq"] = (
+            "1 / the mean of the studies' values, as RadEval has it: of the studies' values lower ones are better; it "
+            "has no interval, because the mean may be 0 or less"
         )
     if clinical and options.protocol != "full":
         notes["clinical_efficacy"] = "states are those of the whole true reports, which only fluency has truncated"

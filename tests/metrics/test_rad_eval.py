@@ -185,6 +185,7 @@ def test_the_command_writes_tests_and_prints_them(weights, files):
         assert (1 / value if score == "radcliq_v1" else value) == pytest.approx(np.mean(studies), abs=1e-3)
         assert (score in result["intervals"]) == (score in result["comparison"]) == (score != "radcliq_v1")
         assert f"{score}, against" in table[0]
+    assert "lower ones are better" in result["notes"]["radcliq"]
     assert told.startswith("4 studies") and told.count("RadGraph-F1, complete") == 2
 
 
@@ -197,7 +198,7 @@ def test_without_weights_the_note_says_which(tmp_path):
         assert weights in ours["notes"][name] and "\n" not in ours["notes"][name]
 
 
-def test_scores_of_all_rooms_together(monkeypatch):
+def test_clinical_efficacy_needs_no_radeval(monkeypatch):
     monkeypatch.setitem(sys.modules, "radeval", None)
     found = score_reports(PREDICTIONS, REFERENCES, [[0] * 14] * 4, [[0] * 14] * 4, [], ["srrbert"])
     assert found.nlg == {} and set(found.radeval.values()) == {None} and "srrbert" in found.notes
