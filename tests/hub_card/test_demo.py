@@ -208,7 +208,16 @@ def test_the_page_warns_before_anything_is_done(visit):
     assert not button(page, "Download JSON").is_enabled()
 
 
-def test_an_image_and_a_dicom_file_become_the_pipelines_report(page, pipe, png, dicom, uploads):
+def test_an_image_and_a_dicom_file_become_the_pipelines_report(page, pipe, png, dicom, uploads, monkeypatch):
+    from otdrg.hub_card.space import interface
+
+    read, arrived = interface.read_uploads, []
+
+    def seen(paths, *rest):
+        arrived.extend(Path(path) for path in paths if Path(path).is_file())
+        return read(paths, *rest)
+
+    monkeypatch.setattr(interface, "read_uploads", seen)
     frontal = png()
     lateral = dicom(np.linspace(0, 4000, 48 * 40).reshape(48, 40).astype(np.uint16), name="lateral.dcm")
     given(page, frontal)
@@ -219,6 +228,8 @@ def test_an_image_and_a_dicom_file_become_the_pipelines_report(page, pipe, png, 
     same(record, expected(pipe, [frontal, lateral], indication="Chest pain."))
     assert report == record["generated_text"]
     assert len(record["heatmaps"]["edema"]) == 2
+    assert [path.name for path in arrived] == ["frontal.png", "lateral.dcm"]
+    assert all(path.is_relative_to(uploads) for path in arrived)
     assert kept(uploads) == []
 
 
