@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
         # Gradio reads these when it is imported.
         os.environ["GRADIO_TEMP_DIR"] = uploads
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        from ..cli import load_pipeline
+        from ..training.published import load_pipeline
         from .space.interface import build_demo
         from .space.serving import serve
 

@@ -7,9 +7,9 @@ import tempfile
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="otdrg-demo-"))
 
-from otdrg.cli import load_pipeline
 from otdrg.hub_card.space.interface import build_demo
 from otdrg.hub_card.space.serving import serve
+from otdrg.training.published import load_pipeline
 
 #: A private model is read with the Space's secret HF_TOKEN.
 MODEL = os.environ.get("OTDRG_MODEL", "org/otdrg")

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from functools import cache
 from threading import Event, Thread
 from typing import Any
 
 from PIL import Image
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from ...findings_otdrg import FINDING_STATES, FINDINGS
-from ...labelers import load_labeler
-from ...labelers.as_typed import label_quietly
 from ...pipeline_otdrg import ReportGenerationPipeline
 
 
@@ -52,6 +48,7 @@ def stream_report(
             records = pipe(
                 {"images": list(views), "indication": indication},
                 return_heatmaps=config.fiot,
+                return_contradictions=config.dle,
                 num_beams=1,
                 do_sample=False,
                 streamer=streamer,
@@ -71,8 +68,7 @@ def stream_report(
         for words in streamer:
             report += words
             yield report.strip()
-        record = outcome.result()
-        yield {**record, "contradictions": _contradictions(record)} if config.dle else record
+        yield outcome.result()
     finally:
         left.set()
         writer.join()  # The next report has the processor to itself.
@@ -86,28 +82,6 @@ class _Left(StoppingCriteria):
 
     def __call__(self, input_ids, scores, **kwargs) -> bool:
         return self.left.is_set()
-
-
-@cache
-def _labeler():
-    return load_labeler("rules")
-
-
-def _contradictions(record: dict[str, Any]) -> list[dict[str, str]]:
-    """Where the report says other states than the model was told, as the labeler `rules` reads it."""
-    told = {name: finding["state"] for name, finding in record["findings"].items() if name != "no_finding"}
-    read = label_quietly(_labeler(), [record["generated_text"]])[0]
-    said = {name: FINDING_STATES[state] for name, state in zip(FINDINGS, read, strict=True)}
-    return [
-        {
-            "finding": name,
-            "told": state,
-            "said": said[name],
-            "kind": "added" if state == "unmentioned" else "omitted" if said[name] == "unmentioned" else "contradicted",
-        }
-        for name, state in told.items()
-        if state != said[name]
-    ]
 
 
 __all__ = ["stream_report"]
