@@ -28,7 +28,8 @@ def all_positive_report(reports: Sequence[str], states: np.ndarray) -> str:
     """A constant that says of every finding but "No Finding" that it is there, as far as any of the reports says so.
 
     It joins, finding by finding, the shortest report that has it positive. F1 rewards such a constant: its recall is 1
-    everywhere, so it, and not a normal report, is the level a model's macro F1 has to be compared with.
+    wherever a labeler still reads them in the joined text, so it, and not a normal report, is the level a model's macro
+    F1 has to be compared with.
 
     Args:
         reports: N reports.

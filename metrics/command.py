@@ -19,6 +19,8 @@ from .rad_eval import RADEVAL_METRICS
 from .report_files import join_reports
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from .scoring import ReportScores
     from .significance import Comparison, Interval
 
@@ -130,7 +132,7 @@ def run(options: argparse.Namespace) -> None:
         "counts": {"studies": len(joined.ids), **joined.counts},
         "missing_from": joined.missing,
         "without_states": blank,
-        "notes": _notes(options, system, intervals, clinical),
+        "notes": _notes(options, system, intervals, states.get("references")),
     }
     _write_studies(table, joined.ids, texts, systems, states)
     output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -247,8 +249,10 @@ def _print_tables(
 
 
 def _notes(
-    options: argparse.Namespace, system: ReportScores, intervals: Mapping[str, Any], clinical: bool
+    options: argparse.Namespace, system: ReportScores, intervals: Mapping[str, Any], true_states: np.ndarray | None
 ) -> dict[str, str]:
+    from .clinical_efficacy.clinical_efficacy import example_ceiling
+
     notes = dict(system.notes)
     if "cider" in intervals:
         notes["cider"] = (
@@ -259,8 +263,11 @@ def _notes(
             "1 / the mean of the studies' values, as RadEval has it: of the studies' values lower ones are better; it "
             "has no interval, because the mean may be 0 or less"
         )
-    if clinical and options.protocol != "full":
+    if true_states is not None and options.protocol != "full":
         notes["clinical_efficacy"] = "states are those of the whole true reports, which only fluency has truncated"
+    ceiling = None if true_states is None else example_ceiling(true_states)
+    if ceiling is not None:
+        notes["example averages"] = ceiling
     return notes
 
 

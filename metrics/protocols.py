@@ -40,7 +40,7 @@ def reference_tokens(options: argparse.Namespace, cleaning: str) -> int | None:
         return None
     if options.tokenizer is None:
         raise ValueError("--protocol r2gengpt truncates by a tokenizer: expected --tokenizer, a Hub id or a folder")
-    tokens = options.reference_tokens or R2GENGPT_TOKENS.get(cleaning)
+    tokens = R2GENGPT_TOKENS.get(cleaning) if options.reference_tokens is None else options.reference_tokens
     if tokens is None:
         raise ValueError("--protocol r2gengpt: expected --reference-tokens, 60 for IU X-Ray or 100 for MIMIC-CXR")
     return tokens

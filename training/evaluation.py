@@ -22,7 +22,7 @@ from ..metrics import (
     frequent_reports,
     score_reports,
 )
-from ..metrics.clinical_efficacy.clinical_efficacy import AVERAGES
+from ..metrics.clinical_efficacy.clinical_efficacy import AVERAGES, example_ceiling
 from ..metrics.faithfulness import flip_states
 from ..metrics.retrieval import NEIGHBOURS
 from ..modeling_otdrg import OTDRGForReportGeneration
@@ -272,6 +272,9 @@ def evaluate_model(
         blank = int((states == UNMENTIONED).all(axis=1).sum())
         if blank:
             evaluation.notes.append(f"the labeler reads no state in {blank} of {len(states)} {name}")
+    ceiling = example_ceiling(evaluation.true_states)
+    if ceiling is not None:
+        evaluation.notes.append(ceiling)
     return evaluation
 
 

@@ -33,7 +33,8 @@ _COUNTS = ("true_positives", "predicted", "support")
 
 _DESCRIPTION = """\
 Precision, recall and F1 of finding states: example, micro and macro averages, unclear counted as negative or as
-positive, over 14 findings, CheXpert's 5, and the 13 without No Finding. A ratio of nothing is 0.
+positive, over 14 findings, CheXpert's 5, and the 13 without No Finding. A ratio of nothing is 0: in example averages a
+study without positives is one, however right the report.
 """
 
 _INPUTS = """\
@@ -121,6 +122,24 @@ def clinical_efficacy_scores(
             for measure, values in zip(MEASURES, ratios[:, row, place].T, strict=True):
                 per_study[f"{measure}_{labels}_{policy}"] = values.tolist()
     return {**scores, "per_finding": per_finding, "per_study": per_study}
+
+
+def example_ceiling(true_states: Sequence[Sequence[int]] | np.ndarray) -> str | None:
+    """What example averages are worth on these studies, in words: a study without positives on either side counts as 0.
+
+    Args:
+        true_states: (N, 14) state ids.
+
+    Returns:
+        The example-F1 of the true states scored against themselves, uncertain as negative; None where it is 1.
+    """
+    perfect = clinical_efficacy_scores(true_states, true_states)
+    reached = {subset: perfect[f"example_f1_{subset}_uncertain_negative"] for subset in LABEL_SETS}
+    if min(reached.values()) == 1:
+        return None
+    found = ", ".join(f"{value:.3f} ({subset})" for subset, value in reached.items())
+    return f"true reports scored against themselves have an example-F1 of {found}: a study without positives counts as 0"
+
 
 
 def clinical_efficacy_contributions(

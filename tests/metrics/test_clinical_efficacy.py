@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from otdrg.findings_otdrg import FINDINGS
 from otdrg.metrics import LABEL_SETS, clinical_efficacy_scores
+from otdrg.metrics.clinical_efficacy.clinical_efficacy import example_ceiling
 from sklearn.metrics import precision_recall_fscore_support
 
 POLICIES = {"uncertain_negative": [1], "uncertain_positive": [1, 3]}
@@ -68,3 +69,15 @@ def test_writing_normal_always_earns_nothing_without_no_finding():
 def test_faults_are_named(predicted, true, message):
     with pytest.raises(ValueError, match=message):
         clinical_efficacy_scores(predicted, true)
+
+
+def test_what_example_averages_can_reach_is_said():
+    """Of three studies one has no positive, so a perfect system's example-F1 is 2/3; with positives everywhere it is 1."""
+    states = np.zeros((3, 14), int)
+    states[0, 1] = states[1, 13] = 1
+    assert example_ceiling(states) == (
+        "true reports scored against themselves have an example-F1 of 0.667 (14), 0.333 (5), 0.333 (13): "
+        "a study without positives counts as 0"
+    )
+    states[:, 1] = 1
+    assert example_ceiling(states) is None
