@@ -138,8 +138,7 @@ def example_ceiling(true_states: Sequence[Sequence[int]] | np.ndarray) -> str | 
     if min(reached.values()) == 1:
         return None
     found = ", ".join(f"{value:.3f} ({subset})" for subset, value in reached.items())
-    return f"true reports scored against themselves have an example-F1 of {found}: a study without positives counts as 0"
-
+    return f"true reports against themselves have an example-F1 of {found}: a study without positives counts as 0"
 
 
 def clinical_efficacy_contributions(

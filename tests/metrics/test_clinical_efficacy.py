@@ -72,11 +72,11 @@ def test_faults_are_named(predicted, true, message):
 
 
 def test_what_example_averages_can_reach_is_said():
-    """Of three studies one has no positive, so a perfect system's example-F1 is 2/3; with positives everywhere it is 1."""
+    """Of three studies one has no positive, so a perfect system's example-F1 is 2/3."""
     states = np.zeros((3, 14), int)
     states[0, 1] = states[1, 13] = 1
     assert example_ceiling(states) == (
-        "true reports scored against themselves have an example-F1 of 0.667 (14), 0.333 (5), 0.333 (13): "
+        "true reports against themselves have an example-F1 of 0.667 (14), 0.333 (5), 0.333 (13): "
         "a study without positives counts as 0"
     )
     states[:, 1] = 1

@@ -248,7 +248,10 @@ def test_a_table_without_the_column_is_one_line(files, tmp_path, capsys):
         (["--protocol", "r2gengpt"], "expected --tokenizer"),
         (["--protocol", "r2gengpt", "--tokenizer", "x"], "expected --reference-tokens, 60 for IU X-Ray"),
         (["--protocol", "r2gengpt", "--tokenizer", "x", "--reference-tokens", "-1"], "-1, expected at least 1"),
-        (["--cleaning", "r2gen_iu", "--protocol", "r2gengpt", "--tokenizer", "x", "--reference-tokens", "0"], "0, expected"),
+        (
+            ["--cleaning", "r2gen_iu", "--protocol", "r2gengpt", "--tokenizer", "x", "--reference-tokens", "0"],
+            "0, expected at least 1",
+        ),
         (["--protocol", "r2gengpt", "--tokenizer", "no/folder/here", "--reference-tokens", "9"], "tokenizer no/folder"),
         (["--option", "repeat_mistakes"], "expected NAME=VALUE"),
         (["--option", "repeat_mistake=true"], "unknown option 'repeat_mistake'"),
