@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from .pipeline_otdrg import ReportGenerationPipeline  # noqa: F401
     from .processing_otdrg import OTDRGProcessor  # noqa: F401
 
-NO_FINDING = FINDINGS.index("no_finding")
+NO_FINDING, SUPPORT_DEVICES = FINDINGS.index("no_finding"), FINDINGS.index("support_devices")
 
 #: What transformers calls an LLM's key-value cache: `cache` from 5.24 on.
 CACHE = next(
@@ -1071,16 +1071,23 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
         return focal_loss(finding_logits, finding_labels, self.config.focal_gamma, self.config.focal_reduction)
 
     def condition_states(self, finding_logits, finding_states) -> torch.Tensor:
-        """States (B, 14) the LLM is told: given ones, predicted where they are -1 or, while training, drawn to be."""
+        """States (B, 14) the LLM is told: given ones, predicted where they are -1 or, while training, drawn to be.
+
+        Beside a finding that is given as positive, support devices apart, "no finding" is predicted to be unmentioned.
+        """
         predicted = self.predict_states(finding_logits)
         if finding_states is None:
             return predicted
         finding_states = finding_states.to(predicted.device)
-        use_predicted = finding_states < 0
+        found = finding_states == POSITIVE
+        found[:, [NO_FINDING, SUPPORT_DEVICES]] = False
+        beside = predicted.clone()
+        beside[found.any(dim=1), NO_FINDING] = UNMENTIONED
+        states = torch.where(finding_states < 0, beside, finding_states)
         if self.training and self.config.predicted_state_ratio > 0:
             drawn = torch.rand(len(predicted), 1, device=predicted.device) < self.config.predicted_state_ratio
-            use_predicted = use_predicted | drawn
-        return torch.where(use_predicted, predicted, finding_states)
+            states = torch.where(drawn, predicted, states)
+        return states
 
     def _embed_prompt(self, input_ids, view_features, view_mask, states, output: OTDRGOutput) -> torch.Tensor:
         """Embeddings (B, L, hidden_size) with image and label tokens in place; the transport goes to `output`."""

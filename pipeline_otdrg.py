@@ -50,9 +50,9 @@ class ReportGenerationPipeline(Pipeline):
       in one state and said in another; `"omitted"`, told and not said; or `"added"`, said without being told. The
       report is read by the labeler `rules` of the package `otdrg`, which must be installed for this.
 
-    Call arguments: `findings` steers the report, `indication` says why the study was made, `return_heatmaps`,
-    `return_contradictions`; every argument of `generate` (`max_new_tokens`, `num_beams`, `num_return_sequences`, ...),
-    also in `generate_kwargs`.
+    Call arguments: `findings` steers the report (beside a positive one, No Finding is unmentioned unless it is given),
+    `indication` says why the study was made, `return_heatmaps`, `return_contradictions`; every argument of `generate`
+    (`max_new_tokens`, `num_beams`, `num_return_sequences`, ...), also in `generate_kwargs`.
     """
 
     _load_processor = True

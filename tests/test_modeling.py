@@ -553,6 +553,18 @@ def test_states_below_zero_are_predicted(model, study):
     assert torch.equal(model.condition_states(logits, study["finding_states"]), study["finding_states"])
 
 
+def test_no_finding_is_not_predicted_beside_a_finding_that_is_given(model):
+    logits = torch.zeros(4, 14, 4)
+    logits[:, :, 1] = 5.0  # all are predicted to be positive
+    given = torch.full((4, 14), -1)
+    given[0, EDEMA] = given[1, FINDINGS.index("support_devices")] = 1
+    given[2, EDEMA] = 2
+    given[3, [EDEMA, NO_FINDING]] = 1
+    states = model.condition_states(logits, given)
+    assert states[:, NO_FINDING].tolist() == [0, 1, 1, 1]
+    assert (states[:, :EDEMA] == 1).all()
+
+
 def test_states_condition_the_report_and_labels_of_the_predictor_do_not(model, study):
     with torch.no_grad():
         told = model(**study)

@@ -134,9 +134,9 @@ def test_findings_steer(pipe, model, processor, paths, batch_size):
     plain, steered = (pipe(paths[:2], batch_size=batch_size, **more, **FEW) for more in ({}, {"findings": findings}))
     for before, after in zip(plain, steered, strict=True):
         for name in FINDINGS:
-            expected = {"edema": "positive", "pleural_effusion": "unclear"}.get(
-                name, before[0]["findings"][name]["state"]
-            )
+            # Edema is a finding.
+            given = {"edema": "positive", "pleural_effusion": "unclear", "no_finding": "unmentioned"}
+            expected = given.get(name, before[0]["findings"][name]["state"])
             assert after[0]["findings"][name]["state"] == expected
     inputs = processor(images=[paths[0]], finding_states=findings)
     sequences = model.generate(**inputs, **FEW)[:, inputs["input_ids"].shape[1] :]
