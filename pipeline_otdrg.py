@@ -122,6 +122,16 @@ class ReportGenerationPipeline(Pipeline):
                 raise ValueError("no image: the list of studies is empty")
         return super().__call__(inputs, **kwargs)
 
+    def save_pretrained(self, save_directory, **kwargs):
+        """Write model and processor with the code they need; the library's own would leave the processor out.
+
+        Args:
+            save_directory (`str`): the folder.
+            kwargs: those of both `save_pretrained`.
+        """
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory, **kwargs)
+
     def preprocess(self, inputs, indication=None):
         if isinstance(inputs, dict):
             indication = inputs.get("indication") or indication

@@ -10,6 +10,7 @@ import torch
 from otdrg import FINDING_STATES, FINDINGS, ReportGenerationPipeline
 from otdrg.labelers import UnreadReportsWarning, load_labeler
 from PIL import Image
+from transformers import pipeline
 
 FEW = {"max_new_tokens": 8, "min_new_tokens": 8}
 
@@ -126,6 +127,12 @@ def test_several_sequences_lengthen_the_inner_list(pipe, paths, batch_size):
     best = pipe([paths[:2], paths[2], paths[3]], num_beams=3, **FEW)
     assert [records[0]["generated_text"] for records in found] == [records[0]["generated_text"] for records in best]
     assert len(pipe(paths[0], num_return_sequences=2, do_sample=True, **FEW)) == 2
+
+
+def test_a_saved_pipeline_is_a_model_of_its_own(pipe, paths, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    again = pipeline("image-to-text", model=str(tmp_path), trust_remote_code=True)
+    assert again(paths[0], **FEW) == pipe(paths[0], **FEW)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
