@@ -64,6 +64,10 @@ def run(options: argparse.Namespace) -> None:
 
     for name in filter(None, (options.repo, options.space)):
         validate_repo_id(name)
+        if "/" not in name:
+            raise ValueError(f"{name} has no owner: expected ORG/NAME, which the card and the Space refer to")
+    if options.space and options.revision not in (None, "main"):
+        raise ValueError(f"--space shows what is on main, not on --revision {options.revision}: leave out one of them")
     given = {part: getattr(options, f"{part}_backbone") for part in ("vision", "text")}
     backbones = {part: reference for part, reference in given.items() if reference is not None}
     if backbones and not options.adapter:
