@@ -692,7 +692,7 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
         }
         stated = {"weights": weights, "weights_sha256": None, "backbone_sha256": None, "backbone_revisions": None}
         if weights == "adapter" and is_main_process:
-            backbones, facts = backbone_weights(self.config)
+            backbones, facts = backbone_weights(self.config, kwargs.get("token"))
             stated |= facts
             own = kwargs.pop("state_dict", None)
             own = self.state_dict() if own is None else own

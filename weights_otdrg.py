@@ -61,7 +61,7 @@ def load_backbone(part: str, auto_class, reference: str, dtype=None, quantizatio
         raise OSError(
             f"{part} backbone {reference!r} could not be loaded: expected a Hub id, a folder written by save_pretrained"
             f"{', a timm/ name' if part == 'vision' else ''}{' or a .gguf file' if part == 'text' else ''} "
-            f"({str(error).splitlines()[0]})"
+            f"({' '.join(str(error).split())})"
         ) from error
 
 
@@ -168,8 +168,14 @@ def check_sha256(source: str | os.PathLike, expected: Mapping[str, str], **hub) 
 # --- adapters --------------------------------------------------------------------------------------------------------
 
 
-def backbone_weights(config: OTDRGConfig) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, dict[str, Any]]]:
+def backbone_weights(
+    config: OTDRGConfig, token: str | bool | None = None
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, dict[str, Any]]]:
     """The weights of both backbones by their references, in the checkpoints' types, and what they were found to be.
+
+    Args:
+        config: of the model, with the references.
+        token: to read them with, where not everyone may.
 
     Returns:
         The state dicts of "vision" and "text"; and the configuration's `backbone_sha256` and `backbone_revisions`.
@@ -186,9 +192,9 @@ def backbone_weights(config: OTDRGConfig) -> tuple[dict[str, dict[str, torch.Ten
                 f"OTDRGConfig.{part}_backbone=None: expected the Hub id or folder the {part} backbone was taken from, "
                 "which an adapter refers to"
             )
-        revision = _revision(config, part)
-        weights[part] = load_backbone(part, auto_class, reference, revision=revision).state_dict()
-        files = weight_files(reference, revision=revision)
+        where = {"revision": _revision(config, part), "token": token}
+        weights[part] = load_backbone(part, auto_class, reference, **where).state_dict()
+        files = weight_files(reference, **where)
         facts["backbone_sha256"][part] = {name: sha256(path) for name, path in files.items()}
         facts["backbone_revisions"][part] = extract_commit_hash(str(next(iter(files.values()))), None)
     return weights, facts
@@ -254,14 +260,18 @@ def read_adapter(
         except OSError as error:
             raise OSError(
                 f"{source} is an adapter of the {part} backbone {reference!r}, which could not be loaded: "
-                f"{str(error).splitlines()[0]}"
+                f"{' '.join(str(error).split())}"
             ) from error
         found = {name: sha256(path) for name, path in files.items()}
-        expected = (config.backbone_sha256 or {}).get(part)
-        if found != expected:
+        expected = (config.backbone_sha256 or {}).get(part, {})
+        others = [os.path.realpath(path) for name, path in files.items() if found[name] != expected.get(name)]
+        if others or len(found) != len(expected):
+            remedy = ""
+            if others and not os.path.exists(reference):
+                remedy = f"; if it was damaged on its way, delete {' '.join(others)} and load it anew"
             raise OSError(
                 f"{source} is an adapter of another {part} backbone than {reference!r} is: the SHA-256 of its weights "
-                f"is {found}, expected {expected}"
+                f"is {found}, expected {expected}{remedy}"
             )
         backbone = load_backbone(part, auto_class, reference, **where).state_dict()
         for module, of in BACKBONE_PARTS.items():
