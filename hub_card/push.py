@@ -104,13 +104,10 @@ def assemble_adapter(
             "with text=lora or frozen leave one; without --adapter the model is pushed as a whole"
         )
     for part in ("vision", "text"):
-        field = f"{part}_backbone"
-        config[field] = backbones.get(part, config[field])
-        if not _may_be_on_hub(config[field]):
-            raise ValueError(
-                f"{source} is an adapter of the {part} backbone {config[field]}, which nobody else has: "
-                f"--{part}-backbone ORG/NAME says where on the Hub the same weights are"
-            )
+        reference = backbones.get(part, config[f"{part}_backbone"])
+        _check_reference(source, part, reference, config["backbone_sha256"][part])
+        if reference != config[f"{part}_backbone"]:
+            config[f"{part}_backbone"], config["backbone_revisions"][part] = reference, None
     check_sha256(source, config.get("weights_sha256") or {})
     # By name: whatever else came to lie in the folder, such as an evaluation's reports, is not for others.
     weights = weight_files(source)
@@ -122,8 +119,23 @@ def assemble_adapter(
         shutil.copy(code, folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     record_sha256(folder)
-    references = [config["vision_backbone"], config["text_backbone"]]
+    references = [resolve_backbone(config[f"{part}_backbone"])[0] for part in ("vision", "text")]
     _describe(run, repo_id, folder, "adapter", evaluations, license, None, references)
+
+
+def _check_reference(source: Path, part: str, reference: str, files: Mapping[str, str]) -> None:
+    """A backbone's reference is one that others can load the files by that an adapter was trained on."""
+    if not _may_be_on_hub(reference):
+        raise ValueError(
+            f"{source} is an adapter of the {part} backbone {reference}, which nobody else has: "
+            f"--{part}-backbone ORG/NAME says where on the Hub the same weights are"
+        )
+    gguf = next((name for name in files if name.endswith(".gguf")), None)
+    if resolve_backbone(reference)[1].get("gguf_file") != gguf:
+        raise ValueError(
+            f"{source} is an adapter of the {part} backbone in {gguf or 'safetensors'}, not of {reference}: "
+            f"--{part}-backbone {f'ORG/NAME/{gguf}' if gguf else 'ORG/NAME'} says where on the Hub it is"
+        )
 
 
 def _may_be_on_hub(reference: str | None) -> bool:
@@ -146,7 +158,8 @@ def _describe(run, repo_id, folder, form, evaluations, license, digest, base_mod
 
 
 def pin_backbones(folder: Path) -> None:
-    """Hold the backbones of an assembled adapter against those on the Hub, and refer to their commits.
+    """Hold the backbones of an assembled adapter against those on the Hub, and refer to their commits, which are the
+    newest unless it was trained on others.
 
     Raises:
         ValueError: other weights are there than it was trained on.
@@ -154,12 +167,11 @@ def pin_backbones(folder: Path) -> None:
     """
     hub, path = HfApi(), folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["backbone_revisions"] = {}
     for part, expected in config["backbone_sha256"].items():
         reference = config[f"{part}_backbone"]
         repo_id, _ = resolve_backbone(reference)
         with hub_errors(f"the {part} backbone {reference} could not be looked up on {hub.endpoint}"):
-            revision = hub.model_info(repo_id).sha
+            revision = hub.model_info(repo_id, revision=config["backbone_revisions"][part]).sha
             found = {
                 file.path: file.lfs.sha256
                 if file.lfs

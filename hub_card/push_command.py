@@ -39,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
         help="beside the whole model the LLM as a plain one (language_model) and what lies between the backbones "
         "(projector.safetensors), for engines that serve LLMs",
     )
-    for part in ("vision", "text"):
+    for part, of_gguf in (("vision", ""), ("text", "; of a GGUF file ORG/NAME/FILE.gguf")):
         form.add_argument(
-            f"--{part}-backbone", metavar="ORG/NAME", help=f"where an adapter's {part} backbone is on the Hub"
+            f"--{part}-backbone", metavar="ORG/NAME", help=f"where an adapter's {part} backbone is on the Hub{of_gguf}"
         )
     card = parser.add_argument_group("card")
     card.add_argument(

@@ -302,8 +302,32 @@ def test_an_adapter_finds_its_backbones_and_keeps_to_their_commits(
     base.objects[changed.sha256] = changed.content
     base.commit("main", {**first.tree, "model.safetensors": changed}, "other weights")
     again = load("generate", "org/adapter", cache_dir=str(tmp_path / "cache"))
+    # Pushed once more, from where it knows its commits.
+    (tmp_path / "adapter").mkdir()
+    for name, content in repo.files.items():
+        (tmp_path / "adapter" / name).write_bytes(content)
+    more = push(tmp_path / "adapter", "org/adapter-again", "--adapter")
     base.commit("main", first.tree, "the first weights again")
     assert again.get("ids") == found["ids"], again
+    assert more.returncode == 0, more.stderr
+    for name in ("org/adapter", "org/adapter-again"):
+        told = json.loads(hub.repos["models", name].files["config.json"])
+        assert told["backbone_revisions"]["text"] == first.id
+
+
+def test_a_backbone_in_another_format_is_not_referred_to(push, trained, tmp_path):
+    folder = shutil.copytree(trained[2] / "run" / "adapter", tmp_path / "adapter")
+    told = json.loads((folder / "config.json").read_text())
+    told["backbone_sha256"]["text"] = {"llm.gguf": "0"}
+    (folder / "config.json").write_text(json.dumps(told))
+    arguments = (folder, "org/x", "--adapter", "--dry-run", "--vision-backbone", "base/vision", "--text-backbone")
+    done = push(*arguments, "base/text")
+    assert done.returncode == 1 and done.stderr.endswith(
+        "an adapter of the text backbone in llm.gguf, not of base/text: --text-backbone ORG/NAME/llm.gguf says where "
+        "on the Hub it is\n"
+    )
+    done = push(*arguments, "base/text/llm.gguf")
+    assert done.returncode == 0, done.stderr
 
 
 def test_of_an_adapters_folder_only_the_model_is_pushed(hub, push, backbones_on_hub, trained, tmp_path):
@@ -315,7 +339,8 @@ def test_of_an_adapters_folder_only_the_model_is_pushed(hub, push, backbones_on_
     done = push(folder, "org/bare", "--adapter", *backbones_on_hub)
     assert done.returncode == 0, done.stderr
     files = hub.repos["models", "org/bare"].files
-    assert files.keys() == hub.repos["models", "org/adapter"].files.keys()
+    written = {path.name for path in (trained[2] / "run" / "adapter").iterdir()}
+    assert files.keys() == written | SHIPPED | {"README.md", "LICENSE", "metrics.json"}
     assert not [name for name, content in files.items() if b"of a patient" in content]
     weights = bytearray((folder / "model.safetensors").read_bytes())
     weights[-1] ^= 1
