@@ -41,6 +41,7 @@ from .weights_otdrg import (
     check_sha256,
     load_backbone,
     read_adapter,
+    read_stated,
     record_sha256,
 )
 
@@ -593,16 +594,21 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
         source, hub = pretrained_model_name_or_path, {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
-        told = config if isinstance(config, PreTrainedConfig) else cls.config_class.from_pretrained(source, **hub)
-        if kwargs.get("variant") is None:
-            check_sha256(source, told, **hub)
+        stated, commit = read_stated(source, **hub)
+        if commit is not None and (config is None or isinstance(config, PreTrainedConfig)):
+            # What is checked is what is loaded, even if the repository changes in between.
+            hub["revision"] = commit
+        if kwargs.get("variant") is None and stated.get("weights_sha256"):
+            check_sha256(source, stated["weights_sha256"], **hub)
+            hub.pop("force_download", None)  # done
+        kwargs = {name: value for name, value in kwargs.items() if name not in HUB_KEYWORDS}
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = _of_llm_only(kwargs["quantization_config"])
-        if told.weights == "adapter":
-            loaded = cls._from_adapter(source, hub, *model_args, config=config, **kwargs)
+        if stated.get("weights") == "adapter":
+            loaded = cls._from_adapter(source, stated, hub, *model_args, config=config, **kwargs)
         else:
             kwargs.setdefault("use_safetensors", True)  # the other format can run code when it is loaded
-            loaded = super().from_pretrained(source, *model_args, config=config, **kwargs)
+            loaded = super().from_pretrained(source, *model_args, config=config, **hub, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.settle_quantization()
         # What is said of files is not true of a model, which may be trained and saved anew.
@@ -610,11 +616,18 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
         return loaded
 
     @classmethod
-    def _from_adapter(cls, source, hub: dict, *model_args, config=None, **kwargs):
-        kwargs = {name: value for name, value in kwargs.items() if name not in (*HUB_KEYWORDS, "use_safetensors")}
+    def _from_adapter(cls, source, stated: dict, hub: dict, *model_args, config=None, **kwargs):
+        kwargs.pop("use_safetensors", None)
         if not isinstance(config, PreTrainedConfig):
-            config, kwargs = cls.config_class.from_pretrained(source, return_unused_kwargs=True, **hub, **kwargs)
+            config, kwargs = cls.config_class.from_pretrained(
+                config or source, return_unused_kwargs=True, **hub, **kwargs
+            )
         config = copy.deepcopy(config)
+        # A configuration that was not read from beside the weights may not know of their backbones.
+        for field in ("vision_backbone", "text_backbone"):
+            setattr(config, field, getattr(config, field) or stated.get(field))
+        for field in ("backbone_sha256", "backbone_revisions"):
+            setattr(config, field, stated.get(field))
         weights, lora = read_adapter(source, config, **hub)
         wanted = {field: getattr(config, field) for field in ("lora", "vision_lora")}
         # Behind the LLM's weights, which may have been packed by then: peft's layers follow what they are laid over.
@@ -644,11 +657,12 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
         model.name_or_path = str(source)
         return (model.eval(), info) if with_info else model.eval()
 
-    def save_pretrained(self, save_directory, weights: str = "full", **kwargs):
+    def save_pretrained(self, save_directory, is_main_process: bool = True, *, weights: str = "full", **kwargs):
         """Write weights with their SHA-256, configuration, generation configuration and code; see `PreTrainedModel`.
 
         Args:
             save_directory (`str`): the folder.
+            is_main_process (`bool`): whether this process is the one that writes.
             weights (`str`): `"full"`, or `"adapter"` for those that the backbones do not have: `config.vision_backbone`
                 and `config.text_backbone` are read, compared, and referred to. Either is loaded by `from_pretrained`.
             kwargs: those of `PreTrainedModel.save_pretrained`.
@@ -676,23 +690,31 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
                 "type": "multimodal",
             }
         }
-        self.config.weights, self.config.weights_sha256 = weights, None
-        if weights == "adapter":
-            backbones, facts = backbone_weights(self.config)
-            for field, value in facts.items():
-                setattr(self.config, field, value)
-            own = kwargs.pop("state_dict", None) or self.state_dict()
+        stated = {"weights": weights, "weights_sha256": None, "backbone_sha256": None, "backbone_revisions": None}
+        if weights == "adapter" and is_main_process:
+            backbones, facts = backbone_weights(self.config, kwargs.get("token"))
+            stated |= facts
+            own = kwargs.pop("state_dict", None)
+            own = self.state_dict() if own is None else own
             # By the names of a model in memory: those of the backbones it is compared and put together with.
             kwargs |= {
                 "state_dict": adapter_weights(own, backbones, self.is_llm_quantized),
                 "save_original_format": False,
             }
+        # Of files, and not of the model, which has all of its weights.
+        kept = {field: getattr(self.config, field) for field in stated} | {"weights": "full"}
         try:
-            super().save_pretrained(save_directory, **kwargs)
+            self.config.update(stated)
+            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         finally:
-            self.config.weights = "full"
-        if kwargs.get("is_main_process", True):
+            self.config.update(kept)
+        if is_main_process and not _is_another_rank():
             record_sha256(save_directory)
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        # Called by save_pretrained(push_to_hub=True) before it comes back.
+        record_sha256(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs):
         super()._set_gradient_checkpointing(enable, **kwargs)
@@ -1089,6 +1111,15 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
             states = torch.where(drawn, predicted, states)
         return states
 
+    def _check_given_states(self, finding_states: torch.Tensor | None, studies: int) -> None:
+        if finding_states is None:
+            return
+        if not self.config.dle:
+            raise ValueError("finding_states were given, but OTDRGConfig.dle=False: this model is not told of findings")
+        expected = (studies, len(FINDINGS))
+        if tuple(finding_states.shape) != expected:
+            raise ValueError(f"finding_states has shape {tuple(finding_states.shape)}: expected {expected}")
+
     def _embed_prompt(self, input_ids, view_features, view_mask, states, output: OTDRGOutput) -> torch.Tensor:
         """Embeddings (B, L, hidden_size) with image and label tokens in place; the transport goes to `output`."""
         embeddings = self.get_input_embeddings()(input_ids)
@@ -1128,16 +1159,22 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
         view_mask: torch.Tensor | None = None,
         finding_states: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the LLM reads of a study, for an engine that serves the LLM alone and is given embeddings.
+        """What the LLM reads of studies, for an engine that serves the LLM alone and is given embeddings.
 
-        Args: as of [`generate`].
+        Args:
+            input_ids, attention_mask (`torch.Tensor` of shape `(B, L)`): the processor's prompts, padded on the left.
+            pixel_values, view_mask, finding_states: as in [`forward`]; given states steer the report.
 
         Returns:
             Embeddings (B, L', hidden_size) of the prompt, image and label tokens in place and the label text written
             out, and their mask (B, L').
+
+        Raises:
+            ValueError: states that cannot condition this model, or placeholders that do not match.
         """
         view_features = self.encode_views(pixel_values, view_mask)
         view_mask = self._view_mask(view_features, view_mask)
+        self._check_given_states(finding_states, len(view_features))
         states = self.condition_states(self.finding_predictor(view_features, view_mask), finding_states)
         input_ids, attention_mask, _ = self.write_finding_text(input_ids, attention_mask, states)
         return self._embed_prompt(input_ids, view_features, view_mask, states, OTDRGOutput()), attention_mask
@@ -1179,11 +1216,7 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
                 raise ValueError("no image: pixel_values is missing, and a report is never written from nothing")
             view_features = self.encode_views(pixel_values, view_mask)
         view_mask = self._view_mask(view_features, view_mask)
-        if finding_states is not None and not self.config.dle:
-            raise ValueError("finding_states were given, but OTDRGConfig.dle=False: this model is not told of findings")
-        expected = (len(view_features), len(FINDINGS))
-        if finding_states is not None and tuple(finding_states.shape) != expected:
-            raise ValueError(f"finding_states has shape {tuple(finding_states.shape)}: expected {expected}")
+        self._check_given_states(finding_states, len(view_features))
         states = self.condition_states(self.finding_predictor(view_features, view_mask), finding_states)
         if input_ids is None:
             input_ids, attention_mask = self._default_prompt(view_mask)
@@ -1253,6 +1286,11 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
                 "finding_states": finding_states,
             }
         return model_inputs
+
+
+def _is_another_rank() -> bool:
+    """Whether another of the processes that train together writes what is saved, as transformers has it."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0
 
 
 def _mark_initialized(model: PreTrainedModel) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from .configuration_otdrg import OTDRGConfig, resolve_backbone
@@ -61,7 +61,7 @@ def load_backbone(part: str, auto_class, reference: str, dtype=None, quantizatio
         raise OSError(
             f"{part} backbone {reference!r} could not be loaded: expected a Hub id, a folder written by save_pretrained"
             f"{', a timm/ name' if part == 'vision' else ''}{' or a .gguf file' if part == 'text' else ''} "
-            f"({str(error).splitlines()[0]})"
+            f"({' '.join(str(error).split())})"
         ) from error
 
 
@@ -80,7 +80,7 @@ def weight_files(source: str | os.PathLike, **hub) -> dict[str, Path]:
     """
     name, kwargs = resolve_backbone(str(source))
     if "gguf_file" in kwargs:
-        return {kwargs["gguf_file"]: Path(source)}
+        return {kwargs["gguf_file"]: Path(cached_file(name, kwargs["gguf_file"], **hub))}
     # As transformers looks for them: what was saved in shards once may have left its index behind.
     whole = cached_file(name, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **hub)
     if whole is not None:
@@ -102,36 +102,80 @@ def sha256(path: str | os.PathLike) -> str:
 
 
 def record_sha256(folder: str | os.PathLike) -> None:
-    """Write the SHA-256 of a folder's weight files into its `config.json`, as `weights_sha256`."""
+    """Write the SHA-256 of a folder's weight files into its `config.json`, as `weights_sha256`.
+
+    There may be none: weights of a variant, or of a distributed checkpoint, have names of their own.
+    """
     path = Path(folder) / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["weights_sha256"] = {name: sha256(file) for name, file in weight_files(folder).items()}
+    try:
+        files = weight_files(folder)
+    except OSError:
+        return
+    config["weights_sha256"] = {name: sha256(file) for name, file in files.items()}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def check_sha256(source: str | os.PathLike, config: OTDRGConfig, **hub) -> None:
-    """A model's weight files are those that `config.weights_sha256` tells of; one without it is taken as it is.
+def read_stated(source: str | os.PathLike, **hub) -> tuple[dict[str, Any], str | None]:
+    """What the `config.json` beside a model's weights says, which a configuration from elsewhere may not, and the
+    commit it is of; empty and None where there is none.
+
+    Args:
+        source (`str`): folder or Hub id.
+        hub: some of `HUB_KEYWORDS`.
+
+    Raises:
+        OSError: the Hub does not give it, it cannot be read, or it is not of a model like this.
+    """
+    path = cached_file(source, CONFIG_NAME, **hub)
+    if path is None:
+        return {}, None
+    try:
+        stated = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise OSError(f"{path} is not valid JSON: {error}") from None
+    if stated.get("model_type") != OTDRGConfig.model_type:
+        raise OSError(f"{path}: model_type is {stated.get('model_type')!r}, expected {OTDRGConfig.model_type!r}")
+    return stated, extract_commit_hash(path, None)
+
+
+def check_sha256(source: str | os.PathLike, expected: Mapping[str, str], **hub) -> None:
+    """The weight files of a model are what was recorded of them.
 
     transformers and the Hub's client look at a file's size only.
 
+    Args:
+        source (`str`): folder or Hub id.
+        expected: SHA-256 by name, as [`record_sha256`] wrote them.
+        hub: some of `HUB_KEYWORDS`.
+
     Raises:
-        OSError: one is another.
+        OSError: one is another, or is not there.
     """
-    for name, expected in (config.weights_sha256 or {}).items():
+    for name, digest in expected.items():
         path = cached_file(source, name, **hub)
         found = sha256(path)
-        if found != expected:
+        if found != digest:
+            remedy = f"delete {os.path.realpath(path)} and load it anew"
+            if os.path.isdir(source):
+                remedy = "copy it anew or, if it was changed on purpose, take weights_sha256 out of config.json"
             raise OSError(
                 f"{path} is damaged, or is not what config.json beside it is of: its SHA-256 is {found}, expected "
-                f"{expected}; delete {os.path.realpath(path)} and load it anew"
+                f"{digest}; {remedy}"
             )
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------
 
 
-def backbone_weights(config: OTDRGConfig) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, dict[str, Any]]]:
+def backbone_weights(
+    config: OTDRGConfig, token: str | bool | None = None
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, dict[str, Any]]]:
     """The weights of both backbones by their references, in the checkpoints' types, and what they were found to be.
+
+    Args:
+        config: of the model, with the references.
+        token: to read them with, where not everyone may.
 
     Returns:
         The state dicts of "vision" and "text"; and the configuration's `backbone_sha256` and `backbone_revisions`.
@@ -148,9 +192,9 @@ def backbone_weights(config: OTDRGConfig) -> tuple[dict[str, dict[str, torch.Ten
                 f"OTDRGConfig.{part}_backbone=None: expected the Hub id or folder the {part} backbone was taken from, "
                 "which an adapter refers to"
             )
-        revision = _revision(config, part)
-        weights[part] = load_backbone(part, auto_class, reference, revision=revision).state_dict()
-        files = weight_files(reference, revision=revision)
+        where = {"revision": _revision(config, part), "token": token}
+        weights[part] = load_backbone(part, auto_class, reference, **where).state_dict()
+        files = weight_files(reference, **where)
         facts["backbone_sha256"][part] = {name: sha256(path) for name, path in files.items()}
         facts["backbone_revisions"][part] = extract_commit_hash(str(next(iter(files.values()))), None)
     return weights, facts
@@ -205,6 +249,7 @@ def read_adapter(
         OSError: a backbone cannot be loaded, or is not the one the adapter was trained on.
     """
     weights: dict[str, torch.Tensor] = {}
+    tied: dict[str, str] = {}
     # A revision and a folder inside of the repository are the adapter's own.
     shared = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
     for part, auto_class in _AUTO_CLASSES.items():
@@ -215,28 +260,49 @@ def read_adapter(
         except OSError as error:
             raise OSError(
                 f"{source} is an adapter of the {part} backbone {reference!r}, which could not be loaded: "
-                f"{str(error).splitlines()[0]}"
+                f"{' '.join(str(error).split())}"
             ) from error
         found = {name: sha256(path) for name, path in files.items()}
-        expected = (config.backbone_sha256 or {}).get(part)
-        if found != expected:
+        expected = (config.backbone_sha256 or {}).get(part, {})
+        others = [os.path.realpath(path) for name, path in files.items() if found[name] != expected.get(name)]
+        if others or len(found) != len(expected):
+            remedy = ""
+            if others and not os.path.exists(reference):
+                remedy = f"; if it was damaged on its way, delete {' '.join(others)} and load it anew"
             raise OSError(
                 f"{source} is an adapter of another {part} backbone than {reference!r} is: the SHA-256 of its weights "
-                f"is {found}, expected {expected}"
+                f"is {found}, expected {expected}{remedy}"
             )
         backbone = load_backbone(part, auto_class, reference, **where).state_dict()
         for module, of in BACKBONE_PARTS.items():
             if of == part and (module != "finding_vision_tower" or config.predictor_encoder == "own"):
                 weights |= {f"{module}.{name}": weight for name, weight in backbone.items()}
-    lora: dict[str, torch.Tensor] = {}
+                tied |= {f"{module}.{name}": f"{module}.{other}" for name, other in _tied(backbone)}
+    own: dict[str, torch.Tensor] = {}
     for path in weight_files(source, **hub).values():
-        for key, weight in load_file(path).items():
-            if key.endswith(ADDED_ROWS):
-                name = key.removesuffix(ADDED_ROWS)
-                weights[name] = torch.cat((weights[name], weight.to(weights[name].dtype)))
-            else:
-                (lora if _is_lora(key) else weights)[key] = weight
+        own |= load_file(path)
+    lora: dict[str, torch.Tensor] = {}
+    for key, weight in own.items():
+        if key.endswith(ADDED_ROWS):
+            name = key.removesuffix(ADDED_ROWS)
+            weights[name] = torch.cat((weights[name], weight.to(weights[name].dtype)))
+        elif _is_lora(key):
+            lora[key] = weight
+        else:
+            weights[key] = weight
+            if tied.get(key) not in own:
+                # Saved under one of its names: what the backbone has under the other would be taken for another matrix.
+                weights.pop(tied.get(key), None)
     return weights, lora
+
+
+def _tied(weights: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
+    """Names under which the same weight stands, each with the other."""
+    names: dict[int, str] = {}
+    for name, weight in weights.items():
+        other = names.setdefault(weight.data_ptr(), name)
+        if other != name and weight.numel():
+            yield from ((name, other), (other, name))
 
 
 def _revision(config: OTDRGConfig, part: str) -> str:
@@ -254,6 +320,7 @@ __all__ = [
     "check_sha256",
     "load_backbone",
     "read_adapter",
+    "read_stated",
     "record_sha256",
     "sha256",
     "weight_files",

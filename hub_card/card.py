@@ -82,6 +82,7 @@ def build_card(
         form=form,
         results_in_short=_results_in_short(found),
         how_it_works=facts.how_it_works(files),
+        needed=facts.needed(files, form),
         max_new_tokens=_new_tokens(files),
         data_facts=facts.data_facts(files),
         evaluations=found,

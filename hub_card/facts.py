@@ -162,6 +162,17 @@ def how_it_works(files: RunFiles) -> str:
     return " ".join(told)
 
 
+def needed(files: RunFiles, form: str) -> str:
+    """The libraries beside transformers that the model is loaded with."""
+    libraries = ["torch"]
+    if files.config["vision_config"]["model_type"] == "timm_wrapper":
+        libraries.append("timm")
+    # LoRA is merged in whole weights.
+    if form == "adapter":
+        libraries.append("peft")
+    return " and ".join(filter(None, (", ".join(libraries[:-1]), libraries[-1])))
+
+
 def origin_names(files: RunFiles) -> list[str]:
     """What the backbones were initialised from, ids or bare names of local files; empty from scratch."""
     model = {} if files.recipe is None else files.recipe["model"]
@@ -283,6 +294,7 @@ __all__ = [
     "how_it_works",
     "hub_dataset",
     "is_from_scratch",
+    "needed",
     "origin_names",
     "source",
     "stage_facts",

@@ -8,20 +8,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors.torch import save_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from ..configuration_otdrg import OTDRGConfig
+from ..configuration_otdrg import resolve_backbone
+from ..processing_otdrg import OTDRGProcessor
 from ..studies.publish import hub_errors, make_repo
 from ..training.features import model_digest
 from ..training.published import load_published
-from ..weights_otdrg import record_sha256, sha256
+from ..weights_otdrg import check_sha256, read_stated, record_sha256, sha256, weight_files
 from .card import build_card
 from .run_files import published_metrics
 from .space_files import space_files
 
 PACKAGE = Path(__file__).resolve().parents[1]
-#: What is deleted of the repository's former version unless it is uploaded anew: weights and code that stay are loaded.
-_REPLACED = ("*.safetensors", "*.safetensors.index.json", "*_otdrg.py", "language_model/*")
+#: What is deleted of the repository's former version unless it is uploaded anew: weights and code that stay are loaded,
+#: and of the last transformers would follow to another model.
+_REPLACED = ("*.safetensors", "*.safetensors.index.json", "*_otdrg.py", "language_model/*", "adapter_config.json")
 #: What lies between the backbones.
 _JOINING = ("image_projector.", "label_projector.", "label_encoder.", "finding_predictor.")
 
@@ -54,6 +58,10 @@ def assemble_full(
     model, processor = load_published(run)
     digest = model_digest(model, processor)
     model.merge_lora()
+    for field in ("vision_backbone", "text_backbone"):
+        # A path of this machine means nothing to those who get the model.
+        if not _may_be_on_hub(getattr(model.config, field)):
+            setattr(model.config, field, None)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     if serving:
@@ -76,37 +84,69 @@ def assemble_adapter(
     evaluations: Sequence[Path] = (),
     license: str | None = None,
 ) -> None:
-    """Write what is published of a model as an adapter; arguments and errors as of [`assemble_full`].
+    """Write what is published of a model as an adapter; other arguments and errors as of [`assemble_full`].
+
+    The model is not loaded for it, because its backbones need not be on this machine; the SHA-256 of its own weights is
+    looked at.
 
     Args:
         backbones: Hub ids of "vision" and "text" in place of those the adapter was trained with, which may be folders.
 
     Raises:
         ValueError: also for a run without an adapter, and for a backbone that is not on the Hub.
+        OSError: the adapter's weights are damaged, or its processor cannot be loaded.
     """
     source = Path(run) / "adapter" if (Path(run) / "adapter").is_dir() else Path(run)
-    if not (source / "config.json").is_file() or OTDRGConfig.from_pretrained(source).weights != "adapter":
+    config = read_stated(source)[0]
+    if config.get("weights") != "adapter":
         raise ValueError(
             f"{run}: no adapter here or in its folder 'adapter': runs whose report stage trains pretrained backbones "
             "with text=lora or frozen leave one; without --adapter the model is pushed as a whole"
         )
-    shutil.copytree(source, folder, dirs_exist_ok=True)
+    for part in ("vision", "text"):
+        reference = backbones.get(part, config[f"{part}_backbone"])
+        _check_reference(source, part, reference, config["backbone_sha256"][part])
+        if reference != config[f"{part}_backbone"]:
+            config[f"{part}_backbone"], config["backbone_revisions"][part] = reference, None
+    check_sha256(source, config.get("weights_sha256") or {})
+    # By name: whatever else came to lie in the folder, such as an evaluation's reports, is not for others.
+    weights = weight_files(source)
+    for name in (*weights, SAFE_WEIGHTS_INDEX_NAME, "generation_config.json"):
+        if (source / name).is_file() and (name != SAFE_WEIGHTS_INDEX_NAME or len(weights) > 1):
+            shutil.copy(source / name, folder)
+    OTDRGProcessor.from_pretrained(source).save_pretrained(folder)
     for code in PACKAGE.glob("*_otdrg.py"):
         shutil.copy(code, folder)
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    for part in ("vision", "text"):
-        field = f"{part}_backbone"
-        config[field] = backbones.get(part, config[field])
-        if Path(config[field]).exists():
-            raise ValueError(
-                f"{source} is an adapter of the {part} backbone {config[field]}, which nobody else has: "
-                f"--{part}-backbone ORG/NAME says where on the Hub the same weights are"
-            )
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     record_sha256(folder)
-    references = [config["vision_backbone"], config["text_backbone"]]
+    references = [resolve_backbone(config[f"{part}_backbone"])[0] for part in ("vision", "text")]
     _describe(run, repo_id, folder, "adapter", evaluations, license, None, references)
+
+
+def _check_reference(source: Path, part: str, reference: str, files: Mapping[str, str]) -> None:
+    """A backbone's reference is one that others can load the files by that an adapter was trained on."""
+    if not _may_be_on_hub(reference):
+        raise ValueError(
+            f"{source} is an adapter of the {part} backbone {reference}, which nobody else has: "
+            f"--{part}-backbone ORG/NAME says where on the Hub the same weights are"
+        )
+    gguf = next((name for name in files if name.endswith(".gguf")), None)
+    if resolve_backbone(reference)[1].get("gguf_file") != gguf:
+        raise ValueError(
+            f"{source} is an adapter of the {part} backbone in {gguf or 'safetensors'}, not of {reference}: "
+            f"--{part}-backbone {f'ORG/NAME/{gguf}' if gguf else 'ORG/NAME'} says where on the Hub it is"
+        )
+
+
+def _may_be_on_hub(reference: str | None) -> bool:
+    """Whether a backbone's reference has the form of a Hub id, or of a GGUF file there, and is nothing on this disk."""
+    if reference is None or Path(reference).exists():
+        return False
+    try:
+        validate_repo_id(resolve_backbone(reference)[0])
+    except HFValidationError:
+        return False
+    return True
 
 
 def _describe(run, repo_id, folder, form, evaluations, license, digest, base_models=()) -> None:
@@ -118,7 +158,8 @@ def _describe(run, repo_id, folder, form, evaluations, license, digest, base_mod
 
 
 def pin_backbones(folder: Path) -> None:
-    """Hold the backbones of an assembled adapter against those on the Hub, and refer to their commits.
+    """Hold the backbones of an assembled adapter against those on the Hub, and refer to their commits, which are the
+    newest unless it was trained on others.
 
     Raises:
         ValueError: other weights are there than it was trained on.
@@ -126,14 +167,16 @@ def pin_backbones(folder: Path) -> None:
     """
     hub, path = HfApi(), folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["backbone_revisions"] = {}
     for part, expected in config["backbone_sha256"].items():
         reference = config[f"{part}_backbone"]
-        with hub_errors(f"the {part} backbone {reference} was not found on {hub.endpoint}"):
-            revision = hub.model_info(reference).sha
+        repo_id, _ = resolve_backbone(reference)
+        with hub_errors(f"the {part} backbone {reference} could not be looked up on {hub.endpoint}"):
+            revision = hub.model_info(repo_id, revision=config["backbone_revisions"][part]).sha
             found = {
-                file.path: file.lfs.sha256 if file.lfs else sha256(hub.hf_hub_download(reference, file.path))
-                for file in hub.get_paths_info(reference, list(expected), revision=revision)
+                file.path: file.lfs.sha256
+                if file.lfs
+                else sha256(hub.hf_hub_download(repo_id, file.path, revision=revision))
+                for file in hub.get_paths_info(repo_id, list(expected), revision=revision)
             }
         if found != expected:
             raise ValueError(
@@ -150,7 +193,7 @@ def upload_model(folder: Path, repo_id: str, private: bool, revision: str | None
     Args:
         folder: as [`assemble_full`] or [`assemble_adapter`] wrote it.
         repo_id: "org/name"; it is made where it is not there.
-        private: whether only its owners may see it.
+        private: whether only its owners may see it; otherwise a new one is as public as its owner's are.
         revision: branch, which is made where it is not there; `main` without it.
         message: of the commit.
 
@@ -163,7 +206,7 @@ def upload_model(folder: Path, repo_id: str, private: bool, revision: str | None
     """
     hub = HfApi()
     with hub_errors(
-        f"{repo_id} was not pushed to {hub.endpoint}", "the same command goes on with what has not arrived yet"
+        f"{repo_id} was not pushed to {hub.endpoint}", "pushing it again goes on with what has not arrived yet"
     ):
         repo_id = _made(hub, repo_id, "model", private)
         if revision is not None:
@@ -198,7 +241,8 @@ def upload_space(model_id: str, space_id: str, private: bool) -> str:
 
 
 def _made(hub: HfApi, repo_id: str, repo_type: str, private: bool, **more) -> str:
-    repo_id, is_private = make_repo(hub, repo_id, repo_type, private, **more)
+    # None rather than False: an organisation may make what is new private by default.
+    repo_id, is_private = make_repo(hub, repo_id, repo_type, private or None, **more)
     if private and not is_private:
         raise ValueError(f"{repo_id} is public: leave out --private, or push to another name")
     return repo_id

@@ -39,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
         help="beside the whole model the LLM as a plain one (language_model) and what lies between the backbones "
         "(projector.safetensors), for engines that serve LLMs",
     )
-    for part in ("vision", "text"):
+    for part, of_gguf in (("vision", ""), ("text", "; of a GGUF file ORG/NAME/FILE.gguf")):
         form.add_argument(
-            f"--{part}-backbone", metavar="ORG/NAME", help=f"where an adapter's {part} backbone is on the Hub"
+            f"--{part}-backbone", metavar="ORG/NAME", help=f"where an adapter's {part} backbone is on the Hub{of_gguf}"
         )
     card = parser.add_argument_group("card")
     card.add_argument(
@@ -64,6 +64,10 @@ def run(options: argparse.Namespace) -> None:
 
     for name in filter(None, (options.repo, options.space)):
         validate_repo_id(name)
+        if "/" not in name:
+            raise ValueError(f"{name} has no owner: expected ORG/NAME, which the card and the Space refer to")
+    if options.space and options.revision not in (None, "main"):
+        raise ValueError(f"--space shows what is on main, not on --revision {options.revision}: leave out one of them")
     given = {part: getattr(options, f"{part}_backbone") for part in ("vision", "text")}
     backbones = {part: reference for part, reference in given.items() if reference is not None}
     if backbones and not options.adapter:

@@ -53,7 +53,7 @@ def read_run(run: Path, evaluations: Sequence[Path] = ()) -> RunFiles:
     """What lies in the folder of a run, or of a model, without paths and reports.
 
     Args:
-        run: the folder; of a run's folder `model`, the run's files are read.
+        run: the folder; of a run's folder `model` or `adapter`, the run's files are read.
         evaluations: folders or files that `otdrg evaluate` wrote; without any, those that lie where it puts them of
             itself, `evaluation-SPLIT` in the folder of the run or the model.
 
@@ -68,7 +68,8 @@ def read_run(run: Path, evaluations: Sequence[Path] = ()) -> RunFiles:
     config = _read(model / "config.json")
     if config.get("model_type") != OTDRGConfig.model_type:
         raise ValueError(f"{model / 'config.json'}: model_type is {config.get('model_type')!r}, expected 'otdrg'")
-    run = model.parent if model.name == "model" and (model.parent / "recipe.yaml").is_file() else run
+    if model.name in ("model", "adapter") and (model.parent / "recipe.yaml").is_file():
+        run = model.parent
     paths = [_evaluation_file(Path(path)) for path in evaluations]
     if not paths:
         paths = [

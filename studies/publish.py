@@ -83,14 +83,14 @@ def hub_errors(what: str, remedy: str | None = None) -> Iterator[None]:
         raise OSError(f"{what}: {reason}{f'; {remedy}' if remedy else ''}") from error
 
 
-def make_repo(hub: HfApi, repo_id: str, repo_type: str, private: bool, **more) -> tuple[str, bool]:
+def make_repo(hub: HfApi, repo_id: str, repo_type: str, private: bool | None, **more) -> tuple[str, bool]:
     """Make a repository where it is not there; one that was there is as it was.
 
     Args:
         hub: the client.
         repo_id: "org/name".
         repo_type: "model", "dataset" or "space".
-        private: whether only its owners may see a new one.
+        private: whether only its owners may see a new one; None leaves it to what its owner has set.
         more: arguments of `create_repo`.
 
     Returns:

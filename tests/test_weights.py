@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from otdrg import OTDRGForReportGeneration
+from otdrg import OTDRGConfig, OTDRGForReportGeneration
 from safetensors.torch import load_file, save_file
-from transformers import BitsAndBytesConfig
+from transformers import AutoModel, BertConfig, BitsAndBytesConfig
 
 FEW = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
 
@@ -120,6 +120,69 @@ def test_fields_and_keywords_reach_an_adapter(trained, tmp_path):
     assert {weight.dtype for name, weight in model.named_parameters() if "lora_" not in name} == {torch.bfloat16}
 
 
+def test_a_configuration_from_elsewhere_does_not_say_what_the_files_hold(trained, study, tmp_path):
+    trained[0].save_pretrained(tmp_path / "adapter", weights="adapter")
+    loaded = OTDRGForReportGeneration.from_pretrained(tmp_path / "adapter")
+    assert loaded.config.weights == "full"
+    assert_same(trained[0], OTDRGForReportGeneration.from_pretrained(tmp_path / "adapter", config=loaded.config), study)
+    told = json.loads((tmp_path / "adapter" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**told, "ot_epsilon": 0.7, "weights_sha256": {"other": "0"}}))
+    model = OTDRGForReportGeneration.from_pretrained(tmp_path / "adapter", config=tmp_path)
+    assert model.ot_epsilon == 0.7
+    moved = shutil.copytree(trained[0].config.text_backbone, tmp_path / "moved")
+    model = OTDRGForReportGeneration.from_pretrained(tmp_path / "adapter", text_backbone=str(moved))
+    assert_same(trained[0], model, study)
+    with pytest.raises(OSError, match=r"moved/config.json: model_type is 'llama', expected 'otdrg'"):
+        OTDRGForReportGeneration.from_pretrained(moved)
+
+
+def test_tied_embeddings_that_were_trained_are_in_the_adapter(backbones, build_on_backbones, study, tmp_path):
+    model, _ = build_on_backbones(backbones)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.5)
+    model.save_pretrained(tmp_path, weights="adapter", max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    again = OTDRGForReportGeneration.from_pretrained(tmp_path)
+    assert again.get_input_embeddings().weight is again.get_output_embeddings().weight
+    assert_same(model, again, study)
+
+
+def test_an_encoder_of_the_labels_is_in_the_adapter(backbones, build_on_backbones, plain_tokenizer, study, tmp_path):
+    config = BertConfig(
+        vocab_size=len(plain_tokenizer),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    AutoModel.from_config(config).save_pretrained(tmp_path / "labels")
+    plain_tokenizer.save_pretrained(tmp_path / "labels")
+    model = OTDRGForReportGeneration.from_backbones(
+        **backbones,
+        label_text_encoder=str(tmp_path / "labels"),
+        vision_backbone=backbones["vision"],
+        text_backbone=backbones["text"],
+        image_size=56,
+        image_tokens=4,
+    ).eval()
+    model.save_pretrained(tmp_path / "adapter", weights="adapter")
+    shutil.rmtree(tmp_path / "labels")
+    assert_same(model, OTDRGForReportGeneration.from_pretrained(tmp_path / "adapter"), study)
+
+
+def test_saving_an_adapter_leaves_the_model_what_it_is(trained, build_model, tmp_path):
+    model, _ = trained
+    model.save_pretrained(tmp_path / "adapter", weights="adapter")
+    assert (model.config.weights, model.config.backbone_sha256, model.config.backbone_revisions) == ("full", None, None)
+    model.save_pretrained(tmp_path / "full")
+    told = json.loads((tmp_path / "full" / "config.json").read_text())
+    assert (told["weights"], told["backbone_sha256"], told["backbone_revisions"]) == ("full", None, None)
+    scratch, _ = build_model()
+    with pytest.raises(ValueError, match="vision_backbone"):
+        scratch.save_pretrained(tmp_path / "none", weights="adapter")
+    assert scratch.config.weights == "full"
+
+
 def test_another_backbone_is_refused(build_backbones, build_on_backbones, tmp_path):
     backbones = build_backbones(tmp_path)
     model, _ = build_on_backbones(backbones)
@@ -201,6 +264,29 @@ def test_shards_are_recorded_and_those_of_old_are_not(model, tmp_path):
         told = json.loads((tmp_path / "config.json").read_text())["weights_sha256"]
         assert set(told) == {path.name for path in tmp_path.glob("*.safetensors")}
         OTDRGForReportGeneration.from_pretrained(tmp_path)
+
+
+def test_weights_of_other_names_are_saved_without_sums(model, tmp_path):
+    model.save_pretrained(tmp_path / "variant", variant="half")
+    OTDRGForReportGeneration.from_pretrained(tmp_path / "variant", variant="half")
+    # As DeepSpeed has it where the processes do not gather what they share.
+    model.save_pretrained(tmp_path / "none", state_dict={})
+    for name in ("variant", "none"):
+        assert json.loads((tmp_path / name / "config.json").read_text())["weights_sha256"] is None
+
+
+def test_only_one_process_writes(model, tmp_path):
+    model.save_pretrained(tmp_path, is_main_process=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_configuration_of_another_model_brings_no_sums(model, build_model, tmp_path):
+    model.save_pretrained(tmp_path / "first")
+    other, _ = build_model(seed=1)
+    other.save_pretrained(tmp_path / "second")
+    config = OTDRGConfig.from_pretrained(tmp_path / "first")
+    again = OTDRGForReportGeneration.from_pretrained(tmp_path / "second", config=config)
+    assert torch.equal(again.image_projector.linear.weight, other.image_projector.linear.weight)
 
 
 def test_a_folder_without_sums_is_taken_as_it_is(model, tmp_path):

@@ -83,10 +83,10 @@ def published_recipe(model: str) -> Recipe | None:
     """The recipe by which a model was trained, as it lies in its run's folder; None where there is none.
 
     Args:
-        model: as in [`load_published`]; of a run's folder `model`, the run's recipe.
+        model: as in [`load_published`]; of a run's folder `model` or `adapter`, the run's recipe.
     """
     folder = Path(model).absolute()
-    run = folder.parent if folder.name == "model" else folder
+    run = folder.parent if folder.name in ("model", "adapter") else folder
     return load_recipe(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else None
 
 

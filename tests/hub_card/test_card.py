@@ -399,6 +399,8 @@ def test_base_models_are_named_with_their_relation(copied, form, relation):
     assert card.data.base_model == bases and card.data.base_model_relation == relation
     assert card.data.license == "other" and all(f"`{name}`" in card.text for name in bases)
     assert ("trained tensors only" in card.text) == (form == "adapter")
+    libraries = {"full": "torch and timm", "adapter": "torch, timm and peft"}[form]
+    assert f"transformers 5 or later with {libraries}, and nothing else" in card.text
     given = build_card(copied, "org/tiny", form=form, base_models=["org/base"])
     assert given.data.base_model == ["org/base"]
 

@@ -2,13 +2,17 @@
 that has nothing of ours.
 """
 
+import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
+import otdrg as package
 import pytest
 import torch
 from otdrg import OTDRGForReportGeneration
@@ -49,6 +53,12 @@ def everything(model):
 def model_only(model, **where):
     network = AutoModel.from_pretrained(model, trust_remote_code=True, **where)
     return {"bias": network.image_projector.linear.bias.double().sum().item()}
+
+def push_on(model, folder):
+    network = AutoModel.from_pretrained(model, trust_remote_code=True)
+    network.push_to_hub("org/pushed-on")
+    network.save_pretrained(folder, push_to_hub=True, repo_id="org/saved-on", private=True)
+    return {}
 
 for line in sys.stdin:
     asked = json.loads(line)
@@ -104,7 +114,7 @@ def converse(hub, tmp_path_factory):
     def start(script, home, *arguments, **variables):
         folder = tmp_path_factory.mktemp("process")
         (folder / "script.py").write_text(script)
-        environment = {name: it for name, it in hub.environment(home, **variables).items() if name != "PYTHONPATH"}
+        environment = {name: it for name, it in hub.environment(home).items() if name != "PYTHONPATH"} | variables
         with (folder / "stderr").open("w") as stderr:
             command = [sys.executable, "script.py", *arguments]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": stderr, "text": True}
@@ -139,7 +149,9 @@ def load(start_loader):
 @pytest.fixture(scope="module")
 def otdrg(converse, tmp_path_factory):
     """Runs commands as they are typed, one after another in one process, and gives what they printed."""
-    with converse(COMMANDS, tmp_path_factory.mktemp("pusher")) as ask:
+    # The package that is tested, whichever is installed.
+    found_in = str(Path(package.__file__).parents[1])
+    with converse(COMMANDS, tmp_path_factory.mktemp("pusher"), PYTHONPATH=found_in) as ask:
         yield lambda *arguments: SimpleNamespace(**ask(arguments=[str(argument) for argument in arguments]))
 
 
@@ -224,6 +236,16 @@ def test_a_revision_stays_what_it_was(hub, push, pushed, load, trained, tmp_path
     assert {name for name in hub.repos["models", "org/otdrg"].at("second").tree if "/" in name} == set()
 
 
+def test_what_transformers_pushes_tells_its_sums_too(hub, pushed, load, tmp_path):
+    assert load("push_on", "org/otdrg", folder=str(tmp_path / "saved")) == {}
+    for name in ("org/pushed-on", "org/saved-on"):
+        files = hub.repos["models", name].files
+        sums = json.loads(files["config.json"])["weights_sha256"]
+        assert sums == {"model.safetensors": hashlib.sha256(files["model.safetensors"]).hexdigest()}
+        assert files.keys() >= SHIPPED
+    assert hub.repos["models", "org/saved-on"].private
+
+
 def test_from_the_cache_without_a_network(pushed, hub, load, start_loader, trained, image):
     load("model_only", "org/otdrg")
     before = len(hub.requests)
@@ -274,13 +296,67 @@ def test_an_adapter_finds_its_backbones_and_keeps_to_their_commits(
     assert found.get("ids") == expected_ids(trained, image), found
     # The backbones' main branch moves on; the adapter was made for what was there.
     base = hub.repos["models", "base/text"]
-    tree = dict(base.at("main").tree)
-    config = tree["config.json"]
-    changed = config.content.replace(b'"hidden_act": "silu"', b'"hidden_act": "gelu"')
-    assert changed != config.content
-    base.commit("main", {**tree, "config.json": type(config)(changed, False)}, "another activation")
+    first = base.at("main")
+    weights = first.tree["model.safetensors"]
+    changed = type(weights)(weights.content[:-1] + bytes([weights.content[-1] ^ 1]), lfs=True)
+    base.objects[changed.sha256] = changed.content
+    base.commit("main", {**first.tree, "model.safetensors": changed}, "other weights")
     again = load("generate", "org/adapter", cache_dir=str(tmp_path / "cache"))
+    # Pushed once more, from where it knows its commits.
+    (tmp_path / "adapter").mkdir()
+    for name, content in repo.files.items():
+        (tmp_path / "adapter" / name).write_bytes(content)
+    more = push(tmp_path / "adapter", "org/adapter-again", "--adapter")
+    base.commit("main", first.tree, "the first weights again")
     assert again.get("ids") == found["ids"], again
+    assert more.returncode == 0, more.stderr
+    for name in ("org/adapter", "org/adapter-again"):
+        told = json.loads(hub.repos["models", name].files["config.json"])
+        assert told["backbone_revisions"]["text"] == first.id
+
+
+def test_a_backbone_in_another_format_is_not_referred_to(push, trained, tmp_path):
+    folder = shutil.copytree(trained[2] / "run" / "adapter", tmp_path / "adapter")
+    told = json.loads((folder / "config.json").read_text())
+    told["backbone_sha256"]["text"] = {"llm.gguf": "0"}
+    (folder / "config.json").write_text(json.dumps(told))
+    arguments = (folder, "org/x", "--adapter", "--dry-run", "--vision-backbone", "base/vision", "--text-backbone")
+    done = push(*arguments, "base/text")
+    assert done.returncode == 1 and done.stderr.endswith(
+        "an adapter of the text backbone in llm.gguf, not of base/text: --text-backbone ORG/NAME/llm.gguf says where "
+        "on the Hub it is\n"
+    )
+    done = push(*arguments, "base/text/llm.gguf")
+    assert done.returncode == 0, done.stderr
+
+
+def test_of_an_adapters_folder_only_the_model_is_pushed(hub, push, backbones_on_hub, trained, tmp_path):
+    """`otdrg evaluate` leaves the reports of studies where the card looks for its results, which may be there."""
+    folder = shutil.copytree(trained[2] / "run" / "adapter", tmp_path / "adapter")
+    (folder / "notes").mkdir()
+    for name in ("notes/predictions.csv", "training_args.bin", "adapter_config.json"):
+        (folder / name).write_text("of a patient")
+    done = push(folder, "org/bare", "--adapter", *backbones_on_hub)
+    assert done.returncode == 0, done.stderr
+    files = hub.repos["models", "org/bare"].files
+    written = {path.name for path in (trained[2] / "run" / "adapter").iterdir()}
+    assert files.keys() == written | SHIPPED | {"README.md", "LICENSE", "metrics.json"}
+    assert not [name for name, content in files.items() if b"of a patient" in content]
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    done = push(folder, "org/damaged", "--adapter", *backbones_on_hub)
+    assert done.returncode == 1 and "model.safetensors is damaged" in done.stderr.splitlines()[-1]
+    assert ("models", "org/damaged") not in hub.repos
+
+
+def test_an_adapter_pushed_as_a_whole_names_no_folder(push, trained, tmp_path):
+    done = push(trained[2] / "run" / "adapter", "org/whole", "--dry-run", "--output", tmp_path / "kept")
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "kept" / "config.json").read_text())
+    assert not [name for name in ("vision_backbone", "text_backbone", "backbone_sha256", "lora") if config.get(name)]
+    named = [path for path in (tmp_path / "kept").iterdir() if str(trained[2]).encode() in path.read_bytes()]
+    assert not named
 
 
 def test_an_adapter_of_what_is_not_on_the_hub_is_not_pushed(
@@ -300,7 +376,7 @@ def test_an_adapter_of_what_is_not_on_the_hub_is_not_pushed(
         done.returncode == 1 and "base/other does not hold the text backbone that this is an adapter of" in done.stderr
     )
     done = push(trained[2] / "run", "org/lost", "--adapter", *backbones_on_hub[:3], "base/nothing")
-    assert done.returncode == 1 and "the text backbone base/nothing was not found" in done.stderr
+    assert done.returncode == 1 and "the text backbone base/nothing could not be looked up on http" in done.stderr
     assert "Traceback" not in done.stderr and ("models", "org/lost") not in hub.repos
 
 
@@ -330,10 +406,9 @@ def test_a_broken_upload_is_gone_on_with(hub, push, trained):
     done = push(trained[2] / "run", "org/broken", "--merge")
     hub.calm()
     assert done.returncode == 1 and "org/broken was not pushed to http" in done.stderr.splitlines()[-1]
-    assert done.stderr.endswith("the same command goes on with what has not arrived yet\n")
+    assert done.stderr.endswith("pushing it again goes on with what has not arrived yet\n")
     assert "Traceback" not in done.stderr and set(hub.repos["models", "org/broken"].files) <= {".gitattributes"}
     # One of the large files arrives, then the line breaks again.
-    (large,) = {len(c) for n, c in hub.repos["models", "org/otdrg"].files.items() if n == "model.safetensors"}
     hub.disturb("PUT", "/storage/models/org/broken/", times=1)
     hub.disturb("PUT", "/storage/models/org/broken/", times=50, status=500, Retry_After="0")
     push(trained[2] / "run", "org/broken", "--merge")
@@ -343,7 +418,7 @@ def test_a_broken_upload_is_gone_on_with(hub, push, trained):
     done = push(trained[2] / "run", "org/broken", "--merge")
     assert done.returncode == 0, done.stderr
     sent = [it for it in hub.requests[before:] if it.method == "PUT" and it.status == 200]
-    assert arrived >= 1 and len(sent) + arrived == len(hub.repos["models", "org/broken"].objects) and large
+    assert arrived >= 1 and len(sent) + arrived == len(hub.repos["models", "org/broken"].objects)
 
 
 def test_what_cannot_be_pushed_is_one_line(hub, push, trained, tmp_path):
@@ -353,6 +428,8 @@ def test_what_cannot_be_pushed_is_one_line(hub, push, trained, tmp_path):
         ((tmp_path / "nothing", "org/x"), "nothing is no folder: expected one of a run or a model"),
         ((tmp_path, "org/x"), "no config.json here or in its folder 'model', expected a trained run or a model"),
         ((trained[2] / "run", "not a name"), "not a name"),
+        ((trained[2] / "run", "x"), "x has no owner: expected ORG/NAME"),
+        ((trained[2] / "run", "org/x", "--space", "org/y", "--revision", "v2"), "--space shows what is on main"),
         ((trained[2] / "run" / "model", "org/x", "--adapter"), "no adapter here or in its folder 'adapter'"),
     ):
         done = push(*arguments)
@@ -395,7 +472,10 @@ def test_damaged_weights_of_the_right_size_are_refused(hub, pushed, load, tmp_pa
     found = fresh(load, tmp_path)
     hub.calm()
     assert "OSError" in found["error"], found
-    assert re.search(r"model\.safetensors is damaged, .* delete (\S+) and load it anew", found["message"])
+    told = re.search(r"model\.safetensors is damaged, .* delete (\S+) and load it anew", found["message"])
+    assert "damaged" in fresh(load, tmp_path)["message"]
+    Path(told[1]).unlink()
+    assert "bias" in fresh(load, tmp_path)
 
 
 def test_what_is_not_there_or_not_for_everyone(hub, pushed, load, tmp_path):

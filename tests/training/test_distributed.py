@@ -108,6 +108,27 @@ def test_reports_are_there_once_and_the_same(one_process, two_processes):
     assert one == two and len({row["report"] for row in one}) > 1
 
 
+SAVING = """
+import sys
+import torch
+from otdrg.modeling_otdrg import OTDRGForReportGeneration
+from otdrg.training.distributed import start_processes
+
+assert start_processes().num_processes == 2
+model = OTDRGForReportGeneration.from_pretrained(sys.argv[1])
+model.save_pretrained(sys.argv[2])
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_all_processes_may_save_of_which_one_writes(trained_run, launch, tmp_path):
+    launch(["-c", SAVING, str(trained_run / "model"), str(tmp_path)], OMP_NUM_THREADS="1")
+    told = [json.loads((folder / "config.json").read_text()) for folder in (trained_run / "model", tmp_path)]
+    assert told[0]["weights_sha256"] == told[1]["weights_sha256"]
+    OTDRGForReportGeneration.from_pretrained(tmp_path)
+
+
 # --- what was asked for ----------------------------------------------------------------------------------------------
 
 
