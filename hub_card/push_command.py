@@ -104,6 +104,8 @@ def run(options: argparse.Namespace) -> None:
             print(f"pushed: {address}")
             if options.space:
                 print(f"pushed: {upload_space(options.repo, options.space, options.private)}")
+                if options.private:
+                    print(f"the Space reads {options.repo} once its settings have a secret HF_TOKEN that may")
         if options.output is not None:
             print(f"kept: {options.output}", file=sys.stderr)
 

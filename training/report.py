@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -153,9 +155,11 @@ def run(
 def save_adapter(model: OTDRGForReportGeneration, processor: OTDRGProcessor, recipe: Recipe, folder: Path) -> None:
     """Write what was trained as an adapter of the recipe's backbones, which are kept as the recipe refers to them.
 
-    Not of a model from scratch, nor of one whose LLM is trained as a whole. A backbone that cannot be loaded any more
-    is warned of.
+    Not of a model from scratch, nor of one whose LLM is trained as a whole; an adapter that an earlier run left is
+    deleted in any case. A backbone that cannot be loaded any more is warned of.
     """
+    # It is of other weights than those that will lie beside it.
+    shutil.rmtree(folder, ignore_errors=True)
     preset = OTDRGConfig.from_preset(recipe.model.preset)
     references = {
         "vision_backbone": recipe.model.vision or preset.vision_backbone,
@@ -165,7 +169,8 @@ def save_adapter(model: OTDRGForReportGeneration, processor: OTDRGProcessor, rec
         return
     published = {field: getattr(model.config, field) for field in references}
     for field, reference in references.items():
-        setattr(model.config, field, reference)
+        # So that it is found from any folder.
+        setattr(model.config, field, os.path.abspath(reference) if os.path.exists(reference) else reference)
     try:
         model.save_pretrained(folder, weights="adapter")
         processor.save_pretrained(folder)

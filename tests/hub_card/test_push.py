@@ -264,6 +264,8 @@ def test_the_llm_is_served_alone(pushed, hub, trained, image, tmp_path):
     llm = AutoModelForCausalLM.from_pretrained(tmp_path / "language_model")
     inputs = processor(images=[[image, image], image])
     embeddings, mask = model.get_prompt_embeddings(**inputs)
+    with pytest.raises(ValueError, match=r"finding_states has shape \(1, 14\): expected \(2, 14\)"):
+        model.get_prompt_embeddings(**inputs, finding_states=torch.zeros(1, 14, dtype=torch.long))
     written = llm.generate(inputs_embeds=embeddings, attention_mask=mask, **FEW)
     assert written.tolist() == [row[inputs["input_ids"].shape[1] :] for row in expected_ids(trained, image)]
     joining = load_file(tmp_path / "projector.safetensors")
@@ -393,8 +395,9 @@ def test_a_dry_run_asks_the_hub_for_nothing(hub, push, trained, tmp_path):
 
 
 def test_a_space_is_pushed_behind_the_model(hub, push, trained):
-    done = push(trained[2] / "run" / "model", "org/shown", "--space", "org/shown-demo")
-    assert done.returncode == 0 and done.stdout.endswith("/spaces/org/shown-demo\n"), done.stderr
+    done = push(trained[2] / "run" / "model", "org/shown", "--private", "--space", "org/shown-demo")
+    assert done.returncode == 0 and "/spaces/org/shown-demo\nthe Space reads org/shown once" in done.stdout, done.stderr
+    assert hub.repos["spaces", "org/shown-demo"].private
     files = hub.repos["spaces", "org/shown-demo"].files
     assert {"app.py", "requirements.txt", "README.md", "otdrg/modeling_otdrg.py"} <= set(files)
     assert b"org/shown" in files["app.py"]
