@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from ..configuration_otdrg import OTDRGConfig
+from ..training.published import published_folder
 
 EVALUATION = "evaluation.json"
 #: What `dataset` says in an evaluation on the studies of the run's own recipe.
@@ -62,9 +63,7 @@ def read_run(run: Path, evaluations: Sequence[Path] = ()) -> RunFiles:
         OSError: an evaluation that does not exist.
     """
     run = Path(run).absolute()
-    model = next((folder for folder in (run / "model", run) if (folder / "config.json").is_file()), None)
-    if model is None:
-        raise ValueError(f"{run}: no config.json here or in its folder 'model', expected a trained run or a model")
+    model = published_folder(run)
     config = _read(model / "config.json")
     if config.get("model_type") != OTDRGConfig.model_type:
         raise ValueError(f"{model / 'config.json'}: model_type is {config.get('model_type')!r}, expected 'otdrg'")

@@ -40,7 +40,7 @@ def load_published(model: str) -> tuple[OTDRGForReportGeneration, OTDRGProcessor
         raise OSError(f"{model}: {error}{f' (the Hub answered {status})' if status else ''}") from error
 
 
-def published_folder(model: str) -> Path:
+def published_folder(model: str | Path) -> Path:
     """The folder with the model of a run's folder, or of one that is a model itself.
 
     Raises:
