@@ -13,8 +13,9 @@ from ..training.interruptions import terminations
 
 DESCRIPTION = """\
 Try a model in a browser: upload a study, watch its report being written, change the states of the findings and write
-it again, see the heatmaps. The page is for this machine alone (127.0.0.1); nothing is fetched from elsewhere, and no
-upload is kept. Research only, not for clinical use.
+it again, see the heatmaps and where the report says otherwise than it was told. Reports are decoded greedily, not by
+the model's beams, which cannot be watched. The page is for this machine alone (127.0.0.1); nothing is fetched from
+elsewhere, and no upload is kept. Research only, not for clinical use.
 """
 EPILOG = """\
 Example:
@@ -37,8 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
 
 def run(options: argparse.Namespace) -> None:
     """Show the page until Ctrl-C."""
-    if find_spec("gradio") is None:
-        raise ImportError("the demo needs gradio: pip install 'otdrg[demo]'")
+    for library in ("gradio", "matplotlib"):
+        if find_spec(library) is None:
+            raise ImportError(f"the demo needs {library}: pip install 'otdrg[demo]'")
     if options.max_new_tokens is not None and options.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens is {options.max_new_tokens}: expected 1 or more")
     _check_port(options.port)  # before a large model is loaded

@@ -5,7 +5,8 @@ import tempfile
 
 # Gradio reads these when it is imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="otdrg-demo-"))
+if "GRADIO_TEMP_DIR" not in os.environ:
+    os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="otdrg-demo-")
 
 from otdrg.hub_card.space.interface import build_demo
 from otdrg.hub_card.space.serving import serve

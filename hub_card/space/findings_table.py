@@ -14,13 +14,14 @@ from ...findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, p
 _TEMPLATE = """
 {{#if value}}
 <table class="findings">
+  <caption>{{legend}}</caption>
   <thead><tr>
     <th scope="col">Finding</th><th scope="col">State</th>
     <th scope="col">Probability</th><th scope="col">Report says</th>
   </tr></thead>
   <tbody>
   {{#each value}}
-    <tr class="{{kind}}" data-finding="{{finding}}">
+    <tr class="{{#if edited}}{{else}}{{kind}}{{/if}}" data-finding="{{finding}}">
       <th scope="row">{{name}}</th>
       <td>
         <select aria-label="State of {{name}}" {{#if fixed}}disabled{{/if}}>
@@ -28,13 +29,19 @@ _TEMPLATE = """
         </select>
       </td>
       <td class="number">{{#if edited}}–{{else}}{{probability}}{{/if}}</td>
-      <td>{{#if edited}}not written yet{{else}}{{said}}{{/if}}</td>
+      <td>{{#if edited}}not written yet{{else}}{{said}}{{#if kind}} ({{kind}}){{/if}}{{/if}}</td>
     </tr>
   {{/each}}
   </tbody>
 </table>
 {{/if}}
 """
+
+_LEGEND = (
+    "State: what the model was told, as predicted unless you change it. Probability: the label predictor's, of that "
+    "state. Report says: as the labeler “rules” reads it."
+)
+_LEGEND_UNTOLD = "State: as predicted; this model is not told of it (it was trained without DLE)."
 
 # An option's `selected` only says what was chosen first, so the choice is set from the value after each rendering.
 _SCRIPT = """
@@ -44,16 +51,27 @@ const show = () => element.querySelectorAll('select').forEach((choice, row) => {
 element.addEventListener('change', ({target}) => {
   const {finding} = target.closest('tr').dataset;
   props.value = props.value.map(row => row.finding === finding
-    ? {...row, state: target.value, edited: target.value !== row.told, kind: ''} : row);
+    ? {...row, state: target.value, edited: target.value !== row.told} : row);
 });
 watch('value', show);
 show();
 """
 
 
-def findings_table() -> gr.HTML:
-    """The table, empty; its value is what [`table_rows`] makes."""
-    return gr.HTML([], html_template=_TEMPLATE, js_on_load=_SCRIPT, apply_default_css=False, elem_id="findings")
+def findings_table(steerable: bool) -> gr.HTML:
+    """The table, empty; its value is what [`table_rows`] makes.
+
+    Args:
+        steerable: whether the model writes from states that it is given.
+    """
+    return gr.HTML(
+        [],
+        html_template=_TEMPLATE,
+        js_on_load=_SCRIPT,
+        apply_default_css=False,
+        elem_id="findings",
+        legend=_LEGEND if steerable else _LEGEND_UNTOLD,
+    )
 
 
 def table_rows(record: dict[str, Any], steerable: bool) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ import gradio as gr
 from PIL import Image
 
 from ...findings_otdrg import FINDING_DISPLAY_NAMES, FINDINGS
+from ...metrics.faithfulness import KINDS
 from ...pipeline_otdrg import ReportGenerationPipeline
 from .findings_table import findings_table, table_rows, table_states
 from .pictures import heatmap, preview
@@ -62,6 +63,18 @@ class _Written(NamedTuple):
     record: dict[str, Any]
 
 
+class _Turns:
+    """Of a visitor: what was begun last. Gradio lets a report that is cancelled go on for a moment."""
+
+    def __init__(self):
+        self.latest = 0
+
+    def take(self) -> int:
+        """Begin something, which ends what was begun before."""
+        self.latest += 1
+        return self.latest
+
+
 class _Page:
     """Components of the page and what happens between them."""
 
@@ -73,7 +86,7 @@ class _Page:
     def lay_out(self, name: str) -> None:
         gr.Markdown(f"# Radiology report generation\nModel: {escape(name)}")
         gr.Markdown(WARNING, elem_id="warning")
-        self.study, self.written = gr.State([]), gr.State(None)
+        self.study, self.written, self.turns = gr.State([]), gr.State(None), gr.State(_Turns())
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 self._lay_out_study()
@@ -91,7 +104,8 @@ class _Page:
         self.preview = gr.HTML(elem_id="preview")
         self.indication = gr.Textbox(
             label="Indication (optional)",
-            placeholder="Why the study was made. Enter writes the report.",
+            info="Why the study was made. Leave it empty for a model that was not trained with indications.",
+            placeholder="Enter writes the report",
             max_lines=1,
             max_length=500,
             elem_id="indication",
@@ -108,13 +122,19 @@ class _Page:
 
     def _lay_out_report(self) -> None:
         self.report = gr.Textbox(
-            label="Report", lines=5, max_lines=20, interactive=False, buttons=["copy"], elem_id="report"
+            label="Report",
+            info="Decoded greedily, to be seen word by word; otdrg generate takes the model's beams.",
+            lines=5,
+            max_lines=20,
+            interactive=False,
+            buttons=["copy"],
+            elem_id="report",
         )
         with gr.Row():
             self.save_text = gr.Button("Download text", size="sm", interactive=False)
             self.save_record = gr.Button("Download JSON", size="sm", interactive=False)
         self.contradictions = gr.HTML(elem_id="contradictions")
-        self.table = findings_table()
+        self.table = findings_table(self.steerable)
         self.again = gr.Button(
             "Write again from these states", interactive=False, visible=self.steerable, elem_id="again"
         )
@@ -149,7 +169,7 @@ class _Page:
             gr.on(
                 triggers,
                 write,
-                inputs,
+                [self.turns, self.study, self.indication, *inputs],
                 [*results, *buttons],
                 trigger_mode="once",
                 concurrency_id="model",
@@ -158,18 +178,19 @@ class _Page:
                 **_HERE,
             )
             for triggers, write, inputs in (
-                ([self.write.click, self.indication.submit], self.write_report, [self.study, self.indication]),
-                ([self.again.click], self.write_again, [self.study, self.indication, self.table]),
+                ([self.write.click, self.indication.submit], self.write_report, []),
+                ([self.again.click], self.write_again, [self.table, self.finding]),
             )
         ]
         for event in writing:
-            # After an error too, which the writing itself could not do.
+            # After an error too, and once a report that was ended has let go of the model.
             event.then(self.enable, self.written, buttons, queue=False, **_HERE)
         # A change of the study ends the report of the one before.
-        self.files.upload(self.add_views, [self.files, self.study], form, cancels=writing, **_HERE)
-        self.clear.click(self.start_anew, outputs=form, cancels=writing, **_HERE)
+        study = [self.turns, self.files, self.study, self.written]
+        self.files.upload(self.add_views, study, form, cancels=writing, **_HERE)
+        self.clear.click(self.start_anew, self.turns, form, cancels=writing, **_HERE)
         for button, example in self.examples:
-            button.click(partial(self.show_example, example), outputs=form, cancels=writing, **_HERE)
+            button.click(partial(self.show_example, example), self.turns, form, cancels=writing, **_HERE)
         self.finding.input(self.show_heatmap, [self.written, self.finding], [self.heatmap, self.problem], **_HERE)
         for button, text, name, kind in (
             (self.save_text, self.report, "report.txt", "text/plain"),
@@ -179,20 +200,25 @@ class _Page:
 
     # -- the study ----------------------------------------------------------------------------------------------------
 
-    def add_views(self, paths: list[str] | None, before: list[View]) -> dict:
-        """Read what was uploaded into the study; a problem leaves the study as it was."""
+    def add_views(self, turns: _Turns, paths: list[str] | None, before: list[View], written: _Written | None) -> dict:
+        """Read what was uploaded into the study; a problem leaves the study and its last whole report as they were."""
+        turns.take()
         try:
             views = read_uploads(paths or [], before, self.pipe.processor.max_image_pixels)
         except (ValueError, ImportError) as error:
-            return {self.files: None, self.problem: _problem(error)}
+            # One that was being written has been ended.
+            left = self._no_results() if written is None else self._text(written.record)
+            return {**left, self.files: None, self.problem: _problem(error)}
         return {**self._no_results(), **self._study(views)}
 
-    def show_example(self, example: Example) -> dict:
+    def show_example(self, example: Example, turns: _Turns) -> dict:
         """Put a phantom into the form."""
-        return {**self._no_results(), **self._study(example.views), self.indication: example.indication}
+        turns.take()
+        return {**self._no_results(), **self._study(example.views), self.indication: ""}
 
-    def start_anew(self) -> dict:
+    def start_anew(self, turns: _Turns) -> dict:
         """Empty the form."""
+        turns.take()
         return {**self._no_results(), **self._study([]), self.indication: ""}
 
     def _study(self, views: list[View]) -> dict:
@@ -201,37 +227,46 @@ class _Page:
 
     def _no_results(self) -> dict:
         empty = {self.report: "", self.contradictions: "", self.heatmap: "", self.record_text: "", self.problem: ""}
-        return {**empty, self.written: None, self.table: [], **self.enable(None)}
+        return {**empty, self.written: None, self.table: [], **self._allow(False)}
 
     # -- the report ---------------------------------------------------------------------------------------------------
 
-    def write_report(self, study: list[View], indication: str) -> Iterator[dict]:
+    def write_report(self, turns: _Turns, study: list[View], indication: str) -> Iterator[dict]:
         """Write the report of the study, from the states that the model predicts."""
-        yield from self._write(study, indication, None)
+        yield from self._write(turns, study, indication)
 
-    def write_again(self, study: list[View], indication: str, rows: Any) -> Iterator[dict]:
-        """Write it from the states in the table."""
+    def write_again(self, turns: _Turns, study: list[View], indication: str, rows: Any, finding: str) -> Iterator[dict]:
+        """Write it from the states in the table, and keep to the heatmap of a finding."""
         try:
             states = table_states(rows)
         except ValueError as error:
             yield {self.problem: _problem(error)}
             return
-        yield from self._write(study, indication, states)
+        yield from self._write(turns, study, indication, states, finding)
 
-    def _write(self, study: list[View], indication: str, states: dict[str, str] | None) -> Iterator[dict]:
+    def _write(
+        self,
+        turns: _Turns,
+        study: list[View],
+        indication: str,
+        states: dict[str, str] | None = None,
+        finding: str | None = None,
+    ) -> Iterator[dict]:
         if not study:
             yield {self.problem: _problem("no view: upload one or two views of a study, or take a phantom")}
             return
-        views = [view.image for view in study]
+        views, turn = [view.image for view in study], turns.take()
         yield {self.problem: "", self.contradictions: "", self.record_text: "", **self._disable()}
         try:
             for written in stream_report(self.pipe, views, indication.strip() or None, states, self.max_new_tokens):
+                if turn != turns.latest:
+                    return
                 if isinstance(written, str):
                     yield {self.report: written}
                 else:
                     yield self._results(_Written(views, written))
                     if self.has_plan:
-                        finding = _most_telling(written["findings"])
+                        finding = finding or _most_telling(written["findings"])
                         yield {self.finding: finding, self.heatmap: heatmap(views, written, finding)}
         except (ValueError, OSError, ImportError) as error:
             yield {**self._no_results(), self.problem: _problem(error)}
@@ -241,12 +276,14 @@ class _Page:
             yield {**self._no_results(), self.problem: _problem(told)}
 
     def _results(self, written: _Written) -> dict:
-        record = written.record
+        table = table_rows(written.record, self.steerable)
+        return {**self._text(written.record), self.written: written, self.table: table}
+
+    def _text(self, record: dict[str, Any]) -> dict:
+        """The report and what is told of it, without the table, which may have been edited since."""
         return {
-            self.written: written,
             self.report: record["generated_text"] or "(the model wrote nothing)",
             self.contradictions: _contradictions(record),
-            self.table: table_rows(record, self.steerable),
             self.record_text: json.dumps(record, ensure_ascii=False, indent=2, default=lambda array: array.tolist()),
         }
 
@@ -260,16 +297,15 @@ class _Page:
             return {self.problem: _problem(error)}
 
     def _disable(self) -> dict:
-        waiting = dict.fromkeys((self.again, self.save_text, self.save_record), gr.update(interactive=False))
-        return {self.write: gr.update(value="Writing …", interactive=False), **waiting}
+        return {self.write: gr.update(value="Writing …", interactive=False), **self._allow(False)}
 
     def enable(self, written: _Written | None) -> dict:
         """The buttons, those behind a report only where there is one."""
+        return {self.write: gr.update(value="Write report", interactive=True), **self._allow(written is not None)}
+
+    def _allow(self, behind_a_report: bool) -> dict:
         buttons = (self.again, self.save_text, self.save_record)
-        return {
-            self.write: gr.update(value="Write report", interactive=True),
-            **dict.fromkeys(buttons, gr.update(interactive=written is not None)),
-        }
+        return dict.fromkeys(buttons, gr.update(interactive=behind_a_report))
 
 
 def _most_telling(findings: dict[str, dict]) -> str:
@@ -279,16 +315,17 @@ def _most_telling(findings: dict[str, dict]) -> str:
 
 
 def _contradictions(record: dict[str, Any]) -> str:
+    """Every disagreement of the report, what it contradicts first."""
     if "contradictions" not in record:
         return ""
-    contradicted = [each for each in record["contradictions"] if each["kind"] == "contradicted"]
-    if not contradicted:
-        return "<p>The report contradicts no state below, as the labeler <code>rules</code> reads it.</p>"
-    lines = "".join(
-        f"<li>{FINDING_DISPLAY_NAMES[each['finding']]}: told {each['told']}, the report says {each['said']}</li>"
-        for each in contradicted
-    )
-    return f"<p>The report contradicts what the model was told:</p><ul>{lines}</ul>"
+    if not record["contradictions"]:
+        return "<p>Of each finding the report says what the model was told.</p>"
+    lines = []
+    for each in sorted(record["contradictions"], key=lambda each: KINDS.index(each["kind"])):
+        name, kind = FINDING_DISPLAY_NAMES[each["finding"]], each["kind"]
+        said = "does not mention it" if kind == "omitted" else f"says {each['said']}"
+        lines.append(f'<li class="{kind}">{name}, {kind}: told {each["told"]}, the report {said}</li>')
+    return f"<p>The report does not say what the model was told:</p><ul>{''.join(lines)}</ul>"
 
 
 def _problem(error: Exception | str) -> str:

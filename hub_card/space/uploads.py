@@ -38,7 +38,6 @@ class Example(NamedTuple):
 
     title: str
     views: list[View]
-    indication: str
 
 
 def read_uploads(paths: Sequence[str], before: Sequence[View], max_pixels: int) -> list[View]:
@@ -77,7 +76,7 @@ def phantom_examples(image_size: int) -> list[Example]:
         states = ["positive" if finding in positive else "negative" for finding in FINDINGS[:-1]]
         phantom = make_phantom(0, index, image_size, projections, states)
         views = [View(f"phantom, {view}", image) for view, image in zip(phantom.views, phantom.images, strict=True)]
-        examples.append(Example(title, views, phantom.indication))
+        examples.append(Example(title, views))
     return examples
 
 

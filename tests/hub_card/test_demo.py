@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from otdrg import FINDING_STATES, FINDINGS
 from otdrg.labelers import load_labeler
-from otdrg.metrics.faithfulness import contradictions
+from otdrg.metrics.faithfulness import KINDS, contradictions
 from PIL import Image
 
 pytest.importorskip("gradio", reason="gradio is not installed")
@@ -117,9 +117,11 @@ def one_page(visit):
 def page(one_page, pace):
     """The page with nothing in it."""
     pace.seconds = 0.0
+    # What is typed is gone when all is, also where there was nothing else.
+    one_page.get_by_label("Indication").fill("to be cleared")
     button(one_page, "Clear").click()
+    one_page.wait_for_function("document.querySelector('#indication input').value === ''")
     views(one_page).first.wait_for(state="detached")
-    one_page.locator("#problem").get_by_role("alert").wait_for(state="detached")
     yield one_page
     pace.seconds = 0.0
 
@@ -188,10 +190,10 @@ def same(record, wanted):
 
 
 def told_and_said(record):
-    """Contradictions as `otdrg evaluate` counts them."""
+    """Disagreements as `otdrg evaluate` counts them."""
     told = [[FINDING_STATES.index(record["findings"][name]["state"]) for name in FINDINGS]]
     said = load_labeler("rules").label([record["generated_text"]])
-    return {one.finding: (one.told, one.said) for one in contradictions(told, said)}
+    return {one.finding: (one.kind, one.told, one.said) for one in contradictions(told, said, kinds=KINDS)}
 
 
 def kept(folder):
@@ -271,23 +273,38 @@ def test_a_changed_state_is_what_the_model_is_told(page, pipe, png):
     assert options == ["unmentioned", "positive"]
 
 
-def test_contradictions_are_listed_and_their_rows_marked(page, png):
+def test_every_disagreement_is_listed_and_its_row_marked(page, png):
     given(page, png())
     written(page)
-    page.get_by_label("State of Pleural Effusion").select_option("positive")
-    _, record = written(page, "Write again from these states")
+    told = {"Pleural Effusion": "positive", "Lung Lesion": "positive", "Cardiomegaly": "negative"}
+    for finding, state in {**told, "Pneumothorax": "unmentioned"}.items():
+        page.get_by_label(f"State of {finding}").select_option(state)
+    report, record = written(page, "Write again from these states")
+    assert report == NORMAL
     found = told_and_said(record)
-    assert found["pleural_effusion"] == ("positive", "negative")
-    assert {one["finding"] for one in record["contradictions"] if one["kind"] == "contradicted"} == set(found)
-    marked = page.locator("#findings tr.contradicted")
-    assert [row.get_attribute("data-finding") for row in marked.all()] == [name for name in FINDINGS if name in found]
-    assert "negative" in page.locator("tr[data-finding=pleural_effusion] td").last.inner_text()
+    assert found["pleural_effusion"] == ("contradicted", "positive", "negative")
+    assert found["lung_lesion"] == ("omitted", "positive", "unmentioned")
+    assert found["pneumothorax"] == ("added", "unmentioned", "negative")
+    assert [(one["finding"], one["kind"]) for one in record["contradictions"]] == [
+        (finding, kind) for finding, (kind, _, _) in found.items()
+    ]
+    for row in page.locator("#findings tbody tr").all():
+        finding = row.get_attribute("data-finding")
+        kind, _, said = found.get(finding, ("", "", ""))
+        assert row.get_attribute("class") == kind
+        if kind:
+            assert row.locator("td").last.inner_text() == f"{said} ({kind})"
     listed = page.locator("#contradictions li").all_inner_texts()
-    assert "Pleural Effusion: told positive, the report says negative" in listed
+    assert listed[0] == "Pleural Effusion, contradicted: told positive, the report says negative"
+    assert "Lung Lesion, omitted: told positive, the report does not mention it" in listed
+    assert "Pneumothorax, added: told unmentioned, the report says negative" in listed
     assert len(listed) == len(found)
-    # A state that is changed has no report yet that could contradict it.
-    page.get_by_label("State of Pleural Effusion").select_option("negative")
-    assert page.locator("tr.contradicted[data-finding=pleural_effusion]").count() == 0
+    # A state that is changed has no report yet that could disagree with it; what is told is told for good.
+    row = page.locator("tr[data-finding=pleural_effusion]")
+    for state, kind, said in (("negative", "", "not written yet"), ("positive", "contradicted", "negative")):
+        page.get_by_label("State of Pleural Effusion").select_option(state)
+        assert row.get_attribute("class") == kind
+        assert row.locator("td").last.inner_text().startswith(said)
 
 
 def test_a_heatmap_for_each_finding(page, png):
@@ -302,6 +319,9 @@ def test_a_heatmap_for_each_finding(page, png):
     assert picture.get_attribute("src") != first
     size = picture.evaluate("image => [image.naturalWidth, image.naturalHeight]")
     assert min(size) > 300
+    page.get_by_label("State of Fracture").select_option("positive")
+    written(page, "Write again from these states")
+    page.locator("#heatmap").get_by_text("Fracture: positive").wait_for()
 
 
 def test_downloads_hold_the_report_and_the_record(page, png, tmp_path):
@@ -374,8 +394,9 @@ def test_the_keyboard_is_enough(visit, pipe, png):
                 return
         raise AssertionError(f"no Tab leads to {locator}")
 
-    tab_to(page.locator("#files").get_by_role("button"))
+    # The browser is told to expect one before the keys are pressed, not while they are.
     with page.expect_file_chooser() as chooser:
+        tab_to(page.locator("#files").get_by_role("button"))
         page.keyboard.press("Enter")
     chooser.value.set_files(frontal)
     views(page).first.wait_for()
@@ -398,7 +419,9 @@ def test_the_keyboard_is_enough(visit, pipe, png):
 def test_a_phantom_is_an_example_and_clear_forgets_everything(page):
     page.get_by_role("button", name="Pleural effusion, frontal and lateral").click()
     views(page).nth(1).wait_for()
-    assert page.get_by_label("Indication").input_value()
+    # Not every model was trained with indications.
+    assert page.get_by_label("Indication").input_value() == ""
+    page.get_by_label("Indication").fill("Cough.")
     report, record = written(page)
     assert report and len(record["heatmaps"]["edema"]) == 2
     button(page, "Clear").click()
@@ -423,6 +446,30 @@ def test_another_study_ends_the_report_of_the_one_before(page, pipe, pace, png):
     report, record = written(page)
     same(record, expected(pipe, [other]))
     assert report == record["generated_text"]
+
+
+def test_a_bad_upload_leaves_no_report_half_written(page, pace, png, tmp_path):
+    (tmp_path / "note.png").write_text("not an image")
+
+    def ended_by_a_bad_upload():
+        pace.seconds = 0.3
+        button(page, "Write report").click()
+        page.locator("#write").get_by_text("Writing").wait_for()
+        page.wait_for_function("document.querySelector('#record textarea').value === ''")
+        upload(page, str(tmp_path / "note.png"))
+        assert problem(page).startswith("note.png: not an image")
+        pace.seconds = 0.0
+        button(page, "Write report").and_(page.locator(":enabled")).wait_for()
+        return page.locator("#report textarea").input_value()
+
+    given(page, png())
+    assert ended_by_a_bad_upload() == ""
+    report, record = written(page)
+    page.get_by_label("State of Fracture").select_option("positive")
+    assert ended_by_a_bad_upload() == report
+    assert json.loads(page.locator("#record textarea").input_value()) == record
+    assert page.get_by_label("State of Fracture").input_value() == "positive"
+    assert button(page, "Download JSON").is_enabled()
 
 
 def test_who_closes_the_page_frees_the_model(visit, pace, png):

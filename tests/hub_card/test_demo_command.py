@@ -41,11 +41,12 @@ def test_a_port_that_is_taken_or_is_none_is_one_line(capsys):
     assert "--max-new-tokens is 0: expected 1 or more" in refused(["m", "--max-new-tokens", "0"], capsys)
 
 
-def test_a_missing_gradio_is_one_line(capsys, monkeypatch):
+@pytest.mark.parametrize("library", ["gradio", "matplotlib"])
+def test_a_missing_library_is_one_line(library, capsys, monkeypatch):
     from otdrg.hub_card import demo_command
 
-    monkeypatch.setattr(demo_command, "find_spec", lambda name: None)
-    assert "pip install 'otdrg[demo]'" in refused(["runs/quickstart"], capsys)
+    monkeypatch.setattr(demo_command, "find_spec", lambda name: None if name == library else True)
+    assert f"the demo needs {library}: pip install 'otdrg[demo]'" in refused(["runs/quickstart"], capsys)
 
 
 def test_what_is_no_model_is_one_line(tmp_path, capsys, monkeypatch):
