@@ -109,7 +109,7 @@ class ReportGenerationPipeline(Pipeline):
                 raise
             raise ImportError(
                 "return_contradictions=True reads reports with the package otdrg, which is not installed: "
-                "pip install otdrg, or a clone of its repository"
+                "pip install a clone of its repository"
             ) from error
 
     def __call__(self, inputs, **kwargs):

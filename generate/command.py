@@ -150,10 +150,14 @@ def _check(options: argparse.Namespace) -> None:
     if options.split is not None and not (options.studies and Path(options.studies).is_dir()):
         raise ValueError("--split goes with --studies and a folder of otdrg prepare: expected both")
     if options.output is not None:
-        if options.output.is_dir():
-            raise ValueError(f"--output {options.output}: this is a folder, expected the name of a .jsonl file")
+        if options.output.is_dir() or options.output.suffix != ".jsonl":
+            # By its suffix `otdrg score` and `otdrg label` know what it is.
+            what = "this is a folder" if options.output.is_dir() else "another kind of file"
+            raise ValueError(f"--output {options.output}: {what}, expected the name of a .jsonl file")
         if options.output.exists() and not options.resume and not options.overwrite:
             raise ValueError(f"{options.output} exists: --resume goes on with it, --overwrite replaces it")
+    if options.heatmap is not None and options.heatmap.exists() and not options.heatmap.is_dir():
+        raise ValueError(f"--heatmap {options.heatmap}: this is a file, expected a folder")
     if options.heatmap is not None and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("--heatmap needs matplotlib: pip install 'otdrg[demo]'")
 

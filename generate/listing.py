@@ -29,6 +29,9 @@ class ListedStudy:
         indication: why it was made.
         findings: states to write the report from, names of `FINDINGS` to names of `FINDING_STATES`.
         rows, place: of a dataset's study, the dataset and where in it.
+
+    Raises:
+        ValueError: a text that cannot be written as UTF-8, such as the name of a file from another system.
     """
 
     id: str
@@ -37,6 +40,14 @@ class ListedStudy:
     findings: dict[str, str] = field(default_factory=dict)
     rows: Dataset | None = field(default=None, compare=False, repr=False)
     place: int = 0
+
+    def __post_init__(self):
+        for name, texts in (("images", self.images or ()), ("id", [self.id]), ("indication", [self.indication or ""])):
+            for text in texts:
+                try:
+                    text.encode()
+                except UnicodeEncodeError as error:
+                    raise ValueError(f"{name} {text!a}: not UTF-8, in which reports are kept") from error
 
     def asked(self) -> dict[str, Any]:
         """What its report follows from besides the model and the decoding, as it is kept beside the report."""
@@ -74,9 +85,12 @@ def typed_findings(pairs: Iterable[str]) -> dict[str, str]:
         name, separator, state = pair.partition("=")
         if not separator:
             raise ValueError(f"--findings {pair}: expected FINDING=STATE, such as edema=positive")
-        if finding_key(name) in found:
-            raise ValueError(f"--findings {pair}: {finding_key(name)} is given twice, expected it once")
-        found |= _named_states({name: state})
+        try:
+            if finding_key(name) in found:
+                raise ValueError(f"{finding_key(name)} is given twice, expected it once")
+            found |= _named_states({name: state})
+        except ValueError as error:
+            raise ValueError(f"--findings {pair}: {error}") from error
     return found
 
 
@@ -122,15 +136,15 @@ def listed_studies(
             continue
         try:
             fields = _json_fields(line) if line.lstrip().startswith("{") else {"images": _tabbed(line)}
+            images = tuple(fields["images"])
+            study = ListedStudy(
+                fields.get("id") or _joined(images),
+                images,
+                fields.get("indication") or indication,
+                {**findings, **fields.get("findings", {})},
+            )
         except ValueError as error:
             raise ValueError(f"{name}, line {number}: {error}") from error
-        images = tuple(fields["images"])
-        study = ListedStudy(
-            fields.get("id") or _joined(images),
-            images,
-            fields.get("indication") or indication,
-            {**findings, **fields.get("findings", {})},
-        )
         if study.id in seen:
             raise ValueError(
                 f"{name}, line {number}: {study.id!r} stands in line {seen[study.id]} too; expected each study once, "
@@ -221,16 +235,18 @@ def read_lines(name: str) -> list[str]:
         ValueError: it cannot be read, or is not UTF-8.
     """
     try:
-        if name == "-":
-            return sys.stdin.buffer.read().decode("utf-8").split("\n")
-        return Path(name).read_bytes().decode("utf-8").split("\n")
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        return data.decode("utf-8").split("\n")
     except OSError as error:
         raise ValueError(
             f"--studies {name}: cannot be read ({error.strerror}), expected a list of studies, or a folder of otdrg "
             "prepare"
         ) from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"--studies {name}: not UTF-8 text ({error.reason}), expected a list of studies") from error
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"--studies {name}, line {line}: not UTF-8 text ({error.reason}), expected a list of studies"
+        ) from error
 
 
 __all__ = ["ListedStudy", "listed_studies", "prepared_studies", "read_lines", "typed_findings", "typed_studies"]

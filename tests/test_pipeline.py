@@ -234,7 +234,7 @@ def test_contradictions_are_of_each_report(pipe, paths, batch_size):
 def test_contradictions_need_the_package(pipe, paths, monkeypatch):
     """A folder named otdrg beside a script is imported as a package, of which nothing can be."""
     monkeypatch.setitem(sys.modules, "otdrg.metrics.faithfulness", None)
-    with pytest.raises(ImportError, match="with the package otdrg, which is not installed: pip install otdrg"):
+    with pytest.raises(ImportError, match="with the package otdrg, which is not installed: pip install a clone"):
         pipe(paths[0], return_contradictions=True, **FEW)
 
 

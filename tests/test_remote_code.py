@@ -218,7 +218,7 @@ def test_every_door_opens_from_the_saved_folder_and_after_saving_it_again(build_
     assert once["shape"] == [1, 2, 2]
     assert once["no package"] == (
         "return_contradictions=True reads reports with the package otdrg, which is not installed: "
-        "pip install otdrg, or a clone of its repository"
+        "pip install a clone of its repository"
     )
 
     def answer(text):

@@ -92,12 +92,15 @@ def test_a_model_that_is_not_told_of_findings_has_no_contradictions(generate, bu
     ("arguments", "message"),
     [
         (["--findings", "edema"], "--findings edema: expected FINDING=STATE"),
-        (["--findings", "oedema=positive"], "unknown finding 'oedema'"),
-        (["--findings", "edema=maybe"], "unknown finding state 'maybe'"),
+        (["--findings", "oedema=positive"], "--findings oedema=positive: unknown finding 'oedema'"),
+        (["--findings", "edema=maybe"], "--findings edema=maybe: unknown finding state 'maybe'"),
         (["--batch-size", "0"], "--batch-size is 0: expected 1 or more"),
         (["--resume"], "--resume goes with --output: expected both"),
         (["--split", "test"], "--split goes with --studies and a folder of otdrg prepare"),
         (["--output", "."], "--output .: this is a folder"),
+        (["--output", "reports.json"], "--output reports.json: another kind of file, expected the name of a .jsonl"),
+        (["--heatmap", __file__], "this is a file, expected a folder"),
+        (["--indication", "fi\udce8vre"], "indication 'fi\\udce8vre': not UTF-8"),
         (["--indication", "see <image>"], "holds '<image>', which stands for the study"),
     ],
 )

@@ -54,6 +54,8 @@ def test_a_study_typed_twice_is_refused():
         (['{"images": "a.png", "findings": "No edema."}'], "findings is 'No edema.', expected an object such as"),
         (['{"images": "a.png", "findings": {"oedema": "positive"}}'], "line 1: unknown finding 'oedema'"),
         (["", " "], "list.txt lists no study"),
+        (["a.png", "l\udce9on.png"], r"list.txt, line 2: images 'l\\udce9on.png': not UTF-8"),
+        (['{"images": "a.png", "id": "l\\udce9on"}'], r"line 1: id 'l\\udce9on': not UTF-8"),
     ],
 )
 def test_what_is_no_study_is_named_with_its_line(lines, message):
@@ -74,5 +76,5 @@ def test_what_is_no_list_is_told_of(tmp_path):
     with pytest.raises(ValueError, match=r"--studies nowhere: cannot be read \(No such file or directory\), expected"):
         read_lines("nowhere")
     (tmp_path / "list").write_bytes(b"a.png\n\xff\xfe")
-    with pytest.raises(ValueError, match="list: not UTF-8 text"):
+    with pytest.raises(ValueError, match="list, line 2: not UTF-8 text"):
         read_lines(str(tmp_path / "list"))
