@@ -11,7 +11,6 @@ from otdrg import OTDRGConfig, OTDRGForReportGeneration
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BertConfig, BitsAndBytesConfig
 
-LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 FEW = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
 
 needs_bitsandbytes = pytest.mark.skipif(
