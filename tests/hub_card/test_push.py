@@ -4,6 +4,7 @@ that has nothing of ours.
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -114,7 +115,7 @@ def converse(hub, tmp_path_factory):
     def start(script, home, *arguments, **variables):
         folder = tmp_path_factory.mktemp("process")
         (folder / "script.py").write_text(script)
-        environment = {name: it for name, it in hub.environment(home).items() if name != "PYTHONPATH"} | variables
+        environment = hub.environment(home, **variables)
         with (folder / "stderr").open("w") as stderr:
             command = [sys.executable, "script.py", *arguments]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": stderr, "text": True}
@@ -150,7 +151,7 @@ def load(start_loader):
 def otdrg(converse, tmp_path_factory):
     """Runs commands as they are typed, one after another in one process, and gives what they printed."""
     # The package that is tested, whichever is installed.
-    found_in = str(Path(package.__file__).parents[1])
+    found_in = os.pathsep.join([str(Path(package.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     with converse(COMMANDS, tmp_path_factory.mktemp("pusher"), PYTHONPATH=found_in) as ask:
         yield lambda *arguments: SimpleNamespace(**ask(arguments=[str(argument) for argument in arguments]))
 
