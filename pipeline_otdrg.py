@@ -42,6 +42,7 @@ class ReportGenerationPipeline(Pipeline):
     dictionaries, several (a list, a generator, a dataset) give one such list each. The dictionaries hold
 
     - `generated_text` (`str`): the report;
+    - `complete` (`bool`): whether the report came to its end; else it was cut off at the most tokens;
     - `findings` (`dict`): for each of the 14, the `state` the LLM was told and its `probability` to the predictor;
     - `heatmaps` (`dict`, with `return_heatmaps=True`): for each of the 14, an array (views, rows, columns) of the
       transport plan over the grid of image tokens, as a multiple of the uniform plan's mass;
@@ -165,11 +166,14 @@ class ReportGenerationPipeline(Pipeline):
             finding_states=states if self.model.config.dle else given_states,
             **self._generate_arguments(generate_kwargs),
         )
-        reports = self.processor.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        written = sequences[:, inputs["input_ids"].shape[1] :]
+        reports = self.processor.batch_decode(written, skip_special_tokens=True)
+        complete = self._complete(written, generate_kwargs)
         each = len(reports) // len(studies)
         probabilities = self.model.finding_probabilities(finding_logits).gather(2, states[..., None])[..., 0]
         outputs = {
             "reports": [reports[row * each : (row + 1) * each] for row in range(len(studies))],
+            "complete": [complete[row * each : (row + 1) * each] for row in range(len(studies))],
             "states": states.tolist(),
             "probabilities": probabilities.tolist(),
             "heatmaps": self._heatmaps(view_features, view_mask, states) if return_heatmaps else [None] * len(studies),
@@ -182,6 +186,14 @@ class ReportGenerationPipeline(Pipeline):
         if not length_is_given and self.model.generation_config.max_new_tokens is None:
             arguments["max_new_tokens"] = self.default_max_new_tokens
         return arguments
+
+    def _complete(self, written: torch.Tensor, arguments: dict) -> list[bool]:
+        """Of each sequence of new tokens, whether it has an end, and was not cut off."""
+        config = arguments.get("generation_config") or self.model.generation_config
+        end = arguments.get("eos_token_id", config.eos_token_id)
+        if end is None:
+            return [True] * len(written)
+        return torch.isin(written, torch.tensor(end, device=written.device)).any(dim=1).tolist()
 
     def _heatmaps(self, view_features, view_mask, states) -> list[np.ndarray]:
         """Each study's lift of the plan over the uniform one, (views, 14, rows, columns)."""
@@ -197,7 +209,10 @@ class ReportGenerationPipeline(Pipeline):
                 FINDINGS, model_outputs["states"], model_outputs["probabilities"], strict=True
             )
         }
-        records = [{"generated_text": report.strip(), "findings": findings} for report in model_outputs["reports"]]
+        records = [
+            {"generated_text": report.strip(), "complete": complete, "findings": findings}
+            for report, complete in zip(model_outputs["reports"], model_outputs["complete"], strict=True)
+        ]
         if model_outputs["heatmaps"] is not None:
             # Unbatching puts an axis of 1 in front of an array.
             lift = model_outputs["heatmaps"]

@@ -53,6 +53,8 @@ def format_record(record: dict[str, Any], width: int, colour: bool = False) -> s
     if record.get("indication"):
         blocks.append(_wrapped(f"Indication: {record['indication']}", width))
     blocks.append(_wrapped(record["report"] or "(the model wrote nothing)", width))
+    if not record["complete"]:
+        blocks.append(paint(_wrapped("! cut off at --max-new-tokens, and not at its end", width), _DISAGREEMENT))
     findings, disagreements = record["findings"], {one["finding"]: one for one in record.get("contradictions", ())}
     rows, unmentioned = [f"    {'finding':<26}  {'told' if 'contradictions' in record else 'predicted':<11}  p"], []
     for state, (mark, code) in _STATES.items():

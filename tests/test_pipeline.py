@@ -49,7 +49,7 @@ def same(found, expected):
 def test_one_study(pipe, model, processor, paths):
     records = pipe(paths[0], **FEW)
     assert len(records) == 1
-    assert set(records[0]) == {"generated_text", "findings"}
+    assert set(records[0]) == {"generated_text", "complete", "findings"}
     inputs = processor(images=[paths[0]])
     sequences = model.generate(**inputs, **FEW)[:, inputs["input_ids"].shape[1] :]
     assert records[0]["generated_text"] == processor.decode(sequences[0], skip_special_tokens=True).strip()
@@ -129,6 +129,20 @@ def test_several_sequences_lengthen_the_inner_list(pipe, paths, batch_size):
     assert len(pipe(paths[0], num_return_sequences=2, do_sample=True, **FEW)) == 2
 
 
+def test_a_report_that_is_cut_off_is_told_of(build_model, paths):
+    model, processor = build_model()
+    pipe = ReportGenerationPipeline(model=model, processor=processor)
+    (record,) = pipe(paths[0], max_new_tokens=6)
+    written = processor.tokenizer(record["generated_text"], add_special_tokens=False)["input_ids"]
+    # Whatever is written first ends the report of one study now, and not that of another.
+    pipe.model.generation_config.eos_token_id = [model.config.text_config.eos_token_id, written[0]]
+    (first,), (second,) = pipe(paths[:2], batch_size=2, max_new_tokens=6)
+    assert first["complete"]
+    (cut,) = pipe(paths[0], max_new_tokens=6, min_new_tokens=6)
+    assert not cut["complete"]
+    assert isinstance(second["complete"], bool)
+
+
 def test_a_saved_pipeline_is_a_model_of_its_own(pipe, paths, tmp_path):
     pipe.save_pretrained(tmp_path)
     again = pipeline("image-to-text", model=str(tmp_path), trust_remote_code=True)
@@ -190,7 +204,7 @@ def test_heatmaps_need_a_plan(build_model, paths):
     pipe = ReportGenerationPipeline(model=model, processor=processor)
     with pytest.raises(ValueError, match=r"return_heatmaps=True, but OTDRGConfig.fiot=False"):
         pipe(paths[0], return_heatmaps=True, **FEW)
-    assert set(pipe(paths[0], **FEW)[0]) == {"generated_text", "findings"}
+    assert set(pipe(paths[0], **FEW)[0]) == {"generated_text", "complete", "findings"}
 
 
 def test_a_model_that_is_not_told_of_findings_still_predicts_them(build_model, paths):

@@ -30,6 +30,8 @@ WARNING = """\
 not be used for diagnosis, treatment or any other decision about a patient. Do not upload images that identify one.
 """
 
+_CUT_OFF = "<p>The report was cut off at its most tokens, and not at its end.</p>"
+
 _DOWNLOAD = """(text) => {{
   const link = document.createElement('a');
   link.href = URL.createObjectURL(new Blob([text], {{type: '{type}'}}));
@@ -283,7 +285,7 @@ class _Page:
         """The report and what is told of it, without the table, which may have been edited since."""
         return {
             self.report: record["generated_text"] or "(the model wrote nothing)",
-            self.contradictions: _contradictions(record),
+            self.contradictions: ("" if record["complete"] else _CUT_OFF) + _contradictions(record),
             self.record_text: json.dumps(record, ensure_ascii=False, indent=2, default=lambda array: array.tolist()),
         }
 

@@ -16,6 +16,7 @@ def record(**more):
     return {
         "id": "frontal.png + lateral.png",
         "report": "There is edema. " * 20,
+        "complete": True,
         "findings": findings,
         "contradictions": [
             {"finding": "lung_lesion", "told": "unmentioned", "said": "positive", "kind": "added"},
@@ -36,6 +37,11 @@ def test_nothing_is_wider_than_the_terminal(width):
     assert max(map(len, shown.splitlines())) <= width
     assert any(len(line) > width - 20 for line in shown.splitlines())
     assert " ".join(shown.split()).count("There is edema.") == 20
+
+
+def test_a_report_that_is_cut_off_is_marked():
+    told = "! cut off at --max-new-tokens"
+    assert told in format_record(record(complete=False), 80) and told not in format_record(record(), 80)
 
 
 def test_what_is_there_comes_first_and_what_is_unmentioned_shares_a_line():

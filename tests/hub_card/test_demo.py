@@ -534,7 +534,7 @@ def test_a_model_without_states_or_plan_says_so(build_model, browser, png, pace)
         page.get_by_text("This model has no transport plan").wait_for()
         given(page, png())
         _, record = written(page)
-        assert set(record) == {"generated_text", "findings"}
+        assert set(record) == {"generated_text", "complete", "findings"}
         assert page.get_by_label("State of Edema").is_disabled()
         assert button(page, "Write again from these states").count() == 0
         assert page.locator("#heatmap img").count() == 0

@@ -102,7 +102,7 @@ def test_the_space_runs_on_its_own_files(model, processor, tmp_path):
     told = json.loads(done.stdout.splitlines()[-1])
     assert all(Path(file).is_relative_to(space) for file in told["ours"].values())
     assert told["model"] == str(weights)
-    assert told["record"] == ["contradictions", "findings", "generated_text", "heatmaps"]
+    assert told["record"] == ["complete", "contradictions", "findings", "generated_text", "heatmaps"]
     assert {"file", "textbox", "dropdown", "html"} <= set(told["kinds"])
     named = requirements(content(files["requirements.txt"]).decode().splitlines())
     modules = {"pillow": "PIL", "pyyaml": "yaml", "python-gdcm": "gdcm"}
