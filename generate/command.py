@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -130,7 +131,8 @@ def run(options: argparse.Namespace) -> None:
         ) from None
     if journal is not None:
         told = f", {kept:,} were there" if options.resume else ""
-        print(f"{outcome.written:,} reports written{told}: {options.output}", file=sys.stderr)
+        counted = f"{outcome.written:,} report{'' if outcome.written == 1 else 's'}"
+        print(f"{counted} written{told}: {options.output}", file=sys.stderr)
     if outcome.skipped:
         raise ValueError(
             f"{outcome.skipped:,} of {len(studies):,} studies were left out, for the reasons above; "
@@ -154,6 +156,9 @@ def _check(options: argparse.Namespace) -> None:
             # By its suffix `otdrg score` and `otdrg label` know what it is.
             what = "this is a folder" if options.output.is_dir() else "another kind of file"
             raise ValueError(f"--output {options.output}: {what}, expected the name of a .jsonl file")
+        nearest = next(folder for folder in options.output.absolute().parents if folder.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise ValueError(f"--output {options.output}: {nearest} is no folder that can be written to")
         if options.output.exists() and not options.resume and not options.overwrite:
             raise ValueError(f"{options.output} exists: --resume goes on with it, --overwrite replaces it")
     if options.heatmap is not None and options.heatmap.exists() and not options.heatmap.is_dir():
