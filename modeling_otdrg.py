@@ -1111,14 +1111,22 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
             states = torch.where(drawn, predicted, states)
         return states
 
-    def _check_given_states(self, finding_states: torch.Tensor | None, studies: int) -> None:
-        if finding_states is None:
-            return
-        if not self.config.dle:
+    def _read_study(
+        self, pixel_values, view_mask, view_features, finding_states
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What a report is written from: features of the views, their mask, and the states the LLM is told."""
+        if view_features is None:
+            if pixel_values is None:
+                raise ValueError("no image: pixel_values is missing, and a report is never written from nothing")
+            view_features = self.encode_views(pixel_values, view_mask)
+        view_mask = self._view_mask(view_features, view_mask)
+        if finding_states is not None and not self.config.dle:
             raise ValueError("finding_states were given, but OTDRGConfig.dle=False: this model is not told of findings")
-        expected = (studies, len(FINDINGS))
-        if tuple(finding_states.shape) != expected:
+        expected = (len(view_features), len(FINDINGS))
+        if finding_states is not None and tuple(finding_states.shape) != expected:
             raise ValueError(f"finding_states has shape {tuple(finding_states.shape)}: expected {expected}")
+        states = self.condition_states(self.finding_predictor(view_features, view_mask), finding_states)
+        return view_features, view_mask, states
 
     def _embed_prompt(self, input_ids, view_features, view_mask, states, output: OTDRGOutput) -> torch.Tensor:
         """Embeddings (B, L, hidden_size) with image and label tokens in place; the transport goes to `output`."""
@@ -1170,12 +1178,9 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
             out, and their mask (B, L').
 
         Raises:
-            ValueError: states that cannot condition this model, or placeholders that do not match.
+            ValueError: no image, states that cannot condition this model, or placeholders that do not match.
         """
-        view_features = self.encode_views(pixel_values, view_mask)
-        view_mask = self._view_mask(view_features, view_mask)
-        self._check_given_states(finding_states, len(view_features))
-        states = self.condition_states(self.finding_predictor(view_features, view_mask), finding_states)
+        view_features, view_mask, states = self._read_study(pixel_values, view_mask, None, finding_states)
         input_ids, attention_mask, _ = self.write_finding_text(input_ids, attention_mask, states)
         return self._embed_prompt(input_ids, view_features, view_mask, states, OTDRGOutput()), attention_mask
 
@@ -1211,13 +1216,7 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
             ValueError: no image, states that cannot condition this model, or placeholders that do not match.
         """
         input_ids = inputs if input_ids is None else input_ids
-        if view_features is None:
-            if pixel_values is None:
-                raise ValueError("no image: pixel_values is missing, and a report is never written from nothing")
-            view_features = self.encode_views(pixel_values, view_mask)
-        view_mask = self._view_mask(view_features, view_mask)
-        self._check_given_states(finding_states, len(view_features))
-        states = self.condition_states(self.finding_predictor(view_features, view_mask), finding_states)
+        view_features, view_mask, states = self._read_study(pixel_values, view_mask, view_features, finding_states)
         if input_ids is None:
             input_ids, attention_mask = self._default_prompt(view_mask)
         if attention_mask is None:
