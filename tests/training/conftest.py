@@ -93,6 +93,20 @@ def launch():
 
 
 @pytest.fixture(scope="session")
+def tiny_dinov2():
+    """`vision_config` of a DINOv2 with stochastic depth, whose weights have other names in files than in memory."""
+    return {
+        "model_type": "dinov2",
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 112,
+        "patch_size": 14,
+        "drop_path_rate": 0.1,
+    }
+
+
+@pytest.fixture(scope="session")
 def tiny_recipe(tmp_path_factory):
     """Path of a recipe that runs both stages in about a second."""
     path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"

@@ -26,15 +26,6 @@ from safetensors.torch import load_file
 from transformers import TrainerState
 
 PACKAGE = Path(__file__).parents[2]
-DINOV2 = {
-    "model_type": "dinov2",
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 112,
-    "patch_size": 14,
-    "drop_path_rate": 0.1,
-}
 #: Both stages: 16 studies in batches of 2, two of them a step, so 4 steps an epoch; checkpoint-3 lies within one.
 STAGE = {
     "max_steps": 6,
@@ -82,11 +73,11 @@ sys.exit(main(sys.argv[3:]))
 """
 
 
-def write_recipe(tiny_recipe, folder):
+def write_recipe(tiny_recipe, tiny_dinov2, folder):
     """A trained DINOv2 and LoRA, dropout in both stages."""
     recipe = yaml.safe_load(tiny_recipe.read_text(encoding="utf-8"))
     overrides = recipe["model"]["overrides"]
-    overrides |= {"vision_config": DINOV2, "predictor_dropout": 0.1}
+    overrides |= {"vision_config": tiny_dinov2, "predictor_dropout": 0.1}
     overrides["text_config"] |= {"attention_dropout": 0.1}
     recipe["predictor"] |= {**STAGE, "vision": "full"}
     recipe["report"] |= {**STAGE, "eval_strategy": "no"}
@@ -97,8 +88,8 @@ def write_recipe(tiny_recipe, folder):
 
 
 @pytest.fixture(scope="module")
-def recipe(tiny_recipe, tmp_path_factory):
-    return write_recipe(tiny_recipe, tmp_path_factory.mktemp("restart"))
+def recipe(tiny_recipe, tiny_dinov2, tmp_path_factory):
+    return write_recipe(tiny_recipe, tiny_dinov2, tmp_path_factory.mktemp("restart"))
 
 
 @pytest.fixture(scope="module")
