@@ -1,5 +1,7 @@
 """The whole way: a model is pushed to a Hub on this machine as the command does it, and loaded from there by a process
 that has nothing of ours.
+
+Long, because these processes, whose start is most of the time, and the Hub are there once, for all tests.
 """
 
 import hashlib
@@ -16,7 +18,7 @@ from types import SimpleNamespace
 import otdrg as package
 import pytest
 import torch
-from otdrg import OTDRGForReportGeneration
+from otdrg import OTDRGConfig, OTDRGForReportGeneration, OTDRGProcessor
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -188,7 +190,7 @@ def pushed(push, trained):
 
 
 def expected_ids(trained, image):
-    model, processor, _ = trained
+    model, processor, *_ = trained
     return model.generate(**processor(images=[[image, image], image]), **FEW).tolist()
 
 
@@ -219,6 +221,20 @@ def test_a_fresh_process_without_the_package_loads_it(pushed, load, trained, ima
     reports = trained[1].batch_decode([row[start:] for row in ids], skip_special_tokens=True)
     assert [record["generated_text"] for (record,) in found["written"]] == [report.strip() for report in reports]
     assert len(found["written"][0][0]["findings"]) == 14 and isinstance(found["chat"], str)
+
+
+def test_the_tiny_preset_goes_the_whole_way(push, load, reports, image, tmp_path):
+    """Its encoder is timm's, and its weights are all its own."""
+    config = OTDRGConfig.from_preset("tiny")
+    processor = OTDRGProcessor.from_texts(reports, config=config, vocab_size=400)
+    torch.manual_seed(0)
+    model = OTDRGForReportGeneration(config).eval()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    done = push(tmp_path, "org/tiny")
+    assert done.returncode == 0, done.stderr
+    found = load("everything", "org/tiny")
+    assert found.get("ids") == expected_ids((model, processor), image), found
 
 
 def test_a_revision_stays_what_it_was(hub, push, pushed, load, trained, tmp_path):
