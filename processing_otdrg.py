@@ -1,6 +1,6 @@
 """Processor of OTDRG: views and a prompt become tensors, token ids become text.
 
-Reading views of every kind is in this module too: what ships beside the weights has to stand alone.
+Long, because reading views of every kind is in this module too: what ships beside the weights has to stand alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What the processor makes of studies, prompts and reports, and of what cannot be read."""
+"""What the processor makes of studies, prompts and reports, and of what cannot be read.
+
+Long because it follows one module that ships as one file, with every kind of image that people bring.
+"""
 
 import copy
 import http.server

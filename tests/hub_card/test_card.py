@@ -1,4 +1,7 @@
-"""The model card of runs that are made here: every figure is the files', what is not there is said, nothing leaks."""
+"""The model card of runs that are made here: every figure is the files', what is not there is said, nothing leaks.
+
+Long, because the runs and evaluations that the cards are of are made once, for all tests.
+"""
 
 import copy
 import json

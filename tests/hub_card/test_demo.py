@@ -1,4 +1,7 @@
-"""The demo in a browser, Chromium without a window, from the first click to the last file."""
+"""The demo in a browser, Chromium without a window, from the first click to the last file.
+
+Long, because one server and one browser are started for all tests.
+"""
 
 import json
 import os
