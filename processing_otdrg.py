@@ -1,22 +1,13 @@
-"""Processor of OTDRG: views and a prompt become tensors, token ids become text.
-
-Long, because reading views of every kind is in this module too: what ships beside the weights has to stand alone.
-"""
+"""Processor of OTDRG: views and a prompt become tensors, token ids become text."""
 
 from __future__ import annotations
 
-import io
-import os
-import urllib.request
-import warnings
 from collections.abc import Sequence
-from http.client import HTTPException
 from importlib import import_module
 from importlib.util import find_spec
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import (
     AutoImageProcessor,
     AutoProcessor,
@@ -42,11 +33,9 @@ from .configuration_otdrg import (
     resolve_backbone,
 )
 from .findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, parse_findings
+from .image_processing_otdrg import read_view
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-#: Smallest side in pixels of a view: below it there is nothing to read.
-MINIMUM_SIDE = 16
 
 # In front of an LLM's own chat template: messages of images and texts become strings, each image its placeholder.
 _FLATTEN_MESSAGES = """\
@@ -445,225 +434,6 @@ def _normalisation(vision: str) -> tuple[Sequence[float], Sequence[float]]:
         stated.get("image_mean", stated.get("mean")) or IMAGENET_MEAN,
         stated.get("image_std", stated.get("std")) or IMAGENET_STD,
     )
-
-
-# --- reading views ---------------------------------------------------------------------------------------------------
-
-
-def read_view(view, max_pixels: int = 64_000_000) -> Image.Image:
-    """One view as an 8-bit RGB image.
-
-    Args:
-        view: a path, an http(s) URL, the bytes of a file, a PIL image, an array or tensor (H, W), (H, W, C) or
-            (C, H, W), or a pydicom dataset. More than 8 bits, and floats beyond 0 to 1, are scaled from their own
-            range; DICOM goes through its modality transformation and its VOI LUT or first window, which then is the
-            range, padding is black, and MONOCHROME1 is inverted.
-        max_pixels (`int`): larger images are refused before they are decoded.
-
-    Raises:
-        ValueError: the view cannot be read, naming it and what is wrong.
-        ImportError: a DICOM file without pydicom.
-    """
-    if isinstance(view, (str, os.PathLike)):
-        name = os.fspath(view)
-        image = _open(_fetch(name), name, max_pixels)
-    elif isinstance(view, (bytes, bytearray)):
-        name = "image"
-        image = _open(bytes(view), name, max_pixels)
-    elif isinstance(view, Image.Image):
-        name = getattr(view, "filename", "") or "image"
-        image = _decoded(view, name, max_pixels)
-    elif isinstance(view, (np.ndarray, torch.Tensor)):
-        name = "array"
-        image = _from_array(view, name)
-    elif hasattr(view, "PhotometricInterpretation"):
-        name = "DICOM dataset"
-        image = _from_dicom(view, name, max_pixels)
-    else:
-        raise ValueError(f"a view is a {type(view).__name__}: expected a path, URL, PIL image, array or DICOM dataset")
-    if min(image.size) < MINIMUM_SIDE:
-        raise ValueError(f"{name}: {image.width}x{image.height} pixels, expected at least {MINIMUM_SIDE} a side")
-    return image
-
-
-def _fetch(name: str) -> bytes:
-    try:
-        if name.startswith(("http://", "https://")):
-            with urllib.request.urlopen(name, timeout=30) as response:
-                return response.read()
-        with open(name, "rb") as file:
-            return file.read()
-    except (OSError, HTTPException) as error:
-        reason = getattr(error, "strerror", None) or getattr(error, "reason", None) or error
-        raise ValueError(f"{name}: cannot be read ({reason})") from error
-
-
-def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
-    if not data:
-        raise ValueError(f"{name}: the file is empty, expected an image")
-    if data[128:132] == b"DICM" or name.lower().endswith((".dcm", ".dicom")):
-        return _from_dicom(_dicom_dataset(data, name), name, max_pixels)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError as error:
-        raise ValueError(
-            f"{name}: not an image, expected PNG, JPEG or another format Pillow reads, or DICOM"
-        ) from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{name}: the image is too large, expected at most {max_pixels} pixels") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{name}: the image is damaged ({error})") from error
-    return _decoded(image, name, max_pixels)
-
-
-def _decoded(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
-    if image.width * image.height > max_pixels:
-        raise ValueError(f"{name}: {image.width}x{image.height} pixels, expected at most {max_pixels} in all")
-    try:
-        image = ImageOps.exif_transpose(image)
-        image.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{name}: the image is damaged ({error})") from error
-    if image.mode == "F" or image.mode.startswith("I"):
-        return _from_array(np.asarray(image), name)
-    return _opaque(image)
-
-
-def _opaque(image: Image.Image) -> Image.Image:
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-    return image.convert("RGB")
-
-
-def _from_array(array, name: str) -> Image.Image:
-    if isinstance(array, torch.Tensor):
-        array = array.detach().cpu()
-        array = (array.float() if array.dtype == torch.bfloat16 else array).numpy()
-    array = np.asarray(array)
-    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[-1] not in (1, 3, 4):
-        array = np.moveaxis(array, 0, -1)
-    if array.ndim == 3 and array.shape[-1] == 1:
-        array = array[..., 0]
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)) or array.size == 0:
-        raise ValueError(f"{name}: shape {array.shape}, expected (height, width) or (height, width, 1, 3 or 4)")
-    if array.dtype.kind not in "buif":
-        raise ValueError(f"{name}: values of type {array.dtype}, expected numbers")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name}: the array holds NaN or infinite values, expected finite numbers")
-    if array.dtype == bool:
-        array = array.astype(np.uint8) * 255
-    elif array.dtype != np.uint8:
-        array = array.astype(np.float64)
-        low, high = (0.0, 1.0) if array.min() >= 0 and array.max() <= 1 else (array.min(), array.max())
-        array = ((array - low) * (255 / max(high - low, 1e-12))).round().astype(np.uint8)
-    return _opaque(Image.fromarray(array))
-
-
-def _pydicom():
-    if find_spec("pydicom") is None:
-        raise ImportError("reading DICOM needs pydicom: pip install pydicom")
-    return import_module("pydicom"), import_module("pydicom.pixels")
-
-
-def _dicom_dataset(data: bytes, name: str):
-    pydicom, _ = _pydicom()
-    try:
-        dataset = pydicom.dcmread(io.BytesIO(data), force=True)
-        if "TransferSyntaxUID" not in dataset.file_meta:  # a file from before Part 10, without a preamble
-            implicit, little_endian = dataset.original_encoding
-            explicit = pydicom.uid.ExplicitVRLittleEndian if little_endian else pydicom.uid.ExplicitVRBigEndian
-            dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian if implicit else explicit
-        return dataset
-    except Exception as error:  # pydicom raises whatever its parsers meet in a damaged file
-        raise ValueError(f"{name}: not a DICOM file that can be read ({error})") from error
-
-
-def _from_dicom(dataset, name: str, max_pixels: int) -> Image.Image:
-    _, pixels = _pydicom()
-    if "PixelData" not in dataset:
-        raise ValueError(f"{name}: the DICOM file has no pixels, expected a radiograph")
-    width, height = int(dataset.get("Columns") or 0), int(dataset.get("Rows") or 0)
-    if width * height > max_pixels:
-        raise ValueError(f"{name}: {width}x{height} pixels, expected at most {max_pixels} in all")
-    if int(dataset.get("NumberOfFrames") or 1) != 1:
-        raise ValueError(f"{name}: {dataset.NumberOfFrames} frames, expected one radiograph")
-    try:
-        syntax = dataset.file_meta.TransferSyntaxUID
-        if not pixels.get_decoder(syntax).is_available:
-            raise ImportError(f"{syntax.name} needs a decoder: pip install python-gdcm pylibjpeg pylibjpeg-openjpeg")
-        array = dataset.pixel_array
-        if dataset.PhotometricInterpretation == "PALETTE COLOR":
-            array = pixels.apply_color_lut(array, dataset)
-        if array.ndim == 2:
-            array = _dicom_shades(array, dataset)
-    except Exception as error:  # a decoder that is missing or fails, each with errors of its own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{name}: the DICOM file's pixels cannot be decoded ({reason})") from error
-    return _from_array(array, name)
-
-
-def _dicom_shades(array: np.ndarray, dataset) -> np.ndarray:
-    """Stored values (H, W) as shades from 0, black, to 1 (DICOM PS3.3 C.11.1, C.11.2).
-
-    Not with `pydicom.pixels.apply_voi_lut`: its lookup overflows where 8-bit tables take larger values, its windows are
-    upside down under a negative slope, and it does not tell the range that its output must be shown in.
-    """
-
-    def first(element):  # the first of several windows; None where the element is blank
-        value = dataset.get(element)
-        value = value[0] if isinstance(value, Sequence) and not isinstance(value, str) and value else value
-        return None if value is None or value == "" or isinstance(value, Sequence) else float(value)
-
-    limits = [first("PixelPaddingValue"), first("PixelPaddingRangeLimit")]
-    limits = [limit for limit in limits if limit is not None] if limits[0] is not None else []
-    padding = (array >= min(limits)) & (array <= max(limits)) if limits else np.zeros(array.shape, bool)
-    values = array.astype(np.float64)
-    slope, intercept, center, width = map(first, ("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth"))
-    if dataset.get("ModalityLUTSequence"):
-        values, _ = _dicom_lookup(values, dataset.ModalityLUTSequence[0], dataset)
-    elif slope is not None and intercept is not None:
-        values = values * slope + intercept
-    if dataset.get("VOILUTSequence"):
-        values, table = _dicom_lookup(values, dataset.VOILUTSequence[0], dataset)
-        low, high = table.min(), table.max()
-    elif center is not None and width is not None:
-        values = _dicom_window(values, center, width, str(dataset.get("VOILUTFunction") or "LINEAR").upper())
-        low, high = 0.0, 1.0
-    else:
-        shown = values if padding.all() else values[~padding]
-        low, high = shown.min(), shown.max()
-    shades = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
-    if dataset.PhotometricInterpretation == "MONOCHROME1":
-        shades = 1.0 - shades
-    shades[padding] = 0
-    return shades
-
-
-def _dicom_lookup(values: np.ndarray, item, dataset) -> tuple[np.ndarray, np.ndarray]:
-    """Values through a modality or VOI table, and the table. Beyond its ends, its first and last entry hold."""
-    entries, start, _ = (int(number) for number in item.LUTDescriptor)
-    entries, data = entries or 2**16, item.LUTData
-    if isinstance(data, bytes):  # 8-bit entries may be packed, or have 16 bits each
-        wide = "<u2" if dataset.file_meta.TransferSyntaxUID.is_little_endian else ">u2"
-        data = np.frombuffer(data, wide if len(data) >= 2 * entries else np.uint8)
-    table = np.asarray(data, np.float64)[:entries]
-    return table[np.clip(np.rint(values - start), 0, len(table) - 1).astype(np.intp)], table
-
-
-def _dicom_window(values: np.ndarray, center: float, width: float, function: str) -> np.ndarray:
-    """Values through a window, to 0 to 1."""
-    if width <= 0 or (function == "LINEAR" and width < 1):
-        raise ValueError(f"its window is {width:g} wide, expected {'at least 1' if width > 0 else 'more than 0'}")
-    if function == "LINEAR":
-        return np.clip((values - (center - 0.5)) / max(width - 1, 1e-12) + 0.5, 0, 1)
-    if function == "LINEAR_EXACT":
-        return np.clip((values - center) / width + 0.5, 0, 1)
-    if function == "SIGMOID":
-        return 1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -60, 60)))
-    raise ValueError(f"its VOI LUT function is {function}, expected LINEAR, LINEAR_EXACT or SIGMOID")
 
 
 OTDRGProcessor.register_for_auto_class()

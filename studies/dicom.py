@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
+from .chest import NOT_CHEST, chest_fault, header_value
 from .report_sections import parse_sections
 from .source import VIEWS, Skipped, SkipStudy, Study, StudyEntry, StudySource, needed_folder, option, seeded_split
 from .views import view_named
@@ -21,6 +22,8 @@ _TAGS = [
     "InstanceNumber",
     "SOPClassUID",
     "BurnedInAnnotation",
+    "Modality",
+    "BodyPartExamined",
     "ViewPosition",
     "ViewCodeSequence",
     "SeriesDescription",
@@ -43,7 +46,8 @@ class DICOMSource(StudySource):
     Nothing of a header is passed on but the view. Patients are `patient-1`, `patient-2`, ... in the order of the files
     (where PatientID is blank, a study is a patient), and **a study's id is the path of its folder, or of its first
     file: names of files and folders that tell who the patient is must be changed before**. Where BurnedInAnnotation
-    says that the pixels tell it, the study is left out. Reports are passed on as they are.
+    says that the pixels tell it, the study is left out. Reports are passed on as they are. What Modality or
+    BodyPartExamined says is no chest radiograph is left out.
 
     Objects without an image (structured reports, presentation states) are no views. Headers are read once, and a few
     hundred bytes a file are kept of them.
@@ -181,6 +185,7 @@ class _File(NamedTuple):
     number: int
     has_image: bool
     burned_in: bool
+    other: str | None
 
 
 @dataclass
@@ -195,6 +200,9 @@ class _DICOMStudy:
     def fault(self, burned_in: bool) -> tuple[str, str] | None:
         if not self.images:
             return "unreadable image", f"{self.files[0].name}: DICOM without pixels, as are all files of the study"
+        others = [one for one in self.images if one.other]
+        if len(others) == len(self.images):
+            return NOT_CHEST, f"{others[0].name}: {others[0].other}; so are all images of the study"
         named = next((one.name for one in self.images if one.burned_in), None)
         if named and not burned_in:
             return "malformed", f"{named}: BurnedInAnnotation is YES, they may name the patient (option 'burned_in')"
@@ -228,7 +236,7 @@ def _header(path: str) -> Any | None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_TAGS, force=True)
-                known = {tag: _value(header, tag) for tag in _TAGS if tag in header}
+                known = {tag: header_value(header, tag) for tag in _TAGS if tag in header}
         except OSError:
             raise
         except Exception:  # pydicom raises whatever its parsers meet in a damaged file
@@ -237,18 +245,12 @@ def _header(path: str) -> Any | None:
     return known if is_dicom else None
 
 
-def _value(header: Any, tag: str) -> Any | None:
-    try:
-        return header.get(tag)
-    except Exception:  # values are parsed here: a number may be none, a sequence damaged
-        return None
-
-
 def _file(name: str, header: dict[str, Any]) -> _File:
     has_image = not str(header.get("SOPClassUID", "")).startswith(_NO_IMAGES)
     number = str(header.get("InstanceNumber") or "")
     burned_in = str(header.get("BurnedInAnnotation") or "").strip().upper() == "YES"
-    return _File(name, _view(header), int(number) if number.isdecimal() else 0, has_image, burned_in)
+    place = int(number) if number.isdecimal() else 0
+    return _File(name, _view(header), place, has_image, burned_in, chest_fault(header))
 
 
 def _view(header: dict[str, Any]) -> str:

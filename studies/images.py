@@ -1,91 +1,101 @@
-"""Views as they are kept in a dataset: checked, and free of what a DICOM file says about the patient."""
+"""Views as they are kept in a dataset: the pictures that [`read_view`] sees, and free of metadata."""
 
 from __future__ import annotations
 
 import io
 import os
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import Image
 
+from ..image_processing_otdrg import is_dicom, read_file, read_view, reads_alike, shown_name
+from .chest import NOT_CHEST, dicom_chest_fault
+from .metadata import without_metadata
 from .source import SkipStudy
 
-#: Formats whose files are kept as they are; others become PNG.
-_KEPT_FORMATS = {"JPEG", "PNG"}
 _JPEG_QUALITY = 95
 
 
 def referenced_image(view: str | bytes | Image.Image) -> dict:
-    """A view for a dataset in memory: an image file stays on disk, unread; all else is as in [`stored_image`].
+    """A view for a dataset in memory: an image file stays on disk, of which only the header is read.
+
+    What the library that decodes the files would not see as [`read_view`] does (DICOM, deep colour, TIFF of other
+    numbers than 8 bits) is as in [`stored_image`].
 
     Raises:
-        SkipStudy: the file is missing, or what is not an image file cannot be read.
+        SkipStudy: the file is missing or no image that can be read.
     """
-    if isinstance(view, str) and not _is_dicom(view):
-        if not os.path.isfile(view):
-            raise SkipStudy("missing image", f"{view} does not exist")
-        return {"bytes": None, "path": view}
+    if isinstance(view, str):
+        _check_exists(view)
+        try:
+            if reads_alike(view):
+                return {"bytes": None, "path": view}
+        except ValueError as error:
+            raise SkipStudy("unreadable image", str(error)) from None
     return stored_image(view)
 
 
 def stored_image(view: str | bytes | Image.Image, shorter_side: int | None = None) -> dict:
-    """A view for a dataset on disk: `{"bytes", "path"}` of an image that has been decoded to its end.
+    """A view for a dataset on disk: `{"bytes", "path"}` of an image in which anyone sees what [`read_view`] sees.
 
-    JPEG and PNG files are kept byte for byte; DICOM becomes an 8-bit gray PNG that has no metadata.
+    The pixel data of JPEG and PNG files is kept byte for byte where that is so; all else becomes an 8-bit PNG. No
+    metadata is kept.
 
     Args:
         view: a path, DICOM too; the bytes of an image file; or an image.
         shorter_side: an image whose shorter side is longer is scaled down to this many pixels.
 
     Raises:
-        SkipStudy: the file is missing, or it cannot be read as an image.
+        SkipStudy: the file is missing, it cannot be read as a view, or it is no chest radiograph by its header.
     """
-    name = view if isinstance(view, str) else "an image in memory"
-    data = _read(view) if isinstance(view, str) else view if isinstance(view, bytes) else None
-    file_name = os.path.basename(view) if isinstance(view, str) else None
+    data, path, name = view if isinstance(view, bytes) else None, None, "an image in memory"
     try:
-        if data is None:
-            image = view
-        elif _is_dicom(name, data):
-            image, data, file_name = _read_dicom(view), None, None
-        else:
-            image = Image.open(io.BytesIO(data))
-            image.load()
-        kind = image.format if image.format in _KEPT_FORMATS else "PNG"
-        if shorter_side is not None and min(image.size) > shorter_side:
-            image, data = _scaled(image, shorter_side), None
-        if data is None or kind != image.format:
-            data = _encoded(image, kind)
-    except UnidentifiedImageError:
-        raise SkipStudy("unreadable image", f"{name}: neither an image that Pillow reads nor DICOM") from None
-    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise SkipStudy("unreadable image", f"{name}: {error}") from None
-    return {"bytes": data, "path": file_name}
+        if isinstance(view, str):
+            _check_exists(view)
+            data, path, name = read_file(view), os.path.basename(view), view
+        picture = read_view(view if data is None else data, name=name)
+    except ValueError as error:
+        raise SkipStudy("unreadable image", str(error)) from None
+    if data is not None and is_dicom(data, name):
+        fault = dicom_chest_fault(data)
+        if fault is not None:
+            raise SkipStudy(NOT_CHEST, f"{shown_name(name)}: {fault}")
+        data = path = None
+    if shorter_side is not None and min(picture.size) > shorter_side:
+        kind = "JPEG" if data is not None and data[:2] == b"\xff\xd8" else "PNG"
+        encoded = _encoded(_scaled(_gray(picture), shorter_side), kind)
+    else:
+        kind, encoded = "kept", _kept(data, picture)
+        if encoded is None:
+            kind, encoded = "PNG", _encoded(_gray(picture), "PNG")
+    if path is not None and kind == "PNG":
+        path = f"{os.path.splitext(path)[0]}.png"
+    return {"bytes": encoded, "path": path}
 
 
-def _read(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except FileNotFoundError:
-        raise SkipStudy("missing image", f"{path} does not exist") from None
-    except OSError as error:
-        raise SkipStudy("unreadable image", f"{path}: {error.strerror}") from None
+def _check_exists(path: str) -> None:
+    if not os.path.exists(path):
+        raise SkipStudy("missing image", f"{shown_name(path)} does not exist")
 
 
-def _is_dicom(name: str, data: bytes | None = None) -> bool:
-    return name.lower().endswith((".dcm", ".dicom")) or (data is not None and data[128:132] == b"DICM")
+def _kept(data: bytes | None, picture: Image.Image) -> bytes | None:
+    """A JPEG or PNG file without its metadata, where it alone decodes to the picture; else None."""
+    stripped = None if data is None else without_metadata(data)
+    if stripped is None:
+        return None
+    with Image.open(io.BytesIO(stripped), formats=("JPEG", "PNG")) as image:
+        if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK"):
+            return None
+        return stripped if np.array_equal(np.asarray(image.convert("RGB")), np.asarray(picture)) else None
 
 
-def _read_dicom(view: str | bytes) -> Image.Image:
-    # Imported here: it brings torch, which other sources do not need.
-    from ..processing_otdrg import read_view
-
-    return read_view(view).convert("L")
+def _gray(picture: Image.Image) -> Image.Image:
+    """The picture in one channel where its three are equal."""
+    red, green, blue = picture.split()
+    return red if red.tobytes() == green.tobytes() == blue.tobytes() else picture
 
 
 def _scaled(image: Image.Image, shorter_side: int) -> Image.Image:
-    if image.mode == "P":
-        image = image.convert("RGB")
     ratio = shorter_side / min(image.size)
     size = tuple(max(shorter_side, round(side * ratio)) for side in image.size)
     return image.resize(size, Image.Resampling.LANCZOS)

@@ -28,6 +28,7 @@ SKIP_KINDS: tuple[str, ...] = (
     "empty report",
     "missing image",
     "unreadable image",
+    "not a chest radiograph",
 )
 
 

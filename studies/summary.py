@@ -12,7 +12,11 @@ from .source import SPLITS, VIEWS, Skipped, StudyEntry, StudySource
 #: Ids named in a warning; all are in `skipped.jsonl`, or can be told from the official list.
 LISTED = 20
 
-_IMAGE_FAULTS = {"missing image": "missing_images", "unreadable image": "unreadable_images"}
+_IMAGE_FAULTS = {
+    "missing image": "missing_images",
+    "unreadable image": "unreadable_images",
+    "not a chest radiograph": "not_chest",
+}
 
 
 @dataclass
@@ -25,6 +29,7 @@ class SplitCounts:
         skipped: studies left out, for whatever reason.
         empty_reports: studies left out because there is no report.
         missing_images, unreadable_images: image files, of studies kept or left out.
+        not_chest: DICOM files of another modality or body part, and studies of nothing else.
     """
 
     studies: int = 0
@@ -36,6 +41,7 @@ class SplitCounts:
     empty_reports: int = 0
     missing_images: int = 0
     unreadable_images: int = 0
+    not_chest: int = 0
 
     def add(self, assembled: Assembled) -> None:
         """Count a study."""

@@ -15,6 +15,7 @@ SHIPPED = (
     "configuration_otdrg",
     "weights_otdrg",
     "modeling_otdrg",
+    "image_processing_otdrg",
     "processing_otdrg",
     "pipeline_otdrg",
 )
