@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, List, load_dataset, load_from_disk
 
 from .assembly import Sections, StudyListing, assemble_study
 from .images import referenced_image
@@ -67,6 +67,14 @@ def load_prepared(folder: str | os.PathLike, leave_out: Sequence[str] = ()) -> D
     return DatasetDict(
         {split: load_dataset("parquet", data_files=_parquet(folder, split), split="train") for split in splits}
     )
+
+
+def undecoded(rows: Dataset) -> Dataset:
+    """The same studies, whose images come as `{"bytes", "path"}` of files that are not decoded."""
+    # Not by `cast_column`, which writes a list of images to disk anew.
+    rows = rows.with_format(None)
+    rows.info.features = Features({**rows.features, "images": List(Image(decode=False))})
+    return rows
 
 
 def stream_prepared(folder: str | os.PathLike, split: str) -> IterableDataset:
@@ -145,4 +153,5 @@ __all__ = [
     "prepared_shards",
     "prepared_splits",
     "stream_prepared",
+    "undecoded",
 ]

@@ -280,13 +280,13 @@ def disagreements(record, report):
         ("nowhere.png", {}, r"nowhere.png: cannot be read \(No such file"),
         (np.full((32, 32), np.nan), {}, "the array holds NaN"),
         (
-            np.zeros((32, 32)),
+            np.eye(32),
             {"max_tokens": 5},
             "unknown pipeline argument 'max_tokens': expected findings, indication",
         ),
-        (np.zeros((32, 32)), {"findings": {"oedema": "positive"}}, "unknown finding 'oedema'"),
-        (np.zeros((32, 32)), {"findings": {"edema": "yes"}}, "unknown finding state 'yes'"),
-        (np.zeros((32, 32)), {"findings": {"no finding": "negative"}}, "not possible for no_finding"),
+        (np.eye(32), {"findings": {"oedema": "positive"}}, "unknown finding 'oedema'"),
+        (np.eye(32), {"findings": {"edema": "yes"}}, "unknown finding state 'yes'"),
+        (np.eye(32), {"findings": {"no finding": "negative"}}, "not possible for no_finding"),
     ],
 )
 def test_what_cannot_be_is_named(pipe, inputs, arguments, message):

@@ -154,9 +154,8 @@ def test_float_arrays_beyond_one_are_scaled_from_their_own_range():
     array = np.linspace(-1000, 3000, 32 * 32).reshape(32, 32)
     read = np.asarray(read_view(array))[..., 0]
     np.testing.assert_allclose(read, (array + 1000) / 4000 * 255, atol=0.6)
-    half = np.asarray(read_view(np.full((32, 32), 0.5)))
-    assert np.unique(half).tolist() == [128]
-    assert np.unique(np.asarray(read_view(np.full((32, 32), 900, np.int32)))).size == 1
+    halves = np.asarray(read_view(np.eye(32) / 2))
+    assert np.unique(halves).tolist() == [0, 128]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -20,7 +20,7 @@ from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from ..studies import load_studies
 from ..studies.cleaning import clean_report
-from ..studies.loading import load_prepared
+from ..studies.loading import load_prepared, undecoded
 from .features import CachedStudies
 from .recipe import LabelsRecipe, ModelRecipe, Recipe, StudiesRecipe
 from .streaming import StreamedStudies
@@ -36,7 +36,9 @@ Rows = TypeVar("Rows", Dataset, StreamedStudies, CachedStudies)
 def build_studies(
     studies: StudiesRecipe, labels: LabelsRecipe, seed: int = 0, splits: Sequence[str] | None = None
 ) -> StudySplits:
-    """The recipe's studies by split, as `STUDY_FEATURES` has them, with `report` cleaned and `finding_states` filled.
+    """The recipe's studies by split, with `report` cleaned and `finding_states` filled.
+
+    Rows follow `STUDY_FEATURES`, with images as `{"bytes", "path"}`: the collator reads them as `generate` does.
 
     Studies without a report are left out and counted. States come from the CSV for the studies it names, else from the
     labeler, else they are the studies' own; a labeler reads the reports as they were before cleaning.
@@ -86,7 +88,7 @@ def build_studies(
     }
     for split, rows in cleaned.items():
         logger.info("%s: %d studies", split, len(rows))
-    return cleaned
+    return {split: undecoded(rows) if isinstance(rows, Dataset) else rows for split, rows in cleaned.items()}
 
 
 def _loaded(studies: StudiesRecipe) -> StudySplits:

@@ -97,7 +97,7 @@ def aligned_features(
         batch_size: studies a batch.
     """
     before, after = [], []
-    views = studies.select_columns(["images"])
+    views = studies.select_columns(["id", "images"])
     for batch in DataLoader(views, batch_size=batch_size, collate_fn=partial(collate_views, processor)):
         pixel_values, view_mask = (batch[name].to(model.device) for name in ("pixel_values", "view_mask"))
         view_features = model.encode_views(pixel_values, view_mask, reader="report")

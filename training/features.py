@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from datasets import Dataset, Image
-from PIL.Image import DecompressionBombError
+from datasets import Dataset
+from PIL import Image
 from tqdm.auto import tqdm
 
+from ..image_processing_otdrg import read_file, read_view
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from .feature_store import SHARD_VIEWS, FeatureStore
@@ -123,7 +124,7 @@ def cache_features(
 
     Raises:
         ValueError: a study without views, an image that cannot be read, or a damaged file in `folder`.
-        OSError: an image file that is gone, or a folder that cannot be written to or is not the same for all.
+        OSError: a folder that cannot be written to or is not the same for all.
     """
     state = PartialState()
     store = FeatureStore(Path(folder) / encoder_digest(model, processor))
@@ -189,7 +190,7 @@ def _encode(
     """Encode the views of these digests, each met in the study at its position, shard by shard."""
     training = model.training
     model.eval()
-    views = _absent_views(studies, absent)
+    views = _absent_views(studies, absent, processor.max_image_pixels)
     digests: list[bytes] = []
     features: list[torch.Tensor] = []
     hidden = None if PartialState().is_local_main_process else True
@@ -208,7 +209,9 @@ def _encode(
     model.train(training)
 
 
-def _absent_views(studies: Dataset | StreamedStudies, absent: dict[bytes, int]) -> Iterator[tuple[bytes, Any]]:
+def _absent_views(
+    studies: Dataset | StreamedStudies, absent: dict[bytes, int], max_pixels: int
+) -> Iterator[tuple[bytes, Image.Image]]:
     """Digest and image of each view that is asked for, once."""
     wanted = set(absent)
     for place, files in _image_files(studies, set(absent.values())):
@@ -217,14 +220,7 @@ def _absent_views(studies: Dataset | StreamedStudies, absent: dict[bytes, int]) 
             if digest not in wanted:
                 continue
             wanted.remove(digest)
-            try:
-                # As a row of the studies would have it, turned upright by its EXIF too.
-                image = Image().decode_example({"bytes": file, "path": None})
-            except (DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-                raise ValueError(
-                    f"study {studies['id'][place]!r}: its view {number} cannot be read ({error})"
-                ) from error
-            yield digest, image
+            yield digest, read_view(file, max_pixels, f"study {studies['id'][place]!r}, view {number}")
 
 
 def _image_files(
@@ -240,11 +236,13 @@ def _image_files(
         tables = studies.select_columns("images").with_format("arrow").select(share).iter(batch_size=32)
         rows = zip(share, chain.from_iterable(table["images"].to_pylist() for table in tables), strict=True)
     for place, views in rows:
-        if places is None or place in places:
-            yield (
-                place,
-                [Path(view["path"]).read_bytes() if view["bytes"] is None else view["bytes"] for view in views or ()],
-            )
+        if places is not None and place not in places:
+            continue
+        try:
+            files = [read_file(view["path"]) if view["bytes"] is None else view["bytes"] for view in views or ()]
+        except ValueError as error:
+            raise ValueError(f"study {studies['id'][place]!r}: {error}") from error
+        yield place, files
 
 
 # --- digests ---------------------------------------------------------------------------------------------------------

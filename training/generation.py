@@ -119,7 +119,7 @@ def generate_reports(
     waits = {"synced_gpus": True} if is_sharded(model) else {}
     views = "view_features" if "view_features" in studies.column_names else "images"
     loader = DataLoader(
-        studies.select_columns([views, "indication"] if indication else [views]).select(mine),
+        studies.select_columns(["id", views, "indication"] if indication else ["id", views]).select(mine),
         batch_size=batch_size,
         collate_fn=PromptCollator(processor, indication),
     )

@@ -31,7 +31,8 @@ class StreamedStudies(torch.utils.data.IterableDataset):
 
     def __init__(self, folder: str | os.PathLike, split: str, seed: int = 0, buffer: int = 256):
         self.shards = prepared_shards(folder, split)
-        self._on_disk = stream_prepared(folder, split)
+        # Not decoded by the library, so that a view is read as `generate` reads it.
+        self._on_disk = stream_prepared(folder, split).cast_column("images", List(Image(decode=False)))
         self._stream = self._on_disk.shuffle(seed=seed, buffer_size=buffer)
         names = ("id", "report", "indication", "finding_states")
         self._columns = {name: prepared_column(folder, split, name) for name in names}
@@ -63,8 +64,8 @@ class StreamedStudies(torch.utils.data.IterableDataset):
     def image_files(self, process: int = 0, processes: int = 1) -> Iterator[tuple[int, list[dict[str, Any]]]]:
         """One process's share of the studies, in the order of the shards: position in the columns, and the views as
         `{"bytes", "path"}` of image files that are not decoded."""
-        undecoded = self._on_disk.select_columns(["id", "images"]).cast_column("images", List(Image(decode=False)))
-        for place, row in self._placed(split_dataset_by_node(undecoded, process, processes)):
+        views = self._on_disk.select_columns(["id", "images"])
+        for place, row in self._placed(split_dataset_by_node(views, process, processes)):
             yield place, row["images"]
 
     def _placed(self, stream: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:

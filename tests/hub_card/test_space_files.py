@@ -20,7 +20,7 @@ import app
 from otdrg.hub_card.space.writing import stream_report
 from PIL import Image
 
-*_, record = stream_report(app.pipe, [Image.new("RGB", (64, 64), "gray")], max_new_tokens=4)
+*_, record = stream_report(app.pipe, [Image.linear_gradient("L")], max_new_tokens=4)
 ours = {name: module.__file__ for name, module in sys.modules.items() if name.partition(".")[0] in ("app", "otdrg")}
 kinds = [one["type"] for one in app.demo.config["components"]]
 print(json.dumps({"ours": ours, "kinds": kinds, "model": app.MODEL, "record": sorted(record)}))

@@ -16,7 +16,7 @@ PHANTOM = ["prepare", "phantom", "--train", "4", "--validation", "1", "--test", 
 @pytest.fixture
 def table(tmp_path):
     """A CSV of three studies, one of whose images is missing."""
-    Image.fromarray(np.zeros((20, 20), np.uint8)).save(tmp_path / "a.png")
+    Image.fromarray(np.arange(16 * 16, dtype=np.uint8).reshape(16, 16)).save(tmp_path / "a.png")
     with (tmp_path / "reports.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "study_id", "report"])

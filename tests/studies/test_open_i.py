@@ -49,7 +49,7 @@ def write_images(folder, layout, studies=IMAGES):
             else:
                 path = folder / name.rpartition("-")[0] / f"{place}{layout}"
             path.parent.mkdir(exist_ok=True)
-            Image.new("L", (8, 8), place).save(path)
+            Image.linear_gradient("L").resize((16, 16)).save(path)
 
 
 @pytest.fixture
@@ -281,7 +281,7 @@ def test_studies_as_a_dataset(collection, caplog):
         "train": ["CXR1_1_IM-0001", "CXR57_IM-2170-1001"],
         "test": ["CXR2_IM-0652"],
     }
-    assert [image.size for image in studies["train"][0]["images"]] == [(8, 8), (8, 8)]
+    assert [image.size for image in studies["train"][0]["images"]] == [(16, 16), (16, 16)]
     assert studies["test"][0]["report"] == "Findings of 2."
     assert "CXR4_IM-2050 (missing image: " in caplog.text and "CXR3_IM-1384 (outside the split: " in caplog.text
 

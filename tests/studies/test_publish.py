@@ -65,7 +65,7 @@ def restricted(tmp_path):
         study = {**COLLECTIONS[licence], "report": "The lungs are clear."}
         (image,) = study["image_path"]
         (tmp_path / "images" / image).parent.mkdir(parents=True)
-        Image.fromarray(np.full((8, 8), 77, np.uint8)).save(tmp_path / "images" / image)
+        Image.fromarray(np.arange(16 * 16, dtype=np.uint8).reshape(16, 16)).save(tmp_path / "images" / image)
         annotation = tmp_path / "annotation.json"
         annotation.write_text(json.dumps({"train": [study], "val": [], "test": []}), encoding="utf-8")
         return ["prepare", "r2gen", "--annotation", annotation, "--images", tmp_path / "images"]

@@ -24,7 +24,7 @@ def collection(tmp_path):
             for name in study["image_path"]:
                 if name not in absent:
                     (images / name).parent.mkdir(parents=True, exist_ok=True)
-                    Image.fromarray(np.full((8, 8), 77, np.uint8)).save(images / name)
+                    Image.fromarray(np.arange(16 * 16, dtype=np.uint8).reshape(16, 16)).save(images / name)
         path = tmp_path / "annotation.json"
         path.write_text(json.dumps(annotation), encoding="utf-8")
         return {"annotation": path, "images": images}
@@ -47,7 +47,7 @@ def test_splits_texts_and_images(collection):
     assert first["report"] == first["findings"] == "Report of CXR7_IM-0001."
     assert first["impression"] == first["indication"] == first["comparison"] == ""
     assert first["finding_states"] is None
-    assert [image.size for image in first["images"]] == [(8, 8), (8, 8)]
+    assert [image.size for image in first["images"]] == [(16, 16), (16, 16)]
     assert studies["train"].features["views"].feature.int2str(first["views"]) == ["unknown", "unknown"]
     assert studies["validation"][0]["patient_id"] == "10000032"
 
@@ -57,7 +57,7 @@ def test_images_stay_files(collection):
     train = load_studies("r2gen", **options)["train"]
     stored = train.data.column("images")[0].as_py()
     assert stored == [{"bytes": None, "path": str(options["images"] / "a.png")}]
-    assert pickle.loads(pickle.dumps(train))[0]["images"][0].getpixel((0, 0)) == 77
+    assert pickle.loads(pickle.dumps(train))[0]["images"][0].getpixel((5, 0)) == 5
 
 
 def test_relative_folder_is_readable_from_elsewhere(collection, monkeypatch, tmp_path):
@@ -65,7 +65,7 @@ def test_relative_folder_is_readable_from_elsewhere(collection, monkeypatch, tmp
     monkeypatch.chdir(tmp_path)
     train = load_studies("r2gen", annotation="annotation.json", images="images")["train"]
     monkeypatch.chdir(options["images"])
-    assert train[0]["images"][0].size == (8, 8)
+    assert train[0]["images"][0].size == (16, 16)
 
 
 def test_studies_with_missing_images_are_left_out_and_listed(collection, caplog):

@@ -15,7 +15,7 @@ from PIL import Image
 def iu_xray(tmp_path_factory):
     """The recipe's section of an R2Gen annotation of two training studies and one of validation, out of thousands."""
     folder = tmp_path_factory.mktemp("iu_xray")
-    Image.new("L", (8, 8)).save(folder / "view.png")
+    Image.linear_gradient("L").save(folder / "view.png")
     ids = r2gen_split_ids()
     study = {"report": "The heart is normal. The lungs are clear.", "image_path": ["view.png", "view.png"]}
     annotation = {

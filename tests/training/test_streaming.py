@@ -38,7 +38,7 @@ def test_streamed_studies_are_those_of_the_table(prepared):
     assert len(rows) == 9
     for expected in table["train"]:
         row = rows[expected["id"]]
-        assert row["images"][0].tobytes() == expected["images"][0].tobytes()
+        assert row["images"][0]["bytes"] == expected["images"][0]["bytes"]
         assert {n: v for n, v in row.items() if n != "images"} == {n: v for n, v in expected.items() if n != "images"}
 
 
