@@ -15,7 +15,9 @@ from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 
 from ..configuration_otdrg import OTDRGConfig
-from ..labelers import load_labeler, read_states
+from ..interruptions import is_out_of_memory
+from ..labelers import read_states
+from ..labelers.as_typed import labeler_of
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from ..studies import load_studies
@@ -112,7 +114,7 @@ def _labelled(splits: StudySplits, labels: LabelsRecipe, ids: Collection[str]) -
     if labels.csv is None and labels.labeler is None:
         return splits
     from_csv = read_states(labels.csv) if labels.csv is not None else {}
-    labeler = load_labeler(labels.labeler, **labels.options) if labels.labeler is not None else None
+    labeler = labeler_of(labels.labeler, labels.options) if labels.labeler is not None else None
     if labels.csv is not None and from_csv.keys().isdisjoint(ids):
         raise ValueError(f"labels.csv={labels.csv!r} names none of the studies: expected their ids in its column id")
     labelled = {}
@@ -167,7 +169,13 @@ def build_model(
         if recipe.label_text_encoder is not None:
             raise ValueError("model.label_text_encoder is given, but no backbones: expected vision and text beside it")
         processor = OTDRGProcessor.from_texts(list(reports), config=config, vocab_size=recipe.vocab_size)
-        model = OTDRGForReportGeneration(config)
+        try:
+            model = OTDRGForReportGeneration(config)
+        except Exception as error:  # whatever the backbones' own code raises of sizes that do not fit together
+            if is_out_of_memory(error):
+                raise
+            reason = " ".join(str(error).split())
+            raise ValueError(f"model.overrides: no model can be made of them ({reason})") from error
     else:
         for part in ("vision_config", "text_config"):
             if part in recipe.overrides:
