@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import sys
 import threading
@@ -20,6 +21,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SYSTEM = (*FULL, errno.EMFILE, errno.ENFILE, errno.EROFS, errno.ENOTCONN, errno.ESTALE)
 
 _POLL_SECONDS = 0.5
+
+_QUOTED = re.compile(r"""b?'[^']*(?:'|$)|b?"[^"]*(?:"|$)""")
+_LONGEST_REASON = 300
 
 
 class Terminated(KeyboardInterrupt):
@@ -116,6 +120,27 @@ def is_system_fault(error: BaseException) -> bool:
     )
 
 
+def fault_of_study(error: Exception, quotes: bool = True) -> str:
+    """The type and the first line of an error that one study caused, for the list of studies that were left out.
+
+    Args:
+        error: what reading it raised.
+        quotes: whether to keep what the error quotes, which may be text of a report.
+
+    Raises:
+        Exception: the error itself, where it is not the study's: the disk is full, a package is missing...
+    """
+    if isinstance(error, ImportError) or is_system_fault(error):
+        raise error
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if not quotes:
+        line = _QUOTED.sub("'...'", line)
+    line = line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]}..."
+    # Those of ours say what is wrong and need no type.
+    named = type(error) is ValueError and quotes
+    return line if named and line else f"{type(error).__name__}: {line}".rstrip(": ")
+
+
 def end_with_parent(parent: int | None = None) -> None:
     """End this process when the one that started it is gone: killed, it could not tell its children to end.
 
@@ -157,6 +182,7 @@ __all__ = [
     "end_with_parent",
     "ended_by",
     "exit_status",
+    "fault_of_study",
     "is_out_of_memory",
     "is_system_fault",
     "terminations",

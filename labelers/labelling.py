@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections import Counter
@@ -17,9 +18,13 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, UNMENTIONED
+from ..interruptions import fault_of_study, is_out_of_memory
+from ..output_lock import OutputLock
 from ..studies.schema import STUDY_FEATURES
 from ..studies.shards import SUMMARY, ShardWriter, check_output, publish_shards, put_in_place, write_json
 from ..studies.source import SPLITS
+
+logger = logging.getLogger(__name__)
 
 #: Ids and reports to state ids, None where there are none.
 StateReader = Callable[[Sequence[str], Sequence[str]], Sequence[Sequence[int] | None]]
@@ -93,6 +98,8 @@ def label_dataset(
         overwrite: replace a dataset at `output`, and start an interrupted run anew.
 
     Raises:
+        OutputLockedError: another process labels or builds the dataset at `output`.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the message says what is kept.
         ValueError: the folder is not a built dataset, `output` is there or lies in it, or an interrupted run is there.
     """
     # Not abspath: of a link to a dataset, the dataset is replaced, not the link.
@@ -100,6 +107,25 @@ def label_dataset(
     output = folder if output is None else Path(os.path.realpath(output))
     work = output.with_name(f"{output.name}.partial")
     settings = json.loads(json.dumps({"dataset": str(folder), "relabel": relabel, **settings}, default=str))
+    with OutputLock(output):
+        try:
+            return _label_locked(folder, output, work, read, settings, relabel, resume, overwrite)
+        except KeyboardInterrupt as stop:
+            kept = len(list((work / _SHARDS).glob("*.json")))
+            told = f"{kept:,} whole shards are kept in {work}; --resume goes on with the others"
+            raise type(stop)(told if work.exists() else "nothing was labelled yet") from stop
+
+
+def _label_locked(
+    folder: Path,
+    output: Path,
+    work: Path,
+    read: StateReader,
+    settings: dict[str, Any],
+    relabel: bool,
+    resume: bool,
+    overwrite: bool,
+) -> LabelReport:
     if resume and (finished := _finish(output, work, settings, overwrite=overwrite or output == folder)):
         return finished
     files, summary = _files(folder), _summary(folder)
@@ -135,7 +161,11 @@ def _files(folder: Path) -> list[tuple[str, Path]]:
             "(otdrg prepare hub --dataset FOLDER makes one of any other)"
         )
     for _, file in files:
-        if missing := set(STUDY_FEATURES) - set(pq.read_schema(file).names):
+        try:
+            names = pq.read_schema(file).names
+        except (OSError, pa.ArrowException) as error:
+            raise ValueError(f"{file} cannot be read ({error}): otdrg prepare makes it anew") from error
+        if missing := set(STUDY_FEATURES) - set(names):
             raise ValueError(f"{file}: no column {min(missing)!r}, expected those that otdrg prepare writes")
     return files
 
@@ -218,7 +248,7 @@ def _label_shard(name: str, file: Path, folder: Path, read: StateReader, relabel
     states = columns["finding_states"]
     wanted = [place for place, row in enumerate(states) if relabel or row is None]
     ids, reports = ([columns[column][place] for place in wanted] for column in ("id", "report"))
-    found = read(ids, reports) if wanted else []
+    found = _read_all(read, ids, reports) if wanted else []
     labelled = 0
     for place, row in zip(wanted, found, strict=True):
         if row is not None:
@@ -240,6 +270,29 @@ def _label_shard(name: str, file: Path, folder: Path, read: StateReader, relabel
     )
     write_json(record, shard._asdict())
     return shard
+
+
+def _read_all(read: StateReader, ids: list[str], reports: list[str]) -> list[Sequence[int] | None]:
+    """States of all studies; None, with a warning, for those that the labeler fails at while it reads others."""
+    try:
+        return list(read(ids, reports))
+    except Exception as error:
+        fault_of_study(error)
+        if is_out_of_memory(error):
+            raise
+        states: list[Sequence[int] | None] = []
+        faults: dict[str, str] = {}
+        for study, report in zip(ids, reports, strict=True):
+            try:
+                states += read([study], [report])
+            except Exception as fault:
+                states.append(None)
+                faults[study] = fault_of_study(fault, quotes=False)
+        if len(faults) == len(ids):
+            raise
+    for study, reason in faults.items():
+        logger.warning("study %s is left without states: %s", study, reason)
+    return states
 
 
 def _write(file: Path, path: Path, states: list[list[int] | None], arrow: bool) -> None:

@@ -15,18 +15,33 @@ def collate_views(processor: OTDRGProcessor, rows: list[dict[str, Any]]) -> dict
 
     Args:
         processor: the model's.
-        rows: with `images`, or with `view_features` (V, image_tokens, D) in their place.
+        rows: with `id` and `images`, or with `view_features` (V, image_tokens, D) in the images' place.
 
     Returns:
         `pixel_values` (B, V, 3, H, W) or `view_features` (B, V, image_tokens, D), and the mask.
+
+    Raises:
+        ValueError: a view that the processor refuses; the message names the study.
     """
     if "view_features" not in rows[0]:
-        return processor.encode_images([row["images"] for row in rows])
+        return _encode_images(processor, rows)
     features = [row["view_features"] for row in rows]
     view_mask = torch.zeros(len(rows), max(map(len, features)), dtype=torch.bool)
     for row, views in enumerate(features):
         view_mask[row, : len(views)] = True
     return {"view_features": torch.nn.utils.rnn.pad_sequence(features, batch_first=True), "view_mask": view_mask}
+
+
+def _encode_images(processor: OTDRGProcessor, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    try:
+        return processor.encode_images([row["images"] for row in rows])
+    except ValueError:
+        for row in rows:
+            try:
+                processor.encode_images([row["images"]])
+            except ValueError as error:
+                raise ValueError(f"study {row.get('id')!r}: {error}") from error
+        raise
 
 
 class ReportCollator:

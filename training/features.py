@@ -14,15 +14,16 @@ from typing import Any, TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from datasets import Dataset, Image
-from PIL.Image import DecompressionBombError
+from datasets import Dataset
 from tqdm.auto import tqdm
 
+from ..interruptions import fault_of_study
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
+from .collation import collate_views
 from .feature_store import SHARD_VIEWS, FeatureStore
 from .recipe import Recipe, StageRecipe
-from .streaming import StreamedStudies
+from .streaming import StreamedStudies, decode_view
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,7 @@ def cache_features(
     studies: Dataset | StreamedStudies,
     folder: str | os.PathLike,
     batch_size: int,
+    left_out: dict[str, str] | None = None,
 ) -> CachedStudies:
     """Encode the views that have no features in `folder` yet, and read all of them from there.
 
@@ -120,23 +122,29 @@ def cache_features(
         studies: as `STUDY_FEATURES` has them.
         folder: of features, of any number of encoders; all processes must see the same.
         batch_size: views encoded at a time.
+        left_out: takes the ids of studies with a view that cannot be read, and why; such studies are left out. Without
+            it they are an error. Not for a distributed run.
 
     Raises:
-        ValueError: a study without views, an image that cannot be read, or a damaged file in `folder`.
-        OSError: an image file that is gone, or a folder that cannot be written to or is not the same for all.
+        ValueError: a study without views, an image that is gone or cannot be read, or a damaged file in `folder`.
+        OSError: a folder that cannot be written to or is not the same for all.
     """
     state = PartialState()
     store = FeatureStore(Path(folder) / encoder_digest(model, processor))
-    mine = {place: [_digest(file) for file in files] for place, files in _image_files(studies)}
+    ids = list(studies["id"])
+    mine = {place: [_digest(file) for file in files] for place, files in _image_files(studies, left_out=left_out)}
     everyones = list(mine.items())
     views = dict(gather_object(everyones) if state.num_processes > 1 else everyones)
-    ids = list(studies["id"])
     for place, study in enumerate(ids):
-        if not views.get(place):
-            raise ValueError(f"study {study!r} has no view: a report is only written from at least one")
+        if not views.get(place) and study not in (left_out or ()):
+            reason = f"study {study!r} has no view: a report is only written from at least one"
+            if left_out is None:
+                raise ValueError(reason)
+            left_out[study] = reason
+    places = [place for place in range(len(ids)) if views.get(place)]
     # The process that has a view's first study in its share encodes it, whatever the others see of the folder.
     first: dict[bytes, int] = {}
-    for place in range(len(ids)):
+    for place in places:
         for digest in views[place]:
             first.setdefault(digest, place)
     absent = {digest for digest in first if digest not in store}
@@ -148,16 +156,23 @@ def cache_features(
         len(absent),
     )
     share = {digest: first[digest] for digest in absent if first[digest] in mine}
-    _encode(model, processor, studies, share, store, batch_size)
+    refused: dict[bytes, str] = {}
+    _encode(model, processor, studies, share, store, batch_size, None if left_out is None else refused)
+    for place in places if refused else ():
+        reason = next((refused[digest] for digest in views[place] if digest in refused), None)
+        if reason is not None:
+            left_out[ids[place]] = f"study {ids[place]!r}: {reason.partition(': ')[2]}"
+    places = [place for place in places if ids[place] not in (left_out or ())]
     state.wait_for_everyone()
     store.refresh()
-    if any(digest not in store for digest in first):
+    if any(digest not in store for digest in first if digest not in refused):
         raise OSError(
             f"{store.folder} lacks features that were written: expected a folder that all processes see, and image "
             "files that do not change"
         )
     columns = {name: list(studies[name]) for name in ("id", "report", "indication", "finding_states")}
-    return CachedStudies(store, [views[place] for place in range(len(ids))], columns)
+    columns = {name: [values[place] for place in places] for name, values in columns.items()}
+    return CachedStudies(store, [views[place] for place in places], columns)
 
 
 def cached_where_frozen(
@@ -185,20 +200,26 @@ def _encode(
     absent: dict[bytes, int],
     store: FeatureStore,
     batch_size: int,
+    refused: dict[bytes, str] | None,
 ) -> None:
-    """Encode the views of these digests, each met in the study at its position, shard by shard."""
+    """Encode the views of these digests, each met in the study at its position, shard by shard.
+
+    `refused` takes the digests of views that cannot be read, and why; without it they are an error.
+    """
     training = model.training
     model.eval()
-    views = _absent_views(studies, absent)
+    views = _absent_views(studies, absent, refused)
     digests: list[bytes] = []
     features: list[torch.Tensor] = []
     hidden = None if PartialState().is_local_main_process else True
     with torch.no_grad(), tqdm(total=len(absent), unit="view", desc="features", disable=hidden) as bar:
         while batch := list(islice(views, batch_size)):
-            inputs = processor.encode_images([[image] for _, image in batch])
+            batch, inputs = _inputs(processor, batch, refused)
+            if not batch:
+                continue
             pixel_values, view_mask = (inputs[name].to(model.device) for name in ("pixel_values", "view_mask"))
             features += model.encode_views(pixel_values, view_mask)[:, 0].cpu()
-            digests += [digest for digest, _ in batch]
+            digests += [digest for digest, *_ in batch]
             bar.update(len(batch))
             if len(digests) >= SHARD_VIEWS:
                 store.add(digests, features)
@@ -208,9 +229,31 @@ def _encode(
     model.train(training)
 
 
-def _absent_views(studies: Dataset | StreamedStudies, absent: dict[bytes, int]) -> Iterator[tuple[bytes, Any]]:
-    """Digest and image of each view that is asked for, once."""
-    wanted = set(absent)
+def _inputs(
+    processor: OTDRGProcessor, batch: list[tuple[bytes, Any, str]], refused: dict[bytes, str] | None
+) -> tuple[list[tuple[bytes, Any, str]], dict[str, torch.Tensor]]:
+    """The views of a batch that the processor takes, and what it makes of them."""
+    rows = [{"id": study, "images": [image]} for _, image, study in batch]
+    try:
+        return batch, collate_views(processor, rows)
+    except ValueError:
+        if refused is None:
+            raise
+    taken = []
+    for view, row in zip(batch, rows, strict=True):
+        try:
+            collate_views(processor, [row])
+            taken.append(view)
+        except ValueError as error:
+            refused[view[0]] = str(error)
+    return taken, collate_views(processor, [{"id": s, "images": [i]} for _, i, s in taken]) if taken else {}
+
+
+def _absent_views(
+    studies: Dataset | StreamedStudies, absent: dict[bytes, int], refused: dict[bytes, str] | None
+) -> Iterator[tuple[bytes, Any, str]]:
+    """Digest and image of each view that is asked for, once, and the id of its study."""
+    wanted, ids = set(absent), studies["id"]
     for place, files in _image_files(studies, set(absent.values())):
         for number, file in enumerate(files):
             digest = _digest(file)
@@ -218,20 +261,25 @@ def _absent_views(studies: Dataset | StreamedStudies, absent: dict[bytes, int]) 
                 continue
             wanted.remove(digest)
             try:
-                # As a row of the studies would have it, turned upright by its EXIF too.
-                image = Image().decode_example({"bytes": file, "path": None})
-            except (DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-                raise ValueError(
-                    f"study {studies['id'][place]!r}: its view {number} cannot be read ({error})"
-                ) from error
-            yield digest, image
+                image = decode_view({"bytes": file, "path": None}, ids[place], number)
+            except ValueError as error:
+                if refused is None:
+                    raise
+                refused[digest] = str(error)
+                continue
+            yield digest, image, ids[place]
 
 
 def _image_files(
-    studies: Dataset | StreamedStudies, places: Collection[int] | None = None
+    studies: Dataset | StreamedStudies,
+    places: Collection[int] | None = None,
+    left_out: dict[str, str] | None = None,
 ) -> Iterator[tuple[int, list[bytes]]]:
-    """Of this process's share of the studies, or those at `places` in it: position, and its views' image files."""
-    state = PartialState()
+    """Of this process's share of the studies, or those at `places` in it: position, and its views' image files.
+
+    `left_out` takes the ids of studies whose files cannot be read, and why; without it they are an error.
+    """
+    state, ids = PartialState(), studies["id"]
     if isinstance(studies, StreamedStudies):
         rows = studies.image_files(state.process_index, state.num_processes)
     else:
@@ -240,11 +288,15 @@ def _image_files(
         tables = studies.select_columns("images").with_format("arrow").select(share).iter(batch_size=32)
         rows = zip(share, chain.from_iterable(table["images"].to_pylist() for table in tables), strict=True)
     for place, views in rows:
-        if places is None or place in places:
-            yield (
-                place,
-                [Path(view["path"]).read_bytes() if view["bytes"] is None else view["bytes"] for view in views or ()],
-            )
+        if places is not None and place not in places:
+            continue
+        try:
+            yield place, [Path(v["path"]).read_bytes() if v["bytes"] is None else v["bytes"] for v in views or ()]
+        except (OSError, ValueError) as error:
+            reason = f"study {ids[place]!r}: its view cannot be read ({fault_of_study(error)})"
+            if left_out is None:
+                raise ValueError(reason) from error
+            left_out[ids[place]] = reason
 
 
 # --- digests ---------------------------------------------------------------------------------------------------------

@@ -6,10 +6,12 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import PIL.Image
 import torch
-from datasets import Image, List
+from datasets import Dataset, Image, IterableDataset, List
 from datasets.distributed import split_dataset_by_node
 
+from ..interruptions import fault_of_study
 from ..studies.loading import prepared_column, prepared_shards, stream_prepared
 
 
@@ -32,7 +34,7 @@ class StreamedStudies(torch.utils.data.IterableDataset):
     def __init__(self, folder: str | os.PathLike, split: str, seed: int = 0, buffer: int = 256):
         self.shards = prepared_shards(folder, split)
         self._on_disk = stream_prepared(folder, split)
-        self._stream = self._on_disk.shuffle(seed=seed, buffer_size=buffer)
+        self._stream = _undecoded(self._on_disk).shuffle(seed=seed, buffer_size=buffer)
         names = ("id", "report", "indication", "finding_states")
         self._columns = {name: prepared_column(folder, split, name) for name in names}
 
@@ -58,12 +60,13 @@ class StreamedStudies(torch.utils.data.IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for place, row in self._placed(self._stream):
-            yield {**row, **{name: values[place] for name, values in self._columns.items()}}
+            images = [decode_view(view, row["id"], number) for number, view in enumerate(row["images"])]
+            yield {**row, "images": images, **{name: values[place] for name, values in self._columns.items()}}
 
     def image_files(self, process: int = 0, processes: int = 1) -> Iterator[tuple[int, list[dict[str, Any]]]]:
         """One process's share of the studies, in the order of the shards: position in the columns, and the views as
         `{"bytes", "path"}` of image files that are not decoded."""
-        undecoded = self._on_disk.select_columns(["id", "images"]).cast_column("images", List(Image(decode=False)))
+        undecoded = _undecoded(self._on_disk.select_columns(["id", "images"]))
         for place, row in self._placed(split_dataset_by_node(undecoded, process, processes)):
             yield place, row["images"]
 
@@ -78,4 +81,44 @@ class StreamedStudies(torch.utils.data.IterableDataset):
         self._stream.set_epoch(epoch)
 
 
-__all__ = ["StreamedStudies"]
+class MappedStudies(torch.utils.data.Dataset):
+    """Studies of a `datasets.Dataset` as a Trainer reads them: a view that cannot be read is an error with the id.
+
+    Args:
+        rows: as `STUDY_FEATURES` has them.
+    """
+
+    def __init__(self, rows: Dataset):
+        self._rows = rows.with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        row = self._rows[position].to_pylist()[0]
+        images = [decode_view(view, row["id"], number) for number, view in enumerate(row["images"])]
+        return {**row, "images": images}
+
+
+def decode_view(view: dict[str, Any], study: str, number: int) -> PIL.Image.Image:
+    """A view as a row of the studies has it, turned upright by its EXIF too.
+
+    Args:
+        view: `{"bytes", "path"}` of an image file.
+        study: the study's id, for errors.
+        number: of the view in the study, from 0, for errors.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        return Image().decode_example(view)
+    except Exception as error:  # a damaged file raises whatever its decoder meets
+        raise ValueError(f"study {study!r}: its view {number} cannot be read ({fault_of_study(error)})") from error
+
+
+def _undecoded(rows: IterableDataset) -> IterableDataset:
+    return rows.cast_column("images", List(Image(decode=False)))
+
+
+__all__ = ["MappedStudies", "StreamedStudies", "decode_view"]

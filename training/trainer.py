@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from datasets import Dataset
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -23,6 +24,7 @@ from .distributed import check_wrapper, device_arguments, fill, has_accelerator,
 from .history import HistoryCallback
 from .recipe import StageRecipe
 from .resumption import ResumableTrainer
+from .streaming import MappedStudies
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +86,8 @@ class StageTrainer(ResumableTrainer):
         **kwargs,
     ):
         callbacks = [loss_callback, HistoryCallback(), *callbacks]
+        for name in ("train_dataset", "eval_dataset"):
+            kwargs[name] = _named(kwargs.get(name))
         super().__init__(model, args, data_collator=train_collator, callbacks=callbacks, **kwargs)
         self.processor = processor
         self.loss_callback = loss_callback
@@ -104,6 +108,9 @@ class StageTrainer(ResumableTrainer):
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.data_collator = train_collator
+
+    def get_test_dataloader(self, test_dataset):
+        return super().get_test_dataloader(_named(test_dataset))
 
     def _get_train_sampler(self, train_dataset=None):
         if self.train_lengths is None:
@@ -298,6 +305,11 @@ class StageTrainer(ResumableTrainer):
             "wrapper": self._wrapper,
             "log_history": self.state.log_history,
         }
+
+
+def _named(studies):
+    """Studies whose errors name the study."""
+    return MappedStudies(studies) if isinstance(studies, Dataset) else studies
 
 
 def training_arguments(
