@@ -104,6 +104,8 @@ def _label_reports(options: argparse.Namespace) -> None:
     output = Path(options.output)
     if output.is_dir():
         raise ValueError(f"{output} is a folder: expected the name of a CSV")
+    if not output.parent.is_dir():
+        raise ValueError(f"{output}: there is no folder {output.parent}, expected one that exists")
     with OutputLock(output):
         _write_labels(options, output)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 from collections import Counter
@@ -18,13 +17,10 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, UNMENTIONED
-from ..interruptions import fault_of_study, is_out_of_memory
 from ..output_lock import OutputLock
 from ..studies.schema import STUDY_FEATURES
 from ..studies.shards import SUMMARY, ShardWriter, check_output, publish_shards, put_in_place, write_json
 from ..studies.source import SPLITS
-
-logger = logging.getLogger(__name__)
 
 #: Ids and reports to state ids, None where there are none.
 StateReader = Callable[[Sequence[str], Sequence[str]], Sequence[Sequence[int] | None]]
@@ -248,7 +244,7 @@ def _label_shard(name: str, file: Path, folder: Path, read: StateReader, relabel
     states = columns["finding_states"]
     wanted = [place for place, row in enumerate(states) if relabel or row is None]
     ids, reports = ([columns[column][place] for place in wanted] for column in ("id", "report"))
-    found = _read_all(read, ids, reports) if wanted else []
+    found = read(ids, reports) if wanted else []
     labelled = 0
     for place, row in zip(wanted, found, strict=True):
         if row is not None:
@@ -270,29 +266,6 @@ def _label_shard(name: str, file: Path, folder: Path, read: StateReader, relabel
     )
     write_json(record, shard._asdict())
     return shard
-
-
-def _read_all(read: StateReader, ids: list[str], reports: list[str]) -> list[Sequence[int] | None]:
-    """States of all studies; None, with a warning, for those that the labeler fails at while it reads others."""
-    try:
-        return list(read(ids, reports))
-    except Exception as error:
-        fault_of_study(error)
-        if is_out_of_memory(error):
-            raise
-        states: list[Sequence[int] | None] = []
-        faults: dict[str, str] = {}
-        for study, report in zip(ids, reports, strict=True):
-            try:
-                states += read([study], [report])
-            except Exception as fault:
-                states.append(None)
-                faults[study] = fault_of_study(fault, quotes=False)
-        if len(faults) == len(ids):
-            raise
-    for study, reason in faults.items():
-        logger.warning("study %s is left without states: %s", study, reason)
-    return states
 
 
 def _write(file: Path, path: Path, states: list[list[int] | None], arrow: bool) -> None:

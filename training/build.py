@@ -156,18 +156,11 @@ def build_model(
         OSError: a backbone that cannot be loaded.
     """
     config = _preset_config(recipe)
-    vision, text = recipe.vision or config.vision_backbone, recipe.text or config.text_backbone
-    if (vision is None) != (text is None):
-        absent = "vision" if vision is None else "text"
-        raise ValueError(f"model.{absent} is missing: expected backbones for both vision and text, or for neither")
+    vision, text = check_backbones(recipe, config)
     # LoRA belongs to the stage that trains it: in the configuration of a folder without adapters it would make them
     # load wrong.
     config.lora = config.vision_lora = None
-    if vision is None and recipe.quantization is not None:
-        raise ValueError(f"model.quantization={recipe.quantization!r}: expected null for a model from scratch")
     if vision is None:
-        if recipe.label_text_encoder is not None:
-            raise ValueError("model.label_text_encoder is given, but no backbones: expected vision and text beside it")
         processor = OTDRGProcessor.from_texts(list(reports), config=config, vocab_size=recipe.vocab_size)
         try:
             model = OTDRGForReportGeneration(config)
@@ -177,9 +170,6 @@ def build_model(
             reason = " ".join(str(error).split())
             raise ValueError(f"model.overrides: no model can be made of them ({reason})") from error
     else:
-        for part in ("vision_config", "text_config"):
-            if part in recipe.overrides:
-                raise ValueError(f"model.overrides.{part} is given beside a backbone, which brings its own")
         fields = {name: getattr(config, name) for name in _joining_fields()}
         for name, reference in (("vision_backbone", vision), ("text_backbone", text)):
             # A path of this machine means nothing to those who get the model.
@@ -195,6 +185,26 @@ def build_model(
         processor = OTDRGProcessor.from_backbones(vision=vision, text=text, config=model.config)
     cast_backbones(model, recipe.dtype)
     return model, processor
+
+
+def check_backbones(recipe: ModelRecipe, config: OTDRGConfig) -> tuple[str, str] | tuple[None, None]:
+    """The references of the vision backbone and the LLM, the recipe's or the preset's; None for both from scratch.
+
+    Raises:
+        ValueError: one without the other, or a field that does not go with them.
+    """
+    vision, text = recipe.vision or config.vision_backbone, recipe.text or config.text_backbone
+    if (vision is None) != (text is None):
+        absent = "vision" if vision is None else "text"
+        raise ValueError(f"model.{absent} is missing: expected backbones for both vision and text, or for neither")
+    if vision is None and recipe.quantization is not None:
+        raise ValueError(f"model.quantization={recipe.quantization!r}: expected null for a model from scratch")
+    if vision is None and recipe.label_text_encoder is not None:
+        raise ValueError("model.label_text_encoder is given, but no backbones: expected vision and text beside it")
+    for part in ("vision_config", "text_config") if vision is not None else ():
+        if part in recipe.overrides:
+            raise ValueError(f"model.overrides.{part} is given beside a backbone, which brings its own")
+    return vision, text
 
 
 def _preset_config(recipe: ModelRecipe) -> OTDRGConfig:
@@ -364,6 +374,7 @@ __all__ = [
     "build_model",
     "build_studies",
     "cast_backbones",
+    "check_backbones",
     "known_states",
     "load_model",
     "lora_fields",

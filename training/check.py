@@ -24,7 +24,7 @@ from ..modeling_otdrg import OTDRGForReportGeneration
 from ..studies import PREPARED, open_source, source_class
 from ..studies.loading import prepared_splits
 from . import report
-from .build import StudySplits, lora_fields, quantization_config
+from .build import StudySplits, check_backbones, lora_fields, quantization_config
 from .recipe import LabelsRecipe, ModelRecipe, Recipe, StudiesRecipe, convert
 
 
@@ -173,6 +173,7 @@ def _check_model(model: ModelRecipe) -> OTDRGConfig:
     except Exception as error:  # the configurations of backbones raise whatever their fields raise
         reason = " ".join(str(error).split())
         raise ValueError(reason if isinstance(error, ValueError) else f"model.overrides: {reason}") from error
+    check_backbones(model, config)
     for field in ("lora", "vision_lora"):
         _check_lora(f"model.overrides.{field}", getattr(config, field))
     return config

@@ -126,8 +126,8 @@ def cache_features(
             it they are an error. Not for a distributed run.
 
     Raises:
-        ValueError: a study without views, an image that is gone or cannot be read, or a damaged file in `folder`.
-        OSError: a folder that cannot be written to or is not the same for all.
+        ValueError: a study without views, an image that cannot be read, or a damaged file in `folder`.
+        OSError: an image file that is gone, or a folder that cannot be written to or is not the same for all.
     """
     state = PartialState()
     store = FeatureStore(Path(folder) / encoder_digest(model, processor))
@@ -295,7 +295,7 @@ def _image_files(
         except (OSError, ValueError) as error:
             reason = f"study {ids[place]!r}: its view cannot be read ({fault_of_study(error)})"
             if left_out is None:
-                raise ValueError(reason) from error
+                raise type(error)(reason) from error
             left_out[ids[place]] = reason
 
 

@@ -55,7 +55,7 @@ class Section:
 
 def _is_within(value: float, bounds: typing.Mapping[str, float]) -> bool:
     return (
-        math.isfinite(value)
+        (isinstance(value, int) or math.isfinite(value))
         and value >= bounds.get("least", -math.inf)
         and value > bounds.get("above", -math.inf)
         and value <= bounds.get("most", _MOST if isinstance(value, int) else math.inf)
