@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from importlib import import_module
 
+from .interruptions import exit_status
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; errors of the user's end in one line and exit status 1."""
+    """Run the command and return its exit status ([`exit_status`])."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = _parser(arguments)
     options = parser.parse_args(arguments)
     if not hasattr(options, "run"):
         parser.print_help()
         return 2
-    try:
-        options.run(options)
-    except BrokenPipeError:
-        # Whoever read the output has seen enough, as of `| head`. What is still to be flushed goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except (OSError, ValueError, ImportError) as error:
-        print(f"otdrg {options.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as interrupt:
-        told = f"; {interrupt}" if str(interrupt) else ""
-        print(f"otdrg {options.command}: interrupted{told}", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(f"otdrg {options.command}", lambda: options.run(options))
 
 
 #: Commands that live in rooms of their own, and what they do. A room is entered when its command is typed.

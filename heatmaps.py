@@ -138,7 +138,7 @@ def draw_heatmaps(
     bar.minorticks_off()
     bar.set_label("mass, times the uniform plan's", fontsize=9)
     if text:
-        figure.suptitle("\n".join(text), fontsize=9, x=0.01, ha="left")
+        figure.suptitle("\n".join(text), fontsize=9, x=0.01, ha="left", parse_math=False)
     figure.supxlabel(" ".join(notes), fontsize=8, x=0.01, ha="left")
     figure.savefig(path, dpi=110)
     return list(names)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
 import sys
 
 _EXAMPLE = """\
@@ -39,25 +38,14 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.resume and arguments.overwrite:
         parser.error("--resume and --overwrite exclude each other")
 
+    from otdrg.interruptions import end_with_parent, exit_status
+
+    end_with_parent()
     # Only the first of several processes speaks.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     is_first = os.environ.get("RANK", "0") == "0"
     logging.getLogger("otdrg").setLevel(logging.INFO if is_first else logging.ERROR)
-    from otdrg.training.interruptions import RunInterruptedError, Terminated, terminations
-
-    try:
-        with terminations():
-            _run(arguments)
-    except (ValueError, OSError, ArithmeticError, RunInterruptedError) as error:
-        if arguments.traceback:
-            raise
-        print(f"train_hf.py: error: {_one_line(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as stop:
-        if is_first:
-            print(f"train_hf.py: {_one_line(stop) or 'interrupted'}", file=sys.stderr)
-        return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
-    return 0
+    return exit_status("train_hf.py", lambda: _run(arguments), speaks=is_first, traceback=arguments.traceback)
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -71,14 +59,6 @@ def _run(arguments: argparse.Namespace) -> None:
     # Bars of loading and writing weights, every checkpoint; the Trainer's own stays.
     disable_progress_bar()
     run_recipe(recipe, resume=arguments.resume, overwrite=arguments.overwrite)
-
-
-def _one_line(error: BaseException) -> str:
-    text = str(error)
-    if text.startswith("Caught ") and "\nOriginal Traceback" in text:
-        # Of a process that loads studies: its traceback, with the error itself last.
-        text = text.strip().splitlines()[-1].partition(": ")[2]
-    return " ".join(text.split())
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..interruptions import fault_of_study, is_out_of_memory
 from ..journal import Journal
+from ..output_lock import OutputLock
 from .listing import ListedStudy, listed_studies, prepared_studies, read_lines, typed_findings, typed_studies
 from .terminal import format_record, terminal_width, wants_colour
 
@@ -95,8 +97,18 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
 
 
 def run(options: argparse.Namespace) -> None:
-    """Read what is asked for, write the reports, and tell of studies that had to be left out."""
+    """Read what is asked for, write the reports, and name the studies that had to be left out."""
     _check(options)
+    if options.output is None:
+        _run(options)
+        return
+    with OutputLock(options.output):
+        if options.output.exists() and not options.resume and not options.overwrite:
+            raise ValueError(f"{options.output} exists: --resume goes on with it, --overwrite replaces it")
+        _run(options)
+
+
+def _run(options: argparse.Namespace) -> None:
     findings = typed_findings(options.findings)
     studies = _studies(options, findings)
 
@@ -115,7 +127,8 @@ def run(options: argparse.Namespace) -> None:
     from .resumption import begin_output, settings_of
 
     pipe = load_pipeline(options.model)
-    arguments = decoding(pipe.model, options.num_beams, options.max_new_tokens)
+    options.batch_size = min(options.batch_size, len(studies))
+    arguments = decoding(pipe.model, options.num_beams, options.max_new_tokens, options.batch_size)
     journal, kept = None, 0
     if options.output is not None:
         settings = settings_of(pipe, studies, arguments, options.heatmap)
@@ -124,9 +137,9 @@ def run(options: argparse.Namespace) -> None:
     outcome = _Outcome()
     try:
         _write(pipe, studies, options, arguments, journal, outcome)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         told = f"{outcome.written:,} of {len(studies):,} studies were written"
-        raise KeyboardInterrupt(
+        raise type(stop)(
             told if journal is None else f"{told} to {options.output}; --resume goes on with the others"
         ) from None
     if journal is not None:
@@ -159,8 +172,6 @@ def _check(options: argparse.Namespace) -> None:
         nearest = next(folder for folder in options.output.absolute().parents if folder.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise ValueError(f"--output {options.output}: {nearest} is no folder that can be written to")
-        if options.output.exists() and not options.resume and not options.overwrite:
-            raise ValueError(f"{options.output} exists: --resume goes on with it, --overwrite replaces it")
     if options.heatmap is not None and options.heatmap.exists() and not options.heatmap.is_dir():
         raise ValueError(f"--heatmap {options.heatmap}: this is a file, expected a folder")
     if options.heatmap is not None and importlib.util.find_spec("matplotlib") is None:
@@ -198,13 +209,13 @@ def _write(pipe, studies: list[ListedStudy], options, arguments: dict[str, int],
             def skip(study: ListedStudy, error: Exception) -> None:
                 if options.study:
                     raise error
-                told = " ".join(str(error).split())
+                told = fault_of_study(error)
                 faults.append(told if told.startswith(f"{study.id}:") else f"{study.id}: {told}")
                 outcome.skipped += 1
                 bar.update()
 
             for batch in _batches(pipe, studies, options.batch_size, skip):
-                for record in _records(pipe, batch, options.heatmap, arguments):
+                for record in _records_or_skip(pipe, batch, options.heatmap, arguments, skip):
                     if not printing:
                         journal.add([record])
                     elif options.json:
@@ -232,10 +243,29 @@ def _readable(processor, studies, skip) -> Iterator[tuple[ListedStudy, list[Imag
             views = study.read_views(processor.max_image_pixels)
             # An indication may hold what stands for the study in a prompt.
             processor.encode_text([len(views)], indication=study.indication)
-        except (ValueError, ImportError) as error:
+        except Exception as error:  # a damaged file raises whatever its decoder meets
             skip(study, error)
         else:
             yield study, views
+
+
+def _records_or_skip(pipe, batch, heatmap: Path | None, arguments: dict[str, int], skip) -> Iterator[dict[str, Any]]:
+    """What is written of each study of a batch; a study that its batch fails at is skipped, and the others written."""
+    try:
+        records = list(_records(pipe, batch, heatmap, arguments))
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        fault_of_study(error)
+        records = []
+        for study, views in batch:
+            try:
+                records += _records(pipe, [(study, views)], heatmap, arguments)
+            except Exception as fault:
+                skip(study, fault)
+        if not records and len(batch) > 1:
+            raise
+    yield from records
 
 
 def _records(pipe, batch, heatmap: Path | None, arguments: dict[str, int]) -> Iterator[dict[str, Any]]:

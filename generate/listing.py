@@ -203,6 +203,8 @@ def _json_fields(line: str) -> dict[str, Any]:
     """The checked fields of a study that is a JSON object."""
     try:
         fields = json.loads(line)
+    except RecursionError:
+        raise ValueError("no JSON (nested too deeply)") from None
     except ValueError as error:
         raise ValueError(f"no JSON ({error})") from error
     for key in fields:
@@ -229,14 +231,14 @@ def _tabbed(line: str) -> list[str]:
 
 
 def read_lines(name: str) -> list[str]:
-    """The lines of a file, or of the standard input for `-`.
+    """The lines of a file, or of the standard input for `-`, without a byte order mark.
 
     Raises:
         ValueError: it cannot be read, or is not UTF-8.
     """
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        return data.decode("utf-8").split("\n")
+        return data.decode("utf-8-sig").split("\n")
     except OSError as error:
         raise ValueError(
             f"--studies {name}: cannot be read ({error.strerror}), expected a list of studies, or a folder of otdrg "

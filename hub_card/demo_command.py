@@ -9,7 +9,7 @@ import tempfile
 import threading
 from importlib.util import find_spec
 
-from ..training.interruptions import terminations
+from ..interruptions import terminations
 
 DESCRIPTION = """\
 Try a model in a browser: upload a study, watch its report being written, change the states of the findings and write

@@ -7,6 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from ..output_lock import OutputLock
+
 DESCRIPTION = """\
 Publish a trained model: weights (safetensors, LoRA merged), the code that loads them, processor, generation
 configuration, a model card with what was measured, metrics and licence, in one commit. transformers then loads it by
@@ -74,40 +76,45 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--{next(iter(backbones))}-backbone is given without --adapter, which alone refers to it")
     if not Path(options.source).is_dir():
         raise ValueError(f"{options.source} is no folder: expected one of a run or a model")
-    if options.output is not None and options.output.exists() and any(options.output.iterdir()):
-        raise ValueError(f"--output {options.output} is not empty: expected a new folder")
+    if options.output is None:
+        with tempfile.TemporaryDirectory() as folder:
+            _push(options, Path(folder), backbones)
+        return
+    with OutputLock(options.output):
+        if options.output.exists() and any(options.output.iterdir()):
+            raise ValueError(f"--output {options.output} is not empty: expected a new folder")
+        options.output.mkdir(exist_ok=True)
+        _push(options, options.output, backbones)
+        print(f"kept: {options.output}", file=sys.stderr)
 
+
+def _push(options: argparse.Namespace, folder: Path, backbones: dict[str, str]) -> None:
     # Not at the top, because torch and transformers take seconds to import.
     from .push import assemble_adapter, assemble_full, pin_backbones, upload_model, upload_space
     from .space_files import space_files
 
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = options.output or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        if options.adapter:
-            assemble_adapter(options.source, options.repo, folder, backbones, options.evaluation, options.license)
-        else:
-            assemble_full(options.source, options.repo, folder, options.evaluation, options.license, options.merge)
-        if options.adapter and not options.dry_run:
-            pin_backbones(folder)
-        files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*")}
-        _list(options.repo, {name: size for name, size in files.items() if (folder / name).is_file()})
+    if options.adapter:
+        assemble_adapter(options.source, options.repo, folder, backbones, options.evaluation, options.license)
+    else:
+        assemble_full(options.source, options.repo, folder, options.evaluation, options.license, options.merge)
+    if options.adapter and not options.dry_run:
+        pin_backbones(folder)
+    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*")}
+    _list(options.repo, {name: size for name, size in files.items() if (folder / name).is_file()})
+    if options.space:
+        contents = space_files(options.repo)
+        sizes = {n: len(c) if isinstance(c, bytes) else Path(c).stat().st_size for n, c in contents.items()}
+        _list(f"spaces/{options.space}", sizes)
+    if options.dry_run:
+        unchecked = " whether the backbones on the Hub are those of the adapter was not checked" * options.adapter
+        print(f"nothing was pushed (--dry-run){';' if unchecked else ''}{unchecked}")
+    else:
+        address = upload_model(folder, options.repo, options.private, options.revision, options.message)
+        print(f"pushed: {address}")
         if options.space:
-            contents = space_files(options.repo)
-            sizes = {n: len(c) if isinstance(c, bytes) else Path(c).stat().st_size for n, c in contents.items()}
-            _list(f"spaces/{options.space}", sizes)
-        if options.dry_run:
-            unchecked = " whether the backbones on the Hub are those of the adapter was not checked" * options.adapter
-            print(f"nothing was pushed (--dry-run){';' if unchecked else ''}{unchecked}")
-        else:
-            address = upload_model(folder, options.repo, options.private, options.revision, options.message)
-            print(f"pushed: {address}")
-            if options.space:
-                print(f"pushed: {upload_space(options.repo, options.space, options.private)}")
-                if options.private:
-                    print(f"the Space reads {options.repo} once its settings have a secret HF_TOKEN that may")
-        if options.output is not None:
-            print(f"kept: {options.output}", file=sys.stderr)
+            print(f"pushed: {upload_space(options.repo, options.space, options.private)}")
+            if options.private:
+                print(f"the Space reads {options.repo} once its settings have a secret HF_TOKEN that may")
 
 
 def _list(repo: str, sizes: dict[str, int]) -> None:

@@ -25,7 +25,7 @@ _HOMES = {
     "load_vocabulary": "phrases",
 }
 
-__all__ = ["LABELERS", "UnreadReportsWarning", "load_labeler", *_HOMES]
+__all__ = ["LABELERS", "UnreadReportsWarning", "labeler_class", "load_labeler", *_HOMES]
 
 
 class UnreadReportsWarning(UserWarning):
@@ -36,8 +36,8 @@ class UnreadReportsWarning(UserWarning):
 LABELERS = tuple(_LABELERS)
 
 
-def load_labeler(name: str, **options):
-    """The labeler of that name, made with its options (see the class in the labeler's module).
+def labeler_class(name: str, **options):
+    """The class of the labeler of that name, once its options are checked without making it.
 
     Raises:
         ValueError: no labeler has that name, an option is not one of its own, or one that is true or false is neither.
@@ -57,7 +57,16 @@ def load_labeler(name: str, **options):
     missing = [option for option, it in allowed.items() if it.default is it.empty and option not in options]
     if missing:
         raise ValueError(f"labeler {name!r} needs the option {missing[0]!r} (its options: {', '.join(allowed)})")
-    return labeler(**options)
+    return labeler
+
+
+def load_labeler(name: str, **options):
+    """The labeler of that name, made with its options (see the class in the labeler's module).
+
+    Raises:
+        ValueError: as of [`labeler_class`], or a value is not one that the labeler takes.
+    """
+    return labeler_class(name, **options)(**options)
 
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..findings_otdrg import FINDING_STATES, FINDINGS, UNMENTIONED
+from ..output_lock import OutputLock
 from . import LABELERS
 from .as_typed import label_quietly, labeler_of, listed, parse_options
 from .csv_states import read_states, write_states
@@ -103,6 +104,13 @@ def _label_reports(options: argparse.Namespace) -> None:
     output = Path(options.output)
     if output.is_dir():
         raise ValueError(f"{output} is a folder: expected the name of a CSV")
+    if not output.parent.is_dir():
+        raise ValueError(f"{output}: there is no folder {output.parent}, expected one that exists")
+    with OutputLock(output):
+        _write_labels(options, output)
+
+
+def _write_labels(options: argparse.Namespace, output: Path) -> None:
     if output.exists() and not options.overwrite:
         raise ValueError(f"{output} exists: --overwrite replaces it")
     if output.exists() and output.samefile(options.reports):
@@ -190,11 +198,18 @@ def _dataset_ids(options: argparse.Namespace, known: dict) -> list[str]:
 
 
 def _compare(options: argparse.Namespace) -> None:
+    if options.output is None:
+        _measure_agreement(options, None)
+        return
+    with OutputLock(options.output):
+        _measure_agreement(options, Path(options.output))
+
+
+def _measure_agreement(options: argparse.Namespace, folder: Path | None) -> None:
     import numpy as np
 
     from .agreement import format_agreement, measure_agreement
 
-    folder = None if options.output is None else Path(options.output)
     if folder is not None and folder.exists():
         if not folder.is_dir():
             raise ValueError(f"{folder} is no folder: expected one for the files of the comparison")

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, UNMENTIONED
+from ..output_lock import OutputLock
 from ..studies.schema import STUDY_FEATURES
 from ..studies.shards import SUMMARY, ShardWriter, check_output, publish_shards, put_in_place, write_json
 from ..studies.source import SPLITS
@@ -93,6 +94,8 @@ def label_dataset(
         overwrite: replace a dataset at `output`, and start an interrupted run anew.
 
     Raises:
+        OutputLockedError: another process labels or builds the dataset at `output`.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the message says what is kept.
         ValueError: the folder is not a built dataset, `output` is there or lies in it, or an interrupted run is there.
     """
     # Not abspath: of a link to a dataset, the dataset is replaced, not the link.
@@ -100,6 +103,25 @@ def label_dataset(
     output = folder if output is None else Path(os.path.realpath(output))
     work = output.with_name(f"{output.name}.partial")
     settings = json.loads(json.dumps({"dataset": str(folder), "relabel": relabel, **settings}, default=str))
+    with OutputLock(output):
+        try:
+            return _label_locked(folder, output, work, read, settings, relabel, resume, overwrite)
+        except KeyboardInterrupt as stop:
+            kept = len(list((work / _SHARDS).glob("*.json")))
+            told = f"{kept:,} whole shards are kept in {work}; --resume goes on with the others"
+            raise type(stop)(told if work.exists() else "nothing was labelled yet") from stop
+
+
+def _label_locked(
+    folder: Path,
+    output: Path,
+    work: Path,
+    read: StateReader,
+    settings: dict[str, Any],
+    relabel: bool,
+    resume: bool,
+    overwrite: bool,
+) -> LabelReport:
     if resume and (finished := _finish(output, work, settings, overwrite=overwrite or output == folder)):
         return finished
     files, summary = _files(folder), _summary(folder)
@@ -135,7 +157,11 @@ def _files(folder: Path) -> list[tuple[str, Path]]:
             "(otdrg prepare hub --dataset FOLDER makes one of any other)"
         )
     for _, file in files:
-        if missing := set(STUDY_FEATURES) - set(pq.read_schema(file).names):
+        try:
+            names = pq.read_schema(file).names
+        except (OSError, pa.ArrowException) as error:
+            raise ValueError(f"{file} cannot be read ({error}): otdrg prepare makes it anew") from error
+        if missing := set(STUDY_FEATURES) - set(names):
             raise ValueError(f"{file}: no column {min(missing)!r}, expected those that otdrg prepare writes")
     return files
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..findings_otdrg import FINDING_STATES, FINDINGS, UNMENTIONED
 from ..labelers import LABELERS
 from ..labelers.as_typed import label_quietly, labeler_of, listed, parse_options
+from ..output_lock import OutputLock
 from ..studies.cleaning import CLEANING_STYLES, clean_report
 from .protocols import add_protocol_arguments, reference_tokens, truncate_to_tokens
 from .rad_eval import RADEVAL_METRICS
@@ -79,6 +80,14 @@ def run(options: argparse.Namespace) -> None:
     """Read, join, score, write and print."""
     metrics, radeval_metrics, clinical = _chosen_metrics(options)
     tokens = reference_tokens(options, options.cleaning)
+    _check_output(options)
+    with OutputLock(options.output):
+        _score(options, metrics, radeval_metrics, clinical, tokens)
+
+
+def _score(
+    options: argparse.Namespace, metrics: list[str], radeval_metrics: list[str], clinical: bool, tokens: int | None
+) -> None:
     output, table = _outputs(options)
     labeler_options = parse_options(options.option)
     labeler = labeler_of(options.labeler or "rules", labeler_options) if clinical else None
@@ -168,12 +177,17 @@ def _chosen_metrics(options: argparse.Namespace) -> tuple[list[str], list[str], 
     return fluency, [name for name in asked if name in RADEVAL_METRICS], clinical
 
 
-def _outputs(options: argparse.Namespace) -> tuple[Path, Path]:
+def _check_output(options: argparse.Namespace) -> None:
     output = Path(options.output)
     if output.suffix.lower() != ".json":
         raise ValueError(f"--output {output}: expected a name that ends in .json")
     if not output.parent.is_dir():
         raise ValueError(f"{output}: there is no folder {output.parent}, expected one that exists")
+
+
+def _outputs(options: argparse.Namespace) -> tuple[Path, Path]:
+    """The files that are written, neither of which is an input or is to be kept."""
+    output = Path(options.output)
     table = output.with_suffix(".csv")
     for path in (output, table):
         for name in ("predictions", "references", "against"):

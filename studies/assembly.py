@@ -7,6 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+import pyarrow as pa
+
+from ..interruptions import fault_of_study
+from .schema import STUDY_FEATURES
 from .source import SPLITS, VIEWS, Skipped, SkipStudy, Study, StudyEntry, StudySource
 
 if TYPE_CHECKING:
@@ -49,7 +53,7 @@ class StudyListing:
         self.limit = limit
         self._patients: dict[str, str] = {}
         counts: Counter[str | None] = Counter()
-        for entry in source.entries():
+        for entry in self._entries():
             counts[entry.split] += 1
             if isinstance(entry, StudyEntry):
                 _check_split(entry)
@@ -61,7 +65,7 @@ class StudyListing:
     def __iter__(self) -> Iterator[StudyEntry | Skipped]:
         seen: set[str] = set()
         listed: Counter[str] = Counter()
-        for entry in self.source.entries():
+        for entry in self._entries():
             if self.limit is not None and listed[entry.split] == self.limit:
                 continue
             listed[entry.split] += 1
@@ -69,7 +73,9 @@ class StudyListing:
                 yield entry
                 continue
             home = self._patients[entry.patient_id]
-            if entry.id in seen:
+            if (wrong := _wrong_id(entry.id)) is not None:
+                yield Skipped(entry.id, entry.split, "malformed", f"the id {entry.id!a} {wrong}")
+            elif entry.id in seen:
                 yield Skipped(entry.id, entry.split, "duplicate id", f"{entry.id} is listed before: the first is kept")
             elif entry.split != home:
                 reason = f"patient {entry.patient_id} is in {home} too, whose studies are kept"
@@ -77,6 +83,33 @@ class StudyListing:
             else:
                 yield entry
             seen.add(entry.id)
+
+    def _entries(self) -> Iterator[StudyEntry | Skipped]:
+        count = 0
+        try:
+            for entry in self.source.entries():
+                yield entry
+                count += 1
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+            if type(error) is ValueError:
+                raise
+            reason = fault_of_study(error, quotes=False)
+            raise ValueError(
+                f"source {self.source.name!r} cannot be listed after {count:,} studies ({reason})"
+            ) from error
+
+
+def _wrong_id(study: str) -> str | None:
+    """Why an id cannot be written to the files that reports and scores are kept in; None where it can."""
+    if not study.strip():
+        return "is blank: expected a name"
+    if "\0" in study:
+        return "holds a NUL: expected text"
+    try:
+        study.encode()
+    except UnicodeEncodeError:
+        return "is not UTF-8: expected text"
+    return None
 
 
 def _check_split(entry: StudyEntry) -> None:
@@ -120,20 +153,26 @@ def assemble_study(
 
     try:
         study = source.read(entry)
+        report = choose_report(study, sections)
     except SkipStudy as skip:
         fault(skip.kind, skip.reason)
         return Assembled(None, faults)
-    report = choose_report(study, sections)
+    except Exception as error:  # a damaged file raises whatever its parser meets
+        fault("malformed", fault_of_study(error, quotes=False))
+        return Assembled(None, faults)
     if not report:
         fault("empty report", f"the study has no {sections.replace('+', ' and no ')}")
         return Assembled(None, faults)
     images, views = [], []
-    for image, view in zip(study.images, study.views, strict=True):
+    for number, (image, view) in enumerate(zip(study.images, study.views, strict=True)):
         try:
             images.append(image_form(image))
             views.append(VIEWS.index(view))
         except SkipStudy as skip:
             fault(skip.kind, skip.reason)
+        except Exception as error:
+            name = image if isinstance(image, str) else f"view {number}"
+            fault("unreadable image", f"{name}: {fault_of_study(error)}")
     if not study.images:
         fault("missing image", "the study names no image")
     if not images or (faults and not keep_incomplete):
@@ -148,10 +187,19 @@ def assemble_study(
         "indication": study.indication,
         "comparison": study.comparison,
         "report": report,
-        "finding_states": None if study.finding_states is None else [int(state) for state in study.finding_states],
+        "finding_states": study.finding_states,
         "source": source.name,
         "licence": study.licence,
     }
+    try:
+        if study.finding_states is not None:
+            row["finding_states"] = [int(state) for state in study.finding_states]
+        # As it will be written, but for the images' bytes: text that is not UTF-8, a number in place of a text...
+        names = [{"bytes": b"", "path": image["path"]} for image in images]
+        pa.RecordBatch.from_pylist([{**row, "images": names}], schema=STUDY_FEATURES.arrow_schema)
+    except Exception as error:
+        fault("malformed", f"what was read of it is not in a study's form ({fault_of_study(error, quotes=False)})")
+        return Assembled(None, faults)
     return Assembled(row, faults)
 
 

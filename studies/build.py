@@ -11,16 +11,21 @@ import logging
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
+from ..interruptions import end_with_parent
+from ..output_lock import OutputLock
 from .assembly import SECTIONS, Sections, StudyListing, assemble_study
 from .card import dataset_card
 from .images import stored_image
@@ -136,6 +141,8 @@ def build_studies_dataset(
         overwrite: replace a dataset that is there, and start an interrupted build anew.
 
     Raises:
+        OutputLockedError: another process builds this dataset.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the message says what is kept.
         ValueError: a fault of the source, no study is left, the folder is there, an interrupted build is there and
             neither `resume` nor `overwrite` says what is to become of it, or, if `strict`, any study is skipped.
     """
@@ -143,6 +150,25 @@ def build_studies_dataset(
     # Of a link, what it points to is replaced.
     output = Path(os.path.realpath(output))
     work = output.with_name(f"{output.name}.partial")
+    with OutputLock(output):
+        try:
+            return _build_locked(source, output, work, options, resume, overwrite)
+        except KeyboardInterrupt as stop:
+            raise type(stop)(_kept(work)) from stop
+
+
+def _kept(work: Path) -> str:
+    """What an interrupted build has left, for people."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in (work / _SHARDS).glob("*.json")]
+    if not work.exists():
+        return "nothing was built yet"
+    count = sum(record["counts"]["studies"] + record["counts"]["skipped"] for record in records)
+    return f"{count:,} studies in {len(records):,} whole shards are kept in {work}; --resume goes on with the others"
+
+
+def _build_locked(
+    source: StudySource, output: Path, work: Path, options: BuildOptions, resume: bool, overwrite: bool
+) -> BuildReport:
     settings = _settings(source, options)
     if resume and (output / SUMMARY).is_file():
         return _finished(output, settings)
@@ -154,8 +180,13 @@ def build_studies_dataset(
     official = OfficialCheck(source) if comparable else None
     _enter(work, settings, resume, overwrite)
     shards = []
-    with tqdm(total=listing.total, unit="study", desc=source.name, disable=None) as bar:
-        for shard in _build(_jobs(listing, official, options.studies_per_shard), source, options, work):
+    jobs = _jobs(listing, official, options.studies_per_shard)
+    # Closed after an interruption, so that no process builds on when the lock is given back.
+    with (
+        tqdm(total=listing.total, unit="study", desc=source.name, disable=None) as bar,
+        closing(_build(jobs, source, options, work)) as built,
+    ):
+        for shard in built:
             shards.append(shard)
             bar.update(shard.counts["studies"] + shard.counts["skipped"])
     # Processes end in any order.
@@ -270,12 +301,14 @@ def _build(jobs: Iterable[_Job], source: StudySource, options: BuildOptions, wor
         for job in jobs:
             yield _build_shard(job, source, options, folder)
         return
+    # Forking a process that has Arrow's threads can hang.
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
     pool = ProcessPoolExecutor(
         options.num_proc,
-        # Forking a process that has Arrow's threads can hang.
-        mp_context=multiprocessing.get_context("spawn"),
+        mp_context=context,
         initializer=_start_process,
-        initargs=(source, options, folder),
+        initargs=(os.getpid(), stop, source, options, folder),
     )
     running: set[Future] = set()
     try:
@@ -292,22 +325,34 @@ def _build(jobs: Iterable[_Job], source: StudySource, options: BuildOptions, wor
             f"a process of the build was killed (out of memory?): fewer --num-proc and --resume go on with {work}"
         ) from None
     finally:
+        # Shards that are being built are given up after an error or an interruption.
+        stop.set()
         pool.shutdown(cancel_futures=True)
 
 
 _process: tuple[StudySource, BuildOptions, Path]
+_stop: Event
 
 
-def _start_process(*state) -> None:
-    global _process
-    _process = state
+def _start_process(parent: int, stop: Event, *state) -> None:
+    global _process, _stop
+    # Ctrl-C reaches all processes of a terminal: the parent, which says what is kept, ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent(parent)
+    _process, _stop = state, stop
 
 
 def _build_in_process(job: _Job) -> _Shard:
-    return _build_shard(job, *_process)
+    return _build_shard(job, *_process, stopped=_stop.is_set)
 
 
-def _build_shard(job: _Job, source: StudySource, options: BuildOptions, folder: Path) -> _Shard:
+def _build_shard(
+    job: _Job,
+    source: StudySource,
+    options: BuildOptions,
+    folder: Path,
+    stopped: Callable[[], bool] = lambda: False,
+) -> _Shard:
     """Build one shard, or take it as it is if it was built of the same list before."""
     digest, record = job.digest, folder / f"{job.name}.json"
     before = _built(record, digest)
@@ -323,6 +368,8 @@ def _build_shard(job: _Job, source: StudySource, options: BuildOptions, folder: 
 
     with ShardWriter(folder / job.name, arrow=not options.parquet_only) as writer:
         for item in job.items:
+            if stopped():
+                raise CancelledError
             if isinstance(item, Skipped):
                 counts.add_skipped(item)
                 skip(item, kept=False)
@@ -365,7 +412,8 @@ def _nothing_left(source: StudySource, shards: list[_Shard]) -> str:
 
 
 def _write_lines(path: Path, records: Iterable[dict]) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    # As in `write_json`.
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 

@@ -152,7 +152,9 @@ def put_in_place(output: Path, work: Path) -> None:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """A JSON file that is there as a whole or not at all."""
     unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    # Names of files from other systems hold what UTF-8 does not: JSON's own escapes stand for it.
+    unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
     unfinished.replace(path)
 
 

@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..configuration_otdrg import OTDRGConfig
-from .interruptions import terminations
-from .kept_stages import FINISHED
+from ..interruptions import PARENT, terminations
+from ..output_lock import OutputLock
+from .build import build_studies
+from .check import check_recipe, check_studies
+from .kept_stages import FINISHED, STARTED
 from .recipe import Recipe, load_recipe
 from .recipe_changes import format_changes, recipe_changes
 from .run import read_results
@@ -48,6 +51,9 @@ _SET_HERE = {
     "model.overrides.dle": "each row has its own modules",
     "model.overrides.fiot": "each row has its own modules",
 }
+
+#: Seconds in which the processes of an ablation that was killed end.
+_ORPHANS_END = 20.0
 
 #: Fields that do not change what a run finds.
 _WITHOUT_EFFECT = ("output_dir", "cpu_threads")
@@ -134,6 +140,12 @@ class Run:
     @property
     def finished(self) -> bool:
         return (self.folder / self.recipe.stages[-1] / FINISHED).is_file()
+
+    @property
+    def began(self) -> bool:
+        """Whether the training of one of its own stages has begun."""
+        own = [stage for stage in self.recipe.stages if self.shared is None or stage not in self.shared.recipe.stages]
+        return any((self.folder / stage / STARTED).is_file() for stage in own)
 
     @property
     def log(self) -> Path:
@@ -254,15 +266,41 @@ def _check_folder(run: Run) -> None:
         )
 
 
+def check_plan(plan: Plan) -> None:
+    """Check every run's recipe, and once the studies, which all runs share, before the first run is started.
+
+    Raises:
+        ValueError: a recipe is wrong; names the run and what is wrong.
+    """
+    pending = [run for run in plan.runs if not run.finished]
+    for run in pending:
+        try:
+            check_recipe(run.recipe)
+        except ValueError as error:
+            raise ValueError(f"{run.name}: {error}") from None
+    if pending:
+        recipe = pending[0].recipe
+        studies = build_studies(recipe.studies, recipe.labels, recipe.seed)
+        for run in pending:
+            check_studies(run.recipe, studies, run.recipe.stages)
+
+
 def train_runs(runs: Sequence[Run], jobs: int = 1, accelerate_config: str | None = None) -> None:
     """Train the runs that are not finished, each in a process of its own, going on where one was interrupted.
 
-    A run that fails has `error` set, as have those that share its stages; the others go on.
+    A run that fails has `error` set, as have those that share its stages; the others go on. Where a run fails before
+    its training has begun and no run is finished, all are taken to fail for the same reason: no other is started.
+
+    The processes end when this one is killed. A folder that such a process is still writing to is waited for.
 
     Args:
         runs: of [`plan_runs`]; those that share stages behind those they share.
         jobs: processes at a time.
         accelerate_config: file of `accelerate config`, for runs by `accelerate launch`.
+
+    Raises:
+        OutputLockedError: another process writes to the folder of a run.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the message says how many runs are finished.
     """
     waiting = [run for run in runs if not run.finished]
     count, kept = len(waiting), len(runs) - len(waiting)
@@ -295,7 +333,15 @@ def train_runs(runs: Sequence[Run], jobs: int = 1, accelerate_config: str | None
                         f"failed: {run.error}" if run.error else run.folder,
                         time.monotonic() - started.time,
                     )
+                    if run.error and not run.began and not any(other.finished for other in runs):
+                        for other in waiting:
+                            other.error = f"not started: {run.name} failed before its training began"
+                        waiting.clear()
                 time.sleep(0.1)
+        except KeyboardInterrupt as stop:
+            finished = sum(run.finished for run in runs)
+            told = f"{finished} of {len(runs)} runs are finished; the same command goes on with the others"
+            raise type(stop)(told) from stop
         finally:
             for started in running.values():
                 _stop(started.process)
@@ -311,15 +357,16 @@ class _Started(NamedTuple):
 
 
 def _start(run: Run, accelerate_config: str | None) -> _Started:
-    run.folder.mkdir(parents=True, exist_ok=True)
-    if run.shared is not None:
-        _take_stages(run)
     path = run.folder / "recipe.yaml"
-    path.write_text(run.recipe.to_yaml(), encoding="utf-8")
+    with OutputLock(run.folder, wait=_ORPHANS_END):
+        run.folder.mkdir(parents=True, exist_ok=True)
+        if run.shared is not None:
+            _take_stages(run)
+        path.write_text(run.recipe.to_yaml(), encoding="utf-8")
     launch = ["-m", "otdrg.train_hf"]
     if accelerate_config is not None:
-        launch = ["-m", "accelerate.commands.launch", "--quiet", "--config_file", accelerate_config, *launch]
-    environment = dict(os.environ)
+        launch = ["-m", "otdrg.training.launch", "--quiet", "--config_file", accelerate_config, *launch]
+    environment = {**os.environ, PARENT: str(os.getpid())}
     if run.recipe.cpu_threads is not None:
         environment["OMP_NUM_THREADS"] = str(run.recipe.cpu_threads)
     with run.log.open("ab") as log:
@@ -386,6 +433,7 @@ __all__ = [
     "Plan",
     "Row",
     "Run",
+    "check_plan",
     "plan_runs",
     "table_rows",
     "train_runs",

@@ -8,6 +8,10 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .ablation import Plan
 
 DESCRIPTION = """\
 The paper's ablations of a recipe: Table 3 (modules), Table 4 (epsilon) and Figure 4 (Sinkhorn iterations). Every row is
@@ -62,9 +66,9 @@ def run(options: argparse.Namespace) -> None:
             raise ImportError(f'an ablation needs {library}: pip install "otdrg[{extra}]"')
 
     # Not at the top, because torch and transformers take seconds to import.
-    from .ablation import EPSILONS, ITERATIONS, TABLES, plan_runs, table_rows, train_runs
+    from ..output_lock import OutputLock
+    from .ablation import EPSILONS, ITERATIONS, TABLES, check_plan, plan_runs, table_rows, train_runs
     from .recipe import load_recipe
-    from .run_folder import write_json
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("otdrg").setLevel(logging.INFO)
@@ -73,11 +77,18 @@ def run(options: argparse.Namespace) -> None:
     if options.jobs > 1:
         threads = load_recipe(options.recipe, options.overrides).cpu_threads or os.cpu_count() or 1
         cpu_threads = max(1, threads // options.jobs)
-    plan = plan_runs(options.recipe, options.overrides, rows, options.seeds, options.output, cpu_threads)
-    train_runs(plan.runs, options.jobs, options.accelerate_config)
+    with OutputLock(options.output):
+        plan = plan_runs(options.recipe, options.overrides, rows, options.seeds, options.output, cpu_threads)
+        check_plan(plan)
+        train_runs(plan.runs, options.jobs, options.accelerate_config)
+        _summarize(options, plan)
 
+
+def _summarize(options: argparse.Namespace, plan: Plan) -> None:
+    """Write and print the tables."""
     from .ablation_figure import draw_ablation
     from .ablation_report import format_summary, summarize
+    from .run_folder import write_json
 
     summary = {"recipe": options.recipe, "overrides": options.overrides, **summarize(plan, options.resamples)}
     document = format_summary(summary, f"Ablations of {options.recipe}", "ablation.png")

@@ -15,7 +15,9 @@ from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 
 from ..configuration_otdrg import OTDRGConfig
-from ..labelers import load_labeler, read_states
+from ..interruptions import is_out_of_memory
+from ..labelers import read_states
+from ..labelers.as_typed import labeler_of
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from ..studies import load_studies
@@ -114,7 +116,7 @@ def _labelled(splits: StudySplits, labels: LabelsRecipe, ids: Collection[str]) -
     if labels.csv is None and labels.labeler is None:
         return splits
     from_csv = read_states(labels.csv) if labels.csv is not None else {}
-    labeler = load_labeler(labels.labeler, **labels.options) if labels.labeler is not None else None
+    labeler = labeler_of(labels.labeler, labels.options) if labels.labeler is not None else None
     if labels.csv is not None and from_csv.keys().isdisjoint(ids):
         raise ValueError(f"labels.csv={labels.csv!r} names none of the studies: expected their ids in its column id")
     labelled = {}
@@ -156,24 +158,20 @@ def build_model(
         OSError: a backbone that cannot be loaded.
     """
     config = _preset_config(recipe)
-    vision, text = recipe.vision or config.vision_backbone, recipe.text or config.text_backbone
-    if (vision is None) != (text is None):
-        absent = "vision" if vision is None else "text"
-        raise ValueError(f"model.{absent} is missing: expected backbones for both vision and text, or for neither")
+    vision, text = check_backbones(recipe, config)
     # LoRA belongs to the stage that trains it: in the configuration of a folder without adapters it would make them
     # load wrong.
     config.lora = config.vision_lora = None
-    if vision is None and recipe.quantization is not None:
-        raise ValueError(f"model.quantization={recipe.quantization!r}: expected null for a model from scratch")
     if vision is None:
-        if recipe.label_text_encoder is not None:
-            raise ValueError("model.label_text_encoder is given, but no backbones: expected vision and text beside it")
         processor = OTDRGProcessor.from_texts(list(reports), config=config, vocab_size=recipe.vocab_size)
-        model = OTDRGForReportGeneration(config)
+        try:
+            model = OTDRGForReportGeneration(config)
+        except Exception as error:  # whatever the backbones' own code raises of sizes that do not fit together
+            if is_out_of_memory(error):
+                raise
+            reason = " ".join(str(error).split())
+            raise ValueError(f"model.overrides: no model can be made of them ({reason})") from error
     else:
-        for part in ("vision_config", "text_config"):
-            if part in recipe.overrides:
-                raise ValueError(f"model.overrides.{part} is given beside a backbone, which brings its own")
         fields = {name: getattr(config, name) for name in _joining_fields()}
         for name, reference in (("vision_backbone", vision), ("text_backbone", text)):
             # A path of this machine means nothing to those who get the model.
@@ -189,6 +187,26 @@ def build_model(
         processor = OTDRGProcessor.from_backbones(vision=vision, text=text, config=model.config)
     cast_backbones(model, recipe.dtype)
     return model, processor
+
+
+def check_backbones(recipe: ModelRecipe, config: OTDRGConfig) -> tuple[str, str] | tuple[None, None]:
+    """The references of the vision backbone and the LLM, the recipe's or the preset's; None for both from scratch.
+
+    Raises:
+        ValueError: one without the other, or a field that does not go with them.
+    """
+    vision, text = recipe.vision or config.vision_backbone, recipe.text or config.text_backbone
+    if (vision is None) != (text is None):
+        absent = "vision" if vision is None else "text"
+        raise ValueError(f"model.{absent} is missing: expected backbones for both vision and text, or for neither")
+    if vision is None and recipe.quantization is not None:
+        raise ValueError(f"model.quantization={recipe.quantization!r}: expected null for a model from scratch")
+    if vision is None and recipe.label_text_encoder is not None:
+        raise ValueError("model.label_text_encoder is given, but no backbones: expected vision and text beside it")
+    for part in ("vision_config", "text_config") if vision is not None else ():
+        if part in recipe.overrides:
+            raise ValueError(f"model.overrides.{part} is given beside a backbone, which brings its own")
+    return vision, text
 
 
 def _preset_config(recipe: ModelRecipe) -> OTDRGConfig:
@@ -358,6 +376,7 @@ __all__ = [
     "build_model",
     "build_studies",
     "cast_backbones",
+    "check_backbones",
     "known_states",
     "load_model",
     "lora_fields",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..findings_otdrg import FINDINGS
+from ..output_lock import OutputLock
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
 
 def run(options: argparse.Namespace) -> None:
     """Encode the studies, write picture and figures, and print what they say."""
+    with OutputLock(options.output):
+        _run(options)
+
+
+def _run(options: argparse.Namespace) -> None:
     for name, least in (("limit", 1), ("resamples", 1), ("batch_size", 1), ("seed", 0)):
         if getattr(options, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected at least {least}")

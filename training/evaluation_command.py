@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from ..journal import differing_settings
 from ..labelers import LABELERS
 from ..labelers.as_typed import labeler_of, parse_options
 from ..metrics.protocols import add_protocol_arguments, reference_tokens, truncate_to_tokens
+from ..output_lock import OutputLock
 from ..studies.cleaning import CLEANING_STYLES, clean_report
 
 if TYPE_CHECKING:
@@ -91,6 +93,20 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
 def run(options: argparse.Namespace) -> None:
     """Read, generate what is not there yet, score, write and print."""
     output = _checked_output(options)
+    with OutputLock(output):
+        try:
+            _evaluate(options, output)
+        except KeyboardInterrupt as stop:
+            reports = output / _REPORTS
+            told = (
+                f"reports are kept in {reports}; the same command goes on"
+                if reports.is_dir()
+                else "nothing was written"
+            )
+            raise type(stop)(told) from stop
+
+
+def _evaluate(options: argparse.Namespace, output: Path) -> None:
     labeler_options = parse_options(options.option)
     labeler_of(options.labeler, labeler_options)
 
@@ -115,17 +131,25 @@ def run(options: argparse.Namespace) -> None:
         labeler_options,
     )
     rows = studies.rows.select(range(min(options.limit or len(studies.rows), len(studies.rows))))
-    references, tokens = list(rows["report"]), reference_tokens(options, studies.cleaning)
+    texts, tokens = list(rows["report"]), reference_tokens(options, studies.cleaning)
     if tokens is not None:
-        references = truncate_to_tokens(references, options.tokenizer, tokens)
+        texts = truncate_to_tokens(texts, options.tokenizer, tokens)
+    references = dict(zip(rows["id"], texts, strict=True))
     data = describe_studies({options.split: rows, "train": studies.training})
     model, processor = load_published(options.model)
+    options.batch_size = min(options.batch_size, len(rows))
     settings = _settings(options, own, model, processor, rows)
     _enter(output, settings, options.overwrite)
     cache = options.feature_cache or (own and own.feature_cache) or (folder or output) / "features"
+    left_out: dict[str, str] = {}
     rows, training = (
-        cache_features(model, processor, some, cache, options.batch_size) for some in (rows, studies.training)
+        cache_features(model, processor, some, cache, options.batch_size, left_out) for some in (rows, studies.training)
     )
+    if not len(rows):
+        raise ValueError(f"no study is left: {next(iter(left_out.values()))}")
+    for reason in left_out.values():
+        print(f"left out: {reason}", file=sys.stderr)
+    references = [references[study] for study in rows["id"]]
     foreign = studies.cleaning != "none" and (own is None or own.studies.cleaning != studies.cleaning)
     evaluation = evaluate_model(
         model,
@@ -153,7 +177,7 @@ def run(options: argparse.Namespace) -> None:
         "training_from": studies.training_from,
         "counts": studies.counts,
         "data": data,
-        "warnings": studies.warnings,
+        "warnings": [*studies.warnings, *(f"left out: {reason}" for reason in left_out.values())],
         "cleaning": studies.cleaning,
         "generated_reports_cleaned": foreign,
         "protocol": options.protocol,
@@ -192,7 +216,7 @@ def _settings(options: argparse.Namespace, own: Recipe | None, model, processor,
     return {
         "model": model_digest(model, processor),
         "studies": fingerprint({options.split: rows}),
-        **decoding(model, options.num_beams, options.max_new_tokens),
+        **decoding(model, options.num_beams, options.max_new_tokens, options.batch_size),
         "indication": indication if options.indication is None else options.indication,
         "seed": options.seed,
     }

@@ -108,6 +108,7 @@ def cache_features(
     studies: Dataset | StreamedStudies,
     folder: str | os.PathLike,
     batch_size: int,
+    left_out: dict[str, str] | None = None,
 ) -> CachedStudies:
     """Encode the views that have no features in `folder` yet, and read all of them from there.
 
@@ -121,6 +122,8 @@ def cache_features(
         studies: as `STUDY_FEATURES` has them.
         folder: of features, of any number of encoders; all processes must see the same.
         batch_size: views encoded at a time.
+        left_out: takes the ids of studies with a view that cannot be read, and why; such studies are left out. Without
+            it they are an error. Not for a distributed run.
 
     Raises:
         ValueError: a study without views, an image that cannot be read, or a damaged file in `folder`.
@@ -128,16 +131,20 @@ def cache_features(
     """
     state = PartialState()
     store = FeatureStore(Path(folder) / encoder_digest(model, processor))
-    mine = {place: [_digest(file) for file in files] for place, files in _image_files(studies)}
+    ids = list(studies["id"])
+    mine = {place: [_digest(file) for file in files] for place, files in _image_files(studies, left_out=left_out)}
     everyones = list(mine.items())
     views = dict(gather_object(everyones) if state.num_processes > 1 else everyones)
-    ids = list(studies["id"])
     for place, study in enumerate(ids):
-        if not views.get(place):
-            raise ValueError(f"study {study!r} has no view: a report is only written from at least one")
+        if not views.get(place) and study not in (left_out or ()):
+            reason = f"study {study!r} has no view: a report is only written from at least one"
+            if left_out is None:
+                raise ValueError(reason)
+            left_out[study] = reason
+    places = [place for place in range(len(ids)) if views.get(place)]
     # The process that has a view's first study in its share encodes it, whatever the others see of the folder.
     first: dict[bytes, int] = {}
-    for place in range(len(ids)):
+    for place in places:
         for digest in views[place]:
             first.setdefault(digest, place)
     absent = {digest for digest in first if digest not in store}
@@ -149,16 +156,23 @@ def cache_features(
         len(absent),
     )
     share = {digest: first[digest] for digest in absent if first[digest] in mine}
-    _encode(model, processor, studies, share, store, batch_size)
+    refused: dict[bytes, str] = {}
+    _encode(model, processor, studies, share, store, batch_size, None if left_out is None else refused)
+    for place in places if refused else ():
+        reason = next((refused[digest] for digest in views[place] if digest in refused), None)
+        if reason is not None:
+            left_out[ids[place]] = f"study {ids[place]!r}: {reason.partition(': ')[2]}"
+    places = [place for place in places if ids[place] not in (left_out or ())]
     state.wait_for_everyone()
     store.refresh()
-    if any(digest not in store for digest in first):
+    if any(digest not in store for digest in first if digest not in refused):
         raise OSError(
             f"{store.folder} lacks features that were written: expected a folder that all processes see, and image "
             "files that do not change"
         )
     columns = {name: list(studies[name]) for name in ("id", "report", "indication", "finding_states")}
-    return CachedStudies(store, [views[place] for place in range(len(ids))], columns)
+    columns = {name: [values[place] for place in places] for name, values in columns.items()}
+    return CachedStudies(store, [views[place] for place in places], columns)
 
 
 def cached_where_frozen(
@@ -186,11 +200,15 @@ def _encode(
     absent: dict[bytes, int],
     store: FeatureStore,
     batch_size: int,
+    refused: dict[bytes, str] | None,
 ) -> None:
-    """Encode the views of these digests, each met in the study at its position, shard by shard."""
+    """Encode the views of these digests, each met in the study at its position, shard by shard.
+
+    `refused` takes the digests of views that cannot be read, and why; without it they are an error.
+    """
     training = model.training
     model.eval()
-    views = _absent_views(studies, absent, processor.max_image_pixels)
+    views = _absent_views(studies, absent, processor.max_image_pixels, refused)
     digests: list[bytes] = []
     features: list[torch.Tensor] = []
     hidden = None if PartialState().is_local_main_process else True
@@ -210,24 +228,36 @@ def _encode(
 
 
 def _absent_views(
-    studies: Dataset | StreamedStudies, absent: dict[bytes, int], max_pixels: int
+    studies: Dataset | StreamedStudies, absent: dict[bytes, int], max_pixels: int, refused: dict[bytes, str] | None
 ) -> Iterator[tuple[bytes, Image.Image]]:
     """Digest and image of each view that is asked for, once."""
-    wanted = set(absent)
+    wanted, ids = set(absent), studies["id"]
     for place, files in _image_files(studies, set(absent.values())):
         for number, file in enumerate(files):
             digest = _digest(file)
             if digest not in wanted:
                 continue
             wanted.remove(digest)
-            yield digest, read_view(file, max_pixels, f"study {studies['id'][place]!r}, view {number}")
+            try:
+                image = read_view(file, max_pixels, f"study {ids[place]!r}, view {number}")
+            except ValueError as error:
+                if refused is None:
+                    raise
+                refused[digest] = str(error)
+                continue
+            yield digest, image
 
 
 def _image_files(
-    studies: Dataset | StreamedStudies, places: Collection[int] | None = None
+    studies: Dataset | StreamedStudies,
+    places: Collection[int] | None = None,
+    left_out: dict[str, str] | None = None,
 ) -> Iterator[tuple[int, list[bytes]]]:
-    """Of this process's share of the studies, or those at `places` in it: position, and its views' image files."""
-    state = PartialState()
+    """Of this process's share of the studies, or those at `places` in it: position, and its views' image files.
+
+    `left_out` takes the ids of studies whose files cannot be read, and why; without it they are an error.
+    """
+    state, ids = PartialState(), studies["id"]
     if isinstance(studies, StreamedStudies):
         rows = studies.image_files(state.process_index, state.num_processes)
     else:
@@ -241,7 +271,11 @@ def _image_files(
         try:
             files = [read_file(view["path"]) if view["bytes"] is None else view["bytes"] for view in views or ()]
         except ValueError as error:
-            raise ValueError(f"study {studies['id'][place]!r}: {error}") from error
+            reason = f"study {ids[place]!r}: {error}"
+            if left_out is None:
+                raise ValueError(reason) from error
+            left_out[ids[place]] = reason
+            continue
         yield place, files
 
 

@@ -1,61 +1,31 @@
-"""What ends a run from outside: a signal, a full disk, the death of a process that loads studies."""
+"""What ends a training run from outside: a signal, a full disk, too little memory, a dead worker."""
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-#: What the system says when a file cannot grow: the disk, the user's share of it, or the file is at its limit.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM was received, as from a cluster's scheduler; unwinds as Ctrl-C does."""
-
-
-class RunInterruptedError(RuntimeError):
-    """A run that was ended from outside, but not by its user; the message names the last good checkpoint."""
-
-
-@contextmanager
-def terminations() -> Iterator[None]:
-    """Let SIGTERM raise [`Terminated`] in here."""
-
-    def terminate(number, frame):
-        raise Terminated
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+from ..interruptions import FULL, ended_by, is_out_of_memory
 
 
 def interruption(error: BaseException, folder: str | os.PathLike) -> str | None:
-    """What ended a run, said in a line; None where it was nothing from outside.
+    """What ended a run, in a line; None where it was nothing from outside.
 
     Args:
         error: what was raised.
         folder: to which the run was writing.
     """
-    if isinstance(error, Terminated):
-        return "terminated (SIGTERM)"
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
+        return ended_by(error)
     if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid"):
         return (
             f"a process that loads studies died: {' '.join(str(error).split())}; memory that ran out is the usual "
             "reason, and fewer workers need less"
         )
+    if is_out_of_memory(error):
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        return f"out of memory ({reason}): a smaller batch_size with more gradient_accumulation needs less"
     reason = _why_not_written(error)
     if reason is None:
         return None
@@ -65,8 +35,8 @@ def interruption(error: BaseException, folder: str | os.PathLike) -> str | None:
 
 def _why_not_written(error: BaseException) -> str | None:
     if isinstance(error, OSError):
-        return os.strerror(error.errno) if error.errno in _FULL else None
-    for number in _FULL:
+        return os.strerror(error.errno) if error.errno in FULL else None
+    for number in FULL:
         # safetensors gives the system's number in its text only.
         if type(error).__name__ == "SafetensorError" and f"(os error {number})" in str(error):
             return os.strerror(number)
@@ -76,4 +46,4 @@ def _why_not_written(error: BaseException) -> str | None:
     return None
 
 
-__all__ = ["RunInterruptedError", "Terminated", "interruption", "terminations"]
+__all__ = ["interruption"]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..findings_otdrg import FINDING_STATES, FINDINGS, finding_key
 from ..metrics.localisation import JudgedMap
+from ..output_lock import OutputLock
 
 if TYPE_CHECKING:
     from .localisation import JudgedPhantoms
@@ -52,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
 
 def run(options: argparse.Namespace) -> None:
     """Judge the maps, write the results and print the table."""
+    with OutputLock(options.output):
+        _run(options)
+
+
+def _run(options: argparse.Namespace) -> None:
     findings = _findings(options.findings)
     for name in ("studies", "resamples", "batch_size"):
         if getattr(options, name) < 1:

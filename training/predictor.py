@@ -104,10 +104,6 @@ def run(
             # Thresholds and figures come from the same studies: an upper bound, and named so.
             results["validation"]["thresholds_fitted_on"] = "validation"
         logger.info("predictor on validation:\n%s", format_metrics(results["validation"]))
-    elif stage.fit_thresholds:
-        raise ValueError(
-            "predictor.fit_thresholds=True: expected a validation split with finding states to fit them on"
-        )
     model = trainer.whole_model()
     model.merge_lora()
     return model, results

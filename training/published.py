@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import torch
 from transformers.utils.logging import disable_progress_bar
 
 from ..modeling_otdrg import OTDRGForReportGeneration
@@ -69,14 +71,56 @@ def load_pipeline(model: str) -> ReportGenerationPipeline:
 
 
 def decoding(
-    model: OTDRGForReportGeneration, num_beams: int | None = None, max_new_tokens: int | None = None
+    model: OTDRGForReportGeneration,
+    num_beams: int | None = None,
+    max_new_tokens: int | None = None,
+    batch_size: int = 1,
 ) -> dict[str, int]:
-    """Arguments of `generate`, as a command was given them, or else as the model's generation configuration says."""
-    asked = model.generation_config
-    return {
-        "num_beams": num_beams or asked.num_beams or _BEAMS,
-        "max_new_tokens": max_new_tokens or asked.max_new_tokens or _NEW_TOKENS,
-    }
+    """Arguments of `generate`, as a command was given them, or else as the model's generation configuration says.
+
+    Args:
+        model: on its device.
+        num_beams, max_new_tokens: as given.
+        batch_size: studies that are generated for at once.
+
+    Raises:
+        ValueError: more tokens than the LLM has positions, more beams than it has tokens to begin with, or a batch
+            whose views, keys and values do not fit into the memory of the device.
+    """
+    asked, text = model.generation_config, model.config.text_config
+    beams = num_beams or asked.num_beams or _BEAMS
+    tokens = max_new_tokens or asked.max_new_tokens or _NEW_TOKENS
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and tokens >= positions:
+        raise ValueError(f"--max-new-tokens is {tokens}: expected less than {positions}, the positions of the LLM")
+    if beams > text.vocab_size:
+        raise ValueError(f"--num-beams is {beams}: expected at most {text.vocab_size}, the tokens of the LLM")
+    views = 3 * model.config.image_size**2 * torch.float32.itemsize
+    needed = batch_size * (beams * (tokens + model.config.image_tokens) * _bytes_a_token(model) + views)
+    there = _memory(model.device)
+    if there is not None and needed > there:
+        raise ValueError(
+            f"--batch-size {batch_size} with {beams} beams and {tokens} new tokens needs {needed / 2**30:,.1f} GB for "
+            f"views, keys and values, and the device has {there / 2**30:,.1f} GB: expected less of one of them"
+        )
+    return {"num_beams": beams, "max_new_tokens": tokens}
+
+
+def _bytes_a_token(model: OTDRGForReportGeneration) -> int:
+    """Bytes of the keys and values of one token in all layers of the LLM."""
+    text = model.config.text_config
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * heads * width * model.language_model.dtype.itemsize
+
+
+def _memory(device: torch.device) -> int | None:
+    """Bytes of memory that a device has in all; None where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type != "cpu" or "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def published_recipe(model: str) -> Recipe | None:

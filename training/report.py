@@ -43,13 +43,15 @@ _POLICY = "uncertain_negative"
 
 
 def check(recipe: Recipe) -> None:
-    """What only the metrics know of a recipe, told before the first stage begins.
+    """Check what only the metrics know of a recipe.
 
     Raises:
-        ValueError: the selection's expression names a score there is not.
+        ValueError: the selection's expression names a score that does not exist, or has no value.
     """
     try:
-        SelectionExpression(recipe.report.selection.expression).check_names(list(_full_names()))
+        expression = SelectionExpression(recipe.report.selection.expression)
+        expression.check_names(list(_full_names()))
+        expression.check_value()
     except ValueError as error:
         raise ValueError(f"report.selection.expression={error}") from None
 
@@ -261,16 +263,8 @@ def _report_lengths(processor: OTDRGProcessor, reports: list[str], stage: Report
 def evaluate(
     recipe: Recipe, studies: StudySplits, model: OTDRGForReportGeneration, processor: OTDRGProcessor, folder: Path
 ) -> dict[str, Any]:
-    """The controls table of the published model on the recipe's split; predictions go to `folder/predictions.csv`.
-
-    Raises:
-        ValueError: the split is not among the studies.
-    """
+    """The controls table of the published model on the recipe's split; predictions go to `folder/predictions.csv`."""
     stage, wanted = recipe.report, recipe.report.evaluation
-    if wanted.split not in studies:
-        raise ValueError(
-            f"report.evaluation.split={wanted.split!r}: the studies have {', '.join(studies)}; or none, for no table"
-        )
     rows, training = studies[wanted.split], studies["train"]
     rows = rows.select(range(min(wanted.limit or len(rows), len(rows))))
     rows = cached_where_frozen(model, processor, rows, recipe, stage, model.device)

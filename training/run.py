@@ -7,27 +7,30 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import set_seed
-from transformers.integrations.integration_utils import (
-    INTEGRATION_TO_CALLBACK,
-    get_available_reporting_integrations,
-)
 
 from ..configuration_otdrg import OTDRGConfig
-from . import report
-from .build import build_model, build_studies, load_model, lora_fields
+from ..interruptions import RunInterruptedError
+from ..output_lock import OutputLock
+from . import kept_stages
+from .build import build_model, build_studies, load_model
+from .check import check_model, check_recipe, check_studies
 from .checkpoints import last_checkpoint, remove_partial_checkpoints
 from .description import describe_studies
 from .distributed import has_accelerator, start_processes
-from .interruptions import RunInterruptedError, interruption
-from .kept_stages import FINISHED, STARTED, check_recipe, check_studies, kept_stages, stage_start, stages_before
+from .interruptions import interruption
+from .kept_stages import FINISHED, STARTED, stage_start, stages_before
 from .recipe import STAGES, Recipe
 from .run_folder import RunRecord, fingerprint, write_json
+from .trainer import training_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +52,7 @@ def run_recipe(recipe: Recipe, resume: bool = False, overwrite: bool = False) ->
         What `results.json` holds.
 
     Raises:
+        OutputLockedError: another process writes to `output_dir`.
         ValueError: the recipe does not fit the studies or the model, a stage is unfinished and neither `resume` nor
             `overwrite` says what is to become of it, a stage that is kept was trained with another recipe or on other
             studies, or it would be trained by fewer processes than were asked for.
@@ -56,24 +60,51 @@ def run_recipe(recipe: Recipe, resume: bool = False, overwrite: bool = False) ->
         RunInterruptedError: the disk is full, or a process that loads studies died.
         KeyboardInterrupt: Ctrl-C or SIGTERM ([`Terminated`]); the message names the last good checkpoint.
     """
-    _check_reporting(recipe.report_to)
+    check_recipe(recipe)
     state = start_processes()
+    with _locked(recipe.output_dir, state):
+        try:
+            results = _run_stages(recipe, state, resume, overwrite)
+        except KeyboardInterrupt as stop:
+            raise type(stop)(str(stop) or f"no training was begun in {recipe.output_dir}") from stop
+    logger.info("run: %s", recipe.output_dir)
+    # Left open, its threads may take a process down at the very end, and the launcher would call the run failed.
+    state.destroy_process_group()
+    return results
+
+
+@contextlib.contextmanager
+def _locked(folder: str, state: PartialState) -> Iterator[None]:
+    """Hold the lock on a folder, by the main process for all."""
+    with contextlib.ExitStack() as held:
+        fault = None
+        if state.is_main_process:
+            try:
+                held.enter_context(OutputLock(folder))
+            except (ValueError, OSError) as error:
+                fault = error
+        (fault,) = broadcast_object_list([fault])
+        if fault is not None:
+            raise fault
+        yield
+
+
+def _run_stages(recipe: Recipe, state: PartialState, resume: bool, overwrite: bool) -> dict[str, Any]:
+    """Check the recipe against studies, model and what is in its folder, then train what is to be trained."""
     output = Path(recipe.output_dir)
     pending = _pending_stages(recipe, resume, overwrite)
     _check_predictor(recipe, pending)
-    if "report" in pending:
-        report.check(recipe)
-    for stage in pending:
-        lora_fields(recipe, stage)
     previous = _previous_folder(recipe, pending)
-    kept = kept_stages(recipe, pending, resume)
-    check_recipe(recipe, kept, pending)
+    kept = kept_stages.kept_stages(recipe, pending, resume)
+    kept_stages.check_recipe(recipe, kept, pending)
+    _check_arguments(recipe, pending)
     studies = build_studies(recipe.studies, recipe.labels, recipe.seed)
+    check_studies(recipe, studies, pending)
     if not has_accelerator():
         # `accelerate launch` leaves a process without a GPU one thread unless it is told otherwise.
         torch.set_num_threads(recipe.cpu_threads or max(1, (os.cpu_count() or 1) // state.num_processes))
     data = fingerprint(studies) if state.is_main_process else {}
-    check_studies(recipe, kept, data, state)
+    kept_stages.check_studies(recipe, kept, data, state)
     if state.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         for position, stage in enumerate(pending):
@@ -102,6 +133,8 @@ def run_recipe(recipe: Recipe, resume: bool = False, overwrite: bool = False) ->
                 model, processor = build_model(recipe.model, studies["train"]["report"], quantization)
             else:
                 model, processor = load_model(previous, recipe.model, quantization)
+            if position == 0:
+                check_model(recipe, model, pending)
             module = import_module(f".{STAGES[stage]}", __package__)
             model, results[stage] = module.run(recipe, studies, model, processor, folder, goes_on)
             published = output / "model" if stage == "report" else folder
@@ -126,23 +159,21 @@ def run_recipe(recipe: Recipe, resume: bool = False, overwrite: bool = False) ->
             record.end(reason or f"{type(error).__name__}: {' '.join(str(error).split())}")
         if reason is None:
             raise
-        told = f"{reason}; {_where_to_go_on(folder)}"
-        raise (type(error) if isinstance(error, KeyboardInterrupt) else RunInterruptedError)(told) from error
-    logger.info("run: %s", output)
-    # Left open, its threads may take a process down at the very end, and the launcher would call the run failed.
-    state.destroy_process_group()
+        if isinstance(error, KeyboardInterrupt):
+            raise type(error)(_where_to_go_on(folder)) from error
+        raise RunInterruptedError(f"{reason}; {_where_to_go_on(folder)}") from error
     return results
 
 
-def _check_reporting(names: list[str]) -> None:
-    available = get_available_reporting_integrations()
-    for name in names:
-        # Flyte's callback is not for a Trainer to be named by.
-        known = sorted(set(INTEGRATION_TO_CALLBACK) - {"flyte"})
-        if name not in known:
-            raise ValueError(f"report_to={name!r}: expected some of {', '.join(known)}")
-        if name not in available:
-            raise ValueError(f"report_to={name!r}: the package {name} is not installed")
+def _check_arguments(recipe: Recipe, pending: list[str]) -> None:
+    """Make the `TrainingArguments` of every stage, which refuse what this machine cannot do, such as bfloat16."""
+    for stage in pending:
+        try:
+            training_arguments(
+                getattr(recipe, stage), Path(recipe.output_dir) / stage, recipe.seed, True, recipe.report_to
+            )
+        except ValueError as error:
+            raise ValueError(f"{stage}: {error}") from error
 
 
 def _pending_stages(recipe: Recipe, resume: bool, overwrite: bool) -> list[str]:

@@ -243,13 +243,19 @@ def _view_sizes(rows: Dataset) -> Iterator[list[int]]:
             sizes = pc.binary_length(flat.field("bytes")).to_pylist()
             if any(size is None for size in sizes):
                 paths = flat.field("path").to_pylist()
-                sizes = [
-                    os.path.getsize(path) if size is None else size for size, path in zip(sizes, paths, strict=True)
-                ]
+                sizes = [_file_size(path) if size is None else size for size, path in zip(sizes, paths, strict=True)]
             start = 0
             for count in pc.list_value_length(views).to_pylist():
                 yield sizes[start : start + count]
                 start += count
+
+
+def _file_size(path: str) -> int:
+    """-1 for a file that is gone: the study is named where it is read."""
+    try:
+        return os.path.getsize(path)
+    except (OSError, ValueError):
+        return -1
 
 
 __all__ = ["RUN", "RunRecord", "differing_splits", "fingerprint", "hub_dataset", "new_results", "write_json"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 
 _OPERATORS = (ast.BinOp, ast.UnaryOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.USub, ast.UAdd)
@@ -28,10 +29,10 @@ class SelectionExpression:
         wrong = ValueError(f"{text!r}: expected scores, numbers and + - * / ( ), such as {_EXAMPLE}")
         try:
             tree = ast.parse(text.strip(), mode="eval")
-        except (SyntaxError, ValueError):
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
             raise wrong from None
         for node in ast.walk(tree):
-            number = isinstance(node, ast.Constant) and type(node.value) in (int, float)
+            number = isinstance(node, ast.Constant) and type(node.value) in (int, float) and math.isfinite(node.value)
             if not number and not isinstance(node, (ast.Expression, ast.Name, ast.Load, *_OPERATORS)):
                 raise wrong
         self.names = tuple(dict.fromkeys(node.id for node in ast.walk(tree) if isinstance(node, ast.Name)))
@@ -45,6 +46,13 @@ class SelectionExpression:
             if name not in known:
                 nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
                 raise ValueError(f"{self.text!r} names no score {name!r}: did you mean {nearest!r}?")
+
+    def check_value(self) -> None:
+        """Raises `ValueError` where no scores give it a value, as of a division by 0."""
+        # Values that do not cancel each other out.
+        value = self({name: 0.1 + math.sqrt(place + 2) for place, name in enumerate(self.names)})
+        if not math.isfinite(value):
+            raise ValueError(f"{self.text!r} cannot be computed: its value is {value}")
 
     def __call__(self, scores: Mapping[str, float]) -> float:
         """Its value.

@@ -2,16 +2,21 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
+import torch
 from datasets import load_dataset
-from otdrg import FINDINGS, ReportGenerationPipeline
+from otdrg import FINDINGS, ReportGenerationPipeline, processing_otdrg
 from otdrg.cli import main
 from otdrg.labelers.report_table import read_reports
 from otdrg.metrics.faithfulness import self_check
 from otdrg.pipeline_otdrg import ReportGenerationPipeline as Pipeline
+from otdrg.training.published import decoding
 from PIL import Image
 
 FEW = ["--num-beams", "1", "--max-new-tokens", "6"]
@@ -275,6 +280,163 @@ def test_whoever_reads_may_stop(run_folder, paths):
         error = process.stderr.read()
         assert process.wait(60) == 141
     assert "Error" not in error and "error" not in error
+
+
+def test_generate_list_with_byte_order_mark_reads_its_first_study(generate, paths, tmp_path):
+    (tmp_path / "list").write_bytes("\n\n".join(paths[:2]).encode("utf-8-sig"))
+    status, shown, error = generate("--studies", tmp_path / "list", "--json")
+    assert status == 0 and error == ""
+    assert [row["id"] for row in rows_of(shown)] == paths[:2]
+
+
+def test_generate_damaged_studies_are_left_out_and_the_others_written(generate, paths, tmp_path, monkeypatch):
+    damaged = tmp_path / "damaged.png"
+    damaged.write_bytes(Path(paths[0]).read_bytes())
+    whole = processing_otdrg.read_view
+
+    def read_view(view, *arguments):
+        if view == str(damaged):
+            raise KeyError("Rows")
+        return whole(view, *arguments)
+
+    monkeypatch.setattr("otdrg.processing_otdrg.read_view", read_view)
+    listed = [
+        {"id": "a", "images": paths[0]},
+        {"id": "decoder", "images": str(damaged)},
+        {"id": "nul", "images": "x\0y.png"},
+        {"id": "long", "images": "x" * 5000},
+        {"id": "i" * 3000 + "/\u00e9", "images": paths[1]},
+        {"id": "../..", "images": paths[2]},
+    ]
+    (tmp_path / "list").write_text("\n".join(map(json.dumps, listed)))
+    maps = tmp_path / "maps"
+    status, shown, error = generate("--studies", tmp_path / "list", "--json", "--batch-size", 3, "--heatmap", maps)
+    assert status == 1
+    assert [row["id"] for row in rows_of(shown)] == [listed[place]["id"] for place in (0, 4, 5)]
+    lines = error.splitlines()
+    assert [line.split(": ")[1] for line in lines[:-1]] == ["decoder", "nul", "long"]
+    assert lines[0] == "left out: decoder: KeyError: 'Rows'"
+    assert "3 of 6 studies were left out" in lines[-1]
+    assert len(list(maps.iterdir())) == 3 and sorted(os.listdir(tmp_path)) == ["damaged.png", "list", "maps"]
+
+
+def test_generate_study_that_fails_in_its_batch_is_left_out_alone(generate, paths, tmp_path, monkeypatch):
+    (tmp_path / "list").write_text("\n".join(paths))
+    whole = Pipeline.__call__
+
+    def fails(self, inputs, **more):
+        if len(inputs) > 1 or inputs[0]["images"][0].size == Image.open(paths[1]).size != Image.open(paths[0]).size:
+            raise IndexError("index out of range in self")
+        return whole(self, inputs, **more)
+
+    monkeypatch.setattr(Pipeline, "__call__", fails)
+    Image.open(paths[1]).resize((70, 61)).save(tmp_path / "other.png")
+    (tmp_path / "list").write_text("\n".join([paths[0], str(tmp_path / "other.png"), paths[2]]))
+    paths = [paths[0], str(tmp_path / "other.png"), paths[2]]
+    status, shown, error = generate("--studies", tmp_path / "list", "--json", "--batch-size", 3)
+    assert status == 1 and [row["id"] for row in rows_of(shown)] == [paths[0], paths[2]]
+    assert f"left out: {paths[1]}: IndexError: index out of range in self" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-new-tokens", 10**9], "--max-new-tokens is 1000000000: expected less than 512, the positions of"),
+        (["--num-beams", 5000], "--num-beams is 5000: expected at most "),
+    ],
+)
+def test_generate_more_than_the_model_can_is_one_line(generate, paths, arguments, message):
+    status, shown, error = generate("--study", paths[0], *arguments, few=[])
+    assert status == 1 and shown == ""
+    one_line(error, message)
+
+
+def test_generate_batch_is_no_larger_than_the_list(generate, paths):
+    assert generate("--study", paths[0], "--batch-size", 10**9)[0] == 0
+
+
+def test_decoding_batch_larger_than_memory_is_refused(model):
+    with pytest.raises(ValueError, match=r"--batch-size 100000000 with 3 beams and 500 new tokens needs .* GB"):
+        decoding(model, 3, 500, 10**8)
+
+
+def test_generate_out_of_memory_is_one_line(generate, paths, monkeypatch):
+    def exhausted(self, *arguments, **more):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(Pipeline, "__call__", exhausted)
+    status, _, error = generate("--study", paths[0])
+    assert status == 1
+    one_line(error, "out of memory (CUDA out of memory): a smaller batch, fewer beams")
+
+
+SLOW = """
+import sys, time
+from otdrg import ReportGenerationPipeline
+whole = ReportGenerationPipeline.__call__
+def slow(self, *arguments, **more):
+    time.sleep(0.5)
+    return whole(self, *arguments, **more)
+ReportGenerationPipeline.__call__ = slow
+from otdrg.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def slow_generate(run_folder, paths, tmp_path):
+    """Starts the command on many studies, slowed down, and waits until a report is written."""
+    started = []
+
+    def start(output):
+        listed = [{"id": str(number), "images": paths[number % 3]} for number in range(200)]
+        (tmp_path / "list").write_text("\n".join(map(json.dumps, listed)))
+        command = [sys.executable, "-c", SLOW, "generate", str(run_folder), "--studies", str(tmp_path / "list")]
+        process = subprocess.Popen(
+            [*command, "--output", str(output), *FEW], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        started.append(process)
+        deadline = time.monotonic() + 120
+        while not (output.exists() and output.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_generate_second_process_is_refused_and_sigterm_says_what_is_kept(slow_generate, generate, paths, tmp_path):
+    output = tmp_path / "out" / "reports.jsonl"
+    process = slow_generate(output)
+    for more in ([], ["--resume"], ["--overwrite"]):
+        status, _, error = generate("--study", paths[0], "--output", output, *more)
+        assert status == 1
+        one_line(error, f"{output} is being written by process {process.pid} on ")
+    process.terminate()
+    shown, error = process.communicate(timeout=60)
+    assert process.returncode == 143 and shown == "" and "Traceback" not in error
+    written = rows_of(output.read_text())
+    assert (
+        error.strip()
+        .splitlines()[-1]
+        .endswith(
+            f"otdrg generate: terminated (SIGTERM); {len(written)} of 200 studies were written to {output}; "
+            "--resume goes on with the others"
+        )
+    )
+    assert [row["id"] for row in written] == [str(number) for number in range(len(written))]
+    assert sorted(os.listdir(output.parent)) == ["reports.jsonl", "reports.settings.json"]
+
+
+def test_generate_killed_process_holds_no_output(slow_generate, generate, paths, tmp_path):
+    output = tmp_path / "reports.jsonl"
+    process = slow_generate(output)
+    process.kill()
+    process.wait()
+    assert generate("--study", paths[0], "--output", output, "--overwrite")[0] == 0
+    assert len(rows_of(output.read_text())) == 1
 
 
 # --- the command itself ----------------------------------------------------------------------------------------------

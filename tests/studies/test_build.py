@@ -1,5 +1,6 @@
 """`prepare_studies`: what is built, what is left out and why, and what an interruption leaves."""
 
+import errno
 import json
 import logging
 import os
@@ -10,8 +11,10 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+import psutil
 import pytest
 from datasets import load_dataset, load_from_disk
+from otdrg.cli import main
 from otdrg.studies import load_studies, prepare_studies
 from otdrg.studies.build import BuildOptions, build_studies_dataset
 from otdrg.studies.loading import load_prepared, prepared_column, prepared_rows, stream_prepared
@@ -336,3 +339,161 @@ def test_what_is_left_out_in_memory_is_one_warning(picture, tmp_path, caplog, mo
         studies = load_in_memory(source)
     assert studies["train"]["id"] == ["a"]
     assert "listed: 1 studies left out: b (missing image:" in caplog.text
+
+
+# --- studies that are damaged ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyError("Rows"),
+        TypeError("int() argument must be a string"),
+        AttributeError("'NoneType' object has no attribute 'x'"),
+        RecursionError("maximum recursion depth exceeded"),
+        MemoryError(),
+        OSError("truncated"),
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+        NotImplementedError("VR 'OV'"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_prepare_study_whose_reading_fails_is_left_out_and_named(tmp_path, picture, error):
+    listed = [listed_study("a", picture()), StudyEntry("bad", "bad", "train", error), listed_study("c", picture())]
+    report = build_studies_dataset(ListedSource(listed), tmp_path / "built")
+    assert report.counts["train"].studies == 2 and report.skipped == 1
+    (fault,) = skipped_of(tmp_path / "built")
+    assert (fault["id"], fault["kind"], fault["kept"]) == ("bad", "malformed", False)
+    assert fault["reason"].startswith(type(error).__name__) and "\n" not in fault["reason"]
+
+
+def test_prepare_reason_does_not_quote_the_report(tmp_path, picture):
+    error = ValueError("invalid literal for int() with base 10: 'John Doe, 12.03.1950, has pneumonia'")
+    listed = [listed_study("a", picture()), StudyEntry("bad", "bad", "train", error)]
+    build_studies_dataset(ListedSource(listed), tmp_path / "built")
+    text = (tmp_path / "built" / "skipped.jsonl").read_text(encoding="utf-8")
+    assert "invalid literal" in text and "Doe" not in text
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"name": "sur\udcffrogate"},
+        {"name": "nul\0"},
+        {"name": "  "},
+        {"name": "x", "findings": "lungs \udcff clear"},
+        {"name": "x", "patient": "p\ud800"},
+        {"name": "x", "finding_states": [1, 2, "three"]},
+        {"name": "x", "findings": 3},
+        {"name": "x", "indication": ["cough"]},
+        {"name": "x", "view": "view\0.png"},
+        {"name": "x", "view": "v" * 5000 + ".png"},
+        {"name": "x", "view": "view\udcff.png"},
+        {"name": "x", "view": None},
+    ],
+    ids=str,
+)
+def test_prepare_study_that_cannot_be_written_is_left_out_and_named(tmp_path, picture, broken):
+    view = broken.pop("view", picture("b.png"))
+    listed = [listed_study("a", picture()), listed_study(broken.pop("name"), view, **broken)]
+    report = build_studies_dataset(ListedSource(listed), tmp_path / "built")
+    assert report.counts["train"].studies == 1 and report.skipped == 1
+    assert load_from_disk(tmp_path / "built")["train"]["id"] == ["a"]
+    (fault,) = skipped_of(tmp_path / "built")
+    assert fault["reason"] and "\n" not in fault["reason"]
+
+
+def test_prepare_id_of_any_length_is_kept(tmp_path, picture):
+    name = "\u00e9/" * 3000
+    build_studies_dataset(ListedSource([listed_study(name, picture())]), tmp_path / "built")
+    assert load_from_disk(tmp_path / "built")["train"]["id"] == [name]
+
+
+def test_prepare_full_disk_ends_the_build_and_keeps_it(tmp_path, picture):
+    error = OSError(errno.ENOSPC, "No space left on device")
+    listed = [listed_study("a", picture()), StudyEntry("b", "b", "train", error)]
+    with pytest.raises(OSError, match="No space left"):
+        build_studies_dataset(ListedSource(listed), tmp_path / "built", BuildOptions(studies_per_shard=1))
+    listed[1] = StudyEntry("b", "b", "train", listed_study("b", picture()).location)
+    build_studies_dataset(ListedSource(listed), tmp_path / "built", BuildOptions(studies_per_shard=1), resume=True)
+    assert load_from_disk(tmp_path / "built")["train"]["id"] == ["a", "b"]
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+SLOW = """
+import sys, time
+from dataclasses import dataclass
+import numpy as np
+from PIL import Image
+from otdrg.cli import main
+from otdrg.studies import phantom
+
+real = phantom.PhantomSource.read
+
+def slow(self, entry):
+    time.sleep(0.2)
+    return real(self, entry)
+
+phantom.PhantomSource.read = slow
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def slow_prepare(tmp_path):
+    """Starts `otdrg prepare` with a source that takes its time, and waits until it has built a shard."""
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW, encoding="utf-8")
+    started = []
+
+    def start(output, *arguments):
+        command = [sys.executable, str(script), "prepare", "phantom", "--train", "200", "--validation", "0"]
+        command += ["--test", "0", "--image-size", "32", "--studies-per-shard", "2", "--output", str(output)]
+        process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True)
+        started.append(process)
+        shards, deadline = output.with_name(f"{output.name}.partial") / "shards", time.monotonic() + 60
+        while not list(shards.glob("*.json")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize(("how", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("num_proc", ["1", "2"])
+def test_prepare_ended_by_a_signal_says_what_is_kept(slow_prepare, tmp_path, how, status, num_proc):
+    process = slow_prepare(tmp_path / "built", "--num-proc", num_proc)
+    process.send_signal(how)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == status and "Traceback" not in error
+    told = "terminated (SIGTERM)" if how == signal.SIGTERM else "interrupted"
+    last = error.strip().splitlines()[-1]
+    assert f"otdrg prepare: {told}; " in last
+    assert last.endswith(f"whole shards are kept in {tmp_path / 'built.partial'}; --resume goes on with the others")
+
+
+def test_prepare_second_process_is_refused_and_writes_nothing(slow_prepare, tmp_path, capsys):
+    output = tmp_path / "built"
+    process = slow_prepare(output)
+    for more in ([], ["--overwrite"], ["--resume"]):
+        assert main(["prepare", "phantom", "--train", "3", "--output", str(output), *more]) == 1
+        error = capsys.readouterr().err
+        assert f"{output} is being written by process {process.pid} on " in error and error.count("\n") == 1
+    assert process.poll() is None
+
+
+def test_prepare_killed_leaves_no_process_that_builds_on(slow_prepare, tmp_path):
+    process = slow_prepare(tmp_path / "built", "--num-proc", "2")
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert children and not alive
+    build = BuildOptions(studies_per_shard=2)
+    options = {"train": 200, "validation": 0, "test": 0, "image_size": 32}
+    report = prepare_studies("phantom", tmp_path / "built", build=build, resume=True, **options)
+    assert report.counts["train"].studies == 200

@@ -16,6 +16,7 @@ from otdrg import FINDINGS
 from otdrg.cli import main
 from otdrg.labelers import load_labeler
 from otdrg.metrics import nlg_scores, score_reports
+from otdrg.output_lock import OutputLock, OutputLockedError
 from otdrg.training.ablation import FULL, Row, plan_runs, table_rows, train_runs
 from otdrg.training.ablation_report import COLUMNS, format_summary, summarize
 from otdrg.training.evaluation import Evaluation
@@ -319,9 +320,8 @@ def test_rows_train_in_processes_behind_the_stages_they_share(recipe, tmp_path):
 
 
 def test_a_run_that_fails_is_reported_and_the_others_go_on(recipe, references, tmp_path, capsys):
-    # Only the predictor's stage can fail by this: nothing to fit thresholds on.
-    overrides = ["studies.options.validation=0", "studies.options.test=3", "predictor.fit_thresholds=true"]
-    overrides += ["report.evaluation.split=test", "predictor.max_steps=1"]
+    # Only the predictor's stage can fail by this, and only while it is trained.
+    overrides = ["predictor.learning_rate=1e30", "predictor.max_steps=3"]
     rows = table_rows(["modules"])
     plan = plan_runs(recipe, overrides, rows, [1], tmp_path)
     for row in (rows[0], rows[1], rows[3], rows[4]):
@@ -331,11 +331,67 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(recipe, references, t
         finish(next(run for run in plan.runs if run.name == f"shared/{shared}, seed 1"), references, 0)
     assert main(arguments) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "2 of 8 runs failed, the first: shared/predictor, seed 1: predictor.fit_thresholds=True" in error
+    assert (
+        "2 of 8 runs failed, the first: shared/predictor, seed 1: step 2 of " in error
+        and "the weights were spared" in error
+    )
     document = (tmp_path / "ablation.md").read_text(encoding="utf-8")
-    assert "|  | ✓ |  | failed: shared/predictor, seed 1: predictor.fit_thresholds=True: expected" in document
+    assert "|  | ✓ |  | failed: shared/predictor, seed 1: step " in document
     assert "DLE alone (DLE against baseline): cannot be told, no seed finished in both." in document
-    assert "- dle, seed 1: shared/predictor, seed 1: predictor.fit_thresholds" in document
+    assert "- dle, seed 1: shared/predictor, seed 1: step " in document
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("studies.source=nope", "studies.source='nope': unknown source of studies 'nope'"),
+        ("studies.options.train=many", "studies.options.train='many': expected an integer"),
+        ("labels.csv=nowhere.csv", "nowhere.csv"),
+        ("report.evaluation.metrics=[nope]", "report.evaluation.metrics='nope': expected some of bleu_1"),
+        ("report.evaluation.split=test", "report.evaluation.split='test': the studies have train, validation"),
+        ("model.overrides.lora.r=0", "model.overrides.lora.r=0: expected a positive integer"),
+    ],
+)
+def test_ablate_wrong_recipe_starts_no_run(recipe, tmp_path, capsys, override, message):
+    assert main(["ablate", str(recipe), override, "--output", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("otdrg ablate: error: ") and message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_ablate_failure_before_training_starts_no_other_run(recipe, tmp_path):
+    # Found when the model is built.
+    overrides = ["model.overrides.text_config.num_attention_heads=5"]
+    plan = plan_runs(recipe, overrides, table_rows(["modules"]), [1], tmp_path)
+    train_runs(plan.runs)
+    assert "no model can be made of them" in plan.runs[0].error
+    first = plan.runs[0].name
+    told = (f"not started: {first} failed before its training began", f"{first}: ")
+    assert all(run.error.startswith(told) for run in plan.runs[1:])
+    assert not any(run.log.exists() for run in plan.runs[1:])
+
+
+def test_ablate_killed_ends_its_runs_and_is_gone_on_with(recipe, tmp_path):
+    longer = ["report.max_steps=100000", "report.logging_steps=1000", "report.save_steps=100000"]
+    command = [sys.executable, "-m", "otdrg.cli", "ablate", str(recipe), *longer, "--tables", "modules"]
+    command += ["--seeds", "1", "--output", str(tmp_path / "out")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
+    baseline = tmp_path / "out" / "baseline" / "seed-1"
+    deadline = time.monotonic() + 120
+    while not (baseline / "report" / "started.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    (child,) = [one for one in psutil.Process(process.pid).children() if "otdrg.train_hf" in one.cmdline()]
+    locked = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert locked.returncode == 1 and f"is being written by process {process.pid} on " in locked.stderr
+    with pytest.raises(OutputLockedError, match=f"process {child.pid} on "), OutputLock(baseline):
+        pass
+    process.kill()
+    # Not waited for: a parent that is a zombie is gone, too.
+    child.wait(timeout=20)
+    with OutputLock(baseline):
+        pass
+    process.wait()
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
@@ -358,7 +414,7 @@ def test_an_interrupted_ablation_stops_what_it_started(recipe, tmp_path, how):
     while not (started := training()) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(how)
-    assert process.wait(timeout=60) == 130
+    assert process.wait(timeout=60) == (130 if how == signal.SIGINT else 143)
     assert started and not any(child.is_running() for child in started)
 
 

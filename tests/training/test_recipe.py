@@ -1,5 +1,6 @@
 import dataclasses
 import re
+import typing
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,93 @@ def test_every_field_says_what_it_is():
                 check(item.default_factory)
 
     check(Recipe)
+
+
+# --- every field -----------------------------------------------------------------------------------------------------
+
+
+def leaves(cls=Recipe, place=()):
+    """Names and types of all fields that are no section."""
+    hints = typing.get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[item.name]):
+            yield from leaves(hints[item.name], (*place, item.name))
+        else:
+            yield ".".join((*place, item.name)), hints[item.name]
+
+
+FIELDS = dict(leaves())
+NUMBERS = [
+    name
+    for name, kind in FIELDS.items()
+    if typing.get_origin(kind) not in (list, dict) and {int, float} & set(typing.get_args(kind) or (kind,))
+]
+#: Fields in which a number below 0 has a meaning, which their help says.
+NEGATIVE = {
+    **dict.fromkeys((f"{stage}.max_steps" for stage in ("ircp", "predictor", "report")), "-1 leaves that to epochs"),
+    "report.generation.length_penalty": "below 0 it favours short reports",
+}
+
+
+def help_of(name):
+    cls = Recipe
+    *sections, last = name.split(".")
+    for section in sections:
+        cls = typing.get_type_hints(cls)[section]
+    return next(item.metadata["help"] for item in dataclasses.fields(cls) if item.name == last)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1" + "0" * 400, "-1" + "0" * 400])
+def test_recipe_number_that_is_not_finite_is_refused(write, name, value):
+    with pytest.raises(ValueError, match=re.escape(name) + "=.*: expected "):
+        load_recipe(write(MINIMAL), [f"{name}={value}"])
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", ["-1", "-7", "-0.5"])
+def test_recipe_number_below_0_is_refused_or_documented(write, name, value):
+    try:
+        load_recipe(write(MINIMAL), [f"{name}={value}"])
+    except ValueError as error:
+        assert re.search(re.escape(name) + "=.*: expected ", str(error)) and "\n" not in str(error)
+    else:
+        assert NEGATIVE[name] in help_of(name)
+        assert name.startswith("report.generation") or value == "-1"
+
+
+@pytest.mark.parametrize(("name", "kind"), FIELDS.items(), ids=list(FIELDS))
+def test_recipe_value_of_another_type_is_refused(write, name, kind):
+    allowed = {*typing.get_args(kind), kind}
+    wrong = ["[[1]]", "2020-01-01"]
+    wrong += [] if typing.get_origin(kind) is dict else ["{a: [b]}"]
+    wrong += [] if str in allowed else ["text"]
+    wrong += [] if bool in allowed else ["true"]
+    wrong += ["'1'"] if {int, float} & allowed else []
+    for value in wrong:
+        with pytest.raises(ValueError) as refused:
+            load_recipe(write(MINIMAL), [f"{name}={value}"])
+        assert name.rpartition(".")[2] in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in FIELDS.items() if typing.get_origin(kind) is dict])
+@pytest.mark.parametrize("value", [".nan", "[1, .inf]", "{b: -.inf}", "2020-01-01", "{1: 2}"])
+def test_recipe_mapping_holds_what_json_can(write, name, value):
+    with pytest.raises(ValueError, match=re.escape(name)):
+        load_recipe(write(MINIMAL), [f"{name}.train={value}"])
+
+
+@pytest.mark.parametrize("name", ["output_dir", "feature_cache"])
+@pytest.mark.parametrize("value", ['""', '" "', '"a\\0b"'])
+def test_recipe_folder_without_a_name_is_refused(write, name, value):
+    with pytest.raises(ValueError, match=f"{name}=.*: expected the path of a folder"):
+        load_recipe(write(MINIMAL), [f"{name}={value}"])
+
+
+def test_recipe_byte_order_mark_is_dropped(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(yaml.safe_dump(MINIMAL).encode("utf-8-sig"))
+    assert load_recipe(path).output_dir == "runs/x"
 
 
 def test_help_shows_an_example(capsys):

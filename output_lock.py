@@ -1,0 +1,115 @@
+"""Exclusive use of an output: two processes never write one file or folder at the same time."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+
+class OutputLockedError(ValueError):
+    """Another process writes this output; the message names it."""
+
+
+class OutputLock:
+    """A context manager that holds an output for this process.
+
+    The operating system's lock on the file `.NAME.lock` beside the output is held, so a killed process leaves none that
+    is in the way. `.NAME.lock.json` says who holds it. Both are removed at the end.
+
+    Args:
+        output: file or folder that is written; it need not exist. A link stands for what it points to. Folders above it
+            are made, and removed again where nothing was written into them.
+        wait: seconds to wait for another process, such as one that is just ending.
+
+    Raises:
+        OutputLockedError: on entry, another process holds it.
+        OSError: on entry, the folder cannot be made or written to.
+    """
+
+    def __init__(self, output: str | os.PathLike, wait: float = 0.0):
+        self.output = Path(output)
+        self.wait = wait
+        self._made: list[Path] = []
+
+    def __enter__(self) -> OutputLock:
+        self._find_place()
+        deadline = time.monotonic() + self.wait
+        while not self._acquire():
+            if time.monotonic() >= deadline:
+                holder = self._holder()
+                self._remove_made()
+                raise OutputLockedError(
+                    f"{self.output} is being written by {holder}: wait for it or end it, or give another output"
+                )
+            time.sleep(0.1)
+        holder = {
+            "pid": os.getpid(),
+            "host": platform.node(),
+            "since": datetime.now().astimezone().isoformat(timespec="seconds"),
+        }
+        self._record.write_text(json.dumps(holder) + "\n", encoding="utf-8")
+        return self
+
+    def __exit__(self, *error) -> None:
+        # Windows does not remove a file that is open; there the empty file stays.
+        for path in (self._record, self._file):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+        self._lock.release()
+        self._remove_made()
+
+    def _find_place(self) -> None:
+        real = Path(os.path.realpath(self.output))
+        folder = real.parent
+        missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        self._made = missing
+        if real.is_dir() and not os.access(folder, os.W_OK):
+            folder = real
+        self._file = folder / f".{real.name}.lock"
+        self._record = folder / f".{real.name}.lock.json"
+        self._lock = FileLock(str(self._file), timeout=0)
+
+    def _acquire(self) -> bool:
+        """Whether the lock is held now, on the file that other processes will open."""
+        with suppress(FileExistsError):
+            os.close(os.open(self._file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        before = _inode(self._file)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            return False
+        if before is not None and _inode(self._file) == before:
+            return True
+        # The process that held it removed the file while it was being opened here.
+        self._lock.release()
+        return False
+
+    def _holder(self) -> str:
+        try:
+            holder = json.loads(self._record.read_text(encoding="utf-8"))
+            return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            return "another process"
+
+    def _remove_made(self) -> None:
+        for folder in self._made:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return os.stat(path).st_ino
+    except FileNotFoundError:
+        return None
+
+
+__all__ = ["OutputLock", "OutputLockedError"]
