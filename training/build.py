@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from typing import TypeVar
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, Value
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
@@ -21,6 +21,7 @@ from ..processing_otdrg import OTDRGProcessor
 from ..studies import load_studies
 from ..studies.cleaning import clean_report
 from ..studies.loading import load_prepared
+from ..studies.schema import UNCLEANED
 from .features import CachedStudies
 from .recipe import LabelsRecipe, ModelRecipe, Recipe, StudiesRecipe
 from .streaming import StreamedStudies
@@ -36,7 +37,9 @@ Rows = TypeVar("Rows", Dataset, StreamedStudies, CachedStudies)
 def build_studies(
     studies: StudiesRecipe, labels: LabelsRecipe, seed: int = 0, splits: Sequence[str] | None = None
 ) -> StudySplits:
-    """The recipe's studies by split, as `STUDY_FEATURES` has them, with `report` cleaned and `finding_states` filled.
+    """The recipe's studies by split: `STUDY_FEATURES` with `report` cleaned and `finding_states` filled.
+
+    Where the recipe cleans reports, the column `uncleaned_report` holds them as they were.
 
     Studies without a report are left out and counted. States come from the CSV for the studies it names, else from the
     labeler, else they are the studies' own; a labeler reads the reports as they were before cleaning.
@@ -80,10 +83,7 @@ def build_studies(
             )
         if unknown:
             logger.warning("%s: %d of %d studies have no finding states", split, unknown, len(rows))
-    cleaned = {
-        split: with_column(rows, "report", [clean_report(report, studies.cleaning) for report in rows["report"]])
-        for split, rows in labelled.items()
-    }
+    cleaned = {split: _cleaned(rows, studies.cleaning) for split, rows in labelled.items()}
     for split, rows in cleaned.items():
         logger.info("%s: %d studies", split, len(rows))
     return cleaned
@@ -99,10 +99,26 @@ def _streamed(studies: StudiesRecipe, seed: int) -> StudySplits:
     return {"train": train, **load_prepared(folder, leave_out=["train"])}
 
 
+def _cleaned(rows: Dataset | StreamedStudies, style: str) -> Dataset | StreamedStudies:
+    if style == "none":
+        return rows
+    reports = list(rows["report"])
+    return with_column(
+        with_column(rows, UNCLEANED, reports), "report", [clean_report(report, style) for report in reports]
+    )
+
+
+def uncleaned_reports(rows: Rows) -> list[str]:
+    """The reports before cleaning, which labelers read: cleaning joins words ("scarring/atelectasis")."""
+    return list(rows[UNCLEANED if UNCLEANED in rows.column_names else "report"])
+
+
 def with_column(rows: Rows, name: str, values: list) -> Rows:
-    """The same studies with other values in one of their columns."""
+    """The same studies with other values in a column, or with a new column of strings."""
     if not isinstance(rows, Dataset):
         return rows.with_column(name, values)
+    if name not in rows.column_names:
+        return rows.add_column(name, values, feature=Value("string"))
     feature = rows.features[name]
     return rows.remove_columns(name).add_column(name, values, feature=feature)
 
@@ -361,5 +377,6 @@ __all__ = [
     "lora_fields",
     "quantization_config",
     "set_trained_parts",
+    "uncleaned_reports",
     "with_column",
 ]

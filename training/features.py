@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
+from ..studies.schema import UNCLEANED
 from .feature_store import SHARD_VIEWS, FeatureStore
 from .recipe import Recipe, StageRecipe
 from .streaming import StreamedStudies
@@ -156,7 +157,8 @@ def cache_features(
             f"{store.folder} lacks features that were written: expected a folder that all processes see, and image "
             "files that do not change"
         )
-    columns = {name: list(studies[name]) for name in ("id", "report", "indication", "finding_states")}
+    names = ("id", "report", UNCLEANED, "indication", "finding_states")
+    columns = {name: list(studies[name]) for name in names if name in studies.column_names}
     return CachedStudies(store, [views[place] for place in range(len(ids))], columns)
 
 
