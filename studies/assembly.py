@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
+from .placeholders import present_text
 from .source import SPLITS, VIEWS, Skipped, SkipStudy, Study, StudyEntry, StudySource
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ Sections = Literal["findings", "impression", "findings+impression"]
 
 #: The section or sections that make the report.
 SECTIONS: tuple[str, ...] = ("findings", "impression", "findings+impression")
+_TEXTS = ("findings", "impression", "indication", "comparison")
 
 
 def choose_report(study: Study, sections: Sections) -> str:
@@ -123,6 +125,7 @@ def assemble_study(
     except SkipStudy as skip:
         fault(skip.kind, skip.reason)
         return Assembled(None, faults)
+    study = replace(study, **{name: present_text(getattr(study, name), name) for name in _TEXTS})
     report = choose_report(study, sections)
     if not report:
         fault("empty report", f"the study has no {sections.replace('+', ' and no ')}")

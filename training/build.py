@@ -21,6 +21,7 @@ from ..processing_otdrg import OTDRGProcessor
 from ..studies import load_studies
 from ..studies.cleaning import clean_report
 from ..studies.loading import load_prepared
+from ..studies.placeholders import present_text
 from ..studies.schema import UNCLEANED
 from .features import CachedStudies
 from .recipe import LabelsRecipe, ModelRecipe, Recipe, StudiesRecipe
@@ -61,7 +62,7 @@ def build_studies(
     for split, rows in loaded.items():
         if splits is not None and split not in splits:
             continue
-        kept = [position for position, report in enumerate(rows["report"]) if (report or "").strip()]
+        kept = [position for position, report in enumerate(rows["report"]) if present_text(report)]
         if len(kept) < len(rows):
             logger.warning(
                 "%s: %d of %d studies skipped: their report is empty", split, len(rows) - len(kept), len(rows)
