@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..findings_otdrg import FINDINGS, POSITIVE
+from ..labelers.as_typed import label_quietly
 from .clinical_efficacy.clinical_efficacy import UNCERTAIN_POLICIES
 from .constant_scores import NGramCounts, clinical_scores, rouge_l_scores
 from .nlg.corpus import bleu_of_counts, meteor_of_counts
@@ -127,11 +128,11 @@ def best_constants(
             f"on {len(drawn):,} of {len(reports):,} training reports"
         )
     if clinical:
-        candidate_states = labeler.label(candidates)
+        candidate_states = label_quietly(labeler, candidates)
         everything = all_positive_report(candidates, candidate_states)
         if everything:
             candidates = [*candidates, everything]
-            candidate_states = np.concatenate([candidate_states, labeler.label([everything])])
+            candidate_states = np.concatenate([candidate_states, label_quietly(labeler, [everything])])
         found = clinical_scores(candidate_states, np.asarray(states))
         for column in clinical:
             name = column if column.endswith(tuple(UNCERTAIN_POLICIES)) else f"{column}_{_POLICY}"
