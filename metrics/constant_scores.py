@@ -29,7 +29,7 @@ _ORDERS = 4
 #: pycocoevalcap's sigma of CIDEr's length penalty.
 _CIDER_SIGMA = 6.0
 #: Values of a matrix that are in memory at once.
-_BLOCK = 2**24
+_BLOCK = 2**22
 
 
 class NGramCounts:
@@ -144,10 +144,10 @@ def _blocks(rows: int, columns: int) -> Iterator[slice]:
 
 def rouge_l_scores(candidates: Sequence[str], references: Sequence[str], weights: np.ndarray) -> np.ndarray:
     """ROUGE-L, (C,), of each candidate written for every study; arguments as of [`NGramCounts`]."""
-    sums = np.zeros(len(candidates))
-    for columns in _blocks(len(references), len(candidates)):
-        sums += rouge_l_matrix(candidates, references[columns]) @ weights[columns]
-    return sums / np.sum(weights)
+    sums = [
+        rouge_l_matrix(candidates[rows], references) @ weights for rows in _blocks(len(candidates), len(references))
+    ]
+    return np.concatenate(sums) / np.sum(weights)
 
 
 def clinical_scores(candidate_states: np.ndarray, true_states: np.ndarray) -> dict[str, np.ndarray]:

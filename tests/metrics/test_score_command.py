@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -286,8 +287,8 @@ def test_help_shows_an_example(capsys):
 
 def test_score_reads_states_before_cleaning_and_its_table_scores_the_same(files):
     references = {**REFERENCES, "d": "Bibasilar scarring/atelectasis."}
-    write_csv(files["references"], references)
-    write_jsonl(files["predictions"], {**OURS, "d": "There is atelectasis/scarring."})
+    write_csv(Path(files["references"]), references)
+    write_jsonl(Path(files["predictions"]), {**OURS, "d": "There is atelectasis/scarring."})
     assert score(files, "--cleaning", "r2gen_iu") == 0
     row = table_of(files)[list(REFERENCES).index("d")]
     assert row["reference"] == "bibasilar scarringatelectasis ." and row["uncleaned reference"] == references["d"]
