@@ -125,7 +125,8 @@ def assemble_study(
     except SkipStudy as skip:
         fault(skip.kind, skip.reason)
         return Assembled(None, faults)
-    study = replace(study, **{name: present_text(getattr(study, name), name) for name in _TEXTS})
+    # Texts that are there stay as they are, white space included.
+    study = replace(study, **{name: "" for name in _TEXTS if not present_text(getattr(study, name), name)})
     report = choose_report(study, sections)
     if not report:
         fault("empty report", f"the study has no {sections.replace('+', ' and no ')}")
