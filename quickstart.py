@@ -79,7 +79,9 @@ def check(evaluation: dict) -> int:
         print(f"FAILED: with shuffled images the model still beats the best constant report in {', '.join(blind)}")
     if worse or blind:
         return 1
-    print("The model beats the best constant report in all four, and with shuffled images in none: it looks.")
+    print(
+        "The model beats the best constant report in all four columns, with shuffled images in none: it uses the image."
+    )
     return 0
 
 

@@ -49,6 +49,24 @@ def read_reports(path: str | Path, column: str = "report") -> Iterator[tuple[str
             yield study, cells[report_place]
 
 
+def has_column(path: str | Path, column: str) -> bool:
+    """Whether a table of [`read_reports`] has a column; of a .jsonl the first object says it.
+
+    Raises:
+        ValueError: as `read_reports`.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".jsonl":
+        with closing(csv_rows(path, "a CSV with a header")) as rows:
+            return fold_name(column) in map(fold_name, next(rows)[1])
+    with _reading(path, "a JSON object a line") as file:
+        first = next((line for line in file if line.strip()), "{}")
+    try:
+        return column in json.loads(first)
+    except (ValueError, TypeError):
+        return False  # `read_reports` names the fault
+
+
 def _json_reports(path: Path, column: str) -> Iterator[tuple[int, str, str]]:
     expected = f"an object with the keys id and {column} a line"
     with _reading(path, expected) as file:
@@ -133,4 +151,4 @@ def check_id(path: Path, row: int, column: str, study: str, lines: dict[str, int
     lines[study] = row
 
 
-__all__ = ["check_id", "csv_rows", "fold_name", "read_reports"]
+__all__ = ["check_id", "csv_rows", "fold_name", "has_column", "read_reports"]

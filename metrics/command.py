@@ -97,7 +97,9 @@ def _score(
     texts = {
         name: [clean_report(report, options.cleaning) for report in reports] for name, reports in joined.reports.items()
     }
-    states = {} if labeler is None else {name: label_quietly(labeler, reports) for name, reports in texts.items()}
+    # Before cleaning, which joins words: "scarring/atelectasis" becomes one.
+    uncleaned = joined.uncleaned
+    states = {} if labeler is None else {name: label_quietly(labeler, uncleaned[name]) for name in texts}
     if tokens is not None:
         texts["references"] = truncate_to_tokens(texts["references"], options.tokenizer, tokens)
 
@@ -143,7 +145,7 @@ def _score(
         "without_states": blank,
         "notes": _notes(options, system, intervals, states.get("references")),
     }
-    _write_studies(table, joined.ids, texts, systems, states)
+    _write_studies(table, joined.ids, texts, uncleaned, systems, states)
     output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     _print_tables(result, system, intervals, comparison)
     print(f"\n{output} and {table}")
@@ -210,10 +212,15 @@ def _write_studies(
     path: Path,
     ids: Sequence[str],
     texts: Mapping[str, Sequence[str]],
+    uncleaned: Mapping[str, Sequence[str]],
     systems: Mapping[str, ReportScores],
     states: Mapping[str, Any],
 ) -> None:
-    """A row a study: what was compared, as it was compared, its scores, and the states of each report."""
+    """A row a study: what was compared, as it was compared, its scores, and the states of each report.
+
+    Where they differ from what was compared, the texts that states were read from are in columns of their own.
+    """
+    read = {f"uncleaned {_COLUMNS[name]}": uncleaned[name] for name in texts if uncleaned[name] != texts[name]}
     scores = {
         score if name == "predictions" else f"{score}, {name}": values
         for name, system in systems.items()
@@ -222,12 +229,12 @@ def _write_studies(
     found = [f"{finding}, {_COLUMNS[name]}" for name in states for finding in FINDINGS]
     with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["id", *(_COLUMNS[name] for name in texts), *scores, *found])
+        writer.writerow(["id", *(_COLUMNS[name] for name in texts), *read, *scores, *found])
         for position, study in enumerate(ids):
             writer.writerow(
                 [
                     study,
-                    *(reports[position] for reports in texts.values()),
+                    *(reports[position] for reports in (*texts.values(), *read.values())),
                     *(f"{values[position]:.6f}" for values in scores.values()),
                     *(FINDING_STATES[state] for rows in states.values() for state in rows[position]),
                 ]

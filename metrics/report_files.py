@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..labelers.report_table import read_reports
+from ..labelers.report_table import has_column, read_reports
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,8 @@ class JoinedReports:
     Args:
         ids: of the N studies that all files have, in the references' order.
         reports: by `"references"`, `"predictions"` and, if there is another system, `"against"`: N texts.
+        uncleaned: the same keys: N texts before cleaning, from which states are read. They are in a column
+            `uncleaned report` (`uncleaned reference`) beside the other, or are the same.
         files: the same keys, where they were read.
         counts: how many reports each file holds.
         missing: ids that each file lacks and another has.
@@ -24,6 +26,7 @@ class JoinedReports:
 
     ids: list[str]
     reports: dict[str, list[str]]
+    uncleaned: dict[str, list[str]]
     files: dict[str, str]
     counts: dict[str, int]
     missing: dict[str, list[str]]
@@ -69,9 +72,14 @@ def join_reports(
             f"{_lacking(files, missing)} of {len(known):,} ids; expected the same ids in each, --allow-missing scores "
             f"the {len(ids):,} in common"
         )
+    uncleaned = {
+        name: _by_id(path, f"uncleaned {column}") if has_column(path, f"uncleaned {column}") else read[name]
+        for name, (path, column) in places.items()
+    }
     return JoinedReports(
         ids=ids,
         reports={name: [reports[study] for study in ids] for name, reports in read.items()},
+        uncleaned={name: [reports[study] for study in ids] for name, reports in uncleaned.items()},
         files=files,
         counts={name: len(reports) for name, reports in read.items()},
         missing=missing,

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .rouge_l import rouge_l_matrix
+
 #: Neighbours among which a consensus is sought.
 NEIGHBOURS = 30
-#: pycocoevalcap's weight of recall in ROUGE-L.
-_BETA = 1.2
 #: Similarities that are held at once.
 _BLOCK = 2**24
 
@@ -55,36 +55,9 @@ def consensus(reports: Sequence[str]) -> int:
         raise ValueError("reports: none given, expected at least one")
     texts = list(dict.fromkeys(reports))
     counts = np.array([reports.count(text) for text in texts])
-    scores = rouge_l_matrix(texts)
+    scores = rouge_l_matrix(texts, texts)
     others = scores @ counts - np.diag(scores)
     return reports.index(texts[int(np.argmax(others))])
-
-
-def rouge_l_matrix(reports: Sequence[str]) -> np.ndarray:
-    """ROUGE-L (K, K) of each of K reports (row), were each the true one (column), as pycocoevalcap has it.
-
-    Of all pairs at once: pycocoevalcap's loop over words takes a second for 30 reports of 100 words, and there are as
-    many such tables as studies.
-    """
-    words = [report.split(" ") for report in reports]
-    lengths = np.array([len(row) for row in words])
-    number = {word: place for place, word in enumerate(dict.fromkeys(word for row in words for word in row))}
-    true = np.full((len(words), lengths.max()), -1)
-    for row, report in zip(true, words, strict=True):
-        row[: len(report)] = [number[word] for word in report]
-    written = np.where(true < 0, -2, true)
-    # A row of the usual table, of longest common subsequences with each beginning of the true report, for every pair.
-    rows, columns = np.triu_indices(len(words))
-    beside = np.ascontiguousarray(true[columns].T)
-    common = np.zeros((len(beside) + 1, len(rows)), dtype=np.int16)
-    for word in written[rows].T:
-        longer = common[:-1] + (word == beside)
-        np.maximum.accumulate(np.maximum(common[1:], longer, out=longer), axis=0, out=common[1:])
-    longest = np.zeros((len(words), len(words)))
-    longest[rows, columns] = longest[columns, rows] = common[-1]
-    precision, recall = longest / lengths[:, None], longest / lengths
-    weighed = recall + _BETA**2 * precision
-    return np.divide((1 + _BETA**2) * precision * recall, weighed, where=weighed > 0, out=np.zeros_like(weighed))
 
 
 def _scaled(features: np.ndarray) -> np.ndarray:
@@ -92,4 +65,4 @@ def _scaled(features: np.ndarray) -> np.ndarray:
     return np.divide(features, lengths, where=lengths > 0, out=np.zeros_like(features))
 
 
-__all__ = ["NEIGHBOURS", "consensus", "nearest_neighbours", "rouge_l_matrix"]
+__all__ = ["NEIGHBOURS", "consensus", "nearest_neighbours"]

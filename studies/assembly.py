@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import pyarrow as pa
 
 from ..interruptions import fault_of_study
+from .placeholders import present_text
 from .schema import STUDY_FEATURES
 from .source import SPLITS, VIEWS, Skipped, SkipStudy, Study, StudyEntry, StudySource
 
@@ -20,6 +21,7 @@ Sections = Literal["findings", "impression", "findings+impression"]
 
 #: The section or sections that make the report.
 SECTIONS: tuple[str, ...] = ("findings", "impression", "findings+impression")
+_TEXTS = ("findings", "impression", "indication", "comparison")
 
 
 def choose_report(study: Study, sections: Sections) -> str:
@@ -153,6 +155,8 @@ def assemble_study(
 
     try:
         study = source.read(entry)
+        # Texts that are there stay as they are, white space included.
+        study = replace(study, **{name: "" for name in _TEXTS if not present_text(getattr(study, name), name)})
         report = choose_report(study, sections)
     except SkipStudy as skip:
         fault(skip.kind, skip.reason)

@@ -10,6 +10,7 @@ from pathlib import PureWindowsPath
 from typing import BinaryIO, NamedTuple
 
 from .csv_rows import Place, Row, check_encoding, read_rows
+from .placeholders import present_text, shown_value
 from .source import (
     Skipped,
     SkipStudy,
@@ -132,7 +133,7 @@ class CSVSource(StudySource):
                 images.append(self._image(row))
                 views.append(view_named(self._cell(row, "view")))
                 for text in _TEXTS:
-                    value = self._cell(row, text)
+                    value = present_text(self._cell(row, text), text)
                     told, line = first.setdefault(text, (value, place.line)) if value else (value, place.line)
                     if told != value:
                         reason = f"{text} is not the one of line {line}: expected the same or a blank in a study's rows"
@@ -248,9 +249,11 @@ class CSVSource(StudySource):
         if field in ("image", "study_id") and not cell:
             raise ValueError(f"{field} is blank: expected one in each row")
         if field == "image" and self._image(row) is None:
-            raise ValueError(f"image {cell!r} leaves the folder of images: expected a path inside {self.images}")
+            raise ValueError(
+                f"image {shown_value(cell)} leaves the folder of images: expected a path inside {self.images}"
+            )
         if field == "split" and cell.casefold() not in _SPLIT_NAMES:
-            raise ValueError(f"split is {cell!r}: expected one of {', '.join(_SPLIT_NAMES)}")
+            raise ValueError(f"split is {shown_value(cell)}: expected one of {', '.join(_SPLIT_NAMES)}")
 
 
 class _Listed(NamedTuple):

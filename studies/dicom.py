@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from .chest import NOT_CHEST, chest_fault, header_value
-from .report_sections import parse_sections
+from .report_sections import parse_sections, text_without_trailer
 from .source import VIEWS, Skipped, SkipStudy, Study, StudyEntry, StudySource, needed_folder, option, seeded_split
 from .views import view_named
 
@@ -100,7 +100,8 @@ class DICOMSource(StudySource):
         sections = parse_sections(text)
         if not any((sections.findings, sections.impression, sections.indication, sections.comparison)):
             # In a text with headers a word or two are a title; alone in a file ("Normal.") they are the report.
-            sections = sections._replace(findings="" if ":" in text else " ".join(text.split()))
+            text = text_without_trailer(text)
+            sections = sections._replace(findings="" if ":" in text else text)
         return Study(
             images=[os.path.join(self.folder, name) for name, _ in files],
             views=[view for _, view in files],

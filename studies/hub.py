@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .hub_columns import HubColumns, find_columns, parse_pairs
+from .placeholders import shown_value
 from .source import (
     SPLITS,
     Skipped,
@@ -145,7 +146,9 @@ class HubSource(StudySource):
         full = path_inside(root, os.path.relpath(path, root) if os.path.isabs(path) else path) if root else None
         if full is None:
             where = f"leaves {root}" if root else "is relative to no folder (option 'images')"
-            raise SkipStudy("malformed", f"{place}: path {path!r} {where}, expected a path inside the image folder")
+            raise SkipStudy(
+                "malformed", f"{place}: path {shown_value(path)} {where}, expected a path inside the image folder"
+            )
         return full
 
     def _list(self, name: str, split: str) -> Iterator[StudyEntry | Skipped]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .iu_xray_split import IU_XRAY_COUNTS, r2gen_split_ids
+from .placeholders import shown_value
 from .source import Skipped, Study, StudyEntry, StudySource, needed_file, needed_folder, option, path_inside
 
 _SPLITS = {"train": "train", "val": "validation", "test": "test"}
@@ -104,14 +105,16 @@ def _entry(study: Any, split: str, root: str, place: str) -> StudyEntry | Skippe
         return malformed("is not a study: expected an object with id, report and image_path")
     for field, kind, wanted in (("id", (str, int), "a string"), ("report", str, "a string")):
         if not isinstance(study.get(field), kind):
-            return malformed(f"has {field} {study.get(field)!r}: expected {wanted}")
+            return malformed(f"has {field} {shown_value(study.get(field))}: expected {wanted}")
     paths = study.get("image_path")
     if not isinstance(paths, list) or not paths or any(not isinstance(path, str) for path in paths):
-        return malformed(f"has image_path {paths!r}: expected a list of file names")
+        return malformed(f"has image_path {_shown_paths(paths)}: expected a list of file names")
     images = [path_inside(root, path) for path in paths]
     if None in images:
         path = paths[images.index(None)]
-        return malformed(f"has image_path {path!r}, which leaves the image folder: expected a path inside it")
+        return malformed(
+            f"has image_path {shown_value(path)}, which leaves the image folder: expected a path inside it"
+        )
     in_iu_xray = _IU_XRAY_ID.match(name)
     if "subject_id" in study:
         patient_id, licence = str(study["subject_id"]), MIMIC_LICENCE
@@ -120,6 +123,10 @@ def _entry(study: Any, split: str, root: str, place: str) -> StudyEntry | Skippe
     else:
         patient_id, licence = name, ""
     return StudyEntry(name, patient_id, split, (study["report"], images, licence))
+
+
+def _shown_paths(paths: Any) -> str:
+    return f"[{', '.join(map(shown_value, paths))}]" if isinstance(paths, list) else shown_value(paths)
 
 
 __all__ = ["IU_XRAY_LICENCE", "MIMIC_COUNTS", "MIMIC_LICENCE", "R2GenSource"]

@@ -1,4 +1,4 @@
-"""Sections of a radiology report as it was dictated: free text with headers, as in MIMIC-CXR.
+"""Sections of a radiology report as it was dictated: free text with headers, as in MIMIC-CXR, CheXpert Plus or VistA.
 
 What is decided where reports differ:
 
@@ -10,14 +10,23 @@ What is decided where reports differ:
   two words that do not name views, so that a title or a second date under "COMPARISON:" is not taken for findings.
 - Wet reads, other preliminary reads and addenda are left out. They end at a rule of underscores or at "FINAL REPORT",
   and where no "FINAL REPORT" follows and nothing has been read yet, at the first header.
+- What ends a report is left out: END OF IMPRESSION, diagnostic codes, signatures, names, who dictated, reviewed or
+  typed it, accession numbers. After it, only headers of findings, impression, indication or comparison open a section.
+- Headers may be bold (`**FINDINGS:**`), HTML, numbered, misspelt, in the midst of a line, or end in a dash. In a
+  sentence ("Findings are ...", "the impression of the tube") the same words are text.
 - A section that comes twice is joined. Other sections (technique, notification, recommendations...) are left out.
 """
 
 from __future__ import annotations
 
+import html
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
+
+from .report_trailers import is_metadata, is_signature_line, is_trailer
 
 
 class ReportSections(NamedTuple):
@@ -47,10 +56,10 @@ def _word_set(words: str) -> frozenset[str]:
 _AND = r"(?: AND | )"
 _CLINICAL = r"(?:(?:BRIEF |PERTINENT |RELEVANT )?(?:CLINICAL|PATIENT|MEDICAL|PROVIDED) )?"
 _EXAM = r"(?:EXAM|EXAMS|EXAMINATION|EXAMINATIONS|STUDY|STUDIES|TEST|PROCEDURE|FILM|FILMS|RADIOGRAPH|RADIOGRAPHS)"
-_FINDINGS_NAME = r"(?:FINDINGS?|FINDNGS|FINDINS|FINIDNGS|FINDIGNS)"
-_IMPRESSION_NAME = r"(?:IMPRESSIONS?|IMPRESSSION|IMPRESION|IMPRSSION|IMPRESSON|CONCLUSIONS?)"
+_FINDINGS_NAME = "FINDINGS?"
+_IMPRESSION_NAME = "(?:IMPRESSIONS?|CONCLUSIONS?)"
 _INDICATION_NAME = (
-    r"(?:HISTORY|HX|HISTORIES|INDICATIONS?|INDICTION|INFORMATION|DATA|CONTEXT|QUESTION|CONDITION"
+    r"(?:HISTORY|HX|HISTORIES|INDICATIONS?|INFORMATION|DATA|CONTEXT|QUESTION|CONDITION"
     rf"|(?:INDICATIONS?|REASONS?) FOR (?:(?:THE|THIS) )?{_EXAM})"
 )
 
@@ -62,13 +71,24 @@ _NAMES = {
     # "INFORMATION:" alone says nothing, so such words need "CLINICAL" before them.
     "indication": rf"(?!(?:INFORMATION|DATA|CONTEXT|QUESTION|CONDITION)$){_CLINICAL}{_INDICATION_NAME}"
     rf"(?: AND {_CLINICAL}{_INDICATION_NAME})*|REASON|UNDERLYING MEDICAL CONDITION",
-    "comparison": rf"COMPARISONS?(?: {_EXAM}| MADE| DATE)?|COMPARSIONS?|COMPARISION|(?:PRIOR|PREVIOUS) {_EXAM}",
+    "comparison": rf"COMPARISONS?(?: {_EXAM}| MADE| DATE)?|(?:PRIOR|PREVIOUS) {_EXAM}",
     _OTHER: rf"(?:TYPE OF )?{_EXAM}(?: (?:TYPE|PERFORMED|DESCRIPTION|TITLE))?|TECHNIQUES?|TECHNICAL FACTORS|METHODS?"
     rf"|VIEWS?|NUMBER OF VIEWS|CONTRAST|DATE|DATE OF {_EXAM}|{_EXAM} DATE|TECHNIQUE AND {_EXAM}|{_EXAM} AND TECHNIQUE",
-    _CLOSING: r"NOTIFICATIONS?|RECOMMENDATIONS?|RECOMMENDATIONS? AND NOTIFICATIONS?|COMMUNICATIONS?|CRITICAL RESULTS?"
-    r"|ATTENDING|RADIOLOGISTS?|DICTATED BY|SIGNED(?: BY)?|APPROVED BY|ELECTRONICALLY SIGNED(?: BY)?",
+    _CLOSING: r"NOTIFICATIONS?|RECOMMENDATIONS?|RECOMMENDATIONS? AND NOTIFICATIONS?|COMMUNICATIONS?|CRITICAL RESULTS?",
 }
 _PATTERNS = {kind: re.compile(pattern) for kind, pattern in _NAMES.items()}
+#: Names that open a section in the midst of a line.
+_MIDLINE_NAME = re.compile(
+    rf"{_FINDINGS_NAME}(?:{_AND}{_IMPRESSION_NAME})?|{_IMPRESSION_NAME}|(?:CLINICAL )?(?:INDICATIONS?|HISTORY)"
+    r"|TECHNIQUE|REASON FOR (?:THIS )?(?:EXAM|EXAMINATION|STUDY)|COMPARISONS?|NOTIFICATIONS?|RECOMMENDATIONS?"
+)
+#: Of an impression by another name ("SUMMARY:") there may be one, but not after the end of the report.
+_STRICT_IMPRESSION = re.compile(rf"(?:FINAL )?{_IMPRESSION_NAME}(?: AND RECOMMENDATIONS?)?")
+#: Words of names that are recognised when they are misspelt.
+_SPELT = (
+    *("FINDINGS", "IMPRESSION", "IMPRESSIONS", "CONCLUSION", "CONCLUSIONS", "INDICATION", "INDICATIONS", "HISTORY"),
+    *("COMPARISON", "COMPARISONS", "TECHNIQUE", "RECOMMENDATION", "RECOMMENDATIONS"),
+)
 
 #: Words of a line that names the views, and those of which it must have one.
 _VIEW_NAMES = _word_set(
@@ -89,6 +109,14 @@ _ORGANS = _word_set(
 
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _RULE = re.compile(r"_{10,}|[-=*]{5,}")
+#: Elements of HTML that break a line, and those that do not.
+_HTML_BREAK = re.compile(
+    r"</?(?:br|p|div|li|ul|ol|tr|table|tbody|h[1-6]|hr|body|html|head)\b[^<>]{0,200}>", re.IGNORECASE
+)
+_HTML = re.compile(r"</?(?:b|strong|i|em|u|span|font|td|th|pre|sup|sub|small)\b[^<>]{0,200}>", re.IGNORECASE)
+#: Emphasis of Markdown; rules, and placeholders as "___", are none.
+_EMPHASIS = re.compile(r"(?<![\w*])(\*{1,3}|_{1,2})(?=[^\W_])([^*_\n]{1,90}?)(?<=[\w:.)!?])\1(?![\w*])")
+_STRAY_BOLD = re.compile(r"(?<![\w*])\*\*(?=[^\W_])(?!\w+\[)|(?<=[\w.:!?)])\*\*(?![\w*])")
 _FINAL_REPORT = re.compile(r"\W*FINAL REPORT\W*", re.IGNORECASE)
 _ASIDE_NAME = (
     r"(?:FINAL )?ADDENDUM|(?:WET|PRELIMINARY|PRELIM|INTERIM|PROVISIONAL) (?:READ|READING|REPORT)"
@@ -98,14 +126,28 @@ _ASIDE_NAME = (
 _ASIDE_START = re.compile(rf"[\W_]*(?:(?:{_ASIDE_NAME})\b|(?i:{_ASIDE_NAME})(?: (?:#|VERSION).*)?\s*(?::|$))")
 #: Between words of a line; no longer than two spaces, so that nothing below has to go over a long one.
 _GAP = re.compile(r"\t\s*|\s{2,}")
-#: A header in capitals in the midst of a line, after the end of a sentence or a gap.
-_MIDLINE = re.compile(
-    r"(?:(?<=[.?!_])\s+|\s{2,})(?=(?:INDICATION|HISTORY|CLINICAL HISTORY|REASON FOR EXAM|TECHNIQUE|COMPARISONS?"
-    r"|FINDINGS|IMPRESSION|FINDINGS AND IMPRESSION|FINDINGS ?/ ?IMPRESSION|CONCLUSION|NOTIFICATION"
-    r"|RECOMMENDATION(?:\(S\)|S)?)\s*:)"
+#: Where a line may go on with a header: after the end of a sentence, a gap or a separator.
+_MIDLINE = re.compile(r"(?:(?<=[.?!_;|)\]])\s+(?:[/|]\s+)?|\s{2,}|\s[/|]\s)(?=[A-Z/])")
+#: The same without the end of a sentence, but not after a word that makes it a part of one ("see FINDINGS:").
+_UNPUNCTUATED = re.compile(r"(?<=\w)\s+(?=(?:FINDINGS|Findings|IMPRESSION|Impression|CONCLUSION|Conclusion)\s*:)")
+_GOES_ON = re.compile(
+    r"(?:\b(?:a|above|an|and|below|chest|clinical|final|for|from|in|initial|my|of|on|or|other|our|per|preliminary|previous"
+    r"|prior|radiographic|see|the|their|this|to|under|with))$",
+    re.IGNORECASE,
 )
 #: A colon, but not that of a time or a ratio.
-_COLON = re.compile(r":(?!(?<=\d:)\d)")
+_COLON = re.compile(r"[:：](?!(?<=\d:)\d)")
+_DASH = re.compile(r"\s*[-–—]{1,3}(?:\s+|$)")
+#: A header in capitals without a colon, before the beginning of a sentence.
+_BARE_HEADER = re.compile(
+    r"(FINDINGS|IMPRESSION|CONCLUSION|(?:CLINICAL )?(?:INDICATION|HISTORY)|COMPARISON|TECHNIQUE)"
+    r"\s+(?=[A-Z][a-z]|A\s[a-z]|\d{1,2}[.)]\s)"
+)
+#: What can stand before a header: bullets, numbers, letters.
+_BULLET = re.compile(r"[*#>•–—-]+\s*|\(?(?:\d{1,2}|[A-Z]|[IVX]{1,4})[.)]\s+")
+#: The number of the header that follows, as in "Clear. 2. IMPRESSION:".
+_ITEM_NUMBER = re.compile(r"(?:(?<=[.?!;])\s+|^)\(?(?:\d{1,2}|[A-Z]|[IVX]{2,4})[.)]\s+$")
+_PARENTHESIS = re.compile(r"\([^()]*\)")
 _LONGEST_NAME = 90
 
 
@@ -132,6 +174,8 @@ class _Header(NamedTuple):
     kind: str
     #: What the section's text begins with.
     text: str
+    #: Whether it opens a section after the end of a report, too.
+    reopens: bool = False
 
 
 def parse_sections(text: str) -> ReportSections:
@@ -157,11 +201,10 @@ def _joined(passages: list[_Passage], kind: str) -> str:
 
 
 def _passages(text: str) -> list[_Passage]:
-    lines = (_GAP.sub("  ", line) for line in _LINE_END.split(text.lstrip("\ufeff")))
-    lines = [part.strip() for line in lines for part in _MIDLINE.split(line)]
+    lines = [part.strip() for line in _plain_lines(text) for part in _split_midline(_GAP.sub("  ", line))]
     last_final = max((place for place, line in enumerate(lines) if _FINAL_REPORT.fullmatch(line)), default=-1)
     passages = [_Passage(_TITLE)]
-    after_break, has_read = True, False
+    after_break, has_read, has_ended = True, False, False
     for place, line in enumerate(lines):
         current = passages[-1]
         if not line or _RULE.fullmatch(line):
@@ -171,6 +214,7 @@ def _passages(text: str) -> list[_Passage]:
             after_break = True
             continue
         header = _header(line, after_break)
+        trailer = current.kind != _ASIDE and _is_trailer(line, after_break, current.kind)
         after_break = line.endswith((".", "?", "!"))
         if _FINAL_REPORT.fullmatch(line):
             passages.append(_Passage(_TITLE))
@@ -178,17 +222,65 @@ def _passages(text: str) -> list[_Passage]:
             passages.append(_Passage(_ASIDE))
         elif current.kind == _ASIDE and (header is None or has_read or place < last_final):
             continue
-        elif header is None or not _opens(header, current):
+        elif trailer:
+            has_ended = has_read
+            # At the head of a report that has no headers its text follows.
+            closes = has_read or (not is_metadata(line) and _unlabelled(passages) is not None)
+            passages.append(_Passage(_CLOSING if closes else _LABEL))
+            passages[-1].add(line)
+        elif header is None or not _opens(header, current, has_ended):
             current.add(line)
         else:
+            has_ended = False
             passages.append(_Passage(header.kind))
             passages[-1].add(header.text)
         has_read = has_read or passages[-1].kind in ("findings", "impression", _VIEWS)
     return passages
 
 
-def _opens(header: _Header, current: _Passage) -> bool:
+def _plain_lines(text: str) -> list[str]:
+    """The lines without HTML and Markdown."""
+    text = text.lstrip("\ufeff")
+    if "<" in text:
+        text = _HTML.sub("", _HTML_BREAK.sub("\n", text))
+    if "&" in text:
+        text = html.unescape(text)
+    if "*" in text or "_" in text:
+        text = _STRAY_BOLD.sub("", _EMPHASIS.sub(r"\2", text))
+    return _LINE_END.split(text)
+
+
+def _split_midline(line: str) -> Iterator[str]:
+    """A line cut before each header, and each part that is no text of the report, in its midst."""
+    begin = 0
+    places = {match.end() for match in _MIDLINE.finditer(line) if _opens_midline(line[match.end() :][:_LONGEST_NAME])}
+    places |= {it.end() for it in _UNPUNCTUATED.finditer(line) if not _GOES_ON.search(line[: it.start()][-20:])}
+    for place in sorted(places):
+        before = line[begin:place]
+        if not _ITEM_NUMBER.fullmatch(before):
+            yield _ITEM_NUMBER.sub("", before).rstrip(" /|;")
+            begin = place
+    yield line[begin:]
+
+
+def _opens_midline(text: str) -> bool:
+    if is_trailer(text):
+        return True
+    colon, dash = _COLON.search(text), _DASH.search(text)
+    ends = [mark.start() for mark in (colon, dash) if mark]
+    return bool(ends) and _MIDLINE_NAME.fullmatch(_phrase(_words(text[: min(ends)]))) is not None
+
+
+def _is_trailer(line: str, after_break: bool, kind: str) -> bool:
+    if is_trailer(line, after_break):
+        return True
+    return after_break and kind in ("findings", "impression", _VIEWS) and is_signature_line(line)
+
+
+def _opens(header: _Header, current: _Passage, has_ended: bool) -> bool:
     """Whether a header opens a passage here: findings and impression are ended by names of sections only."""
+    if has_ended:
+        return header.reopens
     if header.kind == _TITLE and current.kind != _TITLE and not any(current.paragraphs):
         return False  # "EXAMINATION:", and the name on the next line
     return header.kind in _NAMES or current.kind not in ("findings", "impression", _VIEWS)
@@ -201,9 +293,23 @@ def _header(line: str, after_break: bool) -> _Header | None:
         line: without white space at its ends.
         after_break: whether the line before it is blank or ends a sentence.
     """
-    line = line.lstrip("*# ")
+    bullet = _BULLET.match(line)
+    if bullet and (line[bullet.end() :][:1].isupper() or line[0] in "*#"):
+        found = _header(line[bullet.end() :].lstrip("*# "), after_break)
+        # "1. LUNGS: clear" is an item of a list.
+        return found if found is None or line[0] in "*#" or found.kind in _NAMES else None
+    bare = _BARE_HEADER.match(line) if after_break else None
     colon = _COLON.search(line, 0, _LONGEST_NAME)
-    name, rest = (line[: colon.start()], line[colon.end() :].strip()) if colon else (line, "")
+    if bare:
+        name, rest = bare[1], line[bare.end() :]
+    elif colon:
+        name, rest = line[: colon.start()], line[colon.end() :].strip()
+    else:
+        name, rest = line, ""
+    if not colon and not bare and (dash := _DASH.search(line, 0, _LONGEST_NAME)):
+        before = line[: dash.start()]
+        if before[:1].isupper() and (after_break or before.upper() == before) and _kind(_words(before)) is not None:
+            name, rest, colon = before, line[dash.end() :].strip(), dash
     words = _words(name)
     if not words or len(words) > 15 or not (after_break or name[0].isupper()):
         return None
@@ -211,9 +317,11 @@ def _header(line: str, after_break: bool) -> _Header | None:
     # Without a colon it must not be the last word of a sentence.
     alone = name[0].isupper() and not name.endswith((".", ",", ";", "?", "!"))
     if colon or alone:
-        for kind, pattern in _PATTERNS.items():
-            if pattern.fullmatch(phrase):
-                return _Header(kind, rest)
+        kind = _kind(words) or (_kind(_words(_PARENTHESIS.sub(" ", name))) if colon else None)
+        if kind is not None:
+            strict = kind != "impression" or _STRICT_IMPRESSION.fullmatch(_phrase(words)) is not None
+            reopens = strict and kind in ("findings", "impression", "indication", "comparison")
+            return _Header(kind, rest, reopens)
     if not (in_capitals or after_break) or not name[0].isupper():
         return None
     if _VIEW_NAMES & set(words) and _VIEW_WORDS.issuperset(word for word in words if word.isalpha()):
@@ -226,6 +334,41 @@ def _header(line: str, after_break: bool) -> _Header | None:
         return _Header(_VIEWS, line)
     # Any other label in capitals ends what does not belong to the findings, as "ORDERING PHYSICIAN:".
     return _Header(_LABEL, rest) if in_capitals and sum(map(str.isalpha, phrase)) > 2 else None
+
+
+def _kind(words: list[str]) -> str | None:
+    """The kind of section that bears this name."""
+    phrase = _phrase(words)
+    return next((kind for kind, pattern in _PATTERNS.items() if pattern.fullmatch(phrase)), None)
+
+
+def _phrase(words: list[str]) -> str:
+    return " ".join(map(_spelt, words)) if len(words) <= 5 else " ".join(words)
+
+
+@lru_cache(4096)
+def _spelt(word: str) -> str:
+    """The word of a name of which this is a misspelling, or else the word."""
+    if word in _SPELT or len(word) < 6 or not word.isalpha():
+        return word
+    for known in _SPELT:
+        most = 2 if min(len(word), len(known)) >= 9 and word[:2] == known[:2] else 1
+        if abs(len(word) - len(known)) <= most and _edits(word, known) <= most:
+            return known
+    return word
+
+
+def _edits(word: str, other: str) -> int:
+    """Letters to insert, drop, change or swap with the next one (optimal string alignment distance)."""
+    before, row = [], list(range(len(other) + 1))
+    for place, letter in enumerate(word, 1):
+        last, before, row = before, row, [place]
+        for column, other_letter in enumerate(other, 1):
+            least = min(before[column] + 1, row[-1] + 1, before[column - 1] + (letter != other_letter))
+            if place > 1 and column > 1 and letter == other[column - 2] and word[place - 2] == other_letter:
+                least = min(least, last[column - 2] + 1)
+            row.append(least)
+    return row[-1]
 
 
 def _words(name: str) -> list[str]:
@@ -241,6 +384,17 @@ def _telling_words(text: str) -> int:
 
 def _cut_unlabelled(passages: list[_Passage]) -> str:
     """Take the unlabelled findings out of the passage that they stand in."""
+    found = _unlabelled(passages)
+    if found is None:
+        return ""
+    passage, first = found
+    text = passage.text(first)
+    del passage.paragraphs[first:]
+    return text
+
+
+def _unlabelled(passages: list[_Passage]) -> tuple[_Passage, int] | None:
+    """The passage that the unlabelled findings stand in, and the paragraph that they begin with."""
     kinds = [passage.kind for passage in passages]
     end = kinds.index("impression") if "impression" in kinds else len(passages)
     for passage in reversed(passages[:end]):
@@ -249,14 +403,17 @@ def _cut_unlabelled(passages: list[_Passage]) -> str:
         first = 0 if passage.kind == _TITLE else 1
         while first < len(passage.paragraphs) and not _telling_words(passage.text(first, first + 1)):
             first += 1
-        text = passage.text(first)
-        if _telling_words(text) < 2:
-            if passage.kind == _LABEL:
-                continue
-            return ""
-        del passage.paragraphs[first:]
-        return text
-    return ""
+        if _telling_words(passage.text(first)) >= 2:
+            return passage, first
+        if passage.kind != _LABEL:
+            return None
+    return None
 
 
-__all__ = ["ReportSections", "parse_sections"]
+def text_without_trailer(text: str) -> str:
+    """A report without headers, up to what ends it, with single spaces."""
+    passages = _passages(text)
+    return " ".join(text for passage in passages if passage.kind == _TITLE and (text := passage.text()))
+
+
+__all__ = ["ReportSections", "parse_sections", "text_without_trailer"]

@@ -5,6 +5,9 @@ from datasets import ClassLabel, Features, Image, List, Value
 from ..findings_otdrg import FINDING_STATES
 from .source import VIEWS
 
+#: Column that training adds where it cleans reports: `report` as it was, from which labelers read states.
+UNCLEANED = "uncleaned_report"
+
 #: A study: its views in order, the sections of its report ("" when absent), `report` (the text a model learns to write)
 #: and the states of the 14 findings in the order of `FINDINGS`, None where nobody has labelled them.
 STUDY_FEATURES = Features(

@@ -11,9 +11,9 @@ def table(model, shuffled, constant):
     return {"studies": 9, "labeler": "rules", "rows": {**rows, "true states given": rows["model"]}}
 
 
-def test_a_model_that_looks_passes(capsys):
+def test_a_model_that_uses_the_image_passes(capsys):
     assert quickstart.check(table([0.5] * 4, [0.1] * 4, [0.3] * 4)) == 0
-    assert "it looks" in capsys.readouterr().out
+    assert "it uses the image" in capsys.readouterr().out
 
 
 def test_one_figure_below_the_constant_fails(capsys):

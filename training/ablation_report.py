@@ -140,7 +140,8 @@ def _check_alike(rows: Sequence[_RowRuns]) -> None:
     for runs in rows:
         for seed, evaluation in runs.evaluations.items():
             path = runs.runs[seed].folder / "predictions.csv"
-            studies, _ = _predictions(runs.runs[seed])
+            rows = _predictions(runs.runs[seed])
+            studies = [(row["id"], row["reference"], row.get("uncleaned reference")) for row in rows]
             scored = evaluation["split"], evaluation["labeler"], studies
             if first is None:
                 first = path, scored
@@ -151,11 +152,10 @@ def _check_alike(rows: Sequence[_RowRuns]) -> None:
                 )
 
 
-def _predictions(run: Run) -> tuple[list[tuple[str, str]], list[str]]:
-    """Id and true report of each study a run was scored on, and what it wrote."""
+def _predictions(run: Run) -> list[dict[str, str]]:
+    """The rows of a run's `predictions.csv`."""
     with (run.folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return [(row["id"], row["reference"]) for row in rows], [row["report"] for row in rows]
+        return list(csv.DictReader(file))
 
 
 def _notes(plan: Plan, evaluation: dict[str, Any] | None) -> list[str]:
@@ -225,10 +225,11 @@ class _StatisticsReader:
         if key not in self._read:
             evaluation = read_results(run.folder)["report"]["evaluation"]
             labeler = load_labeler(evaluation["labeler"])
-            studies, reports = _predictions(run)
-            references = [reference for _, reference in studies]
+            rows = _predictions(run)
+            references, reports = ([row[name] for row in rows] for name in ("reference", "report"))
             if self._true_states is None:
-                self._true_states = labeler.label(references)
+                # As the evaluation read them, before cleaning.
+                self._true_states = labeler.label([row.get("uncleaned reference", row["reference"]) for row in rows])
             scores = evaluation["rows"][ROWS["model"]]
             metrics = [name for name in COLUMNS if name in NLG_METRICS and scores.get(name) is not None]
             self._read[key] = study_statistics(

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from typing import TypeVar
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, Value
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
@@ -23,6 +23,8 @@ from ..processing_otdrg import OTDRGProcessor
 from ..studies import load_studies
 from ..studies.cleaning import clean_report
 from ..studies.loading import load_prepared, undecoded
+from ..studies.placeholders import present_text
+from ..studies.schema import UNCLEANED
 from .features import CachedStudies
 from .recipe import LabelsRecipe, ModelRecipe, Recipe, StudiesRecipe
 from .streaming import StreamedStudies
@@ -40,7 +42,8 @@ def build_studies(
 ) -> StudySplits:
     """The recipe's studies by split, with `report` cleaned and `finding_states` filled.
 
-    Rows follow `STUDY_FEATURES`, with images as `{"bytes", "path"}`: the collator reads them as `generate` does.
+    Rows follow `STUDY_FEATURES`, with images as `{"bytes", "path"}`: the collator reads them as `generate` does. Where
+    the recipe cleans reports, the column `uncleaned_report` holds them as they were.
 
     Studies without a report are left out and counted. States come from the CSV for the studies it names, else from the
     labeler, else they are the studies' own; a labeler reads the reports as they were before cleaning.
@@ -62,7 +65,7 @@ def build_studies(
     for split, rows in loaded.items():
         if splits is not None and split not in splits:
             continue
-        kept = [position for position, report in enumerate(rows["report"]) if (report or "").strip()]
+        kept = [position for position, report in enumerate(rows["report"]) if present_text(report)]
         if len(kept) < len(rows):
             logger.warning(
                 "%s: %d of %d studies skipped: their report is empty", split, len(rows) - len(kept), len(rows)
@@ -84,10 +87,7 @@ def build_studies(
             )
         if unknown:
             logger.warning("%s: %d of %d studies have no finding states", split, unknown, len(rows))
-    cleaned = {
-        split: with_column(rows, "report", [clean_report(report, studies.cleaning) for report in rows["report"]])
-        for split, rows in labelled.items()
-    }
+    cleaned = {split: _cleaned(rows, studies.cleaning) for split, rows in labelled.items()}
     for split, rows in cleaned.items():
         logger.info("%s: %d studies", split, len(rows))
     return {split: undecoded(rows) if isinstance(rows, Dataset) else rows for split, rows in cleaned.items()}
@@ -103,10 +103,26 @@ def _streamed(studies: StudiesRecipe, seed: int) -> StudySplits:
     return {"train": train, **load_prepared(folder, leave_out=["train"])}
 
 
+def _cleaned(rows: Dataset | StreamedStudies, style: str) -> Dataset | StreamedStudies:
+    if style == "none":
+        return rows
+    reports = list(rows["report"])
+    return with_column(
+        with_column(rows, UNCLEANED, reports), "report", [clean_report(report, style) for report in reports]
+    )
+
+
+def uncleaned_reports(rows: Rows) -> list[str]:
+    """The reports before cleaning, which labelers read: cleaning joins words ("scarring/atelectasis")."""
+    return list(rows[UNCLEANED if UNCLEANED in rows.column_names else "report"])
+
+
 def with_column(rows: Rows, name: str, values: list) -> Rows:
-    """The same studies with other values in one of their columns."""
+    """The same studies with other values in a column, or with a new column of strings."""
     if not isinstance(rows, Dataset):
         return rows.with_column(name, values)
+    if name not in rows.column_names:
+        return rows.add_column(name, values, feature=Value("string"))
     feature = rows.features[name]
     return rows.remove_columns(name).add_column(name, values, feature=feature)
 
@@ -382,5 +398,6 @@ __all__ = [
     "lora_fields",
     "quantization_config",
     "set_trained_parts",
+    "uncleaned_reports",
     "with_column",
 ]

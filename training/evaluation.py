@@ -17,9 +17,7 @@ from ..metrics import (
     NLG_METRICS,
     UNCERTAIN_POLICIES,
     ReportScores,
-    all_positive_report,
     best_constants,
-    frequent_reports,
     score_reports,
 )
 from ..metrics.clinical_efficacy.clinical_efficacy import AVERAGES, example_ceiling
@@ -27,7 +25,7 @@ from ..metrics.faithfulness import flip_states
 from ..metrics.retrieval import NEIGHBOURS
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
-from .build import with_column
+from .build import uncleaned_reports, with_column
 from .features import CachedStudies
 from .generation import GeneratedReports, ReportJournal, derangement, generate_reports
 from .retrieval import retrieve_reports
@@ -56,14 +54,16 @@ class Row(NamedTuple):
     """A row of the table.
 
     Args:
-        reports: N texts.
-        finding_states: (N, 14) what the labeler reads in them.
+        reports: N texts, as they are compared with the references.
+        finding_states: (N, 14) what the labeler reads in them before cleaning.
         found: their scores.
+        uncleaned: N texts before cleaning.
     """
 
     reports: list[str]
     finding_states: np.ndarray
     found: ReportScores
+    uncleaned: list[str]
 
     @property
     def scores(self) -> dict[str, Any]:
@@ -93,7 +93,8 @@ class Evaluation:
     Args:
         ids: the studies'.
         references: the true reports, as fluency is scored against them.
-        true_states: (N, 14) what the labeler reads in the whole true reports.
+        uncleaned_references: the whole true reports before cleaning.
+        true_states: (N, 14) what the labeler reads in `uncleaned_references`.
         finding_states: (N, 14) the states the model predicted.
         labeler: name of the labeler behind the clinical scores.
         rows: by their keys in `ROWS`; the constant's is not among them.
@@ -105,6 +106,7 @@ class Evaluation:
 
     ids: list[str]
     references: list[str]
+    uncleaned_references: list[str]
     true_states: np.ndarray
     finding_states: np.ndarray
     labeler: str
@@ -132,29 +134,45 @@ class _Scorer:
 
     Args:
         reader: the labeler.
-        references: N true reports, whose states are read.
+        references: N true reports before cleaning, whose states are read.
         compared: the true reports as fluency is scored against them.
         metrics: of `nlg_scores`.
+        clean: cleans a generated report; None leaves it as it is.
     """
 
-    def __init__(self, reader, references: list[str], compared: list[str], metrics: Sequence[str]):
+    def __init__(
+        self,
+        reader,
+        references: list[str],
+        compared: list[str],
+        metrics: Sequence[str],
+        clean: Callable[[str], str] | None = None,
+    ):
         self.reader = reader
+        self.references = references
         self.true_states = label_quietly(reader, references)
         self.compared = compared
         self.metrics = metrics
+        self.clean = clean
+
+    def generated(self, reports: list[str]) -> Row:
+        """The row of what a model wrote: states are read before cleaning, fluency is scored after it."""
+        cleaned = reports if self.clean is None else [self.clean(report) for report in reports]
+        return self._row(cleaned, label_quietly(self.reader, reports), reports)
 
     def __call__(self, reports: list[str]) -> Row:
-        return self._row(reports, label_quietly(self.reader, reports))
+        """The row of training reports, cleaned as the references are."""
+        return self._row(reports, label_quietly(self.reader, reports), reports)
 
     def constant(self, report: str) -> Row:
         """The row of one report that is written for every study."""
         count = len(self.compared)
-        return self._row([report] * count, np.tile(label_quietly(self.reader, [report]), (count, 1)))
+        reports = [report] * count
+        return self._row(reports, np.tile(label_quietly(self.reader, [report]), (count, 1)), reports)
 
-    def _row(self, reports: list[str], states: np.ndarray) -> Row:
-        return Row(
-            reports, states, score_reports(reports, self.compared, states, self.true_states, metrics=self.metrics)
-        )
+    def _row(self, reports: list[str], states: np.ndarray, uncleaned: list[str]) -> Row:
+        found = score_reports(reports, self.compared, states, self.true_states, metrics=self.metrics)
+        return Row(reports, states, found, uncleaned)
 
 
 def evaluate_model(
@@ -179,9 +197,7 @@ def evaluate_model(
     `shuffled` is the same model with images shuffled across studies: if it does not fall to the constant's level, the
     model does not look. `retrieval` writes the report of the training study whose image features, the model's own, are
     nearest, and the one that the nearest 30 agree on most ([`retrieve_reports`]). `constant` is, in each column, the
-    report that scores best on training when it is written for every study: one of the 60 most frequent or, what F1
-    rewards, one that has every finding positive; METEOR, too slow to choose by, has that of another column which does
-    best on the studies themselves.
+    training report that scores best on training when it is written for every study ([`best_constants`]).
     `true_states` is the model given the true states: the ceiling of a better predictor. `flipped` gives it these with
     one finding of each study flipped ([`flip_states`]); that is no row, but what steerability is measured on.
 
@@ -198,7 +214,8 @@ def evaluate_model(
         seed: of the shuffling, the flips and the constants' draw.
         indication: whether the studies' `indication` goes into the prompt; shuffled images leave it where it is.
         labeler_options: the labeler's own.
-        references: N texts that fluency is scored against, where it is not the studies' reports.
+        references: N texts that fluency is scored against, where it is not the studies' reports. States of true
+            reports are read from `uncleaned_report` where the studies have it, else from `report`.
         clean: a function of a generated report, of a model that learned to write otherwise than `studies` are cleaned.
         journals: folder in which reports are kept as they are generated, see [`ReportJournal`].
 
@@ -209,26 +226,24 @@ def evaluate_model(
     if needed and training is None:
         raise ValueError(f"controls {', '.join(needed)}: expected training studies")
     reader = labeler_of(labeler, dict(labeler_options or {}))
-    reports = list(studies["report"])
-    scored = _Scorer(reader, reports, reports if references is None else list(references), metrics)
+    compared = list(studies["report"] if references is None else references)
+    scored = _Scorer(reader, uncleaned_reports(studies), compared, metrics, clean)
 
     def generated(
         name: str, rows: Dataset | CachedStudies, finding_states: np.ndarray | None = None
     ) -> GeneratedReports:
         journal = None if journals is None else ReportJournal(journals / f"{name}.jsonl")
-        written = generate_reports(model, processor, rows, batch_size, generation, finding_states, indication, journal)
-        if clean is not None:
-            written.reports = [clean(report) for report in written.reports]
-        return written
+        return generate_reports(model, processor, rows, batch_size, generation, finding_states, indication, journal)
 
     written = generated("model", studies)
     evaluation = Evaluation(
         ids=list(studies["id"]),
         references=scored.compared,
+        uncleaned_references=scored.references,
         true_states=scored.true_states,
         finding_states=written.finding_states,
         labeler=reader.name,
-        rows={"model": scored(written.reports)},
+        rows={"model": scored.generated(written.reports)},
     )
     if "shuffled" in controls and len(studies) < 2:
         evaluation.notes.append("images of a single study cannot be shuffled")
@@ -239,10 +254,10 @@ def evaluate_model(
             others = studies.select(order.tolist())
             for column in ("id", "indication"):
                 others = with_column(others, column, list(studies[column]))
-            evaluation.rows["shuffled"] = scored(generated("shuffled", others).reports)
+            evaluation.rows["shuffled"] = scored.generated(generated("shuffled", others).reports)
         else:
             # The images are all the model is given, so what it writes for another's is what it wrote for the other.
-            evaluation.rows["shuffled"] = scored([written.reports[other] for other in order])
+            evaluation.rows["shuffled"] = scored.generated([written.reports[other] for other in order])
     if "retrieval" in controls:
         retrieved = retrieve_reports(model, processor, studies, training, batch_size)
         evaluation.rows["nearest"] = scored(retrieved.nearest)
@@ -250,7 +265,8 @@ def evaluate_model(
         if retrieved.neighbours < NEIGHBOURS:
             evaluation.notes.append(f"the consensus is of {retrieved.neighbours} neighbours: training has no more")
     if "constant" in controls:
-        evaluation.constants = _constants(scored, training["report"], seed)
+        evaluation.constants, notes = _constants(scored, training, seed)
+        evaluation.notes += notes
     if model.config.dle:
         evaluation.steered["predicted"] = Steered(evaluation.rows["model"], written.finding_states)
     given = [name for name in ("true_states", "flipped") if name in controls]
@@ -262,7 +278,7 @@ def evaluate_model(
     else:
         for name in given:
             told, within = flip_states(np.array(known), seed) if name == "flipped" else (np.array(known), None)
-            row = scored(generated(name, studies, told).reports)
+            row = scored.generated(generated(name, studies, told).reports)
             evaluation.steered[name] = Steered(row, told, within)
             if name in ROWS:
                 evaluation.rows[name] = row
@@ -278,19 +294,15 @@ def evaluate_model(
     return evaluation
 
 
-def _constants(scored: _Scorer, training_reports: Sequence[str], seed: int) -> dict[str, Row]:
-    """By column, the row of its own best constant, chosen on training."""
-    states = label_quietly(scored.reader, list(training_reports))
-    candidates = [*frequent_reports(training_reports, 60), all_positive_report(training_reports, states)]
-    candidates = [report for report in candidates if report]
+def _constants(
+    scored: _Scorer, training: Dataset | StreamedStudies | CachedStudies, seed: int
+) -> tuple[dict[str, Row], list[str]]:
+    """By column, the row of its own best constant, chosen on training; and notes on how it was chosen."""
     columns = [column for column in (*NLG_METRICS, *F1_COLUMNS) if column in scored.metrics or column in F1_COLUMNS]
-    chosen_by = [column for column in columns if column != "meteor"]
-    best = best_constants(candidates, training_reports, states, scored.reader, chosen_by, seed=seed)
-    rows = {report: scored.constant(report) for report in dict.fromkeys(best.values())}
-    found = {column: rows[report] for column, report in best.items()}
-    if any(row.scores.get("meteor") is not None for row in rows.values()):
-        found["meteor"] = max(rows.values(), key=lambda row: row.scores["meteor"])
-    return {column: found[column] for column in columns if column in found}
+    states = label_quietly(scored.reader, uncleaned_reports(training))
+    best = best_constants(list(training["report"]), states, scored.reader, columns, seed)
+    rows = {report: scored.constant(report) for report in dict.fromkeys(best.reports.values())}
+    return {column: rows[best.reports[column]] for column in columns if column in best.reports}, best.notes
 
 
 __all__ = ["CONTROLS", "F1_COLUMNS", "ROWS", "Evaluation", "Row", "evaluate_model"]

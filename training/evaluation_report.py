@@ -163,10 +163,23 @@ def _difference(found: PairedDifference | None) -> str:
 
 
 def write_predictions(evaluation: Evaluation, path: Path) -> None:
-    """A CSV of N rows: id, true report, generated reports, the model's scores, and the 14 states it predicted."""
+    """A CSV of N rows: id, true report, generated reports, the model's scores, and the 14 states it predicted.
+
+    Where cleaning or a protocol changed them, the texts that states were read from are in `uncleaned reference` and
+    `uncleaned report`.
+    """
     model = evaluation.rows["model"]
+    uncleaned = {
+        f"uncleaned {name}": texts
+        for name, texts, compared in (
+            ("reference", evaluation.uncleaned_references, evaluation.references),
+            ("report", model.uncleaned, model.reports),
+        )
+        if texts != compared
+    }
     scores = model.found.per_study
     others = {f"report, {ROWS[name]}": row.reports for name, row in evaluation.rows.items() if name != "model"}
+    others |= uncleaned
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from ..image_processing_otdrg import read_file, read_view
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
+from ..studies.schema import UNCLEANED
 from .feature_store import SHARD_VIEWS, FeatureStore
 from .recipe import Recipe, StageRecipe
 from .streaming import StreamedStudies
@@ -170,7 +171,8 @@ def cache_features(
             f"{store.folder} lacks features that were written: expected a folder that all processes see, and image "
             "files that do not change"
         )
-    columns = {name: list(studies[name]) for name in ("id", "report", "indication", "finding_states")}
+    names = ("id", "report", UNCLEANED, "indication", "finding_states")
+    columns = {name: list(studies[name]) for name in names if name in studies.column_names}
     columns = {name: [values[place] for place in places] for name, values in columns.items()}
     return CachedStudies(store, [views[place] for place in places], columns)
 

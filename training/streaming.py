@@ -43,6 +43,11 @@ class StreamedStudies(torch.utils.data.IterableDataset):
     def __getitem__(self, column: str) -> list:
         return self._columns[column]
 
+    @property
+    def column_names(self) -> list[str]:
+        """Names of the columns that are held in memory."""
+        return list(self._columns)
+
     def select(self, positions: Sequence[int]) -> StreamedStudies:
         """The studies at these positions of the columns; the others are passed over."""
         return self._changed({name: [values[i] for i in positions] for name, values in self._columns.items()})

@@ -69,7 +69,9 @@ def _states(name: str, states: Sequence[Sequence[int]] | np.ndarray) -> np.ndarr
     return array
 
 
-def _ratios(both: np.ndarray, predicted: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def precision_recall_f1(
+    both: np.ndarray, predicted: np.ndarray, true: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Precision, recall and F1 from counts; 0 where the denominator is 0."""
 
     def ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
@@ -108,7 +110,7 @@ def clinical_efficacy_scores(
     per_finding: dict[str, dict[str, dict[str, float]]] = {}
     per_study: dict[str, list[float]] = {}
     for row, policy in enumerate(UNCERTAIN_POLICIES):
-        by_finding = _ratios(*counts[row])
+        by_finding = precision_recall_f1(*counts[row])
         per_finding[policy] = {
             name: {
                 **{measure: float(values[column]) for measure, values in zip(MEASURES, by_finding, strict=True)},
@@ -169,7 +171,7 @@ def clinical_efficacy_contributions(
         for place, names in enumerate(LABEL_SETS.values()):
             columns = [FINDINGS.index(name) for name in names]
             counts = cells[:, row][..., columns].sum(axis=-1)
-            ratios[:, row, place] = np.stack(_ratios(*counts.T), axis=1)
+            ratios[:, row, place] = np.stack(precision_recall_f1(*counts.T), axis=1)
     return cells, ratios
 
 
@@ -186,10 +188,10 @@ def clinical_efficacy_averages(counts: np.ndarray, ratios: np.ndarray) -> dict[s
     averages: dict[str, np.ndarray] = {}
     for row, policy in enumerate(UNCERTAIN_POLICIES):
         of_policy = [counts[..., row, count, :] for count in range(len(_COUNTS))]
-        by_finding = _ratios(*of_policy)
+        by_finding = precision_recall_f1(*of_policy)
         for place, (labels, names) in enumerate(LABEL_SETS.items()):
             columns = [FINDINGS.index(name) for name in names]
-            micro = _ratios(*(count[..., columns].sum(axis=-1) for count in of_policy))
+            micro = precision_recall_f1(*(count[..., columns].sum(axis=-1) for count in of_policy))
             for number, measure in enumerate(MEASURES):
                 values = (
                     ratios[..., row, place, number],

@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
-from otdrg.metrics.retrieval import consensus, nearest_neighbours, rouge_l_matrix
-from pycocoevalcap.rouge.rouge import Rouge
+from hypothesis import given
+from hypothesis import strategies as st
+from otdrg.metrics.retrieval import consensus, nearest_neighbours
+from otdrg.metrics.rouge_l import longest_common_subsequences, rouge_l_matrix
+from pycocoevalcap.rouge.rouge import Rouge, my_lcs
 from sklearn.neighbors import NearestNeighbors
 
 REPORTS = [
@@ -32,7 +35,17 @@ def test_of_equally_near_ones_the_first_come_first():
 def test_rouge_l_is_pycocoevalcaps():
     rouge = Rouge()
     expected = [[rouge.calc_score([written], [true]) for true in REPORTS] for written in REPORTS]
-    assert rouge_l_matrix(REPORTS) == pytest.approx(np.array(expected), abs=1e-12)
+    assert rouge_l_matrix(REPORTS, REPORTS) == pytest.approx(np.array(expected), abs=1e-12)
+
+
+WORDS = st.lists(st.sampled_from("abc"), max_size=90)
+
+
+@given(st.lists(WORDS, min_size=1, max_size=4), WORDS)
+def test_longest_common_subsequences_are_pycocoevalcaps(reports, other):
+    found = longest_common_subsequences([" ".join(words) for words in reports], [" ".join(other)])
+    expected = [my_lcs(" ".join(words).split(" "), " ".join(other).split(" ")) for words in reports]
+    assert found[:, 0].tolist() == expected
 
 
 def test_the_consensus_is_most_like_the_others():

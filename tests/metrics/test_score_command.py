@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -282,3 +283,18 @@ def test_help_shows_an_example(capsys):
         main(["score", "--help"])
     assert ended.value.code == 0
     assert "otdrg score --predictions ours.jsonl --references test.jsonl" in capsys.readouterr().out
+
+
+def test_score_reads_states_before_cleaning_and_its_table_scores_the_same(files):
+    references = {**REFERENCES, "d": "Bibasilar scarring/atelectasis."}
+    write_csv(Path(files["references"]), references)
+    write_jsonl(Path(files["predictions"]), {**OURS, "d": "There is atelectasis/scarring."})
+    assert score(files, "--cleaning", "r2gen_iu") == 0
+    row = table_of(files)[list(REFERENCES).index("d")]
+    assert row["reference"] == "bibasilar scarringatelectasis ." and row["uncleaned reference"] == references["d"]
+    assert row["atelectasis, reference"] == row["atelectasis, report"] == "positive"
+    clinical = result_of(files)["clinical_efficacy"]
+    table = files["output"].replace(".json", ".csv")
+    again = {"predictions": table, "output": files["output"].replace("out", "again")}
+    assert score(again) == 0
+    assert result_of(again)["clinical_efficacy"] == clinical

@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from otdrg.studies.report_sections import ReportSections, parse_sections
+from otdrg.studies.report_sections import ReportSections, parse_sections, text_without_trailer
 
 WHOLE = """                                 FINAL REPORT
  EXAMINATION:  CHEST (PA AND LAT)
@@ -219,7 +219,163 @@ def test_placeholders_stay():
     assert parse_sections("FINDINGS: Dr. ___ saw\n___\n___: it.").findings == "Dr. ___ saw ___ ___: it."
 
 
-@pytest.mark.parametrize("junk", [" ", "_", "\t", "A: ", "FINDINGS: ", "CLINICAL HISTORY AND ", ". ", "\n", "* \n"])
+CLEAR = ReportSections("Lungs clear.", "Normal chest.", "", "", True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "**FINDINGS:**\nLungs clear.\n\n**IMPRESSION:**\nNormal chest.",
+        "**Findings**: Lungs clear.\n**Impression**: **Normal** chest.",
+        "__FINDINGS:__ Lungs clear.\n__IMPRESSION__: Normal chest.",
+        "*FINDINGS:* Lungs clear.\n*IMPRESSION:* Normal chest.",
+        "## Findings\nLungs clear.\n\n## Impression\nNormal chest.",
+        "<p><b>FINDINGS:</b> Lungs clear.<br/></p><p><strong>IMPRESSION:</strong><br>Normal&nbsp;chest.</p>",
+        "Findings: Lungs clear. Impression: Normal chest.",
+        "Findings: Lungs clear.  Impresion - Normal chest.",
+        "FINDINGS: Lungs clear. / IMPRESSION: Normal chest.",
+        "1. FINDINGS: Lungs clear.\n2. IMPRESSION: Normal chest.",
+        "Findings: Lungs clear. 2. Impression: Normal chest.",
+        "• FINDINGS: Lungs clear.\n• IMPRESSION: Normal chest.",
+        "A) Findings: Lungs clear.\nB) Impression: Normal chest.",
+        "FINDINGS - Lungs clear.\nIMPRESSION -- Normal chest.",
+        "FINDINGS –\nLungs clear.\nIMPRESSION –\nNormal chest.",
+        "FINDINGS Lungs clear.\n\nIMPRESSION Normal chest.",
+        "FINDINGS (AP):\nLungs clear.\nIMPRESSION (final): Normal chest.",
+        "Finidngs: Lungs clear.\nIMPERSSION: Normal chest.",
+        "FNDINGS\nLungs clear.\nIMPPRESION\nNormal chest.",
+    ],
+)
+def test_parse_sections_decorated_headers_are_headers(text):
+    assert parse_sections(text) == CLEAR
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(
+            "END OF IMPRESSION:",
+            "***END OF REPORT***",
+            "End of dictation",
+            "SUMMARY 2: ABNORMAL",
+            "SUMMARY: 2-ABNORMAL",
+        ),
+        *("Primary Diagnostic Code: 1", "Secondary Diagnostic Codes: MINOR", "ACR Code: 6.1", "Code 2", "ICD-10: R05"),
+        *("By: Doe, Jane", "by: jane doe", "Electronically signed by: Jane Doe", "Final report electronically signed"),
+        *(
+            "Dictated by Jane Doe on 1/2/2003",
+            "DICTATED AND SIGNED BY: DOE",
+            "Reviewed by Jane Doe, MD",
+            "Signed Jane Doe",
+        ),
+        *("Transcribed: 01/02/2003", "Read by: JD", "/ES/ JANE DOE", "Attending: Doe, Jane", "Attending Radiologist"),
+        *("Primary Interpreting Staff:", "Interpreting Radiologist: Doe", "Resident: J. Doe", "Transcriptionist: jd"),
+        *("I have personally reviewed the images and agree.", "I, Jane Doe, have reviewed the images and concur."),
+        *(
+            "As the attending radiologist I agree.",
+            "This report was dictated by Jane Doe.",
+            "I attest that I was there.",
+        ),
+        *("ACCESSION NUMBER: 7061954", "Accession 7061954", "MRN: 123", "Workstation ID: A1", "cc: Dr. Roe"),
+        *("Jane Doe, MD", "JANE DOE, M.D.", "Dr. Jane Doe", "- J. Doe MD, Radiologist", "01/02/2003 10:30 AM"),
+        *("d: 01/02/2003 t: 01/02/2003", "This report has been anonymized.", "[Electronically signed by Jane Doe]"),
+    ],
+)
+@pytest.mark.parametrize("before", ["\n", "\n\n"])
+def test_parse_sections_what_ends_a_report_is_left_out(line, before):
+    report = f"FINDINGS: Lungs clear.{before}IMPRESSION: Normal chest.{before}{line}\nDoe\n\nLater words.\nLUNGS: Wet."
+    assert parse_sections(report) == CLEAR
+    assert parse_sections(f"{report}\nSUMMARY: Wet.\nFINDINGS: Dry.").findings == "Lungs clear. Dry."
+
+
+@pytest.mark.parametrize(
+    "trailer", ["By: Doe, Jane", "Electronically signed by Jane Doe", "END OF IMPRESSION", "Primary Diagnostic Code: 1"]
+)
+def test_parse_sections_what_ends_a_report_in_the_midst_of_a_line_is_left_out(trailer):
+    assert parse_sections(f"Findings: Lungs clear. Impression: Normal chest. {trailer} and more") == CLEAR
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Findings are consistent with edema.",
+        "Findings consistent with\nFindings suggest edema.",
+        "There is an impression of the tube on the esophagus.\nImpression on the trachea.",
+        "In summary: none. Summary of the above: none.",
+        "Attending physician was notified. Reported by phone to the team. Read with care.",
+        "Comparison is made to the prior. In comparison - unchanged.",
+        "Compression: none. By exclusion: mass. Code status unknown.",
+        "1. Edema. 2. Dr. Smith was notified. 3. Lines: ok.",
+        "As seen by the team on\n01/02/2003. It was told to\nDr. ___",
+        "I suspect pneumonia. I discussed this with the team.",
+        "Less than <5 mm & more than > 3 mm, 2*3*4, a__b, see __ and ___.",
+        "The clinical Impression: edema",
+    ],
+)
+def test_parse_sections_ordinary_sentences_are_not_cut(text):
+    for place in ("findings", "impression"):
+        texts = {"findings": "Lungs clear.", "impression": "Normal chest.", place: text}
+        sections = parse_sections(f"FINDINGS:\n{texts['findings']}\n\nIMPRESSION:\n{texts['impression']}\n")
+        assert (sections.findings, sections.impression) == tuple(" ".join(it.split()) for it in texts.values())
+
+
+def test_parse_sections_of_vista_layout():
+    text = """CHEST 2 VIEWS PA&LAT
+Req Phys: DOE,JANE                    Pat Loc: CLINIC
+    Clinical History:
+      Smoker.
+
+    Report Status: Verified                   Date Reported: JAN 1,2003
+    Verifier E-Sig:/ES/JANE DOE
+
+    Report:
+      The heart is normal in size.
+
+    Impression:
+      No active disease.
+
+    Primary Diagnostic Code: NORMAL
+
+Primary Interpreting Staff:
+  JANE DOE, MD, Radiologist (Verifier)
+/JD
+"""
+    assert parse_sections(text) == ReportSections(
+        "The heart is normal in size.", "No active disease.", "Smoker.", "", True
+    )
+
+
+def test_parse_sections_signature_of_a_report_without_headers_is_left_out():
+    text = "Lungs are clear. Heart normal.\n\nElectronically signed by Jane Doe, MD\n\nJane Doe"
+    assert parse_sections(text) == ReportSections("Lungs are clear. Heart normal.")
+    assert parse_sections(f"Accession Number: 55\n\n{text}").findings == "Lungs are clear. Heart normal."
+    assert text_without_trailer("Normal.\nSigned by: Jane Doe") == "Normal."
+
+
+def test_parse_sections_names_at_the_head_are_in_no_section():
+    text = "Patient Name: Doe, Jane\nHISTORY: Fall.\nAttending: Roe, John\nMRN: 1\nFINDINGS: Clear.\nIMPRESSION: Well."
+    assert parse_sections(text) == ReportSections("Clear.", "Well.", "Fall.", "", True)
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        " ",
+        "_",
+        "\t",
+        "A: ",
+        "FINDINGS: ",
+        "CLINICAL HISTORY AND ",
+        ". ",
+        ". A",
+        "Dictated ",
+        "I, a ",
+        "**a",
+        "<b ",
+        "\n",
+        "* \n",
+    ],
+)
 def test_long_texts_take_time_in_proportion(junk):
     start = time.perf_counter()
     parse_sections(junk * (100_000 // len(junk)) + "x")

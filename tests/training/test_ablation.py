@@ -60,11 +60,12 @@ def finish(run, references, right):
 
     def scored(texts):
         states = labeler.label(texts)
-        return EvaluationRow(texts, states, score_reports(texts, references, states, true_states, METRICS))
+        return EvaluationRow(texts, states, score_reports(texts, references, states, true_states, METRICS), texts)
 
     evaluation = Evaluation(
         ids=[f"study-{position}" for position in range(60)],
         references=references,
+        uncleaned_references=references,
         true_states=true_states,
         finding_states=np.zeros((60, len(FINDINGS)), int),
         labeler="rules",

@@ -8,7 +8,7 @@ from otdrg.findings_otdrg import FINDING_DISPLAY_NAMES
 from otdrg.labelers import load_labeler
 from otdrg.studies import load_studies
 from otdrg.training import build
-from otdrg.training.build import build_model, build_studies, lora_fields, set_trained_parts
+from otdrg.training.build import build_model, build_studies, lora_fields, set_trained_parts, uncleaned_reports
 from otdrg.training.recipe import LabelsRecipe, ModelRecipe, PredictorRecipe, Recipe, ReportRecipe, StudiesRecipe
 
 OPTIONS = {"train": 5, "validation": 3, "test": 0, "image_size": 32, "views": ["frontal"]}
@@ -46,6 +46,25 @@ def test_a_csv_wins_over_the_labeler_and_the_labeler_over_the_studies(phantoms, 
         read = rules.label(phantoms[split]["report"])
         for study, states, by_rules in zip(built[split]["id"], built[split]["finding_states"], read, strict=True):
             assert states == named.get(study, by_rules.tolist())
+
+
+@pytest.mark.parametrize("cleaning", ["r2gen_iu", "none"])
+def test_build_studies_keeps_reports_as_they_were_before_cleaning(phantoms, monkeypatch, cleaning):
+    reports = [f"Scarring/atelectasis {number}." for number in range(5)]
+    train = phantoms["train"].remove_columns("report").add_column("report", reports)
+    monkeypatch.setattr(build, "load_studies", lambda source, **options: DatasetDict({"train": train}))
+    rows = build_studies(studies_recipe(cleaning=cleaning), LabelsRecipe(labeler="rules"))["train"]
+    assert uncleaned_reports(rows) == reports
+    assert rows["report"][0] == ("scarringatelectasis 0 ." if cleaning == "r2gen_iu" else reports[0])
+    assert rows["finding_states"] == load_labeler("rules").label(reports).tolist()
+
+
+def test_build_studies_placeholder_report_is_skipped(phantoms, monkeypatch, caplog):
+    train = phantoms["train"].remove_columns("report").add_column("report", ["nan", "None", ".", "N/A", "Edema."])
+    monkeypatch.setattr(build, "load_studies", lambda source, **options: DatasetDict({"train": train}))
+    with caplog.at_level(logging.WARNING):
+        assert len(build_studies(studies_recipe(), LabelsRecipe())["train"]) == 1
+    assert "train: 4 of 5 studies skipped: their report is empty" in caplog.text
 
 
 def test_a_csv_of_other_studies_is_refused(tmp_path):

@@ -175,6 +175,37 @@ def test_the_table_holds_model_and_controls(evaluation, studies, training, tmp_p
     assert {"reference", "bleu_4", "predicted edema", "report, true states given"} <= rows[0].keys()
 
 
+def test_evaluation_reads_states_of_true_reports_before_cleaning(model, processor, studies, training, tmp_path):
+    def cleaned(rows, report, uncleaned):
+        rows = rows.remove_columns("report").add_column("report", [report] * len(rows))
+        return rows.add_column("uncleaned_report", [uncleaned] * len(rows))
+
+    texts = ("scarringatelectasis .", "Scarring/atelectasis.")
+    rows, training = cleaned(studies, *texts), cleaned(training, *texts)
+    assert cache_features(model, processor, rows, tmp_path, 4)["uncleaned_report"] == [texts[1]] * len(rows)
+    controls = ["constant"]
+    evaluation = evaluate_model(
+        model, processor, rows, training, 4, GENERATION, controls, metrics=["bleu_1", "rouge_l"]
+    )
+    assert (evaluation.true_states[:, FINDINGS.index("atelectasis")] == 1).all()
+    assert evaluation.references == [texts[0]] * len(rows)
+    # Written for every study it is read as it is written, cleaned.
+    assert evaluation.constants["macro_f1_13_uncertain_negative"].scores["macro_f1_13_uncertain_negative"] == 0
+    write_predictions(evaluation, tmp_path / "predictions.csv")
+    with (tmp_path / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        row = next(csv.DictReader(file))
+    assert (row["reference"], row["uncleaned reference"]) == texts and "uncleaned report" not in row
+
+
+def test_generated_reports_are_read_before_they_are_cleaned(model, processor, studies, tmp_path):
+    arguments = (None, 4, GENERATION, [])
+    evaluation = evaluate_model(model, processor, studies, *arguments, metrics=["bleu_1"], clean=lambda report: "x .")
+    row = evaluation.rows["model"]
+    plain = evaluate_model(model, processor, studies, *arguments, metrics=["bleu_1"]).rows["model"]
+    assert row.reports == ["x ."] * len(studies) and row.uncleaned == plain.reports
+    assert (row.finding_states == plain.finding_states).all()
+
+
 def test_each_column_has_its_own_constant(evaluation, training):
     assert evaluation.constants.keys() == {"bleu_1", "bleu_4", "rouge_l", "cider", *F1_COLUMNS}
     assert evaluation.constants["bleu_4"].reports[0] in training["report"]
