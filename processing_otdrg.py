@@ -41,7 +41,7 @@ from .configuration_otdrg import (
     OTDRGConfig,
     resolve_backbone,
 )
-from .findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, parse_findings
+from .findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, check_finding_states, parse_findings
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -386,14 +386,7 @@ class OTDRGProcessor(ProcessorMixin):
                     rows[row, finding] = state
         else:
             rows = torch.as_tensor(np.asarray(finding_states))
-        if tuple(rows.shape) != (studies, len(FINDINGS)):
-            raise ValueError(f"finding_states has shape {tuple(rows.shape)}: expected {(studies, len(FINDINGS))}")
-        if rows.is_floating_point() or rows.min() < -1 or rows.max() >= len(FINDING_STATES):
-            raise ValueError(f"finding_states has {rows.unique().tolist()}: expected ids 0 to 3, or -1 to predict")
-        if (rows[:, FINDINGS.index("no_finding")] > 1).any():
-            raise ValueError(
-                "finding_states has no_finding negative or unclear: expected unmentioned (0) or positive (1)"
-            )
+        check_finding_states(rows, studies)
         return rows.long()
 
     @property
