@@ -1084,10 +1084,13 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
             drawn = torch.rand(len(finding_states), 1, device=finding_states.device) < self.config.predicted_state_ratio
             finding_states = finding_states.masked_fill(drawn, -1)
         if finding_states is None or bool((finding_states < 0).any()):
+            trains = torch.is_grad_enabled()  # then forward encodes the views itself
             with torch.no_grad():
-                study = self.read_study(**views, finding_states=finding_states)
+                study = self.read_study(
+                    **views, finding_states=finding_states, reader="predictor" if trains else "both"
+                )
             finding_states = study.finding_states
-            if not torch.is_grad_enabled():
+            if not trains:
                 views = {"view_mask": study.view_mask, "view_features": study.view_features}
         else:
             check_finding_states(finding_states, len(finding_states))

@@ -100,7 +100,7 @@ class ReportGenerationPipeline(Pipeline):
         """`otdrg.metrics.faithfulness.self_check`, which is not among the files that come with weights."""
         if not self.model.config.dle:
             raise ValueError(
-                "return_contradictions=True, but OTDRGConfig.dle=False: this model is not told of findings"
+                "return_contradictions=True, but OTDRGConfig.dle=False: this model does not use finding states"
             )
         try:
             return import_module("otdrg.metrics.faithfulness").self_check
