@@ -84,6 +84,34 @@ def parse_findings(findings: dict[str, str | int]) -> dict[int, int]:
     return parsed
 
 
+def check_finding_states(states, studies: int, missing: int = -1, name: str = "finding_states") -> None:
+    """Check that an integer tensor or array holds the state ids of `studies` studies.
+
+    Args:
+        states (tensor or array of shape `(studies, 14)`): ids 0 to 3, or `missing`.
+        studies (`int`): how many there are.
+        missing (`int`): the id of a state that is not given.
+        name (`str`): what the error calls it.
+
+    Raises:
+        ValueError: another shape or id, or "no finding" negative or unclear among states that condition the report.
+    """
+    if tuple(states.shape) != (studies, len(FINDINGS)):
+        raise ValueError(f"{name} has shape {tuple(states.shape)}: expected {(studies, len(FINDINGS))}")
+    wrong = states[((states < 0) | (states >= len(FINDING_STATES)) | (states % 1 != 0)) & (states != missing)]
+    if len(wrong):
+        meaning = "to predict" if missing == -1 else "to leave out"
+        raise ValueError(f"{name} has {sorted(set(wrong.tolist()))}: expected ids 0 to 3, or {missing} {meaning}")
+    if missing == -1:
+        no_finding = states[:, FINDINGS.index("no_finding")]
+        wrong = no_finding[no_finding > POSITIVE]
+        if len(wrong):
+            raise ValueError(
+                f"{name} has no_finding {FINDING_STATES[int(wrong[0])]} ({int(wrong[0])}): "
+                "expected unmentioned (0) or positive (1)"
+            )
+
+
 __all__ = [
     "FINDINGS",
     "FINDING_DISPLAY_NAMES",
@@ -92,6 +120,7 @@ __all__ = [
     "POSITIVE",
     "UNCLEAR",
     "UNMENTIONED",
+    "check_finding_states",
     "finding_key",
     "finding_state_id",
     "parse_findings",

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -29,11 +30,11 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.modeling_outputs import ModelOutput
-from transformers.utils import is_peft_available
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.utils import can_return_tuple, is_peft_available, logging
 
-from .configuration_otdrg import OTDRGConfig, resolve_backbone
-from .findings_otdrg import FINDING_STATES, FINDINGS, POSITIVE, UNMENTIONED
+from .configuration_otdrg import FINDING_TEXT_TOKEN, OTDRGConfig, resolve_backbone
+from .findings_otdrg import FINDING_STATES, FINDINGS, POSITIVE, UNMENTIONED, check_finding_states
 from .weights_otdrg import (
     HUB_KEYWORDS,
     adapter_weights,
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
     # Never run: this is what makes `save_pretrained` copy all our files beside the weights.
     from .pipeline_otdrg import ReportGenerationPipeline  # noqa: F401
     from .processing_otdrg import OTDRGProcessor  # noqa: F401
+
+logger = logging.get_logger(__name__)
 
 NO_FINDING, SUPPORT_DEVICES = FINDINGS.index("no_finding"), FINDINGS.index("support_devices")
 
@@ -325,6 +328,24 @@ class OTDRGProjector(nn.Module):
 
 
 @dataclass
+class OTDRGStudy(ModelOutput):
+    """
+    What the report of B studies is written from: the result of [`OTDRGForReportGeneration.read_study`].
+
+    Args:
+        view_features (`torch.Tensor` of shape `(B, V, image_tokens, D)`): of the encoded views.
+        view_mask (`torch.Tensor` of shape `(B, V)`): true where there is a view.
+        finding_logits (`torch.Tensor` of shape `(B, 14, 4)`): the label predictor's, None if it was not run.
+        finding_states (`torch.Tensor` of shape `(B, 14)`): the states the LLM is conditioned on.
+    """
+
+    view_features: torch.Tensor | None = None
+    view_mask: torch.Tensor | None = None
+    finding_logits: torch.Tensor | None = None
+    finding_states: torch.Tensor | None = None
+
+
+@dataclass
 class OTDRGOutput(ModelOutput):
     """
     Output of [`OTDRGForReportGeneration`]. M is the number of image tokens of a study.
@@ -332,18 +353,22 @@ class OTDRGOutput(ModelOutput):
     Args:
         loss (`torch.Tensor` of shape `()`): report_loss + lambda * ot_loss (eq. 12), plus predictor_loss where
             `finding_labels` were given.
-        report_loss (`torch.Tensor` of shape `()`): L_RG (eq. 11), mean over the report's tokens.
-        ot_loss (`torch.Tensor` of shape `()`): L_OT, mean <T, C> over the batch.
+        report_loss (`torch.Tensor` of shape `()`): L_RG (eq. 11), mean over the report's tokens; with `labels`.
+        ot_loss (`torch.Tensor` of shape `()`): L_OT, mean <T, C> over the batch; with `labels`.
         predictor_loss (`torch.Tensor` of shape `()`): L_cls (eq. 10).
-        logits (`torch.Tensor` of shape `(B, L', vocab_size)`): the LLM's, at the positions of the prompt with its label
-            text written out; while training only those from the first label's on.
+        logits (`torch.Tensor` of shape `(B, L, vocab_size)`): the LLM's; while training on `labels` only those that
+            predict the first label and what follows.
         transport_plan (`torch.Tensor` of shape `(B, M, 14)`): T.
         finding_logits (`torch.Tensor` of shape `(B, 14, 4)`): the label predictor's; not while training on given
             states, if its encoder is its own.
-        past_key_values (`Cache`): the LLM's key-value cache; from transformers 5.24 on also called `cache`.
+        past_key_values (`Cache`): the LLM's key-value cache; called `cache` from transformers 5.24 on.
+        hidden_states, attentions (`tuple[torch.Tensor]`): the LLM's, with `output_hidden_states=True` and
+            `output_attentions=True`.
+        image_outputs (`BaseModelOutputWithPooling`): the encoded views, as [`get_image_features`] returns them.
         ot_marginal_error, plan_entropy, epsilon_to_cost, label_spread (`torch.Tensor` of shape `()`):
-            figures to watch: mean L1 error of the plan's row marginals; entropy of the plan over its maximum (1 is a
-            uniform plan); epsilon over the mean cost; distance of label features from their mean over their length.
+            figures to watch while training, with `labels`: mean L1 error of the plan's row marginals; entropy of the
+            plan over its maximum (1 is a uniform plan); epsilon over the mean cost; distance of label features from
+            their mean over their length.
     """
 
     loss: torch.Tensor | None = None
@@ -357,6 +382,9 @@ class OTDRGOutput(ModelOutput):
         cache: object | None = None
     else:
         past_key_values: object | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
     ot_marginal_error: torch.Tensor | None = None
     plan_entropy: torch.Tensor | None = None
     epsilon_to_cost: torch.Tensor | None = None
@@ -723,6 +751,11 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
             if hasattr(tower, "timm_model") and tower.supports_gradient_checkpointing:
                 tower._set_gradient_checkpointing(enable)
 
+    @property
+    def base_model(self) -> PreTrainedModel:
+        """The LLM, whose weights are a folder of their own only as a backbone: hence no `base_model_prefix`."""
+        return self.language_model
+
     def get_input_embeddings(self):
         return self.language_model.get_input_embeddings()
 
@@ -758,25 +791,26 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
             `torch.Tensor` of shape `(B, V, image_tokens, D)`; 0 where there is no view. With
             `predictor_encoder="own"`, the report's features and behind them the predictor's: D is the sum for `"both"`.
         """
+        pixels, view_mask = self._views(pixel_values, view_mask)
+        towers = {"report": self.vision_towers[:1], "predictor": self.vision_towers[-1:], "both": self.vision_towers}
+        # A trained encoder is of a wider type than a frozen one: joined, both are of the wider.
+        return _unflatten_views(torch.cat([self._encode(tower, pixels)[0] for tower in towers[reader]], -1), view_mask)
+
+    def _encode(self, tower: PreTrainedModel, pixels: torch.Tensor, **kwargs) -> tuple[torch.Tensor, ModelOutput]:
+        """Pixels (A, C, H, W) of A views -> their features (A, image_tokens, D) and the encoder's own output."""
+        output = tower(pixels.to(tower.dtype), return_dict=True, **kwargs)
+        grid = _as_grid(output.last_hidden_state, tower, tuple(pixels.shape[-2:]))
+        return F.adaptive_avg_pool2d(grid, self.config.image_grid).flatten(2).transpose(1, 2), output
+
+    def _views(self, pixel_values: torch.Tensor, view_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The A views that there are, (A, C, H, W), and their mask (B, V)."""
         if pixel_values.ndim != 5:
             raise ValueError(
                 f"pixel_values has shape {tuple(pixel_values.shape)}: "
                 "expected (studies, views, channels, height, width)"
             )
         view_mask = self._view_mask(pixel_values, view_mask)
-        towers = {"report": self.vision_towers[:1], "predictor": self.vision_towers[-1:], "both": self.vision_towers}
-        pixels = pixel_values[view_mask]
-        # A trained encoder is of a wider type than a frozen one: joined, both are of the wider.
-        pooled = torch.cat([self._encode(tower, pixels) for tower in towers[reader]], dim=-1)
-        features = pooled.new_zeros(*view_mask.shape, *pooled.shape[1:])
-        features[view_mask] = pooled
-        return features
-
-    def _encode(self, tower: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels (A, C, H, W) of A views -> their features (A, image_tokens, D)."""
-        output = tower(pixels.to(tower.dtype)).last_hidden_state
-        grid = _as_grid(output, tower, tuple(pixels.shape[-2:]))
-        return F.adaptive_avg_pool2d(grid, self.config.image_grid).flatten(2).transpose(1, 2)
+        return pixel_values[view_mask], view_mask
 
     @staticmethod
     def _view_mask(views: torch.Tensor, view_mask: torch.Tensor | None) -> torch.Tensor:
@@ -788,12 +822,16 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError("a study has no image: a report is only written from at least one view")
         return view_mask.bool()
 
+    def _report_features(self, view_features: torch.Tensor) -> torch.Tensor:
+        """Those of the report's encoder: the first in D, before those of the predictor's own."""
+        return view_features[..., : self.image_projector.linear.in_features]
+
     def fuse_views(self, view_features: torch.Tensor, view_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, V, N, D) -> one sequence of image tokens a study (B, M, D) and its mask (B, M).
 
         Features of the predictor's own encoder, the last in D, are left out.
         """
-        view_features = view_features[..., : self.image_projector.linear.in_features]
+        view_features = self._report_features(view_features)
         batch, views, tokens, size = view_features.shape
         if self.config.view_fusion == "concat":
             return view_features.reshape(batch, views * tokens, size), view_mask.repeat_interleave(tokens, dim=1)
@@ -801,12 +839,36 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
         fused = (view_features * weights[:, :, None, None].to(view_features.dtype)).sum(dim=1)
         return fused, torch.ones(batch, tokens, dtype=torch.bool, device=fused.device)
 
-    def get_image_features(
+    def project_views(
         self, view_features: torch.Tensor, view_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """f_p(X) of eq. 4, (B, M, hidden_size), and its mask (B, M), from [`encode_views`]' features."""
         fused, mask = self.fuse_views(view_features, self._view_mask(view_features, view_mask))
         return self.image_projector(fused), mask
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, view_mask: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """Encode views with the report's vision encoder and project them into the LLM's embedding space (eq. 4).
+
+        Args:
+            pixel_values, view_mask: as in [`encode_views`].
+            kwargs: the encoder's, such as `output_hidden_states` and `output_attentions`.
+
+        Returns:
+            `last_hidden_state` (B, V, image_tokens, D), the features X; `pooler_output`, a list of each study's
+            projected image tokens (M, hidden_size); `hidden_states` and `attentions` of the views that there are.
+        """
+        pixels, view_mask = self._views(pixel_values, view_mask)
+        features, output = self._encode(self.vision_tower, pixels, **kwargs)
+        view_features = _unflatten_views(features, view_mask)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=view_features,
+            pooler_output=_of_each_study(*self.project_views(view_features, view_mask)),
+            hidden_states=output.get("hidden_states"),
+            attentions=output.get("attentions"),
+        )
 
     # -- labels ---------------------------------------------------------------------------------------------------
 
@@ -839,13 +901,19 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
     # -- optimal transport ----------------------------------------------------------------------------------------
 
     def transport(
-        self, image_features: torch.Tensor, image_mask: torch.Tensor, finding_states: torch.Tensor
-    ) -> tuple[SinkhornOutput, torch.Tensor, torch.Tensor]:
-        """FIOT (3.3.2) of image tokens (B, M, hidden_size) and labels: transport, cost (B, M, 14), label features."""
-        label_features = self.get_label_features(finding_states)
+        self,
+        image_features: torch.Tensor,
+        image_mask: torch.Tensor,
+        label_features: torch.Tensor,
+        finding_states: torch.Tensor,
+    ) -> tuple[SinkhornOutput, torch.Tensor]:
+        """FIOT (3.3.2) of image tokens (B, M, hidden_size) and label features (B, 14, hidden_size).
+
+        Returns:
+            The transport and its cost (B, M, 14).
+        """
         cost = cost_matrix(image_features, label_features, self.config.ot_cost_normalization)
-        output = self._sinkhorn(cost, image_mask, self._label_mask(finding_states))
-        return output, cost, label_features
+        return self._sinkhorn(cost, image_mask, self._label_mask(finding_states)), cost
 
     @torch.no_grad()
     def transport_lift(
@@ -857,8 +925,9 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
             `torch.Tensor` of shape `(B, V, 14, rows, columns)`: 1 everywhere for a uniform plan, 0 where there is no
             view or no mass. With `view_fusion="mean"` all views of a study share one plan.
         """
-        image_features, image_mask = self.get_image_features(view_features, view_mask)
-        plan = self.transport(image_features, image_mask, finding_states)[0].plan
+        image_features, image_mask = self.project_views(view_features, view_mask)
+        label_features = self.get_label_features(finding_states)
+        plan = self.transport(image_features, image_mask, label_features, finding_states)[0].plan
         mass = image_mask.sum(dim=1) * self._label_mask(finding_states).sum(dim=1)
         lift = (plan * mass[:, None, None]).transpose(1, 2)
         lift = lift.unflatten(2, (-1, self.config.image_grid, self.config.image_grid)).transpose(1, 2)
@@ -881,6 +950,28 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
             gradient=config.ot_gradient,
         )
 
+    def _ot_loss(self, transport, image_features, image_mask, label_features, finding_states) -> torch.Tensor:
+        """L_OT: the mean transport cost and, where it has a weight, the contrastive term."""
+        loss = transport.distance.mean()
+        if self.config.ot_contrastive_weight > 0 and len(finding_states) > 1:
+            contrastive = self._contrastive_ot_loss(image_features, image_mask, label_features, finding_states)
+            loss = loss + self.config.ot_contrastive_weight * contrastive
+        return loss
+
+    @torch.no_grad()
+    def _transport_figures(self, transport, cost, image_mask, label_features, states) -> dict[str, torch.Tensor]:
+        """Figures that show whether the transport has gone wrong, see [`OTDRGOutput`]."""
+        mass = image_mask[:, :, None] & self._label_mask(states)[:, None, :]
+        cells = mass.sum(dim=(1, 2)).clamp(min=2).float()
+        label_features = label_features.float()
+        centred = label_features - label_features.mean(dim=1, keepdim=True)
+        return {
+            "ot_marginal_error": transport.marginal_error.mean(),
+            "plan_entropy": (plan_entropy(transport.plan) / cells.log()).mean(),
+            "epsilon_to_cost": self.ot_epsilon / cost[mass].mean().clamp(min=1e-12),
+            "label_spread": centred.norm(dim=-1).mean() / label_features.norm(dim=-1).mean().clamp(min=1e-12),
+        }
+
     def _contrastive_ot_loss(self, image_features, image_mask, label_features, finding_states) -> torch.Tensor:
         """InfoNCE over -d_OT of each study's image with its own labels against other studies' different labels."""
         batch = len(finding_states)
@@ -898,11 +989,24 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
     # -- prompt ---------------------------------------------------------------------------------------------------
 
     def get_placeholder_mask(
-        self, input_ids: torch.Tensor, token_id: int, features: torch.Tensor, mask: torch.Tensor, what: str
+        self, token_id: int | None, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Where `token_id` stands in `input_ids` (B, L), checked to be as often in each row as it has features."""
-        placeholders = input_ids == token_id
+        """Where (B, L) a placeholder stands: in `input_ids` or, where given, in `inputs_embeds` (B, L, hidden_size)."""
+        prompt = input_ids if inputs_embeds is None else inputs_embeds
+        if token_id is None:
+            return torch.zeros(prompt.shape[:2], dtype=torch.bool, device=prompt.device)
+        if inputs_embeds is None:
+            return input_ids == token_id
+        placeholder = self.get_input_embeddings()(torch.tensor(token_id, device=inputs_embeds.device))
+        return (inputs_embeds == placeholder).all(dim=-1)
+
+    def _place_features(self, what, input_ids, inputs_embeds, features, mask) -> torch.Tensor:
+        """`inputs_embeds` with the unmasked of `features` (B, M, D) in the places of the `what` token, in order."""
+        token_id = self.config.image_token_id if what == "image" else self.config.finding_token_id
+        placeholders = self.get_placeholder_mask(token_id, input_ids, None if input_ids is not None else inputs_embeds)
         tokens, expected = placeholders.sum(dim=1), mask.sum(dim=1)
+        if input_ids is None and not tokens.any():
+            return inputs_embeds  # the caller has put features in place
         wrong = (tokens != expected).nonzero().flatten()
         if len(wrong):
             row = int(wrong[0])
@@ -910,7 +1014,19 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
                 f"{what} tokens and {what} features do not match in row {row}: tokens: {int(tokens[row])}, "
                 f"features: {int(expected[row])}"
             )
-        return placeholders
+        return inputs_embeds.masked_scatter(placeholders[:, :, None], features[mask].to(inputs_embeds.dtype))
+
+    def _place_study(
+        self, input_ids, inputs_embeds, image_features, image_mask, finding_states, label_features=None
+    ) -> torch.Tensor:
+        """`inputs_embeds` with image tokens and, with FIOT, label tokens (eqs. 4 and 5) in their places."""
+        inputs_embeds = self._place_features("image", input_ids, inputs_embeds, image_features, image_mask)
+        if not self.config.fiot:
+            return inputs_embeds
+        if label_features is None:
+            label_features = self.get_label_features(finding_states)
+        every_label = torch.ones_like(finding_states, dtype=torch.bool)
+        return self._place_features("finding", input_ids, inputs_embeds, label_features, every_label)
 
     def _finding_text(self, states: list[int]) -> list[int]:
         table, wanted = self.config.finding_text_token_ids, self.config.finding_text
@@ -921,179 +1037,166 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
             for token in table[finding][state]
         ]
 
-    def write_finding_text(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        finding_states: torch.Tensor,
-        labels: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Replace the label text's placeholder in each row by the text of that study's states.
-
-        Args:
-            input_ids, attention_mask (`torch.Tensor` of shape `(B, L)`): padded on either side.
-            finding_states (`torch.Tensor` of shape `(B, 14)`)
-            labels (`torch.Tensor` of shape `(B, L)`, *optional*): follow their tokens.
-
-        Returns:
-            `input_ids`, `attention_mask` and `labels` of shape `(B, L')`, padded on the side they were.
-        """
-        place = self.config.finding_text_token_id
-        if place is None or not (input_ids == place).any():
-            return input_ids, attention_mask, labels
-        left = not bool(attention_mask[:, 0].all()) or (bool(attention_mask[:, -1].all()) and labels is None)
-        pad = self.config.text_config.pad_token_id
-        pad = pad if pad is not None else 0
-        rows, row_labels = [], []
-        states = finding_states.tolist()
-        for row in range(len(input_ids)):
-            kept = attention_mask[row].bool()
-            ids = input_ids[row, kept].tolist()
-            targets = labels[row, kept].tolist() if labels is not None else [-100] * len(ids)
-            while place in ids:
-                at, text = ids.index(place), self._finding_text(states[row])
-                ids[at : at + 1], targets[at : at + 1] = text, [-100] * len(text)
-            rows.append(ids)
-            row_labels.append(targets)
-        length = max(map(len, rows))
-
-        def padded(values, value):
-            sides = [[value] * (length - len(row)) for row in values]
-            return torch.tensor(
-                [side + row if left else row + side for row, side in zip(values, sides, strict=True)],
-                device=input_ids.device,
-            )
-
-        mask = padded([[1] * len(row) for row in rows], 0)
-        return padded(rows, pad), mask, None if labels is None else padded(row_labels, -100)
-
-    # -- forward --------------------------------------------------------------------------------------------------
-
-    def forward(
+    def expand_finding_text(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values=None,
-        cache=None,
-        inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         view_mask: torch.Tensor | None = None,
         view_features: torch.Tensor | None = None,
         finding_states: torch.Tensor | None = None,
-        finding_labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        return_dict: bool | None = None,
         **kwargs,
-    ) -> OTDRGOutput:
-        r"""
+    ) -> dict[str, Any]:
+        """Write out the label text of the states that condition the LLM, in place of its placeholder.
+
+        [`forward`] keeps the lengths it is given, so this comes before it. `generate` and our Trainer call it; in a
+        training loop of your own: `model(**model.expand_finding_text(**batch))`. The label predictor runs only where
+        states are not given. While training on `labels`, `config.predicted_state_ratio` of the studies lose the states
+        they are given.
+
         Args:
-            input_ids, attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
-                The processor's prompt. Without it only the encoder and the label predictor run.
-            labels (`torch.Tensor` of shape `(B, L)`, *optional*): the report's token ids, -100 elsewhere.
-            pixel_values (`torch.Tensor` of shape `(B, V, C, H, W)`) and view_mask (`torch.Tensor` of shape `(B, V)`):
-                The views.
-            view_features (`torch.Tensor` of shape `(B, V, image_tokens, D)`, *optional*):
-                [`encode_views`]' features in place of `pixel_values`.
-            finding_states (`torch.Tensor` of shape `(B, 14)`, *optional*):
-                States that condition the LLM; those of -1, or all when there are none, are predicted.
-            finding_labels (`torch.Tensor` of shape `(B, 14)`, *optional*):
-                True states that supervise the label predictor and nothing else; -100 is left out.
+            input_ids, attention_mask (`torch.Tensor` of shape `(B, L)`): the processor's, padded on either side.
+            labels, position_ids (`torch.Tensor` of shape `(B, L)`, *optional*): follow their tokens.
+            inputs_embeds (`torch.Tensor` of shape `(B, L, hidden_size)`, *optional*): embeddings of `input_ids`.
+            pixel_values, view_mask, view_features, finding_states: as in [`forward`].
+            kwargs: returned as they are.
 
         Returns:
-            [`OTDRGOutput`]
+            The inputs of [`forward`]: of length L', padded on the side they were, with `finding_states` complete and,
+            where views had to be encoded and no gradient is needed, `view_features` in place of `pixel_values`.
 
         Raises:
-            ValueError: no image, or placeholders that do not match the features.
+            ValueError: no image, states that cannot be, or arguments of different numbers of studies.
         """
-        return_dict = return_dict if return_dict is not None else self.config.return_dict
-        cache = past_key_values if cache is None else cache
-        output = OTDRGOutput()
-        reader = self._reader(input_ids, inputs_embeds, finding_states, finding_labels)
-        if view_features is None and pixel_values is not None:
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        views = {"pixel_values": pixel_values, "view_mask": view_mask, "view_features": view_features}
+        _check_batch(**inputs, **views, finding_states=finding_states)
+        if finding_states is not None and labels is not None and self.training and self.config.predicted_state_ratio:
+            drawn = torch.rand(len(finding_states), 1, device=finding_states.device) < self.config.predicted_state_ratio
+            finding_states = finding_states.masked_fill(drawn, -1)
+        if finding_states is None or bool((finding_states < 0).any()):
+            trains = torch.is_grad_enabled()  # then forward encodes the views itself
+            with torch.no_grad():
+                study = self.read_study(
+                    **views, finding_states=finding_states, reader="predictor" if trains else "both"
+                )
+            finding_states = study.finding_states
+            if not trains:
+                views = {"view_mask": study.view_mask, "view_features": study.view_features}
+        else:
+            check_finding_states(finding_states, len(finding_states))
+        prompt = inputs_embeds if input_ids is None else input_ids
+        if prompt is not None:
+            if attention_mask is None:
+                inputs["attention_mask"] = torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
+            inputs = self._insert_finding_text(inputs, finding_states)
+        given = {**inputs, **views, "finding_states": finding_states, **kwargs}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def _insert_finding_text(self, inputs: dict[str, Any], finding_states: torch.Tensor) -> dict[str, Any]:
+        mask, embeds = inputs["attention_mask"], inputs["inputs_embeds"]
+        places = self.get_placeholder_mask(self.config.finding_text_token_id, inputs["input_ids"], embeds)
+        if not places.any():
+            return inputs
+        if mask.shape != places.shape:
+            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}: expected {tuple(places.shape)}")
+        left = not bool(mask[:, 0].all()) or (bool(mask[:, -1].all()) and inputs["labels"] is None)
+        # Of each new position: where its token was, the token that is written there (-1: the one that was), its shift.
+        rows: list[list[tuple[int, int, int]]] = []
+        for row, states in enumerate(finding_states.tolist()):
+            new, shift = [], 0
+            for position in mask[row].nonzero().flatten().tolist():
+                if places[row, position]:
+                    text = self._finding_text(states)
+                    new += [(position, token, shift + offset) for offset, token in enumerate(text)]
+                    shift += len(text) - 1
+                else:
+                    new.append((position, -1, shift))
+            rows.append(new)
+        length = max(map(len, rows))
+        padding = [[(0, -1, 0)] * (length - len(new)) for new in rows]
+        table = torch.tensor(
+            [pad + new if left else new + pad for pad, new in zip(padding, rows, strict=True)], device=mask.device
+        )
+        source, written, shift = table.reshape(len(rows), length, 3).unbind(dim=-1)
+        count = torch.tensor([len(new) for new in rows], device=mask.device)[:, None]
+        position = torch.arange(length, device=mask.device)
+        kept = position >= length - count if left else position < count
+        is_text = written >= 0
+
+        def moved(name: str, text, pad):
+            values = inputs[name]
+            if values is None:
+                return None
+            values = torch.where(is_text, text, values.expand(len(rows), -1).gather(1, source))
+            return torch.where(kept, values, torch.full_like(values, pad))
+
+        expanded = {
+            "input_ids": moved("input_ids", written, self.config.text_config.pad_token_id or 0),
+            "attention_mask": kept.to(mask.dtype),
+            "labels": moved("labels", torch.full_like(written, -100), -100),
+            "position_ids": None,
+            "inputs_embeds": None,
+        }
+        if inputs["position_ids"] is not None:
+            expanded["position_ids"] = inputs["position_ids"].expand(len(rows), -1).gather(1, source) + shift
+        if embeds is not None:
+            texts = self.get_input_embeddings()(written.clamp(min=0))
+            gathered = embeds.gather(1, source[:, :, None].expand(-1, -1, embeds.shape[-1]))
+            expanded["inputs_embeds"] = torch.where(is_text[:, :, None], texts.to(embeds.dtype), gathered)
+        return expanded
+
+    # -- forward --------------------------------------------------------------------------------------------------
+
+    def read_study(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        view_mask: torch.Tensor | None = None,
+        view_features: torch.Tensor | None = None,
+        finding_states: torch.Tensor | None = None,
+        reader: str = "both",
+        supervised: bool = False,
+    ) -> OTDRGStudy:
+        """Encode the views, predict the finding states (3.4) and settle those that condition the LLM.
+
+        Args:
+            pixel_values, view_mask, view_features, finding_states: as in [`forward`].
+            reader (`str`): as in [`encode_views`]; for `"report"` nothing is predicted and all states must be given.
+            supervised (`bool`): whether gradients pass through the label predictor.
+
+        Raises:
+            ValueError: no image, states that cannot be, or arguments of different numbers of studies.
+        """
+        _check_batch(
+            pixel_values=pixel_values, view_mask=view_mask, view_features=view_features, finding_states=finding_states
+        )
+        if view_features is None:
+            if pixel_values is None:
+                raise ValueError("no image: pixel_values is missing, and a report is never written from nothing")
             view_features = self.encode_views(pixel_values, view_mask, reader)
-        if view_features is not None:
-            view_mask = self._view_mask(view_features, view_mask)
-            if reader != "report":
-                with torch.set_grad_enabled(finding_labels is not None and torch.is_grad_enabled()):
-                    output.finding_logits = self.finding_predictor(view_features, view_mask)
-            if finding_labels is not None:
-                output.predictor_loss = self._predictor_loss(output.finding_logits, finding_labels)
-        elif cache is None or cache.get_seq_length() == 0:
-            raise ValueError("no image: pixel_values is missing, and a report is never written from nothing")
+        view_mask = self._view_mask(view_features, view_mask)
+        if finding_states is not None:
+            check_finding_states(finding_states, len(view_features))
+        if reader == "report":
+            return OTDRGStudy(view_features, view_mask, None, finding_states)
+        with torch.set_grad_enabled(supervised and torch.is_grad_enabled()):
+            finding_logits = self.finding_predictor(view_features, view_mask)
+        states = self.condition_states(finding_logits.detach(), finding_states)
+        return OTDRGStudy(view_features, view_mask, finding_logits, states)
 
-        if input_ids is not None or inputs_embeds is not None:
-            if view_features is not None and inputs_embeds is None:
-                states = finding_states
-                if output.finding_logits is not None:
-                    states = self.condition_states(output.finding_logits.detach(), finding_states)
-                if attention_mask is None:
-                    attention_mask = torch.ones_like(input_ids)
-                input_ids, attention_mask, labels = self.write_finding_text(input_ids, attention_mask, states, labels)
-                inputs_embeds = self._embed_prompt(input_ids, view_features, view_mask, states, output)
-            elif inputs_embeds is None:
-                inputs_embeds = self.get_input_embeddings()(input_ids)
-            if labels is not None and self.training:
-                # The head is most of a small LLM's cost, and nothing is learned in front of the report.
-                first = int((labels != -100).any(dim=0).int().argmax())
-                logits_to_keep = labels.shape[1] - first + 1
-            text_output = self.language_model(
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                use_cache=use_cache,
-                logits_to_keep=logits_to_keep,
-                **{CACHE: cache},
-                **kwargs,
-            )
-            output.logits = text_output.logits
-            setattr(output, CACHE, text_output.get(CACHE))
-            if labels is not None:
-                logits = output.logits[:, :-1].float()
-                targets = labels[:, 1:][:, -logits.shape[1] :]
-                output.report_loss = F.cross_entropy(
-                    logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
-                ) / (targets != -100).sum().clamp(min=1)
-
-        losses = []
-        if output.report_loss is not None:
-            losses.append(output.report_loss)
-            if output.ot_loss is not None:
-                losses.append(self.ot_weight * output.ot_loss)
-        if output.predictor_loss is not None:
-            losses.append(output.predictor_loss)
-        if losses:
-            output.loss = sum(losses)
-        # Values set one by one are attributes; whether they are items too differs between versions of transformers.
-        output = OTDRGOutput(**{field.name: getattr(output, field.name) for field in fields(output)})
-        return output if return_dict else output.to_tuple()
-
-    def _reader(self, input_ids, inputs_embeds, finding_states, finding_labels) -> str:
-        """For whom a forward pass encodes the views: nobody waits for an encoder whose features nobody reads."""
-        if input_ids is None and inputs_embeds is None:
-            return "predictor"
-        # While training only: elsewhere the output holds the logits, whatever the LLM is told.
-        if (
-            self.training
-            and self.config.predictor_encoder == "own"
-            and self.config.predicted_state_ratio == 0
-            and finding_labels is None
-            and finding_states is not None
-            and bool((finding_states >= 0).all())
-        ):
-            return "report"
-        return "both"
-
-    def _predictor_loss(self, finding_logits: torch.Tensor, finding_labels: torch.Tensor) -> torch.Tensor:
-        """L_cls (eq. 10); while training, of logits with `finding_logit_adjustment` added."""
-        if self.training and self.finding_logit_adjustment is not None:
-            finding_logits = finding_logits + self.finding_logit_adjustment.to(finding_logits)
-        return focal_loss(finding_logits, finding_labels, self.config.focal_gamma, self.config.focal_reduction)
-
-    def condition_states(self, finding_logits, finding_states) -> torch.Tensor:
-        """States (B, 14) the LLM is told: given ones, predicted where they are -1 or, while training, drawn to be.
+    def condition_states(
+        self, finding_logits: torch.Tensor, finding_states: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """States (B, 14) the LLM is conditioned on: given ones, predicted ones where they are -1 or None is given.
 
         Beside a finding that is given as positive, support devices apart, "no finding" is predicted to be unmentioned.
         """
@@ -1103,88 +1206,247 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
         finding_states = finding_states.to(predicted.device)
         found = finding_states == POSITIVE
         found[:, [NO_FINDING, SUPPORT_DEVICES]] = False
-        beside = predicted.clone()
-        beside[found.any(dim=1), NO_FINDING] = UNMENTIONED
-        states = torch.where(finding_states < 0, beside, finding_states)
-        if self.training and self.config.predicted_state_ratio > 0:
-            drawn = torch.rand(len(predicted), 1, device=predicted.device) < self.config.predicted_state_ratio
-            states = torch.where(drawn, predicted, states)
-        return states
+        predicted[found.any(dim=1), NO_FINDING] = UNMENTIONED
+        return torch.where(finding_states < 0, predicted, finding_states)
 
-    def _read_study(
-        self, pixel_values, view_mask, view_features, finding_states
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What a report is written from: features of the views, their mask, and the states the LLM is told."""
-        if view_features is None:
-            if pixel_values is None:
-                raise ValueError("no image: pixel_values is missing, and a report is never written from nothing")
-            view_features = self.encode_views(pixel_values, view_mask)
-        view_mask = self._view_mask(view_features, view_mask)
-        if finding_states is not None and not self.config.dle:
-            raise ValueError("finding_states were given, but OTDRGConfig.dle=False: this model is not told of findings")
-        expected = (len(view_features), len(FINDINGS))
-        if finding_states is not None and tuple(finding_states.shape) != expected:
-            raise ValueError(f"finding_states has shape {tuple(finding_states.shape)}: expected {expected}")
-        states = self.condition_states(self.finding_predictor(view_features, view_mask), finding_states)
-        return view_features, view_mask, states
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values=None,
+        cache=None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        view_mask: torch.Tensor | None = None,
+        view_features: torch.Tensor | None = None,
+        finding_states: torch.Tensor | None = None,
+        finding_labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        report_only: bool = False,
+        **kwargs,
+    ) -> OTDRGOutput:
+        r"""
+        Args:
+            input_ids, attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
+                The processor's prompt, its label text written out by [`expand_finding_text`]. Without it only the
+                encoder and the label predictor run.
+            inputs_embeds (`torch.Tensor` of shape `(B, L, hidden_size)`, *optional*):
+                Embeddings in place of `input_ids`. Where placeholders are among them, features take their places.
+            labels (`torch.Tensor` of shape `(B, L)`, *optional*): the report's token ids, -100 elsewhere.
+            shift_labels (`torch.Tensor` of shape `(B, L)`, *optional*):
+                The token that follows each position, in place of `labels`, for a sequence that is cut into parts.
+            pixel_values (`torch.Tensor` of shape `(B, V, C, H, W)`) and view_mask (`torch.Tensor` of shape `(B, V)`):
+                The views.
+            view_features (`torch.Tensor` of shape `(B, V, image_tokens, D)`, *optional*):
+                [`encode_views`]' features in place of `pixel_values`.
+            finding_states (`torch.Tensor` of shape `(B, 14)`, *optional*):
+                States that condition the LLM; those of -1, or all when there are none, are predicted.
+            finding_labels (`torch.Tensor` of shape `(B, 14)`, *optional*):
+                True states that supervise the label predictor and nothing else; -100 is left out.
+            report_only (`bool`): compute what the report needs and nothing beside it: no finding logits, image outputs
+                or transport plan.
+            kwargs: the LLM's, such as `output_hidden_states` and `output_attentions`.
 
-    def _embed_prompt(self, input_ids, view_features, view_mask, states, output: OTDRGOutput) -> torch.Tensor:
-        """Embeddings (B, L, hidden_size) with image and label tokens in place; the transport goes to `output`."""
-        embeddings = self.get_input_embeddings()(input_ids)
-        image_features, image_mask = self.get_image_features(view_features, view_mask)
-        place = self.get_placeholder_mask(input_ids, self.config.image_token_id, image_features, image_mask, "image")
-        embeddings = embeddings.masked_scatter(place[:, :, None], image_features[image_mask].to(embeddings.dtype))
-        if not self.config.fiot:
-            return embeddings
-        transport, cost, label_features = self.transport(image_features, image_mask, states)
-        place = self.get_placeholder_mask(
-            input_ids, self.config.finding_token_id, label_features, torch.ones_like(states), "finding"
+        Returns:
+            [`OTDRGOutput`]
+
+        Raises:
+            ValueError: no image, placeholders that do not match the features, states that cannot be, or arguments of
+                different numbers of studies.
+        """
+        if past_key_values is not None:
+            if CACHE == "cache":
+                warnings.warn("`past_key_values` is deprecated: use `cache`", FutureWarning, stacklevel=2)
+            cache = past_key_values if cache is None else cache
+        _check_batch(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            shift_labels=shift_labels,
+            pixel_values=pixel_values,
+            view_mask=view_mask,
+            view_features=view_features,
+            finding_states=finding_states,
+            finding_labels=finding_labels,
         )
-        embeddings = embeddings.masked_scatter(place[:, :, None], label_features.to(embeddings.dtype))
-        output.transport_plan = transport.plan
-        output.ot_loss = transport.distance.mean()
-        if self.config.ot_contrastive_weight > 0 and len(states) > 1:
-            contrastive = self._contrastive_ot_loss(image_features, image_mask, label_features, states)
-            output.ot_loss = output.ot_loss + self.config.ot_contrastive_weight * contrastive
-        with torch.no_grad():
-            mass = image_mask[:, :, None] & self._label_mask(states)[:, None, :]
-            cells = mass.sum(dim=(1, 2)).clamp(min=2).float()
-            centred = label_features.float() - label_features.float().mean(dim=1, keepdim=True)
-            output.ot_marginal_error = transport.marginal_error.mean()
-            output.plan_entropy = (plan_entropy(transport.plan) / cells.log()).mean()
-            output.epsilon_to_cost = self.ot_epsilon / cost[mass].mean().clamp(min=1e-12)
-            output.label_spread = centred.norm(dim=-1).mean() / label_features.float().norm(dim=-1).mean().clamp(
-                min=1e-12
+        targets = F.pad(labels[:, 1:], (0, 1), value=-100) if labels is not None else None
+        targets = targets if shift_labels is None else shift_labels
+        prompted = input_ids is not None or inputs_embeds is not None
+        figures: dict[str, Any] = {}
+        losses = []
+
+        # 1. Encode the views (eq. 1), predict the findings (3.4)
+        study = None
+        if pixel_values is not None or view_features is not None:
+            supervised = finding_labels is not None
+            if supervised:
+                check_finding_states(finding_labels, len(finding_labels), missing=-100, name="finding_labels")
+            reader = self._reader(prompted, finding_states, finding_labels, report_only)
+            study = self.read_study(pixel_values, view_mask, view_features, finding_states, reader, supervised)
+            figures["finding_logits"] = study.finding_logits
+            if supervised:
+                figures["predictor_loss"] = self._predictor_loss(study.finding_logits, finding_labels)
+        elif finding_labels is not None or (inputs_embeds is None and not _is_filled(cache)):
+            raise ValueError("no image: pixel_values is missing, and a report is never written from nothing")
+
+        if prompted:
+            if inputs_embeds is None:
+                inputs_embeds = self.get_input_embeddings()(input_ids)
+            else:
+                input_ids = None
+            if study is not None:
+                self._warn_of_finding_text(input_ids)
+                # 2. Project both into the LLM's space (eqs. 3 to 5), in the places of their tokens
+                states = study.finding_states
+                image_features, image_mask = self.project_views(study.view_features, study.view_mask)
+                label_features = self.get_label_features(states) if self.config.fiot else None
+                inputs_embeds = self._place_study(
+                    input_ids, inputs_embeds, image_features, image_mask, states, label_features
+                )
+                if not report_only:
+                    figures["image_outputs"] = BaseModelOutputWithPooling(
+                        last_hidden_state=self._report_features(study.view_features),
+                        pooler_output=_of_each_study(image_features, image_mask),
+                    )
+                # 3. Optimal transport between the two (3.3.2)
+                if self.config.fiot and (targets is not None or not report_only):
+                    transport, cost = self.transport(image_features, image_mask, label_features, states)
+                    figures["transport_plan"] = transport.plan
+                    if targets is not None:
+                        figures["ot_loss"] = self._ot_loss(
+                            transport, image_features, image_mask, label_features, states
+                        )
+                        figures |= self._transport_figures(transport, cost, image_mask, label_features, states)
+            # 4. The LLM (3.5)
+            if targets is not None and self.training:
+                # The head is most of a small LLM's cost, and nothing is learned in front of the report.
+                logits_to_keep = targets.shape[1] - int((targets != -100).any(dim=0).int().argmax())
+            text_output = self.language_model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                return_dict=True,
+                **{CACHE: cache},
+                **self._requested_outputs(kwargs),
             )
-        return embeddings
+            for name in ("logits", CACHE, "hidden_states", "attentions"):
+                figures[name] = text_output.get(name)
+            if targets is not None:
+                figures["report_loss"] = self._report_loss(text_output.logits, targets)
+
+        # 5. The losses (eq. 12)
+        if "report_loss" in figures:
+            losses.append(figures["report_loss"])
+            if "ot_loss" in figures:
+                losses.append(self.ot_weight * figures["ot_loss"])
+        if "predictor_loss" in figures:
+            losses.append(figures["predictor_loss"])
+        return OTDRGOutput(loss=sum(losses) if losses else None, **figures)
+
+    def _reader(self, prompted: bool, finding_states, finding_labels, report_only: bool) -> str:
+        """Whose features a forward pass needs: see [`encode_views`]."""
+        if not prompted:
+            return "predictor"
+        skips_predictor = report_only or (
+            # While training only: elsewhere the output holds the logits, given states or not.
+            self.training and self.config.predictor_encoder == "own" and finding_labels is None
+        )
+        if skips_predictor and finding_states is not None and bool((finding_states >= 0).all()):
+            return "report"
+        return "both"
+
+    def _warn_of_finding_text(self, input_ids: torch.Tensor | None) -> None:
+        if input_ids is not None and (input_ids == self.config.finding_text_token_id).any():
+            logger.warning_once(
+                f"input_ids holds {FINDING_TEXT_TOKEN}: the LLM reads the placeholder and not the label text; call "
+                "model(**model.expand_finding_text(**inputs))"
+            )
+
+    def _requested_outputs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """`kwargs` with the outputs that the configuration asks for where the caller does not say."""
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(name) is None and getattr(self.config, name, None):
+                kwargs = {**kwargs, name: True}
+        return kwargs
+
+    def _predictor_loss(self, finding_logits: torch.Tensor, finding_labels: torch.Tensor) -> torch.Tensor:
+        """L_cls (eq. 10); while training, of logits with `finding_logit_adjustment` added."""
+        if self.training and self.finding_logit_adjustment is not None:
+            finding_logits = finding_logits + self.finding_logit_adjustment.to(finding_logits)
+        return focal_loss(finding_logits, finding_labels, self.config.focal_gamma, self.config.focal_reduction)
+
+    @staticmethod
+    def _report_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """L_RG (eq. 11): mean cross-entropy of the tokens that follow the positions of `logits`, the last ones."""
+        targets = targets[:, -logits.shape[1] :]
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+        return loss / (targets != -100).sum().clamp(min=1)
 
     @torch.no_grad()
     def get_prompt_embeddings(
         self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        pixel_values: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         view_mask: torch.Tensor | None = None,
         finding_states: torch.Tensor | None = None,
+        view_features: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the LLM reads of studies, for an engine that serves the LLM alone and is given embeddings.
 
         Args:
-            input_ids, attention_mask (`torch.Tensor` of shape `(B, L)`): the processor's prompts, padded on the left.
-            pixel_values, view_mask, finding_states: as in [`forward`]; given states steer the report.
+            input_ids, attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
+                The processor's prompts, padded on the left; the default prompt without them.
+            pixel_values, view_mask, view_features, finding_states: as in [`forward`]; given states steer the report.
 
         Returns:
             Embeddings (B, L', hidden_size) of the prompt, image and label tokens in place and the label text written
             out, and their mask (B, L').
 
         Raises:
-            ValueError: no image, states that cannot condition this model, or placeholders that do not match.
+            ValueError: no image, states that cannot condition this model, placeholders that do not match, or arguments
+                of different numbers of studies.
         """
-        view_features, view_mask, states = self._read_study(pixel_values, view_mask, None, finding_states)
-        input_ids, attention_mask, _ = self.write_finding_text(input_ids, attention_mask, states)
-        return self._embed_prompt(input_ids, view_features, view_mask, states, OTDRGOutput()), attention_mask
+        prompt = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs = self._read_prompt(prompt, pixel_values, view_mask, view_features, finding_states)
+        image_features, image_mask = self.project_views(inputs["view_features"], inputs["view_mask"])
+        embeddings = self.get_input_embeddings()(inputs["input_ids"])
+        return self._place_study(
+            inputs["input_ids"], embeddings, image_features, image_mask, inputs["finding_states"]
+        ), inputs["attention_mask"]
 
     # -- generation -----------------------------------------------------------------------------------------------
+
+    def _read_prompt(self, prompt: dict, pixel_values, view_mask, view_features, finding_states) -> dict[str, Any]:
+        """The study, read once, and `prompt`, or the default one, with its label text written out."""
+        _check_batch(
+            **prompt,
+            pixel_values=pixel_values,
+            view_mask=view_mask,
+            view_features=view_features,
+            finding_states=finding_states,
+        )
+        if finding_states is not None and not self.config.dle:
+            raise ValueError(
+                "finding_states were given, but OTDRGConfig.dle=False: this model does not use finding states"
+            )
+        study = self.read_study(pixel_values, view_mask, view_features, finding_states)
+        if prompt.get("input_ids") is None and prompt.get("inputs_embeds") is None:
+            prompt = {**prompt, **self._default_prompt(study.view_mask)}
+        return self.expand_finding_text(
+            **prompt,
+            view_features=study.view_features,
+            view_mask=study.view_mask,
+            finding_states=study.finding_states,
+        )
 
     @torch.no_grad()
     def generate(
@@ -1194,6 +1456,8 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
         *,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         view_mask: torch.Tensor | None = None,
         view_features: torch.Tensor | None = None,
@@ -1202,48 +1466,58 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
     ):
         """Write reports; see `GenerationMixin.generate` for what else it takes.
 
-        The views are encoded and the states predicted once, before decoding.
+        The views are encoded, the states predicted and the label text written out once, before decoding. No loss and no
+        transport plan is computed.
 
         Args:
             inputs or input_ids, attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
                 The processor's prompts, padded on the left; the default prompt without them.
+            inputs_embeds (`torch.Tensor` of shape `(B, L, hidden_size)`, *optional*):
+                Embeddings of the prompts, such as those of [`get_prompt_embeddings`]. Where there are no views, they
+                are read as they are.
             pixel_values, view_mask, view_features, finding_states: as in [`forward`]; given states steer the report.
+                With a key-value cache of the prompt they are not needed.
 
         Returns:
-            `torch.Tensor` of shape `(B * num_return_sequences, L + new tokens)`: prompts, as given, and reports.
+            `torch.Tensor` of shape `(B * num_return_sequences, L + new tokens)`: prompts, as given, and reports. From
+            `inputs_embeds` alone, reports. In a dictionary of outputs, hidden states, attentions and the cache have the
+            length of the prompt with its label text.
 
         Raises:
-            ValueError: no image, states that cannot condition this model, or placeholders that do not match.
+            ValueError: no image, states that cannot condition this model, placeholders that do not match, or arguments
+                of different numbers of studies.
         """
-        input_ids = inputs if input_ids is None else input_ids
-        view_features, view_mask, states = self._read_study(pixel_values, view_mask, view_features, finding_states)
-        if input_ids is None:
-            input_ids, attention_mask = self._default_prompt(view_mask)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        prompt, prompt_mask, _ = self.write_finding_text(input_ids, attention_mask, states)
+        given = inputs if input_ids is None else input_ids
+        prompt = {
+            "input_ids": given,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        has_views = pixel_values is not None or view_features is not None
+        if has_views or (inputs_embeds is None and not _is_filled(kwargs.get("cache", kwargs.get("past_key_values")))):
+            prompt = self._read_prompt(prompt, pixel_values, view_mask, view_features, finding_states)
+            if given is None and inputs_embeds is None:
+                given = self._default_prompt(prompt["view_mask"])["input_ids"]
+        else:
+            _check_batch(**prompt)
         kwargs["logits_processor"] = LogitsProcessorList(
             [*(kwargs.get("logits_processor") or ()), _NoPlaceholders(self.config)]
         )
-        output = super().generate(
-            generation_config=generation_config,
-            input_ids=prompt,
-            attention_mask=prompt_mask,
-            view_features=view_features,
-            view_mask=view_mask,
-            finding_states=states,
-            **kwargs,
-        )
+        prompt = {name: value for name, value in prompt.items() if value is not None}
+        output = super().generate(generation_config=generation_config, **prompt, **kwargs)
+        if given is None:
+            return output
         # Callers cut the prompt off by its length, and theirs does not have the label text written out.
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        given = input_ids.repeat_interleave(len(sequences) // len(input_ids), dim=0).to(sequences.device)
-        sequences = torch.cat((given, sequences[:, prompt.shape[1] :]), dim=1)
+        repeated = given.repeat_interleave(len(sequences) // len(given), dim=0).to(sequences.device)
+        sequences = torch.cat((repeated, sequences[:, prompt["input_ids"].shape[1] :]), dim=1)
         if isinstance(output, torch.Tensor):
             return sequences
         output.sequences = sequences
         return output
 
-    def _default_prompt(self, view_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _default_prompt(self, view_mask: torch.Tensor) -> dict[str, torch.Tensor]:
         ids = self.config.prompt_token_ids
         if ids is None:
             raise ValueError("input_ids is missing, and OTDRGConfig.prompt_token_ids=None: pass the processor's output")
@@ -1255,10 +1529,11 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
             rows.append(torch.tensor(ids[:first] + more + ids[first:], device=view_mask.device))
         pad = self.config.text_config.pad_token_id or 0
         masks = [torch.ones_like(row) for row in rows]
-        return (
-            nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left"),
-            nn.utils.rnn.pad_sequence(masks, batch_first=True, padding_side="left"),
-        )
+        padded = nn.utils.rnn.pad_sequence
+        return {
+            "input_ids": padded(rows, batch_first=True, padding_value=pad, padding_side="left"),
+            "attention_mask": padded(masks, batch_first=True, padding_side="left"),
+        }
 
     def prepare_inputs_for_generation(
         self,
@@ -1278,13 +1553,38 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        if is_first_iteration or not kwargs.get("use_cache", True):
+        # Once the prompt is in the cache, the study is too.
+        if view_features is not None and not _is_filled(kwargs.get(CACHE)):
             model_inputs |= {
                 "view_features": view_features,
                 "view_mask": view_mask,
                 "finding_states": finding_states,
+                "report_only": True,
             }
         return model_inputs
+
+
+def _check_batch(**inputs: torch.Tensor | None) -> None:
+    """Raise `ValueError` where tensors have different numbers of studies."""
+    batched = {
+        name: value
+        for name, value in inputs.items()
+        # Positions may be the same for all studies.
+        if isinstance(value, torch.Tensor) and value.ndim > 0 and name != "position_ids"
+    }
+    for first, reference in batched.items():
+        for name, value in batched.items():
+            if len(value) != len(reference):
+                found, expected = f"{len(value)} rows", len(reference)
+                if name.startswith("finding_"):
+                    found, expected = f"shape {tuple(value.shape)}", (len(reference), len(FINDINGS))
+                raise ValueError(f"{name} has {found}: expected {expected}, as many rows as {first}")
+        return
+
+
+def _is_filled(cache) -> bool:
+    """Whether a key-value cache holds tokens."""
+    return cache is not None and bool(cache.get_seq_length() > 0)
 
 
 def _is_another_rank() -> bool:
@@ -1332,6 +1632,18 @@ def _vision_feature_size(vision_tower: PreTrainedModel) -> int:
     return config.hidden_sizes[-1] if hasattr(config, "hidden_sizes") else config.hidden_size
 
 
+def _unflatten_views(features: torch.Tensor, view_mask: torch.Tensor) -> torch.Tensor:
+    """Features (A, ...) of the views that there are as (B, V, ...), 0 where there is none."""
+    unflattened = features.new_zeros(*view_mask.shape, *features.shape[1:])
+    unflattened[view_mask] = features
+    return unflattened
+
+
+def _of_each_study(image_features: torch.Tensor, image_mask: torch.Tensor) -> list[torch.Tensor]:
+    """Image tokens (B, M, D) with their mask (B, M) as a list of B tensors without what is masked."""
+    return list(image_features[image_mask].split(image_mask.sum(dim=1).tolist()))
+
+
 def _as_grid(output: torch.Tensor, vision_tower: PreTrainedModel, image_size: tuple[int, int]) -> torch.Tensor:
     """An encoder's last hidden state, NHWC, NCHW or tokens with or without a class token in front, as (B, D, h, w)."""
     size = _vision_feature_size(vision_tower)
@@ -1362,6 +1674,7 @@ if __name__ == "otdrg.modeling_otdrg":  # the installed package, not a copy that
 __all__ = [
     "OTDRGForReportGeneration",
     "OTDRGOutput",
+    "OTDRGStudy",
     "SinkhornOutput",
     "cost_matrix",
     "focal_loss",

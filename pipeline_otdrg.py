@@ -100,7 +100,7 @@ class ReportGenerationPipeline(Pipeline):
         """`otdrg.metrics.faithfulness.self_check`, which is not among the files that come with weights."""
         if not self.model.config.dle:
             raise ValueError(
-                "return_contradictions=True, but OTDRGConfig.dle=False: this model is not told of findings"
+                "return_contradictions=True, but OTDRGConfig.dle=False: this model does not use finding states"
             )
         try:
             return import_module("otdrg.metrics.faithfulness").self_check
@@ -154,15 +154,14 @@ class ReportGenerationPipeline(Pipeline):
         studies = model_inputs["views"] if batched else [model_inputs["views"]]
         indications = model_inputs["indication"] if batched else [model_inputs["indication"]]
         inputs = self.processor(images=studies, indication=indications, finding_states=findings).to(self.device)
-        view_mask, given_states = inputs["view_mask"], inputs.get("finding_states")
-        view_features = self.model.encode_views(inputs["pixel_values"], view_mask)
-        finding_logits = self.model.finding_predictor(view_features, view_mask)
-        states = self.model.condition_states(finding_logits, given_states)
+        given_states = inputs.get("finding_states")
+        study = self.model.read_study(inputs["pixel_values"], inputs["view_mask"], finding_states=given_states)
+        states = study.finding_states
         sequences = self.model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
-            view_features=view_features,
-            view_mask=view_mask,
+            view_features=study.view_features,
+            view_mask=study.view_mask,
             finding_states=states if self.model.config.dle else given_states,
             **self._generate_arguments(generate_kwargs),
         )
@@ -170,13 +169,13 @@ class ReportGenerationPipeline(Pipeline):
         reports = self.processor.batch_decode(written, skip_special_tokens=True)
         complete = self._complete(written, generate_kwargs)
         each = len(reports) // len(studies)
-        probabilities = self.model.finding_probabilities(finding_logits).gather(2, states[..., None])[..., 0]
+        probabilities = self.model.finding_probabilities(study.finding_logits).gather(2, states[..., None])[..., 0]
         outputs = {
             "reports": [reports[row * each : (row + 1) * each] for row in range(len(studies))],
             "complete": [complete[row * each : (row + 1) * each] for row in range(len(studies))],
             "states": states.tolist(),
             "probabilities": probabilities.tolist(),
-            "heatmaps": self._heatmaps(view_features, view_mask, states) if return_heatmaps else [None] * len(studies),
+            "heatmaps": self._heatmaps(study) if return_heatmaps else [None] * len(studies),
         }
         return outputs if batched else {key: value[0] for key, value in outputs.items()}
 
@@ -195,12 +194,12 @@ class ReportGenerationPipeline(Pipeline):
             return [True] * len(written)
         return torch.isin(written, torch.tensor(end, device=written.device)).any(dim=1).tolist()
 
-    def _heatmaps(self, view_features, view_mask, states) -> list[np.ndarray]:
+    def _heatmaps(self, study) -> list[np.ndarray]:
         """Each study's lift of the plan over the uniform one, (views, 14, rows, columns)."""
         if not self.model.config.fiot:
             raise ValueError("return_heatmaps=True, but OTDRGConfig.fiot=False: this model has no transport plan")
-        lift = self.model.transport_lift(view_features, view_mask, states).float().cpu()
-        return [lift[row, view_mask[row].cpu()].numpy() for row in range(len(lift))]
+        lift = self.model.transport_lift(study.view_features, study.view_mask, study.finding_states).float().cpu()
+        return [lift[row, study.view_mask[row].cpu()].numpy() for row in range(len(lift))]
 
     def postprocess(self, model_outputs, self_check=None) -> list[dict]:
         findings = {

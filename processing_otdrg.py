@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     ProcessorMixin,
 )
+from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, TextKwargs, Unpack
 
 if find_spec("transformers.image_processing_backends") is not None:
     from transformers import ViTImageProcessor
@@ -32,7 +33,7 @@ from .configuration_otdrg import (
     OTDRGConfig,
     resolve_backbone,
 )
-from .findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, parse_findings
+from .findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, check_finding_states, parse_findings
 from .image_processing_otdrg import read_view
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -68,6 +69,18 @@ _EMPTY_SYSTEM_TURN = """\
 _PLAIN_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
 
 
+#: Arguments of tokenizers that the processor uses, and those that `apply_chat_template` adds.
+_TEXT_ARGUMENTS = {"padding", "padding_side", "truncation", "max_length", "pad_to_multiple_of"}
+_CHAT_ARGUMENTS = {"return_dict", "sanitize_control_tokens"}
+
+
+class OTDRGProcessorKwargs(ProcessingKwargs, total=False):
+    _defaults = {  # noqa: RUF012
+        "text_kwargs": {"padding": True},
+        "common_kwargs": {"return_tensors": "pt"},
+    }
+
+
 class OTDRGProcessor(ProcessorMixin):
     r"""
     Turns studies into the model's inputs.
@@ -86,6 +99,8 @@ class OTDRGProcessor(ProcessorMixin):
     Raises:
         ValueError: the tokenizer lacks a placeholder.
     """
+
+    valid_processor_kwargs = OTDRGProcessorKwargs
 
     def __init__(
         self,
@@ -199,10 +214,7 @@ class OTDRGProcessor(ProcessorMixin):
         indication: str | list[str | None] | None = None,
         finding_states=None,
         max_report_tokens: int | None = None,
-        return_tensors: str = "pt",
-        videos=None,
-        audio=None,
-        **kwargs,
+        **kwargs: Unpack[OTDRGProcessorKwargs],
     ) -> BatchFeature:
         """
         Args:
@@ -216,34 +228,52 @@ class OTDRGProcessor(ProcessorMixin):
             finding_states (*optional*): states that condition the report: ids (B, 14), -1 where they are to be
                 predicted, or a dictionary `{"edema": "positive"}` a study.
             max_report_tokens (`int`, *optional*): longer reports are cut to this many tokens.
-            kwargs: `padding`, `truncation` and `add_special_tokens` are accepted and have no effect.
+            kwargs: of `ProcessingKwargs`, flat or in `text_kwargs`, `images_kwargs` and `common_kwargs`. Those of the
+                text are `padding`, `padding_side`, `truncation`, `max_length`, `pad_to_multiple_of` and
+                `return_tensors` (`"pt"` by default, `"np"`, or None for lists); those of the images are the image
+                processor's, such as `do_rescale`. `add_special_tokens` has no effect: the chat template writes them.
 
         Returns:
             `BatchFeature` with `input_ids` and `attention_mask` (B, L), `pixel_values` (B, V, 3, H, W), `view_mask`
             (B, V), and, where asked for, `labels` (B, L) and `finding_states` (B, 14).
 
         Raises:
-            ValueError: no image, an image that cannot be read, or arguments whose lengths differ.
+            ValueError: no image, an image that cannot be read, arguments whose lengths differ, or an argument that is
+                not known.
         """
-        unknown = set(kwargs) - {
-            "padding",
-            "truncation",
-            "add_special_tokens",
-            "return_dict",
-            "sanitize_control_tokens",
-        }
-        if unknown:
-            raise ValueError(
-                f"unknown argument {sorted(unknown)[0]!r}: see OTDRGProcessor.__call__ for those there are"
-            )
-        if videos is not None or audio is not None:
+        if kwargs.pop("videos", None) is not None or kwargs.pop("audio", None) is not None:
             raise ValueError("videos and audio were given: expected images of radiographs")
-        if return_tensors not in ("pt", None):
-            raise ValueError(f"return_tensors={return_tensors!r}: expected 'pt'")
+        self._check_names(kwargs)
+        merged = self._merge_kwargs(
+            OTDRGProcessorKwargs,
+            tokenizer_init_kwargs=self.tokenizer.init_kwargs,
+            **{name: value for name, value in kwargs.items() if name not in _CHAT_ARGUMENTS},
+        )
+        text_kwargs = {name: merged["text_kwargs"][name] for name in _TEXT_ARGUMENTS & merged["text_kwargs"].keys()}
+        # A tokenizer's own side is not meant for both prompts and reports.
+        text_kwargs["padding_side"] = {**kwargs, **kwargs.get("text_kwargs", {})}.get("padding_side")
+        return_tensors = merged["text_kwargs"].get("return_tensors")
+        return_tensors = getattr(return_tensors, "value", return_tensors)
+        if return_tensors not in ("pt", "np", None):
+            raise ValueError(f"return_tensors={return_tensors!r}: expected 'pt', 'np' or None")
         studies = self._studies(images, [text] if isinstance(text, str) else text)
         views = list(map(len, studies))
-        features = self.encode_text(views, text, report, indication, max_report_tokens, finding_states)
-        return BatchFeature(features | self.encode_images(studies))
+        rows = self._encode_rows(views, text, report, indication, max_report_tokens, **text_kwargs)
+        features = {**rows, **self.encode_images(studies, **merged["images_kwargs"])}
+        if finding_states is not None:
+            features["finding_states"] = self._states(finding_states, len(views))
+        return BatchFeature({name: _converted(name, value, return_tensors) for name, value in features.items()})
+
+    def _check_names(self, kwargs: dict) -> None:
+        """Raise `ValueError` where an argument is not known, or known to tokenizers and not used here."""
+        image_arguments = {*ImagesKwargs.__annotations__, *self.image_processor.valid_kwargs.__annotations__}
+        for name, value in {**kwargs, **kwargs.get("text_kwargs", {})}.items():
+            if name in {"text_kwargs", "images_kwargs", "common_kwargs"} | _TEXT_ARGUMENTS | image_arguments:
+                continue
+            if name not in _CHAT_ARGUMENTS | {"add_special_tokens", "return_tensors"} and (
+                name not in {*TextKwargs.__annotations__, *ProcessingKwargs.__annotations__} or value
+            ):
+                raise ValueError(f"unknown argument {name!r}: see OTDRGProcessor.__call__ for those there are")
 
     def encode_text(
         self,
@@ -253,12 +283,14 @@ class OTDRGProcessor(ProcessorMixin):
         indication: str | list[str | None] | None = None,
         max_report_tokens: int | None = None,
         finding_states=None,
+        **kwargs,
     ) -> dict[str, torch.Tensor]:
         """All of a batch but its pixels, for studies whose views are encoded already.
 
         Args:
             views (`Sequence[int]`): how many views each study has.
             text, report, indication, max_report_tokens, finding_states: as in [`__call__`].
+            kwargs: `padding`, `padding_side`, `truncation`, `max_length` and `pad_to_multiple_of`.
 
         Returns:
             `input_ids` and `attention_mask` (B, L) and, where asked for, `labels` (B, L) and `finding_states` (B, 14).
@@ -266,32 +298,37 @@ class OTDRGProcessor(ProcessorMixin):
         Raises:
             ValueError: arguments whose lengths differ, or prompts that do not fit the studies.
         """
-        texts = [text] if isinstance(text, str) else text
-        if texts is not None and len(texts) != len(views):
-            raise ValueError(f"text has {len(texts)} prompts for {len(views)} studies: expected one each")
-        prompts = self._prompts(views, texts, _one_each("indication", indication, len(views)))
-        features = self._tokens(prompts, _one_each("report", report, len(views)), max_report_tokens)
+        rows = self._encode_rows(views, text, report, indication, max_report_tokens, **kwargs)
+        features = {name: _converted(name, value, "pt") for name, value in rows.items()}
         if finding_states is not None:
             features["finding_states"] = self._states(finding_states, len(views))
         return features
 
-    def encode_images(self, images) -> dict[str, torch.Tensor]:
+    def _encode_rows(self, views, text, report, indication, max_report_tokens, **kwargs) -> dict[str, list[list[int]]]:
+        texts = [text] if isinstance(text, str) else text
+        if texts is not None and len(texts) != len(views):
+            raise ValueError(f"text has {len(texts)} prompts for {len(views)} studies: expected one each")
+        prompts = self._prompts(views, texts, _one_each("indication", indication, len(views)))
+        return self._tokens(prompts, _one_each("report", report, len(views)), max_report_tokens, **kwargs)
+
+    def encode_images(self, images, **kwargs) -> dict[str, torch.Tensor]:
         """`pixel_values` (B, V, 3, H, W) and `view_mask` (B, V) of studies, given as in [`__call__`].
+
+        Args:
+            images: the studies.
+            kwargs: the image processor's, such as `do_rescale`.
 
         Raises:
             ValueError: no image, or one that cannot be read.
         """
         studies = self._studies(images, None)
         views = [read_view(view, self.max_image_pixels) for study in studies for view in study]
-        pixels = iter(self.image_processor(views, return_tensors="pt")["pixel_values"])
-        most = max(map(len, studies))
-        size = self.image_processor.size
-        pixel_values = torch.zeros(len(studies), most, 3, size["height"], size["width"])
-        view_mask = torch.zeros(len(studies), most, dtype=torch.bool)
+        pixels = self.image_processor(views, **{**kwargs, "return_tensors": "pt"})["pixel_values"]
+        view_mask = torch.zeros(len(studies), max(map(len, studies)), dtype=torch.bool)
         for row, study in enumerate(studies):
-            for column in range(len(study)):
-                pixel_values[row, column] = next(pixels)
-                view_mask[row, column] = True
+            view_mask[row, : len(study)] = True
+        pixel_values = pixels.new_zeros(*view_mask.shape, *pixels.shape[1:])
+        pixel_values[view_mask] = pixels
         return {"pixel_values": pixel_values, "view_mask": view_mask}
 
     def _studies(self, images, texts: list[str] | None) -> list[list]:
@@ -340,8 +377,21 @@ class OTDRGProcessor(ProcessorMixin):
         head, _, tail = prompt.partition(self.image_token)
         return head + study + tail.replace(self.image_token, "")
 
-    def _tokens(self, prompts: list[str], reports: list, max_report_tokens: int | None) -> dict[str, torch.Tensor]:
+    def _tokens(
+        self,
+        prompts: list[str],
+        reports: list,
+        max_report_tokens: int | None,
+        padding: bool | str = True,
+        padding_side: str | None = None,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+    ) -> dict[str, list[list[int]]]:
         tokenizer = self.tokenizer
+        training = reports[0] is not None
+        if any((report is not None) != training for report in reports):
+            raise ValueError("report is given for some studies and not for others: expected one each, or none")
         rows, targets = [], []
         for prompt, report in zip(prompts, reports, strict=True):
             ids = tokenizer.encode(prompt, add_special_tokens=False)
@@ -351,18 +401,41 @@ class OTDRGProcessor(ProcessorMixin):
                 target.append(tokenizer.eos_token_id)
             rows.append(ids + target)
             targets.append([-100] * len(ids) + target)
-        training = reports[0] is not None
-        if any((report is not None) != training for report in reports):
-            raise ValueError("report is given for some studies and not for others: expected one each, or none")
+        padding, truncation = (getattr(strategy, "value", strategy) for strategy in (padding, truncation))
+        if max_length is None and (padding == "max_length" or truncation not in (None, False, "do_not_truncate")):
+            raise ValueError("max_length=None: expected a number of tokens with padding='max_length' or truncation")
+        if truncation not in (None, False, "do_not_truncate"):
+            rows, targets = self._truncated(rows, targets, max_length)
         # Padding is told by length and never by its id, which for many LLMs is that of the end of text.
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        features = {
-            "input_ids": _padded(rows, pad, left=not training),
-            "attention_mask": _padded([[1] * len(row) for row in rows], 0, left=not training),
-        }
-        if training:
-            features["labels"] = _padded(targets, -100, left=False)
-        return features
+        side = padding_side or ("right" if training else "left")
+        if side not in ("left", "right"):
+            raise ValueError(f"padding_side={side!r}: expected 'left' or 'right'")
+        lengths = list(map(len, rows))
+        if padding not in (False, "do_not_pad"):
+            longest = max([*lengths, max_length] if padding == "max_length" else lengths)
+            longest = -(-longest // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
+            lengths = [longest] * len(rows)
+
+        def padded(values: list[list[int]], value: int) -> list[list[int]]:
+            sides = [[value] * (length - len(row)) for length, row in zip(lengths, values, strict=True)]
+            return [more + row if side == "left" else row + more for row, more in zip(values, sides, strict=True)]
+
+        features = {"input_ids": padded(rows, pad), "attention_mask": padded([[1] * len(row) for row in rows], 0)}
+        return {**features, "labels": padded(targets, -100)} if training else features
+
+    def _truncated(self, rows, targets, max_length: int) -> tuple[list[list[int]], list[list[int]]]:
+        """Rows and their targets cut to `max_length` tokens, on the tokenizer's `truncation_side`."""
+        cut = slice(-max_length, None) if self.tokenizer.truncation_side == "left" else slice(max_length)
+        for row in rows:
+            for token in (IMAGE_TOKEN, FINDING_TOKEN, FINDING_TEXT_TOKEN):
+                lost = row.count(token_id := self.tokenizer.convert_tokens_to_ids(token)) - row[cut].count(token_id)
+                if lost:
+                    raise ValueError(
+                        f"max_length={max_length} cuts {lost} {token} off a prompt: expected the study to fit, such as "
+                        f"{len(row)} for the whole"
+                    )
+        return [row[cut] for row in rows], [target[cut] for target in targets]
 
     @staticmethod
     def _states(finding_states, studies: int) -> torch.Tensor:
@@ -375,19 +448,18 @@ class OTDRGProcessor(ProcessorMixin):
                     rows[row, finding] = state
         else:
             rows = torch.as_tensor(np.asarray(finding_states))
-        if tuple(rows.shape) != (studies, len(FINDINGS)):
-            raise ValueError(f"finding_states has shape {tuple(rows.shape)}: expected {(studies, len(FINDINGS))}")
-        if rows.is_floating_point() or rows.min() < -1 or rows.max() >= len(FINDING_STATES):
-            raise ValueError(f"finding_states has {rows.unique().tolist()}: expected ids 0 to 3, or -1 to predict")
-        if (rows[:, FINDINGS.index("no_finding")] > 1).any():
-            raise ValueError(
-                "finding_states has no_finding negative or unclear: expected unmentioned (0) or positive (1)"
-            )
+        check_finding_states(rows, studies)
         return rows.long()
+
+    def save_pretrained(self, save_directory, **kwargs):
+        saved = super().save_pretrained(save_directory, **kwargs)
+        # Said of the files; on the object it would make it differ from the one that is loaded from them.
+        self.__dict__.pop("auto_map", None)
+        return saved
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "pixel_values", "view_mask", "labels", "finding_states"]
+        return ["input_ids", "attention_mask", "pixel_values", "view_mask"]
 
 
 def _one_each(name: str, values, studies: int) -> list:
@@ -402,10 +474,21 @@ def _one_each(name: str, values, studies: int) -> list:
     return list(values)
 
 
-def _padded(rows: list[list[int]], value: int, left: bool) -> torch.Tensor:
-    length = max(map(len, rows))
-    sides = [[value] * (length - len(row)) for row in rows]
-    return torch.tensor([side + row if left else row + side for row, side in zip(rows, sides, strict=True)])
+def _converted(name: str, value, return_tensors: str | None):
+    """A feature, a tensor or a list of rows, in the form that is asked for."""
+    if return_tensors is None:
+        if isinstance(value, torch.Tensor):
+            return list(value) if value.is_floating_point() else value.tolist()
+        return value
+    if not isinstance(value, torch.Tensor):
+        lengths = sorted(set(map(len, value)))
+        if len(lengths) > 1:
+            raise ValueError(
+                f"{name} has rows of {lengths[0]} to {lengths[-1]} tokens: expected padding=True with "
+                f"return_tensors={return_tensors!r}"
+            )
+        value = torch.tensor(value)
+    return value if return_tensors == "pt" else value.numpy()
 
 
 def _chat_template(tokenizer) -> str:

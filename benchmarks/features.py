@@ -41,7 +41,7 @@ def main() -> None:
     collator = ReportCollator(processor, True, recipe.report.max_report_tokens)
 
     def step(rows: list[dict]) -> None:
-        model(**collator(rows)).loss.backward()
+        model(**model.expand_finding_text(**collator(rows))).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 

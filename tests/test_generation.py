@@ -43,7 +43,7 @@ def test_generation_is_what_the_forward_pass_says(model, prompts):
     ids, mask = prompts["input_ids"], prompts["attention_mask"]
     for _ in range(4):
         inputs = {**prompts, "input_ids": ids, "attention_mask": mask, "finding_states": states}
-        logits = model(**inputs).logits[:, -1]
+        logits = model(**model.expand_finding_text(**inputs)).logits[:, -1]
         logits[:, placeholders(model)] = -torch.inf
         following = logits.argmax(dim=-1, keepdim=True)
         ids, mask = torch.cat((ids, following), dim=1), torch.cat((mask, torch.ones_like(following)), dim=1)
@@ -231,6 +231,7 @@ def trained(build_model, views, reports):
         report=[told[0], told[0], told[1], told[1]],
         finding_states=states[[0, 0, 1, 1]],
     )
+    inputs = model.expand_finding_text(**inputs)
     torch.manual_seed(0)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)

@@ -395,10 +395,9 @@ def test_losses_add_up(build_model, study):
 
 
 def test_report_loss_is_the_mean_over_the_reports_tokens(model, study):
-    output = model(**study)
-    ids, mask, labels = model.write_finding_text(
-        study["input_ids"], study["attention_mask"], study["finding_states"], study["labels"]
-    )
+    expanded = model.expand_finding_text(**study)
+    output = model(**expanded)
+    ids, mask, labels = (expanded[name] for name in ("input_ids", "attention_mask", "labels"))
     assert output.logits.shape[:2] == ids.shape
     expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
     assert torch.allclose(output.report_loss, expected)
@@ -475,6 +474,10 @@ def test_gradient_checkpointing_changes_no_gradient(build_model, study):
 @pytest.mark.parametrize("training", [True, False], ids=["reports", "prompts"])
 def test_the_batch_gives_what_single_studies_give(build_model, views, reports, view_fusion, training):
     model, processor = build_model(view_fusion=view_fusion)
+
+    def run(inputs):
+        return model(**model.expand_finding_text(**inputs))
+
     studies = [views[:3], views[3:4], views[4:6]]
     indications = ["a long history of cough, fever and pain", None, "cough"]
     states = torch.randint(0, 4, (3, 14))
@@ -482,12 +485,12 @@ def test_the_batch_gives_what_single_studies_give(build_model, views, reports, v
     more = {"report": reports[:3]} if training else {}
     batch_inputs = processor(images=studies, indication=indications, finding_states=states, **more)
     with torch.no_grad():
-        batch = model(**batch_inputs)
+        batch = run(batch_inputs)
         losses = []
         for row in range(3):
             more = {"report": reports[row]} if training else {}
-            alone = model(
-                **processor(
+            alone = run(
+                processor(
                     images=[studies[row]], indication=[indications[row]], finding_states=states[row : row + 1], **more
                 )
             )
@@ -499,7 +502,10 @@ def test_the_batch_gives_what_single_studies_give(build_model, views, reports, v
             assert torch.allclose(batch.transport_plan[row, :tokens], alone.transport_plan[0], atol=1e-5)
             assert (batch.transport_plan[row, tokens:] == 0).all()
             losses.append(alone.ot_loss)
-        assert torch.allclose(batch.ot_loss, torch.stack(losses).mean(), atol=1e-5)
+        if training:
+            assert torch.allclose(batch.ot_loss, torch.stack(losses).mean(), atol=1e-5)
+        else:
+            assert batch.ot_loss is None
 
 
 def test_what_a_masked_view_holds_does_not_matter(model, study):
@@ -566,15 +572,18 @@ def test_no_finding_is_not_predicted_beside_a_finding_that_is_given(model):
 
 
 def test_states_condition_the_report_and_labels_of_the_predictor_do_not(model, study):
+    def run(inputs, **more):
+        return model(**model.expand_finding_text(**inputs, **more))
+
     with torch.no_grad():
-        told = model(**study)
-        other = model(**{**study, "finding_states": (study["finding_states"] + 1) % 2})
-        supervised = model(**study, finding_labels=(study["finding_states"] + 1) % 4)
+        given = run(study)
+        other = run({**study, "finding_states": (study["finding_states"] + 1) % 2})
+        supervised = run(study, finding_labels=(study["finding_states"] + 1) % 4)
         inputs = {key: value for key, value in study.items() if key != "finding_states"}
-        predicted = model(**inputs)
-        supervised_only = model(**inputs, finding_labels=study["finding_states"])
-    assert not torch.allclose(told.report_loss, other.report_loss, atol=1e-4)
-    assert torch.equal(told.logits, supervised.logits)
+        predicted = run(inputs)
+        supervised_only = run(inputs, finding_labels=study["finding_states"])
+    assert not torch.allclose(given.report_loss, other.report_loss, atol=1e-4)
+    assert torch.equal(given.logits, supervised.logits)
     assert torch.equal(predicted.logits, supervised_only.logits)
 
 
@@ -586,16 +595,19 @@ def test_predicted_states_are_mixed_into_training_only(build_model, study):
         for training in (True, False):
             model.train(training)
             model.vision_tower.eval()  # no stochastic depth
-            given[ratio, training] = model(**study).report_loss.item()
-            none[ratio, training] = model(**inputs).report_loss.item()
+            given[ratio, training] = model(**model.expand_finding_text(**study)).report_loss.item()
+            none[ratio, training] = model(**model.expand_finding_text(**inputs)).report_loss.item()
     assert given[0.0, True] == pytest.approx(given[0.0, False], abs=1e-5)
     assert given[0.0, True] == pytest.approx(given[1.0, False], abs=1e-5)
     assert given[1.0, True] == pytest.approx(none[0.0, False], abs=1e-5)
     assert given[1.0, True] != pytest.approx(given[0.0, True], abs=1e-4)
     model.config.predicted_state_ratio = 0.5
     model.train()
-    logits, states = torch.randn(1000, 14, 4), torch.full((1000, 14), 3)
-    drawn = (model.condition_states(logits, states) != 3).any(dim=1).float().mean()
+    features = torch.randn(1000, 1, 4, model.image_projector.linear.in_features)
+    labels, states = torch.zeros(1000, 1, dtype=torch.long), torch.full((1000, 14), 3)
+    states[:, NO_FINDING] = 0
+    mixed = model.expand_finding_text(view_features=features, finding_states=states, labels=labels)["finding_states"]
+    drawn = (mixed != states).any(dim=1).float().mean()
     assert 0.4 < drawn < 0.6
 
 
@@ -610,9 +622,8 @@ def test_the_label_text_is_written_where_its_placeholder_was(build_model, views,
     states[0, [1, EDEMA]], states[1, :13] = torch.tensor([1, 3]), 2
     more = {"report": reports[:3]} if side == "right" else {"indication": ["cough", None, "pain in the chest"]}
     inputs = processor(images=views[:3], finding_states=states, **more)
-    ids, mask, labels = model.write_finding_text(
-        inputs["input_ids"], inputs["attention_mask"], states, inputs.get("labels")
-    )
+    expanded = model.expand_finding_text(**inputs)
+    ids, mask, labels = expanded["input_ids"], expanded["attention_mask"], expanded.get("labels")
     assert ids.shape == mask.shape
     assert (labels is None) == (side == "left")
     for row in range(3):
@@ -667,7 +678,10 @@ def test_the_switches_of_table_3(build_model, views, reports, fields):
     model, processor = build_model(**fields)
     inputs = processor(images=[views[:2], views[2]], report=reports[:2])
     states = torch.zeros(2, 14, dtype=torch.long)
-    output, other = model(**inputs, finding_states=states), model(**inputs, finding_states=states + 1)
+    output, other = (
+        model(**model.expand_finding_text(**inputs, finding_states=given))
+        for given in (states, torch.ones_like(states))
+    )
     assert output.transport_plan is None
     assert output.ot_loss is None
     assert torch.equal(output.loss, output.report_loss)
@@ -736,7 +750,7 @@ def test_a_text_encoder_is_frozen_and_centred(backbones, views, reports):
 
 def features_of(model, study):
     view_features = model.encode_views(study["pixel_values"], study["view_mask"])
-    image, mask = model.get_image_features(view_features, study["view_mask"])
+    image, mask = model.project_views(view_features, study["view_mask"])
     return image, mask, model.get_label_features(study["finding_states"])
 
 

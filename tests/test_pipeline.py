@@ -212,7 +212,7 @@ def test_a_model_that_is_not_told_of_findings_still_predicts_them(build_model, p
     pipe = ReportGenerationPipeline(model=model, processor=processor)
     assert set(pipe(paths[0], **FEW)[0]["findings"]) == set(FINDINGS)
     for more in ({"findings": {"edema": "positive"}}, {"return_contradictions": True}):
-        with pytest.raises(ValueError, match=r"OTDRGConfig.dle=False: this model is not told of findings"):
+        with pytest.raises(ValueError, match=r"OTDRGConfig.dle=False: this model does not use finding states"):
             pipe(paths[0], **more, **FEW)
 
 

@@ -128,8 +128,11 @@ def test_no_encoder_runs_whose_features_nobody_reads(build_model, study):
     with torch.no_grad():
         skipped = model(**study, finding_states=states)
         model.config.predicted_state_ratio = 1e-9
-        assert encoder_calls(model, lambda: model(**study, finding_states=states)) == [1, 1]
+        assert encoder_calls(model, lambda: model(**study, finding_states=states)) == [1, 0]
         assert torch.equal(skipped.loss, model(**study, finding_states=states).loss)
+        assert encoder_calls(model, lambda: model.expand_finding_text(**study, finding_states=states)) == [0, 0]
+    model.config.predicted_state_ratio = 1.0
+    assert encoder_calls(model, lambda: model.expand_finding_text(**study, finding_states=states)) == [0, 1]
 
 
 def test_reports_heatmaps_and_probabilities_come_out_of_the_pipeline(own, processor, views):

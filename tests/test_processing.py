@@ -631,7 +631,7 @@ def test_a_study_without_views_is_named(processor, views):
         ({"finding_states": [[0.5] * 14] * 2}, r"finding_states has \[0.5\]"),
         ({"findings": {"edema": 1}}, "unknown argument 'findings'"),
         ({"videos": ["a.mp4"]}, "videos and audio were given"),
-        ({"return_tensors": "np"}, "return_tensors='np': expected 'pt'"),
+        ({"return_tensors": "tf"}, "return_tensors='tf': expected 'pt', 'np' or None"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(processor, views, arguments, message):

@@ -102,7 +102,7 @@ def aligned_features(
         pixel_values, view_mask = (batch[name].to(model.device) for name in ("pixel_values", "view_mask"))
         view_features = model.encode_views(pixel_values, view_mask, reader="report")
         before.append(_pooled(*model.fuse_views(view_features, view_mask)))
-        after.append(_pooled(*model.get_image_features(view_features, view_mask)))
+        after.append(_pooled(*model.project_views(view_features, view_mask)))
     labels = {}
     if model.config.fiot:
         positive = torch.full((1, len(FINDINGS)), POSITIVE, device=model.device)

@@ -123,29 +123,34 @@ def generate_reports(
         batch_size=batch_size,
         collate_fn=PromptCollator(processor, indication),
     )
-    open_methods(model, "encode_views", "generate")
+    open_methods(model, "read_study", "generate")
     model.eval()
     waiting = iter(mine)
     # A command shows how far it is; training has a bar of its own.
     for batch in tqdm(loader, desc=journal and journal.path.stem, unit="batch", disable=None if journal else True):
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        positions = list(islice(waiting, len(batch["input_ids"])))
+        prompt = {name: batch.pop(name) for name in ("input_ids", "attention_mask")}
+        positions = list(islice(waiting, len(prompt["input_ids"])))
+        given = None
+        if finding_states is not None:
+            given = torch.as_tensor(np.asarray(finding_states)[positions], device=model.device)
         with torch.no_grad():
-            if "pixel_values" in batch:
-                batch["view_features"] = model.encode_views(batch.pop("pixel_values"), batch["view_mask"])
-            logits = model(view_features=batch["view_features"], view_mask=batch["view_mask"]).finding_logits
-            states = model.predict_states(logits)
-            if finding_states is not None:
-                given = torch.as_tensor(np.asarray(finding_states)[positions], device=states.device)
-                states = torch.where(given < 0, states, given)
-            # A model without DLE predicts findings but is not told of any.
-            told = {"finding_states": states} if model.config.dle else {}
-            ids = model.generate(**batch, **told, **waits, **(generation or {}))
-        texts = processor.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        rows = list(zip(positions, (" ".join(text.split()) for text in texts), states.tolist(), strict=True))
+            study = model.read_study(**batch, finding_states=given)
+            ids = model.generate(
+                **prompt,
+                view_features=study.view_features,
+                view_mask=study.view_mask,
+                # A model without DLE predicts finding states but does not use them.
+                finding_states=study.finding_states if model.config.dle else None,
+                **waits,
+                **(generation or {}),
+            )
+        texts = processor.batch_decode(ids[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+        states = study.finding_states.tolist()
+        rows = list(zip(positions, (" ".join(text.split()) for text in texts), states, strict=True))
         written += rows
         if journal is not None:
-            journal.add([(studies["id"][position], report, told) for position, report, told in rows])
+            journal.add([(studies["id"][position], report, states) for position, report, states in rows])
     everyones = gather_object(written) if state.num_processes > 1 else written
     written = sorted({row[0]: row for row in everyones}.values())
     return GeneratedReports(

@@ -19,7 +19,15 @@ from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from .callbacks import FIGURES, LossCallback, NonFiniteLossError
 from .checkpoints import last_checkpoint
-from .distributed import check_wrapper, device_arguments, fill, has_accelerator, is_sharded, weightless_copy
+from .distributed import (
+    check_wrapper,
+    device_arguments,
+    fill,
+    has_accelerator,
+    is_sharded,
+    open_methods,
+    weightless_copy,
+)
 from .history import HistoryCallback
 from .recipe import StageRecipe
 from .resumption import ResumableTrainer
@@ -138,7 +146,7 @@ class StageTrainer(ResumableTrainer):
                 self._wrapper, self._checked = check_wrapper(model), True
             for part in self.frozen:
                 part.eval()
-        outputs = model(**inputs)
+        outputs = model(**self._with_finding_text(inputs))
         if training and num_items_in_batch is not None:
             self._weigh_by_tokens(outputs, inputs["labels"], num_items_in_batch)
         if training:
@@ -148,6 +156,14 @@ class StageTrainer(ResumableTrainer):
             # Which transformers leaves to those who take the number of tokens.
             loss = loss / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
+
+    def _with_finding_text(self, inputs):
+        """`inputs`, the label text of the conditioning states written out where there is a prompt."""
+        if "input_ids" not in inputs:
+            return inputs
+        open_methods(self.model, "expand_finding_text")
+        with self.accelerator.autocast():
+            return self.model.expand_finding_text(**inputs)
 
     def _weigh_by_tokens(self, outputs, labels: torch.Tensor, tokens: torch.Tensor) -> None:
         """Give the report loss of a batch the weight that its tokens have among those of all batches of the step.

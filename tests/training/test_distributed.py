@@ -295,7 +295,7 @@ from otdrg.studies import load_studies
 from otdrg.training.build import cast_backbones, set_trained_parts
 from otdrg.training.callbacks import LossCallback
 from otdrg.training.collation import ReportCollator
-from otdrg.training.distributed import fill, is_sharded, start_processes, weightless_copy, wrapper_name
+from otdrg.training.distributed import fill, is_sharded, open_methods, start_processes, weightless_copy, wrapper_name
 from otdrg.training.generation import generate_reports
 
 folder, kind = sys.argv[1:]
@@ -333,7 +333,9 @@ assert is_sharded(model)
 assert generate_reports(model, *settings).reports == before.reports
 if kind == "fsdp2":
     model.train()
-    model(**ReportCollator(processor, True, 10)(list(studies))).loss.backward()
+    open_methods(model, "expand_finding_text")
+    batch = model.expand_finding_text(**ReportCollator(processor, True, 10)(list(studies)))
+    model(**batch).loss.backward()
     LossCallback().on_pre_optimizer_step(None, None, None, model=model)
 whole = fill(empty, model)
 assert not is_sharded(whole) and whole.config is model.config
