@@ -432,12 +432,19 @@ def _decoded(image: Image.Image, data: bytes | None, max_pixels: int) -> Image.I
         bits = _colour_bits(image, data)
         if bits > 8:
             raise _Refusal(f"{bits}-bit colour {image.format}, expected 8 bits a channel, or 16-bit PNG or TIFF")
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode == "F" or image.mode.startswith("I"):
         array = np.asarray(image)
         key = image.info.get("transparency")
         return _scaled(array, None if not isinstance(key, int) else (array != key).astype(np.float32))
     return _opaque(image)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image, decoded and turned by its EXIF orientation."""
+    image.load()
+    # Without orientation the other function would copy it.
+    return image if image.getexif().get(274, 1) == 1 else ImageOps.exif_transpose(image)
 
 
 def _opaque(image: Image.Image) -> Image.Image:
@@ -473,7 +480,7 @@ def _from_deep_png(data: bytes) -> Image.Image:
         # Gray and alpha of 16 bits each are laid out as 4 channels of 8 bits.
         header = data[12:24] + b"\x08\x06" + data[26:29]
         image = _opened(data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:])
-        array = np.ascontiguousarray(np.asarray(ImageOps.exif_transpose(image))).view(">u2")
+        array = np.ascontiguousarray(np.asarray(_upright(image))).view(">u2")
     else:
         array = _both_bytes(data)
     colour, alpha = array[..., : 1 if data[25] == 4 else 3], None
@@ -495,7 +502,7 @@ def _both_bytes(data: bytes) -> np.ndarray:
         channels, _, own = raw_mode.partition(";16")
         other = f"{channels.replace('a', 'A')};16{order}"
         image.tile = [(*tile[:3], other if isinstance(tile[3], str) else (other, *tile[3][1:])) for tile in image.tile]
-        halves[order] = np.asarray(ImageOps.exif_transpose(image))
+        halves[order] = np.asarray(_upright(image))
     big_endian = own == "B" or (own == "N" and sys.byteorder == "big")
     high, low = (halves["B"], halves["L"]) if big_endian else (halves["L"], halves["B"])
     return high.astype(np.uint16) << 8 | low
@@ -527,7 +534,7 @@ def _from_tiff(image: Image.Image, data: bytes | None) -> Image.Image:
         native = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF"} if sys.byteorder == "little" else {}
         codec, box, offset, (raw_mode, *arguments) = image.tile[0]
         image.tile = [(codec, box, offset, (native.get(raw_mode, raw_mode), *arguments))]
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if bits == 8 and numbers == "unsigned":
         return _opaque(image)
     array = np.asarray(image)

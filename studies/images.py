@@ -83,6 +83,8 @@ def _kept(data: bytes | None, picture: Image.Image) -> bytes | None:
     stripped = None if data is None else without_metadata(data)
     if stripped is None:
         return None
+    if stripped == data and data[:2] == b"\xff\xd8":
+        return data  # a JPEG without EXIF or transparency: there is nothing by which two readers could differ
     with Image.open(io.BytesIO(stripped), formats=("JPEG", "PNG")) as image:
         if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK"):
             return None
