@@ -86,7 +86,7 @@ def load_prompt(path: str | Path = PROMPT) -> Prompt:
         ValueError: the file cannot be read, or a key, finding or state in it is wrong; the message names it.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
         states = {finding_state_id(state): str(word) for state, word in content["answers"].items()}
         names = {**FINDING_DISPLAY_NAMES, **content["findings"]}
         unknown = [name for name in names if name not in FINDINGS]

@@ -76,7 +76,7 @@ def _json_reports(path: Path, column: str) -> Iterator[tuple[int, str, str]]:
             try:
                 record = json.loads(text)
                 study, report = record["id"], record[column]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise ValueError(f"{path}, line {row}: expected {expected}") from None
             if not isinstance(report, str) or isinstance(study, bool) or not isinstance(study, (str, int)):
                 raise ValueError(

@@ -210,7 +210,7 @@ def _read_views(path: Path) -> dict[str, int]:
 def _read_report(path: str) -> str:
     try:
         with open(path, "rb") as file:
-            return file.read().decode("utf-8")
+            return file.read().decode("utf-8-sig")
     except FileNotFoundError:
         raise SkipStudy("malformed", f"report {path} is missing") from None
     except OSError as error:

@@ -81,7 +81,7 @@ class R2GenSource(StudySource):
 
 def _read_annotation(path: str) -> dict[str, list]:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             content = json.load(file)
     except UnicodeDecodeError as error:
         raise ValueError(f"annotation {path} is not UTF-8 text (byte {error.start})") from None

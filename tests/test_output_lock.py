@@ -8,7 +8,10 @@ import sys
 import threading
 
 import pytest
+import yaml
+from otdrg.cli import main
 from otdrg.output_lock import OutputLock, OutputLockedError
+from otdrg.train_hf import main as train
 
 HOLD = """
 import sys
@@ -103,3 +106,60 @@ for _ in range(25):
     assert [process.wait(timeout=120) for process in running] == [0] * 4
     assert counter.read_text() == "100"
     assert os.listdir(tmp_path) == ["counter"]
+
+
+# --- every command that writes ---------------------------------------------------------------------------------------
+
+COMMANDS = {
+    "prepare": ["phantom", "--train", "2", "--output", "OUT"],
+    "label dataset": ["FOLDER", "--output", "OUT"],
+    "label in place": ["OUT"],
+    "label reports": ["--reports", "FOLDER/reports.csv", "--output", "OUT.csv"],
+    "label compare": ["--compare", "a.csv", "b.csv", "--output", "OUT"],
+    "generate": ["FOLDER", "--study", "FOLDER/view.png", "--output", "OUT.jsonl"],
+    "score": ["--predictions", "FOLDER/reports.csv", "--output", "OUT.json"],
+    "evaluate": ["FOLDER", "--output", "OUT"],
+    "localise": ["FOLDER", "--output", "OUT"],
+    "embed": ["FOLDER", "--output", "OUT"],
+    "push": ["FOLDER", "org/name", "--dry-run", "--output", "OUT"],
+    "ablate": ["FOLDER/recipe.yaml", "--output", "OUT"],
+}
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    folder = tmp_path / "inputs"
+    folder.mkdir()
+    (folder / "reports.csv").write_text("id,report\na,Clear lungs.\n", encoding="utf-8")
+    recipe = {"output_dir": str(tmp_path / "out"), "studies": {"source": "phantom"}, "report": {"text": "full"}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return folder
+
+
+def listed(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_second_process_is_refused_and_writes_nothing(inputs, tmp_path, capsys, name):
+    arguments = [
+        argument.replace("FOLDER", str(inputs)).replace("OUT", str(tmp_path / "out")) for argument in COMMANDS[name]
+    ]
+    output = arguments[0] if name == "label in place" else arguments[arguments.index("--output") + 1]
+    with OutputLock(output):
+        before = listed(tmp_path)
+        assert main([name.split()[0], *arguments]) == 1
+        assert listed(tmp_path) == before
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f": error: {output} is being written by process {os.getpid()} on " in error
+
+
+def test_training_second_process_is_refused_and_writes_nothing(inputs, tmp_path, capsys):
+    with OutputLock(tmp_path / "out"):
+        before = listed(tmp_path)
+        assert train([str(inputs / "recipe.yaml")]) == 1
+        assert listed(tmp_path) == before
+    error = capsys.readouterr().err
+    assert f"train_hf.py: error: {tmp_path / 'out'} is being written by process {os.getpid()} on " in error
+    assert error.count("\n") == 1

@@ -162,7 +162,7 @@ def cache_features(
     for place in places if refused else ():
         reason = next((refused[digest] for digest in views[place] if digest in refused), None)
         if reason is not None:
-            left_out[ids[place]] = f"study {ids[place]!r}: {reason.partition(': ')[2]}"
+            left_out[ids[place]] = reason
     places = [place for place in places if ids[place] not in (left_out or ())]
     state.wait_for_everyone()
     store.refresh()

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from otdrg import labelers
 from otdrg.cli import main
 from otdrg.findings_otdrg import FINDINGS
+from otdrg.interruptions import Terminated
 from otdrg.labelers import UnreadReportsWarning, load_labeler, read_states
 from otdrg.labelers.report_table import read_reports
 from otdrg.studies import prepare_studies
@@ -374,3 +375,15 @@ def test_an_output_that_is_there_stays_unless_it_may_go(table, tmp_path, capsys)
     assert "holds the reports themselves" in capsys.readouterr().err
     assert main([*command, str(output), "--overwrite"]) == 0
     assert list(read_states(output)) == ["a"]
+
+
+@pytest.mark.parametrize(("stop", "status"), [(Terminated, 143), (KeyboardInterrupt, 130)])
+def test_label_ended_by_a_signal_says_what_is_kept(built, monkeypatch, capsys, stop, status):
+    def stopped(*_):
+        raise stop
+
+    monkeypatch.setattr("otdrg.labelers.labelling._copy_rest", stopped)
+    assert main(["label", str(built)]) == status
+    error = capsys.readouterr().err.splitlines()[-1]
+    told = "terminated (SIGTERM)" if stop is Terminated else "interrupted"
+    assert error.startswith(f"otdrg label: {told}; 5 whole shards are kept in {built}.partial; --resume goes on")

@@ -362,7 +362,7 @@ def test_ablate_wrong_recipe_starts_no_run(recipe, tmp_path, capsys, override, m
 
 def test_ablate_failure_before_training_starts_no_other_run(recipe, tmp_path):
     # Found when the model is built.
-    overrides = ["model.overrides.text_config.num_attention_heads=5"]
+    overrides = ["model.overrides.vision_config.architecture=nope"]
     plan = plan_runs(recipe, overrides, table_rows(["modules"]), [1], tmp_path)
     train_runs(plan.runs)
     assert "no model can be made of them" in plan.runs[0].error

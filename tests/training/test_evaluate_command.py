@@ -5,10 +5,13 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from otdrg.cli import main
 from otdrg.findings_otdrg import FINDING_STATES, FINDINGS
+from otdrg.interruptions import Terminated
 from otdrg.labelers import load_labeler
 from otdrg.metrics import nlg_scores
 from otdrg.metrics.faithfulness import faithfulness
@@ -245,3 +248,33 @@ def test_help_shows_an_example(capsys):
         main(["evaluate", "--help"])
     assert ended.value.code == 0
     assert "otdrg evaluate runs/iu_xray_small --split test" in capsys.readouterr().out
+
+
+def test_evaluate_ended_by_sigterm_says_what_is_kept(trained_run, tmp_path, monkeypatch, capsys):
+    def stopped(self, rows):
+        raise Terminated
+
+    monkeypatch.setattr(generation.PromptCollator, "__call__", stopped)
+    command = ["evaluate", str(trained_run), *FEW, "--output", str(tmp_path / "own")]
+    assert main(command) == 143
+    assert capsys.readouterr().err.splitlines()[-1].startswith("otdrg evaluate: terminated (SIGTERM); ")
+
+
+def test_evaluate_study_that_cannot_be_read_is_left_out_and_named(trained_run, phantoms, tmp_path, capsys):
+    folder = shutil.copytree(phantoms, tmp_path / "built")
+    (file,) = (folder / "data").glob("validation-*")
+    table = pq.read_table(file)
+    images = table.column("images").to_pylist()
+    images[1][0]["bytes"] = b"\x89PNG broken"
+    place = table.schema.get_field_index("images")
+    table = table.set_column(place, table.schema.field("images"), pa.array(images, table.schema.field("images").type))
+    pq.write_table(table, file)
+    for split in ("train", "validation"):
+        shutil.rmtree(folder / split)
+    (folder / "dataset_dict.json").unlink()
+    ids = table.column("id").to_pylist()
+    assert main(["evaluate", str(trained_run), str(folder), *FEW, "--output", str(tmp_path / "out")]) == 0
+    assert f"left out: study '{ids[1]}': its view 0 cannot be read" in capsys.readouterr().err
+    with (tmp_path / "out" / "predictions.csv").open(newline="", encoding="utf-8") as predictions:
+        assert [row["id"] for row in csv.DictReader(predictions)] == [ids[0], *ids[2:]]
+    assert f"left out: study '{ids[1]}'" in (tmp_path / "out" / "evaluation.md").read_text(encoding="utf-8")

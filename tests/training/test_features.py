@@ -276,6 +276,27 @@ def test_a_view_that_cannot_be_read_is_named(model, processor, studies, tmp_path
     gone = on_files(study, [[str(tmp_path / "gone.png")]])
     with pytest.raises(ValueError, match=rf"study '{studies[0]['id']}': .*gone\.png: cannot be read \(No such file"):
         cache_features(model, processor, gone, tmp_path, batch_size=4)
+    Image.new("L", (8, 8)).save(tmp_path / "small.png")
+    small = on_files(study, [[str(tmp_path / "small.png")]])
+    with pytest.raises(ValueError, match=f"study '{studies[0]['id']}': .*8"):
+        cache_features(model, processor, small, tmp_path, batch_size=4)
+
+
+def test_cache_features_on_request_leaves_out_what_cannot_be_read(model, processor, studies, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG broken")
+    Image.new("L", (8, 8)).save(tmp_path / "small.png")
+    studies[0]["images"][0].save(tmp_path / "0.png")
+    views = [["0.png"], ["broken.png"], ["small.png"], ["gone.png"], []]
+    rows = on_files(studies, [[str(tmp_path / name) for name in names] for names in views])
+    left_out = {}
+    cached = cache_features(model, processor, rows, tmp_path / "cache", batch_size=6, left_out=left_out)
+    ids = studies["id"]
+    assert cached["id"] == [ids[0]] and len(cached) == 1
+    assert set(left_out) == set(ids[1:])
+    assert all(reason.startswith(f"study '{study}'") for study, reason in left_out.items())
+    again = {}
+    cache_features(model, processor, rows, tmp_path / "cache", batch_size=6, left_out=again)
+    assert again == left_out
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists what is mapped")

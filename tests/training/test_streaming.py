@@ -1,8 +1,13 @@
 """Training on studies that are streamed from a built dataset."""
 
+import io
 import json
+import shutil
 
 import datasets
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from otdrg.studies import load_studies, prepare_studies
@@ -92,3 +97,32 @@ def test_what_cannot_be_streamed_is_said(tmp_path, fields, message):
     path.write_text(yaml.safe_dump({"output_dir": "x", "studies": fields}), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         load_recipe(path)
+
+
+@pytest.mark.parametrize("streaming", ["true", "false"])
+@pytest.mark.parametrize("what", ["small", "broken"])
+def test_training_view_that_cannot_be_used_is_an_error_with_the_study(
+    prepared, tiny_recipe, tmp_path, capsys, streaming, what
+):
+    """As of a dataset that another tool made; the vision encoder is trained, so no features are cached."""
+    folder = shutil.copytree(prepared, tmp_path / "built")
+    buffer = io.BytesIO()
+    PIL.Image.new("L", (8, 8)).save(buffer, "PNG")
+    damaged = buffer.getvalue() if what == "small" else b"\x89PNG broken"
+    file = sorted((folder / "data").glob("train-*"))[0]
+    table = pq.read_table(file)
+    images = table.column("images").to_pylist()
+    images[2][0]["bytes"] = damaged
+    place = table.schema.get_field_index("images")
+    table = table.set_column(place, table.schema.field("images"), pa.array(images, table.schema.field("images").type))
+    pq.write_table(table, file)
+    shutil.rmtree(folder / "train", ignore_errors=True)
+    (folder / "dataset_dict.json").unlink(missing_ok=True)
+    overrides = [f"studies={{source: prepared, options: {{folder: {folder}}}, streaming: {streaming}}}"]
+    overrides += ["predictor.vision=full", "predictor.max_steps=8", f"output_dir={tmp_path / 'run'}"]
+    recipe = yaml.safe_load(tiny_recipe.read_text(encoding="utf-8"))
+    del recipe["studies"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    assert main([str(tmp_path / "recipe.yaml"), *overrides]) == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train_hf.py: error: ")]
+    assert len(error) == 1 and f"study '{table['id'][2].as_py()}': " in error[0]
