@@ -127,7 +127,7 @@ _ASIDE_START = re.compile(rf"[\W_]*(?:(?:{_ASIDE_NAME})\b|(?i:{_ASIDE_NAME})(?: 
 #: Between words of a line; no longer than two spaces, so that nothing below has to go over a long one.
 _GAP = re.compile(r"\t\s*|\s{2,}")
 #: Where a line may go on with a header: after the end of a sentence, a gap or a separator.
-_MIDLINE = re.compile(r"(?:(?<=[.?!_;|)\]])\s+(?:[/|]\s+)?|\s{2,}|\s[/|]\s)(?=[A-Z/])")
+_MIDLINE = re.compile(r"(?:(?<=[.?!_;|)\]])\s+(?:[/|]\s+)?|\s{2,}|\s[/|]\s)(?=[A-Z/]|(?:findings|impression)\s*:)")
 #: The same without the end of a sentence, but not after a word that makes it a part of one ("see FINDINGS:").
 _UNPUNCTUATED = re.compile(r"(?<=\w)\s+(?=(?:FINDINGS|Findings|IMPRESSION|Impression|CONCLUSION|Conclusion)\s*:)")
 _GOES_ON = re.compile(

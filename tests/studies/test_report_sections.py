@@ -232,6 +232,7 @@ CLEAR = ReportSections("Lungs clear.", "Normal chest.", "", "", True)
         "## Findings\nLungs clear.\n\n## Impression\nNormal chest.",
         "<p><b>FINDINGS:</b> Lungs clear.<br/></p><p><strong>IMPRESSION:</strong><br>Normal&nbsp;chest.</p>",
         "Findings: Lungs clear. Impression: Normal chest.",
+        "findings: Lungs clear. impression: Normal chest.",
         "Findings: Lungs clear.  Impresion - Normal chest.",
         "FINDINGS: Lungs clear. / IMPRESSION: Normal chest.",
         "1. FINDINGS: Lungs clear.\n2. IMPRESSION: Normal chest.",
