@@ -127,7 +127,7 @@ _ASIDE_START = re.compile(rf"[\W_]*(?:(?:{_ASIDE_NAME})\b|(?i:{_ASIDE_NAME})(?: 
 #: Between words of a line; no longer than two spaces, so that nothing below has to go over a long one.
 _GAP = re.compile(r"\t\s*|\s{2,}")
 #: Where a line may go on with a header: after the end of a sentence, a gap or a separator.
-_MIDLINE = re.compile(r"(?:(?<=[.?!_;|)\]])\s+(?:[/|]\s+)?|\s{2,}|\s[/|]\s)(?=[A-Z/])")
+_MIDLINE = re.compile(r"(?:(?<=[.?!_;|)\]])\s+(?:[/|]\s+)?|\s{2,}|\s[/|]\s)(?=[A-Z/]|(?:findings|impression)\s*:)")
 #: The same without the end of a sentence, but not after a word that makes it a part of one ("see FINDINGS:").
 _UNPUNCTUATED = re.compile(r"(?<=\w)\s+(?=(?:FINDINGS|Findings|IMPRESSION|Impression|CONCLUSION|Conclusion)\s*:)")
 _GOES_ON = re.compile(
@@ -204,7 +204,7 @@ def _passages(text: str) -> list[_Passage]:
     lines = [part.strip() for line in _plain_lines(text) for part in _split_midline(_GAP.sub("  ", line))]
     last_final = max((place for place, line in enumerate(lines) if _FINAL_REPORT.fullmatch(line)), default=-1)
     passages = [_Passage(_TITLE)]
-    after_break, has_read, has_ended = True, False, False
+    after_break, has_read, has_ended, trailing = True, False, False, None
     for place, line in enumerate(lines):
         current = passages[-1]
         if not line or _RULE.fullmatch(line):
@@ -224,10 +224,13 @@ def _passages(text: str) -> list[_Passage]:
             continue
         elif trailer:
             has_ended = has_read
+            if current is trailing and not any(current.paragraphs[1:]):
+                passages.pop()  # nothing but another such line stands below it
             # At the head of a report that has no headers its text follows.
             closes = has_read or (not is_metadata(line) and _unlabelled(passages) is not None)
-            passages.append(_Passage(_CLOSING if closes else _LABEL))
-            passages[-1].add(line)
+            trailing = _Passage(_CLOSING if closes else _LABEL)
+            trailing.add(line)
+            passages.append(trailing)
         elif header is None or not _opens(header, current, has_ended):
             current.add(line)
         else:
@@ -253,8 +256,10 @@ def _plain_lines(text: str) -> list[str]:
 def _split_midline(line: str) -> Iterator[str]:
     """A line cut before each header, and each part that is no text of the report, in its midst."""
     begin = 0
-    places = {match.end() for match in _MIDLINE.finditer(line) if _opens_midline(line[match.end() :][:_LONGEST_NAME])}
-    places |= {it.end() for it in _UNPUNCTUATED.finditer(line) if not _GOES_ON.search(line[: it.start()][-20:])}
+    places = {match.end() for match in _MIDLINE.finditer(line)}
+    places = {place for place in places if _opens_midline(line[place : place + _LONGEST_NAME])}
+    gaps = (match.span() for match in _UNPUNCTUATED.finditer(line))
+    places |= {end for start, end in gaps if not _GOES_ON.search(line[max(0, start - 20) : start])}
     for place in sorted(places):
         before = line[begin:place]
         if not _ITEM_NUMBER.fullmatch(before):
@@ -294,10 +299,14 @@ def _header(line: str, after_break: bool) -> _Header | None:
         after_break: whether the line before it is blank or ends a sentence.
     """
     bullet = _BULLET.match(line)
-    if bullet and (line[bullet.end() :][:1].isupper() or line[0] in "*#"):
-        found = _header(line[bullet.end() :].lstrip("*# "), after_break)
-        # "1. LUNGS: clear" is an item of a list.
-        return found if found is None or line[0] in "*#" or found.kind in _NAMES else None
+    if bullet is None or not (line[bullet.end() : bullet.end() + 1].isupper() or line[0] in "*#"):
+        return _plain_header(line, after_break)
+    found = _plain_header(line[bullet.end() :].lstrip("*# "), after_break)
+    # "1. LUNGS: clear" is an item of a list.
+    return found if found is None or line[0] in "*#" or found.kind in _NAMES else None
+
+
+def _plain_header(line: str, after_break: bool) -> _Header | None:
     bare = _BARE_HEADER.match(line) if after_break else None
     colon = _COLON.search(line, 0, _LONGEST_NAME)
     if bare:

