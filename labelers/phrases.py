@@ -16,30 +16,44 @@ VOCABULARY = Path(__file__).parent / "vocabulary"
 
 #: How a phrase under each finding is read; the keys of every entry of findings.yaml.
 FINDING_ROLES = ("mentions", "doubtful", "structures", "not_meant")
-#: The keys of cues.yaml.
+#: The keys of cues.yaml, in the order in which the cues of one phrase are applied.
 CUE_ROLES = (
-    "negation_before",
-    "negation_after",
     "no_cue",
+    "unassessed",
+    "poorly_seen",
+    "negation_after",
+    "negation_beside",
+    "uncertainty_after",
+    "boundary",
+    "affirmed",
+    "adjunct",
+    "resolved",
+    "uncertainty_either",
+    "negation_before",
+    "ended",
+    "not",
+    "change",
+    "changed",
     "uncertainty_before_negation",
     "uncertainty_before",
-    "uncertainty_after",
+    "unassessed_before",
     "alternative",
     "normal",
     "abnormal",
     "stable",
     "place",
-    "boundary",
-    "restart",
     "chest_words",
 )
+#: The keys of clauses.yaml.
+WORD_KINDS = ("verbs", "existence", "neutral", "general", "statements", "restart", "no", "doubt", "elsewhere", "parts")
 #: The row of abnormalities outside the 14, which only bar "No Finding".
 OTHER = len(FINDINGS)
-#: Words of a sentence, and the marks that matter within it; a hyphen is a space.
-WORDS = re.compile(r"[a-z0-9']+|[,;:/]")
+#: Words of a sentence, and the marks that matter within it; a hyphen is a space, unless it stands alone.
+WORDS = re.compile(r"[a-z0-9]+(?:'[a-z]+)*|[,;:/()?]|(?<!\S)-+(?!\S)")
 
-_BAD_PHRASE = re.compile(r"[^a-z0-9 '/()|*<>-]|\*.")
-_PHRASE_WORDS = re.compile(rf"{WORDS.pattern}|[<>]")
+_BAD_PHRASE = re.compile(r"[^a-z0-9 '/:()|*<>-]|\*.")
+_PHRASE_WORDS = re.compile(r"[a-z0-9]+(?:'[a-z]+)*|[:/<>]")
+_ONE_WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)*\*?")
 #: The forms of so many words are kept.
 _WORDS_KEPT = 100_000
 
@@ -57,7 +71,7 @@ def expand_phrase(phrase: str) -> list[str]:
         raise ValueError(f"phrase {phrase!r}: expected lower-case words, (a|b) without nesting, and * at the end only")
     choices = [part.split("|") if position % 2 else [part] for position, part in enumerate(parts)]
     plain = [" ".join("".join(choice).split()) for choice in product(*choices)]
-    if not all(WORDS.search(form) for form in plain):
+    if not all(_PHRASE_WORDS.search(form) for form in plain):
         raise ValueError(f"phrase {phrase!r}: stands for nothing, expected a word at least")
     return plain
 
@@ -116,6 +130,40 @@ def load_vocabulary(folder: str | Path = VOCABULARY) -> dict[str, set[tuple[str,
     path = folder / "other_abnormalities.yaml"
     _add(meanings, path, _read(path), "mentions", ("mentions", OTHER))
     return meanings
+
+
+def load_words(folder: str | Path = VOCABULARY) -> dict[str, list[str]]:
+    """The words of clauses.yaml by kind, plain or with a `*` at the end.
+
+    Raises:
+        ValueError: a missing file, an unknown key, or more than one word; the message names the file.
+    """
+    path = Path(folder) / "clauses.yaml"
+    entries = _read(path)
+    if not isinstance(entries, dict) or set(entries) != set(WORD_KINDS):
+        raise ValueError(f"{path}: expected exactly the keys {', '.join(WORD_KINDS)}")
+    words: dict[str, list[str]] = {}
+    for kind, phrases in entries.items():
+        meanings: dict[str, set] = {}
+        _add(meanings, path, phrases, kind, ())
+        for word in meanings:
+            if not _ONE_WORD.fullmatch(word):
+                raise ValueError(f"{path}: {kind}: {word!r} is not one word")
+        words[kind] = list(meanings)
+    return words
+
+
+def load_spelling(folder: str | Path = VOCABULARY) -> dict[str, str]:
+    """What spelling.yaml gives for each form.
+
+    Raises:
+        ValueError: a missing file, or one that is not a mapping of text to text; the message names the file.
+    """
+    path = Path(folder) / "spelling.yaml"
+    forms = _read(path)
+    if not isinstance(forms, dict) or not all(isinstance(text, str) and form.strip("*") for form, text in forms.items()):
+        raise ValueError(f"{path}: expected a form and what to read for it on each line")
+    return forms
 
 
 def load_mistakes(folder: str | Path = VOCABULARY) -> dict[str, set[tuple[int, int, int]]]:

@@ -1,0 +1,126 @@
+"""Split a report into sentences in one spelling: full stops, lists, tick boxes, British and typographic forms."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping
+
+#: A full stop, unless it stands between digits or after an abbreviation; a question mark stays with its sentence.
+_SENTENCE_END = re.compile(r"(?<!\bvs)(?<!\bdr)(?:(?<![0-9])[.!]+|[.!]+(?![0-9]))|(?<=\w\?)(?=\s)")
+_ABBREVIATION = re.compile(r"\b([ei])\.\s?([eg])\.", re.IGNORECASE)
+#: What begins an item of a list: a bullet, a number, or a letter in brackets.
+_BULLET = re.compile(r"(?:[-*+•·‣▪●○◦>]+\s+|[•·‣▪●○◦*-](?=\w)|\(?(?:[0-9]{1,2}|[a-z])\)\s*|[0-9]{1,2}[.:]\s+)", re.I)
+#: Within a line only these are safe to read as the begin of an item.
+_INLINE_BULLET = re.compile(r"(?:^|\s)(?:[•·‣▪●○◦]\s*|\*\s+|\(?[0-9]{1,2}\)\s+)")
+_BOX = re.compile(r"\[\s*([x✓✔]?)\s*\]|\(\s*([x✓✔])\s*\)|\(\s+\)|[☐□]|([☑☒✓✔✗✘])", re.I)
+#: Options of a label that need no mention when they are not ticked.
+_ANSWERS = {"yes", "no", "y", "n", "present", "absent", "none", "unknown", "positive", "negative", "normal", "abnormal"}
+#: A line that ends with one of these goes on in the next.
+_UNFINISHED = re.compile(
+    r"(?:,|\b(?:a|an|and|any|are|as|at|by|for|from|has|have|in|is|no|not|nor|of|on|or|the|this|to|was|were|with|without))$",
+    re.I,
+)
+#: Shorter lines are items of a list, whatever the width of the text.
+_NARROWEST_TEXT = 45
+
+_TYPOGRAPHIC = str.maketrans(
+    {**dict.fromkeys("’‘ʼ´", "'"), **dict.fromkeys("“”„", " "), **dict.fromkeys("‐‑−", "-"), "—": " - "}
+)
+_UNSPACED_DASH = re.compile(r"(?<=\w)–(?=\w)")
+_NON = re.compile(r"\bnon(?: - |[- ])(?=[a-z])")
+
+
+def split_sentences(report: str) -> list[str]:
+    """The sentences of a report in lower case, list items and ticked boxes as sentences of their own.
+
+    A line break ends a sentence before a bullet, a blank line or a line that would have fitted on the line before;
+    otherwise the text is only wrapped. A line that ends with a colon is the head of each item below it.
+    """
+    if not report.isascii():
+        report = unicodedata.normalize("NFKC", report.translate(_TYPOGRAPHIC))
+        report = _UNSPACED_DASH.sub("-", report).replace("–", "-")
+    sentences = []
+    for line in _items(report) if "\n" in report or "\r" in report else (report,):
+        if _BOX.search(line):
+            sentences += _ticked(line.lower())
+            continue
+        line = _ABBREVIATION.sub(r"\1\2", line.lower())
+        for item in _INLINE_BULLET.split(line) if _INLINE_BULLET.search(line) else (line,):
+            sentences += _SENTENCE_END.split(item)
+    return sentences
+
+
+def _items(report: str) -> list[str]:
+    """The lines of a report, those that are only wrapped joined and those below a head with the head before them."""
+    lines = [line.strip() for line in report.splitlines()]
+    width = max(_NARROWEST_TEXT, *map(len, lines))
+    items: list[str] = []
+    head = last = ""
+    below = False  # whether the last item stands below the head
+    for line in lines:
+        bullet = _BULLET.match(line)
+        text = line[bullet.end() :] if bullet else line
+        if text:
+            begins_anew = text[:1].isupper() and text[1:2].islower()
+            wrapped = len(last) + 1 + len(text.split(None, 1)[0]) > width and not begins_anew
+            if not bullet and last and not last.endswith(":") and (wrapped or _UNFINISHED.search(last)):
+                items[-1] = f"{items[-1]} {text}"
+            elif head and (bullet or not below):
+                items[-1 if not below else len(items) :] = [f"{head} {text}"]
+                below = True
+            else:
+                items.append(text)
+                head = ""
+            if text.endswith(":"):
+                head, below = items[-1], False
+        last = line
+    return items
+
+
+def _ticked(line: str) -> list[str]:
+    """The ticked and unticked options of a line as statements; text before the first box is their label."""
+    parts: list[str] = []
+    ticks: list[bool] = []
+    place = 0
+    for box in _BOX.finditer(line):
+        parts.append(line[place : box.start()].strip(" ,;|"))
+        ticks.append(bool(box[1] or box[2] or box[3]))
+        place = box.end()
+    parts.append(line[place:].strip(" ,;|."))
+    label, options = parts[0].rstrip(" :-"), parts[1:]
+    if label and not parts[-1]:  # "effusion [x]": the box stands after what it ticks
+        label, options = "", parts[:-1]
+    said = []
+    for option, ticked in zip(options, ticks, strict=True):
+        option = option.strip(" :-.")
+        if ticked:
+            said += _SENTENCE_END.split(f"{label}: {option}" if label else option)
+        elif option and not (label and option in _ANSWERS):
+            said.append(f"{option}: none")
+    return said
+
+
+class Spelling:
+    """Write a sentence in lower case in one spelling.
+
+    Args:
+        forms: what to write for each form (spelling.yaml). A form that begins or ends with a letter or digit stands for
+            a whole word there, unless a `*` says that letters may come.
+    """
+
+    def __init__(self, forms: Mapping[str, str]):
+        self._texts = {form.strip("*"): text for form, text in forms.items()}
+        choices = []
+        for form in sorted(forms, key=len, reverse=True):
+            bare = form.strip("*")
+            before = r"\b" if bare[0].isalnum() and not form.startswith("*") else ""
+            after = r"\b" if bare[-1].isalnum() and not form.endswith("*") else ""
+            choices.append(f"{before}{re.escape(bare)}{after}")
+        self._forms = re.compile("|".join(choices))
+
+    def __call__(self, sentence: str) -> str:
+        return _NON.sub("non", self._forms.sub(lambda found: self._texts[found[0]], sentence))
+
+
+__all__ = ["Spelling", "split_sentences"]
