@@ -76,9 +76,10 @@ def _check_address(server_name: str, port: int) -> None:
     if not 1 <= port <= 65535:
         raise ValueError(f"--port is {port}: expected 1 to 65535")
     try:
+        socket.getaddrinfo(server_name, port, socket.AF_INET)
         socket.create_server((server_name, port)).close()
-    except socket.gaierror as error:
-        raise OSError(f"--server-name {server_name!r} is no address: expected one of this machine") from error
+    except (socket.gaierror, UnicodeError) as error:
+        raise OSError(f"--server-name {server_name!r} is no IPv4 address: expected one of this machine") from error
     except OSError as error:
         if error.errno == errno.EADDRNOTAVAIL:
             raise OSError(f"--server-name {server_name!r} is not this machine: expected an address of it") from error

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from html import escape
 from typing import Any
 
@@ -73,9 +74,10 @@ class _Page:
         self.max_new_tokens = max_new_tokens
         self.steerable, self.has_plan = pipe.model.config.dle, pipe.model.config.fiot
         self.visitors = Visitors()
-        # A full view takes up to 1 GB while it is read: one at a time, whoever uploads it.
+        # A full view takes up to 1 GB while it is read: one at a time, whoever uploads it. Of one thread each, because
+        # what a thread allocated is the next one's only in the same thread, and matplotlib is made for one.
         self.reading = asyncio.Lock()
-        self.drawing = asyncio.Lock()
+        self.reader, self.painter = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def lay_out(self, name: str) -> None:
         gr.Markdown(f"# Radiology report generation\nModel: {escape(printable(name))}")
@@ -116,7 +118,8 @@ class _Page:
     def _lay_out_report(self) -> None:
         self.report = gr.Textbox(
             label="Report",
-            info="Decoded greedily, to be seen word by word; otdrg generate takes the model's beams.",
+            info="Decoded greedily, to be seen word by word; otdrg generate takes the model's beams. One report is "
+            "written at a time: “queue: 2/5” is your place and how many wait.",
             lines=5,
             max_lines=20,
             interactive=False,
@@ -198,7 +201,7 @@ class _Page:
         async with self.reading:
             before, most = visitor.views, self.pipe.processor.max_image_pixels
             try:
-                views = await asyncio.to_thread(read_uploads, paths or [], before, most, self._resize)
+                views = await _in(self.reader, read_uploads, paths or [], before, most, self._resize)
             except (ValueError, ImportError) as error:
                 # One that was being written has been ended.
                 left = self._no_results() if visitor.written is None else self._text(visitor.written.record)
@@ -298,7 +301,8 @@ class _Page:
                     yield {**self._text(written), self.table: table_rows(written, self.steerable)}
                     if self.has_plan:
                         finding = finding or _most_telling(written["findings"])
-                        yield {self.finding: finding, self.heatmap: heatmap(views, written, finding)}
+                        drawn = self.painter.submit(heatmap, views, written, finding)
+                        yield {self.finding: finding, self.heatmap: drawn.result()}
         except (ValueError, OSError, ImportError) as error:
             yield {**self._forget_results(visitor), self.problem: _problem(error)}
         except Exception as error:  # the next visitor's report is another matter
@@ -320,8 +324,7 @@ class _Page:
         if written is None or not self.has_plan:
             return {self.problem: _problem("no heatmap yet: write a report first")}
         try:
-            async with self.drawing:
-                return {self.heatmap: await asyncio.to_thread(heatmap, *written, finding), self.problem: ""}
+            return {self.heatmap: await _in(self.painter, heatmap, *written, finding), self.problem: ""}
         except ImportError as error:
             return {self.problem: _problem(error)}
 
@@ -336,6 +339,10 @@ class _Page:
     def _allow(self, behind_a_report: bool) -> dict:
         buttons = (self.again, self.save_text, self.save_record)
         return dict.fromkeys(buttons, gr.update(interactive=behind_a_report))
+
+
+async def _in(executor: ThreadPoolExecutor, work: Callable, *arguments: Any) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(executor, work, *arguments)
 
 
 def _most_telling(findings: dict[str, dict]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import threading
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -15,9 +14,6 @@ from .uploads import View
 
 #: Longest name that is shown, in characters.
 _NAME = 80
-
-#: Matplotlib draws one figure at a time.
-_DRAWING = threading.Lock()
 
 
 def preview(views: Sequence[View]) -> str:
@@ -44,9 +40,8 @@ def heatmap(views: Sequence[View], record: dict[str, Any], finding: str) -> str:
         ImportError: matplotlib is not installed.
     """
     data = io.BytesIO()
-    with _DRAWING:
-        images = [view.image for view in views]
-        draw_heatmaps(images, record["heatmaps"], record["findings"], data, names=[finding])
+    images = [view.image for view in views]
+    draw_heatmaps(images, record["heatmaps"], record["findings"], data, names=[finding])
     found, name = record["findings"][finding], FINDING_DISPLAY_NAMES[finding]
     # On a phone the picture's own words are small.
     caption = (

@@ -21,9 +21,9 @@ MAX_VIEWS = 2
 #: Largest upload. A radiograph of 4,000 x 4,000 pixels of 16 bits, uncompressed, is 32 MB.
 MAX_FILE_SIZE = "64mb"
 #: Bytes of one request: two such files, and what is around them.
-MAX_REQUEST = MAX_VIEWS * 64 * 10**6 + 10**6
+MAX_REQUEST = (MAX_VIEWS * 64 + 1) * 2**20
 #: Bytes of all visitors' uploads that are arriving or wait to be read.
-MAX_UPLOADS = 256 * 10**6
+MAX_UPLOADS = 256 * 2**20
 #: Seconds in which an upload has to arrive.
 UPLOAD_SECONDS = 120
 #: Seconds after which a file that nobody reads is deleted; more than `UPLOAD_SECONDS`.
@@ -94,6 +94,8 @@ class UploadFolder:
             yield
         finally:
             self._arriving -= size
+            if not self._arriving:
+                self._delete_parts()
 
     def make_private(self, path: str) -> str:
         """Move an upload into a folder of its own: Gradio gives two visitors who upload the same file one path."""
@@ -112,6 +114,12 @@ class UploadFolder:
         """
         for path, found in self._files():
             if time.time() - found.st_mtime > age:
+                _delete(path, self.path)
+
+    def _delete_parts(self) -> None:
+        """Delete what Gradio leaves of uploads that broke off; whole ones are in folders of their own."""
+        for path in self.path.glob("*"):
+            if not path.is_dir():
                 _delete(path, self.path)
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
