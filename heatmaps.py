@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -50,7 +51,7 @@ def draw_heatmaps(
     views: Sequence[Image.Image],
     heatmaps: dict[str, np.ndarray],
     findings: dict[str, dict],
-    path: str | Path,
+    path: str | Path | BinaryIO,
     names: Sequence[str] | None = None,
     masks: dict[str, Sequence[np.ndarray]] | None = None,
     report: str | None = None,
@@ -66,7 +67,7 @@ def draw_heatmaps(
         views: the study's views, as [`read_view`] gives them.
         heatmaps: for each finding an array (views, rows, columns), as the pipeline returns with `return_heatmaps=True`.
         findings: for each finding its `state` and `probability`, as the pipeline returns.
-        path: the PNG to write.
+        path: the PNG to write, or a file that is open for it.
         names: findings to draw; the positive and unclear ones without it, No Finding where there are none.
         masks: for each finding where it truly is, one boolean array a view, drawn as an outline.
         report: text to write above the views.

@@ -1,12 +1,17 @@
 """The Space of a model: `otdrg push` puts this file beside the package, and the model's own id into it."""
 
+import atexit
 import os
-import tempfile
+from contextlib import ExitStack
+
+from otdrg.hub_card.space.temporary import upload_folder
 
 # Gradio reads these when it is imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 if "GRADIO_TEMP_DIR" not in os.environ:
-    os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="otdrg-demo-")
+    until_the_end = ExitStack()
+    atexit.register(until_the_end.close)
+    os.environ["GRADIO_TEMP_DIR"] = str(until_the_end.enter_context(upload_folder()))
 
 from otdrg.hub_card.space.interface import build_demo
 from otdrg.hub_card.space.serving import serve

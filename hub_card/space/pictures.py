@@ -4,37 +4,31 @@ from __future__ import annotations
 
 import base64
 import io
-import tempfile
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from ...findings_otdrg import FINDING_DISPLAY_NAMES
 from ...heatmaps import draw_heatmaps
+from .uploads import View
 
-#: Longest side of a view in the page, in pixels.
-_PREVIEW_SIDE = 480
+#: Longest name that is shown, in characters.
+_NAME = 80
 
 
-def preview(names: Sequence[str], views: Sequence[Image.Image]) -> str:
+def preview(views: Sequence[View]) -> str:
     """The views of a study as they were read, each above its name."""
     figures = []
-    for name, view in zip(names, views, strict=True):
-        small = view.copy()
-        small.thumbnail((_PREVIEW_SIDE, _PREVIEW_SIDE))
+    for view in views:
         data = io.BytesIO()
-        small.save(data, "JPEG", quality=90)
-        caption = f"{name}, {view.width} × {view.height}"
-        figures.append(
-            f"<figure>{_picture(data.getvalue(), 'jpeg', name)}<figcaption>{escape(caption)}</figcaption></figure>"
-        )
+        view.image.save(data, "JPEG", quality=90)
+        name, (width, height) = printable(view.name), view.size
+        caption = escape(f"{name}, {width} × {height}")
+        figures.append(f"<figure>{_picture(data, 'jpeg', name)}<figcaption>{caption}</figcaption></figure>")
     return f'<div class="views">{"".join(figures)}</div>' if figures else ""
 
 
-def heatmap(views: Sequence[Image.Image], record: dict[str, Any], finding: str) -> str:
+def heatmap(views: Sequence[View], record: dict[str, Any], finding: str) -> str:
     """The transport plan of one finding over the views of a study.
 
     Args:
@@ -45,10 +39,9 @@ def heatmap(views: Sequence[Image.Image], record: dict[str, Any], finding: str) 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "heatmap.png"
-        draw_heatmaps(views, record["heatmaps"], record["findings"], path, names=[finding])
-        data = path.read_bytes()
+    data = io.BytesIO()
+    images = [view.image for view in views]
+    draw_heatmaps(images, record["heatmaps"], record["findings"], data, names=[finding])
     found, name = record["findings"][finding], FINDING_DISPLAY_NAMES[finding]
     # On a phone the picture's own words are small.
     caption = (
@@ -57,9 +50,15 @@ def heatmap(views: Sequence[Image.Image], record: dict[str, Any], finding: str) 
     return f"<figure>{_picture(data, 'png', f'Heatmap of {name}')}<figcaption>{caption}</figcaption></figure>"
 
 
-def _picture(data: bytes, form: str, alternative: str) -> str:
-    encoded = base64.b64encode(data).decode()
+def printable(text: str, length: int = _NAME) -> str:
+    """Text of a visitor's, on one line: without control characters and marks that turn its direction, and cut."""
+    text = "".join(character if character.isprintable() else "�" for character in text)
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def _picture(data: io.BytesIO, form: str, alternative: str) -> str:
+    encoded = base64.b64encode(data.getvalue()).decode()
     return f'<img src="data:image/{form};base64,{encoded}" alt="{escape(alternative)}">'
 
 
-__all__ = ["heatmap", "preview"]
+__all__ = ["heatmap", "preview", "printable"]

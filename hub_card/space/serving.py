@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import gradio as gr
+from gradio.utils import get_upload_folder
+from starlette.middleware import Middleware
 
-from .uploads import MAX_FILE_SIZE
+from .guard import Guard, Hosts
+from .uploads import MAX_FILE_SIZE, UploadFolder
+from .visitors import MAX_VISITORS
 
-#: Visitors that wait for the model; whoever comes on top of them is told that it is busy.
-_QUEUE = 16
-#: Visitors whose studies are kept in memory; the one away longest is forgotten first.
-_SESSIONS = 32
+#: Reports that wait for the model; the page says of more that it is busy. Nothing else of the page waits with them.
+_QUEUE = 32
 
 
 def serve(demo: gr.Blocks, server_name: str | None = None, port: int | None = None, block: bool = True) -> str:
@@ -29,7 +32,10 @@ def serve(demo: gr.Blocks, server_name: str | None = None, port: int | None = No
     Raises:
         OSError: the port is taken.
     """
-    demo.queue(max_size=_QUEUE, default_concurrency_limit=1)
+    hosts = Hosts(server_name or os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"))
+    guard = Middleware(Guard, hosts=hosts, uploads=UploadFolder(get_upload_folder()))
+    # Without `api_open` nobody gets past the queue.
+    demo.queue(max_size=_QUEUE, default_concurrency_limit=1, api_open=False)
     _, address, _ = demo.launch(
         server_name=server_name,
         server_port=port,
@@ -43,7 +49,8 @@ def serve(demo: gr.Blocks, server_name: str | None = None, port: int | None = No
         ssr_mode=False,
         footer_links=[],
         max_file_size=MAX_FILE_SIZE,
-        state_session_capacity=_SESSIONS,
+        state_session_capacity=MAX_VISITORS,
+        app_kwargs={"middleware": [guard]},
         css_paths=[Path(__file__).with_name("page.css")],
     )
     return address

@@ -37,6 +37,10 @@ def test_a_port_that_is_taken_or_is_none_is_one_line(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"--port {port} cannot be used (Address already in use)" in refused(["m", "--port", str(port)], capsys)
+    port = str(free_port())
+    for name, message in (("8.8.8.8", "is not this machine"), ("no host", "is no IPv4 address"), ("::1", "is no IPv4")):
+        error = refused(["m", "--server-name", name, "--port", port], capsys)
+        assert f"--server-name {name!r} {message}" in error
     assert "--port is 70000: expected 1 to 65535" in refused(["m", "--port", "70000"], capsys)
     assert "--max-new-tokens is 0: expected 1 or more" in refused(["m", "--max-new-tokens", "0"], capsys)
 

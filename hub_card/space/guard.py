@@ -1,0 +1,231 @@
+"""Which requests reach the page: those of its own visitors, to its own routes, and of a size that it can hold."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import os
+import re
+import socket
+from collections.abc import AsyncIterator
+from http import HTTPStatus
+
+import anyio
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .uploads import KEPT_UNREAD, MAX_REQUEST, UPLOAD_SECONDS, NoRoomError, UploadFolder
+
+#: Further names under which the page is reached, such as a proxy's or a Space's own domain, with commas between.
+HOSTS_VARIABLE = "OTDRG_ALLOWED_HOSTS"
+#: Bytes of a request that is no upload: 14 states and an indication take 5,000.
+MAX_JSON = 256 * 2**10
+
+_THIS_MACHINE = frozenset({"127.0.0.1", "localhost", "::1"})
+_ANY_ADDRESS = ("0.0.0.0", "::")
+_HOST = re.compile(r"(?:\[(?P<address>[0-9a-f:.]+)\]|(?P<name>[^\s:/@\[\]]+))(?::\d{1,5})?", re.IGNORECASE)
+_PREFIX = "/gradio_api/"
+#: What the page posts to; Gradio has more, for components and tools that are not in the page.
+_POSTED = frozenset({"upload", "queue", "run", "api", "call", "cancel", "reset"})
+#: What the page has no use for: files of the server, addresses that it would fetch, and studies written to its disk.
+_NOT_SERVED = ("file=", "file/", "proxy=", "stream/", "deep_link")
+
+
+class Hosts:
+    """The names under which the page is reached.
+
+    A browser that was led to this server under another name (DNS rebinding) says that name. An address cannot be
+    rebound, so that a server that listens on all of them answers to all of them.
+
+    Args:
+        server_name: the address that the server listens on.
+    """
+
+    def __init__(self, server_name: str):
+        configured = os.environ.get(HOSTS_VARIABLE, "").lower().split(",")
+        #: Stated by the administrator or the Hub: another address than the one the server sees may be in front.
+        self.public = {name.strip() for name in [*configured, os.environ.get("SPACE_HOST", "").lower()]} - {""}
+        self.own = _THIS_MACHINE | {server_name.lower().strip("[]")}
+        self.any_address = server_name.strip("[]") in _ANY_ADDRESS
+        if self.any_address:
+            self.own |= {socket.gethostname().lower()}
+        # All names there are the Hub's, and its proxy decides which Space they lead to.
+        self.on_the_hub = "SPACE_ID" in os.environ
+
+    def __contains__(self, header: str | None) -> bool:
+        """Whether a `Host` header names this server; the port does not count, because ssh forwards from any."""
+        name = _host_name(header)
+        if name is None:
+            return False
+        if name in self.own or name in self.public or (self.on_the_hub and name.endswith(".hf.space")):
+            return True
+        return self.any_address and _is_address(name)
+
+    def same_site(self, headers: Headers) -> bool:
+        """Whether a request comes from the page itself, or from no page at all."""
+        origin = headers.get("origin")
+        if origin is None:
+            return headers.get("sec-fetch-site", "none") in ("none", "same-origin")
+        host = origin.partition("://")[2].lower()
+        return host == headers.get("host", "").lower() or _host_name(host) in self.public
+
+
+class Guard:
+    """ASGI middleware in front of Gradio's application.
+
+    Args:
+        app: the application.
+        hosts: names of this server.
+        uploads: the folder where the application writes uploads.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Hosts, uploads: UploadFolder):
+        self.app, self.hosts, self.uploads = app, hosts, uploads
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers, changes = Headers(scope=scope), scope["method"] not in ("GET", "HEAD", "OPTIONS")
+        route = scope["path"].partition(_PREFIX)[2]
+        try:
+            if headers.get("host") not in self.hosts:
+                raise _Refused(
+                    HTTPStatus.MISDIRECTED_REQUEST,
+                    f"this server is not {headers.get('host', '')[:100]!r}: expected the address it was started with; "
+                    f"the variable {HOSTS_VARIABLE} adds others",
+                )
+            if changes and not self.hosts.same_site(headers):
+                origin = headers.get("origin") or headers["sec-fetch-site"]
+                raise _Refused(HTTPStatus.FORBIDDEN, f"this request comes from {origin[:100]!r}: expected this page")
+            if route.startswith(_NOT_SERVED) or (changes and route.partition("/")[0] not in _POSTED):
+                raise _Refused(HTTPStatus.NOT_FOUND, "not a part of this page")
+            if route.startswith("upload") and changes:
+                await self._upload(scope, receive, send, headers)
+            elif changes:
+                await self.app(scope, _replayed(await _small_body(receive), receive), send)
+            else:
+                await self.app(scope, receive, send)
+        except _Refused as refused:
+            await PlainTextResponse(str(refused), refused.status)(scope, receive, send)
+        except ClientDisconnect:
+            pass
+
+    async def _upload(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
+        """Let an upload in if there is room, and answer with paths that no other visitor has."""
+        length = headers.get("content-length", "")
+        if not length.isdecimal():
+            raise _Refused(HTTPStatus.LENGTH_REQUIRED, "an upload without Content-Length: expected its number of bytes")
+        if int(length) > MAX_REQUEST:
+            raise _Refused(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                f"{int(length) / 1e6:.0f} MB in one upload: expected at most {MAX_REQUEST / 1e6:.0f} MB",
+            )
+        answer: list[Message] = []
+
+        async def keep(message: Message) -> None:
+            answer.append(message)
+
+        with anyio.move_on_after(UPLOAD_SECONDS):
+            try:
+                with self.uploads.room(int(length)):
+                    await self.app(scope, receive, keep)
+            except NoRoomError as error:
+                # Browsers show an answer only once all is sent.
+                async for _ in _chunks(receive):
+                    pass
+                raise _Refused(HTTPStatus.SERVICE_UNAVAILABLE, str(error)) from error
+            finally:
+                asyncio.get_running_loop().call_later(KEPT_UNREAD + 1, self.uploads.delete_unread)
+        if not answer:
+            raise _Refused(HTTPStatus.REQUEST_TIMEOUT, f"an upload of more than {UPLOAD_SECONDS} s: expected less")
+        status, body = answer[0]["status"], b"".join(message.get("body", b"") for message in answer[1:])
+        if status == HTTPStatus.OK:
+            paths = json.loads(body)
+            moved = {path: self.uploads.make_private(path) for path in set(paths)}
+            response: Response = JSONResponse([moved[path] for path in paths])
+        else:
+            response = PlainTextResponse(body, status)
+        await response(scope, receive, send)
+
+
+class _Refused(Exception):
+    """A request that is answered here, with its status and the reason."""
+
+    def __init__(self, status: HTTPStatus, reason: str):
+        super().__init__(reason)
+        self.status = status
+
+
+async def _chunks(receive: Receive) -> AsyncIterator[bytes]:
+    """The body of a request.
+
+    Raises:
+        ClientDisconnect: the client went away.
+    """
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        more = message.get("more_body", False)
+        yield message.get("body", b"")
+
+
+async def _small_body(receive: Receive) -> bytes:
+    """The body of a request that is no upload, checked.
+
+    Raises:
+        _Refused: it is too large, or names a file at an address, which Gradio would fetch.
+    """
+    body = b""
+    async for chunk in _chunks(receive):
+        body += chunk
+        if len(body) > MAX_JSON:
+            raise _Refused(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                f"a request of more than {MAX_JSON:,} bytes: expected less",
+            )
+    try:
+        parts = [json.loads(body or b"null")]
+    except (ValueError, RecursionError) as error:
+        raise _Refused(HTTPStatus.BAD_REQUEST, "the request holds no JSON") from error
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            if str(part.get("path")).startswith(("http://", "https://")):
+                raise _Refused(HTTPStatus.BAD_REQUEST, "a file at an address: expected one that was uploaded")
+            parts += part.values()
+        elif isinstance(part, list):
+            parts += part
+    return body
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """`receive` of a request whose body has been read."""
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return replay
+
+
+def _host_name(header: str | None) -> str | None:
+    """The name or address in a `Host` header, without the port."""
+    match = _HOST.fullmatch(header or "")
+    return (match["address"] or match["name"]).lower() if match else None
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+__all__ = ["HOSTS_VARIABLE", "MAX_JSON", "Guard", "Hosts"]
