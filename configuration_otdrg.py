@@ -5,6 +5,9 @@ Every choice of the model is a field here, documented and checked where it is de
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,16 @@ DEFAULT_PROMPT = (
     "Generate a comprehensive diagnosis report for this radiology image. ###Focus on diagnostic accuracy###"
 )
 IMAGE_TOKEN, FINDING_TOKEN, FINDING_TEXT_TOKEN = "<image>", "<finding>", "<finding_text>"
+
+#: Largest values: beyond any real model's, and such that a wrong one is refused before it takes memory or time.
+MAXIMUM_IMAGE_TOKENS, MAXIMUM_IMAGE_SIZE = 4096, 8192
+_MAXIMUM_SIZE, _MAXIMUM_ITERATIONS, _MAXIMUM_PROMPT_TOKENS, _MAXIMUM_TEXT_TOKENS = 65_536, 100_000, 65_536, 1024
+_MAXIMUM_RANK = 4096
+#: Most of what a backbone's configuration counts, by the ends of the names of its fields.
+_MAXIMUM_COUNTS = {
+    re.compile(r"(layers?|depths?|blocks?|stages?|experts)$"): 1000,
+    re.compile(r"num_(labels|classes)$"): 100_000,
+}
 
 
 class OTDRGConfig(PreTrainedConfig):
@@ -222,6 +235,7 @@ class OTDRGConfig(PreTrainedConfig):
         self.backbone_sha256 = backbone_sha256
         self.backbone_revisions = backbone_revisions
         kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
+        _check_counts("", kwargs)
         super().__init__(**kwargs)
         self.check_fields()
 
@@ -230,14 +244,24 @@ class OTDRGConfig(PreTrainedConfig):
 
         def need(condition: bool, field: str, allowed: str) -> None:
             if not condition:
-                raise ValueError(f"OTDRGConfig.{field}={getattr(self, field)!r}: expected {allowed}")
+                raise ValueError(f"OTDRGConfig.{field}={_shown(getattr(self, field))}: expected {allowed}")
 
         for field, choices in self._CHOICES.items():
             need(getattr(self, field) in choices, field, "one of " + ", ".join(repr(choice) for choice in choices))
         for field in ("dle", "fiot", "projection_norm"):
             need(isinstance(getattr(self, field), bool), field, "true or false")
-        for field in ("image_size", "image_tokens", "ot_max_iterations"):
-            need(_is_int(getattr(self, field)) and getattr(self, field) > 0, field, "a positive integer")
+        for field, most in (
+            ("image_size", MAXIMUM_IMAGE_SIZE),
+            ("image_tokens", MAXIMUM_IMAGE_TOKENS),
+            ("ot_max_iterations", _MAXIMUM_ITERATIONS),
+        ):
+            need(_is_int(getattr(self, field), 1, most), field, f"a positive integer up to {most:,}")
+        need(
+            self.label_encoder_size is None or _is_int(self.label_encoder_size, 1, _MAXIMUM_SIZE),
+            "label_encoder_size",
+            f"a positive integer up to {_MAXIMUM_SIZE:,}",
+        )
+        need(isinstance(self.prompt, str), "prompt", "a string")
         need(round(self.image_tokens**0.5) ** 2 == self.image_tokens, "image_tokens", "a square number, such as 49")
         for field in ("ot_epsilon", "ot_contrastive_temperature"):
             need(_is_number(getattr(self, field)) and getattr(self, field) > 0, field, "a number above 0")
@@ -258,7 +282,8 @@ class OTDRGConfig(PreTrainedConfig):
         need(
             self.finding_thresholds is None
             or (
-                len(self.finding_thresholds) == len(FINDINGS)
+                isinstance(self.finding_thresholds, (list, tuple))
+                and len(self.finding_thresholds) == len(FINDINGS)
                 and all(_is_number(value) and 0 <= value <= 1 for value in self.finding_thresholds)
             ),
             "finding_thresholds",
@@ -272,6 +297,9 @@ class OTDRGConfig(PreTrainedConfig):
                 field,
                 "r, lora_alpha, lora_dropout, target_modules",
             )
+            need(
+                lora is None or _is_int(lora.get("r", 8), 1, _MAXIMUM_RANK), field, f"an r from 1 to {_MAXIMUM_RANK:,}"
+            )
         for field in ("image_token_id", "finding_token_id", "finding_text_token_id"):
             value = getattr(self, field)
             need(
@@ -281,24 +309,17 @@ class OTDRGConfig(PreTrainedConfig):
                 f"{self.text_config.vocab_size})",
             )
         for field in ("finding_text_token_ids", "label_encoder_token_ids"):
-            table = getattr(self, field)
             need(
-                table is None
-                or (len(table) == len(FINDINGS) and all(len(row) == len(FINDING_STATES) and all(row) for row in table)),
+                getattr(self, field) is None or _is_table(getattr(self, field)),
                 field,
-                f"{len(FINDINGS)} x {len(FINDING_STATES)} lists of token ids, none empty",
+                f"{len(FINDINGS)} x {len(FINDING_STATES)} lists of 1 to {_MAXIMUM_TEXT_TOKENS:,} token ids",
             )
-        texts = [ids for row in self.finding_text_token_ids or () for ids in row]
-        for field, ids in (
-            ("finding_text_token_ids", [token for text in texts for token in text]),
-            ("prompt_token_ids", self.prompt_token_ids or ()),
-        ):
-            need(
-                all(_is_int(token) and 0 <= token < self.text_config.vocab_size for token in ids),
-                field,
-                f"token ids from 0 to {self.text_config.vocab_size - 1} (the LLM's vocab_size is "
-                f"{self.text_config.vocab_size})",
-            )
+        prompt = self.prompt_token_ids
+        need(
+            prompt is None or (_is_id_list(prompt, _MAXIMUM_PROMPT_TOKENS) and self.image_token_id in prompt),
+            "prompt_token_ids",
+            f"up to {_MAXIMUM_PROMPT_TOKENS:,} token ids, image_token_id among them",
+        )
 
     def bind_label_tokenizer(self, tokenizer) -> None:
         """Record the ids of the 14 x 4 label texts in the tokenizer of the label encoder's own text encoder."""
@@ -382,12 +403,53 @@ def resolve_backbone(reference: str) -> tuple[str, dict[str, str]]:
     return str(reference), {}
 
 
-def _is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_int(value, least: int = 0, most: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_id_list(value, most: int) -> bool:
+    return isinstance(value, (list, tuple)) and 0 < len(value) <= most and all(map(_is_int, value))
+
+
+def _is_table(value) -> bool:
+    """Whether a value has a list of token ids for each state of each finding."""
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) == len(FINDINGS)
+        and all(isinstance(row, (list, tuple)) and len(row) == len(FINDING_STATES) for row in value)
+        and all(_is_id_list(ids, _MAXIMUM_TEXT_TOKENS) for row in value for ids in row)
+    )
+
+
+def _shown(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def _check_counts(place: str, fields: dict) -> None:
+    """Refuse a number of layers or labels that no model has: transformers would build them one by one.
+
+    Raises:
+        ValueError: names the field.
+    """
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            _check_counts(f"{place}{name}.", value)
+            continue
+        for pattern, most in _MAXIMUM_COUNTS.items():
+            if pattern.search(str(name)):
+                for count in _integers(value):
+                    if count > most:
+                        raise ValueError(f"OTDRGConfig.{place}{name}={_shown(value)}: expected at most {most:,}")
+
+
+def _integers(value) -> Iterator[int]:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    yield from (count for count in values if _is_int(count))
 
 
 def _sub_config(field: str, value, default: str | None = None) -> PreTrainedConfig | None:
@@ -395,8 +457,11 @@ def _sub_config(field: str, value, default: str | None = None) -> PreTrainedConf
         return CONFIG_MAPPING[default]()
     if value is None or isinstance(value, PreTrainedConfig):
         return value
+    if not isinstance(value, dict):
+        raise ValueError(f"OTDRGConfig.{field}={_shown(value)}: expected a mapping")
     model_type = value.get("model_type", default)
-    if model_type not in CONFIG_MAPPING:
+    _check_counts(f"{field}.", value)
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(f"OTDRGConfig.{field}.model_type={model_type!r}: expected a model type transformers knows")
     return CONFIG_MAPPING[model_type](**value)
 

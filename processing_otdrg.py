@@ -6,10 +6,12 @@ Long, because reading views of every kind is in this module too: what ships besi
 from __future__ import annotations
 
 import io
+import math
 import os
 import urllib.request
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from http.client import HTTPException
 from importlib import import_module
 from importlib.util import find_spec
@@ -33,11 +35,14 @@ else:
     # pixels differ a little.
     from transformers.models.vit.image_processing_vit_fast import ViTImageProcessorFast as ViTImageProcessor
 
+from .chat_templates_otdrg import check_chat_template
 from .configuration_otdrg import (
     DEFAULT_PROMPT,
     FINDING_TEXT_TOKEN,
     FINDING_TOKEN,
     IMAGE_TOKEN,
+    MAXIMUM_IMAGE_SIZE,
+    MAXIMUM_IMAGE_TOKENS,
     OTDRGConfig,
     resolve_backbone,
 )
@@ -112,6 +117,24 @@ class OTDRGProcessor(ProcessorMixin):
         max_image_pixels: int = 64_000_000,
         **kwargs,
     ):
+        fields = {
+            "image_tokens": (
+                image_tokens,
+                _is_count(image_tokens, MAXIMUM_IMAGE_TOKENS),
+                f"1 to {MAXIMUM_IMAGE_TOKENS:,}",
+            ),
+            "max_image_pixels": (max_image_pixels, _is_count(max_image_pixels), "a positive integer"),
+            "view_fusion": (view_fusion, view_fusion in ("mean", "concat"), "mean or concat"),
+            "finding_text": (finding_text, finding_text in ("mentioned", "all", "none"), "mentioned, all or none"),
+            "dle": (dle, isinstance(dle, bool), "true or false"),
+            "fiot": (fiot, isinstance(fiot, bool), "true or false"),
+            "prompt": (prompt, isinstance(prompt, str), "a string"),
+        }
+        for side, size in dict(getattr(image_processor, "size", None) or {}).items():
+            fields[f"size.{side}"] = (size, _is_count(size, MAXIMUM_IMAGE_SIZE), f"1 to {MAXIMUM_IMAGE_SIZE:,}")
+        for name, (value, is_allowed, allowed) in fields.items():
+            if not is_allowed:
+                raise ValueError(f"OTDRGProcessor.{name}={value!r}: expected {allowed}")
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.image_tokens = image_tokens
         self.view_fusion = view_fusion
@@ -321,6 +344,17 @@ class OTDRGProcessor(ProcessorMixin):
                 raise ValueError(f"no image: study {position} has no view, and a report needs at least one")
         return studies
 
+    def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
+        """A conversation in the chat template, as in `ProcessorMixin`.
+
+        Raises:
+            ValueError: the template takes too long or too much memory, which it is tried for when it is first used.
+        """
+        template = self.chat_template if chat_template is None else chat_template
+        if isinstance(template, str):
+            check_chat_template(template, partial(super().apply_chat_template, add_generation_prompt=True))
+        return super().apply_chat_template(conversation, chat_template, **kwargs)
+
     def default_prompt(self, indication: str | None = None) -> str:
         """The prompt of one study, with one `<image>` where the study goes, in the LLM's chat template."""
         instruction = f"Indication: {indication.strip()}\n{self.prompt}" if indication else self.prompt
@@ -401,6 +435,10 @@ class OTDRGProcessor(ProcessorMixin):
         return ["input_ids", "attention_mask", "pixel_values", "view_mask", "labels", "finding_states"]
 
 
+def _is_count(value, most: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
+
+
 def _one_each(name: str, values, studies: int) -> list:
     if values is None or isinstance(values, str):
         values = [values] * studies if values is None or studies == 1 else [values]
@@ -425,6 +463,7 @@ def _chat_template(tokenizer) -> str:
         return _FLATTEN_MESSAGES + _PLAIN_TEMPLATE
     template = _FLATTEN_MESSAGES + _EMPTY_SYSTEM_TURN + tokenizer.chat_template
     try:
+        check_chat_template(template, tokenizer.apply_chat_template)
         tokenizer.apply_chat_template([{"role": "user", "content": ""}], chat_template=template, tokenize=False)
     except Exception as error:
         # Templates of LLMs that know no system turn raise on one, and so put none there either.

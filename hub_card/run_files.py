@@ -16,7 +16,9 @@ from typing import Any
 import yaml
 
 from ..configuration_otdrg import OTDRGConfig
+from ..files_otdrg import read_json
 from ..training.published import published_folder
+from ..yaml_files import read_yaml
 
 EVALUATION = "evaluation.json"
 #: What `dataset` says in an evaluation on the studies of the run's own recipe.
@@ -178,13 +180,11 @@ def _read(path: Path) -> dict[str, Any]:
     """A YAML or JSON file; empty where there is none."""
     if not path.is_file():
         return {}
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    if path.suffix == ".json":
+        return read_json(path)
+    content = read_yaml(path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a mapping: expected what a run or otdrg evaluate writes")
+        raise ValueError(f"{path} is not a mapping: expected what a run writes")
     return content
 
 

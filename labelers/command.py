@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -13,6 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ..csv_files import write_csv
+from ..files_otdrg import write_json
 from ..findings_otdrg import FINDING_STATES, FINDINGS, UNMENTIONED
 from . import LABELERS
 from .as_typed import label_quietly, labeler_of, listed, parse_options
@@ -215,7 +215,7 @@ def _compare(options: argparse.Namespace) -> None:
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         result["only_in_reference"], result["only_in_candidate"] = only
-        (folder / "agreement.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "agreement.json", result)
         _write_rates(folder / "agreement.csv", result)
         _write_disagreements(folder / "disagreements.csv", ids, reference, candidate)
         print(f"\nagreement.json, agreement.csv and disagreements.csv: {folder}")
@@ -223,21 +223,20 @@ def _compare(options: argparse.Namespace) -> None:
 
 def _write_rates(path: Path, result: dict[str, Any]) -> None:
     names = ("precision", "recall", "f1", "support", "predicted")
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["finding", "state", *names, "kappa"])
-        for finding, row in result["findings"].items():
-            for state, rates in {"mention": row["mention"], **row["states"]}.items():
-                writer.writerow([finding, state, *(rates[name] for name in names), row["kappa"]])
+    rows = (
+        [finding, state, *(rates[name] for name in names), row["kappa"]]
+        for finding, row in result["findings"].items()
+        for state, rates in {"mention": row["mention"], **row["states"]}.items()
+    )
+    write_csv(path, ["finding", "state", *names, "kappa"], rows)
 
 
 def _write_disagreements(path: Path, ids: list[str], reference, candidate) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["id", "finding", "reference", "candidate"])
-        for row, column in zip(*(reference != candidate).nonzero(), strict=True):
-            states = (FINDING_STATES[table[row, column]] for table in (reference, candidate))
-            writer.writerow([ids[row], FINDINGS[column], *states])
+    rows = (
+        [ids[row], FINDINGS[column], *(FINDING_STATES[table[row, column]] for table in (reference, candidate))]
+        for row, column in zip(*(reference != candidate).nonzero(), strict=True)
+    )
+    write_csv(path, ["id", "finding", "reference", "candidate"], rows)
 
 
 __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]

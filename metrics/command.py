@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..csv_files import write_csv
+from ..files_otdrg import write_json
 from ..findings_otdrg import FINDING_STATES, FINDINGS, UNMENTIONED
 from ..labelers import LABELERS
 from ..labelers.as_typed import label_quietly, labeler_of, listed, parse_options
@@ -135,7 +135,7 @@ def run(options: argparse.Namespace) -> None:
         "notes": _notes(options, system, intervals, states.get("references")),
     }
     _write_studies(table, joined.ids, texts, systems, states)
-    output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(output, result)
     _print_tables(result, system, intervals, comparison)
     print(f"\n{output} and {table}")
     for name, studies in joined.missing.items():
@@ -206,18 +206,17 @@ def _write_studies(
         for score, values in system.per_study.items()
     }
     found = [f"{finding}, {_COLUMNS[name]}" for name in states for finding in FINDINGS]
-    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["id", *(_COLUMNS[name] for name in texts), *scores, *found])
+
+    def rows() -> Iterator[list]:
         for position, study in enumerate(ids):
-            writer.writerow(
-                [
-                    study,
-                    *(reports[position] for reports in texts.values()),
-                    *(f"{values[position]:.6f}" for values in scores.values()),
-                    *(FINDING_STATES[state] for rows in states.values() for state in rows[position]),
-                ]
-            )
+            yield [
+                study,
+                *(reports[position] for reports in texts.values()),
+                *(f"{values[position]:.6f}" for values in scores.values()),
+                *(FINDING_STATES[state] for rows in states.values() for state in rows[position]),
+            ]
+
+    write_csv(path, ["id", *(_COLUMNS[name] for name in texts), *scores, *found], rows())
 
 
 def _print_tables(

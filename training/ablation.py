@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..configuration_otdrg import OTDRGConfig
+from ..files_otdrg import write_json, write_text
 from .interruptions import terminations
 from .kept_stages import FINISHED
 from .recipe import Recipe, load_recipe
 from .recipe_changes import format_changes, recipe_changes
 from .run import read_results
-from .run_folder import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -315,7 +315,7 @@ def _start(run: Run, accelerate_config: str | None) -> _Started:
     if run.shared is not None:
         _take_stages(run)
     path = run.folder / "recipe.yaml"
-    path.write_text(run.recipe.to_yaml(), encoding="utf-8")
+    write_text(path, run.recipe.to_yaml())
     launch = ["-m", "otdrg.train_hf"]
     if accelerate_config is not None:
         launch = ["-m", "accelerate.commands.launch", "--quiet", "--config_file", accelerate_config, *launch]

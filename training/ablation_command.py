@@ -62,9 +62,9 @@ def run(options: argparse.Namespace) -> None:
             raise ImportError(f'an ablation needs {library}: pip install "otdrg[{extra}]"')
 
     # Not at the top, because torch and transformers take seconds to import.
+    from ..files_otdrg import write_json, write_text
     from .ablation import EPSILONS, ITERATIONS, TABLES, plan_runs, table_rows, train_runs
     from .recipe import load_recipe
-    from .run_folder import write_json
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("otdrg").setLevel(logging.INFO)
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
     document = format_summary(summary, f"Ablations of {options.recipe}", "ablation.png")
     write_json(options.output / "ablation.json", summary)
     draw_ablation(summary, options.output / "ablation.png")
-    (options.output / "ablation.md").write_text(document, encoding="utf-8")
+    write_text(options.output / "ablation.md", document)
     print(f"{document}\nwritten: {options.output / 'ablation.md'}, ablation.json, ablation.png")
     failed = [run for run in plan.runs if run.error is not None]
     if failed:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..labelers import load_labeler
+from ..labelers.report_table import read_reports
 from ..metrics import NLG_METRICS, StudyStatistics, nlg_scores, paired_bootstrap, study_statistics
 from .ablation import FULL, TABLES, Plan, Row, Run
 from .evaluation import ROWS
@@ -153,9 +153,9 @@ def _check_alike(rows: Sequence[_RowRuns]) -> None:
 
 def _predictions(run: Run) -> tuple[list[tuple[str, str]], list[str]]:
     """Id and true report of each study a run was scored on, and what it wrote."""
-    with (run.folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return [(row["id"], row["reference"]) for row in rows], [row["report"] for row in rows]
+    path = run.folder / "predictions.csv"
+    references, reports = (list(read_reports(path, column)) for column in ("reference", "report"))
+    return references, [report for _, report in reports]
 
 
 def _notes(plan: Plan, evaluation: dict[str, Any] | None) -> list[str]:

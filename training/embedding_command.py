@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..csv_files import write_csv
 from ..findings_otdrg import FINDINGS
 
 if TYPE_CHECKING:
@@ -61,10 +62,11 @@ def run(options: argparse.Namespace) -> None:
             raise ImportError(f'the picture needs {library}: pip install "otdrg[figures]"')
 
     # Not at the top, because torch, transformers and scikit-learn take seconds to import.
+    from ..files_otdrg import write_json
     from .embedding import aligned_features, embed, separation, single_findings
     from .embedding_figure import draw_embedding
     from .published import load_published
-    from .run_folder import new_results, write_json
+    from .run_folder import new_results
 
     paths = new_results(options.output, "embedding", (".png", ".json", ".csv"), options.overwrite)
     studies = _studies(options)
@@ -152,14 +154,15 @@ def _write_studies(
     after: np.ndarray,
     silhouettes: list[list[float]],
 ) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        columns = [f"{space} {column}" for space in ("before", "after") for column in ("x", "y", "silhouette")]
-        writer.writerow(["id", "finding", *columns])
+    columns = [f"{space} {column}" for space in ("before", "after") for column in ("x", "y", "silhouette")]
+
+    def rows() -> Iterator[list]:
         for row in zip(ids, findings, before, silhouettes[0], after, silhouettes[1], strict=True):
             study, finding, place, value, other_place, other_value = row
             numbers = (*place, value, *other_place, other_value)
-            writer.writerow([study, finding, *(f"{number:.6f}" for number in numbers)])
+            yield [study, finding, *(f"{number:.6f}" for number in numbers)]
+
+    write_csv(path, ["id", "finding", *columns], rows())
 
 
 __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -18,7 +17,7 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
-from ..configuration_otdrg import OTDRGConfig
+from ..files_otdrg import read_json, write_json, write_text
 from . import report
 from .build import build_model, build_studies, load_model, lora_fields
 from .checkpoints import last_checkpoint, remove_partial_checkpoints
@@ -26,8 +25,9 @@ from .description import describe_studies
 from .distributed import has_accelerator, start_processes
 from .interruptions import RunInterruptedError, interruption
 from .kept_stages import FINISHED, STARTED, check_recipe, check_studies, kept_stages, stage_start, stages_before
+from .model_files import read_config
 from .recipe import STAGES, Recipe
-from .run_folder import RunRecord, fingerprint, write_json
+from .run_folder import RunRecord, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def run_recipe(recipe: Recipe, resume: bool = False, overwrite: bool = False) ->
                 remove_partial_checkpoints(output / stage)
             else:
                 _clear(output / stage)
-        (output / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        write_text(output / "recipe.yaml", recipe.to_yaml())
     state.wait_for_everyone()
     record = RunRecord(recipe, state, data, describe_studies(studies) if state.is_main_process else {})
     results = read_results(output)
@@ -186,7 +186,7 @@ def _check_predictor(recipe: Recipe, pending: list[str]) -> None:
         return
     folder = Path(recipe.output_dir) / "predictor"
     if (folder / FINISHED).is_file():
-        there = OTDRGConfig.from_pretrained(folder).predictor_encoder
+        there = read_config(folder).predictor_encoder
         wanted = recipe.model.overrides.get("predictor_encoder", "shared")
         if there != wanted:
             raise ValueError(
@@ -212,9 +212,20 @@ def _where_to_go_on(folder: Path) -> str:
 
 
 def read_results(output: Path) -> dict[str, Any]:
-    """What the stages that are not run again left in `results.json`."""
+    """What the stages that are not run again left in `results.json`.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+
+    def results(content: dict[str, Any]) -> dict[str, Any]:
+        for stage, found in content.items():
+            if not isinstance(found, dict):
+                raise ValueError(f"{stage} is {type(found).__name__}, expected a JSON object")
+        return content
+
     path = output / "results.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path, parse=results) if path.is_file() else {}
 
 
 __all__ = ["read_results", "run_recipe"]
