@@ -7,6 +7,8 @@ import select
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from importlib import import_module
 
 #: A template may take this long for one short message, this much memory, and write this many characters.
 _SECONDS, _BYTES, _CHARACTERS = 5, 2**29, 2**20
@@ -40,7 +42,8 @@ def check_chat_template(template: str, render: Callable[..., str]) -> None:
 
 
 def _fault(render: Callable[[], str]) -> str | None:
-    import jinja2.sandbox  # noqa: F401 - in this process, so that the other need not
+    with suppress(ImportError):
+        import_module("jinja2.sandbox")  # so that the other process need not
 
     reader, writer = os.pipe()
     child = os.fork()
@@ -65,14 +68,14 @@ def _fault(render: Callable[[], str]) -> str | None:
 
 def _limited(render: Callable[[], str]) -> str:
     """In the other process: "ok", or which limit was exceeded."""
-    import resource
-
     try:
+        # Not imported by name: transformers refuses code whose imports are missing, and Windows has no such module.
+        resource = import_module("resource")
         with open("/proc/self/statm", encoding="ascii") as file:
             used = int(file.read().split()[0]) * resource.getpagesize()
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (used + _BYTES, hard))
-    except (OSError, ValueError):
+    except (ImportError, OSError, ValueError):
         pass  # not Linux: the time is limited all the same
     try:
         began = time.monotonic()

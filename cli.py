@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from importlib import import_module
+
+from .printable import PrintableFormatter, one_line
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -16,6 +19,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not hasattr(options, "run"):
         parser.print_help()
         return 2
+    if logging.lastResort is not None:
+        # Warnings of ours name studies.
+        logging.lastResort.setFormatter(PrintableFormatter("%(message)s"))
     try:
         options.run(options)
     except BrokenPipeError:
@@ -23,10 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (OSError, ValueError, ImportError) as error:
-        print(f"otdrg {options.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"otdrg {options.command}: error: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
-        told = f"; {interrupt}" if str(interrupt) else ""
+        told = f"; {one_line(interrupt)}" if str(interrupt) else ""
         print(f"otdrg {options.command}: interrupted{told}", file=sys.stderr)
         return 130
     return 0

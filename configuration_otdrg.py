@@ -6,8 +6,9 @@ Every choice of the model is a field here, documented and checked where it is de
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ DEFAULT_PROMPT = (
     "Generate a comprehensive diagnosis report for this radiology image. ###Focus on diagnostic accuracy###"
 )
 IMAGE_TOKEN, FINDING_TOKEN, FINDING_TEXT_TOKEN = "<image>", "<finding>", "<finding_text>"
+#: Keywords of `from_pretrained` that say where files are.
+HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 #: Largest values: beyond any real model's, and such that a wrong one is refused before it takes memory or time.
 MAXIMUM_IMAGE_TOKENS, MAXIMUM_IMAGE_SIZE = 4096, 8192
@@ -300,10 +303,14 @@ class OTDRGConfig(PreTrainedConfig):
             need(
                 lora is None or _is_int(lora.get("r", 8), 1, _MAXIMUM_RANK), field, f"an r from 1 to {_MAXIMUM_RANK:,}"
             )
+        if not _is_int(self.text_config.vocab_size):
+            raise ValueError(
+                f"OTDRGConfig.text_config.vocab_size={_shown(self.text_config.vocab_size)}: expected a number of tokens"
+            )
         for field in ("image_token_id", "finding_token_id", "finding_text_token_id"):
             value = getattr(self, field)
             need(
-                value is None or (_is_int(value) and 0 <= value < self.text_config.vocab_size),
+                value is None or _is_int(value, 0, self.text_config.vocab_size - 1),
                 field,
                 f"a token id from 0 to {self.text_config.vocab_size - 1} (the LLM's vocab_size is "
                 f"{self.text_config.vocab_size})",
@@ -312,11 +319,24 @@ class OTDRGConfig(PreTrainedConfig):
             need(
                 getattr(self, field) is None or _is_table(getattr(self, field)),
                 field,
-                f"{len(FINDINGS)} x {len(FINDING_STATES)} lists of 1 to {_MAXIMUM_TEXT_TOKENS:,} token ids",
+                f"{len(FINDINGS)} x {len(FINDING_STATES)} lists of token ids, none empty, of at most "
+                f"{_MAXIMUM_TEXT_TOKENS:,} each",
             )
         prompt = self.prompt_token_ids
+        texts = self.finding_text_token_ids
+        for field, tokens in (
+            ("finding_text_token_ids", [token for row in texts or () for text in row for token in text]),
+            ("prompt_token_ids", prompt or ()),
+        ):
+            need(
+                isinstance(tokens, (list, tuple))
+                and all(_is_int(token, 0, self.text_config.vocab_size - 1) for token in tokens),
+                field,
+                f"token ids from 0 to {self.text_config.vocab_size - 1} (the LLM's vocab_size is "
+                f"{self.text_config.vocab_size})",
+            )
         need(
-            prompt is None or (_is_id_list(prompt, _MAXIMUM_PROMPT_TOKENS) and self.image_token_id in prompt),
+            prompt is None or (0 < len(prompt) <= _MAXIMUM_PROMPT_TOKENS and self.image_token_id in prompt),
             "prompt_token_ids",
             f"up to {_MAXIMUM_PROMPT_TOKENS:,} token ids, image_token_id among them",
         )
@@ -346,6 +366,15 @@ class OTDRGConfig(PreTrainedConfig):
             if getattr(tokenizer, field) is not None:
                 setattr(self.text_config, field, getattr(tokenizer, field))
         self.check_fields()
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
+        """The content of a `config.json`, as in `PreTrainedConfig`; one that is not there is no empty one."""
+        content, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not content.get("model_type"):
+            place = place_of(pretrained_model_name_or_path, kwargs)
+            raise OSError(f"{place} has no config.json with a model_type: expected a model")
+        return content, rest
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What is saved. Where the parts were loaded from is left out: it may be a folder that nobody else has."""
@@ -395,6 +424,11 @@ def _label_text(finding: str, state: str) -> str:
     return f"{FINDING_DISPLAY_NAMES[finding].lower()}: {state}"
 
 
+def place_of(source: str | os.PathLike, hub: Mapping[str, Any]) -> str:
+    """A folder or a Hub id, with the `subfolder` that keywords of `from_pretrained` name in it."""
+    return os.path.join(source, hub.get("subfolder") or "").rstrip("/\\")
+
+
 def resolve_backbone(reference: str) -> tuple[str, dict[str, str]]:
     """A backbone's reference as the name and keywords of `from_pretrained`: a GGUF file is its folder and its name."""
     path = Path(reference)
@@ -427,7 +461,7 @@ def _is_table(value) -> bool:
 
 def _shown(value) -> str:
     text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."
+    return text if len(text) <= 1000 else f"{text[:1000]}..."
 
 
 def _check_counts(place: str, fields: dict) -> None:
@@ -551,9 +585,11 @@ __all__ = [
     "FINDINGS",
     "FINDING_DISPLAY_NAMES",
     "FINDING_STATES",
+    "HUB_KEYWORDS",
     "OTDRGConfig",
     "finding_key",
     "finding_state_id",
     "parse_findings",
+    "place_of",
     "resolve_backbone",
 ]

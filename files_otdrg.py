@@ -14,7 +14,7 @@ MAXIMUM_BYTES = 2**27
 #: Most levels of lists and objects within each other.
 MAXIMUM_DEPTH = 100
 
-_KINDS = {dict: "a JSON object", list: "a JSON list", str: "a string", int: "an integer"}
+_KINDS = {dict: "a JSON object", object: "JSON"}
 
 
 def read_text(path: str | os.PathLike, what: str = "UTF-8 text", limit: int = MAXIMUM_BYTES) -> str:
@@ -32,11 +32,11 @@ def read_text(path: str | os.PathLike, what: str = "UTF-8 text", limit: int = MA
     with open(path, "rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise ValueError(f"{path}: more than {limit:,} bytes, expected {what}")
+        raise ValueError(f"{path} has more than {limit:,} bytes: expected {what}")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 (byte {error.start}), expected {what}") from None
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): expected {what}") from None
 
 
 def read_json(
@@ -59,13 +59,13 @@ def read_json(
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        problem = "nested too deeply" if isinstance(error, RecursionError) else f"not valid JSON ({error})"
-        raise ValueError(f"{path}: {problem}, expected {expected}") from None
+        problem = "nested too deeply" if isinstance(error, RecursionError) else f"not valid JSON: {error}"
+        raise ValueError(f"{path} is {problem}") from None
     if not isinstance(content, kind):
-        found = "null" if content is None else type(content).__name__
-        raise ValueError(f"{path}: {found}, expected {expected}")
+        found = "null" if content is None else f"a {type(content).__name__}"
+        raise ValueError(f"{path} holds {found}: expected {expected}")
     if _is_deep(content):
-        raise ValueError(f"{path}: nested more than {MAXIMUM_DEPTH} levels deep, expected {expected}")
+        raise ValueError(f"{path} is nested too deeply: expected up to {MAXIMUM_DEPTH} levels")
     if parse is None:
         return content
     return interpret(path, parse, content)

@@ -39,6 +39,7 @@ from .weights_otdrg import (
     HUB_KEYWORDS,
     adapter_weights,
     backbone_weights,
+    check_other_weights,
     check_size,
     check_weights,
     count_weights,
@@ -605,6 +606,7 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
             hub["revision"] = commit
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors=False: expected True, the other format can run code when it is loaded")
+        check_other_weights(source, stated.get("weights_sha256"), **hub)
         files = check_weights(source, stated.get("weights_sha256"), kwargs.get("variant"), **hub)
         hub.pop("force_download", None)  # done
         kwargs = {name: value for name, value in kwargs.items() if name not in HUB_KEYWORDS}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import unicodedata
+from typing import TextIO
 
 #: Categories of Unicode of which a character is escaped: controls, formats (which turn the direction of text, or are
 #: not seen), surrogates, and separators of lines and paragraphs.
@@ -31,6 +32,11 @@ def one_line(text: object) -> str:
     return printable(" ".join(str(text).split()))
 
 
+def show(text: str, file: TextIO | None = None) -> None:
+    """Print text as [`printable`] has it."""
+    print(printable(text), file=file)
+
+
 class PrintableFormatter(logging.Formatter):
     """Formats log records as [`printable`] has it."""
 
@@ -38,4 +44,4 @@ class PrintableFormatter(logging.Formatter):
         return printable(super().format(record))
 
 
-__all__ = ["PrintableFormatter", "one_line", "printable"]
+__all__ = ["PrintableFormatter", "one_line", "printable", "show"]

@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     ProcessorMixin,
 )
+from transformers.utils import cached_file
 
 if find_spec("transformers.image_processing_backends") is not None:
     from transformers import ViTImageProcessor
@@ -40,10 +41,12 @@ from .configuration_otdrg import (
     DEFAULT_PROMPT,
     FINDING_TEXT_TOKEN,
     FINDING_TOKEN,
+    HUB_KEYWORDS,
     IMAGE_TOKEN,
     MAXIMUM_IMAGE_SIZE,
     MAXIMUM_IMAGE_TOKENS,
     OTDRGConfig,
+    place_of,
     resolve_backbone,
 )
 from .findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, parse_findings
@@ -150,6 +153,22 @@ class OTDRGProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
     # -- construction ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> OTDRGProcessor:
+        """A processor from a folder or a Hub id, as in `ProcessorMixin`.
+
+        Raises:
+            OSError: there is none.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except (OSError, ValueError) as error:
+            hub = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
+            place, file = place_of(pretrained_model_name_or_path, hub), "processor_config.json"
+            if not _is_there(pretrained_model_name_or_path, file, hub):
+                raise OSError(f"{place} has no {file}: expected a processor") from error
+            raise
 
     @classmethod
     def from_backbones(cls, vision: str, text: str, config: OTDRGConfig) -> OTDRGProcessor:
@@ -433,6 +452,13 @@ class OTDRGProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "pixel_values", "view_mask", "labels", "finding_states"]
+
+
+def _is_there(source: str | os.PathLike, file: str, hub: dict) -> bool:
+    try:
+        return cached_file(source, file, _raise_exceptions_for_missing_entries=False, **hub) is not None
+    except (OSError, ValueError):
+        return True  # what the Hub answers is an error of its own
 
 
 def _is_count(value, most: float = math.inf) -> bool:

@@ -40,7 +40,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--resume and --overwrite exclude each other")
 
     # Only the first of several processes speaks.
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    from otdrg.printable import PrintableFormatter, one_line
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PrintableFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     is_first = os.environ.get("RANK", "0") == "0"
     logging.getLogger("otdrg").setLevel(logging.INFO if is_first else logging.ERROR)
     from otdrg.training.interruptions import RunInterruptedError, Terminated, terminations
@@ -51,11 +55,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ArithmeticError, RunInterruptedError) as error:
         if arguments.traceback:
             raise
-        print(f"train_hf.py: error: {_one_line(error)}", file=sys.stderr)
+        print(f"train_hf.py: error: {one_line(_message(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         if is_first:
-            print(f"train_hf.py: {_one_line(stop) or 'interrupted'}", file=sys.stderr)
+            print(f"train_hf.py: {one_line(_message(stop)) or 'interrupted'}", file=sys.stderr)
         return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
     return 0
 
@@ -73,12 +77,12 @@ def _run(arguments: argparse.Namespace) -> None:
     run_recipe(recipe, resume=arguments.resume, overwrite=arguments.overwrite)
 
 
-def _one_line(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     text = str(error)
     if text.startswith("Caught ") and "\nOriginal Traceback" in text:
         # Of a process that loads studies: its traceback, with the error itself last.
         text = text.strip().splitlines()[-1].partition(": ")[2]
-    return " ".join(text.split())
+    return text
 
 
 if __name__ == "__main__":

@@ -28,16 +28,13 @@ from transformers.utils import (
 )
 from transformers.utils.hub import extract_commit_hash
 
-from .configuration_otdrg import OTDRGConfig, resolve_backbone
+from .configuration_otdrg import HUB_KEYWORDS, OTDRGConfig, place_of, resolve_backbone
 from .files_otdrg import follow_umask, read_json, write_json
 
 #: Of the model's parts that are backbones, which one each is.
 BACKBONE_PARTS = {"vision_tower": "vision", "finding_vision_tower": "vision", "language_model": "text"}
 #: Behind the name of a matrix that the backbone has too: its further rows, such as those of added tokens.
 ADDED_ROWS = ".added_rows"
-#: Keywords of `from_pretrained` that say where files are.
-HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-
 _AUTO_CLASSES = {"vision": AutoModel, "text": AutoModelForCausalLM}
 #: A weight file that transformers loads as a model's, with its variant; others lie beside a model for other readers.
 _OWN_WEIGHTS = re.compile(r"model(?:\.(?P<variant>[^.]+?))?(?:-\d+-of-\d+)?\.safetensors")
@@ -117,7 +114,7 @@ def weight_files(source: str | os.PathLike, variant: str | None = None, **hub) -
     if index is None:
         pickle = _pickle(name, variant, hub)
         raise OSError(
-            f"{_place(source, hub)} has no {wanted}, and no {wanted_index} either"
+            f"{place_of(source, hub)} has no {wanted}, and no {wanted_index} either"
             + (f": {pickle} can run code when it is loaded, save the model anew in safetensors format" * bool(pickle))
         )
     shards = read_json(index, parse=_shards, limit=_MAXIMUM_CONFIG_BYTES)
@@ -164,11 +161,6 @@ def _pickle(name: str, variant: str | None, hub: Mapping[str, Any]) -> str | Non
 def _with_variant(name: str, variant: str | None) -> str:
     stem, _, suffix = name.rpartition(".")
     return f"{stem}.{variant}.{suffix}" if variant else name
-
-
-def _place(source: str | os.PathLike, hub: Mapping[str, Any]) -> str:
-    """A folder or a repository with the folder inside it, for errors."""
-    return os.path.join(source, hub.get("subfolder") or "").rstrip("/\\")
 
 
 def count_weights(files: Mapping[str, Path]) -> int:
@@ -251,11 +243,9 @@ def read_stated(source: str | os.PathLike, **hub) -> tuple[dict[str, Any], str |
         ValueError: it is damaged.
         OSError: there is none, the Hub does not give it, or it is not of a model like this.
     """
-    if os.path.isdir(source) and not Path(source, hub.get("subfolder") or "", CONFIG_NAME).is_file():
-        raise OSError(f"{_place(source, hub)} has no {CONFIG_NAME}, expected the folder of a model")
-    path = cached_file(source, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub)
-    if path is None:
-        raise OSError(f"{_place(source, hub)} has no {CONFIG_NAME} on the Hub, expected a model's")
+    path = cached_file(source, CONFIG_NAME, **hub)
+    if path is None or not os.path.isfile(path):
+        raise OSError(f"{place_of(source, hub)} has no {CONFIG_NAME}: expected a model")
     stated = read_json(path, limit=_MAXIMUM_CONFIG_BYTES)
     if stated.get("model_type") != OTDRGConfig.model_type:
         raise OSError(f"{path}: model_type is {stated.get('model_type')!r}, expected {OTDRGConfig.model_type!r}")
@@ -286,18 +276,10 @@ def check_weights(
         hub: some of `HUB_KEYWORDS`.
 
     Raises:
-        ValueError: there are weight files that are not listed, or an index names others than safetensors files.
+        ValueError: one of them is not listed, or an index names others than safetensors files.
         OSError: a file differs from what is listed, or is missing.
     """
-    place = _place(source, hub)
-    if os.path.isdir(source):
-        _check_folder(Path(place), listed)
-    elif cached_file(source, ADAPTER_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub) is not None:
-        raise ValueError(
-            f"{place} has {ADAPTER_CONFIG_NAME}, by which transformers loads another model: expected none, the "
-            f"adapter of a model is described in its {CONFIG_NAME}"
-        )
-    files = weight_files(source, variant, **hub)
+    place, files = place_of(source, hub), weight_files(source, variant, **hub)
     if not listed:
         return files
     for name in files:
@@ -320,15 +302,30 @@ def check_weights(
     return files
 
 
-def _check_folder(folder: Path, listed: Mapping[str, str] | None) -> None:
-    """A folder holds no weights in another format, none that lead to another model, and none that are not listed."""
-    for path in sorted(folder.iterdir()):
-        if listed and path.suffix == ".safetensors" and path.name not in listed:
-            raise ValueError(_unlisted(folder, path.name))
-        if listed and _OTHER_WEIGHTS.fullmatch(path.name):
-            raise ValueError(f"{_unlisted(folder, path.name)}; this model's are safetensors files")
-        if path.name == ADAPTER_CONFIG_NAME:
-            raise ValueError(f"{path}: transformers would load another model by it, expected no {ADAPTER_CONFIG_NAME}")
+def check_other_weights(source: str | os.PathLike, listed: Mapping[str, str] | None, **hub) -> None:
+    """A model has no other weights beside those that are listed: none in other formats, none of another model.
+
+    Args:
+        source (`str`): folder or Hub id.
+        listed: as in [`check_weights`].
+        hub: some of `HUB_KEYWORDS`.
+
+    Raises:
+        ValueError: it has; the message names the file.
+    """
+    place = Path(place_of(source, hub))
+    if os.path.isdir(source) and listed:
+        for path in sorted(place.iterdir()):
+            if path.suffix == ".safetensors" and path.name not in listed:
+                raise ValueError(_unlisted(place, path.name))
+            if _OTHER_WEIGHTS.fullmatch(path.name):
+                raise ValueError(f"{_unlisted(place, path.name)}; this model's are safetensors files")
+    # Of a repository only files that would be loaded are looked up: this one, by which another model is.
+    if cached_file(source, ADAPTER_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub) is not None:
+        raise ValueError(
+            f"{place / ADAPTER_CONFIG_NAME}: transformers loads another model by it, expected none: the adapter of a "
+            f"model like this is described in its {CONFIG_NAME}"
+        )
 
 
 def _unlisted(folder: str | os.PathLike, name: str) -> str:
@@ -491,6 +488,7 @@ __all__ = [
     "HUB_KEYWORDS",
     "adapter_weights",
     "backbone_weights",
+    "check_other_weights",
     "check_size",
     "check_weights",
     "count_weights",

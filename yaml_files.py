@@ -10,12 +10,11 @@ import yaml
 
 from .files_otdrg import MAXIMUM_DEPTH, read_text
 
-_MAXIMUM_BYTES = 2**23
+_MAXIMUM_BYTES = 2**20
 #: Most values of a document, what aliases stand for written out.
 _MAXIMUM_VALUES = 1_000_000
 
-# libyaml's parser is ten times as fast; some builds of PyYAML lack it.
-_SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+# libyaml is ten times as fast, which vocabularies need; some builds of PyYAML lack it. Its errors say less.
 _BaseLoader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 
 
@@ -39,7 +38,7 @@ class _UniqueKeys:
         return super().construct_mapping(node, deep)
 
 
-class _Typed(_UniqueKeys, _SafeLoader):
+class _Typed(_UniqueKeys, yaml.SafeLoader):
     """YAML 1.1, but 1e-4, without a point, is a number."""
 
 
@@ -69,9 +68,10 @@ def read_yaml(path: str | os.PathLike, as_text: bool = False, limit: int = _MAXI
 
 def parse_yaml(text: str, what: str, as_text: bool = False) -> Any:
     """The content of YAML text; `what` names it in errors. Otherwise as [`read_yaml`]."""
+    loader = _AsText if as_text else _Typed
     try:
-        _check_size(text)
-        return yaml.load(text, Loader=_AsText if as_text else _Typed)
+        _check_size(text, loader)
+        return yaml.load(text, Loader=loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -82,12 +82,12 @@ def parse_yaml(text: str, what: str, as_text: bool = False) -> Any:
         raise ValueError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def _check_size(text: str) -> None:
+def _check_size(text: str, loader: type) -> None:
     """Count values and levels, an alias as what it stands for, without building anything."""
     sizes: dict[str, int] = {}
     levels: list[tuple[str | None, int]] = []
     count = 0
-    for event in yaml.parse(text, Loader=_BaseLoader):
+    for event in yaml.parse(text, Loader=loader):
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
                 raise ValueError(f"the alias *{event.anchor} stands within what it stands for, or for nothing")

@@ -14,6 +14,7 @@ from typing import Any
 from ..csv_files import write_csv
 from ..files_otdrg import write_json
 from ..findings_otdrg import FINDING_STATES, FINDINGS, UNMENTIONED
+from ..printable import show
 from . import LABELERS
 from .as_typed import label_quietly, labeler_of, listed, parse_options
 from .csv_states import read_states, write_states
@@ -124,8 +125,8 @@ def _label_reports(options: argparse.Namespace) -> None:
 
     write_states(output, rows())
     if blank:
-        print(f"{len(blank):,} reports have no state, empty or not understood: {listed(blank)}", file=sys.stderr)
-    print(f"{count:,} reports labelled by {labeler.name}: {output}")
+        show(f"{len(blank):,} reports have no state, empty or not understood: {listed(blank)}", file=sys.stderr)
+    show(f"{count:,} reports labelled by {labeler.name}: {output}")
 
 
 # --- a dataset -------------------------------------------------------------------------------------------------------
@@ -163,12 +164,12 @@ def _label_dataset(options: argparse.Namespace) -> None:
         resume=options.resume,
         overwrite=options.overwrite,
     )
-    print(report)
+    show(str(report))
     if options.labeler == "csv":
         if absent:
-            print(f"not in {options.csv}: {len(absent):,} studies: {listed(absent)}", file=sys.stderr)
+            show(f"not in {options.csv}: {len(absent):,} studies: {listed(absent)}", file=sys.stderr)
         if unused:
-            print(f"{len(unused):,} ids of {options.csv} are of no study", file=sys.stderr)
+            show(f"{len(unused):,} ids of {options.csv} are of no study", file=sys.stderr)
 
 
 def _dataset_ids(options: argparse.Namespace, known: dict) -> list[str]:
@@ -207,18 +208,18 @@ def _compare(options: argparse.Namespace) -> None:
         raise ValueError(f"{paths[0]} and {paths[1]} have no id in common: expected states of the same reports")
     reference, candidate = (np.array([table[study] for study in ids]) for table in tables)
     result = measure_agreement(reference, candidate)
-    print(format_agreement(result))
+    show(format_agreement(result))
     only = [[study for study in table if study not in other] for table, other in (tables, tables[::-1])]
     for path, missing in zip(paths, only, strict=True):
         if missing:
-            print(f"only in {path}: {len(missing):,} reports: {listed(missing)}", file=sys.stderr)
+            show(f"only in {path}: {len(missing):,} reports: {listed(missing)}", file=sys.stderr)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         result["only_in_reference"], result["only_in_candidate"] = only
         write_json(folder / "agreement.json", result)
         _write_rates(folder / "agreement.csv", result)
         _write_disagreements(folder / "disagreements.csv", ids, reference, candidate)
-        print(f"\nagreement.json, agreement.csv and disagreements.csv: {folder}")
+        show(f"\nagreement.json, agreement.csv and disagreements.csv: {folder}")
 
 
 def _write_rates(path: Path, result: dict[str, Any]) -> None:

@@ -145,7 +145,7 @@ def _summary(folder: Path) -> dict[str, Any]:
     try:
         return read_json(folder / SUMMARY)
     except ValueError as error:
-        raise ValueError(f"{error}, as otdrg prepare writes it") from None
+        raise ValueError(f"{folder / SUMMARY} is damaged: {error}") from None
 
 
 def _finish(output: Path, work: Path, settings: dict[str, Any], overwrite: bool) -> LabelReport | None:

@@ -13,6 +13,7 @@ from ..files_otdrg import write_json
 from ..findings_otdrg import FINDING_STATES, FINDINGS, UNMENTIONED
 from ..labelers import LABELERS
 from ..labelers.as_typed import label_quietly, labeler_of, listed, parse_options
+from ..printable import show
 from ..studies.cleaning import CLEANING_STYLES, clean_report
 from .protocols import add_protocol_arguments, reference_tokens, truncate_to_tokens
 from .rad_eval import RADEVAL_METRICS
@@ -137,13 +138,13 @@ def run(options: argparse.Namespace) -> None:
     _write_studies(table, joined.ids, texts, systems, states)
     write_json(output, result)
     _print_tables(result, system, intervals, comparison)
-    print(f"\n{output} and {table}")
+    show(f"\n{output} and {table}")
     for name, studies in joined.missing.items():
         if studies:
-            print(f"left out, not in {joined.files[name]}: {len(studies):,} ids: {listed(studies)}", file=sys.stderr)
+            show(f"left out, not in {joined.files[name]}: {len(studies):,} ids: {listed(studies)}", file=sys.stderr)
     for name, studies in blank.items():
         if studies:
-            print(f"no state is read in {len(studies):,} of the {name}: {listed(studies)}", file=sys.stderr)
+            show(f"no state is read in {len(studies):,} of the {name}: {listed(studies)}", file=sys.stderr)
 
 
 def _chosen(results: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,18 +234,18 @@ def _print_tables(
         told.append(f"true reports up to {result['reference_tokens']} tokens of {result['tokenizer']}")
     if result["labeler"]:
         told.append(f"states by {result['labeler']}")
-    print("; ".join(told))
+    show("; ".join(told))
     if system.nlg:
-        print(f"\n{nlg_table(system.nlg, intervals)}")
+        show(f"\n{nlg_table(system.nlg, intervals)}")
     if system.radeval:
-        print(f"\n{radeval_table(system.radeval, intervals)}")
+        show(f"\n{radeval_table(system.radeval, intervals)}")
     if system.clinical_efficacy:
-        print(f"\n{clinical_table(system.clinical_efficacy, intervals)}")
-        print(f"\n{finding_table(system.per_finding['uncertain_negative'])}")
+        show(f"\n{clinical_table(system.clinical_efficacy, intervals)}")
+        show(f"\n{finding_table(system.per_finding['uncertain_negative'])}")
     if comparison:
-        print(f"\nagainst {result['files']['against']}\n\n{comparison_table(comparison)}")
+        show(f"\nagainst {result['files']['against']}\n\n{comparison_table(comparison)}")
     for name, note in result["notes"].items():
-        print(f"\n{name}: {note}")
+        show(f"\n{name}: {note}")
 
 
 def _notes(

@@ -112,8 +112,10 @@ def _licences(folder: Path) -> list[str]:
     """The licences of a built dataset's studies."""
     try:
         return read_json(folder / SUMMARY, parse=lambda summary: [str(licence) for licence in summary["licences"]])
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{folder} is not a built dataset: expected a folder written by otdrg prepare") from None
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        raise ValueError(
+            f"{folder} is not a built dataset ({error}): expected a folder written by otdrg prepare"
+        ) from None
 
 
 __all__ = ["hub_errors", "make_repo", "push_studies"]

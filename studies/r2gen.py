@@ -80,10 +80,10 @@ class R2GenSource(StudySource):
 
 def _read_annotation(path: str) -> dict[str, list]:
     try:
-        content = read_json(path, limit=2**32)
+        content = read_json(path, kind=object, limit=2**32)
     except ValueError as error:
-        raise ValueError(f"annotation {error}, in R2Gen's form") from None
-    if any(not isinstance(entries, list) for entries in content.values()):
+        raise ValueError(f"annotation {error}") from None
+    if not isinstance(content, dict) or any(not isinstance(entries, list) for entries in content.values()):
         raise ValueError(f"annotation {path} is not in R2Gen's form: expected lists under {', '.join(_SPLITS)}")
     unknown = [name for name in content if name not in _SPLITS]
     if unknown:

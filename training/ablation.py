@@ -21,7 +21,7 @@ from .interruptions import terminations
 from .kept_stages import FINISHED
 from .recipe import Recipe, load_recipe
 from .recipe_changes import format_changes, recipe_changes
-from .run import read_results
+from .run_folder import read_results
 
 logger = logging.getLogger(__name__)
 

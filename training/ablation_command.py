@@ -9,6 +9,8 @@ import os
 import sys
 from pathlib import Path
 
+from ..printable import PrintableFormatter, show
+
 DESCRIPTION = """\
 The paper's ablations of a recipe: Table 3 (modules), Table 4 (epsilon) and Figure 4 (Sinkhorn iterations). Every row is
 trained once a seed, in a folder and a process of its own; stages that rows share are trained once. Finished runs are
@@ -66,7 +68,9 @@ def run(options: argparse.Namespace) -> None:
     from .ablation import EPSILONS, ITERATIONS, TABLES, plan_runs, table_rows, train_runs
     from .recipe import load_recipe
 
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PrintableFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("otdrg").setLevel(logging.INFO)
     rows = table_rows(options.tables or list(TABLES), options.epsilons or EPSILONS, options.iterations or ITERATIONS)
     cpu_threads = None
@@ -84,7 +88,7 @@ def run(options: argparse.Namespace) -> None:
     write_json(options.output / "ablation.json", summary)
     draw_ablation(summary, options.output / "ablation.png")
     write_text(options.output / "ablation.md", document)
-    print(f"{document}\nwritten: {options.output / 'ablation.md'}, ablation.json, ablation.png")
+    show(f"{document}\nwritten: {options.output / 'ablation.md'}, ablation.json, ablation.png")
     failed = [run for run in plan.runs if run.error is not None]
     if failed:
         raise ValueError(

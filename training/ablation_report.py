@@ -14,7 +14,7 @@ from ..labelers.report_table import read_reports
 from ..metrics import NLG_METRICS, StudyStatistics, nlg_scores, paired_bootstrap, study_statistics
 from .ablation import FULL, TABLES, Plan, Row, Run
 from .evaluation import ROWS
-from .run import read_results
+from .run_folder import read_results
 
 #: The columns of the tables, in the paper's order, and how they are headed.
 COLUMNS: dict[str, str] = {

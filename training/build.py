@@ -261,7 +261,7 @@ def load_model(
     processor = OTDRGProcessor.from_config(config, trained.tokenizer, views.image_mean, views.image_std)
     # Loaded in one type or another, from_pretrained makes all of it that type and rounds what was trained in float32.
     model = read_model(
-        folder, config=config, dtype=torch.float32, quantization_config=quantization_config(quantization)
+        folder, may_lack=True, config=config, dtype=torch.float32, quantization_config=quantization_config(quantization)
     )
     cast_backbones(model, recipe.dtype)
     return model, processor

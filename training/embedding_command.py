@@ -13,6 +13,7 @@ import numpy as np
 
 from ..csv_files import write_csv
 from ..findings_otdrg import FINDINGS
+from ..printable import show
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -96,8 +97,8 @@ def run(options: argparse.Namespace) -> None:
         **scores,
     }
     write_json(paths[".json"], result)
-    print(_summary(result))
-    print(f"\nwritten: {paths['.png']}, embedding.json, embedding.csv")
+    show(_summary(result))
+    show(f"\nwritten: {paths['.png']}, embedding.json, embedding.csv")
 
 
 def _studies(options: argparse.Namespace) -> Dataset:

@@ -12,6 +12,7 @@ from ..journal import differing_settings
 from ..labelers import LABELERS
 from ..labelers.as_typed import labeler_of, parse_options
 from ..metrics.protocols import add_protocol_arguments, reference_tokens, truncate_to_tokens
+from ..printable import show
 from ..studies.cleaning import CLEANING_STYLES, clean_report
 
 if TYPE_CHECKING:
@@ -164,8 +165,8 @@ def run(options: argparse.Namespace) -> None:
         "generation": settings,
         "bootstrap": {"resamples": options.bootstrap, "confidence": 0.95, "seed": options.seed},
     }
-    print(_write(output, told, evaluation, steering))
-    print(f"\n{output}")
+    show(_write(output, told, evaluation, steering))
+    show(f"\n{output}")
 
 
 def _checked_output(options: argparse.Namespace) -> Path:

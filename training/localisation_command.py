@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..csv_files import write_csv
 from ..findings_otdrg import FINDING_STATES, FINDINGS, finding_key
 from ..metrics.localisation import JudgedMap
+from ..printable import show
 
 if TYPE_CHECKING:
     from .localisation import JudgedPhantoms
@@ -103,7 +104,7 @@ def run(options: argparse.Namespace) -> None:
     write_text(paths[".md"], f"{document}\n")
     write_json(paths[".json"], result)
     _write_maps(paths[".csv"], judged)
-    print(f"{document}\n\nwritten: {paths['.md']}, localisation.json, localisation.csv")
+    show(f"{document}\n\nwritten: {paths['.md']}, localisation.json, localisation.csv")
 
 
 def _findings(names: list[str] | None) -> list[str]:

@@ -68,16 +68,23 @@ def read_processor(name: str | os.PathLike, **hub) -> OTDRGProcessor:
     return processor
 
 
-def read_model(name: str | os.PathLike, **arguments) -> OTDRGForReportGeneration:
-    """A model; its weights are all there, and errors are as of [`read_config`].
+def read_model(name: str | os.PathLike, may_lack: bool = False, **arguments) -> OTDRGForReportGeneration:
+    """A model; errors are as of [`read_config`].
 
     Args:
         name: its folder or Hub id.
+        may_lack: whether weights may be missing, which are then drawn at random.
         arguments: those of `from_pretrained`.
     """
     hub = {key: arguments[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in arguments}
     with _naming_files(name, hub, _MODEL_FILES):
-        model = OTDRGForReportGeneration.from_pretrained(name, **arguments)
+        model, info = OTDRGForReportGeneration.from_pretrained(name, output_loading_info=True, **arguments)
+    missing = sorted(info["missing_keys"])
+    if missing and not may_lack:
+        raise ValueError(
+            f"{_first(name, hub, (_CONFIG,))}: {len(missing):,} weights of the model it describes are missing, such as "
+            f"{missing[0]}: expected the configuration that was saved with the weights"
+        )
     path = _first(name, hub, (_GENERATION,))
     for types, fields in _GENERATION_TYPES.items():
         for field in fields:

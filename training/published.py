@@ -9,6 +9,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..pipeline_otdrg import ReportGenerationPipeline
 from ..processing_otdrg import OTDRGProcessor
+from ..weights_otdrg import read_stated
 from .model_files import check_fit, read_model, read_processor
 from .recipe import Recipe, load_recipe
 
@@ -33,6 +34,9 @@ def load_published(model: str) -> tuple[OTDRGForReportGeneration, OTDRGProcessor
         repo, _, revision = model.partition("@")
         name, hub = repo, {"revision": revision} if revision else {}
     try:
+        commit = read_stated(name, **hub)[1]
+        if commit is not None:
+            hub = {"revision": commit}
         # Before the weights, which may be large.
         processor = read_processor(name, **hub)
         network = read_model(name, **hub)

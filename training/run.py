@@ -17,7 +17,7 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
-from ..files_otdrg import read_json, write_json, write_text
+from ..files_otdrg import write_json, write_text
 from . import report
 from .build import build_model, build_studies, load_model, lora_fields
 from .checkpoints import last_checkpoint, remove_partial_checkpoints
@@ -27,7 +27,7 @@ from .interruptions import RunInterruptedError, interruption
 from .kept_stages import FINISHED, STARTED, check_recipe, check_studies, kept_stages, stage_start, stages_before
 from .model_files import read_config
 from .recipe import STAGES, Recipe
-from .run_folder import RunRecord, fingerprint
+from .run_folder import RunRecord, fingerprint, read_results
 
 logger = logging.getLogger(__name__)
 
@@ -211,21 +211,4 @@ def _where_to_go_on(folder: Path) -> str:
     return f"the last good checkpoint is {checkpoint}, --resume goes on from there"
 
 
-def read_results(output: Path) -> dict[str, Any]:
-    """What the stages that are not run again left in `results.json`.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-
-    def results(content: dict[str, Any]) -> dict[str, Any]:
-        for stage, found in content.items():
-            if not isinstance(found, dict):
-                raise ValueError(f"{stage} is {type(found).__name__}, expected a JSON object")
-        return content
-
-    path = output / "results.json"
-    return read_json(path, parse=results) if path.is_file() else {}
-
-
-__all__ = ["read_results", "run_recipe"]
+__all__ = ["run_recipe"]

@@ -128,6 +128,23 @@ def read_sittings(path: Path) -> list[dict[str, Any]]:
     return read_json(path, parse=sittings) if path.is_file() else []
 
 
+def read_results(output: Path) -> dict[str, Any]:
+    """What the stages that are not run again left in `results.json`.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+
+    def results(content: dict[str, Any]) -> dict[str, Any]:
+        for stage, found in content.items():
+            if not isinstance(found, dict):
+                raise ValueError(f"{stage} is {type(found).__name__}, expected a JSON object")
+        return content
+
+    path = output / "results.json"
+    return read_json(path, parse=results) if path.is_file() else {}
+
+
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
@@ -262,4 +279,13 @@ def _view_sizes(rows: Dataset) -> Iterator[list[int]]:
                 start += count
 
 
-__all__ = ["RUN", "RunRecord", "differing_splits", "fingerprint", "hub_dataset", "new_results", "read_sittings"]
+__all__ = [
+    "RUN",
+    "RunRecord",
+    "differing_splits",
+    "fingerprint",
+    "hub_dataset",
+    "new_results",
+    "read_results",
+    "read_sittings",
+]
