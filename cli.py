@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from importlib import import_module
 
 from .interruptions import exit_status
+from .printable import PrintableFormatter
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -17,6 +19,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not hasattr(options, "run"):
         parser.print_help()
         return 2
+    if logging.lastResort is not None:
+        # Warnings of ours name studies.
+        logging.lastResort.setFormatter(PrintableFormatter("%(message)s"))
     return exit_status(f"otdrg {options.command}", lambda: options.run(options))
 
 

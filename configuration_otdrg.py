@@ -5,6 +5,10 @@ Every choice of the model is a field here, documented and checked where it is de
 
 from __future__ import annotations
 
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,18 @@ DEFAULT_PROMPT = (
     "Generate a comprehensive diagnosis report for this radiology image. ###Focus on diagnostic accuracy###"
 )
 IMAGE_TOKEN, FINDING_TOKEN, FINDING_TEXT_TOKEN = "<image>", "<finding>", "<finding_text>"
+#: Keywords of `from_pretrained` that say where files are.
+HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+#: Largest values: beyond any real model's, and such that a wrong one is refused before it takes memory or time.
+MAXIMUM_IMAGE_TOKENS, MAXIMUM_IMAGE_SIZE = 4096, 8192
+_MAXIMUM_SIZE, _MAXIMUM_ITERATIONS, _MAXIMUM_PROMPT_TOKENS, _MAXIMUM_TEXT_TOKENS = 65_536, 100_000, 65_536, 1024
+_MAXIMUM_RANK = 4096
+#: Most of what a backbone's configuration counts, by the ends of the names of its fields.
+_MAXIMUM_COUNTS = {
+    re.compile(r"(layers?|depths?|blocks?|stages?|experts)$"): 1000,
+    re.compile(r"num_(labels|classes)$"): 100_000,
+}
 
 
 class OTDRGConfig(PreTrainedConfig):
@@ -222,6 +238,7 @@ class OTDRGConfig(PreTrainedConfig):
         self.backbone_sha256 = backbone_sha256
         self.backbone_revisions = backbone_revisions
         kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
+        _check_counts("", kwargs)
         super().__init__(**kwargs)
         self.check_fields()
 
@@ -230,14 +247,24 @@ class OTDRGConfig(PreTrainedConfig):
 
         def need(condition: bool, field: str, allowed: str) -> None:
             if not condition:
-                raise ValueError(f"OTDRGConfig.{field}={getattr(self, field)!r}: expected {allowed}")
+                raise ValueError(f"OTDRGConfig.{field}={_shown(getattr(self, field))}: expected {allowed}")
 
         for field, choices in self._CHOICES.items():
             need(getattr(self, field) in choices, field, "one of " + ", ".join(repr(choice) for choice in choices))
         for field in ("dle", "fiot", "projection_norm"):
             need(isinstance(getattr(self, field), bool), field, "true or false")
-        for field in ("image_size", "image_tokens", "ot_max_iterations"):
-            need(_is_int(getattr(self, field)) and getattr(self, field) > 0, field, "a positive integer")
+        for field, most in (
+            ("image_size", MAXIMUM_IMAGE_SIZE),
+            ("image_tokens", MAXIMUM_IMAGE_TOKENS),
+            ("ot_max_iterations", _MAXIMUM_ITERATIONS),
+        ):
+            need(_is_int(getattr(self, field), 1, most), field, f"a positive integer up to {most:,}")
+        need(
+            self.label_encoder_size is None or _is_int(self.label_encoder_size, 1, _MAXIMUM_SIZE),
+            "label_encoder_size",
+            f"a positive integer up to {_MAXIMUM_SIZE:,}",
+        )
+        need(isinstance(self.prompt, str), "prompt", "a string")
         need(round(self.image_tokens**0.5) ** 2 == self.image_tokens, "image_tokens", "a square number, such as 49")
         for field in ("ot_epsilon", "ot_contrastive_temperature"):
             need(_is_number(getattr(self, field)) and getattr(self, field) > 0, field, "a number above 0")
@@ -258,7 +285,8 @@ class OTDRGConfig(PreTrainedConfig):
         need(
             self.finding_thresholds is None
             or (
-                len(self.finding_thresholds) == len(FINDINGS)
+                isinstance(self.finding_thresholds, (list, tuple))
+                and len(self.finding_thresholds) == len(FINDINGS)
                 and all(_is_number(value) and 0 <= value <= 1 for value in self.finding_thresholds)
             ),
             "finding_thresholds",
@@ -272,33 +300,46 @@ class OTDRGConfig(PreTrainedConfig):
                 field,
                 "r, lora_alpha, lora_dropout, target_modules",
             )
+            need(
+                lora is None or _is_int(lora.get("r", 8), 1, _MAXIMUM_RANK), field, f"an r from 1 to {_MAXIMUM_RANK:,}"
+            )
+        if not _is_int(self.text_config.vocab_size):
+            raise ValueError(
+                f"OTDRGConfig.text_config.vocab_size={_shown(self.text_config.vocab_size)}: expected a number of tokens"
+            )
         for field in ("image_token_id", "finding_token_id", "finding_text_token_id"):
             value = getattr(self, field)
             need(
-                value is None or (_is_int(value) and 0 <= value < self.text_config.vocab_size),
+                value is None or _is_int(value, 0, self.text_config.vocab_size - 1),
                 field,
                 f"a token id from 0 to {self.text_config.vocab_size - 1} (the LLM's vocab_size is "
                 f"{self.text_config.vocab_size})",
             )
         for field in ("finding_text_token_ids", "label_encoder_token_ids"):
-            table = getattr(self, field)
             need(
-                table is None
-                or (len(table) == len(FINDINGS) and all(len(row) == len(FINDING_STATES) and all(row) for row in table)),
+                getattr(self, field) is None or _is_table(getattr(self, field)),
                 field,
-                f"{len(FINDINGS)} x {len(FINDING_STATES)} lists of token ids, none empty",
+                f"{len(FINDINGS)} x {len(FINDING_STATES)} lists of token ids, none empty, of at most "
+                f"{_MAXIMUM_TEXT_TOKENS:,} each",
             )
-        texts = [ids for row in self.finding_text_token_ids or () for ids in row]
-        for field, ids in (
-            ("finding_text_token_ids", [token for text in texts for token in text]),
-            ("prompt_token_ids", self.prompt_token_ids or ()),
+        prompt = self.prompt_token_ids
+        texts = self.finding_text_token_ids
+        for field, tokens in (
+            ("finding_text_token_ids", [token for row in texts or () for text in row for token in text]),
+            ("prompt_token_ids", prompt or ()),
         ):
             need(
-                all(_is_int(token) and 0 <= token < self.text_config.vocab_size for token in ids),
+                isinstance(tokens, (list, tuple))
+                and all(_is_int(token, 0, self.text_config.vocab_size - 1) for token in tokens),
                 field,
                 f"token ids from 0 to {self.text_config.vocab_size - 1} (the LLM's vocab_size is "
                 f"{self.text_config.vocab_size})",
             )
+        need(
+            prompt is None or (0 < len(prompt) <= _MAXIMUM_PROMPT_TOKENS and self.image_token_id in prompt),
+            "prompt_token_ids",
+            f"up to {_MAXIMUM_PROMPT_TOKENS:,} token ids, image_token_id among them",
+        )
 
     def bind_label_tokenizer(self, tokenizer) -> None:
         """Record the ids of the 14 x 4 label texts in the tokenizer of the label encoder's own text encoder."""
@@ -325,6 +366,15 @@ class OTDRGConfig(PreTrainedConfig):
             if getattr(tokenizer, field) is not None:
                 setattr(self.text_config, field, getattr(tokenizer, field))
         self.check_fields()
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
+        """The content of a `config.json`, as in `PreTrainedConfig`; one that is not there is no empty one."""
+        content, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not content.get("model_type"):
+            place = place_of(pretrained_model_name_or_path, kwargs)
+            raise OSError(f"{place} has no config.json with a model_type: expected a model")
+        return content, rest
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What is saved. Where the parts were loaded from is left out: it may be a folder that nobody else has."""
@@ -374,6 +424,11 @@ def _label_text(finding: str, state: str) -> str:
     return f"{FINDING_DISPLAY_NAMES[finding].lower()}: {state}"
 
 
+def place_of(source: str | os.PathLike, hub: Mapping[str, Any]) -> str:
+    """A folder or a Hub id, with the `subfolder` that keywords of `from_pretrained` name in it."""
+    return os.path.join(source, hub.get("subfolder") or "").rstrip("/\\")
+
+
 def resolve_backbone(reference: str) -> tuple[str, dict[str, str]]:
     """A backbone's reference as the name and keywords of `from_pretrained`: a GGUF file is its folder and its name."""
     path = Path(reference)
@@ -382,12 +437,53 @@ def resolve_backbone(reference: str) -> tuple[str, dict[str, str]]:
     return str(reference), {}
 
 
-def _is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_int(value, least: int = 0, most: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_id_list(value, most: int) -> bool:
+    return isinstance(value, (list, tuple)) and 0 < len(value) <= most and all(map(_is_int, value))
+
+
+def _is_table(value) -> bool:
+    """Whether a value has a list of token ids for each state of each finding."""
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) == len(FINDINGS)
+        and all(isinstance(row, (list, tuple)) and len(row) == len(FINDING_STATES) for row in value)
+        and all(_is_id_list(ids, _MAXIMUM_TEXT_TOKENS) for row in value for ids in row)
+    )
+
+
+def _shown(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 1000 else f"{text[:1000]}..."
+
+
+def _check_counts(place: str, fields: dict) -> None:
+    """Refuse a number of layers or labels that no model has: transformers would build them one by one.
+
+    Raises:
+        ValueError: names the field.
+    """
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            _check_counts(f"{place}{name}.", value)
+            continue
+        for pattern, most in _MAXIMUM_COUNTS.items():
+            if pattern.search(str(name)):
+                for count in _integers(value):
+                    if count > most:
+                        raise ValueError(f"OTDRGConfig.{place}{name}={_shown(value)}: expected at most {most:,}")
+
+
+def _integers(value) -> Iterator[int]:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    yield from (count for count in values if _is_int(count))
 
 
 def _sub_config(field: str, value, default: str | None = None) -> PreTrainedConfig | None:
@@ -395,8 +491,11 @@ def _sub_config(field: str, value, default: str | None = None) -> PreTrainedConf
         return CONFIG_MAPPING[default]()
     if value is None or isinstance(value, PreTrainedConfig):
         return value
+    if not isinstance(value, dict):
+        raise ValueError(f"OTDRGConfig.{field}={_shown(value)}: expected a mapping")
     model_type = value.get("model_type", default)
-    if model_type not in CONFIG_MAPPING:
+    _check_counts(f"{field}.", value)
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(f"OTDRGConfig.{field}.model_type={model_type!r}: expected a model type transformers knows")
     return CONFIG_MAPPING[model_type](**value)
 
@@ -486,9 +585,11 @@ __all__ = [
     "FINDINGS",
     "FINDING_DISPLAY_NAMES",
     "FINDING_STATES",
+    "HUB_KEYWORDS",
     "OTDRGConfig",
     "finding_key",
     "finding_state_id",
     "parse_findings",
+    "place_of",
     "resolve_backbone",
 ]

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from .printable import one_line
+
 #: The process that a process must not outlive, set in the environment of what `otdrg ablate` starts.
 PARENT = "OTDRG_PARENT"
 
@@ -100,7 +102,7 @@ def _one_line(error: BaseException) -> str:
     if text.startswith("Caught ") and "\nOriginal Traceback" in text:
         # From a process that loads studies: its traceback, with the error itself last.
         text = text.strip().splitlines()[-1].partition(": ")[2]
-    return " ".join(text.split())
+    return one_line(text)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

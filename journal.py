@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .files_otdrg import read_json
+
 
 class Journal:
     """A `.jsonl` file that is added to and survives being killed: a last line that was cut off is removed.
@@ -34,7 +36,7 @@ class Journal:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict):
                 raise ValueError(f"{self.path}, line {number}: no JSON object; delete the file to begin anew")
@@ -60,9 +62,10 @@ def differing_settings(path: Path, settings: dict[str, Any], digests: Iterable[s
         digests: settings whose values say nothing to people.
 
     Raises:
+        ValueError: the file is damaged.
         OSError: the file cannot be read.
     """
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_json(path)
     differing = [name for name in settings if before.get(name) != settings[name]]
     return (
         ", ".join(name if name in digests else f"{name} {before.get(name)}, now {settings[name]}" for name in differing)

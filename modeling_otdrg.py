@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,11 +40,15 @@ from .weights_otdrg import (
     HUB_KEYWORDS,
     adapter_weights,
     backbone_weights,
-    check_sha256,
+    check_other_weights,
+    check_size,
+    check_weights,
+    count_weights,
     load_backbone,
     read_adapter,
     read_stated,
     record_sha256,
+    remove_former_weights,
 )
 
 if is_peft_available():
@@ -613,11 +618,12 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         """A trained model, from a folder or a Hub id; see `PreTrainedModel`.
 
-        Whole weights and adapters load alike. Files are of safetensors format, and are those the configuration tells
-        of. With a `quantization_config` the LLM's weights are packed, and no others.
+        Whole weights and adapters load alike. Weight files are of safetensors format, and those `weights_sha256` lists.
+        With a `quantization_config` the LLM's weights are packed, and no others.
 
         Raises:
             OSError: there is no model, it is damaged, or it is an adapter of a backbone that is not there or another.
+            ValueError: there are weight files that are not listed, or the configuration does not fit the weights.
         """
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
@@ -626,16 +632,23 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
         if commit is not None and (config is None or isinstance(config, PreTrainedConfig)):
             # What is checked is what is loaded, even if the repository changes in between.
             hub["revision"] = commit
-        if kwargs.get("variant") is None and stated.get("weights_sha256"):
-            check_sha256(source, stated["weights_sha256"], **hub)
-            hub.pop("force_download", None)  # done
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("use_safetensors=False: expected True, the other format can run code when it is loaded")
+        check_other_weights(source, stated.get("weights_sha256"), **hub)
+        files = check_weights(source, stated.get("weights_sha256"), kwargs.get("variant"), **hub)
+        hub.pop("force_download", None)  # done
         kwargs = {name: value for name, value in kwargs.items() if name not in HUB_KEYWORDS}
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = _of_llm_only(kwargs["quantization_config"])
         if stated.get("weights") == "adapter":
-            loaded = cls._from_adapter(source, stated, hub, *model_args, config=config, **kwargs)
+            loaded = cls._from_adapter(source, stated, files, hub, *model_args, config=config, **kwargs)
         else:
-            kwargs.setdefault("use_safetensors", True)  # the other format can run code when it is loaded
+            kwargs["use_safetensors"] = True
+            if kwargs.get("state_dict") is None:
+                described = config
+                if not isinstance(config, PreTrainedConfig):
+                    described = cls.config_class.from_pretrained(config or source, **hub)
+                check_size(source, cls._on_meta(described), count_weights(files))
             loaded = super().from_pretrained(source, *model_args, config=config, **hub, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.settle_quantization()
@@ -644,8 +657,15 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
         return loaded
 
     @classmethod
-    def _from_adapter(cls, source, stated: dict, hub: dict, *model_args, config=None, **kwargs):
+    def _on_meta(cls, config: OTDRGConfig) -> OTDRGForReportGeneration:
+        """The model of a configuration without memory for its weights."""
+        with torch.device("meta"), getattr(init, "meta_device_safe_creation_ops", nullcontext)():
+            return cls(copy.deepcopy(config))
+
+    @classmethod
+    def _from_adapter(cls, source, stated: dict, files: dict, hub: dict, *model_args, config=None, **kwargs):
         kwargs.pop("use_safetensors", None)
+        kwargs.pop("variant", None)
         if not isinstance(config, PreTrainedConfig):
             config, kwargs = cls.config_class.from_pretrained(
                 config or source, return_unused_kwargs=True, **hub, **kwargs
@@ -656,7 +676,8 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
             setattr(config, field, getattr(config, field) or stated.get(field))
         for field in ("backbone_sha256", "backbone_revisions"):
             setattr(config, field, stated.get(field))
-        weights, lora = read_adapter(source, config, **hub)
+        weights, lora = read_adapter(source, config, files, **hub)
+        check_size(source, cls._on_meta(config), sum(map(torch.numel, [*weights.values(), *lora.values()])))
         wanted = {field: getattr(config, field) for field in ("lora", "vision_lora")}
         # Behind the LLM's weights, which may have been packed by then: peft's layers follow what they are laid over.
         config.lora = config.vision_lora = None
@@ -731,6 +752,8 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
             }
         # Of files, and not of the model, which has all of its weights.
         kept = {field: getattr(self.config, field) for field in stated} | {"weights": "full"}
+        if is_main_process and not _is_another_rank() and kwargs.get("variant") is None:
+            remove_former_weights(save_directory)
         try:
             self.config.update(stated)
             super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)

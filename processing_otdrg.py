@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -17,6 +20,7 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, TextKwargs, Unpack
+from transformers.utils import cached_file
 
 if find_spec("transformers.image_processing_backends") is not None:
     from transformers import ViTImageProcessor
@@ -25,12 +29,17 @@ else:
     # pixels differ a little.
     from transformers.models.vit.image_processing_vit_fast import ViTImageProcessorFast as ViTImageProcessor
 
+from .chat_templates_otdrg import check_chat_template
 from .configuration_otdrg import (
     DEFAULT_PROMPT,
     FINDING_TEXT_TOKEN,
     FINDING_TOKEN,
+    HUB_KEYWORDS,
     IMAGE_TOKEN,
+    MAXIMUM_IMAGE_SIZE,
+    MAXIMUM_IMAGE_TOKENS,
     OTDRGConfig,
+    place_of,
     resolve_backbone,
 )
 from .findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, check_finding_states, parse_findings
@@ -116,6 +125,24 @@ class OTDRGProcessor(ProcessorMixin):
         max_image_pixels: int = 64_000_000,
         **kwargs,
     ):
+        fields = {
+            "image_tokens": (
+                image_tokens,
+                _is_count(image_tokens, MAXIMUM_IMAGE_TOKENS),
+                f"1 to {MAXIMUM_IMAGE_TOKENS:,}",
+            ),
+            "max_image_pixels": (max_image_pixels, _is_count(max_image_pixels), "a positive integer"),
+            "view_fusion": (view_fusion, view_fusion in ("mean", "concat"), "mean or concat"),
+            "finding_text": (finding_text, finding_text in ("mentioned", "all", "none"), "mentioned, all or none"),
+            "dle": (dle, isinstance(dle, bool), "true or false"),
+            "fiot": (fiot, isinstance(fiot, bool), "true or false"),
+            "prompt": (prompt, isinstance(prompt, str), "a string"),
+        }
+        for side, size in dict(getattr(image_processor, "size", None) or {}).items():
+            fields[f"size.{side}"] = (size, _is_count(size, MAXIMUM_IMAGE_SIZE), f"1 to {MAXIMUM_IMAGE_SIZE:,}")
+        for name, (value, is_allowed, allowed) in fields.items():
+            if not is_allowed:
+                raise ValueError(f"OTDRGProcessor.{name}={value!r}: expected {allowed}")
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.image_tokens = image_tokens
         self.view_fusion = view_fusion
@@ -131,6 +158,22 @@ class OTDRGProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
     # -- construction ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> OTDRGProcessor:
+        """A processor from a folder or a Hub id, as in `ProcessorMixin`.
+
+        Raises:
+            OSError: there is none.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except (OSError, ValueError) as error:
+            hub = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
+            place, file = place_of(pretrained_model_name_or_path, hub), "processor_config.json"
+            if not _is_there(pretrained_model_name_or_path, file, hub):
+                raise OSError(f"{place} has no {file}: expected a processor") from error
+            raise
 
     @classmethod
     def from_backbones(cls, vision: str, text: str, config: OTDRGConfig) -> OTDRGProcessor:
@@ -347,6 +390,17 @@ class OTDRGProcessor(ProcessorMixin):
                 raise ValueError(f"no image: study {position} has no view, and a report needs at least one")
         return studies
 
+    def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
+        """A conversation in the chat template, as in `ProcessorMixin`.
+
+        Raises:
+            ValueError: the template takes too long or too much memory, which it is tried for when it is first used.
+        """
+        template = self.chat_template if chat_template is None else chat_template
+        if isinstance(template, str):
+            check_chat_template(template, partial(super().apply_chat_template, add_generation_prompt=True))
+        return super().apply_chat_template(conversation, chat_template, **kwargs)
+
     def default_prompt(self, indication: str | None = None) -> str:
         """The prompt of one study, with one `<image>` where the study goes, in the LLM's chat template."""
         instruction = f"Indication: {indication.strip()}\n{self.prompt}" if indication else self.prompt
@@ -462,6 +516,17 @@ class OTDRGProcessor(ProcessorMixin):
         return ["input_ids", "attention_mask", "pixel_values", "view_mask"]
 
 
+def _is_there(source: str | os.PathLike, file: str, hub: dict) -> bool:
+    try:
+        return cached_file(source, file, _raise_exceptions_for_missing_entries=False, **hub) is not None
+    except (OSError, ValueError):
+        return True  # what the Hub answers is an error of its own
+
+
+def _is_count(value, most: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
+
+
 def _one_each(name: str, values, studies: int) -> list:
     if values is None or isinstance(values, str):
         values = [values] * studies if values is None or studies == 1 else [values]
@@ -497,6 +562,7 @@ def _chat_template(tokenizer) -> str:
         return _FLATTEN_MESSAGES + _PLAIN_TEMPLATE
     template = _FLATTEN_MESSAGES + _EMPTY_SYSTEM_TURN + tokenizer.chat_template
     try:
+        check_chat_template(template, tokenizer.apply_chat_template)
         tokenizer.apply_chat_template([{"role": "user", "content": ""}], chat_template=template, tokenize=False)
     except Exception as error:
         # Templates of LLMs that know no system turn raise on one, and so put none there either.

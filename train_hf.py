@@ -39,10 +39,13 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--resume and --overwrite exclude each other")
 
     from otdrg.interruptions import end_with_parent, exit_status
+    from otdrg.printable import PrintableFormatter
 
     end_with_parent()
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PrintableFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     # Only the first of several processes speaks.
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     is_first = os.environ.get("RANK", "0") == "0"
     logging.getLogger("otdrg").setLevel(logging.INFO if is_first else logging.ERROR)
     return exit_status("train_hf.py", lambda: _run(arguments), speaks=is_first, traceback=arguments.traceback)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..interruptions import fault_of_study, is_out_of_memory
 from ..journal import Journal
 from ..output_lock import OutputLock
+from ..printable import one_line, printable
 from .listing import ListedStudy, listed_studies, prepared_studies, read_lines, typed_findings, typed_studies
 from .terminal import format_record, terminal_width, wants_colour
 
@@ -219,14 +220,14 @@ def _write(pipe, studies: list[ListedStudy], options, arguments: dict[str, int],
                     if not printing:
                         journal.add([record])
                     elif options.json:
-                        print(json.dumps(record, ensure_ascii=False), flush=True)
+                        print(printable(json.dumps(record, ensure_ascii=False)), flush=True)
                     else:
                         print(format_record(record, terminal_width(), colour), flush=True)
                     outcome.written += 1
                     bar.update()
     finally:
         for fault in faults:
-            print(f"left out: {fault}", file=sys.stderr)
+            print(f"left out: {one_line(fault)}", file=sys.stderr)
 
 
 def _batches(pipe, studies, batch_size: int, skip) -> Iterator[list[tuple[ListedStudy, list[Image.Image]]]]:

@@ -203,9 +203,7 @@ def _json_fields(line: str) -> dict[str, Any]:
     """The checked fields of a study that is a JSON object."""
     try:
         fields = json.loads(line)
-    except RecursionError:
-        raise ValueError("no JSON (nested too deeply)") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"no JSON ({error})") from error
     for key in fields:
         if key not in _KEYS:

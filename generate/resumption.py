@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..files_otdrg import write_json
 from ..journal import Journal, differing_settings
 from ..pipeline_otdrg import ReportGenerationPipeline
 from ..training.features import model_digest
-from ..training.run_folder import fingerprint, write_json
+from ..training.run_folder import fingerprint
 from .listing import ListedStudy
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 from ..findings_otdrg import FINDING_DISPLAY_NAMES
+from ..printable import printable
 
 #: States in the order of the table, their mark, and their colour (SGR).
 _STATES: dict[str, tuple[str, str]] = {
@@ -49,6 +50,7 @@ def format_record(record: dict[str, Any], width: int, colour: bool = False) -> s
     def paint(text: str, code: str) -> str:
         return f"\033[{code}m{text}\033[0m" if colour and code else text
 
+    record = {key: printable(value) if isinstance(value, str) else value for key, value in record.items()}
     blocks = [paint(_wrapped(record["id"], width, "", "  "), _HEADING)]
     if record.get("indication"):
         blocks.append(_wrapped(f"Indication: {record['indication']}", width))

@@ -7,13 +7,16 @@ evaluation has no scores. Figures are rounded in the text and whole in the metad
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
+from jinja2 import TemplateError
 
+from ..files_otdrg import describe
 from ..metrics import LABEL_SETS, NLG_METRICS, UNCERTAIN_POLICIES
 from ..metrics.clinical_efficacy.clinical_efficacy import AVERAGES
 from ..metrics.tables import NLG_NAMES
@@ -23,7 +26,7 @@ from ..training.predictor_metrics import MINIMUM_INTERVAL_POSITIVES
 from . import facts
 from .limits import limits
 from .measured import Measured, decoding_words, labeler_words, measured, protocol_words, title
-from .run_files import OWN_DATASET, RunFiles, published_recipe, read_run
+from .run_files import OWN_DATASET, RunFiles, own_evaluation, published_recipe, read_run
 
 #: How a repository can hold the weights, and what that makes of its base models on the Hub.
 FORMS: dict[str, str] = {"full": "finetune", "adapter": "adapter"}
@@ -72,6 +75,34 @@ def build_card(
         raise ValueError(f"form is {form!r}: expected one of {', '.join(FORMS)}")
     files = read_run(run, evaluations)
     _check_model(files, model_digest)
+
+    def card(files: RunFiles) -> ModelCard:
+        return _card(files, repo_id, form, base_models, license)
+
+    try:
+        return card(files)
+    except (KeyError, TypeError, AttributeError, IndexError, TemplateError) as error:
+        raise ValueError(f"{_file_at_fault(files, card)}: {describe(error)}") from error
+
+
+def _file_at_fault(files: RunFiles, card: Callable[[RunFiles], ModelCard]) -> str:
+    """The file of a run without which its card can be written."""
+    own = own_evaluation(files)
+    others = [found for found in files.evaluations if found != own]
+    for name, absent in (
+        ("results.json", {"results": {}, "evaluations": others}),
+        ("evaluation.json", {"evaluations": [own] if own in files.evaluations else []}),
+        ("run.json", {"sittings": []}),
+        ("recipe.yaml", {"recipe": None}),
+        ("config.json", {"config": {}}),
+    ):
+        with suppress(Exception):
+            card(replace(files, **absent))
+            return str(files.folder / name)
+    return str(files.folder)
+
+
+def _card(files: RunFiles, repo_id: str, form: str, base_models: Sequence[str], license: str | None) -> ModelCard:
     metadata = _metadata(files, repo_id, form, base_models, license)
     found = _measured(files)
     return ModelCard.from_template(

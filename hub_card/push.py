@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,11 +12,12 @@ from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..configuration_otdrg import resolve_backbone
-from ..processing_otdrg import OTDRGProcessor
+from ..files_otdrg import read_json, write_json
 from ..studies.publish import hub_errors, make_repo
 from ..training.features import model_digest
+from ..training.model_files import read_processor
 from ..training.published import load_published
-from ..weights_otdrg import check_sha256, read_stated, record_sha256, sha256, weight_files
+from ..weights_otdrg import check_weights, read_stated, record_sha256, sha256
 from .card import build_card
 from .run_files import published_metrics
 from .space_files import space_files
@@ -73,6 +73,7 @@ def assemble_full(
         processor.tokenizer.save_pretrained(folder / "language_model")
         joining = {name: weight for name, weight in model.state_dict().items() if name.startswith(_JOINING)}
         save_file(joining, folder / "projector.safetensors", {"format": "pt"})
+        record_sha256(folder)
     _describe(run, repo_id, folder, "full", evaluations, license, digest)
 
 
@@ -108,16 +109,15 @@ def assemble_adapter(
         _check_reference(source, part, reference, config["backbone_sha256"][part])
         if reference != config[f"{part}_backbone"]:
             config[f"{part}_backbone"], config["backbone_revisions"][part] = reference, None
-    check_sha256(source, config.get("weights_sha256") or {})
     # By name: whatever else came to lie in the folder, such as an evaluation's reports, is not for others.
-    weights = weight_files(source)
+    weights = check_weights(source, config.get("weights_sha256"))
     for name in (*weights, SAFE_WEIGHTS_INDEX_NAME, "generation_config.json"):
         if (source / name).is_file() and (name != SAFE_WEIGHTS_INDEX_NAME or len(weights) > 1):
             shutil.copy(source / name, folder)
-    OTDRGProcessor.from_pretrained(source).save_pretrained(folder)
+    read_processor(source).save_pretrained(folder)
     for code in PACKAGE.glob("*_otdrg.py"):
         shutil.copy(code, folder)
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", config, sort_keys=True)
     record_sha256(folder)
     references = [resolve_backbone(config[f"{part}_backbone"])[0] for part in ("vision", "text")]
     _describe(run, repo_id, folder, "adapter", evaluations, license, None, references)
@@ -153,7 +153,7 @@ def _describe(run, repo_id, folder, form, evaluations, license, digest, base_mod
     card = build_card(Path(run), repo_id, evaluations, form, base_models, license, digest)
     card.save(folder / "README.md")
     metrics = published_metrics(Path(run), evaluations)
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / "metrics.json", metrics)
     shutil.copy(PACKAGE / "LICENSE", folder / "LICENSE")
 
 
@@ -166,7 +166,7 @@ def pin_backbones(folder: Path) -> None:
         OSError: the Hub cannot be reached, or has no such repository.
     """
     hub, path = HfApi(), folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     for part, expected in config["backbone_sha256"].items():
         reference = config[f"{part}_backbone"]
         repo_id, _ = resolve_backbone(reference)
@@ -184,7 +184,7 @@ def pin_backbones(folder: Path) -> None:
                 f"is {found}, expected {expected}"
             )
         config["backbone_revisions"][part] = revision
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(path, config, sort_keys=True)
 
 
 def upload_model(folder: Path, repo_id: str, private: bool, revision: str | None, message: str) -> str:

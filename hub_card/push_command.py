@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from ..output_lock import OutputLock
+from ..printable import show
 
 DESCRIPTION = """\
 Publish a trained model: weights (safetensors, LoRA merged), the code that loads them, processor, generation
@@ -85,7 +86,7 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError(f"--output {options.output} is not empty: expected a new folder")
         options.output.mkdir(exist_ok=True)
         _push(options, options.output, backbones)
-        print(f"kept: {options.output}", file=sys.stderr)
+        show(f"kept: {options.output}", file=sys.stderr)
 
 
 def _push(options: argparse.Namespace, folder: Path, backbones: dict[str, str]) -> None:
@@ -107,21 +108,21 @@ def _push(options: argparse.Namespace, folder: Path, backbones: dict[str, str]) 
         _list(f"spaces/{options.space}", sizes)
     if options.dry_run:
         unchecked = " whether the backbones on the Hub are those of the adapter was not checked" * options.adapter
-        print(f"nothing was pushed (--dry-run){';' if unchecked else ''}{unchecked}")
+        show(f"nothing was pushed (--dry-run){';' if unchecked else ''}{unchecked}")
     else:
         address = upload_model(folder, options.repo, options.private, options.revision, options.message)
-        print(f"pushed: {address}")
+        show(f"pushed: {address}")
         if options.space:
-            print(f"pushed: {upload_space(options.repo, options.space, options.private)}")
+            show(f"pushed: {upload_space(options.repo, options.space, options.private)}")
             if options.private:
-                print(f"the Space reads {options.repo} once its settings have a secret HF_TOKEN that may")
+                show(f"the Space reads {options.repo} once its settings have a secret HF_TOKEN that may")
 
 
 def _list(repo: str, sizes: dict[str, int]) -> None:
-    print(repo)
+    show(repo)
     for name, size in sorted(sizes.items()):
-        print(f"  {size:>15,}  {name}")
-    print(f"  {sum(sizes.values()):>15,}  bytes in {len(sizes)} files\n")
+        show(f"  {size:>15,}  {name}")
+    show(f"  {sum(sizes.values()):>15,}  bytes in {len(sizes)} files\n")
 
 
 __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]

@@ -16,7 +16,10 @@ from typing import Any
 import yaml
 
 from ..configuration_otdrg import OTDRGConfig
+from ..files_otdrg import interpret, read_json
 from ..training.published import published_folder
+from ..training.run_folder import read_results, read_sittings
+from ..yaml_files import read_yaml
 
 EVALUATION = "evaluation.json"
 #: What `dataset` says in an evaluation on the studies of the run's own recipe.
@@ -40,6 +43,7 @@ class RunFiles:
         sittings: of `run.json`, in order; empty without it.
         results: of `results.json`, by stage; empty without it.
         evaluations: of `evaluation.json` files, and behind them the report stage's own, in the same form.
+        folder: where recipe, `run.json` and `results.json` are.
     """
 
     name: str
@@ -48,6 +52,7 @@ class RunFiles:
     sittings: list[dict[str, Any]] = field(default_factory=list)
     results: dict[str, Any] = field(default_factory=dict)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    folder: Path | None = None
 
 
 def read_run(run: Path, evaluations: Sequence[Path] = ()) -> RunFiles:
@@ -82,23 +87,27 @@ def read_run(run: Path, evaluations: Sequence[Path] = ()) -> RunFiles:
     def shown(content: Any) -> Any:
         return _shown(content, roots)
 
+    sittings, results = read_sittings(run / "run.json"), read_results(run)
     files = RunFiles(
         name=run.name,
-        config=shown(config),
-        recipe=shown(recipe) or None,
-        sittings=shown(_read(run / "run.json").get("sittings", [])),
-        results=shown(_read(run / "results.json")),
+        config=interpret(model / "config.json", shown, config),
+        recipe=interpret(run / "recipe.yaml", shown, recipe) or None,
+        sittings=interpret(run / "run.json", shown, sittings),
+        results=interpret(run / "results.json", shown, results),
+        folder=run,
     )
-    found = {path: shown(_read_evaluation(path)) for path in dict.fromkeys(path.resolve() for path in paths)}
+    found = {
+        path: interpret(path, shown, _read_evaluation(path)) for path in dict.fromkeys(path.resolve() for path in paths)
+    }
     told: dict[tuple, Path] = {}
     for path, evaluation in found.items():
-        same = told.setdefault(identity(evaluation), path)
+        same = told.setdefault(interpret(path, identity, evaluation), path)
         if same != path:
             raise ValueError(f"{same} and {path}: nothing tells these evaluations apart, expected one of them")
-    own = _own_evaluation(files)
+    own = interpret(run / "results.json", own_evaluation, files)
     files.evaluations = list(found.values())
     # With one of the same by `otdrg evaluate`, which has intervals, there is nothing it would add.
-    if own is not None and identity(own) not in told:
+    if own is not None and interpret(run / "results.json", identity, own) not in told:
         files.evaluations.append(own)
     return files
 
@@ -134,7 +143,7 @@ def identity(evaluation: dict[str, Any]) -> tuple:
     return (*(evaluation.get(name) for name in names), *decoding, options)
 
 
-def _own_evaluation(files: RunFiles) -> dict[str, Any] | None:
+def own_evaluation(files: RunFiles) -> dict[str, Any] | None:
     """The report stage's evaluation in the form of `otdrg evaluate`'s."""
     found = files.results.get("report", {}).get("evaluation")
     if found is None:
@@ -179,12 +188,11 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+        content = read_yaml(path) if path.suffix == ".yaml" else read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a mapping: expected what a run or otdrg evaluate writes")
+        raise ValueError(f"{path} is not a mapping: expected what a run writes")
     return content
 
 
@@ -240,4 +248,13 @@ def _texts(content: Any) -> Iterable[str]:
         yield content
 
 
-__all__ = ["EVALUATION", "OWN_DATASET", "RunFiles", "identity", "published_metrics", "published_recipe", "read_run"]
+__all__ = [
+    "EVALUATION",
+    "OWN_DATASET",
+    "RunFiles",
+    "identity",
+    "own_evaluation",
+    "published_metrics",
+    "published_recipe",
+    "read_run",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from ..printable import one_line
 from . import UnreadReportsWarning, load_labeler
 
 #: Ids that are named.
@@ -17,7 +18,7 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
     Raises:
         ValueError: not of that form, a name twice, or a value that is no YAML.
     """
-    import yaml
+    from ..yaml_files import parse_yaml
 
     parsed = {}
     for pair in pairs:
@@ -27,8 +28,8 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
         if name in parsed:
             raise ValueError(f"--option {name} is given twice: expected it once")
         try:
-            parsed[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            parsed[name] = parse_yaml(value, pair)
+        except ValueError:
             raise ValueError(f"--option {pair}: the value is no YAML, put it in quotes to have it as it is") from None
     return parsed
 
@@ -53,7 +54,7 @@ def label_quietly(labeler, reports: list[str]):
 def listed(ids: list[str]) -> str:
     """The first ids, and how many more there are."""
     rest = f" and {len(ids) - _LISTED:,} more" if len(ids) > _LISTED else ""
-    return ", ".join(ids[:_LISTED]) + rest
+    return one_line(", ".join(ids[:_LISTED])) + rest
 
 
 __all__ = ["label_quietly", "labeler_of", "listed", "parse_options"]

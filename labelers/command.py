@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -13,8 +11,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ..csv_files import write_csv
+from ..files_otdrg import write_json
 from ..findings_otdrg import FINDING_STATES, FINDINGS, UNMENTIONED
 from ..output_lock import OutputLock
+from ..printable import show
 from . import LABELERS
 from .as_typed import label_quietly, labeler_of, listed, parse_options
 from .csv_states import read_states, write_states
@@ -132,8 +133,8 @@ def _write_labels(options: argparse.Namespace, output: Path) -> None:
 
     write_states(output, rows())
     if blank:
-        print(f"{len(blank):,} reports have no state, empty or not understood: {listed(blank)}", file=sys.stderr)
-    print(f"{count:,} reports labelled by {labeler.name}: {output}")
+        show(f"{len(blank):,} reports have no state, empty or not understood: {listed(blank)}", file=sys.stderr)
+    show(f"{count:,} reports labelled by {labeler.name}: {output}")
 
 
 # --- a dataset -------------------------------------------------------------------------------------------------------
@@ -171,12 +172,12 @@ def _label_dataset(options: argparse.Namespace) -> None:
         resume=options.resume,
         overwrite=options.overwrite,
     )
-    print(report)
+    show(str(report))
     if options.labeler == "csv":
         if absent:
-            print(f"not in {options.csv}: {len(absent):,} studies: {listed(absent)}", file=sys.stderr)
+            show(f"not in {options.csv}: {len(absent):,} studies: {listed(absent)}", file=sys.stderr)
         if unused:
-            print(f"{len(unused):,} ids of {options.csv} are of no study", file=sys.stderr)
+            show(f"{len(unused):,} ids of {options.csv} are of no study", file=sys.stderr)
 
 
 def _dataset_ids(options: argparse.Namespace, known: dict) -> list[str]:
@@ -222,37 +223,36 @@ def _measure_agreement(options: argparse.Namespace, folder: Path | None) -> None
         raise ValueError(f"{paths[0]} and {paths[1]} have no id in common: expected states of the same reports")
     reference, candidate = (np.array([table[study] for study in ids]) for table in tables)
     result = measure_agreement(reference, candidate)
-    print(format_agreement(result))
+    show(format_agreement(result))
     only = [[study for study in table if study not in other] for table, other in (tables, tables[::-1])]
     for path, missing in zip(paths, only, strict=True):
         if missing:
-            print(f"only in {path}: {len(missing):,} reports: {listed(missing)}", file=sys.stderr)
+            show(f"only in {path}: {len(missing):,} reports: {listed(missing)}", file=sys.stderr)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         result["only_in_reference"], result["only_in_candidate"] = only
-        (folder / "agreement.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "agreement.json", result)
         _write_rates(folder / "agreement.csv", result)
         _write_disagreements(folder / "disagreements.csv", ids, reference, candidate)
-        print(f"\nagreement.json, agreement.csv and disagreements.csv: {folder}")
+        show(f"\nagreement.json, agreement.csv and disagreements.csv: {folder}")
 
 
 def _write_rates(path: Path, result: dict[str, Any]) -> None:
     names = ("precision", "recall", "f1", "support", "predicted")
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["finding", "state", *names, "kappa"])
-        for finding, row in result["findings"].items():
-            for state, rates in {"mention": row["mention"], **row["states"]}.items():
-                writer.writerow([finding, state, *(rates[name] for name in names), row["kappa"]])
+    rows = (
+        [finding, state, *(rates[name] for name in names), row["kappa"]]
+        for finding, row in result["findings"].items()
+        for state, rates in {"mention": row["mention"], **row["states"]}.items()
+    )
+    write_csv(path, ["finding", "state", *names, "kappa"], rows)
 
 
 def _write_disagreements(path: Path, ids: list[str], reference, candidate) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["id", "finding", "reference", "candidate"])
-        for row, column in zip(*(reference != candidate).nonzero(), strict=True):
-            states = (FINDING_STATES[table[row, column]] for table in (reference, candidate))
-            writer.writerow([ids[row], FINDINGS[column], *states])
+    rows = (
+        [ids[row], FINDINGS[column], *(FINDING_STATES[table[row, column]] for table in (reference, candidate))]
+        for row, column in zip(*(reference != candidate).nonzero(), strict=True)
+    )
+    write_csv(path, ["id", "finding", "reference", "candidate"], rows)
 
 
 __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]

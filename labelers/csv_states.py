@@ -5,7 +5,6 @@ States are joined to studies by id and to findings by column name.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..csv_files import write_csv
 from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDINGS, NEGATIVE, POSITIVE, UNCLEAR, UNMENTIONED, finding_key
 from .report_table import check_id, csv_rows, fold_name
 
@@ -91,17 +91,9 @@ def write_states(path: str | Path, rows: Iterable[tuple[str, Sequence[int]]]) ->
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}, expected one that exists")
-    unfinished = path.with_name(f"{path.name}.tmp")
     order = [FINDINGS.index(name) for name in CSV_FINDINGS]
-    try:
-        with unfinished.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["id", *(FINDING_DISPLAY_NAMES[name] for name in CSV_FINDINGS)])
-            for study, states in rows:
-                writer.writerow([study, *(_WRITTEN[int(states[place])] for place in order)])
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    header = ["id", *(FINDING_DISPLAY_NAMES[name] for name in CSV_FINDINGS)]
+    write_csv(path, header, ([study, *(_WRITTEN[int(states[place])] for place in order)] for study, states in rows))
 
 
 def read_states(path: str | Path, id_column: str = "id") -> dict[str, np.ndarray]:

@@ -16,10 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
+from ..files_otdrg import interpret, read_json, write_json, write_text
 from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, UNMENTIONED
 from ..output_lock import OutputLock
 from ..studies.schema import STUDY_FEATURES
-from ..studies.shards import SUMMARY, ShardWriter, check_output, publish_shards, put_in_place, write_json
+from ..studies.shards import SUMMARY, ShardWriter, check_output, publish_shards, put_in_place
 from ..studies.source import SPLITS
 
 #: Ids and reports to state ids, None where there are none.
@@ -168,9 +169,9 @@ def _files(folder: Path) -> list[tuple[str, Path]]:
 
 def _summary(folder: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads((folder / SUMMARY).read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        raise ValueError(f"{folder / SUMMARY} is damaged: expected what otdrg prepare writes") from None
+        return read_json(folder / SUMMARY)
+    except ValueError as error:
+        raise ValueError(f"{folder / SUMMARY} is damaged: {error}") from None
 
 
 def _finish(output: Path, work: Path, settings: dict[str, Any], overwrite: bool) -> LabelReport | None:
@@ -186,7 +187,7 @@ def _finished(output: Path, settings: dict[str, Any]) -> LabelReport | None:
     labels = _summary(output).get("labels") if (output / SUMMARY).is_file() else None
     if labels is None:
         return None
-    report = LabelReport(output, labels.pop("studies"), labels.pop("states"))
+    report = interpret(output / SUMMARY, lambda: LabelReport(output, labels.pop("studies"), labels.pop("states")))
     if labels != settings:
         return None
     if (output / UNLABELLED).is_file():
@@ -215,7 +216,7 @@ def _enter(work: Path, settings: dict[str, Any], resume: bool, overwrite: bool) 
                 f"{work} is an interrupted labelling: --resume goes on with it, --overwrite starts anew and deletes it"
             )
         else:
-            before = json.loads((work / _SETTINGS).read_text(encoding="utf-8"))
+            before = read_json(work / _SETTINGS)
             for name in {**before, **settings}:
                 if before.get(name) != settings.get(name):
                     raise ValueError(
@@ -237,7 +238,7 @@ def _label_shard(name: str, file: Path, folder: Path, read: StateReader, relabel
     record, stat = folder / f"{name}.json", file.stat()
     digest = f"{stat.st_size}-{stat.st_mtime_ns}"
     if record.is_file():
-        before = _Shard(**json.loads(record.read_text(encoding="utf-8")))
+        before = read_json(record, parse=lambda content: _Shard(**content))
         if before.digest == digest and record.with_suffix(".parquet").is_file():
             return before
     columns = pq.read_table(file, columns=["id", "report", "finding_states"]).to_pydict()
@@ -310,7 +311,7 @@ def _write_summary(work: Path, summary: dict[str, Any], report: LabelReport, set
     """Counts and settings of the dataset, with what it was labelled with."""
     write_json(work / SUMMARY, {**summary, "labels": {**settings, "studies": report.studies, "states": report.states}})
     if report.unlabelled:
-        (work / UNLABELLED).write_text("\n".join(report.unlabelled) + "\n", encoding="utf-8")
+        write_text(work / UNLABELLED, "\n".join(report.unlabelled) + "\n")
     shutil.rmtree(work / _SHARDS)
     (work / _SETTINGS).unlink()
 

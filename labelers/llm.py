@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from ..files_otdrg import read_text
 from ..findings_otdrg import FINDING_STATES, FINDINGS, POSITIVE, UNCLEAR, UNMENTIONED
 from . import UnreadReportsWarning
 from .llm_prompt import ASKED, PROMPT, load_prompt
@@ -403,12 +404,12 @@ class _Cache:
         self._settings = json.dumps(settings)
         self._states: dict[str, list[int]] = {}
         if self._path is not None and self._path.is_file():
-            content = self._path.read_text(encoding="utf-8")
+            content = read_text(self._path, "the JSON lines of a cache", limit=2**34)
             for line in content.splitlines():
                 try:
                     record = json.loads(line)
                     self._states[record["report"]] = record["states"]
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     continue
             if content and not content.endswith("\n"):
                 with self._path.open("a", encoding="utf-8") as file:

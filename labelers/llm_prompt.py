@@ -6,9 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, UNMENTIONED, finding_state_id
+from ..yaml_files import read_yaml
 
 PROMPT = Path(__file__).parent / "prompts" / "llm.yaml"
 
@@ -86,7 +85,7 @@ def load_prompt(path: str | Path = PROMPT) -> Prompt:
         ValueError: the file cannot be read, or a key, finding or state in it is wrong; the message names it.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+        content = read_yaml(path)
         states = {finding_state_id(state): str(word) for state, word in content["answers"].items()}
         names = {**FINDING_DISPLAY_NAMES, **content["findings"]}
         unknown = [name for name in names if name not in FINDINGS]
@@ -107,7 +106,7 @@ def load_prompt(path: str | Path = PROMPT) -> Prompt:
         )
     except OSError as error:
         raise ValueError(f"prompt {path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"prompt {path}: {' '.join(str(error).split())}, expected the keys of {PROMPT.name}") from None
 
 

@@ -8,9 +8,8 @@ from itertools import product
 from pathlib import Path
 from typing import Generic, TypeVar
 
-import yaml
-
 from ..findings_otdrg import FINDING_STATES, FINDINGS
+from ..yaml_files import read_yaml
 
 VOCABULARY = Path(__file__).parent / "vocabulary"
 
@@ -78,12 +77,9 @@ def expand_phrase(phrase: str) -> list[str]:
 
 def _read(path: Path) -> object:
     try:
-        # every scalar as text: YAML would read the words yes and no as booleans
-        return yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CBaseLoader", yaml.BaseLoader))
+        return read_yaml(path, as_text=True)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}): expected a vocabulary file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML in UTF-8: {' '.join(str(error).split())}") from None
 
 
 def _add(meanings: dict[str, set], path: Path, phrases: object, role: str, meaning: tuple) -> None:
@@ -161,7 +157,9 @@ def load_spelling(folder: str | Path = VOCABULARY) -> dict[str, str]:
     """
     path = Path(folder) / "spelling.yaml"
     forms = _read(path)
-    if not isinstance(forms, dict) or not all(isinstance(text, str) and form.strip("*") for form, text in forms.items()):
+    if not isinstance(forms, dict) or not all(
+        isinstance(text, str) and form.strip("*") for form, text in forms.items()
+    ):
         raise ValueError(f"{path}: expected a form and what to read for it on each line")
     return forms
 

@@ -9,6 +9,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from ..csv_files import unescape_cell
+
 _LONGEST_CELL = 2**24
 
 
@@ -120,12 +122,15 @@ def _long_cells() -> Iterator[None]:
 
 
 def csv_rows(path: Path, expected: str) -> Iterator[tuple[int, list[str]]]:
-    """The header of a CSV (empty where there is none), then its rows that are not blank; each with its first line."""
+    """The header of a CSV (empty where there is none), then its rows that are not blank; each with its first line.
+
+    Cells are read as [`otdrg.csv_files.write_csv`] wrote them.
+    """
     row = 1
     with _reading(path, expected) as file, _long_cells():
         reader = csv.reader(file, strict=True)
         try:
-            header = next(reader, [])
+            header = [unescape_cell(name) for name in next(reader, [])]
             yield row, header
             row = reader.line_num + 1
             for cells in reader:
@@ -133,7 +138,7 @@ def csv_rows(path: Path, expected: str) -> Iterator[tuple[int, list[str]]]:
                     found = f"{len(cells)} values, expected {len(header)} as in the header"
                     raise ValueError(f"{path}, line {row}: {found}")
                 if cells:
-                    yield row, cells
+                    yield row, [unescape_cell(cell) for cell in cells]
                 row = reader.line_num + 1
         except csv.Error as error:
             raise ValueError(f"{path}: not a CSV (line {row}: {error}), expected {expected}") from None

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..csv_files import write_csv
+from ..files_otdrg import write_json
 from ..findings_otdrg import FINDING_STATES, FINDINGS, UNMENTIONED
 from ..labelers import LABELERS
 from ..labelers.as_typed import label_quietly, labeler_of, listed, parse_options
 from ..output_lock import OutputLock
+from ..printable import show
 from ..studies.cleaning import CLEANING_STYLES, clean_report
 from .protocols import add_protocol_arguments, reference_tokens, truncate_to_tokens
 from .rad_eval import RADEVAL_METRICS
@@ -146,15 +147,15 @@ def _score(
         "notes": _notes(options, system, intervals, states.get("references")),
     }
     _write_studies(table, joined.ids, texts, uncleaned, systems, states)
-    output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(output, result)
     _print_tables(result, system, intervals, comparison)
-    print(f"\n{output} and {table}")
+    show(f"\n{output} and {table}")
     for name, studies in joined.missing.items():
         if studies:
-            print(f"left out, not in {joined.files[name]}: {len(studies):,} ids: {listed(studies)}", file=sys.stderr)
+            show(f"left out, not in {joined.files[name]}: {len(studies):,} ids: {listed(studies)}", file=sys.stderr)
     for name, studies in blank.items():
         if studies:
-            print(f"no state is read in {len(studies):,} of the {name}: {listed(studies)}", file=sys.stderr)
+            show(f"no state is read in {len(studies):,} of the {name}: {listed(studies)}", file=sys.stderr)
 
 
 def _chosen(results: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,18 +228,17 @@ def _write_studies(
         for score, values in system.per_study.items()
     }
     found = [f"{finding}, {_COLUMNS[name]}" for name in states for finding in FINDINGS]
-    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["id", *(_COLUMNS[name] for name in texts), *read, *scores, *found])
+
+    def rows() -> Iterator[list]:
         for position, study in enumerate(ids):
-            writer.writerow(
-                [
-                    study,
-                    *(reports[position] for reports in (*texts.values(), *read.values())),
-                    *(f"{values[position]:.6f}" for values in scores.values()),
-                    *(FINDING_STATES[state] for rows in states.values() for state in rows[position]),
-                ]
-            )
+            yield [
+                study,
+                *(reports[position] for reports in (*texts.values(), *read.values())),
+                *(f"{values[position]:.6f}" for values in scores.values()),
+                *(FINDING_STATES[state] for rows in states.values() for state in rows[position]),
+            ]
+
+    write_csv(path, ["id", *(_COLUMNS[name] for name in texts), *read, *scores, *found], rows())
 
 
 def _print_tables(
@@ -255,18 +255,18 @@ def _print_tables(
         told.append(f"true reports up to {result['reference_tokens']} tokens of {result['tokenizer']}")
     if result["labeler"]:
         told.append(f"states by {result['labeler']}")
-    print("; ".join(told))
+    show("; ".join(told))
     if system.nlg:
-        print(f"\n{nlg_table(system.nlg, intervals)}")
+        show(f"\n{nlg_table(system.nlg, intervals)}")
     if system.radeval:
-        print(f"\n{radeval_table(system.radeval, intervals)}")
+        show(f"\n{radeval_table(system.radeval, intervals)}")
     if system.clinical_efficacy:
-        print(f"\n{clinical_table(system.clinical_efficacy, intervals)}")
-        print(f"\n{finding_table(system.per_finding['uncertain_negative'])}")
+        show(f"\n{clinical_table(system.clinical_efficacy, intervals)}")
+        show(f"\n{finding_table(system.per_finding['uncertain_negative'])}")
     if comparison:
-        print(f"\nagainst {result['files']['against']}\n\n{comparison_table(comparison)}")
+        show(f"\nagainst {result['files']['against']}\n\n{comparison_table(comparison)}")
     for name, note in result["notes"].items():
-        print(f"\n{name}: {note}")
+        show(f"\n{name}: {note}")
 
 
 def _notes(

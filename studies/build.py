@@ -24,12 +24,13 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
+from ..files_otdrg import read_json, write_json, write_text
 from ..interruptions import end_with_parent
 from ..output_lock import OutputLock
 from .assembly import SECTIONS, Sections, StudyListing, assemble_study
 from .card import dataset_card
 from .images import stored_image
-from .shards import SUMMARY, ShardWriter, check_output, publish_shards, put_in_place, write_json
+from .shards import SUMMARY, ShardWriter, check_output, publish_shards, put_in_place
 from .source import SPLITS, Skipped, StudyEntry, StudySource, option
 from .summary import OfficialCheck, SplitCounts, format_counts
 
@@ -197,7 +198,7 @@ def _build_locked(
     report = _report(output, shards, official)
     _write_lines(work / SKIPPED, (fault for shard in shards for fault in shard.skipped))
     card = dataset_card(source, report.counts, options.sections, report.licences)
-    (work / "README.md").write_text(card, encoding="utf-8")
+    write_text(work / "README.md", card)
     kept = [(shard.split, shard.name) for shard in shards if shard.rows]
     publish_shards(work / _SHARDS, work, kept, digest=_digest(shards, options))
     _write_summary(work / SUMMARY, settings, report)
@@ -271,7 +272,7 @@ def _check_settings(folder: Path, before: dict[str, Any], settings: dict[str, An
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError):
         raise ValueError(f"{path} is missing or damaged: --overwrite starts the build anew") from None
 
@@ -389,7 +390,10 @@ def _build_shard(
 def _built(record: Path, digest: str) -> _Shard | None:
     if not record.is_file():
         return None
-    shard = _Shard(**json.loads(record.read_text(encoding="utf-8")))
+    try:
+        shard = read_json(record, parse=lambda content: _Shard(**content))
+    except ValueError:
+        return None
     whole = shard.rows == 0 or record.with_suffix(".parquet").is_file()
     return shard if shard.digest == digest and whole else None
 

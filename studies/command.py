@@ -9,6 +9,7 @@ from dataclasses import MISSING, Field, fields
 
 from huggingface_hub.utils import validate_repo_id
 
+from ..printable import show
 from . import SOURCES, open_source, source_class
 from .build import BuildOptions, build_studies_dataset
 from .publish import push_studies
@@ -66,9 +67,9 @@ def run(options: argparse.Namespace) -> None:
         # Hours before it is used.
         validate_repo_id(options.push_to_hub)
     report = build_studies_dataset(source, options.output, build, resume=options.resume, overwrite=options.overwrite)
-    print(report)
+    show(str(report))
     if options.push_to_hub:
-        print(f"pushed: {push_studies(report.folder, options.push_to_hub, public=options.public)}")
+        show(f"pushed: {push_studies(report.folder, options.push_to_hub, public=options.public)}")
 
 
 def _add_options(group: argparse._ArgumentGroup, cls: type) -> None:

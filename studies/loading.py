@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, List, load_dataset, load_from_disk
 
+from ..files_otdrg import interpret, read_json
 from .assembly import Sections, StudyListing, assemble_study
 from .images import referenced_image
 from .schema import STUDY_FEATURES
@@ -63,9 +65,15 @@ def load_prepared(folder: str | os.PathLike, leave_out: Sequence[str] = ()) -> D
     folder = _prepared(folder)
     splits = [split for split in _splits(folder) if split not in leave_out]
     if (folder / "dataset_dict.json").is_file():
-        return DatasetDict({split: load_from_disk(folder / split) for split in splits})
+        read_json(folder / "dataset_dict.json")
+        return DatasetDict({split: _mapped(folder / split) for split in splits})
     return DatasetDict(
-        {split: load_dataset("parquet", data_files=_parquet(folder, split), split="train") for split in splits}
+        {
+            split: interpret(
+                folder / "data", partial(load_dataset, "parquet", data_files=_parquet(folder, split), split="train")
+            )
+            for split in splits
+        }
     )
 
 
@@ -75,6 +83,16 @@ def undecoded(rows: Dataset) -> Dataset:
     rows = rows.with_format(None)
     rows.info.features = Features({**rows.features, "images": List(Image(decode=False))})
     return rows
+
+
+def _mapped(folder: Path) -> Dataset:
+    """A split in Arrow files."""
+    read_json(folder / "dataset_info.json", parse=lambda info: Features.from_dict(info["features"]))
+    files = read_json(folder / "state.json", parse=lambda state: [file["filename"] for file in state["_data_files"]])
+    for file in files:
+        if not isinstance(file, str) or os.path.basename(file) != file:
+            raise ValueError(f"{folder / 'state.json'}: _data_files names {file!r}, expected files in its folder")
+    return interpret(folder / "state.json", load_from_disk, folder)
 
 
 def stream_prepared(folder: str | os.PathLike, split: str) -> IterableDataset:
@@ -104,7 +122,7 @@ def prepared_rows(folder: str | os.PathLike, split: str) -> int:
     Raises:
         ValueError: the folder is not a built dataset.
     """
-    return sum(pq.read_metadata(file).num_rows for file in _parquet(_prepared(folder), split))
+    return sum(interpret(file, pq.read_metadata, file).num_rows for file in _parquet(_prepared(folder), split))
 
 
 def prepared_shards(folder: str | os.PathLike, split: str) -> list[Path]:
@@ -124,7 +142,7 @@ def prepared_column(folder: str | os.PathLike, split: str, column: str) -> list:
     """
     values: list = []
     for file in _parquet(_prepared(folder), split):
-        values += pq.read_table(file, columns=[column]).column(column).to_pylist()
+        values += interpret(file, partial(pq.read_table, columns=[column]), file).column(column).to_pylist()
     return values
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..files_otdrg import read_json
 from .shards import SUMMARY
 
 if TYPE_CHECKING:
@@ -111,9 +111,11 @@ def _check_public(folder: Path, licences: list[str]) -> None:
 def _licences(folder: Path) -> list[str]:
     """The licences of a built dataset's studies."""
     try:
-        return json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["licences"]
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder} is not a built dataset: expected a folder written by otdrg prepare") from None
+        return read_json(folder / SUMMARY, parse=lambda summary: [str(licence) for licence in summary["licences"]])
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        raise ValueError(
+            f"{folder} is not a built dataset ({error}): expected a folder written by otdrg prepare"
+        ) from None
 
 
 __all__ = ["hub_errors", "make_repo", "push_studies"]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ..files_otdrg import read_json
 from .iu_xray_split import IU_XRAY_COUNTS, r2gen_split_ids
 from .placeholders import shown_value
 from .source import Skipped, Study, StudyEntry, StudySource, needed_file, needed_folder, option, path_inside
@@ -81,12 +81,9 @@ class R2GenSource(StudySource):
 
 def _read_annotation(path: str) -> dict[str, list]:
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            content = json.load(file)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"annotation {path} is not UTF-8 text (byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"annotation {path} is not valid JSON: {error}") from None
+        content = read_json(path, kind=object, limit=2**32)
+    except ValueError as error:
+        raise ValueError(f"annotation {error}") from None
     if not isinstance(content, dict) or any(not isinstance(entries, list) for entries in content.values()):
         raise ValueError(f"annotation {path} is not in R2Gen's form: expected lists under {', '.join(_SPLITS)}")
     unknown = [name for name in content if name not in _SPLITS]

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
+from ..files_otdrg import read_json, write_json
 from .schema import STUDY_FEATURES
 
 #: What a finished dataset holds beside its data: settings and counts.
@@ -107,7 +106,7 @@ def publish_shards(folder: Path, output: Path, shards: Sequence[tuple[str, str]]
             for name, file in zip(names, files, strict=True):
                 os.replace(folder / f"{name}.arrow", output / split / file)
     if arrow:
-        (output / "dataset_dict.json").write_text(json.dumps({"splits": splits}), encoding="utf-8")
+        write_json(output / "dataset_dict.json", {"splits": splits})
 
 
 def _write_dataset_state(folder: Path, split: str, files: list[str], fingerprint: str) -> None:
@@ -118,9 +117,9 @@ def _write_dataset_state(folder: Path, split: str, files: list[str], fingerprint
     for path in folder.glob("*.arrow"):
         path.unlink()
     path = folder / "state.json"
-    state = json.loads(path.read_text(encoding="utf-8"))
+    state = read_json(path)
     state.update(_data_files=[{"filename": file} for file in files], _fingerprint=fingerprint)
-    path.write_text(json.dumps(state, indent=2), encoding="utf-8")
+    write_json(path, state)
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -149,15 +148,6 @@ def put_in_place(output: Path, work: Path) -> None:
         work.replace(output)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """A JSON file that is there as a whole or not at all."""
-    unfinished = path.with_suffix(".tmp")
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    # Names of files from other systems hold what UTF-8 does not: JSON's own escapes stand for it.
-    unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
-    unfinished.replace(path)
-
-
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
     """Without the library's bar over nothing."""
@@ -170,4 +160,4 @@ def _no_progress_bar() -> Iterator[None]:
             enable_progress_bars()
 
 
-__all__ = ["SUMMARY", "ShardWriter", "check_output", "publish_shards", "put_in_place", "write_json"]
+__all__ = ["SUMMARY", "ShardWriter", "check_output", "publish_shards", "put_in_place"]

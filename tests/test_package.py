@@ -12,8 +12,10 @@ import pytest
 ROOT = Path(otdrg.__file__).parent
 SHIPPED = (
     "findings_otdrg",
+    "files_otdrg",
     "configuration_otdrg",
     "weights_otdrg",
+    "chat_templates_otdrg",
     "modeling_otdrg",
     "image_processing_otdrg",
     "processing_otdrg",

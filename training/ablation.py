@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..configuration_otdrg import OTDRGConfig
+from ..files_otdrg import write_json, write_text
 from ..interruptions import PARENT, terminations
 from ..output_lock import OutputLock
 from .build import build_studies
@@ -23,8 +24,7 @@ from .check import check_recipe, check_studies
 from .kept_stages import FINISHED, STARTED
 from .recipe import Recipe, load_recipe
 from .recipe_changes import format_changes, recipe_changes
-from .run import read_results
-from .run_folder import write_json
+from .run_folder import read_results
 
 logger = logging.getLogger(__name__)
 
@@ -362,7 +362,7 @@ def _start(run: Run, accelerate_config: str | None) -> _Started:
         run.folder.mkdir(parents=True, exist_ok=True)
         if run.shared is not None:
             _take_stages(run)
-        path.write_text(run.recipe.to_yaml(), encoding="utf-8")
+        write_text(path, run.recipe.to_yaml())
     launch = ["-m", "otdrg.train_hf"]
     if accelerate_config is not None:
         launch = ["-m", "otdrg.training.launch", "--quiet", "--config_file", accelerate_config, *launch]

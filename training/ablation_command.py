@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .ablation import Plan
 
+from ..printable import PrintableFormatter, show
+
 DESCRIPTION = """\
 The paper's ablations of a recipe: Table 3 (modules), Table 4 (epsilon) and Figure 4 (Sinkhorn iterations). Every row is
 trained once a seed, in a folder and a process of its own; stages that rows share are trained once. Finished runs are
@@ -70,7 +72,9 @@ def run(options: argparse.Namespace) -> None:
     from .ablation import EPSILONS, ITERATIONS, TABLES, check_plan, plan_runs, table_rows, train_runs
     from .recipe import load_recipe
 
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PrintableFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("otdrg").setLevel(logging.INFO)
     rows = table_rows(options.tables or list(TABLES), options.epsilons or EPSILONS, options.iterations or ITERATIONS)
     cpu_threads = None
@@ -86,16 +90,16 @@ def run(options: argparse.Namespace) -> None:
 
 def _summarize(options: argparse.Namespace, plan: Plan) -> None:
     """Write and print the tables."""
+    from ..files_otdrg import write_json, write_text
     from .ablation_figure import draw_ablation
     from .ablation_report import format_summary, summarize
-    from .run_folder import write_json
 
     summary = {"recipe": options.recipe, "overrides": options.overrides, **summarize(plan, options.resamples)}
     document = format_summary(summary, f"Ablations of {options.recipe}", "ablation.png")
     write_json(options.output / "ablation.json", summary)
     draw_ablation(summary, options.output / "ablation.png")
-    (options.output / "ablation.md").write_text(document, encoding="utf-8")
-    print(f"{document}\nwritten: {options.output / 'ablation.md'}, ablation.json, ablation.png")
+    write_text(options.output / "ablation.md", document)
+    show(f"{document}\nwritten: {options.output / 'ablation.md'}, ablation.json, ablation.png")
     failed = [run for run in plan.runs if run.error is not None]
     if failed:
         raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from ..csv_files import read_csv
 from ..labelers import load_labeler
 from ..metrics import NLG_METRICS, StudyStatistics, nlg_scores, paired_bootstrap, study_statistics
 from .ablation import FULL, TABLES, Plan, Row, Run
 from .evaluation import ROWS
-from .run import read_results
+from .run_folder import read_results
 
 #: The columns of the tables, in the paper's order, and how they are headed.
 COLUMNS: dict[str, str] = {
@@ -154,8 +154,7 @@ def _check_alike(rows: Sequence[_RowRuns]) -> None:
 
 def _predictions(run: Run) -> list[dict[str, str]]:
     """The rows of a run's `predictions.csv`."""
-    with (run.folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return read_csv(run.folder / "predictions.csv")
 
 
 def _notes(plan: Plan, evaluation: dict[str, Any] | None) -> list[str]:

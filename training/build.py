@@ -26,6 +26,7 @@ from ..studies.loading import load_prepared, undecoded
 from ..studies.placeholders import present_text
 from ..studies.schema import UNCLEANED
 from .features import CachedStudies
+from .model_files import read_config, read_model, read_processor
 from .recipe import LabelsRecipe, ModelRecipe, Recipe, StudiesRecipe
 from .streaming import StreamedStudies
 
@@ -285,18 +286,18 @@ def load_model(
     Args:
         quantization: "4bit" or "8bit", for the LLM's weights.
     """
-    config = OTDRGConfig.from_pretrained(folder)
+    config = read_config(folder)
     wanted = _preset_config(recipe)
     for name in _joining_fields():
         # The thresholds are what a stage found, and a text encoder of the labels comes with its weights.
         if name != "finding_thresholds" and not (name == "label_encoder" and recipe.label_text_encoder is not None):
             setattr(config, name, getattr(wanted, name))
-    trained = OTDRGProcessor.from_pretrained(folder)
+    trained = read_processor(folder)
     views = trained.image_processor
     processor = OTDRGProcessor.from_config(config, trained.tokenizer, views.image_mean, views.image_std)
     # Loaded in one type or another, from_pretrained makes all of it that type and rounds what was trained in float32.
-    model = OTDRGForReportGeneration.from_pretrained(
-        folder, config=config, dtype=torch.float32, quantization_config=quantization_config(quantization)
+    model = read_model(
+        folder, may_lack=True, config=config, dtype=torch.float32, quantization_config=quantization_config(quantization)
     )
     cast_backbones(model, recipe.dtype)
     return model, processor

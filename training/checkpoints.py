@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -12,6 +11,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..files_otdrg import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def is_whole(checkpoint: Path) -> bool:
     optimizer or a random state that is missing). DeepSpeed and FSDP keep weights and optimizer in folders of their own.
     """
     try:
-        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        state = read_json(checkpoint / TRAINER_STATE_NAME)
         if state["global_step"] != _step(checkpoint):
             return False
         paths = list(checkpoint.iterdir())
@@ -53,10 +54,10 @@ def is_whole(checkpoint: Path) -> bool:
             elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
                 return False
             elif path.name == SAFE_WEIGHTS_INDEX_NAME:
-                shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+                shards = set(read_json(path)["weight_map"].values())
                 if not shards <= names:
                     return False
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
         return False
     one_process_wrote = {OPTIMIZER_NAME, SCHEDULER_NAME} <= names and bool(
         names & {SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME}

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..csv_files import write_csv
 from ..findings_otdrg import FINDINGS
 from ..output_lock import OutputLock
+from ..printable import show
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -67,10 +69,11 @@ def _run(options: argparse.Namespace) -> None:
             raise ImportError(f'the picture needs {library}: pip install "otdrg[figures]"')
 
     # Not at the top, because torch, transformers and scikit-learn take seconds to import.
+    from ..files_otdrg import write_json
     from .embedding import aligned_features, embed, separation, single_findings
     from .embedding_figure import draw_embedding
     from .published import load_published
-    from .run_folder import new_results, write_json
+    from .run_folder import new_results
 
     paths = new_results(options.output, "embedding", (".png", ".json", ".csv"), options.overwrite)
     studies = _studies(options)
@@ -100,8 +103,8 @@ def _run(options: argparse.Namespace) -> None:
         **scores,
     }
     write_json(paths[".json"], result)
-    print(_summary(result))
-    print(f"\nwritten: {paths['.png']}, embedding.json, embedding.csv")
+    show(_summary(result))
+    show(f"\nwritten: {paths['.png']}, embedding.json, embedding.csv")
 
 
 def _studies(options: argparse.Namespace) -> Dataset:
@@ -158,14 +161,15 @@ def _write_studies(
     after: np.ndarray,
     silhouettes: list[list[float]],
 ) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        columns = [f"{space} {column}" for space in ("before", "after") for column in ("x", "y", "silhouette")]
-        writer.writerow(["id", "finding", *columns])
+    columns = [f"{space} {column}" for space in ("before", "after") for column in ("x", "y", "silhouette")]
+
+    def rows() -> Iterator[list]:
         for row in zip(ids, findings, before, silhouettes[0], after, silhouettes[1], strict=True):
             study, finding, place, value, other_place, other_value = row
             numbers = (*place, value, *other_place, other_value)
-            writer.writerow([study, finding, *(f"{number:.6f}" for number in numbers)])
+            yield [study, finding, *(f"{number:.6f}" for number in numbers)]
+
+    write_csv(path, ["id", "finding", *columns], rows())
 
 
 __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files_otdrg import write_text
 from ..journal import differing_settings
 from ..labelers import LABELERS
 from ..labelers.as_typed import labeler_of, parse_options
 from ..metrics.protocols import add_protocol_arguments, reference_tokens, truncate_to_tokens
 from ..output_lock import OutputLock
+from ..printable import show
 from ..studies.cleaning import CLEANING_STYLES, clean_report
 
 if TYPE_CHECKING:
@@ -187,8 +189,8 @@ def _evaluate(options: argparse.Namespace, output: Path) -> None:
         "generation": settings,
         "bootstrap": {"resamples": options.bootstrap, "confidence": 0.95, "seed": options.seed},
     }
-    print(_write(output, told, evaluation, steering))
-    print(f"\n{output}")
+    show(_write(output, told, evaluation, steering))
+    show(f"\n{output}")
 
 
 def _checked_output(options: argparse.Namespace) -> Path:
@@ -224,7 +226,7 @@ def _settings(options: argparse.Namespace, own: Recipe | None, model, processor,
 
 def _enter(output: Path, settings: dict[str, Any], overwrite: bool) -> None:
     """Make the folder, or see to it that the reports in it are of the same settings."""
-    from .run_folder import write_json
+    from ..files_otdrg import write_json
 
     path = output / _SETTINGS
     if overwrite:
@@ -242,6 +244,7 @@ def _enter(output: Path, settings: dict[str, Any], overwrite: bool) -> None:
 
 def _write(output: Path, told: dict[str, Any], evaluation: Evaluation, steering: Steering) -> str:
     """Leave all files in the folder; what evaluation.md says is returned."""
+    from ..files_otdrg import write_json
     from .evaluation_report import (
         bootstrap_rows,
         format_scores,
@@ -250,7 +253,6 @@ def _write(output: Path, told: dict[str, Any], evaluation: Evaluation, steering:
         write_predictions,
         write_scores,
     )
-    from .run_folder import write_json
 
     resampling = told["bootstrap"]
     intervals, differences = {}, {}
@@ -282,7 +284,7 @@ def _write(output: Path, told: dict[str, Any], evaluation: Evaluation, steering:
     ]
     document = "\n\n".join(block for block in blocks if block)
     write_json(output / "evaluation.json", result)
-    (output / "evaluation.md").write_text(document + "\n", encoding="utf-8")
+    write_text(output / "evaluation.md", document + "\n")
     write_predictions(evaluation, output / "predictions.csv")
     write_scores(evaluation, output / "scores.csv")
     write_contradictions(steering, evaluation, output / "contradictions.csv")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..csv_files import write_csv
 from ..findings_otdrg import FINDING_STATES, FINDINGS
 from ..metrics import LABEL_SETS, Interval, PairedDifference, bootstrap_intervals, paired_bootstrap
 from ..metrics.clinical_efficacy.clinical_efficacy import AVERAGES
@@ -181,42 +181,39 @@ def write_predictions(evaluation: Evaluation, path: Path) -> None:
     others = {f"report, {ROWS[name]}": row.reports for name, row in evaluation.rows.items() if name != "model"}
     others |= uncleaned
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["id", "reference", "report", *others, *scores, *(f"predicted {name}" for name in FINDINGS)])
-        for position, study in enumerate(evaluation.ids):
-            writer.writerow(
-                [
-                    study,
-                    evaluation.references[position],
-                    model.reports[position],
-                    *(reports[position] for reports in others.values()),
-                    *(f"{values[position]:.6f}" for values in scores.values()),
-                    *(FINDING_STATES[state] for state in evaluation.finding_states[position]),
-                ]
-            )
+    rows = (
+        [
+            study,
+            evaluation.references[position],
+            model.reports[position],
+            *(reports[position] for reports in others.values()),
+            *(f"{values[position]:.6f}" for values in scores.values()),
+            *(FINDING_STATES[state] for state in evaluation.finding_states[position]),
+        ]
+        for position, study in enumerate(evaluation.ids)
+    )
+    write_csv(path, ["id", "reference", "report", *others, *scores, *(f"predicted {name}" for name in FINDINGS)], rows)
 
 
 def write_scores(evaluation: Evaluation, path: Path) -> None:
     """A CSV of a row a study and system: id, system, and each score that studies have."""
     scores = list(evaluation.rows["model"].found.per_study)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["id", "system", *scores])
-        for name, row in evaluation.rows.items():
-            values = row.found.per_study
-            for position, study in enumerate(evaluation.ids):
-                writer.writerow([study, ROWS[name], *(f"{values[score][position]:.6f}" for score in scores)])
+    rows = (
+        [study, ROWS[name], *(f"{row.found.per_study[score][position]:.6f}" for score in scores)]
+        for name, row in evaluation.rows.items()
+        for position, study in enumerate(evaluation.ids)
+    )
+    write_csv(path, ["id", "system", *scores], rows)
 
 
 def write_contradictions(steering: Steering, evaluation: Evaluation, path: Path) -> None:
     """A CSV of a row a contradiction: from which states the report was written, study, finding, told, said."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["states", "study", "finding", "told", "said"])
-        for name, found in steering.conditions.items():
-            for study, *rest in found.contradicted:
-                writer.writerow([name, evaluation.ids[study], *rest])
+    rows = (
+        [name, evaluation.ids[study], *rest]
+        for name, found in steering.conditions.items()
+        for study, *rest in found.contradicted
+    )
+    write_csv(path, ["states", "study", "finding", "told", "said"], rows)
 
 
 __all__ = [

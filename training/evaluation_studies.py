@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
@@ -11,6 +10,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from ..files_otdrg import read_json
 from ..studies import PREPARED, open_source
 from ..studies.loading import prepared_column, prepared_splits
 from ..studies.shards import SUMMARY
@@ -208,8 +208,9 @@ def _prepared_warnings(folder: Path, splits: Collection[str]) -> list[str]:
     path = folder / SUMMARY
     if not path.is_file():
         return []
-    warnings = json.loads(path.read_text(encoding="utf-8")).get("warnings", [])
-    return [line for line in warnings if _split_of(line) in splits]
+    return read_json(
+        path, parse=lambda summary: [line for line in summary.get("warnings", []) if _split_of(line) in splits]
+    )
 
 
 def _split_of(line: str) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from transformers import TrainerCallback
 
+from ..files_otdrg import write_text
+
 logger = logging.getLogger(__name__)
 
 #: One JSON object a log line, in a stage's folder.
@@ -32,9 +34,7 @@ class HistoryCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             path = Path(args.output_dir) / METRICS
-            unfinished = path.with_suffix(".tmp")
-            unfinished.write_text("".join(map(_line, state.log_history)), encoding="utf-8")
-            unfinished.replace(path)
+            write_text(path, "".join(map(_line, state.log_history)))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         # Logged before training begins, by an evaluation of its own, nothing is part of the course.

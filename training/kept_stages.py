@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from dataclasses import asdict
@@ -12,6 +11,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from ..files_otdrg import read_json
 from .checkpoints import last_checkpoint
 from .recipe import STAGES, Recipe
 from .recipe_changes import data_changes, format_changes, stage_changes
@@ -125,7 +125,7 @@ def _anew(stage: str, recipe: Recipe) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 __all__ = ["FINISHED", "STARTED", "check_recipe", "check_studies", "kept_stages", "stage_start", "stages_before"]

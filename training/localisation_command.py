@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import csv
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..csv_files import write_csv
 from ..findings_otdrg import FINDING_STATES, FINDINGS, finding_key
 from ..metrics.localisation import JudgedMap
 from ..output_lock import OutputLock
+from ..printable import show
 
 if TYPE_CHECKING:
     from .localisation import JudgedPhantoms
@@ -64,12 +66,13 @@ def _run(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected at least 1")
 
     # Not at the top, because torch and transformers take seconds to import.
+    from ..files_otdrg import write_json, write_text
     from ..metrics.localisation import localisation_scores
     from ..metrics.tables import localisation_table, localisation_verdicts
     from ..studies.phantom import SPLIT_STARTS, PhantomSource
     from .localisation import judge_phantoms
     from .published import load_published, published_recipe
-    from .run_folder import new_results, write_json
+    from .run_folder import new_results
 
     paths = new_results(options.output, "localisation", (".md", ".json", ".csv"), options.overwrite)
     recipe = published_recipe(options.model)
@@ -104,10 +107,10 @@ def _run(options: argparse.Namespace) -> None:
         "verdicts": localisation_verdicts(scores),
     }
     document = "\n\n".join([_heading(result), *result["verdicts"], localisation_table(scores), _left_out(result)])
-    paths[".md"].write_text(f"{document}\n", encoding="utf-8")
+    write_text(paths[".md"], f"{document}\n")
     write_json(paths[".json"], result)
     _write_maps(paths[".csv"], judged)
-    print(f"{document}\n\nwritten: {paths['.md']}, localisation.json, localisation.csv")
+    show(f"{document}\n\nwritten: {paths['.md']}, localisation.json, localisation.csv")
 
 
 def _findings(names: list[str] | None) -> list[str]:
@@ -141,13 +144,13 @@ def _left_out(result: dict[str, Any]) -> str:
 
 
 def _write_maps(path: Path, judged: JudgedPhantoms) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["id", "finding", "state", "view", *JudgedMap._fields[3:]])
+    def rows() -> Iterator[list]:
         for study, finding, view, *values in judged.maps:
             state = FINDING_STATES[judged.states[study, FINDINGS.index(finding)]]
             numbers = ("" if value != value else f"{value:.6f}" for value in values)
-            writer.writerow([judged.ids[study], finding, state, view + 1, *numbers])
+            yield [judged.ids[study], finding, state, view + 1, *numbers]
+
+    write_csv(path, ["id", "finding", "state", "view", *JudgedMap._fields[3:]], rows())
 
 
 __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]

@@ -11,6 +11,8 @@ from transformers.utils.logging import disable_progress_bar
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..pipeline_otdrg import ReportGenerationPipeline
 from ..processing_otdrg import OTDRGProcessor
+from ..weights_otdrg import read_stated
+from .model_files import check_fit, read_model, read_processor
 from .recipe import Recipe, load_recipe
 
 #: Beams and most tokens of a report where neither the command nor the model says.
@@ -24,22 +26,29 @@ def load_published(model: str) -> tuple[OTDRGForReportGeneration, OTDRGProcessor
         model: folder of a run or a model, a Hub id, or a Hub id and a revision, "org/name@revision".
 
     Raises:
-        ValueError: it is a folder without a model.
+        ValueError: it is a folder without a model, or one of its files is damaged; the message names the file.
         OSError: it cannot be loaded, with what the Hub answered.
     """
     disable_progress_bar()
     if Path(model).is_dir():
-        folder = published_folder(model)
-        return OTDRGForReportGeneration.from_pretrained(folder).eval(), OTDRGProcessor.from_pretrained(folder)
-    name, _, revision = model.partition("@")
-    hub = {"revision": revision} if revision else {}
+        name, hub = published_folder(model), {}
+    else:
+        repo, _, revision = model.partition("@")
+        name, hub = repo, {"revision": revision} if revision else {}
     try:
-        network = OTDRGForReportGeneration.from_pretrained(name, **hub)
-        return network.eval(), OTDRGProcessor.from_pretrained(name, **hub)
+        commit = read_stated(name, **hub)[1]
+        if commit is not None:
+            hub = {"revision": commit}
+        # Before the weights, which may be large.
+        processor = read_processor(name, **hub)
+        network = read_model(name, **hub)
     except OSError as error:
         status = _http_status(error)
         # transformers says "couldn't connect" where the Hub did answer.
-        raise OSError(f"{model}: {error}{f' (the Hub answered {status})' if status else ''}") from error
+        whose = "" if Path(model).is_dir() else f"{model}: "
+        raise OSError(f"{whose}{error}{f' (the Hub answered {status})' if status else ''}") from error
+    check_fit(name, network, processor, **hub)
+    return network.eval(), processor
 
 
 def published_folder(model: str | Path) -> Path:

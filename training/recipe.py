@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 
 import yaml
 
+from ..yaml_files import parse_yaml, read_yaml
 from .selection import SelectionExpression
 
 #: Bound of integers whose field has none of its own: what counts steps, studies and tokens in 32 bits.
@@ -507,12 +508,13 @@ def load_recipe(path: str | os.PathLike, overrides: list[str] = ()) -> Recipe:
             or an environment variable that is not set.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        values = read_yaml(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"recipe {path} does not exist") from None
-    except (IsADirectoryError, UnicodeDecodeError):
+    except IsADirectoryError:
         raise ValueError(f"recipe {path} is not a YAML text file") from None
-    values = _parse_yaml(text, f"recipe {path}")
+    except ValueError as error:
+        raise ValueError(f"recipe {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"recipe {path} is not a mapping: expected keys such as {', '.join(_field_names(Recipe))}")
     try:
@@ -522,32 +524,6 @@ def load_recipe(path: str | os.PathLike, overrides: list[str] = ()) -> Recipe:
         return _build(Recipe, recipe_values, ())
     except ValueError as error:
         raise ValueError(f"recipe {path}: {error}") from None
-
-
-class _RecipeLoader(yaml.SafeLoader):
-    """YAML 1.1 without two of its traps: a key that stands twice, and 1e-4, without a point, read as a string."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def _parse_yaml(text: str, what: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_RecipeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ValueError(f"{what} is not valid YAML{where}: {problem}") from None
 
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)(?::-([^}]*))?\}")
@@ -577,7 +553,7 @@ def _apply(override: str, values: dict) -> None:
     if not equals or not key:
         raise ValueError(f"override {override!r}: expected section.field=value, such as report.max_steps=20")
     *parents, last = path = tuple(key.split("."))
-    value = _expand(_parse_yaml(text, f"override {override!r}"), path)
+    value = _expand(parse_yaml(text, f"override {override!r}"), path)
     target = values
     for depth, parent in enumerate(parents):
         target[parent] = target = {} if target.get(parent) is None else target[parent]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -17,7 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 
-from ..configuration_otdrg import OTDRGConfig
+from ..files_otdrg import write_json, write_text
 from ..interruptions import RunInterruptedError
 from ..output_lock import OutputLock
 from . import kept_stages
@@ -28,8 +27,9 @@ from .description import describe_studies
 from .distributed import has_accelerator, start_processes
 from .interruptions import interruption
 from .kept_stages import FINISHED, STARTED, stage_start, stages_before
+from .model_files import read_config
 from .recipe import STAGES, Recipe
-from .run_folder import RunRecord, fingerprint, write_json
+from .run_folder import RunRecord, fingerprint, read_results
 from .trainer import training_arguments
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def _run_stages(recipe: Recipe, state: PartialState, resume: bool, overwrite: bo
                 remove_partial_checkpoints(output / stage)
             else:
                 _clear(output / stage)
-        (output / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        write_text(output / "recipe.yaml", recipe.to_yaml())
     state.wait_for_everyone()
     record = RunRecord(recipe, state, data, describe_studies(studies) if state.is_main_process else {})
     results = read_results(output)
@@ -217,7 +217,7 @@ def _check_predictor(recipe: Recipe, pending: list[str]) -> None:
         return
     folder = Path(recipe.output_dir) / "predictor"
     if (folder / FINISHED).is_file():
-        there = OTDRGConfig.from_pretrained(folder).predictor_encoder
+        there = read_config(folder).predictor_encoder
         wanted = recipe.model.overrides.get("predictor_encoder", "shared")
         if there != wanted:
             raise ValueError(
@@ -242,10 +242,4 @@ def _where_to_go_on(folder: Path) -> str:
     return f"the last good checkpoint is {checkpoint}, --resume goes on from there"
 
 
-def read_results(output: Path) -> dict[str, Any]:
-    """What the stages that are not run again left in `results.json`."""
-    path = output / "results.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-__all__ = ["read_results", "run_recipe"]
+__all__ = ["run_recipe"]

@@ -20,6 +20,7 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from .. import __version__
+from ..files_otdrg import read_json, write_json
 from .build import StudySplits
 from .recipe import Recipe
 from .streaming import StreamedStudies
@@ -65,7 +66,7 @@ class RunRecord:
             "hub_dataset": hub_dataset(recipe),
             "stages": {},
         }
-        self.earlier = json.loads(self.path.read_text(encoding="utf-8"))["sittings"] if self.path.is_file() else []
+        self.earlier = read_sittings(self.path)
         self._write()
 
     def begin_stage(self, stage: str, checkpoint: Path | None) -> None:
@@ -111,11 +112,37 @@ def new_results(folder: Path, name: str, suffixes: Sequence[str], overwrite: boo
     return paths
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that is either as it was or as it is to be, whenever the process ends."""
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+def read_sittings(path: Path) -> list[dict[str, Any]]:
+    """The sittings of a `run.json`; none where it is not there.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+
+    def sittings(content: dict[str, Any]) -> list[dict[str, Any]]:
+        found = content["sittings"]
+        if not isinstance(found, list) or not all(isinstance(sitting, dict) for sitting in found):
+            raise ValueError("sittings is not a list of JSON objects")
+        return found
+
+    return read_json(path, parse=sittings) if path.is_file() else []
+
+
+def read_results(output: Path) -> dict[str, Any]:
+    """What the stages that are not run again left in `results.json`.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+
+    def results(content: dict[str, Any]) -> dict[str, Any]:
+        for stage, found in content.items():
+            if not isinstance(found, dict):
+                raise ValueError(f"{stage} is {type(found).__name__}, expected a JSON object")
+        return content
+
+    path = output / "results.json"
+    return read_json(path, parse=results) if path.is_file() else {}
 
 
 def _now() -> str:
@@ -258,4 +285,13 @@ def _file_size(path: str) -> int:
         return -1
 
 
-__all__ = ["RUN", "RunRecord", "differing_splits", "fingerprint", "hub_dataset", "new_results", "write_json"]
+__all__ = [
+    "RUN",
+    "RunRecord",
+    "differing_splits",
+    "fingerprint",
+    "hub_dataset",
+    "new_results",
+    "read_results",
+    "read_sittings",
+]

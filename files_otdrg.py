@@ -1,0 +1,141 @@
+"""Reading and writing of text files: JSON with limits on its size, files that replace others as a whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+#: Most bytes of a file that is read as a whole; the tokenizer.json of a large vocabulary has 35 MB.
+MAXIMUM_BYTES = 2**27
+#: Most levels of lists and objects within each other.
+MAXIMUM_DEPTH = 100
+
+_KINDS = {dict: "a JSON object", object: "JSON"}
+
+
+def read_text(path: str | os.PathLike, what: str = "UTF-8 text", limit: int = MAXIMUM_BYTES) -> str:
+    """The text of a file in UTF-8.
+
+    Args:
+        path: of the file.
+        what: what is expected, for the error message.
+        limit (`int`): most bytes.
+
+    Raises:
+        ValueError: the file is larger or not UTF-8.
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"{path} has more than {limit:,} bytes: expected {what}")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): expected {what}") from None
+
+
+def read_json(
+    path: str | os.PathLike, kind: type = dict, parse: Callable[[Any], Any] | None = None, limit: int = MAXIMUM_BYTES
+) -> Any:
+    """The content of a JSON file.
+
+    Args:
+        path: of the file.
+        kind (`type`): type of the content.
+        parse (*optional*): returns what is wanted of the content. An error it raises becomes one that names the file.
+        limit (`int`): most bytes.
+
+    Raises:
+        ValueError: the file is not JSON of this kind, is too large or nested too deeply, or `parse` failed.
+        OSError: the file cannot be read.
+    """
+    expected = _KINDS[kind]
+    text = read_text(path, expected, limit)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        problem = "nested too deeply" if isinstance(error, RecursionError) else f"not valid JSON: {error}"
+        raise ValueError(f"{path} is {problem}") from None
+    if not isinstance(content, kind):
+        found = "null" if content is None else f"a {type(content).__name__}"
+        raise ValueError(f"{path} holds {found}: expected {expected}")
+    if _is_deep(content):
+        raise ValueError(f"{path} is nested too deeply: expected up to {MAXIMUM_DEPTH} levels")
+    if parse is None:
+        return content
+    return interpret(path, parse, content)
+
+
+def interpret(path: str | os.PathLike, parse: Callable[..., Any], *arguments) -> Any:
+    """`parse(*arguments)`, what a file holds being among the arguments.
+
+    Raises:
+        ValueError: it failed as a wrong content makes it fail; the message names the file.
+    """
+    try:
+        return parse(*arguments)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path}: {describe(error)}") from error
+
+
+def describe(error: BaseException) -> str:
+    """What an error says, in one line; of a missing key, that it is missing."""
+    if isinstance(error, KeyError):
+        return f"{error.args[0] if error.args else error!r} is missing"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    text = " ".join(str(error).split())
+    if isinstance(error, (TypeError, AttributeError, IndexError, OverflowError)) or not text:
+        return f"a value of the wrong kind ({text or type(error).__name__})"
+    return text
+
+
+def _is_deep(content: Any) -> bool:
+    level = [content]
+    for _ in range(MAXIMUM_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return False
+    return True
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a file in UTF-8: whenever the process ends, the file is either as it was or as it is to be."""
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        # Names of files from other systems hold what UTF-8 does not: JSON's own escapes stand for it.
+        with open(unfinished, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            file.write(text)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, content: Any, sort_keys: bool = False) -> None:
+    """Write a JSON file as [`write_text`] does."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, sort_keys=sort_keys) + "\n")
+
+
+def follow_umask(path: str | os.PathLike) -> None:
+    """Give a file the permissions that `open` gives a new one: safetensors writes files that only their owner can read.
+
+    Permissions that were set on purpose, those of another mode than 0600, are kept.
+    """
+    if os.name == "posix" and stat.S_IMODE(os.stat(path).st_mode) == 0o600:
+        umask = os.umask(0o077)
+        os.umask(umask)
+        os.chmod(path, 0o666 & ~umask)
+
+
+__all__ = ["describe", "follow_umask", "interpret", "read_json", "read_text", "write_json", "write_text"]
