@@ -556,3 +556,14 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(page, png):
     )
     assert len(boxes) == 1 + 2 * len(FINDINGS)
     assert all(box["left"] >= 0 and box["right"] <= 390 for box in boxes)
+
+
+def test_an_upload_that_finds_no_room_is_told_and_the_page_goes_on(page, png, monkeypatch):
+    from otdrg.hub_card.space import uploads
+
+    with monkeypatch.context() as patched:
+        patched.setattr(uploads, "MAX_UPLOADS", 10)
+        upload(page, png())
+        page.get_by_text("try again in a minute").first.wait_for()
+        assert views(page).count() == 0
+    given(page, png(1, "other.png"))
