@@ -107,8 +107,9 @@ def read_view(view, max_pixels: int = MAX_PIXELS, name: str | None = None) -> Im
             # Pillow's and pydicom's, which quote what a file holds.
             warnings.simplefilter("ignore")
             picture = read(view, name if path is None else path, min(max_pixels, _MOST_PIXELS))
-        if all(low == high for low, high in picture.getextrema()):
+        if picture.getcolors(1) is not None:
             raise _Refusal(_ONE_SHADE)
+        picture.info = {}  # text and profiles, which would go along wherever it is saved
         return picture
     except ImportError:
         raise
@@ -501,11 +502,18 @@ def _both_bytes(data: bytes) -> np.ndarray:
         raw_mode = arguments if isinstance(arguments, str) else arguments[0]
         channels, _, own = raw_mode.partition(";16")
         other = f"{channels.replace('a', 'A')};16{order}"
-        image.tile = [(*tile[:3], other if isinstance(tile[3], str) else (other, *tile[3][1:])) for tile in image.tile]
+        image.tile = [
+            _with_arguments(tile, other if isinstance(tile[3], str) else (other, *tile[3][1:])) for tile in image.tile
+        ]
         halves[order] = np.asarray(_upright(image))
     big_endian = own == "B" or (own == "N" and sys.byteorder == "big")
     high, low = (halves["B"], halves["L"]) if big_endian else (halves["L"], halves["B"])
     return high.astype(np.uint16) << 8 | low
+
+
+def _with_arguments(tile: tuple, arguments: str | tuple) -> tuple:
+    """A tile of an image file with other arguments for its decoder."""
+    return tile._replace(args=arguments) if hasattr(tile, "_replace") else (*tile[:3], arguments)
 
 
 def _tiff_depth(image: Image.Image) -> tuple[str, int]:
@@ -532,8 +540,8 @@ def _from_tiff(image: Image.Image, data: bytes | None) -> Image.Image:
     if data is not None and image.tile and image.tile[0][0] == "libtiff":
         # libtiff gives the machine's own byte order, for which Pillow corrects only 16 bits without sign.
         native = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF"} if sys.byteorder == "little" else {}
-        codec, box, offset, (raw_mode, *arguments) = image.tile[0]
-        image.tile = [(codec, box, offset, (native.get(raw_mode, raw_mode), *arguments))]
+        raw_mode, *arguments = image.tile[0][3]
+        image.tile = [_with_arguments(image.tile[0], (native.get(raw_mode, raw_mode), *arguments))]
     image = _upright(image)
     if bits == 8 and numbers == "unsigned":
         return _opaque(image)
@@ -609,7 +617,9 @@ def _by_value(array: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) -
     low, high = int(array.min()), int(array.max())
     if high - low >= 2**16:
         return function(array)
-    places = (array - array.dtype.type(low)).astype(np.uint16)
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    # Unsigned, since the differences of signed numbers wrap around.
+    places = (array - array.dtype.type(low)).view(f"u{array.itemsize}").astype(np.uint16)
     held = np.zeros(high - low + 1, bool)
     held[places] = True
     table = np.zeros(held.shape, np.uint8)
