@@ -26,6 +26,7 @@ CUE_ROLES = (
     "boundary",
     "affirmed",
     "adjunct",
+    "cause",
     "resolved",
     "uncertainty_either",
     "negation_before",
@@ -35,6 +36,7 @@ CUE_ROLES = (
     "changed",
     "uncertainty_before_negation",
     "uncertainty_before",
+    "interpretation_before",
     "unassessed_before",
     "alternative",
     "normal",
@@ -44,7 +46,7 @@ CUE_ROLES = (
     "chest_words",
 )
 #: The keys of clauses.yaml.
-WORD_KINDS = ("verbs", "existence", "neutral", "general", "statements", "restart", "no", "doubt", "elsewhere", "parts")
+WORD_KINDS = ("verbs", "existence", "neutral", "general", "statements", "restart", "no", "doubt", "elsewhere", "views", "parts")
 #: The row of abnormalities outside the 14, which only bar "No Finding".
 OTHER = len(FINDINGS)
 #: Words of a sentence, and the marks that matter within it; a hyphen is a space, unless it stands alone.

@@ -26,6 +26,7 @@ from .phrases import (
 from .sentences import Spelling, split_sentences
 
 _NO_FINDING = FINDINGS.index("no_finding")
+_OPACITY = FINDINGS.index("lung_opacity")
 _DEVICES = FINDINGS.index("support_devices")
 _BARRING = {*range(OTHER + 1)} - {_NO_FINDING, _DEVICES}
 _DESCRIPTORS = {"normal": NEGATIVE, "abnormal": POSITIVE, "stable": UNCLEAR}
@@ -42,14 +43,22 @@ _LABEL_WORDS = 8
 _REMEMBERED, _LONGEST_REMEMBERED = 100_000, 500
 _WORDS_KEPT = 100_000
 
-_VERB, _EXISTENCE, _NEUTRAL, _GENERAL, _STATEMENT, _RESTART, _NO, _DOUBT, _ELSEWHERE, _PART = (
+_VERB, _EXISTENCE, _NEUTRAL, _GENERAL, _STATEMENT, _RESTART, _NO, _DOUBT, _ELSEWHERE, _VIEW, _PART = (
     1 << place for place in range(len(WORD_KINDS))
 )
 _LIST_WORDS = {"and", "or", "nor"}
 _STOPS = {",", ";", ":", "(", ")", "?", "-", *_LIST_WORDS}
-_FORWARD = {"negation_before", "ended", "not", "uncertainty_before", "uncertainty_before_negation", "unassessed_before"}
-_BACKWARD = {"negation_after", "resolved", "uncertainty_after", "unassessed", "poorly_seen"}
-_ENDS_SEGMENT = {"boundary", "adjunct", "affirmed"}
+_FORWARD = {
+    "negation_before",
+    "ended",
+    "not",
+    "uncertainty_before",
+    "interpretation_before",
+    "uncertainty_before_negation",
+    "unassessed_before",
+}
+_BACKWARD = {"negation_after", "resolved", "uncertainty_after", "uncertainty_either", "unassessed", "poorly_seen"}
+_ENDS_SEGMENT = {"boundary", "adjunct", "cause", "affirmed"}
 
 
 def _bit(row: int, state: int) -> int:
@@ -97,10 +106,11 @@ class _Mention:
 class _Segment:
     """What lies ahead between a comma or "and" and the next: whether it is a clause, a noun phrase, or neither."""
 
-    __slots__ = ("after", "clause", "cue", "merged", "noun", "restart", "shared", "specific", "statement", "stop")
+    __slots__ = ("after", "backward", "clause", "forward", "merged", "noun", "predicate", "restart", "shared", "specific", "statement", "stop")
 
     def __init__(self):
-        self.clause = self.shared = self.cue = self.noun = self.restart = self.specific = self.statement = False
+        self.clause = self.shared = self.forward = self.backward = self.predicate = self.noun = False
+        self.restart = self.specific = self.statement = False
         self.merged = ""  # the list word inside: "pleural or pericardial effusion"
         self.stop = ""  # the mark or word that ends it, "" at the end of the clause
         self.after = 0  # the item after it
@@ -127,16 +137,17 @@ class _Sentence:
         self.descriptors: list[tuple[int, int]] = []  # (word, state)
         self.settled = UNMENTIONED  # the state of the structures settled last
         self.saved: list[tuple[bool, bool, bool]] = []  # the cues open before a bracket
-        self.before_adjunct: tuple[bool, bool, bool] | None = None
-        self.after_place = self.after_normal = -1  # the word after the last such cue
+        self.before_adjunct: tuple[bool, bool, bool, bool] | None = None  # these and `verb`
+        self.place_start = self.after_place = self.after_normal = -1  # the word after the last such cue
         self.clause_start = 0
         self.cue_end = -1  # the word after the last cue that reaches on
+        self.label_end = 0  # the word after the colon
         self.denied_label = False
         self.open_clause(0)
 
     def open_clause(self, word: int) -> None:
         self.clause, self.group, self.clause_start = [], 0, word
-        self.denied = self.doubted = self.undeniable = self.comma = self.alternative = False
+        self.denied = self.doubted = self.undeniable = self.interpreted = self.comma = self.alternative = False
         self.verb = self.listed = self.distributes = self.known = self.object = False
         self.before_adjunct = None
 
@@ -199,7 +210,7 @@ class _Sentence:
             start, end, meaning = self.items[item]
             word = words[start]
             if word in _STOPS and (meaning is None or word in _LIST_WORDS):
-                if word in _LIST_WORDS and not seen.noun and not seen.cue and not seen.clause:
+                if word in _LIST_WORDS and not (seen.noun or seen.forward or seen.backward or seen.clause):
                     seen.merged = seen.merged or word
                     item += 1
                     continue
@@ -208,10 +219,9 @@ class _Sentence:
             if meaning is not None:
                 if not _ENDS_SEGMENT.isdisjoint(meaning.cues):
                     break
-                if not _FORWARD.isdisjoint(meaning.cues) or not _BACKWARD.isdisjoint(meaning.cues):
-                    seen.cue = True
-                if "uncertainty_either" in meaning.cues:
-                    seen.cue = True
+                seen.forward |= not _FORWARD.isdisjoint(meaning.cues)
+                seen.backward |= not _BACKWARD.isdisjoint(meaning.cues)
+                seen.predicate |= seen.backward and not seen.noun
             for place in range(start, end):
                 kind = kinds[place]
                 if kind & _VERB and not seen.clause:
@@ -251,16 +261,16 @@ class _Sentence:
         if self.distributes:
             return
         start = self.items[item][1]
-        open_cue = self.denied or self.doubted or self.undeniable or self.before_adjunct is not None
+        open_cue = self.denied or self.doubted or self.undeniable or self.interpreted or self.before_adjunct is not None
         if word in ("or", "nor"):
             self.resume()
             self.listed = True
             return
-        if ahead.clause and (self.verb or not ahead.shared) and (self.verb or self.clause or open_cue):
-            if self.verb or open_cue:
-                self.end_clause(start)
+        verb = self.verb if self.before_adjunct is None else self.before_adjunct[3]
+        if ahead.clause and not ahead.predicate and (verb or (open_cue and not ahead.shared)):
+            self.end_clause(start)
             return
-        if ahead.cue and ahead.noun:
+        if ahead.noun and (ahead.forward or (ahead.backward and open_cue)):
             self.end_clause(start)
             return
         if not ahead.noun:
@@ -295,7 +305,7 @@ class _Sentence:
 
     def closing(self, ahead: _Segment, open_cue: bool) -> str:
         """The list word that joins the segment to a later one, "" where none does."""
-        while ahead.noun and not ahead.clause and not ahead.cue:
+        while ahead.noun and not (ahead.clause or ahead.forward or ahead.backward):
             if ahead.stop != ",":
                 word = ahead.stop if ahead.stop in _LIST_WORDS else ""
                 following = ahead.after + 1
@@ -307,14 +317,14 @@ class _Sentence:
             ahead = self.segment(following)
             if word:
                 new_clause = ahead.clause and not ahead.shared
-                begins_anew = open_cue and (ahead.cue or (word == "and" and (ahead.specific or new_clause)))
+                begins_anew = open_cue and (ahead.forward or ahead.backward or (word == "and" and (ahead.specific or new_clause)))
                 return "" if begins_anew else word
         return ""
 
     def resume(self) -> None:
         """After an adjunct: the cues before it reach on."""
         if self.before_adjunct is not None:
-            self.denied, self.doubted, self.undeniable = self.before_adjunct
+            self.denied, self.doubted, self.undeniable, self.verb = self.before_adjunct
             self.before_adjunct = None
 
     def mark(self, item: int) -> None:
@@ -352,7 +362,7 @@ class _Sentence:
             self.end_clause(end)
         else:
             self.end_label()
-            self.labels = self.clause
+            self.labels, self.label_end = self.clause, end
             self.settle_structures()
             self.open_clause(end)
 
@@ -360,8 +370,6 @@ class _Sentence:
         last = start + 1 == len(self.words) or self.words[start + 1] in _STOPS
         if last:
             self.doubt_before()
-            if self.descriptors:
-                self.descriptors[-1] = (self.descriptors[-1][0], UNCLEAR)
         else:
             self.doubted = True
 
@@ -393,6 +401,10 @@ class _Sentence:
     def doubt_before(self) -> None:
         for mention in self.before():
             mention.doubted = True
+        if self.descriptors:
+            self.descriptors[-1] = (self.descriptors[-1][0], UNCLEAR)
+        elif self.structures:
+            self.descriptors.append((self.structures[-1][0], UNCLEAR))
 
     def mention_follows(self, item: int) -> bool:
         """Whether a finding is named after item `item` in its segment."""
@@ -402,7 +414,7 @@ class _Sentence:
         start, end, _ = self.items[item]
         if role in _FORWARD:
             self.before_adjunct, self.cue_end, self.object = None, end, False
-        elif role in _BACKWARD and self.elsewhere(end):
+        elif role in _BACKWARD and self.elsewhere(end, _ELSEWHERE if role == "negation_after" else _ELSEWHERE | _VIEW):
             return
         if role == "negation_before":
             self.denied = True
@@ -412,6 +424,8 @@ class _Sentence:
             self.denied = self.known = True
         elif role == "uncertainty_before":
             self.doubted = True
+        elif role == "interpretation_before":
+            self.interpreted = True
         elif role == "uncertainty_before_negation":
             self.undeniable = True
         elif role == "negation_after":
@@ -427,11 +441,9 @@ class _Sentence:
                 self.denied = True
         elif role == "uncertainty_after":
             self.doubt_before()
-            if self.descriptors:
-                self.descriptors[-1] = (self.descriptors[-1][0], UNCLEAR)
             self.end_clause(end)
         elif role == "uncertainty_either":
-            if self.before() and not self.mention_follows(item):
+            if (self.before() or self.structures) and not self.mention_follows(item):
                 self.doubt_before()
             else:
                 self.doubted = True
@@ -447,22 +459,24 @@ class _Sentence:
             if self.clause and start - self.clause[-1].end <= _NEAR:
                 self.clause[-1].doubted = True
         elif role == "place":
-            self.after_place = end
-        elif role == "adjunct":
+            self.place_start, self.after_place = start, end
+        elif role in ("adjunct", "cause"):
             if start == self.cue_end:
                 return  # "possibly due to edema"
             if self.before_adjunct is None:
-                self.before_adjunct = (self.denied, self.doubted, self.undeniable)
-            self.denied = self.doubted = self.undeniable = False
+                self.before_adjunct = (self.denied, self.doubted, self.undeniable, self.verb)
+            self.denied = False
+            if role == "adjunct":
+                self.doubted = self.undeniable = self.interpreted = False
         elif role == "affirmed":
             self.end_clause(end)
         elif role == "boundary":
             self.end_clause(end)
             self.settled = UNMENTIONED
 
-    def elsewhere(self, start: int) -> bool:
-        """Whether "on the prior" or the like begins at word `start`."""
-        return any(kind & _ELSEWHERE for kind in self.kinds[start + 1 : start + 3]) and self.words[start] in ("on", "in")
+    def elsewhere(self, start: int, where: int) -> bool:
+        """Whether "on the prior" or the like begins at word `start`, with a word of the kinds `where`."""
+        return any(kind & where for kind in self.kinds[start + 1 : start + 3]) and self.words[start] in ("on", "in")
 
     def unassessed(self, start: int) -> None:
         parts = any(kind & _PART for kind in self.kinds[self.clause_start : start])
@@ -477,12 +491,12 @@ class _Sentence:
         for after in range(item + 1, len(self.items)):
             start, end, meaning = self.items[after]
             if meaning is not None and (
-                "change" in meaning.cues
+                not {"change", "ended"}.isdisjoint(meaning.cues)
                 or (is_not and ("changed" in meaning.cues or meaning.state == NEGATIVE or self.words[start] in _CLEAR))
             ):
                 self.descriptors.append((start, POSITIVE if meaning.state == NEGATIVE else UNCLEAR))
                 return after + 1
-            if not all(kind & _NEUTRAL for kind in self.kinds[start:end]):
+            if not all(kind & (_NEUTRAL | _GENERAL) for kind in self.kinds[start:end]):
                 return 0
         return 0
 
@@ -490,6 +504,9 @@ class _Sentence:
         placed = 0 <= start - self.after_place <= _PLACE_WORDS and not any(
             word in _STOPS or word in _PASSING for word in self.words[max(self.after_place, 0) : start]
         )
+        if "," not in self.words[self.label_end : start]:
+            rows = {row for _, row in meanings}
+            self.labels = [label for label in self.labels if label.row not in rows]
         for role, row in meanings:
             if role == "structures":
                 if self.after_place == start:
@@ -499,11 +516,10 @@ class _Sentence:
                 self.structures.append((start, row))
                 continue
             denied = self.denied or self.after_normal == start
-            if placed and self.denied and self.clause:
+            if placed and self.denied and self.place_start > self.cue_end:
                 denied = False
-            doubted = self.doubted or self.alternative or role == "doubtful"
+            doubted = self.doubted or (self.interpreted and row != _OPACITY) or self.alternative or role == "doubtful"
             aside = self.before_adjunct is not None or (placed and bool(self.clause))
-            self.labels = [label for label in self.labels if label.row != row]
             self.object = True
             self.clause.append(_Mention(row, denied, doubted, self.undeniable, end, aside))
         if any(role != "structures" for role, _ in meanings):
@@ -516,8 +532,6 @@ class _Sentence:
             answer = self.kinds[start] & (_NO | _DOUBT) and self.before() and self.answers(start)
             if answer:
                 (self.deny_before if answer == _NO else self.doubt_before)()
-                if answer == _DOUBT and self.descriptors:
-                    self.descriptors[-1] = (self.descriptors[-1][0], UNCLEAR)
                 while item < len(self.items) and self.words[self.items[item][0]] not in _STOPS:
                     item += 1
                 continue
@@ -541,7 +555,7 @@ class _Sentence:
                 if after:
                     item, self.comma, self.verb = after, False, verb
                     continue
-                if self.labels and not self.clause and start == self.clause_start:
+                if self.labels and start == self.label_end:
                     self.denied_label = True
             if self.words[start] in ("or", "nor"):
                 self.separate(item)
