@@ -104,7 +104,8 @@ class OTDRGConfig(PreTrainedConfig):
         predictor_dropout (`float`, defaults to 0.0):
             Dropout of the label predictor.
         predicted_state_ratio (`float`, defaults to 0.0):
-            Share of training studies conditioned on predicted instead of given states (0 is the paper).
+            Share of training studies conditioned on predicted instead of given states (0 is the paper), drawn by
+            the model's `expand_finding_text`.
         finding_thresholds (`list[float]`, *optional*):
             14 probabilities above which a finding is predicted positive; without them the likeliest state wins.
         lora (`dict`, *optional*):
@@ -134,6 +135,7 @@ class OTDRGConfig(PreTrainedConfig):
     """
 
     model_type = "otdrg"
+    keys_to_ignore_at_inference = ("cache", "past_key_values", "hidden_states", "attentions", "image_outputs")
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig, "label_encoder_config": AutoConfig}  # noqa: RUF012
 
     _CHOICES = {  # noqa: RUF012

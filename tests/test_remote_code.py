@@ -101,7 +101,7 @@ folder, out, images, killed_at = sys.argv[1], sys.argv[2], json.loads(sys.argv[3
 
 def collate(rows):
     reports, states = [row["report"] for row in rows], [row["states"] for row in rows]
-    return dict(processor(images=[row["images"] for row in rows], report=reports, finding_states=states))
+    return processor(images=[row["images"] for row in rows], report=reports, finding_states=states)
 
 class Kill(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
@@ -126,7 +126,10 @@ def train(name, resume, callbacks):
         save_strategy="steps", save_steps=2, use_cpu=True, report_to="none", remove_unused_columns=False,
         disable_tqdm=True,
     )
-    trainer = Trainer(model, arguments, data_collator=collate, train_dataset=rows, callbacks=callbacks)
+    def collate_expanded(rows):
+        return model.expand_finding_text(**collate(rows))
+
+    trainer = Trainer(model, arguments, data_collator=collate_expanded, train_dataset=rows, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=resume)
     changed = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
     assert changed == {name for name in before if any(part in name for part in trained)}, changed

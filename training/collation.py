@@ -53,7 +53,8 @@ class ReportCollator:
     """Batches for the report stage, of rows as [`collate_views`] takes them.
 
     Training batches hold the reports as targets and the true states that condition the LLM. Evaluation batches never
-    hold true states, so the model conditions on the ones it predicts.
+    hold true states, so the model conditions on the ones it predicts. The label text is written out afterwards, by the
+    model's `expand_finding_text`, which knows the states it predicts.
 
     Args:
         processor: the model's.

@@ -82,14 +82,34 @@ def test_training_batches_hold_the_truth(processor, studies):
 def test_given_states_change_the_report(model, processor, studies):
     rows = len(studies)
     states = [np.full((rows, len(FINDINGS)), state) for state in (1, 2)]
+    for given in states:
+        given[:, FINDINGS.index("no_finding")] = 0
     positive, negative = (generate_reports(model, processor, studies, 4, GENERATION, given) for given in states)
-    assert (positive.finding_states == 1).all() and (negative.finding_states == 2).all()
+    assert (positive.finding_states == states[0]).all() and (negative.finding_states == states[1]).all()
     assert positive.reports != negative.reports
     predicted = generate_reports(model, processor, studies, 4, GENERATION)
     as_predicted = generate_reports(model, processor, studies, 4, GENERATION, np.full((rows, len(FINDINGS)), -1))
     assert as_predicted.reports == predicted.reports
     with pytest.raises(ValueError, match=r"finding_states has shape \(1, 14\): expected \(6, 14\)"):
         generate_reports(model, processor, studies, 4, GENERATION, states[0][:1])
+
+
+def test_generate_reports_with_partly_given_states_conditions_as_the_model_does(model, processor, studies):
+    given = np.full((len(studies), len(FINDINGS)), -1)
+    given[:4, FINDINGS.index("edema")] = 1
+    batch = processor(images=[row["images"] for row in studies])
+    with torch.no_grad():
+        logits = model(pixel_values=batch["pixel_values"], view_mask=batch["view_mask"]).finding_logits
+    healthy = torch.zeros_like(logits)
+    healthy[..., 0], healthy[:, FINDINGS.index("no_finding"), 1] = 5.0, 9.0
+    hook = model.finding_predictor.register_forward_hook(lambda *_: healthy[: len(_[2])])
+    try:
+        written = generate_reports(model, processor, studies, 4, GENERATION, given)
+    finally:
+        hook.remove()
+    assert (written.finding_states == model.condition_states(healthy, torch.from_numpy(given)).numpy()).all()
+    # Beside a positive finding that is given, No Finding is not predicted.
+    assert written.finding_states[:, FINDINGS.index("no_finding")].tolist() == [0] * 4 + [1] * (len(studies) - 4)
 
 
 @pytest.mark.parametrize("collator", ["prompt", "report"])

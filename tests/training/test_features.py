@@ -36,9 +36,9 @@ def encoded(monkeypatch):
     counts = []
     encode = OTDRGForReportGeneration.encode_views
 
-    def counting(self, pixel_values, view_mask=None):
+    def counting(self, pixel_values, *arguments, **options):
         counts.append(len(pixel_values))
-        return encode(self, pixel_values, view_mask)
+        return encode(self, pixel_values, *arguments, **options)
 
     monkeypatch.setattr(OTDRGForReportGeneration, "encode_views", counting)
     return counts
