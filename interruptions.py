@@ -25,6 +25,7 @@ _SYSTEM = (*FULL, errno.EMFILE, errno.ENFILE, errno.EROFS, errno.ENOTCONN, errno
 _POLL_SECONDS = 0.5
 
 _QUOTED = re.compile(r"""b?'[^']*(?:'|$)|b?"[^"]*(?:"|$)""")
+_ADDRESS = re.compile(r" ?<[\w.]+ object at 0x[0-9a-f]+>")
 _LONGEST_REASON = 300
 
 
@@ -134,7 +135,7 @@ def fault_of_study(error: Exception, quotes: bool = True) -> str:
     """
     if isinstance(error, ImportError) or is_system_fault(error):
         raise error
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    line = next((line.strip() for line in _ADDRESS.sub("", str(error)).splitlines() if line.strip()), "")
     if not quotes:
         line = _QUOTED.sub("'...'", line)
     line = line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]}..."

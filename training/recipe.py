@@ -106,6 +106,7 @@ class StudiesRecipe(Section):
     )
 
     def __post_init__(self):
+        _need(self.shuffle_buffer > 0, "studies.shuffle_buffer", self.shuffle_buffer, "a positive number of studies")
         super().__post_init__()
         _need(
             not self.streaming or self.source == "prepared", "studies.source", self.source, "prepared, to be streamed"

@@ -125,7 +125,6 @@ def _run_stages(recipe: Recipe, state: PartialState, resume: bool, overwrite: bo
             record.begin_stage(stage, last_checkpoint(folder) if goes_on else None)
             if state.is_main_process:
                 folder.mkdir(parents=True, exist_ok=True)
-                write_json(folder / STARTED, stage_start(recipe, data, state.num_processes, previous))
             set_seed(recipe.seed)
             # The other stages do not compute with the LLM, and leave folders that anything can load.
             quantization = recipe.model.quantization if stage == "report" else None
@@ -135,6 +134,8 @@ def _run_stages(recipe: Recipe, state: PartialState, resume: bool, overwrite: bo
                 model, processor = load_model(previous, recipe.model, quantization)
             if position == 0:
                 check_model(recipe, model, pending)
+            if state.is_main_process:
+                write_json(folder / STARTED, stage_start(recipe, data, state.num_processes, previous))
             module = import_module(f".{STAGES[stage]}", __package__)
             model, results[stage] = module.run(recipe, studies, model, processor, folder, goes_on)
             published = output / "model" if stage == "report" else folder

@@ -386,4 +386,4 @@ def test_label_ended_by_a_signal_says_what_is_kept(built, monkeypatch, capsys, s
     assert main(["label", str(built)]) == status
     error = capsys.readouterr().err.splitlines()[-1]
     told = "terminated (SIGTERM)" if stop is Terminated else "interrupted"
-    assert error.startswith(f"otdrg label: {told}; 5 whole shards are kept in {built}.partial; --resume goes on")
+    assert error.startswith(f"otdrg label: {told}; 4 whole shards are kept in {built}.partial; --resume goes on")

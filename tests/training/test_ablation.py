@@ -372,7 +372,7 @@ def test_ablate_failure_before_training_starts_no_other_run(recipe, tmp_path):
     assert not any(run.log.exists() for run in plan.runs[1:])
 
 
-def test_ablate_killed_ends_its_runs_and_is_gone_on_with(recipe, tmp_path):
+def test_ablate_killed_ends_its_runs_and_leaves_no_lock(recipe, tmp_path, capsys):
     longer = ["report.max_steps=100000", "report.logging_steps=1000", "report.save_steps=100000"]
     command = [sys.executable, "-m", "otdrg.cli", "ablate", str(recipe), *longer, "--tables", "modules"]
     command += ["--seeds", "1", "--output", str(tmp_path / "out")]
@@ -383,8 +383,8 @@ def test_ablate_killed_ends_its_runs_and_is_gone_on_with(recipe, tmp_path):
     while not (baseline / "report" / "started.json").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     (child,) = [one for one in psutil.Process(process.pid).children() if "otdrg.train_hf" in one.cmdline()]
-    locked = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert locked.returncode == 1 and f"is being written by process {process.pid} on " in locked.stderr
+    assert main(command[3:]) == 1
+    assert f"is being written by process {process.pid} on " in capsys.readouterr().err
     with pytest.raises(OutputLockedError, match=f"process {child.pid} on "), OutputLock(baseline):
         pass
     process.kill()
