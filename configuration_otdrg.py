@@ -479,13 +479,13 @@ def _check_counts(place: str, fields: dict) -> None:
         for pattern, most in _MAXIMUM_COUNTS.items():
             if pattern.search(str(name)):
                 for count in _integers(value):
-                    if count > most:
-                        raise ValueError(f"OTDRGConfig.{place}{name}={_shown(value)}: expected at most {most:,}")
+                    if not 0 <= count <= most:
+                        raise ValueError(f"OTDRGConfig.{place}{name}={_shown(value)}: expected 0 to {most:,}")
 
 
 def _integers(value) -> Iterator[int]:
     values = value if isinstance(value, (list, tuple)) else [value]
-    yield from (count for count in values if _is_int(count))
+    yield from (count for count in values if _is_int(count, -math.inf))
 
 
 def _sub_config(field: str, value, default: str | None = None) -> PreTrainedConfig | None:

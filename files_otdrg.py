@@ -96,7 +96,7 @@ def describe(error: BaseException) -> str:
 
 
 def _is_deep(content: Any) -> bool:
-    level = [content]
+    level = [content] if isinstance(content, (dict, list)) else []
     for _ in range(MAXIMUM_DEPTH):
         level = [
             inner

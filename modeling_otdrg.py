@@ -34,21 +34,21 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import can_return_tuple, is_peft_available, logging
 
-from .configuration_otdrg import FINDING_TEXT_TOKEN, OTDRGConfig, resolve_backbone
+from .configuration_otdrg import FINDING_TEXT_TOKEN, OTDRGConfig, place_of, resolve_backbone
 from .findings_otdrg import FINDING_STATES, FINDINGS, POSITIVE, UNMENTIONED, check_finding_states
 from .weights_otdrg import (
     HUB_KEYWORDS,
     adapter_weights,
     backbone_weights,
     check_other_weights,
-    check_size,
+    check_shapes,
     check_weights,
-    count_weights,
     load_backbone,
     read_adapter,
     read_stated,
     record_sha256,
     remove_former_weights,
+    weight_shapes,
 )
 
 if is_peft_available():
@@ -648,7 +648,7 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
                 described = config
                 if not isinstance(config, PreTrainedConfig):
                     described = cls.config_class.from_pretrained(config or source, **hub)
-                check_size(source, cls._on_meta(described), count_weights(files))
+                check_shapes(place_of(source, hub), cls._on_meta(described), weight_shapes(files))
             loaded = super().from_pretrained(source, *model_args, config=config, **hub, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.settle_quantization()
@@ -677,7 +677,11 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
         for field in ("backbone_sha256", "backbone_revisions"):
             setattr(config, field, stated.get(field))
         weights, lora = read_adapter(source, config, files, **hub)
-        check_size(source, cls._on_meta(config), sum(map(torch.numel, [*weights.values(), *lora.values()])))
+        check_shapes(
+            place_of(source, hub),
+            cls._on_meta(config),
+            {name: tuple(weight.shape) for name, weight in (weights | lora).items()},
+        )
         wanted = {field: getattr(config, field) for field in ("lora", "vision_lora")}
         # Behind the LLM's weights, which may have been packed by then: peft's layers follow what they are laid over.
         config.lora = config.vision_lora = None

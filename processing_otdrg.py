@@ -45,6 +45,7 @@ from .configuration_otdrg import (
 from .findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, check_finding_states, parse_findings
 from .image_processing_otdrg import read_view
 
+_PLACEHOLDERS = (IMAGE_TOKEN, FINDING_TOKEN, FINDING_TEXT_TOKEN)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # In front of an LLM's own chat template: messages of images and texts become strings, each image its placeholder.
@@ -136,7 +137,11 @@ class OTDRGProcessor(ProcessorMixin):
             "finding_text": (finding_text, finding_text in ("mentioned", "all", "none"), "mentioned, all or none"),
             "dle": (dle, isinstance(dle, bool), "true or false"),
             "fiot": (fiot, isinstance(fiot, bool), "true or false"),
-            "prompt": (prompt, isinstance(prompt, str), "a string"),
+            "prompt": (
+                prompt,
+                isinstance(prompt, str) and not any(token in prompt for token in _PLACEHOLDERS),
+                f"a string without {', '.join(_PLACEHOLDERS)}",
+            ),
         }
         for side, size in dict(getattr(image_processor, "size", None) or {}).items():
             fields[f"size.{side}"] = (size, _is_count(size, MAXIMUM_IMAGE_SIZE), f"1 to {MAXIMUM_IMAGE_SIZE:,}")
@@ -152,7 +157,7 @@ class OTDRGProcessor(ProcessorMixin):
         self.prompt = prompt
         self.max_image_pixels = max_image_pixels
         self.image_token = IMAGE_TOKEN
-        for token in (IMAGE_TOKEN, FINDING_TOKEN, FINDING_TEXT_TOKEN):
+        for token in _PLACEHOLDERS:
             if token not in tokenizer.get_added_vocab():
                 raise ValueError(f"the tokenizer has no {token!r}: call OTDRGConfig.bind_tokenizer(tokenizer) first")
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)

@@ -163,40 +163,47 @@ def _with_variant(name: str, variant: str | None) -> str:
     return f"{stem}.{variant}.{suffix}" if variant else name
 
 
-def count_weights(files: Mapping[str, Path]) -> int:
-    """How many numbers safetensors files hold, read from their headers.
+def weight_shapes(files: Mapping[str, Path]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights in safetensors files by name, read from their headers.
 
     Raises:
         OSError: one is not a safetensors file.
     """
-    count = 0
+    shapes: dict[str, tuple[int, ...]] = {}
     for path in files.values():
         try:
             with safe_open(path, framework="pt") as file:
-                count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise OSError(f"{path} is not a whole safetensors file: {' '.join(str(error).split())}") from None
-    return count
+    return shapes
 
 
-def check_size(source: str | os.PathLike, model: torch.nn.Module, count: int) -> None:
-    """Refuse a configuration that describes a far larger model than there are weights for.
+def check_shapes(place: str, model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a configuration that describes another model than the weights are of.
 
-    transformers would draw the missing ones, however much memory they take.
+    transformers would make the weights that do not fit or are missing, however much memory they take.
 
     Args:
-        source: folder or Hub id, for the message.
+        place: folder or Hub id, for the message.
         model: made by the configuration, on the device "meta".
-        count: numbers in the weight files.
+        shapes: of the weights that are there; those of other names are not compared.
 
     Raises:
-        ValueError: the model is larger.
+        ValueError: a weight has another shape, or the model is far larger.
     """
-    expected = sum(weight.numel() for weight in model.state_dict().values())
+    described = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    for name, shape in shapes.items():
+        if described.get(name, shape) != shape:
+            raise ValueError(
+                f"{os.path.join(place, CONFIG_NAME)}: it describes {name} of shape {described[name]}, and the weights "
+                f"have {shape}: expected the configuration that was saved with the weights"
+            )
+    expected, count = (sum(map(math.prod, it.values())) for it in (described, shapes))
     if expected > _MOST_NEW_SHARE * count + _MOST_NEW:
         raise ValueError(
-            f"{source}: {CONFIG_NAME} describes a model of {expected:,} weights, and {count:,} are there: expected the "
-            "configuration that was saved with the weights"
+            f"{os.path.join(place, CONFIG_NAME)}: it describes a model of {expected:,} weights, and {count:,} are "
+            "there: expected the configuration that was saved with the weights"
         )
 
 
@@ -489,9 +496,8 @@ __all__ = [
     "adapter_weights",
     "backbone_weights",
     "check_other_weights",
-    "check_size",
+    "check_shapes",
     "check_weights",
-    "count_weights",
     "load_backbone",
     "read_adapter",
     "read_stated",
@@ -499,4 +505,5 @@ __all__ = [
     "remove_former_weights",
     "sha256",
     "weight_files",
+    "weight_shapes",
 ]

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from transformers import AutoTokenizer, GenerationConfig
+import torch
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 from ..configuration_otdrg import OTDRGConfig
@@ -22,15 +23,26 @@ _MODEL_FILES = (_CONFIG, _GENERATION, "model.safetensors.index.json")
 _TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", _TOKENIZER)
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+#: A view to try a model on.
+_VIEW = np.tile(np.arange(64, dtype=np.uint8), (64, 1))
 #: Fields that a configuration and its processor share.
 _SHARED_FIELDS = ("image_tokens", "view_fusion", "dle", "fiot", "finding_text")
-#: Fields of a generation configuration, and the type of their values where they are not null.
-_GENERATION_TYPES: dict[type | tuple[type, ...], tuple[str, ...]] = {
-    int: ("num_beams", "max_new_tokens", "max_length", "min_new_tokens", "min_length", "num_return_sequences", "top_k"),
-    (int, float): ("temperature", "top_p", "repetition_penalty", "length_penalty", "guidance_scale"),
-    bool: ("do_sample", "use_cache"),
-    (int, list): ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
-    list: ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids"),
+#: Fields of a generation configuration that hold token ids, alone or in lists.
+_TOKEN_FIELDS = (
+    *(f"{name}_token_id" for name in ("bos", "eos", "pad", "decoder_start", "forced_bos", "forced_eos")),
+    *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids"),
+)
+#: Other fields, with the least and the largest value that is taken.
+_WHOLE_FIELDS = {
+    **dict.fromkeys(("max_new_tokens", "max_length"), (1, 131_072)),
+    **dict.fromkeys(("min_new_tokens", "min_length", "no_repeat_ngram_size"), (0, 131_072)),
+    **dict.fromkeys(("num_beams", "num_return_sequences"), (1, 1024)),
+    "top_k": (0, 2**31),
+}
+_NUMBER_FIELDS = {
+    **dict.fromkeys(("temperature", "top_p", "guidance_scale"), (0, 1e6)),
+    "repetition_penalty": (1e-6, 1e6),
+    "length_penalty": (-1e6, 1e6),
 }
 
 
@@ -51,14 +63,15 @@ def read_config(name: str | os.PathLike, **hub) -> OTDRGConfig:
 
 def read_processor(name: str | os.PathLike, **hub) -> OTDRGProcessor:
     """The processor of a model, tried on one view; arguments and errors as of [`read_config`]."""
+    # The tokenizer reads the configuration, too.
+    read_config(name, **hub)
     with _naming_files(name, hub, (*_TOKENIZER_FILES, *_IMAGE_FILES, *_TEMPLATE_FILES)):
         processor = OTDRGProcessor.from_pretrained(name, **hub)
-    view = np.tile(np.arange(64, dtype=np.uint8), (64, 1))
     tried: tuple[tuple[Callable[[], Any], tuple[str, ...]], ...] = (
-        (lambda: processor.encode_images([view]), _IMAGE_FILES),
+        (lambda: _expect_finite(processor), _IMAGE_FILES),
         (processor.default_prompt, _TEMPLATE_FILES),
         (lambda: _expect_image(processor), _TEMPLATE_FILES),
-        (lambda: processor.encode_text([1], report=["The lungs are clear."]), (_TOKENIZER,)),
+        (lambda: processor.encode_text([1], report=["The lungs are clear."]), ("tokenizer_config.json", _TOKENIZER)),
     )
     for use, files in tried:
         try:
@@ -79,47 +92,78 @@ def read_model(name: str | os.PathLike, may_lack: bool = False, **arguments) -> 
     hub = {key: arguments[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in arguments}
     with _naming_files(name, hub, _MODEL_FILES):
         model, info = OTDRGForReportGeneration.from_pretrained(name, output_loading_info=True, **arguments)
-    missing = sorted(info["missing_keys"])
-    if missing and not may_lack:
-        raise ValueError(
-            f"{_first(name, hub, (_CONFIG,))}: {len(missing):,} weights of the model it describes are missing, such as "
-            f"{missing[0]}: expected the configuration that was saved with the weights"
-        )
-    path = _first(name, hub, (_GENERATION,))
-    for types, fields in _GENERATION_TYPES.items():
-        for field in fields:
-            value = getattr(model.generation_config, field, None)
-            is_right = isinstance(value, types) and (types is bool or not isinstance(value, bool))
-            if value is not None and not is_right:
-                raise ValueError(f"{path}: {field} is {value!r}, expected {_type_names(types)} or null")
+    if not may_lack:
+        for kind, state in (("missing_keys", "missing"), ("unexpected_keys", "not of the model it describes")):
+            if info[kind]:
+                raise ValueError(
+                    f"{_first(name, hub, (_CONFIG,))}: {len(info[kind]):,} weights are {state}, such as "
+                    f"{min(info[kind])}: expected the configuration that was saved with the weights"
+                )
+    _check_generation(_first(name, hub, (_GENERATION,)), model)
     return model
 
 
+def _check_generation(path: str, model: OTDRGForReportGeneration) -> None:
+    """transformers reads a generation configuration without looking at the values."""
+    vocabulary = model.config.text_config.vocab_size
+
+    def is_token(value: Any) -> bool:
+        if isinstance(value, list):
+            return all(map(is_token, value))
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocabulary
+
+    for field in (*_TOKEN_FIELDS, *_WHOLE_FIELDS, *_NUMBER_FIELDS):
+        value = getattr(model.generation_config, field, None)
+        if value is None:
+            continue
+        if field in _TOKEN_FIELDS:
+            is_right, expected = is_token(value), f"token ids from 0 to {vocabulary - 1}"
+        else:
+            least, most = (_WHOLE_FIELDS | _NUMBER_FIELDS)[field]
+            is_number = isinstance(value, int if field in _WHOLE_FIELDS else (int, float))
+            is_right = is_number and not isinstance(value, bool) and least <= value <= most
+            expected = f"a number from {least:,} to {most:,}"
+        if not is_right:
+            raise ValueError(f"{path}: {field} is {value!r}, expected {expected} or null")
+
+
 def check_fit(name: str | os.PathLike, model: OTDRGForReportGeneration, processor: OTDRGProcessor, **hub) -> None:
-    """Whether a model and its processor agree on how a study is written.
+    """Whether a model and its processor agree on how a study is written, and the encoder reads the processor's views.
 
     Raises:
-        ValueError: they differ; the message names the file and the field.
+        ValueError: they differ; the message names the file.
     """
     path = _first(name, hub, ("processor_config.json",))
     for field in _SHARED_FIELDS:
         ours, theirs = getattr(processor, field), getattr(model.config, field)
         if ours != theirs:
             raise ValueError(f"{path}: {field} is {ours!r}, expected {theirs!r} as in {_CONFIG}")
+    size, side = dict(processor.image_processor.size), model.config.image_size
+    if size != {"height": side, "width": side}:
+        path = _first(name, hub, _IMAGE_FILES)
+        raise ValueError(f"{path}: size is {size}, expected height and width of {side} as image_size in {_CONFIG}")
     if processor.image_token_id != model.config.image_token_id:
         raise ValueError(
             f"{_first(name, hub, (_TOKENIZER,))}: {processor.image_token!r} is token {processor.image_token_id}, "
             f"expected {model.config.image_token_id} as in {_CONFIG}"
         )
+    inputs = processor.encode_images([_VIEW])
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.device, model.dtype)
+    try:
+        with torch.inference_mode():
+            model.encode_views(inputs["pixel_values"], inputs["view_mask"].to(model.device))
+    except Exception as error:
+        raise ValueError(f"{_first(name, hub, (_CONFIG,))}: the vision encoder fails: {describe(error)}") from error
+
+
+def _expect_finite(processor: OTDRGProcessor) -> None:
+    if not processor.encode_images([_VIEW])["pixel_values"].isfinite().all():
+        raise ValueError("views become values that are not finite: expected image_mean and image_std of pixels")
 
 
 def _expect_image(processor: OTDRGProcessor) -> None:
     if processor.default_prompt().count(processor.image_token) != 1:
         raise ValueError(f"the chat template does not write {processor.image_token} once for an image")
-
-
-def _type_names(types: type | tuple[type, ...]) -> str:
-    return " or ".join(kind.__name__ for kind in (types if isinstance(types, tuple) else (types,)))
 
 
 # --- which file is damaged -------------------------------------------------------------------------------------------
@@ -132,8 +176,10 @@ def _naming_files(name: str | os.PathLike, hub: dict[str, Any], files: tuple[str
         _check_files(name, hub, files)
     try:
         yield
-    except (ImportError, MemoryError):
+    except MemoryError:
         raise
+    except ImportError as error:
+        raise ImportError(f"{_first(name, hub, files)}: {describe(error)}") from error
     except Exception as error:
         _raise_named(name, hub, files, error)
     if not os.path.isdir(name):
@@ -166,11 +212,22 @@ def _raise_named(name: str | os.PathLike, hub: dict[str, Any], files: tuple[str,
         try:
             load(name, **hub)
         except Exception as cause:
-            raise ValueError(f"{_path(name, hub, file)}: {describe(cause)}") from error
-    if isinstance(error, OSError):
+            if file == _TOKENIZER and _is_tokenizer(_path(name, hub, file)):
+                file = "tokenizer_config.json"
+            raise ValueError(f"{_first(name, hub, (file,))}: {describe(cause)}") from error
+    if isinstance(error, OSError) and not (os.path.isdir(name) and any(_path(name, hub, file) for file in files)):
         raise error  # the folder or the Hub lacks something, and says so
     rest = tuple(file for file in files if file in (*_IMAGE_FILES, _CONFIG))
     raise ValueError(f"{_first(name, hub, rest)}: {describe(error)}") from error
+
+
+def _is_tokenizer(path: str) -> bool:
+    """Whether a tokenizer.json by itself is whole."""
+    try:
+        PreTrainedTokenizerFast(tokenizer_file=path)
+    except Exception:
+        return False
+    return True
 
 
 def _path(name: str | os.PathLike, hub: dict[str, Any], file: str) -> str | None:
