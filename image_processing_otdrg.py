@@ -101,7 +101,7 @@ def read_view(view, max_pixels: int = MAX_PIXELS, name: str | None = None) -> Im
     """
     path = os.fsdecode(view) if isinstance(view, (str, os.PathLike)) else None
     kind, read = _reader(view)
-    name = shown_name(name or path or kind)
+    name = shown_name(name or (kind if path is None else path))
     try:
         with warnings.catch_warnings():
             # Pillow's and pydicom's, which quote what a file holds.
@@ -218,6 +218,7 @@ def _most_bytes(max_pixels: int) -> int:
 
 
 def _check_regular(path: str) -> None:
+    """Before a file is opened: a pipe without a writer would never answer."""
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -229,14 +230,15 @@ def _file_bytes(path: str, limit: int) -> bytes:
     try:
         _check_regular(path)
         with open(path, "rb") as file:
-            data = file.read(limit + 1)
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(limit + 1) if size <= limit else b""  # a file of the system may hold more than it says
     except OSError as error:
         raise _Refusal(f"cannot be read ({error.strerror or type(error).__name__})") from error
     except ValueError as error:
         if isinstance(error, _Refusal):
             raise
         raise _Refusal(f"cannot be read ({_line(error)})") from error
-    if len(data) > limit:
+    if max(size, len(data)) > limit:
         raise _Refusal(f"the file has more than {limit:,} bytes, expected an image of fewer")
     return data
 
@@ -247,7 +249,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, request, response, code, message, headers, url):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https"):
-            raise _Refusal("redirects to what is not an http(s) URL, not followed")
+            return None
         try:
             port = parts.port or (443 if parts.scheme == "https" else 80)
             found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
@@ -322,6 +324,8 @@ def _download(url: str, limit: int) -> bytes:
     except _Refusal:
         raise
     except urllib.error.HTTPError as error:
+        if 300 <= error.code < 400:
+            raise _Refusal("redirects to what is not an http(s) URL, or too often, not followed") from error
         # Its own text may hold a URL, and a URL a password.
         status = http.client.responses.get(error.code, "")
         raise _Refusal(f"cannot be read (HTTP status {error.code} {status})".replace(" )", ")")) from error
@@ -355,7 +359,7 @@ def _from_bytes(view, name: str, max_pixels: int) -> Image.Image:
         kind = _kind(data)
         if data[128:132] != b"DICM" and kind:
             raise _Refusal(f"a {kind} file called DICOM, expected DICOM: rename it")
-        return _from_dicom(_dicom_dataset(data), name, max_pixels)
+        return _from_dicom(_dicom_dataset(data, max_pixels), name, max_pixels)
     try:
         return _decoded(_opened(data), data, max_pixels)
     except (ImportError, _Refusal):
@@ -636,10 +640,10 @@ def _pydicom():
     return import_module("pydicom"), import_module("pydicom.pixels")
 
 
-def _dicom_dataset(data: bytes):
+def _dicom_dataset(data: bytes, max_pixels: int):
     pydicom, _ = _pydicom()
     try:
-        _check_dicom_size(data, _most_bytes(MAX_PIXELS))
+        _check_dicom_size(data, _most_bytes(max_pixels))
         dataset = pydicom.dcmread(io.BytesIO(data), force=True)
         if "TransferSyntaxUID" not in dataset.file_meta:  # a file from before Part 10, without a preamble
             implicit, little_endian = dataset.original_encoding
