@@ -1043,16 +1043,12 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
             )
         return inputs_embeds.masked_scatter(placeholders[:, :, None], features[mask].to(inputs_embeds.dtype))
 
-    def _place_study(
-        self, input_ids, inputs_embeds, image_features, image_mask, finding_states, label_features=None
-    ) -> torch.Tensor:
+    def _place_study(self, input_ids, inputs_embeds, image_features, image_mask, label_features) -> torch.Tensor:
         """`inputs_embeds` with image tokens and, with FIOT, label tokens (eqs. 4 and 5) in their places."""
         inputs_embeds = self._place_features("image", input_ids, inputs_embeds, image_features, image_mask)
-        if not self.config.fiot:
-            return inputs_embeds
         if label_features is None:
-            label_features = self.get_label_features(finding_states)
-        every_label = torch.ones_like(finding_states, dtype=torch.bool)
+            return inputs_embeds
+        every_label = torch.ones(label_features.shape[:2], dtype=torch.bool, device=label_features.device)
         return self._place_features("finding", input_ids, inputs_embeds, label_features, every_label)
 
     def _finding_text(self, states: list[int]) -> list[int]:
@@ -1319,7 +1315,9 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
             figures["finding_logits"] = study.finding_logits
             if supervised:
                 figures["predictor_loss"] = self._predictor_loss(study.finding_logits, finding_labels)
-        elif finding_labels is not None or (inputs_embeds is None and not _is_filled(cache)):
+        elif finding_labels is not None or (
+            not _is_filled(cache) and (inputs_embeds is None or finding_states is not None)
+        ):
             raise ValueError("no image: pixel_values is missing, and a report is never written from nothing")
 
         if prompted:
@@ -1333,9 +1331,7 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
                 states = study.finding_states
                 image_features, image_mask = self.project_views(study.view_features, study.view_mask)
                 label_features = self.get_label_features(states) if self.config.fiot else None
-                inputs_embeds = self._place_study(
-                    input_ids, inputs_embeds, image_features, image_mask, states, label_features
-                )
+                inputs_embeds = self._place_study(input_ids, inputs_embeds, image_features, image_mask, label_features)
                 if not report_only:
                     figures["image_outputs"] = BaseModelOutputWithPooling(
                         last_hidden_state=self._report_features(study.view_features),
@@ -1445,10 +1441,10 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
         prompt = {"input_ids": input_ids, "attention_mask": attention_mask}
         inputs = self._read_prompt(prompt, pixel_values, view_mask, view_features, finding_states)
         image_features, image_mask = self.project_views(inputs["view_features"], inputs["view_mask"])
+        label_features = self.get_label_features(inputs["finding_states"]) if self.config.fiot else None
         embeddings = self.get_input_embeddings()(inputs["input_ids"])
-        return self._place_study(
-            inputs["input_ids"], embeddings, image_features, image_mask, inputs["finding_states"]
-        ), inputs["attention_mask"]
+        embeddings = self._place_study(inputs["input_ids"], embeddings, image_features, image_mask, label_features)
+        return embeddings, inputs["attention_mask"]
 
     # -- generation -----------------------------------------------------------------------------------------------
 
@@ -1521,8 +1517,12 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
         }
-        has_views = pixel_values is not None or view_features is not None
-        if has_views or (inputs_embeds is None and not _is_filled(kwargs.get("cache", kwargs.get("past_key_values")))):
+        needs_views = inputs_embeds is None or finding_states is not None
+        if (
+            pixel_values is not None
+            or view_features is not None
+            or (needs_views and not _is_filled(kwargs.get("cache", kwargs.get("past_key_values"))))
+        ):
             prompt = self._read_prompt(prompt, pixel_values, view_mask, view_features, finding_states)
             if given is None and inputs_embeds is None:
                 given = self._default_prompt(prompt["view_mask"])["input_ids"]

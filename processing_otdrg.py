@@ -314,7 +314,8 @@ class OTDRGProcessor(ProcessorMixin):
 
     def _check_names(self, kwargs: dict) -> None:
         """Raise `ValueError` where an argument is not known, or known to tokenizers and not used here."""
-        image_arguments = {*ImagesKwargs.__annotations__, *self.image_processor.valid_kwargs.__annotations__}
+        own = getattr(self.image_processor, "valid_kwargs", ImagesKwargs)
+        image_arguments = {*ImagesKwargs.__annotations__, *own.__annotations__}
         for name, value in {**kwargs, **kwargs.get("text_kwargs", {})}.items():
             if name in {"text_kwargs", "images_kwargs", "common_kwargs"} | _TEXT_ARGUMENTS | image_arguments:
                 continue

@@ -384,6 +384,14 @@ def test_generate_from_other_embeddings_gives_other_scores(model, inputs):
     assert not any(torch.allclose(one, two) for one, two in zip(plain.scores, other.scores, strict=True))
 
 
+def test_states_without_views_are_refused(model, inputs):
+    embeddings = model.get_input_embeddings()(inputs["input_ids"])
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="no image: pixel_values is missing"):
+            call(inputs_embeds=embeddings, finding_states=torch.zeros(BATCH, 14, dtype=torch.long))
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", sorted({CACHE, "past_key_values"}))
 def test_generate_goes_on_from_a_cache(model, inputs, name):
     arguments = {**GREEDY, "output_scores": True, "eos_token_id": -1, "pad_token_id": 0}

@@ -87,7 +87,7 @@ def test_a_model_that_is_not_told_of_findings_has_no_contradictions(generate, bu
     assert status == 0 and "contradictions" not in rows_of(shown)[0]
     status, _, error = generate("--study", paths[0], "--findings", "edema=positive", model=tmp_path)
     assert status == 1
-    one_line(error, "OTDRGConfig.dle=False: this model is not told of findings")
+    one_line(error, "OTDRGConfig.dle=False: this model does not use finding states")
     status, _, error = generate("--study", paths[0], "--heatmap", tmp_path / "maps", model=tmp_path)
     assert status == 1
     one_line(error, "OTDRGConfig.fiot=False: this model has no transport plan")
