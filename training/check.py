@@ -97,8 +97,8 @@ def check_model(recipe: Recipe, model: OTDRGForReportGeneration, pending: Collec
             names = [name for name, _ in towers[field].named_modules()]
             if not any(check_target_module_exists(_targets(lora), name) for name in names if name):
                 raise ValueError(
-                    f"model.overrides.{field}.target_modules={lora['target_modules']!r}: the backbone has no such "
-                    f"module, expected some of {', '.join(_layer_names(towers[field]))}"
+                    f"OTDRGConfig.{field}={lora!r}: Target modules are not in the backbone, expected some of "
+                    f"{', '.join(_layer_names(towers[field]))}"
                 )
 
 

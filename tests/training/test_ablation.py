@@ -360,6 +360,7 @@ def test_ablate_wrong_recipe_starts_no_run(recipe, tmp_path, capsys, override, m
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow  # a process of its own that imports everything
 def test_ablate_failure_before_training_starts_no_other_run(recipe, tmp_path):
     # Found when the model is built.
     overrides = ["model.overrides.vision_config.architecture=nope"]
