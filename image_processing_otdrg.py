@@ -681,14 +681,14 @@ def _check_dicom_size(data: bytes, limit: int) -> None:
 
 def _dicom_blocks(data: bytes, limit: int):
     """What a DICOM file holds, inflated where its transfer syntax is Deflated Explicit VR Little Endian."""
-    if data[128:132] != b"DICM" or b"1.2.840.10008.1.2.1.99" not in data[132:4096]:
+    start = place = 132 if data[128:132] == b"DICM" else 0
+    while data[place : place + 2] == b"\x02\x00" and place + 12 <= len(data):  # the file's meta information
+        long = data[place + 4 : place + 6] in (b"OB", b"OW", b"SQ", b"UN", b"UT", b"UC", b"UR")
+        length = struct.unpack_from("<I", data, place + 8) if long else struct.unpack_from("<H", data, place + 6)
+        place += (12 if long else 8) + length[0]
+    if b"1.2.840.10008.1.2.1.99" not in data[start:place]:
         yield data
         return
-    place = 132
-    while data[place : place + 2] == b"\x02\x00":  # the elements of the file's meta information
-        long = data[place + 4 : place + 6] in (b"OB", b"OW", b"SQ", b"UN", b"UT", b"UC", b"UR")
-        head, kind = (12, "<I") if long else (8, "<H")
-        place += head + struct.unpack(kind, data[place + head - struct.calcsize(kind) : place + head])[0]
     inflate, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
     rest = data[place:]
     while rest and not inflate.eof:
