@@ -598,20 +598,32 @@ def _scaled(array: np.ndarray, alpha: np.ndarray | None = None) -> Image.Image:
     The range is that of the array where alpha (H, W), from 0 to 1, is above 0; it is 0 to 1 where no value is beyond.
     """
     _check_finite(array)
-    shown = array if alpha is None or not (alpha > 0).any() else array[alpha > 0]
-    low, high = (number.item() for number in (shown.min(), shown.max()))
+    low, high = array.min(), array.max()
+    if alpha is not None and (alpha > 0).any():
+        shown = (alpha > 0).reshape(alpha.shape + (1,) * (array.ndim - 2))
+        low, high = array.min(where=shown, initial=high), array.max(where=shown, initial=low)
+    low, high = low.item(), high.item()
     low, high = (0, 1) if low >= 0 and high <= 1 else (low, high)
     if not np.isfinite(float(high) - float(low)):
         raise _Refusal(f"values from {low:g} to {high:g}, expected a range that a double holds")
 
     def shades(values: np.ndarray) -> np.ndarray:
-        values = (values.astype(np.float64) - low) * (255 / max(high - low, 1e-12))
-        return values.clip(0, 255).round().astype(np.uint8)
+        picture = np.empty(values.shape, np.uint8)
+        for rows in _blocks(values):
+            scaled = (values[rows].astype(np.float64) - low) * (255 / max(high - low, 1e-12))
+            picture[rows] = scaled.clip(0, 255).round()
+        return picture
 
     picture = _by_value(array, shades)
-    if alpha is not None:
-        picture = (picture * alpha.reshape(alpha.shape + (1,) * (array.ndim - 2))).round().astype(np.uint8)
+    for rows in _blocks(picture) if alpha is not None else ():
+        opacity = alpha[rows].reshape(alpha[rows].shape + (1,) * (array.ndim - 2))
+        picture[rows] = (picture[rows] * opacity).round()
     return Image.fromarray(np.ascontiguousarray(picture)).convert("RGB")
+
+
+def _blocks(array: np.ndarray) -> list[slice]:
+    """Slices of a few rows, so that no float copy of a large array is made at once."""
+    return [slice(row, row + 256) for row in range(0, len(array), 256)]
 
 
 def _by_value(array: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
@@ -669,14 +681,14 @@ def _check_dicom_size(data: bytes, limit: int) -> None:
 
 def _dicom_blocks(data: bytes, limit: int):
     """What a DICOM file holds, inflated where its transfer syntax is Deflated Explicit VR Little Endian."""
-    if data[128:132] != b"DICM" or b"1.2.840.10008.1.2.1.99" not in data[132:4096]:
+    start = place = 132 if data[128:132] == b"DICM" else 0
+    while data[place : place + 2] == b"\x02\x00" and place + 12 <= len(data):  # the file's meta information
+        long = data[place + 4 : place + 6] in (b"OB", b"OW", b"SQ", b"UN", b"UT", b"UC", b"UR")
+        length = struct.unpack_from("<I", data, place + 8) if long else struct.unpack_from("<H", data, place + 6)
+        place += (12 if long else 8) + length[0]
+    if b"1.2.840.10008.1.2.1.99" not in data[start:place]:
         yield data
         return
-    place = 132
-    while data[place : place + 2] == b"\x02\x00":  # the elements of the file's meta information
-        long = data[place + 4 : place + 6] in (b"OB", b"OW", b"SQ", b"UN", b"UT", b"UC", b"UR")
-        head, kind = (12, "<I") if long else (8, "<H")
-        place += head + struct.unpack(kind, data[place + head - struct.calcsize(kind) : place + head])[0]
     inflate, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
     rest = data[place:]
     while rest and not inflate.eof:

@@ -374,6 +374,8 @@ def test_read_view_of_deflated_dicom_is_bounded(dicom, tmp_path):
     body += b"".join(deflate.compress(block) for _ in range(40)) + deflate.flush()
     path.write_bytes(head[:meta] + body)
     assert "the deflated DICOM file inflates to more than" in refused(path, max_pixels=10_000)
+    path.write_bytes((head[:meta] + body)[132:])  # without a preamble
+    assert "the deflated DICOM file inflates to more than" in refused(path, max_pixels=10_000)
     items = b"\x08\x00\x40\x11SQ\0\0\xff\xff\xff\xff" + b"\xfe\xff\x00\xe0\0\0\0\0" * 200_000
     path.write_bytes(head[:meta] + zlib.compress(items)[2:-4])
     assert "items, expected at most" in refused(path)

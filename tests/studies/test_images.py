@@ -1,6 +1,7 @@
 """The picture that a dataset keeps is the one that `generate` sees, of files of every format, mode, depth and turn."""
 
 import io
+import json
 import struct
 import zlib
 from dataclasses import dataclass
@@ -8,12 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from datasets import Image as ImageFeature
+from datasets import load_from_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from otdrg.image_processing_otdrg import read_view
+from otdrg.studies import load_studies, prepare_studies
+from otdrg.studies.build import BuildOptions
 from otdrg.studies.images import referenced_image, stored_image
 from otdrg.studies.source import SkipStudy
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 # --- files, written without Pillow where it cannot write them --------------------------------------------------------
 
@@ -83,8 +88,7 @@ def tiff(array, photometric, order="<", deflate=False, orientation=1, alpha=None
 
 def pillow(array, mode, kind, orientation=1, **options):
     """A file that Pillow writes, with EXIF in which a name stands."""
-    file, image = io.BytesIO(), Image.fromarray(array).convert(mode)
-    exif = image.getexif()
+    file, image, exif = io.BytesIO(), Image.fromarray(array).convert(mode), Image.Exif()
     exif[0x0112], exif[0x010E] = orientation, "Musterfrau^Erika"
     image.save(file, kind, exif=exif, **options)
     return file.getvalue()
@@ -194,10 +198,10 @@ def make(kind, seed, orientation):
     )
     if name == "MPO":
         file = io.BytesIO()
-        first, second = Image.fromarray(array), Image.fromarray(array[::-1])
-        exif = first.getexif()
+        exif = Image.Exif()
         exif[0x0112], exif[0x010E] = orientation, "Musterfrau^Erika"
-        first.save(file, "MPO", save_all=True, append_images=[second], exif=exif)
+        pages = [Image.fromarray(array[::-1])]
+        Image.fromarray(array).save(file, "MPO", save_all=True, append_images=pages, exif=exif)
         data = file.getvalue()
     plain = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))  # Pillow alone does not turn it
     return File(kind, data, turned(plain, 1 if name == "GIF" else orientation))
@@ -234,7 +238,123 @@ def test_stored_view_of_every_kind_is_what_read_view_sees(kind, tmp_path):
         check(make(kind, seed, orientation), tmp_path)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kind=st.sampled_from(KINDS), seed=st.integers(0, 2**32), orientation=st.integers(1, 8))
 def test_stored_view_of_any_file_is_what_read_view_sees(kind, seed, orientation, tmp_path):
     check(make(kind, seed, orientation), tmp_path)
+
+
+# --- whole builds ----------------------------------------------------------------------------------------------------
+
+GRAY = np.linspace(0, 255, 64 * 48).reshape(64, 48).astype(np.uint8)
+
+
+@pytest.fixture
+def prepare(tmp_path):
+    """Builds a dataset of files by their names; returns its rows by id, what was skipped by id, and its bytes."""
+
+    def build(files, **options):
+        lines = ["image,study_id,report,split"]
+        for name, data in files.items():
+            if data is not None:
+                (tmp_path / name).write_bytes(data)
+            lines.append(f"{name},{name},The heart is normal.,train")
+        (tmp_path / "table.csv").write_text("\n".join(lines))
+        output = tmp_path / "built"
+        prepare_studies("csv", output, build=BuildOptions(**options), table=tmp_path / "table.csv")
+        rows = {row["id"]: row for row in load_from_disk(output)["train"]}
+        skipped = [json.loads(line) for line in (output / "skipped.jsonl").open(encoding="utf-8")]
+        # Arrow files are not compressed: what they hold can be looked for in their bytes.
+        written = b"".join(path.read_bytes() for path in output.rglob("*.arrow"))
+        return rows, {fault["id"]: fault for fault in skipped}, written
+
+    return build
+
+
+def with_every_metadata(kind):
+    """A file with a name in all that its format has for text."""
+    secret, file = "Musterfrau^Erika", io.BytesIO()
+    image = Image.fromarray(GRAY)
+    exif = image.getexif()
+    exif[0x010E] = secret
+    options = {"exif": exif, "icc_profile": secret.encode(), "xmp": secret.encode(), "comment": secret}
+    if kind == "PNG":
+        text = PngInfo()
+        text.add_text("Patient", secret)
+        text.add_text("Packed", secret, zip=True)
+        text.add_itxt("XML:com.adobe.xmp", secret)
+        options = {"exif": exif, "icc_profile": secret.encode(), "pnginfo": text}
+    image.save(file, kind, **options)
+    data = file.getvalue()
+    if kind == "JPEG":
+        # A JFIF thumbnail and extension, a segment of another kind, and what lies behind the end.
+        thumb = secret.encode().ljust(3 * 2 * 3, b" ")
+        jfif = b"\xff\xe0" + struct.pack(">H", 16 + len(thumb)) + b"JFIF\0\1\1\0\0\1\0\1\2\3" + thumb
+        other = b"".join(b"\xff%c\0\x12" % marker + secret.encode() for marker in (0xE0, 0xE5, 0xED, 0xFE))
+        data = data[:2] + jfif + other + data[2:] + secret.encode()
+    return data + secret.encode() if kind == "PNG" else data
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP", "MPO"])
+@pytest.mark.parametrize("options", [{}, {"shorter_side": 32}], ids=["whole", "scaled"])
+def test_prepare_keeps_no_metadata(prepare, kind, options):
+    data = with_every_metadata(kind)
+    assert b"Musterfrau" in data
+    rows, _, written = prepare({"a.img": data}, **options)
+    assert len(rows) == 1 and b"Musterfrau" not in written
+    if not options:
+        np.testing.assert_array_equal(read_view(rows["a.img"]["images"][0]), read_view(data))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_prepare_keeps_the_pixel_data_of_plain_files(prepare, kind):
+    file = io.BytesIO()
+    Image.fromarray(GRAY).save(file, kind, **({"quality": 60} if kind == "JPEG" else {}))
+    _, _, written = prepare({"a.img": file.getvalue()})
+    assert file.getvalue() in written
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "MPO", "TIFF", "PNG"])
+def test_prepare_scales_upright_images(prepare, kind):
+    rows, _, _ = prepare({"a.img": pillow(GRAY, "L", kind, orientation=6)}, shorter_side=24)
+    (image,) = rows["a.img"]["images"]
+    assert image.size == (32, 24)
+    expected = Image.fromarray(turned(GRAY, 6)).resize((32, 24), Image.Resampling.LANCZOS)
+    assert np.abs(np.asarray(image.convert("L"), float) - np.asarray(expected)).max() < 12
+
+
+def test_prepare_skips_names_and_counts_what_cannot_be_read(prepare, tmp_path):
+    whole = io.BytesIO()
+    Image.fromarray(GRAY).save(whole, "PNG")
+    large = png(np.zeros((1, 1), np.uint8), True)[:16] + struct.pack(">II", 9000, 9000)
+    header = png(np.zeros((1, 1), np.uint8), True)[24:29]
+    large += header + struct.pack(">I", zlib.crc32(large[12:] + header)) + whole.getvalue()[33:]
+    (tmp_path / "folder.png").mkdir()
+    files = {
+        "good.png": whole.getvalue(),
+        "tiny.png": png(GRAY[:8, :8], True),
+        "large.png": large,
+        "blank.png": png(np.full((32, 32), 9, np.uint8), True),
+        "half.png": whole.getvalue()[: len(whole.getvalue()) // 2],
+        "empty.png": b"",
+        "gone.png": None,
+        "folder.png": None,
+        "note.dcm": whole.getvalue(),
+    }
+    rows, skipped, _ = prepare(files)
+    assert list(rows) == ["good.png"] and set(skipped) == set(files) - {"good.png"}
+    for name, fault in skipped.items():
+        assert fault["kind"] == ("missing image" if name == "gone.png" else "unreadable image")
+        assert name in fault["reason"] and "\n" not in fault["reason"]
+    told = {"tiny": "8x8 pixels", "large": "9000x9000 pixels", "blank": "one shade", "note": "a PNG file"}
+    for name, reason in told.items():
+        assert any(reason in fault["reason"] for study, fault in skipped.items() if study.startswith(name))
+
+
+def test_load_studies_leaves_out_by_the_header_what_read_view_refuses(tmp_path, caplog):
+    files = {"good.png": png(GRAY, True), "tiny.png": png(GRAY[:8, :8], True), "page.png": pillow(GRAY, "L", "EPS")}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "table.csv").write_text("\n".join(["image,report,split", *(f"{name},Clear.,train" for name in files)]))
+    assert load_studies("csv", table=tmp_path / "table.csv")["train"]["id"] == ["good"]
+    assert "tiny.png: 8x8 pixels" in caplog.text and "PostScript" in caplog.text

@@ -11,6 +11,7 @@ import torch
 from otdrg.modeling_otdrg import OTDRGForReportGeneration
 from otdrg.processing_otdrg import OTDRGProcessor
 from otdrg.studies import load_studies, prepare_studies
+from otdrg.studies.loading import undecoded
 from otdrg.training import features
 from otdrg.training.build import set_trained_parts, with_column
 from otdrg.training.collation import FindingCollator, PromptCollator, ReportCollator
@@ -297,6 +298,19 @@ def test_cache_features_on_request_leaves_out_what_cannot_be_read(model, process
     again = {}
     cache_features(model, processor, rows, tmp_path / "cache", batch_size=6, left_out=again)
     assert again == left_out
+
+
+@pytest.mark.parametrize("content", [b"\x89PNG broken", None, "small"], ids=["damaged", "gone", "8x8"])
+def test_a_batch_with_a_view_that_cannot_be_read_names_the_study(processor, studies, tmp_path, content):
+    path = tmp_path / "broken.png"
+    if content == "small":
+        Image.new("L", (8, 8)).save(path)
+    elif content is not None:
+        path.write_bytes(content)
+    broken = undecoded(on_files(studies.select([0]), [[str(path)]]))
+    with pytest.raises(ValueError, match=rf"^study '{studies[0]['id']}', view 0, .*broken\.png: ") as error:
+        PromptCollator(processor)([broken[0]])
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists what is mapped")
