@@ -11,7 +11,7 @@ from contextlib import suppress
 from importlib import import_module
 
 #: A template may take this long for one short message, this much memory, and write this many characters.
-_SECONDS, _BYTES, _CHARACTERS = 5, 2**29, 2**20
+_SECONDS, _BYTES, _CHARACTERS = 3, 2**29, 2**20
 _CHECKED: set[str] = set()
 _MESSAGE = {
     "role": "user",

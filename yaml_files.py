@@ -10,7 +10,7 @@ import yaml
 
 from .files_otdrg import MAXIMUM_DEPTH, read_text
 
-_MAXIMUM_BYTES = 2**20
+_MAXIMUM_BYTES = 2**18
 #: Most values of a document, what aliases stand for written out.
 _MAXIMUM_VALUES = 1_000_000
 
@@ -68,10 +68,12 @@ def read_yaml(path: str | os.PathLike, as_text: bool = False, limit: int = _MAXI
 
 def parse_yaml(text: str, what: str, as_text: bool = False) -> Any:
     """The content of YAML text; `what` names it in errors. Otherwise as [`read_yaml`]."""
-    loader = _AsText if as_text else _Typed
     try:
-        _check_size(text, loader)
-        return yaml.load(text, Loader=loader)
+        fault = _fault_of_size(text)
+        content = yaml.load(text, Loader=_AsText if as_text else _Typed)
+        if fault is not None:
+            raise fault
+        return content
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -82,12 +84,29 @@ def parse_yaml(text: str, what: str, as_text: bool = False) -> Any:
         raise ValueError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def _check_size(text: str, loader: type) -> None:
-    """Count values and levels, an alias as what it stands for, without building anything."""
+def _fault_of_size(text: str) -> yaml.YAMLError | None:
+    """Count values and levels, an alias as what it stands for, without building anything.
+
+    Returns:
+        The error at which the fast parser ended, if it did: the other's says more.
+
+    Raises:
+        ValueError: there are too many.
+    """
+    try:
+        _check_size(text)
+    except yaml.YAMLError as error:
+        if "nesting" in str(error):
+            raise ValueError(f"nested more than {MAXIMUM_DEPTH} levels deep") from None
+        return error
+    return None
+
+
+def _check_size(text: str) -> None:
     sizes: dict[str, int] = {}
     levels: list[tuple[str | None, int]] = []
     count = 0
-    for event in yaml.parse(text, Loader=loader):
+    for event in yaml.parse(text, Loader=_BaseLoader):
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
                 raise ValueError(f"the alias *{event.anchor} stands within what it stands for, or for nothing")

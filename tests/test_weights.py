@@ -2,12 +2,17 @@
 
 import importlib.util
 import json
+import os
+import re
 import shutil
+import stat
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
 import torch
-from otdrg import OTDRGConfig, OTDRGForReportGeneration
+from otdrg import OTDRGConfig, OTDRGForReportGeneration, OTDRGProcessor
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BertConfig, BitsAndBytesConfig
 
@@ -267,13 +272,24 @@ def test_shards_are_recorded_and_those_of_old_are_not(model, tmp_path):
         OTDRGForReportGeneration.from_pretrained(tmp_path)
 
 
-def test_weights_of_other_names_are_saved_without_sums(model, tmp_path):
-    model.save_pretrained(tmp_path / "variant", variant="half")
-    OTDRGForReportGeneration.from_pretrained(tmp_path / "variant", variant="half")
+def test_weights_of_a_variant_are_listed_beside_the_others(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, variant="half")
+    listed = json.loads((tmp_path / "config.json").read_text())["weights_sha256"]
+    assert set(listed) == {"model.safetensors", "model.half.safetensors"}
+    for variant in (None, "half"):
+        OTDRGForReportGeneration.from_pretrained(tmp_path, variant=variant)
+    file = tmp_path / "model.half.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    OTDRGForReportGeneration.from_pretrained(tmp_path)
+    with pytest.raises(OSError, match=r"model\.half\.safetensors is damaged"):
+        OTDRGForReportGeneration.from_pretrained(tmp_path, variant="half")
+
+
+def test_a_folder_without_weights_lists_none(model, tmp_path):
     # As DeepSpeed has it where the processes do not gather what they share.
-    model.save_pretrained(tmp_path / "none", state_dict={})
-    for name in ("variant", "none"):
-        assert json.loads((tmp_path / name / "config.json").read_text())["weights_sha256"] is None
+    model.save_pretrained(tmp_path, state_dict={})
+    assert json.loads((tmp_path / "config.json").read_text())["weights_sha256"] is None
 
 
 def test_only_one_process_writes(model, tmp_path):
@@ -310,9 +326,256 @@ def test_a_model_that_is_trained_on_is_saved_with_sums_of_its_own(model, tmp_pat
     assert all(one != other for one, other in pairwise(sums))
 
 
+# --- weights that are not listed -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    """A model in shards."""
+    model.save_pretrained(tmp_path / "model", max_shard_size="200KB")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "model.half.safetensors",
+        "model-00003-of-00003.safetensors",
+        "renamed.safetensors",
+        "adapter_model.safetensors",
+        "pytorch_model.bin",
+        "pytorch_model-00001-of-00002.bin",
+        "pytorch_model.half.bin",
+        "adapter_model.bin",
+        "tf_model.h5",
+        "flax_model.msgpack",
+        "adapter_config.json",
+    ],
+)
+def test_from_pretrained_unlisted_weight_file_is_refused(saved, name):
+    shard = next(saved.glob("model-*.safetensors"))
+    shutil.copy(shard, saved / name)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(saved / name))} is not among the weight files"):
+        OTDRGForReportGeneration.from_pretrained(saved)
+
+
+def test_from_pretrained_unlisted_variant_is_refused(saved):
+    listed = json.loads((saved / "config.json").read_text())
+    shutil.copy(next(saved.glob("model-*.safetensors")), saved / "model.half.safetensors")
+    listed["weights_sha256"]["model.half.safetensors"] = "0"
+    (saved / "config.json").write_text(json.dumps(listed))
+    with pytest.raises(OSError, match=r"model\.half\.safetensors is damaged"):
+        OTDRGForReportGeneration.from_pretrained(saved, variant="half")
+
+
+def test_from_pretrained_index_that_leaves_out_a_listed_shard_is_refused(saved):
+    index = saved / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    first = min(content["weight_map"].values())
+    content["weight_map"] = {name: first for name in content["weight_map"]}
+    index.write_text(json.dumps(content))
+    with pytest.raises(OSError, match=r"model-00002-of-\d+\.safetensors of weights_sha256 .* is not among"):
+        OTDRGForReportGeneration.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("has_list", [True, False])
+@pytest.mark.parametrize(
+    "shard",
+    [
+        "../other.safetensors",
+        "inner/other.safetensors",
+        "/tmp/other.safetensors",
+        "..\\other.safetensors",
+        "C:other.safetensors",
+        "pytorch_model.bin",
+        "other.pt",
+        "",
+        5,
+        None,
+        ["model.safetensors"],
+    ],
+)
+def test_from_pretrained_index_names_more_than_safetensors_beside_it_is_refused(saved, shard, has_list):
+    index, config = saved / "model.safetensors.index.json", saved / "config.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["image_projector.linear.weight"] = shard
+    index.write_text(json.dumps(content))
+    if not has_list:
+        config.write_text(json.dumps({**json.loads(config.read_text()), "weights_sha256": None}))
+    with pytest.raises(ValueError, match=re.escape(str(index))):
+        OTDRGForReportGeneration.from_pretrained(saved)
+
+
+def test_from_pretrained_shard_that_is_a_link_out_of_the_folder_is_refused(saved, tmp_path):
+    shard = next(saved.glob("model-*.safetensors"))
+    moved = shutil.move(shard, tmp_path / shard.name)
+    shard.symlink_to(moved)
+    with pytest.raises(ValueError, match=r"a link to another folder"):
+        OTDRGForReportGeneration.from_pretrained(saved)
+    # As the Hub's cache is laid out.
+    blobs, snapshot = tmp_path / "models--a" / "blobs", tmp_path / "models--a" / "snapshots" / "0"
+    shutil.copytree(saved, snapshot, symlinks=True)
+    blobs.mkdir()
+    shutil.move(moved, blobs / "1")
+    (snapshot / shard.name).unlink()
+    (snapshot / shard.name).symlink_to("../../blobs/1")
+    OTDRGForReportGeneration.from_pretrained(snapshot)
+
+
+@pytest.mark.parametrize("name", ["other.safetensors", "../model.safetensors", "adapter_model.bin"])
+def test_from_pretrained_transformers_weights_are_refused(saved, name):
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, "transformers_weights": name}))
+    with pytest.raises(ValueError, match=r"config\.json: transformers_weights is"):
+        OTDRGForReportGeneration.from_pretrained(saved)
+
+
 def test_weights_that_could_run_code_are_not_loaded(model, tmp_path):
     model.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(OSError, match=r"model\.safetensors"):
+    with pytest.raises((OSError, ValueError), match=r"pytorch_model\.bin"):
         OTDRGForReportGeneration.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="use_safetensors=False: expected True"):
+        OTDRGForReportGeneration.from_pretrained(tmp_path, use_safetensors=False)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "weights_sha256": None}))
+    with pytest.raises(OSError, match=r"has no model\.safetensors, .* pytorch_model\.bin can run code"):
+        OTDRGForReportGeneration.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["vision", "text"])
+def test_backbone_whose_index_leads_to_a_pickle_is_refused(build_backbones, tmp_path, part):
+    backbones = build_backbones(tmp_path)
+    folder = tmp_path / part
+    weights = load_file(folder / "model.safetensors")
+    torch.save(weights, folder / "weights.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=rf"{part} backbone .* has no model\.safetensors"):
+        OTDRGForReportGeneration.from_backbones(**backbones)
+    index = {"metadata": {}, "weight_map": {name: "weights.bin" for name in weights}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(OSError, match=rf"{part} backbone .* weight_map names 'weights\.bin'"):
+        OTDRGForReportGeneration.from_backbones(**backbones)
+
+
+@pytest.mark.parametrize("shards", [("200KB", "50GB"), ("50GB", "200KB")])
+def test_save_pretrained_over_another_number_of_shards_leaves_none_of_them(model, build_model, tmp_path, shards):
+    other, _ = build_model(seed=3)
+    other.save_pretrained(tmp_path, max_shard_size=shards[0])
+    model.save_pretrained(tmp_path, max_shard_size=shards[1])
+    again = OTDRGForReportGeneration.from_pretrained(tmp_path)
+    assert all(torch.equal(again.state_dict()[name], weight) for name, weight in model.state_dict().items())
+
+
+# --- permissions, sizes, folders in repositories ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+@pytest.mark.parametrize("form", ["full", "adapter"])
+def test_save_pretrained_follows_the_umask(trained, tmp_path, form, umask):
+    before = os.umask(umask)
+    try:
+        trained[0].save_pretrained(tmp_path, weights=form)
+    finally:
+        os.umask(before)
+    modes = {path.name: oct(stat.S_IMODE(path.stat().st_mode)) for path in tmp_path.iterdir() if path.is_file()}
+    assert set(modes.values()) == {oct(0o666 & ~umask)}, modes
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [
+        ("text_config", "hidden_size", 10**9),
+        ("text_config", "hidden_size", 64),
+        ("text_config", "vocab_size", 10**9),
+        ("text_config", "intermediate_size", 10**9),
+        ("text_config", "num_hidden_layers", 10**9),
+        ("text_config", "num_labels", 10**9),
+        ("vision_config", "num_labels", 10**9),
+        (None, "num_labels", 10**9),
+        (None, "image_tokens", 10**9),
+        (None, "image_size", 10**9),
+    ],
+)
+def test_from_pretrained_configuration_of_a_larger_model_is_refused(model, tmp_path, part, field, value):
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (config if part is None else config[part])[field] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json|OTDRGConfig"):
+        OTDRGForReportGeneration.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["full", "adapter"])
+def test_from_pretrained_subfolder_is_read(trained, study, tmp_path, form):
+    model, processor = trained
+    model.save_pretrained(tmp_path / "inner", weights=form)
+    processor.save_pretrained(tmp_path / "inner")
+    assert_same(model, OTDRGForReportGeneration.from_pretrained(tmp_path, subfolder="inner"), study)
+    again = OTDRGProcessor.from_pretrained(tmp_path, subfolder="inner")
+    assert again.default_prompt() == processor.default_prompt()
+    for name in (OTDRGForReportGeneration, OTDRGProcessor, OTDRGConfig):
+        with pytest.raises(OSError, match=rf"{re.escape(str(tmp_path / 'outer'))} has no \w+\.json"):
+            name.from_pretrained(tmp_path, subfolder="outer")
+
+
+def test_hub_unlisted_weights_and_subfolders(model, processor, hub_server, tmp_path, hide):
+    """What repositories hold is refused or loaded as in folders, by the real client."""
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
+    processor.save_pretrained(tmp_path / "sharded")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "sharded").iterdir() if path.is_file()}
+    shard = next(name for name in files if name.startswith("model-"))
+    index = json.loads(files["model.safetensors.index.json"])
+    index["weight_map"]["image_projector.linear.weight"] = "inner/../../other.safetensors"
+    unlisted = {**json.loads(files["config.json"]), "weights_sha256": None}
+    without = {name: content for name, content in files.items() if not name.startswith("model")}
+    unlisted_config = json.dumps(unlisted).encode()
+    repos = {
+        "org/right": files,
+        "org/inner": {f"inner/{name}": content for name, content in files.items()},
+        "org/whole": {**files, "model.safetensors": files[shard]},
+        "org/index": {**files, "model.safetensors.index.json": json.dumps(index).encode()},
+        "org/adapter": {**files, "adapter_config.json": b'{"base_model_name_or_path": "org/other"}'},
+        "org/pickle": {**without, "config.json": unlisted_config, "pytorch_model.bin": files[shard]},
+        "org/beside": {**files, "pytorch_model.bin": b"never read"},
+    }
+    for name, content in repos.items():
+        hub_server.add_repo("models", name, content)
+    code = """
+import json, sys
+from transformers import AutoModel, AutoProcessor, logging
+from otdrg import OTDRGForReportGeneration, OTDRGProcessor
+logging.set_verbosity_error()
+found = {}
+for name in json.loads(sys.argv[1]):
+    where = {"subfolder": "inner"} if name == "org/inner" else {}
+    try:
+        OTDRGForReportGeneration.from_pretrained(name, **where)
+        OTDRGProcessor.from_pretrained(name, **where)
+        AutoModel.from_pretrained(name, trust_remote_code=True, **where) if where else None
+        AutoProcessor.from_pretrained(name, trust_remote_code=True, **where) if where else None
+        found[name] = "loaded"
+    except (OSError, ValueError) as error:
+        found[name] = str(error)
+for name in (OTDRGForReportGeneration, OTDRGProcessor):
+    try:
+        name.from_pretrained("org/inner", subfolder="outer")
+    except OSError as error:
+        found[name.__name__] = str(error)
+print(json.dumps(found))
+"""
+    environment = hub_server.environment(tmp_path / "home", HF_HUB_OFFLINE="0")
+    command = [sys.executable, "-c", code, json.dumps(list(repos))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert [found[f"org/{name}"] for name in ("right", "inner", "beside")] == ["loaded"] * 3, found
+    assert "org/whole/model.safetensors is not among the weight files" in found["org/whole"]
+    assert "weight_map names 'inner/../../other.safetensors'" in found["org/index"]
+    assert "org/adapter/adapter_config.json" in found["org/adapter"]
+    assert "org/pickle has no model.safetensors" in found["org/pickle"]
+    assert "pytorch_model.bin can run code" in found["org/pickle"]
+    assert found["OTDRGForReportGeneration"] == "org/inner/outer has no config.json: expected a model"
+    assert found["OTDRGProcessor"] == "org/inner/outer has no processor_config.json: expected a processor"

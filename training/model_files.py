@@ -26,7 +26,7 @@ _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 #: A view to try a model on.
 _VIEW = np.tile(np.arange(64, dtype=np.uint8), (64, 1))
 #: Fields that a configuration and its processor share.
-_SHARED_FIELDS = ("image_tokens", "view_fusion", "dle", "fiot", "finding_text")
+_SHARED_FIELDS = ("image_tokens", "view_fusion", "finding_text")
 #: Fields of a generation configuration that hold token ids, alone or in lists.
 _TOKEN_FIELDS = (
     *(f"{name}_token_id" for name in ("bos", "eos", "pad", "decoder_start", "forced_bos", "forced_eos")),
