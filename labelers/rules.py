@@ -106,7 +106,20 @@ class _Mention:
 class _Segment:
     """What lies ahead between a comma or "and" and the next: whether it is a clause, a noun phrase, or neither."""
 
-    __slots__ = ("after", "backward", "clause", "forward", "merged", "noun", "predicate", "restart", "shared", "specific", "statement", "stop")
+    __slots__ = (
+        "after",
+        "backward",
+        "clause",
+        "forward",
+        "merged",
+        "noun",
+        "predicate",
+        "restart",
+        "shared",
+        "specific",
+        "statement",
+        "stop",
+    )
 
     def __init__(self):
         self.clause = self.shared = self.forward = self.backward = self.predicate = self.noun = False
@@ -148,7 +161,7 @@ class _Sentence:
     def open_clause(self, word: int) -> None:
         self.clause, self.group, self.clause_start = [], 0, word
         self.denied = self.doubted = self.undeniable = self.interpreted = self.comma = self.alternative = False
-        self.verb = self.listed = self.distributes = self.known = self.object = False
+        self.verb = self.listed = self.distributes = self.known = self.object = self.unassessed_ahead = False
         self.before_adjunct = None
 
     # what is said of structures
@@ -286,7 +299,8 @@ class _Sentence:
             return
         denied = self.denied or (self.before_adjunct is not None and self.before_adjunct[0])
         if not denied or self.known:
-            ends = (ahead.restart and not self.known) if word else (ahead.specific and not closed) or (ahead.restart and closed != "or")
+            specific = ahead.restart or (ahead.specific and not closed)
+            ends = (ahead.restart and not self.known) if word else specific
         elif closed == "or" and not word:
             ends = ahead.restart and not self.listed and "or" in (ahead.stop, ahead.merged)
         elif ahead.specific:
@@ -317,8 +331,8 @@ class _Sentence:
             ahead = self.segment(following)
             if word:
                 new_clause = ahead.clause and not ahead.shared
-                begins_anew = open_cue and (ahead.forward or ahead.backward or (word == "and" and (ahead.specific or new_clause)))
-                return "" if begins_anew else word
+                other = ahead.forward or ahead.backward or (word == "and" and (ahead.specific or new_clause))
+                return "" if open_cue and other else word
         return ""
 
     def resume(self) -> None:
@@ -416,9 +430,7 @@ class _Sentence:
             self.before_adjunct, self.cue_end, self.object = None, end, False
         elif role in _BACKWARD and self.elsewhere(end, _ELSEWHERE if role == "negation_after" else _ELSEWHERE | _VIEW):
             return
-        if role == "negation_before":
-            self.denied = True
-        elif role == "not":
+        if role in ("negation_before", "not"):
             self.denied = True
         elif role == "ended":
             self.denied = self.known = True
@@ -452,8 +464,7 @@ class _Sentence:
         elif role == "poorly_seen":
             self.descriptors.append((start, UNCLEAR))
         elif role == "unassessed_before":
-            self.doubted = True
-            self.descriptors.append((start, UNCLEAR))
+            self.doubted = self.unassessed_ahead = True
         elif role == "alternative":
             self.alternative = True
             if self.clause and start - self.clause[-1].end <= _NEAR:
@@ -509,7 +520,7 @@ class _Sentence:
             self.labels = [label for label in self.labels if label.row not in rows]
         for role, row in meanings:
             if role == "structures":
-                if self.after_place == start:
+                if self.after_place == start or self.unassessed_ahead:
                     continue
                 if self.comma:
                     self.settle_structures()
@@ -546,10 +557,7 @@ class _Sentence:
                     self.comma = False
                 item += 1
                 continue
-            if any(kind & _VERB for kind in self.kinds[start:end]):
-                verb = True
-            else:
-                verb = self.verb
+            verb = self.verb or any(kind & _VERB for kind in self.kinds[start:end])
             if "negation_before" in meaning.cues or "not" in meaning.cues:
                 after = self.denies_only(item)
                 if after:
@@ -662,7 +670,7 @@ class RulesLabeler:
 
     def _read(self, text: str) -> int:
         """What one sentence says, as bits."""
-        words = WORDS.findall(self._spelling(text))
+        words = self._spelling.words(text, WORDS)
         items = []
         readable = place = 0
         while place < len(words):
