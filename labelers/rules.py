@@ -163,6 +163,7 @@ class _Sentence:
         self.denied = self.doubted = self.undeniable = self.interpreted = self.comma = self.alternative = False
         self.verb = self.listed = self.distributes = self.known = self.object = self.unassessed_ahead = False
         self.before_adjunct = None
+        self.one_of_them = True  # whether "or" says so: not in "no change in the edema or effusion"
 
     # what is said of structures
 
@@ -363,7 +364,9 @@ class _Sentence:
             self.saved.append((self.denied, self.doubted, self.undeniable))
         elif mark == ")" and self.saved:
             self.denied, self.doubted, self.undeniable = self.saved.pop()
-        elif mark.startswith("-") and not self.answers(end):
+        elif self.labels and start == self.label_end and end == len(self.words):
+            self.deny_before()  # "effusion: -"
+        elif not self.answers(end):
             self.end_clause(end)
 
     def colon(self, start: int, end: int) -> None:
@@ -392,13 +395,16 @@ class _Sentence:
     def answers(self, start: int) -> int:
         """Whether only "none", "possible" or the like stand up to the next mark: `_NO`, `_DOUBT` or 0."""
         answer = 0
+        allowed = _EXISTENCE | _NEUTRAL if self.labels else _EXISTENCE
         for place in range(start, len(self.words)):
             word, kind = self.words[place], self.kinds[place]
             if word in _STOPS:
                 break
             if kind & (_NO | _DOUBT):
                 answer = answer or kind & (_NO | _DOUBT)
-            elif not kind & (_EXISTENCE | _NEUTRAL if self.labels else _EXISTENCE) or word == _REMOVED:
+                if self.labels and answer == _DOUBT:
+                    allowed |= _RESTART  # "possible small"
+            elif not kind & allowed or word == _REMOVED:
                 return 0
         return answer
 
@@ -419,6 +425,12 @@ class _Sentence:
             self.descriptors[-1] = (self.descriptors[-1][0], UNCLEAR)
         elif self.structures:
             self.descriptors.append((self.structures[-1][0], UNCLEAR))
+
+    def answer(self, kind: int) -> None:
+        if kind == _NO:
+            self.deny_before()
+        else:
+            self.doubt_before()
 
     def mention_follows(self, item: int) -> bool:
         """Whether a finding is named after item `item` in its segment."""
@@ -465,7 +477,9 @@ class _Sentence:
             self.descriptors.append((start, UNCLEAR))
         elif role == "unassessed_before":
             self.doubted = self.unassessed_ahead = True
-        elif role == "alternative":
+        elif role == "change":
+            self.denied = self.denied and not self.known  # "resolution of the effusion and improvement of the edema"
+        elif role == "alternative" and self.one_of_them:
             self.alternative = True
             if self.clause and start - self.clause[-1].end <= _NEAR:
                 self.clause[-1].doubted = True
@@ -542,10 +556,17 @@ class _Sentence:
             start, end, meaning = self.items[item]
             answer = self.kinds[start] & (_NO | _DOUBT) and self.before() and self.answers(start)
             if answer:
-                (self.deny_before if answer == _NO else self.doubt_before)()
+                self.answer(answer)
                 while item < len(self.items) and self.words[self.items[item][0]] not in _STOPS:
                     item += 1
                 continue
+            if self.labels and start == self.label_end and self.kinds[start] & (_NO | _DOUBT):
+                ahead = self.segment(item + 1)
+                if ahead.noun and ahead.stop == ":":  # "effusion: no edema: yes"
+                    self.answer(self.kinds[start] & (_NO | _DOUBT))
+                    self.end_label()
+                    item += 1
+                    continue
             if meaning is None:
                 if self.words[start] in _STOPS or self.words[start].startswith("-"):
                     self.mark(item)
@@ -561,6 +582,7 @@ class _Sentence:
             if "negation_before" in meaning.cues or "not" in meaning.cues:
                 after = self.denies_only(item)
                 if after:
+                    self.one_of_them = False
                     item, self.comma, self.verb = after, False, verb
                     continue
                 if self.labels and start == self.label_end:
