@@ -237,6 +237,15 @@ def test_a_very_long_report_is_read():
     assert time.perf_counter() - begin < 5
 
 
+@pytest.mark.parametrize(
+    "repeated", ["effusion, edema, ", "effusion possible ", "no acute ", "effusion: none ", "- edema\n"]
+)
+def test_rules_long_sentence_takes_time_in_proportion(repeated):
+    begin = time.perf_counter()
+    LABELER.label([repeated * 5000])
+    assert time.perf_counter() - begin < 10
+
+
 def test_labels_do_not_depend_on_what_is_remembered():
     report = "Possible edema. No effusion."
     used = RulesLabeler()
