@@ -46,7 +46,19 @@ CUE_ROLES = (
     "chest_words",
 )
 #: The keys of clauses.yaml.
-WORD_KINDS = ("verbs", "existence", "neutral", "general", "statements", "restart", "no", "doubt", "elsewhere", "views", "parts")
+WORD_KINDS = (
+    "verbs",
+    "existence",
+    "neutral",
+    "general",
+    "statements",
+    "restart",
+    "no",
+    "doubt",
+    "elsewhere",
+    "views",
+    "parts",
+)
 #: The row of abnormalities outside the 14, which only bar "No Finding".
 OTHER = len(FINDINGS)
 #: Words of a sentence, and the marks that matter within it; a hyphen is a space, unless it stands alone.
@@ -210,14 +222,18 @@ class Phrases(Generic[Meaning]):
         self._whole = {word for words in plain for word in words if not word.endswith("*")}
         self._forms: dict[str, tuple[str, ...]] = {}
         self._tree: dict = {}  # a word leads to the next tree, "" to the meaning of the phrase that ends there
+        joined: dict[frozenset, Meaning] = {}
         for words, meaning in plain.items():
             node = self._tree
             for word in words:
                 node = node.setdefault(word, {})
             # "nodular opacity" means what "nodular opaci*" does too
             last = words[-1].rstrip("*")
-            wider = (plain.get((*words[:-1], f"{last[:end]}*"), ()) for end in range(1, len(last) + 1))
-            node[""] = join(meaning.union(*wider))
+            stems = (last[:end] for end in range(1, len(last) + 1) if last[:end] in self._stems)
+            parts = frozenset(meaning.union(*(plain.get((*words[:-1], f"{stem}*"), ()) for stem in stems)))
+            if parts not in joined:
+                joined[parts] = join(parts)
+            node[""] = joined[parts]
 
     def _forms_of(self, word: str) -> tuple[str, ...]:
         """How a word may stand in a phrase: as it is, or as a stem with any ending, the longest stem first."""

@@ -10,8 +10,8 @@ import numpy as np
 
 from ..findings_otdrg import FINDINGS, NEGATIVE, POSITIVE, UNCLEAR, UNMENTIONED
 from . import UnreadReportsWarning
+from .clauses import Meaning, Sentence, bit
 from .phrases import (
-    CUE_ROLES,
     OTHER,
     VOCABULARY,
     WORD_KINDS,
@@ -26,559 +26,16 @@ from .phrases import (
 from .sentences import Spelling, split_sentences
 
 _NO_FINDING = FINDINGS.index("no_finding")
-_OPACITY = FINDINGS.index("lung_opacity")
-_DEVICES = FINDINGS.index("support_devices")
-_BARRING = {*range(OTHER + 1)} - {_NO_FINDING, _DEVICES}
-_DESCRIPTORS = {"normal": NEGATIVE, "abnormal": POSITIVE, "stable": UNCLEAR}
+_BARRING = {*range(OTHER + 1)} - {_NO_FINDING, FINDINGS.index("support_devices")}
 #: Several mentions of one finding: the first of these states that occurs is the finding's (CheXpert's order).
 _PRECEDENCE = (POSITIVE, UNCLEAR, NEGATIVE)
-#: "Scarring or (something else)" is in doubt when "or" follows within so many words.
-_NEAR = 3
-#: So many words may stand between "in the" and what lies there.
-_PLACE_WORDS = 2
-#: A label ("pleural effusion:") has no more words.
-_LABEL_WORDS = 8
-
 #: So many sentences are remembered, none longer than so many characters: reports repeat theirs a lot.
 _REMEMBERED, _LONGEST_REMEMBERED = 100_000, 500
 _WORDS_KEPT = 100_000
-
-_VERB, _EXISTENCE, _NEUTRAL, _GENERAL, _STATEMENT, _RESTART, _NO, _DOUBT, _ELSEWHERE, _VIEW, _PART = (
-    1 << place for place in range(len(WORD_KINDS))
-)
-_LIST_WORDS = {"and", "or", "nor"}
-_STOPS = {",", ";", ":", "(", ")", "?", "-", *_LIST_WORDS}
-_FORWARD = {
-    "negation_before",
-    "ended",
-    "not",
-    "uncertainty_before",
-    "interpretation_before",
-    "uncertainty_before_negation",
-    "unassessed_before",
-}
-_BACKWARD = {"negation_after", "resolved", "uncertainty_after", "uncertainty_either", "unassessed", "poorly_seen"}
-_ENDS_SEGMENT = {"boundary", "adjunct", "cause", "affirmed"}
-
-
-def _bit(row: int, state: int) -> int:
-    """What is found is one int, a bit for each (row, state), so that the sentences of a report are joined by "or"."""
-    return 1 << 3 * row + state - 1
-
-
-_READABLE = _bit(OTHER + 1, POSITIVE)
-_BARS = sum(_bit(row, state) for row in _BARRING for state in (POSITIVE, UNCLEAR))
-
-
-class _Meaning:
-    """What a phrase means: its mentions as (role, row), its cues in the order they apply, the state of a descriptor
-    (0: it is none), and whether a report that has it can be read."""
-
-    __slots__ = ("cues", "mentions", "readable", "state")
-
-    def __init__(self, parts: set[tuple[str, int]]):
-        not_meant = {row for role, row in parts if role == "not_meant"}
-        self.mentions = tuple(sorted(part for part in parts if part[1] >= 0 and part[1] not in not_meant))
-        roles = {role for role, row in parts if row < 0}
-        self.state = next((state for role, state in _DESCRIPTORS.items() if role in roles), 0)
-        self.cues = tuple(role for role in CUE_ROLES if role in roles - {*_DESCRIPTORS, "chest_words", "no_cue"})
-        self.readable = bool(self.mentions or not_meant or self.state or "chest_words" in roles)
-
-
-class _Mention:
-    """A mention of a finding and what the cues say of it; `end` is the word after it.
-
-    `aside`: it stands in an adjunct ("after placement of the tube"), which cues after it do not reach.
-    """
-
-    __slots__ = ("aside", "denied", "doubted", "end", "row", "undeniable")
-
-    def __init__(self, row: int, denied: bool, doubted: bool, undeniable: bool, end: int, aside: bool):
-        self.row, self.denied, self.doubted, self.undeniable = row, denied, doubted, undeniable
-        self.end, self.aside = end, aside
-
-    def state(self) -> int:
-        if self.undeniable:
-            return UNCLEAR
-        return NEGATIVE if self.denied else UNCLEAR if self.doubted else POSITIVE
-
-
-class _Segment:
-    """What lies ahead between a comma or "and" and the next: whether it is a clause, a noun phrase, or neither."""
-
-    __slots__ = ("after", "backward", "clause", "forward", "merged", "noun", "predicate", "restart", "shared", "specific", "statement", "stop")
-
-    def __init__(self):
-        self.clause = self.shared = self.forward = self.backward = self.predicate = self.noun = False
-        self.restart = self.specific = self.statement = False
-        self.merged = ""  # the list word inside: "pleural or pericardial effusion"
-        self.stop = ""  # the mark or word that ends it, "" at the end of the clause
-        self.after = 0  # the item after it
-
-
-class _Sentence:
-    """Reads one sentence from left to right and holds what is open: mentions, cues that reach on, structures to settle.
-
-    A sentence is divided into clauses, in which cues have their reach, and these by commas and "and" into segments. At
-    each comma and "and" it is decided by what lies ahead whether a clause ends there.
-
-    Args:
-        words, kinds: the words and marks, and what clauses.yaml says of each, as bits.
-        items: (first word, word after, meaning or None), the phrases found and the words between them.
-    """
-
-    def __init__(self, words: list[str], kinds: list[int], items: list[tuple[int, int, _Meaning | None]]):
-        self.words, self.kinds, self.items = words, kinds, items
-        self.found = 0
-        self.clause: list[_Mention] = []  # since the last boundary
-        self.group = 0  # of these, where the last noun phrase begins that no "or" or "and" joins to the ones before
-        self.labels: list[_Mention] = []  # what stands before a colon
-        self.structures: list[tuple[int, int]] = []  # (word, row)
-        self.descriptors: list[tuple[int, int]] = []  # (word, state)
-        self.settled = UNMENTIONED  # the state of the structures settled last
-        self.saved: list[tuple[bool, bool, bool]] = []  # the cues open before a bracket
-        self.before_adjunct: tuple[bool, bool, bool, bool] | None = None  # these and `verb`
-        self.place_start = self.after_place = self.after_normal = -1  # the word after the last such cue
-        self.clause_start = 0
-        self.cue_end = -1  # the word after the last cue that reaches on
-        self.label_end = 0  # the word after the colon
-        self.denied_label = False
-        self.open_clause(0)
-
-    def open_clause(self, word: int) -> None:
-        self.clause, self.group, self.clause_start = [], 0, word
-        self.denied = self.doubted = self.undeniable = self.interpreted = self.comma = self.alternative = False
-        self.verb = self.listed = self.distributes = self.known = self.object = False
-        self.before_adjunct = None
-
-    # what is said of structures
-
-    def settle_structures(self) -> None:
-        """Each structure takes the first description after it, else the last before it; undescribed ones wait."""
-        if not self.structures or not self.descriptors:
-            return
-        said = {state for _, state in self.descriptors}
-        # "normal and stable" is normal, and so is the second in "normal heart, stable mediastinum"
-        normal = said == {NEGATIVE, UNCLEAR} or (said == {UNCLEAR} and self.settled == NEGATIVE)
-        for word, row in self.structures:
-            after = next((state for place, state in self.descriptors if place >= word), self.descriptors[-1][1])
-            self.settled = NEGATIVE if normal else after
-            self.found |= _bit(row, self.settled)
-        self.structures, self.descriptors = [], []
-
-    def describe(self, state: int, start: int, end: int) -> None:
-        if self.comma:
-            self.settle_structures()
-        if state == NEGATIVE:
-            self.after_normal = end
-        if self.denied and state == POSITIVE:
-            state = NEGATIVE
-        elif self.doubted:
-            state = UNCLEAR
-        self.descriptors.append((start, state))
-
-    # where clauses end
-
-    def end_clause(self, word: int) -> None:
-        for mention in self.clause:
-            self.found |= _bit(mention.row, mention.state())
-        self.settle_structures()
-        self.open_clause(word)
-
-    def end_label(self) -> None:
-        for mention in self.labels:
-            mention.denied |= self.denied_label and mention.row != _DEVICES
-            self.found |= _bit(mention.row, mention.state())
-        self.labels, self.denied_label = [], False
-
-    def close(self) -> int:
-        """What was found; a structure of which nothing is said is as the one before it, or else positive."""
-        denied = self.denied
-        self.end_clause(len(self.words))
-        self.end_label()
-        for _, row in self.structures:
-            self.found |= _bit(row, NEGATIVE if denied else self.settled or POSITIVE)
-        return self.found
-
-    def segment(self, item: int) -> _Segment:
-        """What lies between item `item` and the next comma, list word or end of the clause."""
-        words, kinds = self.words, self.kinds
-        seen = _Segment()
-        structure = False
-        shared = None
-        while item < len(self.items):
-            start, end, meaning = self.items[item]
-            word = words[start]
-            if word in _STOPS and (meaning is None or word in _LIST_WORDS):
-                if word in _LIST_WORDS and not (seen.noun or seen.forward or seen.backward or seen.clause):
-                    seen.merged = seen.merged or word
-                    item += 1
-                    continue
-                seen.stop = word
-                break
-            if meaning is not None:
-                if not _ENDS_SEGMENT.isdisjoint(meaning.cues):
-                    break
-                seen.forward |= not _FORWARD.isdisjoint(meaning.cues)
-                seen.backward |= not _BACKWARD.isdisjoint(meaning.cues)
-                seen.predicate |= seen.backward and not seen.noun
-            for place in range(start, end):
-                kind = kinds[place]
-                if kind & _VERB and not seen.clause:
-                    after = place + 1
-                    while after < len(words) and kinds[after] & _NEUTRAL and not kinds[after] & _EXISTENCE:
-                        after += 1
-                    shared = after < len(words) and bool(kinds[after] & _EXISTENCE)
-                    seen.clause = True
-                if not seen.noun and (meaning is None or not meaning.mentions):
-                    seen.specific |= not kind & (_NEUTRAL | _GENERAL | _VERB | _EXISTENCE)
-                    seen.restart |= bool(kind & _RESTART)
-                if kind & _STATEMENT and not seen.noun:
-                    seen.statement = True
-            if meaning is not None and meaning.mentions:
-                seen.noun = True
-                structure |= meaning.mentions[0][0] == "structures"
-            elif meaning is not None and meaning.state and structure and not seen.clause:
-                seen.clause = True  # "heart enlarged"
-            item += 1
-        seen.shared = bool(shared)
-        seen.after = item
-        return seen
-
-    def list_word(self, item: int) -> str:
-        """The list word that begins at item `item`, "" where none does."""
-        if item >= len(self.items):
-            return ""
-        word = self.words[self.items[item][0]]
-        return word if word in _LIST_WORDS or word == "and/or" else ""
-
-    def separate(self, item: int) -> None:
-        """At item `item`, a comma or "and": end the clause, or let the list or the clause go on."""
-        mark = self.words[self.items[item][0]]
-        word = self.list_word(item if mark != "," else item + 1)
-        first = item + 1 if mark == "," and not word else item + (2 if mark == "," else 1)
-        ahead = self.segment(first)
-        if self.distributes:
-            return
-        start = self.items[item][1]
-        open_cue = self.denied or self.doubted or self.undeniable or self.interpreted or self.before_adjunct is not None
-        if word in ("or", "nor"):
-            self.resume()
-            self.listed = True
-            return
-        verb = self.verb if self.before_adjunct is None else self.before_adjunct[3]
-        if ahead.clause and not ahead.predicate and (verb or (open_cue and not ahead.shared)):
-            self.end_clause(start)
-            return
-        if ahead.noun and (ahead.forward or (ahead.backward and open_cue)):
-            self.end_clause(start)
-            return
-        if not ahead.noun:
-            if mark == ",":
-                self.resume()
-            return
-        closed = word or ahead.merged or self.closing(ahead, open_cue)
-        if not open_cue:
-            if not closed:
-                self.group = len(self.clause)
-            return
-        if word and not self.object:  # "no left and right effusion"
-            return
-        denied = self.denied or (self.before_adjunct is not None and self.before_adjunct[0])
-        if not denied or self.known:
-            ends = (ahead.restart and not self.known) if word else (ahead.specific and not closed) or (ahead.restart and closed != "or")
-        elif closed == "or" and not word:
-            ends = ahead.restart and not self.listed and "or" in (ahead.stop, ahead.merged)
-        elif ahead.specific:
-            ends = True
-        elif word:
-            ends = ahead.statement and not self.clause
-        else:
-            ends = ahead.statement and not closed and not self.listed and not ahead.stop
-        if ends and self.before_adjunct is not None and word:
-            return  # "after placement of a tube and a catheter"
-        if ends:
-            self.end_clause(start)
-        elif mark == ",":
-            self.resume()
-            self.listed = True
-
-    def closing(self, ahead: _Segment, open_cue: bool) -> str:
-        """The list word that joins the segment to a later one, "" where none does."""
-        while ahead.noun and not (ahead.clause or ahead.forward or ahead.backward):
-            if ahead.stop != ",":
-                word = ahead.stop if ahead.stop in _LIST_WORDS else ""
-                following = ahead.after + 1
-            else:
-                word = self.list_word(ahead.after + 1)
-                following = ahead.after + (2 if word else 1)
-            if not word and ahead.stop != ",":
-                return ""
-            ahead = self.segment(following)
-            if word:
-                new_clause = ahead.clause and not ahead.shared
-                begins_anew = open_cue and (ahead.forward or ahead.backward or (word == "and" and (ahead.specific or new_clause)))
-                return "" if begins_anew else word
-        return ""
-
-    def resume(self) -> None:
-        """After an adjunct: the cues before it reach on."""
-        if self.before_adjunct is not None:
-            self.denied, self.doubted, self.undeniable, self.verb = self.before_adjunct
-            self.before_adjunct = None
-
-    def mark(self, item: int) -> None:
-        """A mark, or "and", that no phrase contains."""
-        start, end, _ = self.items[item]
-        mark = self.words[start]
-        if mark == "," or mark in _LIST_WORDS:
-            previous = self.words[start - 1] if start else ""
-            if mark == "," or previous != ",":
-                self.separate(item)
-            self.comma = mark == "," or (self.comma and previous == ",")
-            return
-        self.comma = False
-        if mark == ";":
-            self.end_clause(end)
-            self.end_label()
-        elif mark == ":":
-            self.colon(start, end)
-        elif mark == "?":
-            self.question(start)
-        elif mark == "(":
-            self.saved.append((self.denied, self.doubted, self.undeniable))
-        elif mark == ")" and self.saved:
-            self.denied, self.doubted, self.undeniable = self.saved.pop()
-        elif mark.startswith("-") and not self.answers(end):
-            self.end_clause(end)
-
-    def colon(self, start: int, end: int) -> None:
-        if start and end < len(self.words) and self.words[start - 1].isdigit() and self.words[end].isdigit():
-            return  # a time, a ratio
-        open_cue = self.denied or self.doubted or self.undeniable
-        if open_cue and not self.clause:
-            self.distributes = True  # "no evidence of: effusion, edema"
-        elif open_cue or self.verb or not self.clause or start - self.clause_start > _LABEL_WORDS:
-            self.end_clause(end)
-        else:
-            self.end_label()
-            self.labels, self.label_end = self.clause, end
-            self.settle_structures()
-            self.open_clause(end)
-
-    def question(self, start: int) -> None:
-        last = start + 1 == len(self.words) or self.words[start + 1] in _STOPS
-        if last:
-            self.doubt_before()
-        else:
-            self.doubted = True
-
-    # cues
-
-    def answers(self, start: int) -> int:
-        """Whether only "none", "possible" or the like stand up to the next mark: `_NO`, `_DOUBT` or 0."""
-        answer = 0
-        for place in range(start, len(self.words)):
-            word, kind = self.words[place], self.kinds[place]
-            if word in _STOPS:
-                break
-            if kind & (_NO | _DOUBT):
-                answer = answer or kind & (_NO | _DOUBT)
-            elif not kind & (_EXISTENCE | _NEUTRAL if self.labels else _EXISTENCE) or word == _REMOVED:
-                return 0
-        return answer
-
-    def before(self) -> list[_Mention]:
-        """The mentions that a cue after them is about, the label where the clause has none."""
-        mentions = [mention for mention in self.clause if not mention.aside]
-        in_group = [mention for mention in self.clause[self.group :] if not mention.aside]
-        return in_group or mentions or self.labels
-
-    def deny_before(self) -> None:
-        for mention in self.before():
-            mention.denied = True
-
-    def doubt_before(self) -> None:
-        for mention in self.before():
-            mention.doubted = True
-        if self.descriptors:
-            self.descriptors[-1] = (self.descriptors[-1][0], UNCLEAR)
-        elif self.structures:
-            self.descriptors.append((self.structures[-1][0], UNCLEAR))
-
-    def mention_follows(self, item: int) -> bool:
-        """Whether a finding is named after item `item` in its segment."""
-        return self.segment(item + 1).noun
-
-    def cue(self, role: str, item: int) -> None:
-        start, end, _ = self.items[item]
-        if role in _FORWARD:
-            self.before_adjunct, self.cue_end, self.object = None, end, False
-        elif role in _BACKWARD and self.elsewhere(end, _ELSEWHERE if role == "negation_after" else _ELSEWHERE | _VIEW):
-            return
-        if role == "negation_before":
-            self.denied = True
-        elif role == "not":
-            self.denied = True
-        elif role == "ended":
-            self.denied = self.known = True
-        elif role == "uncertainty_before":
-            self.doubted = True
-        elif role == "interpretation_before":
-            self.interpreted = True
-        elif role == "uncertainty_before_negation":
-            self.undeniable = True
-        elif role == "negation_after":
-            self.deny_before()
-            self.end_clause(end)
-        elif role == "negation_beside":
-            if self.clause and self.clause[-1].end == start:
-                self.clause[-1].denied = True
-        elif role == "resolved":
-            if self.before() and not (self.clause and self.denied):
-                self.deny_before()
-            elif not self.before():
-                self.denied = True
-        elif role == "uncertainty_after":
-            self.doubt_before()
-            self.end_clause(end)
-        elif role == "uncertainty_either":
-            if (self.before() or self.structures) and not self.mention_follows(item):
-                self.doubt_before()
-            else:
-                self.doubted = True
-        elif role == "unassessed":
-            self.unassessed(start)
-        elif role == "poorly_seen":
-            self.descriptors.append((start, UNCLEAR))
-        elif role == "unassessed_before":
-            self.doubted = True
-            self.descriptors.append((start, UNCLEAR))
-        elif role == "alternative":
-            self.alternative = True
-            if self.clause and start - self.clause[-1].end <= _NEAR:
-                self.clause[-1].doubted = True
-        elif role == "place":
-            self.place_start, self.after_place = start, end
-        elif role in ("adjunct", "cause"):
-            if start == self.cue_end:
-                return  # "possibly due to edema"
-            if self.before_adjunct is None:
-                self.before_adjunct = (self.denied, self.doubted, self.undeniable, self.verb)
-            self.denied = False
-            if role == "adjunct":
-                self.doubted = self.undeniable = self.interpreted = False
-        elif role == "affirmed":
-            self.end_clause(end)
-        elif role == "boundary":
-            self.end_clause(end)
-            self.settled = UNMENTIONED
-
-    def elsewhere(self, start: int, where: int) -> bool:
-        """Whether "on the prior" or the like begins at word `start`, with a word of the kinds `where`."""
-        return any(kind & where for kind in self.kinds[start + 1 : start + 3]) and self.words[start] in ("on", "in")
-
-    def unassessed(self, start: int) -> None:
-        parts = any(kind & _PART for kind in self.kinds[self.clause_start : start])
-        for mention in self.before():
-            mention.doubted |= not (parts and mention.row == _DEVICES)
-        self.descriptors.append((start, UNCLEAR))
-
-    def denies_only(self, item: int) -> int:
-        """The item after what a denial at item `item` denies alone, or 0: a change ("no improvement of"), and after
-        "not" a description ("not normal", "not clear of")."""
-        is_not = "not" in self.items[item][2].cues
-        for after in range(item + 1, len(self.items)):
-            start, end, meaning = self.items[after]
-            if meaning is not None and (
-                not {"change", "ended"}.isdisjoint(meaning.cues)
-                or (is_not and ("changed" in meaning.cues or meaning.state == NEGATIVE or self.words[start] in _CLEAR))
-            ):
-                self.descriptors.append((start, POSITIVE if meaning.state == NEGATIVE else UNCLEAR))
-                return after + 1
-            if not all(kind & (_NEUTRAL | _GENERAL) for kind in self.kinds[start:end]):
-                return 0
-        return 0
-
-    def mention(self, meanings: tuple[tuple[str, int], ...], start: int, end: int) -> None:
-        placed = 0 <= start - self.after_place <= _PLACE_WORDS and not any(
-            word in _STOPS or word in _PASSING for word in self.words[max(self.after_place, 0) : start]
-        )
-        if "," not in self.words[self.label_end : start]:
-            rows = {row for _, row in meanings}
-            self.labels = [label for label in self.labels if label.row not in rows]
-        for role, row in meanings:
-            if role == "structures":
-                if self.after_place == start:
-                    continue
-                if self.comma:
-                    self.settle_structures()
-                self.structures.append((start, row))
-                continue
-            denied = self.denied or self.after_normal == start
-            if placed and self.denied and self.place_start > self.cue_end:
-                denied = False
-            doubted = self.doubted or (self.interpreted and row != _OPACITY) or self.alternative or role == "doubtful"
-            aside = self.before_adjunct is not None or (placed and bool(self.clause))
-            self.object = True
-            self.clause.append(_Mention(row, denied, doubted, self.undeniable, end, aside))
-        if any(role != "structures" for role, _ in meanings):
-            self.alternative = False
-
-    def read(self) -> int:
-        item = 0
-        while item < len(self.items):
-            start, end, meaning = self.items[item]
-            answer = self.kinds[start] & (_NO | _DOUBT) and self.before() and self.answers(start)
-            if answer:
-                (self.deny_before if answer == _NO else self.doubt_before)()
-                while item < len(self.items) and self.words[self.items[item][0]] not in _STOPS:
-                    item += 1
-                continue
-            if meaning is None:
-                if self.words[start] in _STOPS or self.words[start].startswith("-"):
-                    self.mark(item)
-                elif self.kinds[start] & _VERB:
-                    self.verb = True
-                elif self.kinds[start] & _GENERAL:
-                    self.object = True
-                if self.words[start] != "," and self.words[start] not in _LIST_WORDS:
-                    self.comma = False
-                item += 1
-                continue
-            if any(kind & _VERB for kind in self.kinds[start:end]):
-                verb = True
-            else:
-                verb = self.verb
-            if "negation_before" in meaning.cues or "not" in meaning.cues:
-                after = self.denies_only(item)
-                if after:
-                    item, self.comma, self.verb = after, False, verb
-                    continue
-                if self.labels and start == self.label_end:
-                    self.denied_label = True
-            if self.words[start] in ("or", "nor"):
-                self.separate(item)
-            for role in meaning.cues:
-                self.cue(role, item)
-            self.verb = verb or (self.verb and "boundary" not in meaning.cues)
-            if meaning.state:
-                self.describe(meaning.state, start, end)
-            if meaning.mentions:
-                self.mention(meaning.mentions, start, end)
-            self.comma = False
-            item += 1
-        return self.close()
-
-
-#: Stands where a word was removed from a report.
-_REMOVED = "xxxx"
-#: After "not": what follows is there ("not clear of opacities").
-_CLEAR = {"clear", "free", "devoid", "cleared", "negative"}
-#: Between "in the" and a finding: it does not lie there, but is said to or not to be.
-_PASSING = {"to", "of", "for", "that", "suggest", "suggesting", "representing"}
 #: Marks that the phrases of chexpert_mistakes.yaml leave out.
 _MARKS = {",", "(", ")", "?", "-"}
+_READABLE = bit(OTHER + 1, POSITIVE)
+_BARS = sum(bit(row, state) for row in _BARRING for state in (POSITIVE, UNCLEAR))
 
 
 class RulesLabeler:
@@ -598,7 +55,7 @@ class RulesLabeler:
     name = "rules"
 
     def __init__(self, vocabulary: str | Path = VOCABULARY, repeat_mistakes: bool = False):
-        self._phrases = Phrases(load_vocabulary(vocabulary), _Meaning)
+        self._phrases = Phrases(load_vocabulary(vocabulary), Meaning)
         self._spelling = Spelling(load_spelling(vocabulary))
         words = load_words(vocabulary)
         self._kinds: dict[str, int] = {}
@@ -650,7 +107,7 @@ class RulesLabeler:
 
     def _row(self, found: int) -> list[int]:
         row = [
-            next((state for state in _PRECEDENCE if found & _bit(finding, state)), UNMENTIONED)
+            next((state for state in _PRECEDENCE if found & bit(finding, state)), UNMENTIONED)
             for finding in range(len(FINDINGS))
         ]
         if not found & _BARS:
@@ -662,7 +119,7 @@ class RulesLabeler:
 
     def _read(self, text: str) -> int:
         """What one sentence says, as bits."""
-        words = WORDS.findall(self._spelling(text))
+        words = self._spelling.words(text, WORDS)
         items = []
         readable = place = 0
         while place < len(words):
@@ -671,7 +128,7 @@ class RulesLabeler:
             if meaning is not None and meaning.readable:
                 readable = _READABLE
             place = after
-        found = _Sentence(words, [self._kind(word) for word in words], items).read() | readable
+        found = Sentence(words, [self._kind(word) for word in words], items).read() | readable
         if self._mistakes is not None:
             found = self._with_mistakes(found, words)
         if len(text) <= _LONGEST_REMEMBERED:
@@ -697,9 +154,9 @@ class RulesLabeler:
         words = ["<", *(word for word in words if word not in _MARKS), ">"]
         mistakes = {mistake for place in range(len(words)) for mistake in self._mistakes.find(words, place)[0] or ()}
         for _, row, state in sorted(mistakes):
-            found &= ~sum(_bit(row, other) for other in _PRECEDENCE)
+            found &= ~sum(bit(row, other) for other in _PRECEDENCE)
             if state != UNMENTIONED:
-                found |= _bit(row, state)
+                found |= bit(row, state)
         return found
 
 

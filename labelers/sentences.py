@@ -22,12 +22,14 @@ _UNFINISHED = re.compile(
     re.I,
 )
 #: Shorter lines are items of a list, whatever the width of the text.
-_NARROWEST_TEXT = 45
+_NARROWEST_TEXT = 36
 
 _TYPOGRAPHIC = str.maketrans(
     {**dict.fromkeys("’‘ʼ´", "'"), **dict.fromkeys("“”„", " "), **dict.fromkeys("‐‑−", "-"), "—": " - "}
 )
 _UNSPACED_DASH = re.compile(r"(?<=\w)–(?=\w)")
+_WORD_FORM = re.compile(r"\*?[a-z]+\*?")
+_WORDS_KEPT = 100_000
 _NON = re.compile(r"\bnon(?: - |[- ])(?=[a-z])")
 
 
@@ -110,17 +112,51 @@ class Spelling:
     """
 
     def __init__(self, forms: Mapping[str, str]):
-        self._texts = {form.strip("*"): text for form, text in forms.items()}
+        # most forms are parts of one word: the words are looked up, which is faster than a search for the forms
+        self._words = _Forms({form: text for form, text in forms.items() if _WORD_FORM.fullmatch(form)})
+        self._signs = _Forms({form: text for form, text in forms.items() if not _WORD_FORM.fullmatch(form)})
+        marks = {
+            next((mark for mark in form if not (mark.isalnum() or mark == " ")), form) for form in self._signs.texts
+        }
+        self._has_signs = re.compile("|".join(map(re.escape, marks)) or "$^").search
+        self._known: dict[str, str] = {}
+
+    def words(self, sentence: str, pattern: re.Pattern[str]) -> list[str]:
+        """The words that `pattern` finds in a sentence in lower case, in one spelling."""
+        if self._has_signs(sentence):
+            sentence = self._signs(sentence)
+        if "non" in sentence:
+            sentence = _NON.sub("non", sentence)
+        words = pattern.findall(sentence)
+        known = self._known
+        changed = False
+        for place, word in enumerate(words):
+            text = known.get(word)
+            if text is None:
+                if len(known) >= _WORDS_KEPT:
+                    known.clear()
+                text = known[word] = self._words(word)
+            if text is not word and text != word:
+                words[place] = text
+                changed |= " " in text
+        return " ".join(words).split() if changed else words
+
+
+class _Forms:
+    """Replaces forms in a text, the longest first."""
+
+    def __init__(self, forms: Mapping[str, str]):
+        self.texts = {form.strip("*"): text for form, text in forms.items()}
         choices = []
         for form in sorted(forms, key=len, reverse=True):
             bare = form.strip("*")
             before = r"\b" if bare[0].isalnum() and not form.startswith("*") else ""
             after = r"\b" if bare[-1].isalnum() and not form.endswith("*") else ""
             choices.append(f"{before}{re.escape(bare)}{after}")
-        self._forms = re.compile("|".join(choices))
+        self._pattern = re.compile("|".join(choices) or "$^")
 
-    def __call__(self, sentence: str) -> str:
-        return _NON.sub("non", self._forms.sub(lambda found: self._texts[found[0]], sentence))
+    def __call__(self, text: str) -> str:
+        return self._pattern.sub(lambda found: self.texts[found[0]], text)
 
 
 __all__ = ["Spelling", "split_sentences"]
