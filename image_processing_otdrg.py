@@ -133,10 +133,14 @@ def read_file(path: str, max_pixels: int = MAX_PIXELS) -> bytes:
 
 def shown_name(name: str) -> str:
     """A path or URL as errors show it: without a URL's user, password and query, and without control characters."""
-    # The second alternative: a password with a slash in it.
-    name = re.sub(r"^(https?://)(?:[^/?#]*@|[^/?#:]*:(?!\d*(?:[/?#]|$)).*@)", r"\1", name, flags=re.IGNORECASE)
-    name = re.sub(r"^(https?://[^?#]*)[?#].*", r"\1", name, flags=re.IGNORECASE | re.DOTALL)
+    name = re.sub(r"^(https?://[^?#]*)[?#].*", r"\1", without_credentials(name), flags=re.IGNORECASE | re.DOTALL)
     return name if name.isprintable() and name else repr(name)[1:-1] or "''"
+
+
+def without_credentials(name: str) -> str:
+    """A path or URL without a URL's user and password."""
+    # The second alternative: a password with a slash in it.
+    return re.sub(r"^(https?://)(?:[^/?#]*@|[^/?#:]*:(?!\d*(?:[/?#]|$)).*@)", r"\1", name, flags=re.IGNORECASE)
 
 
 def is_dicom(data: bytes, name: str = "") -> bool:
@@ -878,4 +882,14 @@ def _frame_header(data: bytes) -> _Frame | None:
     return None
 
 
-__all__ = ["FORMATS", "MAX_PIXELS", "MINIMUM_SIDE", "is_dicom", "read_file", "read_view", "reads_alike", "shown_name"]
+__all__ = [
+    "FORMATS",
+    "MAX_PIXELS",
+    "MINIMUM_SIDE",
+    "is_dicom",
+    "read_file",
+    "read_view",
+    "reads_alike",
+    "shown_name",
+    "without_credentials",
+]

@@ -15,6 +15,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..image_processing_otdrg import without_credentials
 from ..interruptions import fault_of_study, is_out_of_memory
 from ..journal import Journal
 from ..output_lock import OutputLock
@@ -296,7 +297,7 @@ def _records(pipe, batch, heatmap: Path | None, arguments: dict[str, int]) -> It
 def _picture_name(study: ListedStudy) -> str:
     """A file's name that no other study of the list has: the id if it can be one, else what is like it and a digest."""
     like = study.id
-    if study.images is not None and study.id == " + ".join(study.images):
+    if study.images is not None and study.id == " + ".join(map(without_credentials, study.images)):
         like = "_".join(Path(image).stem for image in study.images)
     name = re.sub(r"[^\w.-]+", "_", like)[:_LONGEST_NAME].lstrip(".")
     if name == study.id:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..findings_otdrg import FINDING_STATES, FINDINGS, finding_key, parse_findings
+from ..image_processing_otdrg import without_credentials
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,7 +54,7 @@ class ListedStudy:
         """What its report follows from besides the model and the decoding, as it is kept beside the report."""
         return {
             "id": self.id,
-            **({} if self.images is None else {"images": list(self.images)}),
+            **({} if self.images is None else {"images": [without_credentials(image) for image in self.images]}),
             **({"indication": self.indication} if self.indication else {}),
             **({"steered": self.findings} if self.findings else {}),
         }
@@ -64,7 +65,7 @@ class ListedStudy:
         Raises:
             ValueError: there is none, or one cannot be read.
         """
-        from ..processing_otdrg import read_view
+        from ..image_processing_otdrg import read_view
 
         images: Sequence[Any] | None = self.images
         if self.rows is not None:
@@ -172,9 +173,7 @@ def prepared_studies(
     Raises:
         ValueError: the folder is not a prepared dataset, it has no such split, or several to choose from.
     """
-    from datasets import Image, List
-
-    from ..studies.loading import load_prepared, prepared_splits
+    from ..studies.loading import load_prepared, prepared_splits, undecoded
 
     splits = prepared_splits(folder)
     if split is None and len(splits) > 1:
@@ -183,7 +182,7 @@ def prepared_studies(
         raise ValueError(f"{folder} has no split {split!r}: it has {', '.join(splits)}")
     rows = load_prepared(folder)[split or splits[0]]
     # Not decoded by the library, so that a view is read as those of other lists are.
-    rows = rows.cast_column("images", List(Image(decode=False)))
+    rows = undecoded(rows)
     own = rows["indication"] if indications and indication is None else [indication] * len(rows)
     return [
         ListedStudy(study, None, reason or None, findings, rows, place)
@@ -192,7 +191,7 @@ def prepared_studies(
 
 
 def _joined(images: Sequence[str]) -> str:
-    return " + ".join(images)
+    return " + ".join(map(without_credentials, images))
 
 
 def _named_states(findings: dict[str, Any]) -> dict[str, str]:

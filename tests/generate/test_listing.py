@@ -78,3 +78,10 @@ def test_what_is_no_list_is_told_of(tmp_path):
     (tmp_path / "list").write_bytes(b"a.png\n\xff\xfe")
     with pytest.raises(ValueError, match="list, line 2: not UTF-8 text"):
         read_lines(str(tmp_path / "list"))
+
+
+def test_listed_study_url_with_password_is_named_without_it():
+    (study,) = typed_studies([["https://user:secret@host.example/a.png?size=1"]], None, {})
+    assert study.id == "https://host.example/a.png?size=1"
+    assert study.images == ("https://user:secret@host.example/a.png?size=1",)
+    assert study.asked()["images"] == ["https://host.example/a.png?size=1"]
