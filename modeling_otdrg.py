@@ -1395,6 +1395,8 @@ class OTDRGForReportGeneration(PreTrainedModel, GenerationMixin):
 
     def _requested_outputs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """`kwargs` with the outputs that the configuration asks for where the caller does not say."""
+        # Still there after accelerate has unwrapped a model trained in mixed precision, and `can_return_tuple` with it.
+        kwargs = {name: value for name, value in kwargs.items() if name != "return_dict"}
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.get(name) is None and getattr(self.config, name, None):
                 kwargs = {**kwargs, name: True}

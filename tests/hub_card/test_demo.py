@@ -40,7 +40,7 @@ def pipe(build_model, view):
     inputs = processor(images=[view(seed) for seed in range(8)], report=[NORMAL, ENLARGED] * 4, finding_states=told)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(60):
-        model(**inputs).report_loss.backward()
+        model(**model.expand_finding_text(**inputs)).report_loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return ReportGenerationPipeline(model=model.eval(), processor=processor)
