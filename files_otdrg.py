@@ -114,8 +114,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        # Names of files from other systems hold what UTF-8 does not: JSON's own escapes stand for it.
-        with open(unfinished, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        with open(unfinished, "w", encoding="utf-8", newline="") as file:
             file.write(text)
         os.replace(unfinished, path)
     finally:
@@ -124,7 +123,9 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 def write_json(path: str | os.PathLike, content: Any, sort_keys: bool = False) -> None:
     """Write a JSON file as [`write_text`] does."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, sort_keys=sort_keys) + "\n")
+    text = json.dumps(content, indent=2, ensure_ascii=False, sort_keys=sort_keys) + "\n"
+    # Names of files from other systems may hold lone surrogates, which UTF-8 cannot encode: they become JSON escapes.
+    write_text(path, text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def follow_umask(path: str | os.PathLike) -> None:

@@ -262,6 +262,7 @@ def test_a_merged_model_needs_no_peft(build_model, image, run, tmp_path):
     assert found["adapted"] == "OTDRGConfig.lora is set: LoRA needs peft (pip install peft)"
 
 
+@pytest.mark.slow
 def test_training_with_the_stock_trainer_is_killed_and_goes_on(build_model, views, run, tmp_path):
     model, processor = build_model(
         lora={**LORA, "lora_dropout": 0.1}, text_config={"hidden_size": 32, "attention_dropout": 0.1}

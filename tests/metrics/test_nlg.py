@@ -126,6 +126,7 @@ def test_ten_thousand_odd_reports_take_one_process(started):
 
 
 @pytest.mark.skipif("OTDRG_IU_XRAY" not in os.environ, reason="OTDRG_IU_XRAY does not name the IU X-Ray folder")
+@pytest.mark.slow
 def test_equals_pycocoevalcap_on_iu_validation_against_retrieved_reports():
     folder = Path(os.environ["OTDRG_IU_XRAY"])
     annotation = json.loads((folder / "annotation.json").read_text(encoding="utf-8"))

@@ -96,6 +96,7 @@ def test_all_studies_once_score_what_they_score(truth, runs):
 
 
 @needs_java
+@pytest.mark.slow
 def test_a_resample_has_the_meteor_that_java_gives_it(truth, runs):
     texts, references = list(runs[0][0]), list(truth[0])
     texts[0], texts[1], texts[2] = "", references[1], "hearts are enlarging with sizes beyond the typical"

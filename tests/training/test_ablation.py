@@ -301,6 +301,7 @@ def test_runs_that_were_scored_on_other_studies_are_not_compared(recipe, referen
 # --- how they are run ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rows_train_in_processes_behind_the_stages_they_share(recipe, tmp_path):
     plan = plan_runs(recipe, [], [BASELINE, DLE], [1], tmp_path, cpu_threads=1)
     train_runs(plan.runs, jobs=2)
@@ -320,6 +321,7 @@ def test_rows_train_in_processes_behind_the_stages_they_share(recipe, tmp_path):
     assert stamps(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_reported_and_the_others_go_on(recipe, references, tmp_path, capsys):
     # Only the predictor's stage can fail by this, and only while it is trained.
     overrides = ["predictor.learning_rate=1e30", "predictor.max_steps=3"]
@@ -350,7 +352,7 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(recipe, references, t
         ("labels.csv=nowhere.csv", "nowhere.csv"),
         ("report.evaluation.metrics=[nope]", "report.evaluation.metrics='nope': expected some of bleu_1"),
         ("report.evaluation.split=test", "report.evaluation.split='test': the studies have train, validation"),
-        ("model.overrides.lora.r=0", "model.overrides.lora.r=0: expected a positive integer"),
+        ("model.overrides.lora.r=0", "expected an r from 1 to 4,096"),
     ],
 )
 def test_ablate_wrong_recipe_starts_no_run(recipe, tmp_path, capsys, override, message):

@@ -122,6 +122,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_all_processes_may_save_of_which_one_writes(trained_run, launch, tmp_path):
     launch(["-c", SAVING, str(trained_run / "model"), str(tmp_path)], OMP_NUM_THREADS="1")
     told = [json.loads((folder / "config.json").read_text()) for folder in (trained_run / "model", tmp_path)]

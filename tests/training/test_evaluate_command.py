@@ -274,7 +274,7 @@ def test_evaluate_study_that_cannot_be_read_is_left_out_and_named(trained_run, p
     (folder / "dataset_dict.json").unlink()
     ids = table.column("id").to_pylist()
     assert main(["evaluate", str(trained_run), str(folder), *FEW, "--output", str(tmp_path / "out")]) == 0
-    assert f"left out: study '{ids[1]}': its view 0 cannot be read" in capsys.readouterr().err
+    assert f"left out: study '{ids[1]}', view 0: not an image" in capsys.readouterr().err
     with (tmp_path / "out" / "predictions.csv").open(newline="", encoding="utf-8") as predictions:
         assert [row["id"] for row in csv.DictReader(predictions)] == [ids[0], *ids[2:]]
     assert f"left out: study '{ids[1]}'" in (tmp_path / "out" / "evaluation.md").read_text(encoding="utf-8")

@@ -279,7 +279,7 @@ def test_a_view_that_cannot_be_read_is_named(model, processor, studies, tmp_path
         cache_features(model, processor, gone, tmp_path, batch_size=4)
     Image.new("L", (8, 8)).save(tmp_path / "small.png")
     small = on_files(study, [[str(tmp_path / "small.png")]])
-    with pytest.raises(ValueError, match=f"study '{studies[0]['id']}': .*8"):
+    with pytest.raises(ValueError, match=f"study '{studies[0]['id']}', view 0: 8x8"):
         cache_features(model, processor, small, tmp_path, batch_size=4)
 
 
@@ -356,6 +356,7 @@ print("encoded", sum(encoded))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(model, processor, tmp_path, launch):
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")

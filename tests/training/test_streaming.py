@@ -125,4 +125,4 @@ def test_training_view_that_cannot_be_used_is_an_error_with_the_study(
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     assert main([str(tmp_path / "recipe.yaml"), *overrides]) == 1
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train_hf.py: error: ")]
-    assert len(error) == 1 and f"study '{table['id'][2].as_py()}': " in error[0]
+    assert len(error) == 1 and f"study '{table['id'][2].as_py()}', view 0: " in error[0]
