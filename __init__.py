@@ -1,7 +1,7 @@
 """OTDRG: optimal transport-driven radiology report generation. Names are imported when they are first used."""
 
 # Absolute, because pytest imports this file by its path, from a clone in a folder of any name.
-from otdrg.lazy import lazy_names
+from otdrg.runtime.lazy import lazy_names
 
 __version__ = "0.1.0"
 

@@ -7,8 +7,8 @@ import logging
 import sys
 from importlib import import_module
 
-from .interruptions import exit_status
-from .printable import PrintableFormatter
+from .runtime.interruptions import exit_status
+from .runtime.printable import PrintableFormatter
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,18 +25,18 @@ def main(arguments: list[str] | None = None) -> int:
     return exit_status(f"otdrg {options.command}", lambda: options.run(options))
 
 
-#: Commands that live in rooms of their own, and what they do. A room is entered when its command is typed.
-_ROOMS = {
-    "generate": ("generate.command", "write the reports of studies"),
-    "prepare": ("studies.command", "make a dataset of studies from radiographs and reports"),
-    "label": ("labelers.command", "read the states of 14 findings out of reports"),
-    "score": ("metrics.command", "score the reports of any system, and test two systems against each other"),
-    "evaluate": ("training.evaluation_command", "score a model's reports beside baselines and controls"),
-    "localise": ("training.localisation_command", "judge a model's heatmaps on phantoms, beside chance"),
-    "embed": ("training.embedding_command", "picture image features before and after alignment, by finding"),
-    "push": ("hub_card.push_command", "publish a trained model on the Hub, with its card and its demo"),
-    "ablate": ("training.ablation_command", "train the paper's ablations of a recipe and table them"),
-    "demo": ("hub_card.demo_command", "try a model in a browser on this machine"),
+#: Commands, each a module of the room `commands` that is imported when its command is typed, and what they do.
+_COMMANDS = {
+    "generate": "write the reports of studies",
+    "prepare": "make a dataset of studies from radiographs and reports",
+    "label": "read the states of 14 findings from reports",
+    "score": "score the reports of any system, and test two systems against each other",
+    "evaluate": "score a model's reports beside baselines and controls",
+    "localise": "judge a model's heatmaps on phantoms, beside chance",
+    "embed": "plot image features before and after alignment, by finding",
+    "push": "publish a trained model on the Hub, with its card and its demo",
+    "ablate": "train the paper's ablations of a recipe and table them",
+    "demo": "try a model in a browser on this machine",
 }
 
 
@@ -47,13 +47,13 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
         epilog="Training: accelerate launch train_hf.py recipes/phantom_tiny.yaml",
     )
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
-    for name, (module, summary) in _ROOMS.items():
-        room = import_module(f".{module}", __package__) if arguments[:1] == [name] else None
-        told = {"description": room.DESCRIPTION, "epilog": room.EPILOG} if room else {}
-        subparser = commands.add_parser(name, help=summary, **told)
-        if room:
-            room.add_arguments(subparser, arguments[1:])
-            subparser.set_defaults(run=room.run)
+    for name, summary in _COMMANDS.items():
+        command = import_module(f".commands.{name}", __package__) if arguments[:1] == [name] else None
+        texts = {"description": command.DESCRIPTION, "epilog": command.EPILOG} if command else {}
+        subparser = commands.add_parser(name, help=summary, **texts)
+        if command:
+            command.add_arguments(subparser, arguments[1:])
+            subparser.set_defaults(run=command.run)
     return parser
 
 

@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
 def show_studies(run: Path, phantom_options: dict, count: int) -> None:
     """Reload the model through `pipeline`, print what it writes of `count` held-out phantoms, draw one heatmap."""
     from otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS
-    from otdrg.heatmaps import draw_heatmaps
+    from otdrg.inference.heatmaps import draw_heatmaps
     from otdrg.studies.phantom import SPLIT_STARTS, make_phantom
     from transformers import pipeline
     from transformers.utils.logging import disable_progress_bar

@@ -38,8 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.resume and arguments.overwrite:
         parser.error("--resume and --overwrite exclude each other")
 
-    from otdrg.interruptions import end_with_parent, exit_status
-    from otdrg.printable import PrintableFormatter
+    from otdrg.runtime.interruptions import end_with_parent, exit_status
+    from otdrg.runtime.printable import PrintableFormatter
 
     end_with_parent()
     handler = logging.StreamHandler(sys.stderr)

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from otdrg.inference.features import cache_features
 from otdrg.training.build import build_model, build_studies, set_trained_parts
 from otdrg.training.collation import ReportCollator
-from otdrg.training.features import cache_features
 from otdrg.training.recipe import load_recipe
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "phantom_tiny.yaml"

@@ -16,13 +16,13 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 from jinja2 import TemplateError
 
+from ..evaluation.evaluate import ROWS
 from ..files_otdrg import describe
 from ..metrics import LABEL_SETS, NLG_METRICS, UNCERTAIN_POLICIES
+from ..metrics.classification import MINIMUM_INTERVAL_POSITIVES
 from ..metrics.clinical_efficacy.clinical_efficacy import AVERAGES
 from ..metrics.tables import NLG_NAMES
 from ..studies.card import HUB_LICENCES
-from ..training.evaluation import ROWS
-from ..training.predictor_metrics import MINIMUM_INTERVAL_POSITIVES
 from . import facts
 from .limits import limits
 from .measured import Measured, decoding_words, labeler_words, measured, protocol_words, title
@@ -65,7 +65,7 @@ def build_card(
         form: of the weights, one of `FORMS`.
         base_models: ids on the Hub of what it was initialised from; by default those the configuration has.
         license: of the weights, by the Hub's name; by default as above.
-        model_digest: [`otdrg.training.features.model_digest`] of the model, for evaluations to be held against.
+        model_digest: [`otdrg.inference.features.model_digest`] of the model, for evaluations to be held against.
 
     Raises:
         ValueError: a form there is not, an evaluation of another model, or a fault in the files.

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..metrics.classification import MINIMUM_INTERVAL_POSITIVES
 from ..metrics.tables import markdown_table
 from ..studies import PREPARED
 from ..studies.card import collection_name
 from ..studies.phantom import LICENCE as PHANTOM_LICENCE
-from ..training.predictor_metrics import MINIMUM_INTERVAL_POSITIVES
 from .run_files import OWN_DATASET, RunFiles
 
 NOT_RECORDED = "not recorded"

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..evaluation.evaluate import ROWS
+from ..evaluation.report import F1_HEADINGS, difference_table, format_steering
 from ..findings_otdrg import FINDING_DISPLAY_NAMES
 from ..metrics import UNCERTAIN_POLICIES, Interval, PairedDifference
+from ..metrics.classification import MINIMUM_INTERVAL_POSITIVES
 from ..metrics.tables import NLG_NAMES, clinical_table, markdown_table, shown_interval, shown_number
-from ..training.evaluation import ROWS
-from ..training.evaluation_report import F1_HEADINGS, difference_table, format_steering
-from ..training.predictor_metrics import MINIMUM_INTERVAL_POSITIVES
 
 #: The columns in which a model is held against each other row, a few that tell the most.
 JUDGED: dict[str, str] = {

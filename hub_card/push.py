@@ -13,10 +13,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..configuration_otdrg import resolve_backbone
 from ..files_otdrg import read_json, write_json
+from ..inference.features import model_digest
+from ..inference.loading import load_published
+from ..inference.model_files import read_processor
 from ..studies.publish import hub_errors, make_repo
-from ..training.features import model_digest
-from ..training.model_files import read_processor
-from ..training.published import load_published
 from ..weights_otdrg import check_weights, read_stated, record_sha256, sha256
 from .card import build_card
 from .run_files import published_metrics

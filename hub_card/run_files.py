@@ -17,9 +17,9 @@ import yaml
 
 from ..configuration_otdrg import OTDRGConfig
 from ..files_otdrg import interpret, read_json
-from ..training.published import published_folder
+from ..inference.loading import published_folder
+from ..runtime.yaml_files import read_yaml
 from ..training.run_folder import read_results, read_sittings
-from ..yaml_files import read_yaml
 
 EVALUATION = "evaluation.json"
 #: What `dataset` says in an evaluation on the studies of the run's own recipe.

@@ -8,7 +8,7 @@ from pathlib import Path
 _PACKAGE = Path(__file__).parents[1]
 _PAGE = Path(__file__).with_name("space")
 #: The folders of the package with what the page runs on.
-_ROOMS = ("hub_card", "labelers", "metrics", "studies", "training")
+_ROOMS = ("evaluation", "hub_card", "inference", "labelers", "metrics", "runtime", "studies", "training")
 _KINDS = (".py", ".yaml", ".json", ".css")
 #: Scripts beside the package's modules.
 _SCRIPTS = ("train_hf.py", "quickstart.py")

@@ -8,7 +8,7 @@ of state ids (`FINDING_STATES`), columns in the order of `FINDINGS`. A new one i
 import inspect
 from importlib import import_module
 
-from ..lazy import lazy_names
+from ..runtime.lazy import lazy_names
 
 #: name: (module, class)
 _LABELERS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from ..printable import one_line
+from ..runtime.printable import one_line
 from . import UnreadReportsWarning, load_labeler
 
 #: Ids that are named.
@@ -18,7 +18,7 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
     Raises:
         ValueError: not of that form, a name twice, or a value that is no YAML.
     """
-    from ..yaml_files import parse_yaml
+    from ..runtime.yaml_files import parse_yaml
 
     parsed = {}
     for pair in pairs:

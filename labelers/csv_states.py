@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..csv_files import write_csv
 from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDINGS, NEGATIVE, POSITIVE, UNCLEAR, UNMENTIONED, finding_key
+from ..runtime.csv_files import write_csv
 from .report_table import check_id, csv_rows, fold_name
 
 if TYPE_CHECKING:

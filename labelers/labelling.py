@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..files_otdrg import interpret, read_json, write_json, write_text
 from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, UNMENTIONED
-from ..output_lock import OutputLock
+from ..runtime.output_lock import OutputLock
 from ..studies.schema import STUDY_FEATURES
 from ..studies.shards import SUMMARY, ShardWriter, check_output, publish_shards, put_in_place
 from ..studies.source import SPLITS

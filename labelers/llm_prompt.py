@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, UNMENTIONED, finding_state_id
-from ..yaml_files import read_yaml
+from ..runtime.yaml_files import read_yaml
 
 PROMPT = Path(__file__).parent / "prompts" / "llm.yaml"
 

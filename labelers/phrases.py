@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from ..findings_otdrg import FINDING_STATES, FINDINGS
-from ..yaml_files import read_yaml
+from ..runtime.yaml_files import read_yaml
 
 VOCABULARY = Path(__file__).parent / "vocabulary"
 

@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from ..csv_files import unescape_cell
+from ..runtime.csv_files import unescape_cell
 
 _LONGEST_CELL = 2**24
 
@@ -124,7 +124,7 @@ def _long_cells() -> Iterator[None]:
 def csv_rows(path: Path, expected: str) -> Iterator[tuple[int, list[str]]]:
     """The header of a CSV (empty where there is none), then its rows that are not blank; each with its first line.
 
-    Cells are read as [`otdrg.csv_files.write_csv`] wrote them.
+    Cells are read as [`otdrg.runtime.csv_files.write_csv`] wrote them.
     """
     row = 1
     with _reading(path, expected) as file, _long_cells():

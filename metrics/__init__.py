@@ -1,6 +1,6 @@
 """Metrics of generated reports: fluency, clinical efficacy, baselines, significance, localisation; names on demand."""
 
-from ..lazy import lazy_names
+from ..runtime.lazy import lazy_names
 
 _HOMES = {
     "nlg_scores": "nlg.nlg",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import pyarrow as pa
 
-from ..interruptions import fault_of_study
+from ..runtime.interruptions import fault_of_study
 from .placeholders import present_text
 from .schema import STUDY_FEATURES
 from .source import SPLITS, VIEWS, Skipped, SkipStudy, Study, StudyEntry, StudySource

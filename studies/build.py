@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 from tqdm.auto import tqdm
 
 from ..files_otdrg import read_json, write_json, write_text
-from ..interruptions import end_with_parent
-from ..output_lock import OutputLock
+from ..runtime.interruptions import end_with_parent
+from ..runtime.output_lock import OutputLock
 from .assembly import SECTIONS, Sections, StudyListing, assemble_study
 from .card import dataset_card
 from .images import stored_image

@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, List, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, List, Value, load_dataset, load_from_disk
 
 from ..files_otdrg import interpret, read_json
 from .assembly import Sections, StudyListing, assemble_study
 from .images import referenced_image
-from .schema import STUDY_FEATURES
+from .schema import STUDY_FEATURES, UNCLEANED
 from .source import SPLITS, Skipped, StudySource
 from .summary import LISTED
 
@@ -163,7 +163,24 @@ def _parquet(folder: Path, split: str) -> list[str]:
     return sorted(str(path) for path in (folder / "data").glob(f"{split}-*.parquet"))
 
 
+def with_column(rows, name: str, values: list):
+    """The same studies with other values in a column, or with a new column of strings."""
+    if not isinstance(rows, Dataset):
+        return rows.with_column(name, values)
+    if name not in rows.column_names:
+        return rows.add_column(name, values, feature=Value("string"))
+    feature = rows.features[name]
+    return rows.remove_columns(name).add_column(name, values, feature=feature)
+
+
+def uncleaned_reports(rows) -> list[str]:
+    """The reports before cleaning, which labelers read: cleaning joins words ("scarring/atelectasis")."""
+    return list(rows[UNCLEANED if UNCLEANED in rows.column_names else "report"])
+
+
 __all__ = [
+    "uncleaned_reports",
+    "with_column",
     "load_in_memory",
     "load_prepared",
     "prepared_column",

@@ -13,12 +13,12 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from otdrg.csv_files import escape_cell, unescape_cell, write_csv
 from otdrg.files_otdrg import follow_umask, read_json, write_json, write_text
 from otdrg.labelers import read_states, write_states
 from otdrg.labelers.report_table import read_reports
-from otdrg.printable import PrintableFormatter, one_line, printable
-from otdrg.yaml_files import parse_yaml, read_yaml
+from otdrg.runtime.csv_files import escape_cell, unescape_cell, write_csv
+from otdrg.runtime.printable import PrintableFormatter, one_line, printable
+from otdrg.runtime.yaml_files import parse_yaml, read_yaml
 
 CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
 

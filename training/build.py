@@ -9,26 +9,26 @@ from collections.abc import Collection, Sequence
 from typing import TypeVar
 
 import torch
-from datasets import Dataset, Value
+from datasets import Dataset
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 
 from ..configuration_otdrg import OTDRGConfig
-from ..interruptions import is_out_of_memory
+from ..inference.features import CachedStudies, cache_features, encoder_is_frozen
+from ..inference.model_files import read_config, read_model, read_processor
 from ..labelers import read_states
 from ..labelers.as_typed import labeler_of
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
+from ..runtime.interruptions import is_out_of_memory
 from ..studies import load_studies
 from ..studies.cleaning import clean_report
-from ..studies.loading import load_prepared, undecoded
+from ..studies.loading import load_prepared, undecoded, with_column
 from ..studies.placeholders import present_text
 from ..studies.schema import UNCLEANED
-from .features import CachedStudies
-from .model_files import read_config, read_model, read_processor
-from .recipe import LabelsRecipe, ModelRecipe, Recipe, StudiesRecipe
-from .streaming import StreamedStudies
+from ..studies.streaming import StreamedStudies
+from .recipe import LabelsRecipe, ModelRecipe, Recipe, StageRecipe, StudiesRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -111,21 +111,6 @@ def _cleaned(rows: Dataset | StreamedStudies, style: str) -> Dataset | StreamedS
     return with_column(
         with_column(rows, UNCLEANED, reports), "report", [clean_report(report, style) for report in reports]
     )
-
-
-def uncleaned_reports(rows: Rows) -> list[str]:
-    """The reports before cleaning, which labelers read: cleaning joins words ("scarring/atelectasis")."""
-    return list(rows[UNCLEANED if UNCLEANED in rows.column_names else "report"])
-
-
-def with_column(rows: Rows, name: str, values: list) -> Rows:
-    """The same studies with other values in a column, or with a new column of strings."""
-    if not isinstance(rows, Dataset):
-        return rows.with_column(name, values)
-    if name not in rows.column_names:
-        return rows.add_column(name, values, feature=Value("string"))
-    feature = rows.features[name]
-    return rows.remove_columns(name).add_column(name, values, feature=feature)
 
 
 def _labelled(splits: StudySplits, labels: LabelsRecipe, ids: Collection[str]) -> StudySplits:
@@ -382,12 +367,31 @@ def set_trained_parts(
     return frozen
 
 
+def cached_where_frozen(
+    model: OTDRGForReportGeneration,
+    processor: OTDRGProcessor,
+    studies: Rows | None,
+    recipe: Recipe,
+    stage: StageRecipe,
+    device: torch.device | str,
+) -> Rows | None:
+    """Studies with features in place of images where a stage of a recipe caches them and trains no vision encoder.
+
+    Others, and None, come back as they are; the model is moved to `device` where it encodes.
+    """
+    if studies is None or not (stage.cache_features and encoder_is_frozen(model)):
+        return studies
+    batch_size = stage.eval_batch_size or stage.batch_size
+    return cache_features(model.to(device), processor, studies, recipe.features_folder, batch_size)
+
+
 def known_states(rows: Rows) -> Rows:
     """The studies of `rows` whose finding states are known."""
     return rows.select([position for position, states in enumerate(rows["finding_states"]) if states is not None])
 
 
 __all__ = [
+    "cached_where_frozen",
     "StudySplits",
     "attach_lora",
     "build_model",
@@ -399,6 +403,4 @@ __all__ = [
     "lora_fields",
     "quantization_config",
     "set_trained_parts",
-    "uncleaned_reports",
-    "with_column",
 ]

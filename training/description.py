@@ -12,8 +12,8 @@ from datasets import Dataset
 from ..findings_otdrg import FINDINGS, POSITIVE
 from ..studies.card import collection_name
 from ..studies.source import VIEWS
+from ..studies.streaming import StreamedStudies
 from .build import StudySplits
-from .streaming import StreamedStudies
 
 
 def describe_studies(studies: StudySplits) -> dict[str, dict[str, Any]]:

@@ -10,9 +10,10 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, is_deepspeed_available, parse_flag_from_env
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from ..inference.processes import is_sharded
 
 _SEVERAL = ("RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -74,17 +75,6 @@ def start_processes() -> PartialState:
     return state
 
 
-def process_share(count: int) -> list[int]:
-    """Positions, of `count`, that are this process's to work on.
-
-    As many for each, so that the last ones may be the first once more: processes that share a model's weights out wait
-    for each other at every layer.
-    """
-    state = PartialState()
-    rounds = -(-count // state.num_processes)
-    return [(state.process_index + number * state.num_processes) % count for number in range(rounds)]
-
-
 def wrapper_name(model: nn.Module) -> str | None:
     """What makes the processes one: `DistributedDataParallel`, `FSDP2`, `DeepSpeed ZeRO-3`...; None for one alone."""
     model = getattr(model, "_orig_mod", model)
@@ -116,18 +106,6 @@ def check_wrapper(model: nn.Module) -> str | None:
     if name == "DeepSpeed ZeRO-3" and not is_sharded(model):
         raise ValueError("DeepSpeed ZeRO-3 was asked for, but the model's weights are not partitioned")
     return name
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether each process holds its share of the weights only (FSDP2, ZeRO-3)."""
-    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
-
-
-def open_methods(model: nn.Module, *names: str) -> None:
-    """Let methods other than `forward` gather the weights that FSDP2 shares out; without FSDP2 nothing is changed."""
-    if isinstance(model, FSDPModule):
-        for name in names:
-            register_fsdp_forward_method(model, name)
 
 
 def weightless_copy(model: nn.Module) -> nn.Module:
@@ -181,9 +159,6 @@ __all__ = [
     "device_arguments",
     "fill",
     "has_accelerator",
-    "is_sharded",
-    "open_methods",
-    "process_share",
     "start_processes",
     "weightless_copy",
     "wrapper_name",

@@ -14,10 +14,10 @@ from ..files_otdrg import read_json
 from ..studies import PREPARED, open_source
 from ..studies.loading import prepared_column, prepared_splits
 from ..studies.shards import SUMMARY
+from ..studies.streaming import StreamedStudies
 from ..studies.summary import OfficialCheck, SplitCounts
 from .build import StudySplits, build_studies
 from .recipe import LabelsRecipe, Recipe, StudiesRecipe, load_recipe
-from .streaming import StreamedStudies
 
 
 @dataclass

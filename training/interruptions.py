@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from ..interruptions import FULL, ended_by, is_out_of_memory
+from ..runtime.interruptions import FULL, ended_by, is_out_of_memory
 
 
 def interruption(error: BaseException, folder: str | os.PathLike) -> str | None:

@@ -13,15 +13,15 @@ from datasets import Dataset
 from safetensors.torch import save_file
 from torch import nn
 
+from ..evaluation.probe import ViewFeatures, alignment, encode_studies, linear_probe, uniformity
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
+from ..studies.streaming import StreamedStudies
 from .build import StudySplits, attach_lora, known_states, set_trained_parts
 from .callbacks import LossCallback
 from .collation import ContrastiveCollator
 from .contrastive import gather, gather_groups, global_mean, info_nce
-from .probe import ViewFeatures, alignment, encode_studies, linear_probe, uniformity
 from .recipe import IRCPRecipe, Recipe
-from .streaming import StreamedStudies
 from .trainer import StageTrainer, training_arguments
 
 logger = logging.getLogger(__name__)

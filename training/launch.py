@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import runpy
 
-from ..interruptions import PARENT, end_with_parent
+from ..runtime.interruptions import PARENT, end_with_parent
 
 if __name__ == "__main__":
     end_with_parent()

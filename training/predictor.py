@@ -10,13 +10,12 @@ import numpy as np
 import torch
 
 from ..findings_otdrg import FINDING_STATES, FINDINGS, POSITIVE
+from ..inference.collation import FindingCollator
+from ..metrics.classification import finding_metrics, fit_thresholds, format_metrics
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
-from .build import StudySplits, attach_lora, known_states, set_trained_parts
+from .build import StudySplits, attach_lora, cached_where_frozen, known_states, set_trained_parts
 from .callbacks import SinkhornLossCallback
-from .collation import FindingCollator
-from .features import cached_where_frozen
-from .predictor_metrics import finding_metrics, fit_thresholds, format_metrics
 from .recipe import Recipe
 from .trainer import StageTrainer, training_arguments
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 
 import yaml
 
-from ..yaml_files import parse_yaml, read_yaml
+from ..runtime.yaml_files import parse_yaml, read_yaml
 from .selection import SelectionExpression
 
 #: Bound of integers whose field has none of its own: what counts steps, studies and tokens in 32 bits.
@@ -525,6 +525,17 @@ def load_recipe(path: str | os.PathLike, overrides: list[str] = ()) -> Recipe:
         return _build(Recipe, recipe_values, ())
     except ValueError as error:
         raise ValueError(f"recipe {path}: {error}") from None
+
+
+def published_recipe(model: str) -> Recipe | None:
+    """The recipe by which a model was trained, as it lies in its run's folder; None where there is none.
+
+    Args:
+        model: as in [`load_published`]; of a run's folder `model` or `adapter`, the run's recipe.
+    """
+    folder = Path(model).absolute()
+    run = folder.parent if folder.name in ("model", "adapter") else folder
+    return load_recipe(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else None
 
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)(?::-([^}]*))?\}")

@@ -18,16 +18,16 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from ..configuration_otdrg import OTDRGConfig
+from ..evaluation.evaluate import evaluate_model
+from ..evaluation.report import format_table, write_predictions
 from ..findings_otdrg import FINDINGS
+from ..inference.features import CachedStudies
 from ..metrics import NLG_METRICS, clinical_efficacy_scores
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
-from .build import StudySplits, attach_lora, set_trained_parts
+from .build import StudySplits, attach_lora, cached_where_frozen, set_trained_parts
 from .callbacks import SinkhornLossCallback
 from .collation import ReportCollator
-from .evaluation import evaluate_model
-from .evaluation_report import format_table, write_predictions
-from .features import CachedStudies, cached_where_frozen
 from .predictor import logit_adjustment
 from .recipe import Recipe, ReportRecipe
 from .selection import SelectionExpression

@@ -17,8 +17,10 @@ from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 
 from ..files_otdrg import write_json, write_text
-from ..interruptions import RunInterruptedError
-from ..output_lock import OutputLock
+from ..inference.model_files import read_config
+from ..runtime.interruptions import RunInterruptedError
+from ..runtime.output_lock import OutputLock
+from ..studies.fingerprint import fingerprint
 from . import kept_stages
 from .build import build_model, build_studies, load_model
 from .check import check_model, check_recipe, check_studies
@@ -27,9 +29,8 @@ from .description import describe_studies
 from .distributed import has_accelerator, start_processes
 from .interruptions import interruption
 from .kept_stages import FINISHED, STARTED, stage_start, stages_before
-from .model_files import read_config
 from .recipe import STAGES, Recipe
-from .run_folder import RunRecord, fingerprint, read_results
+from .run_folder import RunRecord, read_results
 from .trainer import training_arguments
 
 logger = logging.getLogger(__name__)

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
-from datasets import Dataset
 
 from .. import __version__
 from ..files_otdrg import read_json, write_json
-from .build import StudySplits
 from .recipe import Recipe
-from .streaming import StreamedStudies
 
 RUN = "run.json"
 #: Packages whose versions are kept beside our own.
@@ -215,25 +209,6 @@ def hub_dataset(recipe: Recipe) -> str | None:
     return None if name is None or os.path.isdir(name) else name
 
 
-def fingerprint(studies: StudySplits) -> dict[str, dict[str, Any]]:
-    """Of each split the number of `studies`, a digest of their `text` and one of their views.
-
-    `text` is of ids, reports and finding states, in order. Views are told apart by their sizes in bytes (`views`), so
-    that no image is read; of streamed studies by those of the shards they lie in (`shards`).
-    """
-    found = {}
-    for split, rows in studies.items():
-        text = hashlib.blake2b(digest_size=16)
-        for row in _text(rows):
-            text.update(json.dumps(row, ensure_ascii=False).encode())
-        found[split] = {"studies": len(rows), "text": text.hexdigest()}
-        if isinstance(rows, StreamedStudies):
-            found[split]["shards"] = _digest([path.name, path.stat().st_size] for path in rows.shards)
-        else:
-            found[split]["views"] = _digest(_view_sizes(rows))
-    return found
-
-
 def differing_splits(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> list[str]:
     """Splits that two fingerprints tell apart. One of streamed and one of mapped studies differ in text alone."""
     return [
@@ -245,51 +220,10 @@ def differing_splits(before: dict[str, dict[str, Any]], now: dict[str, dict[str,
     ]
 
 
-def _digest(items) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for item in items:
-        digest.update(json.dumps(item).encode())
-    return digest.hexdigest()
-
-
-def _text(rows: Dataset | StreamedStudies) -> Iterator[tuple]:
-    """Id, report and finding states of each study."""
-    names = ("id", "report", "finding_states")
-    if isinstance(rows, StreamedStudies):
-        yield from zip(*(rows[name] for name in names), strict=True)
-        return
-    for table in rows.select_columns(list(names)).with_format("arrow").iter(batch_size=1000):
-        yield from zip(*(table.column(name).to_pylist() for name in names), strict=True)
-
-
-def _view_sizes(rows: Dataset) -> Iterator[list[int]]:
-    """Of each study the sizes of its views: of what the table holds, or of the files it refers to."""
-    for table in rows.select_columns("images").with_format("arrow").iter(batch_size=1000):
-        for views in table.column("images").chunks:
-            flat = views.flatten()
-            sizes = pc.binary_length(flat.field("bytes")).to_pylist()
-            if any(size is None for size in sizes):
-                paths = flat.field("path").to_pylist()
-                sizes = [_file_size(path) if size is None else size for size, path in zip(sizes, paths, strict=True)]
-            start = 0
-            for count in pc.list_value_length(views).to_pylist():
-                yield sizes[start : start + count]
-                start += count
-
-
-def _file_size(path: str) -> int:
-    """-1 for a file that is gone: the study is named where it is read."""
-    try:
-        return os.path.getsize(path)
-    except (OSError, ValueError):
-        return -1
-
-
 __all__ = [
     "RUN",
     "RunRecord",
     "differing_splits",
-    "fingerprint",
     "hub_dataset",
     "new_results",
     "read_results",

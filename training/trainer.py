@@ -15,19 +15,12 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from ..inference.processes import is_sharded, open_methods
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from .callbacks import FIGURES, LossCallback, NonFiniteLossError
 from .checkpoints import last_checkpoint
-from .distributed import (
-    check_wrapper,
-    device_arguments,
-    fill,
-    has_accelerator,
-    is_sharded,
-    open_methods,
-    weightless_copy,
-)
+from .distributed import check_wrapper, device_arguments, fill, has_accelerator, weightless_copy
 from .history import HistoryCallback
 from .recipe import StageRecipe
 from .resumption import ResumableTrainer

@@ -15,7 +15,7 @@ if "GRADIO_TEMP_DIR" not in os.environ:
 
 from otdrg.hub_card.space.interface import build_demo
 from otdrg.hub_card.space.serving import serve
-from otdrg.training.published import load_pipeline
+from otdrg.inference.loading import load_pipeline
 
 #: A private model is read with the Space's secret HF_TOKEN.
 MODEL = os.environ.get("OTDRG_MODEL", "org/otdrg")

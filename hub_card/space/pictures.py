@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from ...findings_otdrg import FINDING_DISPLAY_NAMES
-from ...heatmaps import draw_heatmaps
+from ...inference.heatmaps import draw_heatmaps
 from .uploads import View
 
 #: Longest name that is shown, in characters.

@@ -7,8 +7,9 @@ from otdrg.configuration_otdrg import OTDRGConfig
 from otdrg.findings_otdrg import FINDING_DISPLAY_NAMES
 from otdrg.labelers import load_labeler
 from otdrg.studies import load_studies
+from otdrg.studies.loading import uncleaned_reports
 from otdrg.training import build
-from otdrg.training.build import build_model, build_studies, lora_fields, set_trained_parts, uncleaned_reports
+from otdrg.training.build import build_model, build_studies, lora_fields, set_trained_parts
 from otdrg.training.recipe import LabelsRecipe, ModelRecipe, PredictorRecipe, Recipe, ReportRecipe, StudiesRecipe
 
 OPTIONS = {"train": 5, "validation": 3, "test": 0, "image_size": 32, "views": ["frontal"]}

@@ -4,10 +4,10 @@ import pytest
 from otdrg.findings_otdrg import FINDINGS, POSITIVE
 from otdrg.studies import load_studies, prepare_studies
 from otdrg.studies.card import collection_name
+from otdrg.studies.loading import with_column
 from otdrg.studies.r2gen import IU_XRAY_LICENCE, MIMIC_LICENCE
-from otdrg.training.build import with_column
+from otdrg.studies.streaming import StreamedStudies
 from otdrg.training.description import describe_studies
-from otdrg.training.streaming import StreamedStudies
 
 PHANTOMS = {"train": 9, "validation": 3, "test": 0, "image_size": 32, "views": ["frontal", "lateral"], "seed": 3}
 

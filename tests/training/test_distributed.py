@@ -296,8 +296,9 @@ from otdrg.studies import load_studies
 from otdrg.training.build import cast_backbones, set_trained_parts
 from otdrg.training.callbacks import LossCallback
 from otdrg.training.collation import ReportCollator
-from otdrg.training.distributed import fill, is_sharded, open_methods, start_processes, weightless_copy, wrapper_name
-from otdrg.training.generation import generate_reports
+from otdrg.inference.processes import is_sharded, open_methods
+from otdrg.training.distributed import fill, start_processes, weightless_copy, wrapper_name
+from otdrg.inference.generation import generate_reports
 
 folder, kind = sys.argv[1:]
 assert start_processes().num_processes == 2

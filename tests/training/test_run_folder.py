@@ -15,11 +15,12 @@ import torch
 import transformers
 from otdrg.studies import prepare_studies
 from otdrg.studies.build import BuildOptions
+from otdrg.studies.fingerprint import fingerprint
 from otdrg.train_hf import main
 from otdrg.training.build import build_studies
 from otdrg.training.history import draw_curves
 from otdrg.training.recipe import LabelsRecipe, Recipe, StudiesRecipe
-from otdrg.training.run_folder import commit, differing_splits, fingerprint, hub_dataset
+from otdrg.training.run_folder import commit, differing_splits, hub_dataset
 from PIL import Image
 
 PHANTOMS = {"train": 9, "validation": 3, "test": 0, "image_size": 112, "views": ["frontal", "lateral"]}

@@ -1,0 +1,86 @@
+"""`otdrg demo`: a model in a browser, on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import socket
+import threading
+from importlib.util import find_spec
+
+from ..runtime.interruptions import terminations
+
+DESCRIPTION = """\
+Try a model in a browser: upload a study, watch its report being written, change the states of the findings and write
+it again, see the heatmaps and where the report says otherwise than it was told. Reports are decoded greedily, not by
+the model's beams, which cannot be watched. The page is for this machine alone (127.0.0.1) without --server-name;
+nothing is fetched from elsewhere, and no upload is kept. Research only, not for clinical use.
+"""
+EPILOG = """\
+Example:
+  otdrg demo runs/quickstart
+
+From another machine, through ssh, and then http://127.0.0.1:7860 there:
+  ssh -N -L 7860:127.0.0.1:7860 user@machine
+
+For a whole network, which needs no password to use the page, at this machine's address or host name:
+  otdrg demo runs/quickstart --server-name 0.0.0.0
+Requests under other names are refused; OTDRG_ALLOWED_HOSTS=demo.example.org,other.example.org allows these.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
+    """The command's arguments; `arguments`, what was typed, does not change them."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("model", metavar="MODEL", help="folder of a run or a model, or a Hub id")
+    parser.add_argument(
+        "--server-name",
+        default="127.0.0.1",
+        metavar="NAME",
+        help="address to listen on (default: 127.0.0.1, this machine alone; 0.0.0.0 is all of its addresses)",
+    )
+    parser.add_argument("--port", type=int, default=7860, metavar="N", help="of the page (default: 7860)")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of a report (default: the model's)")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Show the page until Ctrl-C."""
+    for library in ("gradio", "matplotlib"):
+        if find_spec(library) is None:
+            raise ImportError(f"the demo needs {library}: pip install 'otdrg[demo]'")
+    if options.max_new_tokens is not None and options.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens is {options.max_new_tokens}: expected 1 or more")
+    _check_address(options.server_name, options.port)  # before a large model is loaded
+    from ..hub_card.space.temporary import upload_folder
+
+    with terminations(), upload_folder() as uploads:
+        # Gradio reads these when it is imported.
+        os.environ["GRADIO_TEMP_DIR"] = str(uploads)
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        from ..hub_card.space.interface import build_demo
+        from ..hub_card.space.serving import serve
+        from ..inference.loading import load_pipeline
+
+        demo = build_demo(load_pipeline(options.model), options.model, options.max_new_tokens)
+        print(f"{serve(demo, options.server_name, options.port, block=False)}\nCtrl-C ends it.", flush=True)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            print()
+        finally:
+            demo.close(verbose=False)
+
+
+def _check_address(server_name: str, port: int) -> None:
+    if not 1 <= port <= 65535:
+        raise ValueError(f"--port is {port}: expected 1 to 65535")
+    try:
+        socket.getaddrinfo(server_name, port, socket.AF_INET)
+        socket.create_server((server_name, port)).close()
+    except (socket.gaierror, UnicodeError) as error:
+        raise OSError(f"--server-name {server_name!r} is no IPv4 address: expected one of this machine") from error
+    except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise OSError(f"--server-name {server_name!r} is not this machine: expected an address of it") from error
+        raise OSError(f"--port {port} cannot be used ({os.strerror(error.errno)}): expected a free one") from error

@@ -1,0 +1,258 @@
+"""`otdrg label`: states of the 14 findings for a dataset, for a table of reports, or two tables of states compared."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ..files_otdrg import write_json
+from ..findings_otdrg import FINDING_STATES, FINDINGS, UNMENTIONED
+from ..labelers import LABELERS
+from ..labelers.as_typed import label_quietly, labeler_of, listed, parse_options
+from ..labelers.csv_states import read_states, write_states
+from ..labelers.report_table import read_reports
+from ..runtime.csv_files import write_csv
+from ..runtime.output_lock import OutputLock
+from ..runtime.printable import show
+
+DESCRIPTION = """\
+Read the states of the 14 findings out of reports, in one of three forms:
+  DATASET    fills finding_states of a dataset that otdrg prepare has written, from its column "report" (the text a
+             model learns) or from a CSV (--labeler csv); studies that have states keep them unless --relabel
+  --reports  reads a table of reports and writes one of states in chexpert-labeler's form: 1, 0, -1 or blank
+  --compare  says how far two tables of states agree, finding by finding
+"""
+EPILOG = """\
+Examples:
+  otdrg label studies --labeler rules
+  otdrg label studies --labeler csv --csv chexpert.csv
+  otdrg label --reports reports.csv --labeler rules --output states.csv
+  otdrg label --compare chexpert.csv states.csv --output agreement
+"""
+
+#: Reports labelled at once.
+_BATCH = 1000
+
+
+def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
+    """The command's arguments; `arguments`, what was typed, does not change them."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    what = parser.add_argument_group("what is labelled, one of")
+    what.add_argument("dataset", nargs="?", metavar="DATASET", help="folder written by otdrg prepare")
+    what.add_argument("--reports", metavar="FILE", help="CSV with the columns id and report, or .jsonl with these keys")
+    what.add_argument("--compare", nargs=2, metavar=("A", "B"), help="CSVs of states: a reference and another")
+    labeler = parser.add_argument_group("how")
+    labeler.add_argument("--labeler", choices=[*LABELERS, "csv"], help="what reads the states (default: rules)")
+    labeler.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="of the labeler; repeatable"
+    )
+    labeler.add_argument("--csv", metavar="FILE", help="states in chexpert-labeler's form, for --labeler csv")
+    labeler.add_argument("--id-column", metavar="NAME", help="column of --csv with the studies' ids (default: id)")
+    labeler.add_argument("--relabel", action="store_true", help="studies of DATASET that have states, too")
+    output = parser.add_argument_group("where to")
+    output.add_argument(
+        "--output",
+        metavar="PATH",
+        help="dataset (by default DATASET), CSV of states, or folder of the comparison",
+    )
+    output.add_argument("--resume", action="store_true", help="go on with an interrupted labelling of DATASET")
+    output.add_argument("--overwrite", action="store_true", help="replace what is at --output, or start anew")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Label or compare, whichever was asked for."""
+    given = [name for name in ("dataset", "reports", "compare") if getattr(options, name)]
+    if len(given) != 1:
+        raise ValueError(f"{' and '.join(given) or 'nothing'} given: expected one of DATASET, --reports and --compare")
+    _refuse_what_does_not_belong(options, given[0])
+    {"dataset": _label_dataset, "reports": _label_reports, "compare": _compare}[given[0]](options)
+
+
+def _refuse_what_does_not_belong(options: argparse.Namespace, form: str) -> None:
+    allowed = {
+        "dataset": {"labeler", "option", "csv", "id_column", "relabel", "resume"},
+        "reports": {"labeler", "option"},
+        "compare": set(),
+    }[form]
+    for name in ("labeler", "option", "csv", "id_column", "relabel", "resume"):
+        if getattr(options, name) and name not in allowed:
+            shown = "DATASET" if form == "dataset" else f"--{form}"
+            raise ValueError(f"--{name.replace('_', '-')} does not go with {shown}: leave it out")
+    if form != "compare" and options.labeler is None:
+        options.labeler = "rules" if options.csv is None else "csv"
+    if form != "dataset" and options.labeler == "csv":
+        raise ValueError("--labeler csv joins states to studies by id: expected a DATASET")
+    if (options.labeler == "csv") != (options.csv is not None):
+        raise ValueError("--labeler csv and --csv FILE go together: expected both or neither")
+    if options.id_column and options.csv is None:
+        raise ValueError("--id-column is a column of --csv: expected both or neither")
+    if options.option and options.labeler == "csv":
+        raise ValueError("--option does not go with --labeler csv: leave it out")
+
+
+# --- a table of reports ----------------------------------------------------------------------------------------------
+
+
+def _label_reports(options: argparse.Namespace) -> None:
+    if options.output is None:
+        raise ValueError("--output is missing: expected the CSV of states to be written")
+    output = Path(options.output)
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder: expected the name of a CSV")
+    if not output.parent.is_dir():
+        raise ValueError(f"{output}: there is no folder {output.parent}, expected one that exists")
+    with OutputLock(output):
+        _write_labels(options, output)
+
+
+def _write_labels(options: argparse.Namespace, output: Path) -> None:
+    if output.exists() and not options.overwrite:
+        raise ValueError(f"{output} exists: --overwrite replaces it")
+    if output.exists() and output.samefile(options.reports):
+        raise ValueError(f"{output} holds the reports themselves: expected another --output")
+    labeler = labeler_of(options.labeler, parse_options(options.option))
+    blank: list[str] = []
+    count = 0
+
+    def rows() -> Iterator[tuple[str, list[int]]]:
+        nonlocal count
+        with closing(read_reports(options.reports)) as reports:
+            while batch := list(islice(reports, _BATCH)):
+                states = label_quietly(labeler, [report for _, report in batch])
+                count += len(batch)
+                for (study, _), row in zip(batch, states.tolist(), strict=True):
+                    if set(row) == {UNMENTIONED}:
+                        blank.append(study)
+                    yield study, row
+
+    write_states(output, rows())
+    if blank:
+        show(f"{len(blank):,} reports have no state, empty or not understood: {listed(blank)}", file=sys.stderr)
+    show(f"{count:,} reports labelled by {labeler.name}: {output}")
+
+
+# --- a dataset -------------------------------------------------------------------------------------------------------
+
+
+def _label_dataset(options: argparse.Namespace) -> None:
+    from ..labelers.labelling import label_dataset
+
+    settings: dict[str, Any] = {"labeler": options.labeler}
+    if options.labeler == "csv":
+        id_column = options.id_column or "id"
+        known = read_states(options.csv, id_column)
+        # An interrupted labelling is not gone on with by a file that has changed.
+        content = hashlib.sha256(Path(options.csv).read_bytes()).hexdigest()
+        settings.update(csv=str(Path(options.csv).resolve()), csv_sha256=content, id_column=id_column)
+        ids = _dataset_ids(options, known)
+        absent, unused = [study for study in ids if study not in known], known.keys() - set(ids)
+
+        def read(ids, reports):
+            return [known.get(study) for study in ids]
+
+    else:
+        settings["options"] = parse_options(options.option)
+        labeler = labeler_of(options.labeler, settings["options"])
+
+        def read(ids, reports):
+            return label_quietly(labeler, list(reports))
+
+    report = label_dataset(
+        options.dataset,
+        read,
+        settings,
+        output=options.output,
+        relabel=options.relabel,
+        resume=options.resume,
+        overwrite=options.overwrite,
+    )
+    show(str(report))
+    if options.labeler == "csv":
+        if absent:
+            show(f"not in {options.csv}: {len(absent):,} studies: {listed(absent)}", file=sys.stderr)
+        if unused:
+            show(f"{len(unused):,} ids of {options.csv} are of no study", file=sys.stderr)
+
+
+def _dataset_ids(options: argparse.Namespace, known: dict) -> list[str]:
+    """Ids of all studies of the dataset, one of which at least must be known."""
+    from ..studies.loading import prepared_column, prepared_splits
+
+    ids = [
+        study for split in prepared_splits(options.dataset) for study in prepared_column(options.dataset, split, "id")
+    ]
+    if not any(study in known for study in ids):
+        raise ValueError(
+            f"{options.csv}: none of the {len(ids):,} studies is in it (studies: {ids[0]!r}, file: "
+            f"{next(iter(known), 'none')!r}), expected the studies' own ids"
+        )
+    return ids
+
+
+# --- two tables of states --------------------------------------------------------------------------------------------
+
+
+def _compare(options: argparse.Namespace) -> None:
+    if options.output is None:
+        _measure_agreement(options, None)
+        return
+    with OutputLock(options.output):
+        _measure_agreement(options, Path(options.output))
+
+
+def _measure_agreement(options: argparse.Namespace, folder: Path | None) -> None:
+    import numpy as np
+
+    from ..labelers.agreement import format_agreement, measure_agreement
+
+    if folder is not None and folder.exists():
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no folder: expected one for the files of the comparison")
+        if any(folder.iterdir()) and not options.overwrite:
+            raise ValueError(f"{folder} exists and is not empty: --overwrite writes into it")
+    paths = [Path(path) for path in options.compare]
+    tables = [read_states(path) for path in paths]
+    ids = [study for study in tables[0] if study in tables[1]]
+    if not ids:
+        raise ValueError(f"{paths[0]} and {paths[1]} have no id in common: expected states of the same reports")
+    reference, candidate = (np.array([table[study] for study in ids]) for table in tables)
+    result = measure_agreement(reference, candidate)
+    show(format_agreement(result))
+    only = [[study for study in table if study not in other] for table, other in (tables, tables[::-1])]
+    for path, missing in zip(paths, only, strict=True):
+        if missing:
+            show(f"only in {path}: {len(missing):,} reports: {listed(missing)}", file=sys.stderr)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        result["only_in_reference"], result["only_in_candidate"] = only
+        write_json(folder / "agreement.json", result)
+        _write_rates(folder / "agreement.csv", result)
+        _write_disagreements(folder / "disagreements.csv", ids, reference, candidate)
+        show(f"\nagreement.json, agreement.csv and disagreements.csv: {folder}")
+
+
+def _write_rates(path: Path, result: dict[str, Any]) -> None:
+    names = ("precision", "recall", "f1", "support", "predicted")
+    rows = (
+        [finding, state, *(rates[name] for name in names), row["kappa"]]
+        for finding, row in result["findings"].items()
+        for state, rates in {"mention": row["mention"], **row["states"]}.items()
+    )
+    write_csv(path, ["finding", "state", *names, "kappa"], rows)
+
+
+def _write_disagreements(path: Path, ids: list[str], reference, candidate) -> None:
+    rows = (
+        [ids[row], FINDINGS[column], *(FINDING_STATES[table[row, column]] for table in (reference, candidate))]
+        for row, column in zip(*(reference != candidate).nonzero(), strict=True)
+    )
+    write_csv(path, ["id", "finding", "reference", "candidate"], rows)
+
+
+__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]

@@ -1,0 +1,102 @@
+"""A study's report as people read it in a terminal."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import textwrap
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from ..findings_otdrg import FINDING_DISPLAY_NAMES
+from ..runtime.printable import printable
+
+#: States in the order of the table, their mark, and their colour (SGR).
+_STATES: dict[str, tuple[str, str]] = {
+    "positive": ("+", "31"),
+    "unclear": ("?", "33"),
+    "negative": ("-", ""),
+    "unmentioned": (" ", "2"),
+}
+_DISAGREEMENT, _HEADING = "35", "1"
+_NARROWEST = 40
+#: At which a line does not end.
+_KEPT_SPACE = "\xa0"
+
+
+def terminal_width() -> int:
+    """Columns of the terminal, 80 where there is none."""
+    return max(shutil.get_terminal_size().columns, _NARROWEST)
+
+
+def wants_colour(stream: TextIO, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a stream is a terminal, and not one whose user has set NO_COLOR."""
+    return stream.isatty() and not environment.get("NO_COLOR") and environment.get("TERM") != "dumb"
+
+
+def format_record(record: dict[str, Any], width: int, colour: bool = False) -> str:
+    """A study, its report, the states the model was told, and where the report disagrees with these.
+
+    Findings that are told or disagreed about have a line each, positive ones first; the others share one. Those that
+    the report disagrees about are marked, and told of below.
+
+    Args:
+        record: as `otdrg generate --json` gives it; that of a model which is not told of findings has no
+            `contradictions`.
+        width: columns, to which text is wrapped.
+        colour: whether to colour the marks.
+    """
+
+    def paint(text: str, code: str) -> str:
+        return f"\033[{code}m{text}\033[0m" if colour and code else text
+
+    record = {key: printable(value) if isinstance(value, str) else value for key, value in record.items()}
+    blocks = [paint(_wrapped(record["id"], width, "", "  "), _HEADING)]
+    if record.get("indication"):
+        blocks.append(_wrapped(f"Indication: {record['indication']}", width))
+    blocks.append(_wrapped(record["report"] or "(the model wrote nothing)", width))
+    if not record["complete"]:
+        blocks.append(paint(_wrapped("! cut off at --max-new-tokens, and not at its end", width), _DISAGREEMENT))
+    findings, disagreements = record["findings"], {one["finding"]: one for one in record.get("contradictions", ())}
+    rows, unmentioned = [f"    {'finding':<26}  {'told' if 'contradictions' in record else 'predicted':<11}  p"], []
+    for state, (mark, code) in _STATES.items():
+        for name, finding in findings.items():
+            if finding["state"] != state:
+                continue
+            shown, probability = FINDING_DISPLAY_NAMES[name], f"{finding['probability']:.2f}"
+            if state == "unmentioned" and name not in disagreements:
+                unmentioned.append(f"{shown} {probability}".replace(" ", _KEPT_SPACE))
+                continue
+            row = f"  {paint(f'{mark} {shown:<26}  {state:<11}', code)}  {probability}"
+            if name in record.get("steered", {}):
+                row += "  given"
+            if name in disagreements:
+                row += "  " + paint(f"! {_said(disagreements[name])}", _DISAGREEMENT)
+            rows.append(row)
+    if unmentioned:
+        last = _wrapped(f"unmentioned: {', '.join(unmentioned)}", width, "    ", "      ").replace(_KEPT_SPACE, " ")
+        rows.append(paint(last, _STATES["unmentioned"][1]))
+    blocks.append("\n".join(rows))
+    if disagreements:
+        told = [
+            _wrapped(f"! {FINDING_DISPLAY_NAMES[name]}: told {one['told']}, {_said(one)}", width, "  ", "    ")
+            for name, one in disagreements.items()
+        ]
+        blocks.append(paint("\n".join(told), _DISAGREEMENT))
+    if "heatmap" in record:
+        # Not wrapped, to be copied.
+        blocks.append(f"  heatmap: {record['heatmap']}")
+    return "\n\n".join(blocks) + "\n"
+
+
+def _said(disagreement: dict[str, str]) -> str:
+    return "not mentioned" if disagreement["kind"] == "omitted" else f"says {disagreement['said']}"
+
+
+def _wrapped(text: str, width: int, first: str = "  ", later: str = "  ") -> str:
+    return textwrap.fill(
+        text, width, initial_indent=first, subsequent_indent=later, break_long_words=False, break_on_hyphens=False
+    )
+
+
+__all__ = ["format_record", "terminal_width", "wants_colour"]

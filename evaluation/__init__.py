@@ -1,0 +1,1 @@
+"""What a model is worth: tables, baselines, controls, steering, localisation, embedding."""

@@ -1,0 +1,185 @@
+"""Image features before and after alignment, as Figure 1b has them: how far findings are apart, and a map of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from sklearn.manifold import TSNE
+from sklearn.metrics import silhouette_samples
+from sklearn.metrics.pairwise import cosine_distances
+from threadpoolctl import threadpool_limits
+from torch.utils.data import DataLoader
+
+from ..findings_otdrg import FINDINGS, POSITIVE
+from ..inference.collation import collate_views
+from ..metrics.significance import resample_weights
+from ..modeling_otdrg import OTDRGForReportGeneration
+from ..processing_otdrg import OTDRGProcessor
+
+#: Findings of fewer studies are left out.
+MINIMUM_STUDIES = 5
+
+
+@dataclass
+class SingleFindings:
+    """Studies of one finding each: their `positions`, their `findings`, and how many others were left out, and why."""
+
+    positions: list[int]
+    findings: list[str]
+    left_out: dict[str, int]
+
+
+@dataclass
+class AlignedFeatures:
+    """Features of S studies, each the mean over a study's image tokens.
+
+    Args:
+        before: (S, D) the vision encoder's, X of eq. 1.
+        after: (S, hidden_size) projected into the LLM's embedding space, f_p(X) of eq. 4.
+        labels: of each finding the feature (hidden_size,) of its state positive in that space, f_p(Y) of eq. 5; none
+            if the model has no FIOT.
+    """
+
+    before: np.ndarray
+    after: np.ndarray
+    labels: dict[str, np.ndarray]
+
+
+def single_findings(states: Sequence[Sequence[int] | None], limit: int) -> SingleFindings:
+    """The first studies with exactly one positive among the 14 findings, No Finding being one: a colour for each.
+
+    Args:
+        states: (14,) state ids of each study, None where they are not known.
+        limit: most studies.
+
+    Raises:
+        ValueError: fewer than two findings have `MINIMUM_STUDIES` such studies.
+    """
+    positive = [None if row is None else np.flatnonzero(np.asarray(row) == POSITIVE) for row in states]
+    single = [place for place, row in enumerate(positive) if row is not None and len(row) == 1]
+    names = {place: FINDINGS[int(positive[place][0])] for place in single[:limit]}
+    counts = Counter(names.values())
+    kept = [place for place, name in names.items() if counts[name] >= MINIMUM_STUDIES]
+    groups = {names[place] for place in kept}
+    if len(groups) < 2:
+        raise ValueError(
+            f"{len(groups)} findings are the only positive one in at least {MINIMUM_STUDIES} of {len(states)} studies: "
+            "expected at least 2"
+        )
+    return SingleFindings(
+        positions=kept,
+        findings=[names[place] for place in kept],
+        left_out={
+            "states not known": sum(row is None for row in positive),
+            "none or several positive": sum(row is not None and len(row) != 1 for row in positive),
+            "beyond the limit": len(single) - len(names),
+            f"findings of fewer than {MINIMUM_STUDIES} studies": len(names) - len(kept),
+        },
+    )
+
+
+@torch.no_grad()
+def aligned_features(
+    model: OTDRGForReportGeneration, processor: OTDRGProcessor, studies: Dataset, batch_size: int
+) -> AlignedFeatures:
+    """Features of studies, in their order, before and after the projection.
+
+    Args:
+        model, processor: as published.
+        studies: rows with `images`.
+        batch_size: studies a batch.
+    """
+    before, after = [], []
+    views = studies.select_columns(["id", "images"])
+    for batch in DataLoader(views, batch_size=batch_size, collate_fn=partial(collate_views, processor)):
+        pixel_values, view_mask = (batch[name].to(model.device) for name in ("pixel_values", "view_mask"))
+        view_features = model.encode_views(pixel_values, view_mask, reader="report")
+        before.append(_pooled(*model.fuse_views(view_features, view_mask)))
+        after.append(_pooled(*model.project_views(view_features, view_mask)))
+    labels = {}
+    if model.config.fiot:
+        positive = torch.full((1, len(FINDINGS)), POSITIVE, device=model.device)
+        labels = dict(zip(FINDINGS, model.get_label_features(positive)[0].float().cpu().numpy(), strict=True))
+    return AlignedFeatures(np.concatenate(before), np.concatenate(after), labels)
+
+
+def _pooled(tokens: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
+    weights = mask[:, :, None] / mask.sum(dim=1)[:, None, None]
+    return (tokens.float() * weights).sum(dim=1).cpu().numpy()
+
+
+def separation(
+    before: np.ndarray,
+    after: np.ndarray,
+    findings: Sequence[str],
+    resamples: int = 1000,
+    permutations: int = 200,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """How far findings are apart in both spaces: silhouettes by cosine distance (Rousseeuw, 1987).
+
+    Args:
+        before, after: (S, D) and (S, E) features of the same studies.
+        findings: S names.
+        resamples: of the bootstrap over studies behind the intervals. It draws the studies' silhouettes, which are not
+            computed anew: a study drawn twice would be its own nearest neighbour.
+        permutations: of the findings over the studies, for what chance gives.
+        seed: of both.
+
+    Returns:
+        For `before` and `after` the `silhouette`, from -1 to 1 and 0 where findings lie among each other, its 95 %
+        interval (`low`, `high`), under `chance` the mean and the 2.5 % and 97.5 % quantiles over permutations, under
+        `findings` the means of each finding's studies, and under `studies` each study's; `difference`, after minus
+        before, with its interval.
+    """
+    groups = np.asarray(findings)
+    rng = np.random.default_rng(seed)
+    shuffled = [rng.permutation(groups) for _ in range(permutations)]
+    drawn = np.concatenate(list(resample_weights(len(groups), resamples, seed))) / len(groups)
+    result: dict[str, Any] = {}
+    for name, features in (("before", before), ("after", after)):
+        distances = cosine_distances(features.astype(np.float64))
+        values = silhouette_samples(distances, groups, metric="precomputed")
+        chance = [silhouette_samples(distances, others, metric="precomputed").mean() for others in shuffled]
+        result[name] = {
+            "silhouette": float(values.mean()),
+            **_interval(drawn @ values),
+            "chance": {"silhouette": float(np.mean(chance)), **_interval(chance)},
+            "findings": {name: float(values[groups == name].mean()) for name in FINDINGS if name in findings},
+            "studies": values.tolist(),
+        }
+    difference = np.subtract(result["after"]["studies"], result["before"]["studies"])
+    result["difference"] = {"silhouette": float(difference.mean()), **_interval(drawn @ difference)}
+    return result
+
+
+def _interval(values: Sequence[float]) -> dict[str, float]:
+    low, high = np.quantile(values, [0.025, 0.975])
+    return {"low": float(low), "high": float(high)}
+
+
+def embed(features: np.ndarray, seed: int) -> np.ndarray:
+    """(S, D) features in the plane, (S, 2), by t-SNE on cosine distances; the same for the same seed."""
+    perplexity = min(30.0, (len(features) - 1) / 3)
+    # On one thread: sums over several have no fixed order, and threads waiting for each other at each of a thousand
+    # small steps make a busy machine's minutes of seconds.
+    with threadpool_limits(1):
+        return TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=seed).fit_transform(features)
+
+
+__all__ = [
+    "MINIMUM_STUDIES",
+    "AlignedFeatures",
+    "SingleFindings",
+    "aligned_features",
+    "embed",
+    "separation",
+    "single_findings",
+]

@@ -1,0 +1,164 @@
+"""What an encoder's features are worth before anything is trained on them: a linear probe, alignment, uniformity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch.utils.data import DataLoader
+
+from ..findings_otdrg import FINDINGS, POSITIVE
+from ..inference.collation import FindingCollator
+from ..metrics.classification import area_under_curve
+from ..processing_otdrg import OTDRGProcessor
+from ..studies.streaming import StreamedStudies
+
+
+@dataclass
+class ViewFeatures:
+    """Features `views` (A, D) of the views of S studies, `study` (A,) their positions, and the `states` (S, 14)."""
+
+    views: torch.Tensor
+    study: torch.Tensor
+    states: np.ndarray
+
+    def by_study(self) -> torch.Tensor:
+        """(S, D), the mean over each study's views."""
+        sums = self.views.new_zeros(len(self.states), self.views.shape[1]).index_add_(0, self.study, self.views)
+        return sums / self.study.bincount(minlength=len(self.states))[:, None]
+
+
+def encode_studies(
+    encode: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    processor: OTDRGProcessor,
+    studies: Dataset | StreamedStudies,
+    limit: int,
+    batch_size: int,
+) -> ViewFeatures:
+    """Features of the first `limit` studies; streamed ones are taken as the first epoch has them.
+
+    Args:
+        encode: makes the features (A, D) of a batch's views of pixel_values (B, V, C, H, W) and view_mask (B, V).
+        studies: whose finding states are known.
+    """
+    if isinstance(studies, StreamedStudies):
+        studies.set_epoch(0)
+    else:
+        studies = studies.select(range(min(limit, len(studies))))
+    views, study, states = [], [], []
+    for batch in DataLoader(studies, batch_size=batch_size, collate_fn=FindingCollator(processor)):
+        taken = slice(limit - len(states))
+        view_mask = batch["view_mask"][taken]
+        with torch.no_grad():
+            views.append(encode(batch["pixel_values"][taken], view_mask))
+        study.append(view_mask.nonzero()[:, 0] + len(states))
+        states += batch["finding_labels"][taken].tolist()
+        if len(states) >= limit:
+            break
+    return ViewFeatures(torch.cat(views), torch.cat(study), np.array(states))
+
+
+# --- alignment and uniformity ----------------------------------------------------------------------------------------
+
+
+def alignment(anchors: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+    """Mean squared distance of anchors (A, D) and positives (A, D) of length 1 (Wang and Isola, 2020); 0 is best."""
+    distance = F.normalize(anchors.float(), dim=-1) - F.normalize(positives.float(), dim=-1)
+    return distance.square().sum(dim=-1).mean()
+
+
+def uniformity(
+    anchors: torch.Tensor, groups: torch.Tensor, keys: torch.Tensor, key_groups: torch.Tensor
+) -> torch.Tensor | None:
+    """Log of the mean of exp(-2 d^2) over pairs of other groups, of features of length 1 (Wang and Isola, 2020).
+
+    Args:
+        anchors, groups: (A, D) and (A,).
+        keys, key_groups: (K, D) and (K,).
+
+    Returns:
+        From 0, all in one point, towards -4; None where there is no pair.
+    """
+    anchors, keys = F.normalize(anchors.float(), dim=-1), F.normalize(keys.float(), dim=-1)
+    other = groups[:, None] != key_groups[None]
+    if not other.any():
+        return None
+    squared = 2 - 2 * (anchors @ keys.T)
+    return (-2 * squared[other]).logsumexp(dim=0) - other.sum().log()
+
+
+# --- the probe -------------------------------------------------------------------------------------------------------
+
+
+def linear_probe(train: ViewFeatures, validation: ViewFeatures) -> dict[str, Any]:
+    """AUC on validation of logistic regressions, positive against the other states, fitted on training studies.
+
+    Features are averaged over a study's views, and standardised.
+
+    Returns:
+        `macro_auc` over the `auc_findings` findings with positives and others in both; `train_studies` and
+        `validation_studies`; under `findings` each one's `positives` on validation and `auc`.
+    """
+    features, unseen = train.by_study().double(), validation.by_study().double()
+    mean, deviation = features.mean(dim=0), features.std(dim=0, correction=0).clamp(min=1e-6)
+    features, unseen = (features - mean) / deviation, (unseen - mean) / deviation
+    targets, known = torch.from_numpy(train.states == POSITIVE), torch.from_numpy(train.states >= 0)
+    scores = logistic_regression(features, targets, known)(unseen).numpy()
+    findings = {}
+    for position, name in enumerate(FINDINGS):
+        rows = validation.states[:, position] >= 0
+        positive = validation.states[rows, position] == POSITIVE
+        seen = targets[:, position][known[:, position]]
+        area = area_under_curve(scores[rows, position], positive) if seen.any() and not seen.all() else None
+        findings[name] = {"positives": int(positive.sum()), "auc": area}
+    areas = [row["auc"] for row in findings.values() if row["auc"] is not None]
+    return {
+        "macro_auc": float(np.mean(areas)) if areas else None,
+        "auc_findings": len(areas),
+        "train_studies": len(train.states),
+        "validation_studies": len(validation.states),
+        "findings": findings,
+    }
+
+
+def logistic_regression(
+    features: torch.Tensor, targets: torch.Tensor, known: torch.Tensor | None = None, penalty: float = 1.0
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """K logistic regressions at once: each minimises the summed cross-entropy + penalty / 2 times its squared weights.
+
+    Args:
+        features: (N, D), about standardised.
+        targets: (N, K) of bool.
+        known: (N, K), targets that count; all without it.
+        penalty: 1 is scikit-learn's default, C = 1.
+
+    Returns:
+        The function from features (M, D) to log odds (M, K).
+    """
+    counts = torch.ones_like(targets, dtype=features.dtype) if known is None else known.to(features.dtype)
+    weight = features.new_zeros(features.shape[1], targets.shape[1]).requires_grad_()
+    bias = features.new_zeros(targets.shape[1]).requires_grad_()
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def objective() -> torch.Tensor:
+        optimizer.zero_grad()
+        errors = F.binary_cross_entropy_with_logits(
+            features @ weight + bias, targets.to(features.dtype), weight=counts, reduction="sum"
+        )
+        # By the number of studies, so that what counts as converged does not depend on it.
+        value = (errors + penalty / 2 * weight.square().sum()) / len(features)
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(objective)
+    weight, bias = weight.detach(), bias.detach()
+    return lambda others: others @ weight + bias
+
+
+__all__ = ["ViewFeatures", "alignment", "encode_studies", "linear_probe", "logistic_regression", "uniformity"]

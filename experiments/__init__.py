@@ -1,0 +1,1 @@
+"""Ablations: tables over many runs."""

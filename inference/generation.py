@@ -1,0 +1,178 @@
+"""Reports for studies: generated batch by batch, by all processes, and on request written down as they come."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from ..findings_otdrg import FINDING_STATES, FINDINGS
+from ..modeling_otdrg import OTDRGForReportGeneration
+from ..processing_otdrg import OTDRGProcessor
+from ..runtime.journal import Journal
+from .collation import PromptCollator
+from .features import CachedStudies
+from .processes import is_sharded, open_methods, process_share
+
+
+class ReportJournal:
+    """Reports on disk as they are written, so that a generation that is broken off can go on: a [`Journal`] of them.
+
+    Whoever keeps one sees to it that it is of one model, one set of studies and one way of decoding.
+
+    Args:
+        path: the `.jsonl` file; it need not be there.
+
+    Raises:
+        ValueError: a line is no report.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self._journal = Journal(path)
+        self.path = self._journal.path
+        self._reports: dict[str, tuple[str, list[int]]] = {}
+        for number, row in enumerate(self._journal.rows, 1):
+            try:
+                self._reports[row["id"]] = row["report"], [FINDING_STATES.index(row[name]) for name in FINDINGS]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(
+                    f"{self.path}, line {number}: no report with its id and 14 states; delete the file to begin anew"
+                ) from None
+
+    def __contains__(self, study: str) -> bool:
+        return study in self._reports
+
+    def __getitem__(self, study: str) -> tuple[str, list[int]]:
+        """A study's report, and the ids of the 14 states it was written from."""
+        return self._reports[study]
+
+    def add(self, rows: Sequence[tuple[str, str, list[int]]]) -> None:
+        """Add a study's id, report and states, each a line."""
+        named = [dict(zip(FINDINGS, (FINDING_STATES[state] for state in states), strict=True)) for *_, states in rows]
+        self._journal.add(
+            {"id": study, "report": report, **told} for (study, report, _), told in zip(rows, named, strict=True)
+        )
+        self._reports |= {study: (report, states) for study, report, states in rows}
+
+
+@dataclass
+class GeneratedReports:
+    """What a model wrote for N studies.
+
+    Args:
+        reports: N texts.
+        finding_states: (N, 14), the states each report was conditioned on, predicted unless they were given.
+    """
+
+    reports: list[str]
+    finding_states: np.ndarray
+
+
+def generate_reports(
+    model: OTDRGForReportGeneration,
+    processor: OTDRGProcessor,
+    studies: Dataset | CachedStudies,
+    batch_size: int = 8,
+    generation: dict[str, Any] | None = None,
+    finding_states: np.ndarray | None = None,
+    indication: bool = False,
+    journal: ReportJournal | None = None,
+) -> GeneratedReports:
+    """Reports for studies, in their order, of which nothing is read but the images and, on request, the indications.
+
+    Every process of a distributed run must call it; each writes its share, and all get the whole.
+
+    Args:
+        model, processor: as published; the model's type is left as it is.
+        studies: rows with `images`, or those of [`cache_features`], which give the same.
+        batch_size: studies a batch.
+        generation: arguments of `generate`.
+        finding_states: (N, 14) states to condition on, -1 where they are to be predicted; all are, without it.
+        indication: whether the studies' `indication` goes into the prompt.
+        journal: of reports of these very studies, under these very settings: those that are in it are not written
+            again, the others are added to it as they come.
+
+    Raises:
+        ValueError: `finding_states` does not fit the studies, or a journal is to be kept by several processes.
+    """
+    if finding_states is not None and np.shape(finding_states) != (len(studies), len(FINDINGS)):
+        raise ValueError(
+            f"finding_states has shape {np.shape(finding_states)}: expected {(len(studies), len(FINDINGS))}"
+        )
+    state = PartialState()
+    if journal is not None and state.num_processes > 1:
+        raise ValueError(f"{journal.path} cannot be written by {state.num_processes} processes: expected one")
+    mine, written = process_share(len(studies)), []
+    if journal is not None:
+        written = [(place, *journal[study]) for place, study in enumerate(studies["id"]) if study in journal]
+        mine = sorted(set(mine).difference(place for place, *_ in written))
+    waits = {"synced_gpus": True} if is_sharded(model) else {}
+    views = "view_features" if "view_features" in studies.column_names else "images"
+    loader = DataLoader(
+        studies.select_columns(["id", views, "indication"] if indication else ["id", views]).select(mine),
+        batch_size=batch_size,
+        collate_fn=PromptCollator(processor, indication),
+    )
+    open_methods(model, "read_study", "generate")
+    model.eval()
+    waiting = iter(mine)
+    # A command shows how far it is; training has a bar of its own.
+    for batch in tqdm(loader, desc=journal and journal.path.stem, unit="batch", disable=None if journal else True):
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        prompt = {name: batch.pop(name) for name in ("input_ids", "attention_mask")}
+        positions = list(islice(waiting, len(prompt["input_ids"])))
+        given = None
+        if finding_states is not None:
+            given = torch.as_tensor(np.asarray(finding_states)[positions], device=model.device)
+        with torch.no_grad():
+            study = model.read_study(**batch, finding_states=given)
+            ids = model.generate(
+                **prompt,
+                view_features=study.view_features,
+                view_mask=study.view_mask,
+                # A model without DLE predicts finding states but does not use them.
+                finding_states=study.finding_states if model.config.dle else None,
+                **waits,
+                **(generation or {}),
+            )
+        texts = processor.batch_decode(ids[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+        states = study.finding_states.tolist()
+        rows = list(zip(positions, (" ".join(text.split()) for text in texts), states, strict=True))
+        written += rows
+        if journal is not None:
+            journal.add([(studies["id"][position], report, states) for position, report, states in rows])
+    everyones = gather_object(written) if state.num_processes > 1 else written
+    written = sorted({row[0]: row for row in everyones}.values())
+    return GeneratedReports(
+        reports=[text for _, text, _ in written],
+        finding_states=np.array([row for _, _, row in written], dtype=np.int64).reshape(len(studies), len(FINDINGS)),
+    )
+
+
+def derangement(count: int, seed: int) -> np.ndarray:
+    """A random permutation (count,) that leaves nothing in its place.
+
+    Raises:
+        ValueError: there is none of fewer than two.
+    """
+    if count < 2:
+        raise ValueError(f"images of {count} study cannot be shuffled: expected at least 2 studies")
+    # Sattolo's algorithm: one cycle through all.
+    order, rng = np.arange(count), np.random.default_rng(seed)
+    for position in range(count - 1, 0, -1):
+        other = rng.integers(position)
+        order[position], order[other] = order[other], order[position]
+    return order
+
+
+__all__ = ["GeneratedReports", "ReportJournal", "derangement", "generate_reports"]

@@ -1,0 +1,148 @@
+"""Transport plans over the views of a study, as arrays and as pictures (paper, Figure 5)."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from ..findings_otdrg import FINDING_DISPLAY_NAMES
+
+#: The colour scale spans this factor below and above the uniform plan, in every picture.
+LIFT_RANGE = 4.0
+
+#: Findings beside a view before they go on in a row below.
+_FINDINGS_A_ROW = 4
+#: In inches: the width of a panel, the most it is high, and the heights of a title and of a line of text.
+_PANEL, _TALLEST, _TITLE, _LINE = 2.8, 5.6, 0.5, 0.19
+
+
+def upsample_lift(lift: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A map over the grid of image tokens at a view's resolution.
+
+    The processor stretches a view to the encoder's square, without cropping or padding, so the grid is stretched over
+    the whole view. Bilinear between the centres of the grid's cells, constant beyond the outer ones: never above the
+    grid's highest value nor below its lowest, and a uniform plan stays exactly 1.
+
+    Args:
+        lift: (rows, columns), one view of an array of the pipeline's `heatmaps`.
+        size: (height, width) of the view.
+
+    Returns:
+        (height, width) in float32.
+
+    Raises:
+        ValueError: `lift` is not of two dimensions.
+    """
+    lift = np.asarray(lift, dtype=np.float32)
+    if lift.ndim != 2:
+        raise ValueError(f"lift has shape {lift.shape}: expected (rows, columns), those of one finding in one view")
+    height, width = size
+    resized = Image.fromarray(lift).resize((width, height), Image.Resampling.BILINEAR)
+    # Its weights add up to 1 but for rounding.
+    return np.clip(np.asarray(resized), lift.min(), lift.max())
+
+
+def draw_heatmaps(
+    views: Sequence[Image.Image],
+    heatmaps: dict[str, np.ndarray],
+    findings: dict[str, dict],
+    path: str | Path | BinaryIO,
+    names: Sequence[str] | None = None,
+    masks: dict[str, Sequence[np.ndarray]] | None = None,
+    report: str | None = None,
+) -> list[str]:
+    """Write a PNG of a study's views with the transport plan of some findings laid over them.
+
+    The colour is the plan's mass as a multiple of the uniform plan's, on one fixed logarithmic scale from 1/4 to 4, so
+    that a uniform plan looks uniform. Each title has the state the model was told and the predictor's probability of
+    that state. A finding without any mass, which `ot_labels="mentioned"` leaves out of the plan, has no colour and says
+    so; so does the picture where all views share one plan.
+
+    Args:
+        views: the study's views, as [`read_view`] gives them.
+        heatmaps: for each finding an array (views, rows, columns), as the pipeline returns with `return_heatmaps=True`.
+        findings: for each finding its `state` and `probability`, as the pipeline returns.
+        path: the PNG to write, or a file that is open for it.
+        names: findings to draw; the positive and unclear ones without it, No Finding where there are none.
+        masks: for each finding where it truly is, one boolean array a view, drawn as an outline.
+        report: text to write above the views.
+
+    Returns:
+        The findings that were drawn.
+
+    Raises:
+        ValueError: a finding has not one map a view.
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import LogNorm
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("drawing heatmaps needs matplotlib: pip install 'otdrg[demo]'") from error
+
+    if names is None:
+        names = [name for name, finding in findings.items() if finding["state"] in ("positive", "unclear")]
+        names = [name for name in names if name != "no_finding"] or ["no_finding"]
+    for name in names:
+        if len(heatmaps[name]) != len(views):
+            raise ValueError(f"heatmaps of {name} are of {len(heatmaps[name])} views: expected {len(views)}")
+    notes = ["State: what the model was told. p: the label predictor's probability of that state."]
+    if len(views) > 1 and all(
+        np.array_equal(heatmap, heatmap[:1].repeat(len(views), 0)) for heatmap in heatmaps.values()
+    ):
+        notes.append("All views share one plan.")
+
+    columns = 1 + min(len(names), _FINDINGS_A_ROW)
+    lines = -(-len(names) // _FINDINGS_A_ROW)
+    panel_heights = [_TITLE + min(_PANEL * view.height / view.width, _TALLEST) for view in views for _ in range(lines)]
+    width = _PANEL * columns + 1.0
+    text = textwrap.wrap(report, int(width * 12)) if report else []
+    figure = Figure(
+        figsize=(width, sum(panel_heights) + _LINE * (len(text) + 1) + 0.2),
+        layout="constrained",
+    )
+    axes = figure.subplots(len(panel_heights), columns, squeeze=False, height_ratios=panel_heights)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    scale = ScalarMappable(LogNorm(1 / LIFT_RANGE, LIFT_RANGE), "coolwarm")
+    for number, view in enumerate(views):
+        block = axes[number * lines : (number + 1) * lines]
+        pixels = np.asarray(view.convert("L"))
+        block[0][0].imshow(pixels, cmap="gray", vmin=0, vmax=255)
+        block[0][0].set_title(f"view {number + 1}", fontsize=9)
+        for axis, name in zip(block[:, 1:].flat, names, strict=False):
+            axis.imshow(pixels, cmap="gray", vmin=0, vmax=255)
+            state, probability = findings[name]["state"], findings[name]["probability"]
+            axis.set_title(f"{FINDING_DISPLAY_NAMES[name]}\n{state}, p = {probability:.2f}", fontsize=9)
+            if np.any(heatmaps[name]):
+                lift = upsample_lift(heatmaps[name][number], pixels.shape)
+                axis.imshow(np.clip(lift, 1 / LIFT_RANGE, LIFT_RANGE), cmap=scale.cmap, norm=scale.norm, alpha=0.45)
+            else:
+                axis.text(
+                    *(0.5, 0.04, "not in the plan: no mass"),
+                    transform=axis.transAxes,
+                    ha="center",
+                    fontsize=9,
+                    color="white",
+                    backgroundcolor="black",
+                )
+            if masks and masks.get(name) is not None and np.any(masks[name][number]):
+                axis.contour(masks[name][number], levels=[0.5], colors="lime", linewidths=1.0)
+    bar = figure.colorbar(scale, ax=axes, shrink=0.8, aspect=25, ticks=[1 / LIFT_RANGE, 0.5, 1, 2, LIFT_RANGE])
+    bar.ax.set_yticklabels(["≤ 1/4", "1/2", "1", "2", "≥ 4"])
+    bar.minorticks_off()
+    bar.set_label("mass, times the uniform plan's", fontsize=9)
+    if text:
+        figure.suptitle("\n".join(text), fontsize=9, x=0.01, ha="left", parse_math=False)
+    figure.supxlabel(" ".join(notes), fontsize=8, x=0.01, ha="left")
+    figure.savefig(path, dpi=110)
+    return list(names)
+
+
+__all__ = ["LIFT_RANGE", "draw_heatmaps", "upsample_lift"]

@@ -1,0 +1,134 @@
+"""Trained models as commands are given them: the folder of a run, the folder of a model, or a Hub id."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from ..modeling_otdrg import OTDRGForReportGeneration
+from ..pipeline_otdrg import ReportGenerationPipeline
+from ..processing_otdrg import OTDRGProcessor
+from ..weights_otdrg import read_stated
+from .model_files import check_fit, read_model, read_processor
+
+#: Beams and most tokens of a report where neither the command nor the model says.
+_BEAMS, _NEW_TOKENS = 3, 120
+
+
+def load_published(model: str) -> tuple[OTDRGForReportGeneration, OTDRGProcessor]:
+    """A trained model, in evaluation mode, and its processor.
+
+    Args:
+        model: folder of a run or a model, a Hub id, or a Hub id and a revision, "org/name@revision".
+
+    Raises:
+        ValueError: it is a folder without a model, or one of its files is damaged; the message names the file.
+        OSError: it cannot be loaded, with what the Hub answered.
+    """
+    disable_progress_bar()
+    if Path(model).is_dir():
+        name, hub = published_folder(model), {}
+    else:
+        repo, _, revision = model.partition("@")
+        name, hub = repo, {"revision": revision} if revision else {}
+    try:
+        commit = read_stated(name, **hub)[1]
+        if commit is not None:
+            hub = {"revision": commit}
+        # Before the weights, which may be large.
+        processor = read_processor(name, **hub)
+        network = read_model(name, **hub)
+    except OSError as error:
+        status = _http_status(error)
+        # transformers says "couldn't connect" where the Hub did answer.
+        whose = "" if Path(model).is_dir() else f"{model}: "
+        raise OSError(f"{whose}{error}{f' (the Hub answered {status})' if status else ''}") from error
+    check_fit(name, network, processor, **hub)
+    return network.eval(), processor
+
+
+def published_folder(model: str | Path) -> Path:
+    """The folder with the model of a run's folder, or of one that is a model itself.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for folder in (Path(model) / "model", Path(model)):
+        if (folder / "config.json").is_file():
+            return folder
+    raise ValueError(f"{model}: no config.json here or in its folder 'model', expected a trained run or a model")
+
+
+def _http_status(error: BaseException | None) -> int | None:
+    """Of the answer that an error, or one behind it, came from."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None:
+            return status
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def load_pipeline(model: str) -> ReportGenerationPipeline:
+    """The `image-to-text` pipeline of a trained model; argument and errors as of [`load_published`]."""
+    network, processor = load_published(model)
+    return ReportGenerationPipeline(model=network, processor=processor, task="image-to-text")
+
+
+def decoding(
+    model: OTDRGForReportGeneration,
+    num_beams: int | None = None,
+    max_new_tokens: int | None = None,
+    batch_size: int = 1,
+) -> dict[str, int]:
+    """Arguments of `generate`, as a command was given them, or else as the model's generation configuration says.
+
+    Args:
+        model: on its device.
+        num_beams, max_new_tokens: as given.
+        batch_size: studies that are generated for at once.
+
+    Raises:
+        ValueError: more tokens than the LLM has positions, more beams than it has tokens to begin with, or a batch
+            whose views, keys and values do not fit into the memory of the device.
+    """
+    asked, text = model.generation_config, model.config.text_config
+    beams = num_beams or asked.num_beams or _BEAMS
+    tokens = max_new_tokens or asked.max_new_tokens or _NEW_TOKENS
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and tokens >= positions:
+        raise ValueError(f"--max-new-tokens is {tokens}: expected less than {positions}, the positions of the LLM")
+    if beams > text.vocab_size:
+        raise ValueError(f"--num-beams is {beams}: expected at most {text.vocab_size}, the tokens of the LLM")
+    views = 3 * model.config.image_size**2 * torch.float32.itemsize
+    needed = batch_size * (beams * (tokens + model.config.image_tokens) * _bytes_a_token(model) + views)
+    there = _memory(model.device)
+    if there is not None and needed > there:
+        raise ValueError(
+            f"--batch-size {batch_size} with {beams} beams and {tokens} new tokens needs {needed / 2**30:,.1f} GB for "
+            f"views, keys and values, and the device has {there / 2**30:,.1f} GB: expected less of one of them"
+        )
+    return {"num_beams": beams, "max_new_tokens": tokens}
+
+
+def _bytes_a_token(model: OTDRGForReportGeneration) -> int:
+    """Bytes of the keys and values of one token in all layers of the LLM."""
+    text = model.config.text_config
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * heads * width * model.language_model.dtype.itemsize
+
+
+def _memory(device: torch.device) -> int | None:
+    """Bytes of memory that a device has in all; None where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type != "cpu" or "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+__all__ = ["decoding", "load_pipeline", "load_published", "published_folder"]

@@ -1,0 +1,1 @@
+"""How a command reads and writes files, prints and ends."""

@@ -1,0 +1,87 @@
+"""Training studies that are read from disk as they are needed, for collections that do not fit into memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from datasets import Image, List
+from datasets.distributed import split_dataset_by_node
+
+from .loading import prepared_column, prepared_shards, stream_prepared
+
+
+class StreamedStudies(torch.utils.data.IterableDataset):
+    """A split of a built dataset: views are streamed from its shards, in an order that is new each epoch.
+
+    What is small is held in memory as columns, `id`, `report`, `indication` and `finding_states`, and can be read and
+    replaced as those of a `datasets.Dataset` can. `shards` are the files.
+
+    Args:
+        folder: of the dataset.
+        split: "train", "validation" or "test".
+        seed: of the order.
+        buffer: studies among which the next one is drawn. Shards are shuffled as well.
+
+    Raises:
+        ValueError: the folder is not a built dataset, or has no such split.
+    """
+
+    def __init__(self, folder: str | os.PathLike, split: str, seed: int = 0, buffer: int = 256):
+        self.shards = prepared_shards(folder, split)
+        # Not decoded by the library, so that a view is read as `generate` reads it.
+        self._on_disk = stream_prepared(folder, split).cast_column("images", List(Image(decode=False)))
+        self._stream = self._on_disk.shuffle(seed=seed, buffer_size=buffer)
+        names = ("id", "report", "indication", "finding_states")
+        self._columns = {name: prepared_column(folder, split, name) for name in names}
+
+    def __len__(self) -> int:
+        return len(self._columns["id"])
+
+    def __getitem__(self, column: str) -> list:
+        return self._columns[column]
+
+    @property
+    def column_names(self) -> list[str]:
+        """Names of the columns that are held in memory."""
+        return list(self._columns)
+
+    def select(self, positions: Sequence[int]) -> StreamedStudies:
+        """The studies at these positions of the columns; the others are passed over."""
+        return self._changed({name: [values[i] for i in positions] for name, values in self._columns.items()})
+
+    def with_column(self, name: str, values: list) -> StreamedStudies:
+        """The same studies with another column."""
+        return self._changed({**self._columns, name: values})
+
+    def _changed(self, columns: dict[str, list]) -> StreamedStudies:
+        changed = object.__new__(type(self))
+        changed.shards, changed._columns = self.shards, columns
+        changed._on_disk, changed._stream = self._on_disk, self._stream
+        return changed
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for place, row in self._placed(self._stream):
+            yield {**row, **{name: values[place] for name, values in self._columns.items()}}
+
+    def image_files(self, process: int = 0, processes: int = 1) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        """One process's share of the studies, in the order of the shards: position in the columns, and the views as
+        `{"bytes", "path"}` of image files that are not decoded."""
+        views = self._on_disk.select_columns(["id", "images"])
+        for place, row in self._placed(split_dataset_by_node(views, process, processes)):
+            yield place, row["images"]
+
+    def _placed(self, stream: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+        places = {study: place for place, study in enumerate(self._columns["id"])}
+        for row in stream:
+            if row["id"] in places:
+                yield places[row["id"]], row
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle for this epoch; the Trainer calls it."""
+        self._stream.set_epoch(epoch)
+
+
+__all__ = ["StreamedStudies"]

@@ -1,0 +1,448 @@
+"""`otdrg generate` as it is typed, on a model folder, a run and what is neither."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import load_dataset
+from otdrg import FINDINGS, ReportGenerationPipeline, image_processing_otdrg
+from otdrg.cli import main
+from otdrg.inference.loading import decoding
+from otdrg.labelers.report_table import read_reports
+from otdrg.metrics.faithfulness import self_check
+from otdrg.pipeline_otdrg import ReportGenerationPipeline as Pipeline
+from PIL import Image
+
+FEW = ["--num-beams", "1", "--max-new-tokens", "6"]
+
+
+@pytest.fixture
+def generate(run_folder, capsys):
+    """Runs the command; its exit status, and what it prints to the two streams."""
+
+    def generate(*arguments, model=run_folder, few=FEW):
+        status = main(["generate", *map(str, (model, *arguments)), *few])
+        return status, *capsys.readouterr()
+
+    return generate
+
+
+def rows_of(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def one_line(error, *parts):
+    assert error.startswith("otdrg generate: error: ") and error.count("\n") == 1
+    for part in parts:
+        assert part in error
+
+
+# --- one study -------------------------------------------------------------------------------------------------------
+
+
+def test_text_names_study_report_and_all_findings(generate, paths):
+    status, shown, error = generate("--study", paths[0], paths[1])
+    assert status == 0 and error == ""
+    assert shown.splitlines()[0] in f"{paths[0]} + {paths[1]}"
+    for name in ("Enlarged Cardiomediastinum", "Pleural Effusion", "No Finding"):
+        assert name in " ".join(shown.split())
+
+
+def test_json_has_what_the_pipeline_gives(generate, model, processor, paths, tmp_path):
+    heatmaps = tmp_path / "deep" / "heatmaps"
+    arguments = ["--study", paths[0], "--study", paths[1], paths[2], "--indication", "cough"]
+    arguments += ["--findings", "Edema=positive", "--findings", "pleural EFFUSION=uncertain"]
+    status, shown, error = generate(*arguments, "--json", "--heatmap", heatmaps)
+    assert status == 0 and error == ""
+    pipe = ReportGenerationPipeline(model=model, processor=processor)
+    for record, study in zip(rows_of(shown), (paths[:1], paths[1:]), strict=True):
+        told = {"edema": "positive", "pleural_effusion": "unclear"}
+        expected = pipe([study], findings=told, indication="cough", num_beams=1, max_new_tokens=6)[0][0]
+        assert record["id"] == " + ".join(study) and record["images"] == study
+        assert (record["indication"], record["steered"]) == ("cough", told)
+        assert record["report"] == expected["generated_text"]
+        for name in FINDINGS:
+            assert record["findings"][name]["state"] == expected["findings"][name]["state"]
+        states = [
+            ("unmentioned", "positive", "negative", "unclear").index(record["findings"][name]["state"])
+            for name in FINDINGS
+        ]
+        assert record["contradictions"] == self_check([record["report"]], [states])[0]
+        with Image.open(record["heatmap"]) as picture:
+            assert picture.format == "PNG"
+    assert len(list(heatmaps.iterdir())) == 2
+
+
+def test_a_model_that_is_not_told_of_findings_has_no_contradictions(generate, build_model, paths, tmp_path):
+    model, processor = build_model(dle=False, fiot=False)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    status, shown, _ = generate("--study", paths[0], "--json", model=tmp_path)
+    assert status == 0 and "contradictions" not in rows_of(shown)[0]
+    status, _, error = generate("--study", paths[0], "--findings", "edema=positive", model=tmp_path)
+    assert status == 1
+    one_line(error, "OTDRGConfig.dle=False: this model does not use finding states")
+    status, _, error = generate("--study", paths[0], "--heatmap", tmp_path / "maps", model=tmp_path)
+    assert status == 1
+    one_line(error, "OTDRGConfig.fiot=False: this model has no transport plan")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--findings", "edema"], "--findings edema: expected FINDING=STATE"),
+        (["--findings", "oedema=positive"], "--findings oedema=positive: unknown finding 'oedema'"),
+        (["--findings", "edema=maybe"], "--findings edema=maybe: unknown finding state 'maybe'"),
+        (["--batch-size", "0"], "--batch-size is 0: expected 1 or more"),
+        (["--resume"], "--resume goes with --output: expected both"),
+        (["--split", "test"], "--split goes with --studies and a folder of otdrg prepare"),
+        (["--output", "."], "--output .: this is a folder"),
+        (["--output", "reports.json"], "--output reports.json: another kind of file, expected the name of a .jsonl"),
+        (["--output", f"{__file__}/reports.jsonl"], "test_generate.py is no folder that can be written to"),
+        (["--heatmap", __file__], "this is a file, expected a folder"),
+        (["--indication", "fi\udce8vre"], "indication 'fi\\udce8vre': not UTF-8"),
+        (["--indication", "see <image>"], "holds '<image>', which stands for the study"),
+    ],
+)
+def test_what_was_mistyped_is_one_line(generate, paths, arguments, message):
+    status, shown, error = generate("--study", paths[0], *arguments)
+    assert status == 1 and shown == ""
+    one_line(error, message)
+
+
+def test_what_is_not_a_model_or_an_image_is_one_line(generate, paths, tmp_path, monkeypatch):
+    status, _, error = generate("--study", paths[0], model=tmp_path)
+    assert status == 1
+    one_line(error, f"{tmp_path}: no config.json")
+    note = tmp_path / "note.png"
+    note.write_text("not an image")
+    monkeypatch.setattr("otdrg.inference.loading.load_published", None)
+    # Told of before the model is loaded.
+    status, shown, error = generate("--study", paths[0], "--study", note)
+    assert status == 1 and shown == ""
+    one_line(error, f"{note}: not an image")
+
+
+# --- many studies ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_list_gives_what_single_studies_give(generate, paths, tmp_path, monkeypatch, batch_size):
+    lines = [
+        "\t".join(paths[:2]),
+        json.dumps({"id": "steered", "images": paths[1:], "findings": {"edema": "positive"}, "indication": "fall"}),
+        paths[2],
+    ]
+    listed = "\n".join(lines)
+    (tmp_path / "list").write_text(listed)
+    status, shown, error = generate("--studies", tmp_path / "list", "--json", "--batch-size", batch_size)
+    assert status == 0 and error == ""
+    found = rows_of(shown)
+    assert [row["id"] for row in found] == [" + ".join(paths[:2]), "steered", paths[2]]
+    assert found[1]["steered"] == {"edema": "positive"} and "steered" not in found[2]
+    alone = [
+        ["--study", *paths[:2]],
+        ["--study", *paths[1:], "--findings", "edema=positive", "--indication", "fall"],
+        ["--study", paths[2]],
+    ]
+    for row, arguments in zip(found, alone, strict=True):
+        (expected,) = rows_of(generate(*arguments, "--json")[1])
+        assert row["report"] == expected["report"]
+        assert [it["state"] for it in row["findings"].values()] == [it["state"] for it in expected["findings"].values()]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(listed.encode())))
+    assert [row["report"] for row in rows_of(generate("--studies", "-", "--json")[1])] == [
+        row["report"] for row in found
+    ]
+
+
+def test_a_dataset_of_studies(generate, tmp_path):
+    built = tmp_path / "built"
+    command = f"prepare phantom --train 2 --validation 3 --test 0 --image-size 64 --output {built}"
+    assert main(command.split()) == 0
+    status, _, error = generate("--studies", built)
+    one_line(error, f"{built} has the splits train, validation: expected --split")
+    status, _, error = generate("--studies", built, "--split", "test")
+    one_line(error, f"{built} has no split 'test': it has train, validation")
+    status, shown, _ = generate("--studies", built, "--split", "validation", "--json", "--batch-size", "2")
+    found = rows_of(shown[shown.index("{") :])
+    rows = load_dataset("parquet", data_files=str(built / "data" / "validation-*.parquet"), split="train")
+    assert status == 0 and [row["id"] for row in found] == rows["id"]
+    rows[0]["images"][0].save(tmp_path / "view.png")
+    (alone,) = rows_of(generate("--study", tmp_path / "view.png", "--json")[1])
+    assert alone["report"] == found[0]["report"] and "images" not in found[0]
+
+
+def test_a_study_that_cannot_be_read_is_left_out_and_named(generate, paths, tmp_path):
+    (tmp_path / "list").write_text("\n".join([paths[0], "nowhere.png", paths[2]]))
+    status, shown, error = generate("--studies", tmp_path / "list", "--json", "--batch-size", "2")
+    assert status == 1
+    assert [row["id"] for row in rows_of(shown)] == [paths[0], paths[2]]
+    told, last = error.splitlines()
+    assert told == "left out: nowhere.png: cannot be read (No such file or directory)"
+    assert last.startswith("otdrg generate: error: 1 of 3 studies were left out, for the reasons above")
+
+
+# --- a file that is gone on with -------------------------------------------------------------------------------------
+
+
+def test_a_file_is_gone_on_with_as_if_nothing_had_been(generate, paths, tmp_path):
+    lines = [json.dumps({"id": name, "images": path}) for name, path in zip("abc", paths, strict=True)]
+    (tmp_path / "list").write_text("\n".join(lines))
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "deep" / "reports.jsonl"
+    status, shown, error = generate("--studies", tmp_path / "list", "--output", whole)
+    assert status == 0 and shown == "" and error == f"3 reports written: {whole}\n"
+    assert [(row["id"], row["report"]) for row in rows_of(whole.read_text())] == list(read_reports(whole))
+
+    first = tmp_path / "first"
+    first.write_text(lines[0])
+    assert generate("--studies", first, "--output", output)[0] == 0
+    # As a process that was killed leaves it.
+    output.write_text(output.read_text() + '{"id": "b", "repo')
+    status, _, error = generate("--studies", tmp_path / "list", "--output", output)
+    assert status == 1
+    one_line(error, f"{output} exists: --resume goes on with it, --overwrite replaces it")
+    status, _, error = generate("--studies", tmp_path / "list", "--output", output, "--resume")
+    assert status == 0 and error == f"2 reports written, 1 were there: {output}\n"
+    assert output.read_text() == whole.read_text()
+    assert generate("--studies", tmp_path / "list", "--output", output, "--resume")[0] == 0
+    assert output.read_text() == whole.read_text()
+    assert generate("--studies", first, "--output", output, "--overwrite")[0] == 0
+    assert output.read_text().count("\n") == 1
+
+
+def test_a_file_of_something_else_is_not_gone_on_with(generate, build_model, paths, tmp_path):
+    output, other = tmp_path / "reports.jsonl", tmp_path / "other"
+    assert generate("--study", paths[0], "--output", output)[0] == 0
+    written = output.read_text()
+    model, processor = build_model(seed=1)
+    model.save_pretrained(other / "model")
+    processor.save_pretrained(other / "model")
+    again = ["--output", output, "--resume"]
+    for arguments, more, message in (
+        (["--study", paths[0]], {"model": other}, "holds reports of other settings (model): expected the same"),
+        (["--study", paths[0]], {"few": ["--num-beams", "1", "--max-new-tokens", "4"]}, "(max_new_tokens 6, now 4)"),
+        (["--study", paths[0], "--heatmap", "maps"], {}, "(heatmap None, now maps)"),
+        (["--study", paths[0], "--indication", "fall"], {}, "with other images, indication or findings"),
+        (["--study", paths[0], "--findings", "edema=negative"], {}, "with other images, indication or findings"),
+    ):
+        status, _, error = generate(*arguments, *again, **more)
+        assert status == 1
+        one_line(error, str(output), message)
+    output.with_suffix(".settings.json").unlink()
+    status, _, error = generate("--study", paths[0], *again)
+    one_line(error, f"{output} has no reports.settings.json beside it")
+    output.write_text("no json\n" + written)
+    status, _, error = generate("--study", paths[0], *again)
+    one_line(error, f"{output}, line 1: no JSON object")
+
+
+def test_a_wrong_model_leaves_the_file_that_was_to_be_replaced(generate, paths, tmp_path):
+    output = tmp_path / "reports.jsonl"
+    assert generate("--study", paths[0], "--output", output)[0] == 0
+    before = output.read_text()
+    assert generate("--study", paths[1], "--output", output, "--overwrite", model=tmp_path)[0] == 1
+    assert output.read_text() == before
+
+
+def test_ctrl_c_keeps_what_is_written_and_says_how_to_go_on(generate, paths, tmp_path, monkeypatch):
+    (tmp_path / "list").write_text("\n".join(paths))
+    output, whole, calls = tmp_path / "reports.jsonl", Pipeline.__call__, []
+
+    def interrupted(self, *arguments, **more):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(self, *arguments, **more)
+
+    monkeypatch.setattr(Pipeline, "__call__", interrupted)
+    status, shown, error = generate("--studies", tmp_path / "list", "--output", output)
+    assert status == 130 and shown == ""
+    assert (
+        error
+        == f"otdrg generate: interrupted; 2 of 3 studies were written to {output}; --resume goes on with the others\n"
+    )
+    assert [row["id"] for row in rows_of(output.read_text())] == paths[:2]
+    assert generate("--studies", tmp_path / "list", "--output", output, "--resume")[0] == 0
+    assert [row["id"] for row in rows_of(output.read_text())] == paths
+
+
+def test_whoever_reads_may_stop(run_folder, paths):
+    """As `| head` does."""
+    command = [sys.executable, "-m", "otdrg.cli", "generate", str(run_folder), "--study", paths[0], "--json", *FEW]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        error = process.stderr.read()
+        assert process.wait(60) == 141
+    assert "Error" not in error and "error" not in error
+
+
+def test_generate_list_with_byte_order_mark_reads_its_first_study(generate, paths, tmp_path):
+    (tmp_path / "list").write_bytes("\n\n".join(paths[:2]).encode("utf-8-sig"))
+    status, shown, error = generate("--studies", tmp_path / "list", "--json")
+    assert status == 0 and error == ""
+    assert [row["id"] for row in rows_of(shown)] == paths[:2]
+
+
+def test_generate_damaged_studies_are_left_out_and_the_others_written(generate, paths, tmp_path, monkeypatch):
+    damaged = tmp_path / "damaged.png"
+    damaged.write_bytes(Path(paths[0]).read_bytes())
+    whole = image_processing_otdrg.read_view
+
+    def read_view(view, *arguments):
+        if view == str(damaged):
+            raise KeyError("Rows")
+        return whole(view, *arguments)
+
+    monkeypatch.setattr("otdrg.image_processing_otdrg.read_view", read_view)
+    listed = [
+        {"id": "a", "images": paths[0]},
+        {"id": "decoder", "images": str(damaged)},
+        {"id": "nul", "images": "x\0y.png"},
+        {"id": "long", "images": "x" * 5000},
+        {"id": "i" * 3000 + "/\u00e9", "images": paths[1]},
+        {"id": "../..", "images": paths[2]},
+    ]
+    (tmp_path / "list").write_text("\n".join(map(json.dumps, listed)))
+    maps = tmp_path / "maps"
+    status, shown, error = generate("--studies", tmp_path / "list", "--json", "--batch-size", 3, "--heatmap", maps)
+    assert status == 1
+    assert [row["id"] for row in rows_of(shown)] == [listed[place]["id"] for place in (0, 4, 5)]
+    lines = error.splitlines()
+    assert [line.split(": ")[1] for line in lines[:-1]] == ["decoder", "nul", "long"]
+    assert lines[0] == "left out: decoder: KeyError: 'Rows'"
+    assert "3 of 6 studies were left out" in lines[-1]
+    # None of the ids led out of the folder.
+    assert len(list(maps.iterdir())) == 3
+
+
+def test_generate_study_that_fails_in_its_batch_is_left_out_alone(generate, paths, tmp_path, monkeypatch):
+    (tmp_path / "list").write_text("\n".join(paths))
+    whole = Pipeline.__call__
+
+    def fails(self, inputs, **more):
+        if len(inputs) > 1 or inputs[0]["images"][0].size == Image.open(paths[1]).size != Image.open(paths[0]).size:
+            raise IndexError("index out of range in self")
+        return whole(self, inputs, **more)
+
+    monkeypatch.setattr(Pipeline, "__call__", fails)
+    Image.open(paths[1]).resize((70, 61)).save(tmp_path / "other.png")
+    (tmp_path / "list").write_text("\n".join([paths[0], str(tmp_path / "other.png"), paths[2]]))
+    paths = [paths[0], str(tmp_path / "other.png"), paths[2]]
+    status, shown, error = generate("--studies", tmp_path / "list", "--json", "--batch-size", 3)
+    assert status == 1 and [row["id"] for row in rows_of(shown)] == [paths[0], paths[2]]
+    assert f"left out: {paths[1]}: IndexError: index out of range in self" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-new-tokens", 10**9], "--max-new-tokens is 1000000000: expected less than 512, the positions of"),
+        (["--num-beams", 5000], "--num-beams is 5000: expected at most "),
+    ],
+)
+def test_generate_more_than_the_model_can_is_one_line(generate, paths, arguments, message):
+    status, shown, error = generate("--study", paths[0], *arguments, few=[])
+    assert status == 1 and shown == ""
+    one_line(error, message)
+
+
+def test_generate_batch_is_no_larger_than_the_list(generate, paths):
+    assert generate("--study", paths[0], "--batch-size", 10**9)[0] == 0
+
+
+def test_decoding_batch_larger_than_memory_is_refused(model):
+    with pytest.raises(ValueError, match=r"--batch-size 100000000 with 3 beams and 500 new tokens needs .* GB"):
+        decoding(model, 3, 500, 10**8)
+
+
+def test_generate_out_of_memory_is_one_line(generate, paths, monkeypatch):
+    def exhausted(self, *arguments, **more):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(Pipeline, "__call__", exhausted)
+    status, _, error = generate("--study", paths[0])
+    assert status == 1
+    one_line(error, "out of memory (CUDA out of memory): a smaller batch, fewer beams")
+
+
+SLOW = """
+import sys, time
+from otdrg import ReportGenerationPipeline
+whole = ReportGenerationPipeline.__call__
+def slow(self, *arguments, **more):
+    time.sleep(0.5)
+    return whole(self, *arguments, **more)
+ReportGenerationPipeline.__call__ = slow
+from otdrg.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def slow_generate(run_folder, paths, tmp_path):
+    """Starts the command on many studies, slowed down, and waits until a report is written."""
+    started = []
+
+    def start(output):
+        listed = [{"id": str(number), "images": paths[number % 3]} for number in range(200)]
+        (tmp_path / "list").write_text("\n".join(map(json.dumps, listed)))
+        command = [sys.executable, "-c", SLOW, "generate", str(run_folder), "--studies", str(tmp_path / "list")]
+        process = subprocess.Popen(
+            [*command, "--output", str(output), *FEW], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        started.append(process)
+        deadline = time.monotonic() + 120
+        while not (output.exists() and output.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_generate_second_process_is_refused_and_sigterm_says_what_is_kept(slow_generate, generate, paths, tmp_path):
+    output = tmp_path / "out" / "reports.jsonl"
+    process = slow_generate(output)
+    for more in ([], ["--resume"], ["--overwrite"]):
+        status, _, error = generate("--study", paths[0], "--output", output, *more)
+        assert status == 1
+        one_line(error, f"{output} is being written by process {process.pid} on ")
+    process.terminate()
+    shown, error = process.communicate(timeout=60)
+    assert process.returncode == 143 and shown == "" and "Traceback" not in error
+    written = rows_of(output.read_text())
+    assert (
+        error.strip()
+        .splitlines()[-1]
+        .endswith(
+            f"otdrg generate: terminated (SIGTERM); {len(written)} of 200 studies were written to {output}; "
+            "--resume goes on with the others"
+        )
+    )
+    assert [row["id"] for row in written] == [str(number) for number in range(len(written))]
+    assert sorted(os.listdir(output.parent)) == ["reports.jsonl", "reports.settings.json"]
+
+
+def test_generate_killed_process_holds_no_output(slow_generate, generate, paths, tmp_path):
+    output = tmp_path / "reports.jsonl"
+    process = slow_generate(output)
+    process.kill()
+    process.wait()
+    assert generate("--study", paths[0], "--output", output, "--overwrite")[0] == 0
+    assert len(rows_of(output.read_text())) == 1
+
+
+# --- the command itself ----------------------------------------------------------------------------------------------
+
+
+def test_without_a_command_the_help_is_shown(capsys):
+    assert main([]) == 2
+    assert "generate" in capsys.readouterr().out
