@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +29,11 @@ def box(axes: Axes, x: float, y: float, width: float, height: float, text: str, 
 
 def arrow(axes: Axes, *points: tuple[float, float], style: str = "-|>") -> None:
     """An arrow along straight lines through these points."""
-    for start, end in zip(points[:-2], points[1:-1], strict=True):
+    for start, end in pairwise(points[:-1]):
         axes.plot(*zip(start, end, strict=True), color=INK, lw=1.3, solid_capstyle="round", zorder=0.5)
-    head = FancyArrowPatch(points[-2], points[-1], arrowstyle=style, mutation_scale=13, color=INK, lw=1.3, shrinkA=0, shrinkB=0)
+    head = FancyArrowPatch(
+        points[-2], points[-1], arrowstyle=style, mutation_scale=13, color=INK, lw=1.3, shrinkA=0, shrinkB=0
+    )
     axes.add_patch(head)
 
 
@@ -39,7 +42,9 @@ def draw(axes: Axes) -> None:
     study = make_phantom(0, 1, 224, ("frontal", "lateral"), ["positive" if i == 9 else "negative" for i in range(13)])
     for number, view in enumerate(study.images):
         left, top = 0.1 + 0.28 * number, 4.35 - 0.28 * number
-        axes.imshow(np.asarray(view.convert("L")), cmap="gray", extent=(left, left + 1.55, top - 1.55, top), zorder=2 + number)
+        axes.imshow(
+            np.asarray(view.convert("L")), cmap="gray", extent=(left, left + 1.55, top - 1.55, top), zorder=2 + number
+        )
     axes.text(1.0, 2.2, "views of one study", ha="center", fontsize=9.5, color=INK)
 
     box(axes, 2.45, 2.85, 1.55, 1.2, "vision encoder\n(Swin, DINOv2 …)", FROZEN)
@@ -57,7 +62,15 @@ def draw(axes: Axes) -> None:
     box(axes, 7.05, 2.85, 1.85, 0.95, "Sinkhorn\n$\\min_T \\langle T, C\\rangle - \\epsilon\\,h(T)$", LOSS)
     arrow(axes, (6.4, 3.32), (7.05, 3.32))
     arrow(axes, (7.98, 4.35), (7.98, 3.8), style="<|-|>")
-    axes.text(8.02, 2.58, "3  alignment by optimal\ntransport (FIOT): loss $L_{OT}$", ha="center", va="top", fontsize=9, color="#9b2c3a")
+    axes.text(
+        8.02,
+        2.58,
+        "3  alignment by optimal\ntransport (FIOT): loss $L_{OT}$",
+        ha="center",
+        va="top",
+        fontsize=9,
+        color="#9b2c3a",
+    )
 
     # What the LLM reads, in order.
     left = 2.3
@@ -75,7 +88,16 @@ def draw(axes: Axes) -> None:
     arrow(axes, (5.1, 1.75), (6.9, 1.75), (6.9, 1.15))
     box(axes, 10.05, 0.4, 1.7, 0.9, "LLM + LoRA", TRAINED, 11)
     arrow(axes, (left - 0.08, 0.85), (10.05, 0.85))
-    box(axes, 9.75, 2.55, 2.3, 1.75, "“The heart is normal in\nsize. There is a small\nleft pleural effusion.\nNo pneumothorax.”", "white", 9.5)
+    box(
+        axes,
+        9.75,
+        2.55,
+        2.3,
+        1.75,
+        "“The heart is normal in\nsize. There is a small\nleft pleural effusion.\nNo pneumothorax.”",
+        "white",
+        9.5,
+    )
     arrow(axes, (10.9, 1.3), (10.9, 2.55))
     axes.text(10.9, 4.5, "report", ha="center", fontsize=9.5, color=INK)
     axes.text(10.9, 0.3, "4  $L = L_{RG} + \\lambda\\,L_{OT}$", ha="center", va="top", fontsize=9, color="#9b2c3a")
