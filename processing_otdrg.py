@@ -1,4 +1,7 @@
-"""Processor of OTDRG: views and a prompt become tensors, token ids become text."""
+"""Processor of OTDRG: views and a prompt become tensors, token ids become text.
+
+Long, because construction, the call, loading and the checks of one class ship in one file.
+"""
 
 from __future__ import annotations
 

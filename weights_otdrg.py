@@ -1,5 +1,6 @@
-"""Weights as folders hold them: whole, or as an adapter of backbones that are elsewhere; and whether they are what they
-should be.
+"""Save, load and verify weights: the full model, or an adapter whose backbones are stored elsewhere.
+
+Long, because everything that decides which weight files may be loaded stands here.
 """
 
 from __future__ import annotations

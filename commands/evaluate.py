@@ -100,12 +100,12 @@ def run(options: argparse.Namespace) -> None:
             _evaluate(options, output)
         except KeyboardInterrupt as stop:
             reports = output / _REPORTS
-            told = (
+            message = (
                 f"reports are kept in {reports}; the same command goes on"
                 if reports.is_dir()
                 else "nothing was written"
             )
-            raise type(stop)(told) from stop
+            raise type(stop)(message) from stop
 
 
 def _evaluate(options: argparse.Namespace, output: Path) -> None:

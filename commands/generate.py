@@ -140,9 +140,9 @@ def _run(options: argparse.Namespace) -> None:
     try:
         _write(pipe, studies, options, arguments, journal, outcome)
     except KeyboardInterrupt as stop:
-        told = f"{outcome.written:,} of {len(studies):,} studies were written"
+        written = f"{outcome.written:,} of {len(studies):,} studies were written"
         raise type(stop)(
-            told if journal is None else f"{told} to {options.output}; --resume goes on with the others"
+            written if journal is None else f"{written} to {options.output}; --resume goes on with the others"
         ) from None
     if journal is not None:
         told = f", {kept:,} were there" if options.resume else ""
@@ -211,8 +211,8 @@ def _write(pipe, studies: list[ListedStudy], options, arguments: dict[str, int],
             def skip(study: ListedStudy, error: Exception) -> None:
                 if options.study:
                     raise error
-                told = fault_of_study(error)
-                faults.append(told if told.startswith(f"{study.id}:") else f"{study.id}: {told}")
+                reason = fault_of_study(error)
+                faults.append(reason if reason.startswith(f"{study.id}:") else f"{study.id}: {reason}")
                 outcome.skipped += 1
                 bar.update()
 
