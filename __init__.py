@@ -15,9 +15,10 @@ _MODULES = {
         "finding_state_id",
         "parse_findings",
     ),
-    "modeling_otdrg": ("OTDRGForReportGeneration", "SinkhornOutput", "cost_matrix", "focal_loss", "sinkhorn"),
+    "modeling_otdrg": ("OTDRGForReportGeneration", "focal_loss"),
     "pipeline_otdrg": ("ReportGenerationPipeline",),
     "processing_otdrg": ("OTDRGProcessor",),
+    "sinkhorn_otdrg": ("SinkhornOutput", "cost_matrix", "sinkhorn"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.utils import cached_file
 
 from .findings_otdrg import (
     FINDING_DISPLAY_NAMES,
@@ -431,6 +432,14 @@ def place_of(source: str | os.PathLike, hub: Mapping[str, Any]) -> str:
     return os.path.join(source, hub.get("subfolder") or "").rstrip("/\\")
 
 
+def find_file(source: str | os.PathLike, name: str, **hub) -> str | None:
+    """The path of a file of a folder or Hub repository, downloaded if need be; None if there is no such file.
+
+    The argument is private, but the public way raises the same error for a missing file and a missing network.
+    """
+    return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
+
+
 def resolve_backbone(reference: str) -> tuple[str, dict[str, str]]:
     """A backbone's reference as the name and keywords of `from_pretrained`: a GGUF file is its folder and its name."""
     path = Path(reference)
@@ -589,6 +598,7 @@ __all__ = [
     "FINDING_STATES",
     "HUB_KEYWORDS",
     "OTDRGConfig",
+    "find_file",
     "finding_key",
     "finding_state_id",
     "parse_findings",

@@ -23,7 +23,6 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, TextKwargs, Unpack
-from transformers.utils import cached_file
 
 if find_spec("transformers.image_processing_backends") is not None:
     from transformers import ViTImageProcessor
@@ -42,6 +41,7 @@ from .configuration_otdrg import (
     MAXIMUM_IMAGE_SIZE,
     MAXIMUM_IMAGE_TOKENS,
     OTDRGConfig,
+    find_file,
     place_of,
     resolve_backbone,
 )
@@ -527,7 +527,7 @@ class OTDRGProcessor(ProcessorMixin):
 
 def _is_there(source: str | os.PathLike, file: str, hub: dict) -> bool:
     try:
-        return cached_file(source, file, _raise_exceptions_for_missing_entries=False, **hub) is not None
+        return find_file(source, file, **hub) is not None
     except (OSError, ValueError):
         return True  # what the Hub answers is an error of its own
 

@@ -1,346 +1,479 @@
-"""Save, load and verify weights: the full model, or an adapter whose backbones are stored elsewhere.
-
-Long, because everything that decides which weight files may be loaded stands here.
-"""
+"""Load and save the weights of a model: all of them, or an adapter of its backbones; LoRA and quantisation."""
 
 from __future__ import annotations
 
-import hashlib
-import math
-import os
-import re
+import copy
+import inspect
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM
-from transformers.utils import (
-    ADAPTER_CONFIG_NAME,
-    CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_NAME,
-    cached_file,
-    has_file,
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
 )
+from transformers import initialization as init
+from transformers.utils import is_peft_available
 from transformers.utils.hub import extract_commit_hash
 
 from .configuration_otdrg import HUB_KEYWORDS, OTDRGConfig, place_of, resolve_backbone
-from .files_otdrg import follow_umask, read_json, write_json
-
-#: Of the model's parts that are backbones, which one each is.
-BACKBONE_PARTS = {"vision_tower": "vision", "finding_vision_tower": "vision", "language_model": "text"}
-#: Behind the name of a matrix that the backbone has too: its further rows, such as those of added tokens.
-ADDED_ROWS = ".added_rows"
-_AUTO_CLASSES = {"vision": AutoModel, "text": AutoModelForCausalLM}
-#: A weight file that transformers loads as a model's, with its variant; others lie beside a model for other readers.
-_OWN_WEIGHTS = re.compile(r"model(?:\.(?P<variant>[^.]+?))?(?:-\d+-of-\d+)?\.safetensors")
-#: Files that transformers loads as a model's in formats that cannot be recorded, or that lead to another model.
-_OTHER_WEIGHTS = re.compile(
-    r"pytorch_model(\.[^.]+?)?(-\d+-of-\d+)?\.bin|adapter_model\..*|adapter_config\.json|tf_model\.h5|flax_model\.msgpack"
+from .weight_files_otdrg import (
+    check_other_weights,
+    check_shapes,
+    check_weights,
+    read_stated,
+    record_sha256,
+    remove_former_weights,
+    sha256,
+    weight_files,
+    weight_shapes,
 )
-#: Most bytes of a config.json or an index of shards.
-_MAXIMUM_CONFIG_BYTES = 2**24
-#: A model is loaded with new weights up to this many times those that are there, for instance a second vision encoder,
-#: and this many more.
-_MOST_NEW_SHARE, _MOST_NEW = 2, 2**26
+
+if is_peft_available():
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+_AUTO_CLASSES = {"vision": AutoModel, "text": AutoModelForCausalLM}
+#: The backbone that each of these parts of the model is made of.
+_BACKBONE_PARTS = {"vision_tower": "vision", "finding_vision_tower": "vision", "language_model": "text"}
+#: Suffix of the rows that a matrix has in addition to the backbone's, such as those of added tokens.
+_ADDED_ROWS = ".added_rows"
+#: Only the LLM is quantised, and not its head: the other parts are small, trained, and need their weights as numbers.
+_NEVER_QUANTIZED = (
+    "vision_tower",
+    "finding_vision_tower",
+    "image_projector",
+    "label_encoder",
+    "label_projector",
+    "finding_predictor",
+    "lm_head",
+)
+_QUANTIZATION = {
+    "4bit": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": "bfloat16",
+    },
+    "8bit": {"load_in_8bit": True},
+}
+
+
+class OTDRGPreTrainedModel(PreTrainedModel):
+    """Base class of [`OTDRGForReportGeneration`] that loads and saves it, attaches LoRA and quantises its LLM."""
+
+    config_class = OTDRGConfig
+    config: OTDRGConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
+
+    vision_tower: PreTrainedModel
+    language_model: PreTrainedModel
+
+    @property
+    def vision_towers(self) -> tuple[PreTrainedModel, ...]:
+        """The vision encoder of the report and, with `predictor_encoder="own"`, then that of the label predictor."""
+        if self.config.predictor_encoder == "own":
+            return self.vision_tower, self.finding_vision_tower
+        return (self.vision_tower,)
+
+    # -- new models -----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_backbones(
+        cls,
+        vision: str,
+        text: str,
+        label_text_encoder: str | None = None,
+        dtype: str | torch.dtype | None = None,
+        quantization_config=None,
+        **config_fields,
+    ):
+        """A new model on pretrained backbones; everything between them is initialised from scratch.
+
+        Args:
+            vision (`str`): Hub id, local folder or timm name (`timm/swin_...`) of the vision encoder.
+            text (`str`): Hub id, local folder or GGUF file of a causal LLM with its tokenizer.
+            label_text_encoder (`str`, *optional*): Hub id or folder of a text encoder for the labels; sets
+                `label_encoder="text_encoder"`.
+            dtype (`str` or `torch.dtype`, *optional*): type of the backbones' weights; the checkpoint's by default.
+            quantization_config (*optional*): of the LLM's weights, as in [`quantization_of`].
+            config_fields: fields of [`OTDRGConfig`].
+
+        Raises:
+            OSError: a backbone cannot be loaded; the message names it.
+            ValueError: a configuration field is wrong.
+        """
+        vision_tower = load_backbone("vision", AutoModel, vision, dtype)
+        language_model = load_backbone("text", AutoModelForCausalLM, text, dtype, quantization_of(quantization_config))
+        tokenizer = load_backbone("text", AutoTokenizer, text)
+        text_encoder = None
+        if label_text_encoder is not None:
+            text_encoder = load_backbone("label_text_encoder", AutoModel, label_text_encoder, dtype)
+            config_fields |= {"label_encoder": "text_encoder", "label_encoder_config": text_encoder.config}
+        attention = [(model.config, model.config._attn_implementation) for model in (vision_tower, language_model)]
+        config = cls.config_class(vision_tower.config, language_model.config, **config_fields)
+        for part, implementation in attention:
+            # A composite configuration resets that of its parts to None, which means eager attention.
+            part._attn_implementation = implementation
+        config.bind_tokenizer(tokenizer)
+        if text_encoder is not None:
+            config.bind_label_tokenizer(load_backbone("label_text_encoder", AutoTokenizer, label_text_encoder))
+        language_model.resize_token_embeddings(config.text_config.vocab_size, mean_resizing=False)
+        model = cls(config, vision_tower, language_model, text_encoder)
+        # Chat LLMs may end a turn with several tokens, which only their generation configuration names.
+        end = language_model.generation_config.eos_token_id
+        model.generation_config.eos_token_id = config.text_config.eos_token_id if end is None else end
+        model._settle_quantization()
+        return model
+
+    # -- LoRA and quantisation ------------------------------------------------------------------------------------
+
+    def add_lora(self) -> None:
+        """Attach new LoRA adapters as the configuration says; existing adapters are kept.
+
+        `config.lora` describes those of the LLM, `config.vision_lora` those of the vision encoders.
+
+        Raises:
+            ValueError: both are None, one names modules that its part does not have, or one does not suit a quantised
+                LLM.
+        """
+        if self.config.lora is None and self.config.vision_lora is None:
+            raise ValueError("OTDRGConfig.lora=None: expected the fields of peft.LoraConfig, such as r and lora_alpha")
+        self._inject_lora()
+
+    def _inject_lora(self, **changes) -> None:
+        for field, parts in (("lora", (self.language_model,)), ("vision_lora", self.vision_towers)):
+            fields = getattr(self.config, field)
+            if fields is None:
+                continue
+            if not is_peft_available():
+                raise ImportError(f"OTDRGConfig.{field} is set: LoRA needs peft (pip install peft)")
+            for option in ("use_dora", "lora_bias"):
+                if field == "lora" and self.is_llm_quantized and fields.get(option):
+                    raise ValueError(
+                        f"OTDRGConfig.lora.{option}={fields[option]!r}: expected false, since the LLM is quantised"
+                    )
+            for part in parts:
+                if not _has_adapters(part):
+                    try:
+                        inject_adapter_in_model(LoraConfig(**{**fields, **changes}), part)
+                    except ValueError as error:
+                        raise ValueError(f"OTDRGConfig.{field}={fields!r}: {error}") from None
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether the LLM or a vision encoder has LoRA adapters."""
+        return _has_adapters(self)
+
+    def merge_lora(self) -> None:
+        """Merge all LoRA adapters into the weights and set `lora` and `vision_lora` to None; peft is then not needed.
+
+        A quantised LLM is dequantised first, so that no weight is rounded a second time.
+        """
+        adapters = {}
+        if self.has_lora:
+            adapters = {name: module for name, module in self.named_modules() if isinstance(module, BaseTunerLayer)}
+        quantized = self.is_llm_quantized
+        if quantized:
+            self.language_model.dequantize(self.language_model.get_input_embeddings().weight.dtype)
+        for name, module in adapters.items():
+            if not quantized or not name.startswith("language_model."):
+                module.merge()
+                continue
+            weight = module.get_base_layer().weight
+            for adapter in module.active_adapters:
+                weight.data = (weight.float() + module.get_delta_weight(adapter).float()).to(weight.dtype)
+        for name, module in adapters.items():
+            self.set_submodule(name, module.get_base_layer())
+        self.config.lora = self.config.vision_lora = None
+
+    @property
+    def is_llm_quantized(self) -> bool:
+        """Whether the LLM's weights are quantised."""
+        return bool(getattr(self.language_model, "is_quantized", False))
+
+    def _settle_quantization(self) -> None:
+        """Mark the LLM, and not the whole model, as quantised."""
+        quantizer = getattr(self, "hf_quantizer", None)
+        if quantizer is not None:
+            quantizer.remove_quantization_config(self)
+            self.language_model.hf_quantizer = quantizer
+            self.language_model.is_quantized = True
+        for module in self.language_model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                # On a CPU the first evaluation would pack the weights differently, and gradients would stop there.
+                module.support_avx512bf16_for_cpu = False
+
+    # -- loading --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """A trained model from a folder or a Hub id, as in `PreTrainedModel`; full weights and adapters load alike.
+
+        The weight files must be safetensors files and those that `weights_sha256` in `config.json` lists.
+        `quantization_config` (as in [`quantization_of`]) applies to the LLM only.
+
+        Raises:
+            OSError: the model is missing or damaged, or an adapter's backbone is missing or another one.
+            ValueError: there are weight files that are not listed, or the configuration does not fit the weights.
+        """
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *model_args, config=config, **kwargs)
+        source, hub = pretrained_model_name_or_path, {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
+        stated, commit = read_stated(source, **hub)
+        if commit is not None and (config is None or isinstance(config, PreTrainedConfig)):
+            # What is checked is what is loaded, even if the repository changes in between.
+            hub["revision"] = commit
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("use_safetensors=False: expected True, the other format can run code when it is loaded")
+        check_other_weights(source, stated.get("weights_sha256"), **hub)
+        files = check_weights(source, stated.get("weights_sha256"), kwargs.get("variant"), **hub)
+        hub.pop("force_download", None)  # done
+        kwargs = {name: value for name, value in kwargs.items() if name not in HUB_KEYWORDS}
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = _restricted_to_llm(quantization_of(kwargs["quantization_config"]))
+        if stated.get("weights") == "adapter":
+            loaded = cls._from_adapter(source, stated, files, hub, *model_args, config=config, **kwargs)
+        else:
+            kwargs["use_safetensors"] = True
+            if kwargs.get("state_dict") is None:
+                described = config
+                if not isinstance(config, PreTrainedConfig):
+                    described = cls.config_class.from_pretrained(config or source, **hub)
+                check_shapes(place_of(source, hub), cls._on_meta(described), weight_shapes(files))
+            loaded = super().from_pretrained(source, *model_args, config=config, **hub, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._settle_quantization()
+        # These describe files; the model in memory has all its weights and may be trained further.
+        model.config.weights, model.config.weights_sha256 = "full", None
+        return loaded
+
+    @classmethod
+    def _on_meta(cls, config: OTDRGConfig):
+        """The model of a configuration, without memory for its weights."""
+        with torch.device("meta"), getattr(init, "meta_device_safe_creation_ops", nullcontext)():
+            return cls(copy.deepcopy(config))
+
+    @classmethod
+    def _from_adapter(cls, source, stated: dict, files: dict, hub: dict, *model_args, config=None, **kwargs):
+        kwargs.pop("use_safetensors", None)
+        kwargs.pop("variant", None)
+        if not isinstance(config, PreTrainedConfig):
+            config, kwargs = cls.config_class.from_pretrained(
+                config or source, return_unused_kwargs=True, **hub, **kwargs
+            )
+        config = copy.deepcopy(config)
+        # A configuration that was not read from beside the weights may not know of their backbones.
+        for field in ("vision_backbone", "text_backbone"):
+            setattr(config, field, getattr(config, field) or stated.get(field))
+        for field in ("backbone_sha256", "backbone_revisions"):
+            setattr(config, field, stated.get(field))
+        weights, lora = read_adapter(source, config, files, **hub)
+        shapes = {name: tuple(weight.shape) for name, weight in (weights | lora).items()}
+        check_shapes(place_of(source, hub), cls._on_meta(config), shapes)
+        # LoRA is attached after the other weights are loaded and perhaps quantised: its layers depend on theirs.
+        fields = {field: getattr(config, field) for field in ("lora", "vision_lora")}
+        config.lora = config.vision_lora = None
+        with_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            None, *model_args, config=config, state_dict=weights, output_loading_info=True, **kwargs
+        )
+        model.config.update(fields)
+        model._inject_lora(init_lora_weights=True)
+        for name, weight in model.named_parameters():
+            if ".lora_" in name:
+                weight.data = weight.data.to(model.get_input_embeddings().weight.dtype)
+        absent = model.load_state_dict(lora, strict=False)
+        missing = [*info["missing_keys"], *(name for name in absent.missing_keys if ".lora_" in name)]
+        unknown = [*info["unexpected_keys"], *absent.unexpected_keys]
+        if missing or unknown:
+            raise OSError(
+                f"{source} does not fit its backbones: {len(missing)} weights are missing"
+                f"{f', such as {missing[0]}' if missing else ''}, and {len(unknown)} are unknown"
+                f"{f', such as {unknown[0]}' if unknown else ''}; it was saved with transformers "
+                f"{config.transformers_version}, this is {transformers.__version__}"
+            )
+        model.generation_config = GenerationConfig.from_pretrained(source, **hub)
+        model.name_or_path = str(source)
+        return (model.eval(), info) if with_info else model.eval()
+
+    # -- saving ---------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, *, weights: str = "full", **kwargs):
+        """Write weights, their SHA-256, configuration, generation configuration and code; see `PreTrainedModel`.
+
+        Args:
+            save_directory (`str`): the folder.
+            is_main_process (`bool`): whether this process is the one that writes.
+            weights (`str`): `"full"` writes all weights, `"adapter"` those that differ from the backbones
+                `config.vision_backbone` and `config.text_backbone`. `from_pretrained` loads either.
+            kwargs: those of `PreTrainedModel.save_pretrained`.
+
+        Raises:
+            ValueError: the LLM is quantised and no `state_dict` is given in place of its weights; or an adapter has no
+                backbones to refer to.
+            OSError: a backbone cannot be loaded.
+        """
+        if weights not in ("full", "adapter"):
+            raise ValueError(f"weights={weights!r}: expected 'full' or 'adapter'")
+        if weights == "full" and self.is_llm_quantized and kwargs.get("state_dict") is None:
+            raise ValueError(
+                "the LLM is quantised: call merge_lora(), which dequantises it, before save_pretrained, or save with "
+                "weights='adapter'"
+            )
+        self.config.auto_map = {
+            **(getattr(self.config, "auto_map", None) or {}),
+            "AutoModelForImageTextToText": "modeling_otdrg.OTDRGForReportGeneration",
+        }
+        self.config.custom_pipelines = {
+            "image-to-text": {
+                "impl": "pipeline_otdrg.ReportGenerationPipeline",
+                "pt": ["AutoModelForImageTextToText"],
+                "type": "multimodal",
+            }
+        }
+        stated = {"weights": weights, "weights_sha256": None, "backbone_sha256": None, "backbone_revisions": None}
+        if weights == "adapter" and is_main_process:
+            backbones, facts = backbone_weights(self.config, kwargs.get("token"))
+            stated |= facts
+            own = kwargs.pop("state_dict", None)
+            own = self.state_dict() if own is None else own
+            # Under the names that weights have in memory, by which they are compared and later put together.
+            kwargs |= {
+                "state_dict": adapter_weights(own, backbones, self.is_llm_quantized),
+                "save_original_format": False,
+            }
+        # These fields describe files and not the model, which has all its weights.
+        kept = {field: getattr(self.config, field) for field in stated} | {"weights": "full"}
+        writes = is_main_process and not _is_another_rank()
+        if writes and kwargs.get("variant") is None:
+            remove_former_weights(save_directory)
+        try:
+            self.config.update(stated)
+            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        finally:
+            self.config.update(kept)
+        if writes:
+            record_sha256(save_directory)
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        # save_pretrained(push_to_hub=True) uploads before it returns, and the SHA-256 must be there by then. A private
+        # method, because transformers has no other hook between writing and uploading.
+        record_sha256(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+
+def _is_another_rank() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0
+
+
+def _has_adapters(part: nn.Module) -> bool:
+    return is_peft_available() and any(isinstance(module, BaseTunerLayer) for module in part.modules())
+
+
+def quantization_of(quantization):
+    """transformers' quantisation configuration.
+
+    Args:
+        quantization: `"4bit"` (NF4, quantised twice, computed in bfloat16), `"8bit"`, a dictionary of the fields of
+            `BitsAndBytesConfig`, a configuration of transformers, which is returned as it is, or None.
+
+    Raises:
+        ValueError: another text, or a field that `BitsAndBytesConfig` does not have.
+        ImportError: bitsandbytes is not installed.
+    """
+    if isinstance(quantization, str):
+        if quantization not in _QUANTIZATION:
+            raise ValueError(
+                f"quantization_config={quantization!r}: expected {', '.join(map(repr, _QUANTIZATION))} or the fields "
+                "of BitsAndBytesConfig"
+            )
+        quantization = _QUANTIZATION[quantization]
+    if not isinstance(quantization, dict):
+        return quantization
+    known = {"quant_method", *inspect.signature(BitsAndBytesConfig).parameters} - {"kwargs"}
+    for field in quantization.keys() - known:
+        raise ValueError(f"quantization_config.{field}: expected one of the fields of BitsAndBytesConfig")
+    if find_spec("bitsandbytes") is None:
+        raise ImportError("quantisation needs bitsandbytes: pip install bitsandbytes")
+    return BitsAndBytesConfig(**{name: value for name, value in quantization.items() if name != "quant_method"})
+
+
+def _restricted_to_llm(quantization_config):
+    """A quantisation configuration that applies to the LLM only, unless it says itself which modules to skip."""
+    quantization_config = copy.deepcopy(quantization_config)
+    for field in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        if hasattr(quantization_config, field) and getattr(quantization_config, field) is None:
+            setattr(quantization_config, field, list(_NEVER_QUANTIZED))
+    return quantization_config
+
+
+# --- backbones -------------------------------------------------------------------------------------------------------
 
 
 def load_backbone(part: str, auto_class, reference: str, dtype=None, quantization_config=None, **hub):
-    """A backbone, or its tokenizer, by its reference: a Hub id, a folder or, for text, a GGUF file.
+    """A backbone or its tokenizer.
 
     Args:
-        part (`str`): "vision", "text" or another name for errors.
-        auto_class: `AutoModel` or the like.
-        reference (`str`): where it is.
+        part (`str`): "vision", "text" or another name for error messages.
+        auto_class: `AutoModel`, `AutoTokenizer` or the like.
+        reference (`str`): Hub id, folder or, for text, a GGUF file.
         dtype (`str` or `torch.dtype`, *optional*): of the weights; the checkpoint's by default.
-        quantization_config (*optional*): transformers', by which the weights are packed on loading.
-        hub: some of `HUB_KEYWORDS`.
+        quantization_config (*optional*): transformers' quantisation configuration.
+        hub: keyword arguments out of `HUB_KEYWORDS`.
 
     Raises:
-        OSError: it cannot be loaded, with the reference at fault.
+        OSError: it cannot be loaded; the message names the reference.
     """
     name, kwargs = resolve_backbone(reference)
+    is_gguf, is_model = "gguf_file" in kwargs, auto_class in _AUTO_CLASSES.values()
     kwargs |= hub
     if dtype is not None:
         kwargs["dtype"] = dtype
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
-    is_safetensors = auto_class in _AUTO_CLASSES.values() and "gguf_file" not in kwargs
-    if is_safetensors:
+    if is_model and not is_gguf:
         kwargs["use_safetensors"] = True  # the other format can run code when it is loaded
-    if auto_class is AutoModelForCausalLM and "gguf_file" in kwargs and hasattr(transformers, "GgufConfig"):
-        # transformers that can compute on packed weights do so unless told; they can be neither trained nor saved.
+    if auto_class is AutoModelForCausalLM and is_gguf and hasattr(transformers, "GgufConfig"):
+        # Newer versions of transformers keep the weights packed otherwise, and then they can be neither trained nor
+        # saved.
         kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        if is_safetensors:
+        if is_model and not is_gguf:
             weight_files(name, **hub)  # an index can name files of the other format
-        return auto_class.from_pretrained(name, **kwargs)
+        loaded = auto_class.from_pretrained(name, **kwargs)
     except Exception as error:  # damaged files make transformers raise errors of any type
         raise OSError(
             f"{part} backbone {reference!r} could not be loaded: expected a Hub id, a folder written by save_pretrained"
             f"{', a timm/ name' if part == 'vision' else ''}{' or a .gguf file' if part == 'text' else ''} "
             f"({' '.join(str(error).split())})"
         ) from error
-
-
-# --- files and what is in them ---------------------------------------------------------------------------------------
-
-
-def weight_files(source: str | os.PathLike, variant: str | None = None, **hub) -> dict[str, Path]:
-    """The weight files of a folder, a Hub id or a GGUF file, by name; those of a Hub id are downloaded.
-
-    Args:
-        source (`str`): where they are.
-        variant (`str`, *optional*): of the weights, as in `from_pretrained`.
-        hub: some of `HUB_KEYWORDS`.
-
-    Raises:
-        ValueError: an index of shards names something else than safetensors files beside it.
-        OSError: there are none in safetensors format, or the Hub does not give them.
-    """
-    name, kwargs = resolve_backbone(str(source))
-    if "gguf_file" in kwargs:
-        return {kwargs["gguf_file"]: Path(cached_file(name, kwargs["gguf_file"], **hub))}
-    wanted, wanted_index = (_with_variant(file, variant) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
-    # In the order in which transformers looks for them.
-    whole = cached_file(name, wanted, _raise_exceptions_for_missing_entries=False, **hub)
-    if whole is not None:
-        return {wanted: Path(whole)}
-    index = cached_file(name, wanted_index, _raise_exceptions_for_missing_entries=False, **hub)
-    if index is None:
-        pickle = _pickle(name, variant, hub)
-        raise OSError(
-            f"{place_of(source, hub)} has no {wanted}, and no {wanted_index} either"
-            + (f": {pickle} can run code when it is loaded, save the model anew in safetensors format" * bool(pickle))
-        )
-    shards = read_json(index, parse=_shards, limit=_MAXIMUM_CONFIG_BYTES)
-    files = {shard: Path(cached_file(name, shard, **hub)) for shard in shards}
-    if os.path.isdir(name):
-        for shard, path in files.items():
-            _check_link(index, shard, path)
-    return files
-
-
-def _shards(index: dict[str, Any]) -> list[str]:
-    """The shards an index names.
-
-    Raises:
-        ValueError: one is not a safetensors file in the folder of the index.
-    """
-    shards = sorted(set(index["weight_map"].values()))
-    for shard in shards:
-        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\:\x00-\x1f]+\.safetensors", shard):
-            raise ValueError(f"weight_map names {shard!r}, expected safetensors files in the folder of the index")
-    return shards
-
-
-def _check_link(index: str, shard: str, path: Path) -> None:
-    """A shard may be a link within its folder, and into the blobs of the Hub's cache, if the folder is a snapshot."""
-    folder, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path)).parent
-    if target != folder and not (target.name == "blobs" and target.parent in folder.parents):
-        raise ValueError(f"{index}: weight_map names {shard!r}, a link to another folder, expected a file beside it")
-
-
-def _pickle(name: str, variant: str | None, hub: Mapping[str, Any]) -> str | None:
-    """The name of weights in torch's own format, where a folder or repository has them."""
-    file = _with_variant(WEIGHTS_NAME, variant)
-    if os.path.isdir(name):
-        folder = Path(name, hub.get("subfolder") or "")
-        return next((path.name for path in sorted(folder.glob("pytorch_model*.bin"))), None)
-    keywords = {key: hub[key] for key in ("revision", "token", "cache_dir", "local_files_only") if hub.get(key)}
-    try:
-        return file if not hub.get("subfolder") and has_file(name, file, **keywords) else None
-    except (OSError, ValueError):
-        return None
-
-
-def _with_variant(name: str, variant: str | None) -> str:
-    stem, _, suffix = name.rpartition(".")
-    return f"{stem}.{variant}.{suffix}" if variant else name
-
-
-def weight_shapes(files: Mapping[str, Path]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the weights in safetensors files by name, read from their headers.
-
-    Raises:
-        OSError: one is not a safetensors file.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in files.values():
-        try:
-            with safe_open(path, framework="pt") as file:
-                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise OSError(f"{path} is not a whole safetensors file: {' '.join(str(error).split())}") from None
-    return shapes
-
-
-def check_shapes(place: str, model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse a configuration that describes another model than the weights are of.
-
-    transformers would make the weights that do not fit or are missing, however much memory they take.
-
-    Args:
-        place: folder or Hub id, for the message.
-        model: made by the configuration, on the device "meta".
-        shapes: of the weights that are there; those of other names are not compared.
-
-    Raises:
-        ValueError: a weight has another shape, or the model is far larger.
-    """
-    described = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    for name, shape in shapes.items():
-        if described.get(name, shape) != shape:
-            raise ValueError(
-                f"{os.path.join(place, CONFIG_NAME)}: it describes {name} of shape {described[name]}, and the weights "
-                f"have {shape}: expected the configuration that was saved with the weights"
-            )
-    expected, count = (sum(map(math.prod, it.values())) for it in (described, shapes))
-    if expected > _MOST_NEW_SHARE * count + _MOST_NEW:
-        raise ValueError(
-            f"{os.path.join(place, CONFIG_NAME)}: it describes a model of {expected:,} weights, and {count:,} are "
-            "there: expected the configuration that was saved with the weights"
-        )
-
-
-def sha256(path: str | os.PathLike) -> str:
-    """The SHA-256 of a file, as hexadecimal digits: what the Hub shows beside a large file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def record_sha256(folder: str | os.PathLike) -> None:
-    """Write the SHA-256 of each weight file in a folder into its `config.json`, as `weights_sha256`.
-
-    There may be none: weights of a distributed checkpoint are elsewhere. The files follow the umask from here on.
-    """
-    path = Path(folder) / CONFIG_NAME
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if files:
-        config = read_json(path)
-        config["weights_sha256"] = {file.name: sha256(file) for file in files}
-        write_json(path, config, sort_keys=True)
-        for file in files:
-            follow_umask(file)
-
-
-def remove_former_weights(folder: str | os.PathLike) -> None:
-    """Delete the whole weights or the index of shards that an earlier save left: transformers would load them."""
-    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
-        Path(folder, name).unlink(missing_ok=True)
-
-
-def read_stated(source: str | os.PathLike, **hub) -> tuple[dict[str, Any], str | None]:
-    """The `config.json` beside a model's weights, and the commit it is of.
-
-    A configuration from elsewhere does not know what the files hold.
-
-    Args:
-        source (`str`): folder or Hub id.
-        hub: some of `HUB_KEYWORDS`.
-
-    Raises:
-        ValueError: it is damaged.
-        OSError: there is none, the Hub does not give it, or it is not of a model like this.
-    """
-    path = cached_file(source, CONFIG_NAME, **hub)
-    if path is None or not os.path.isfile(path):
-        raise OSError(f"{place_of(source, hub)} has no {CONFIG_NAME}: expected a model")
-    stated = read_json(path, limit=_MAXIMUM_CONFIG_BYTES)
-    if stated.get("model_type") != OTDRGConfig.model_type:
-        raise OSError(f"{path}: model_type is {stated.get('model_type')!r}, expected {OTDRGConfig.model_type!r}")
-    listed = stated.get("weights_sha256")
-    if listed is not None and not (
-        isinstance(listed, dict) and all(isinstance(text, str) for item in listed.items() for text in item)
-    ):
-        raise ValueError(f"{path}: weights_sha256 is {listed!r}, expected the SHA-256 of each weight file by its name")
-    if stated.get("transformers_weights") is not None:
-        raise ValueError(
-            f"{path}: transformers_weights is {stated['transformers_weights']!r}, expected weights in "
-            f"{SAFE_WEIGHTS_NAME} or in the shards of {SAFE_WEIGHTS_INDEX_NAME}"
-        )
-    return stated, extract_commit_hash(path, None)
-
-
-def check_weights(
-    source: str | os.PathLike, listed: Mapping[str, str] | None, variant: str | None = None, **hub
-) -> dict[str, Path]:
-    """The weight files of a model, of safetensors format and as `weights_sha256` lists them.
-
-    transformers and the Hub's client compare the size of a file only.
-
-    Args:
-        source (`str`): folder or Hub id.
-        listed: SHA-256 by name, as [`record_sha256`] wrote them; without them only the format is checked.
-        variant (`str`, *optional*): of the weights, as in `from_pretrained`.
-        hub: some of `HUB_KEYWORDS`.
-
-    Raises:
-        ValueError: one of them is not listed, or an index names others than safetensors files.
-        OSError: a file differs from what is listed, or is missing.
-    """
-    place, files = place_of(source, hub), weight_files(source, variant, **hub)
-    if not listed:
-        return files
-    for name in files:
-        if name not in listed:
-            raise ValueError(_unlisted(place, name))
-    for name in listed:
-        found = _OWN_WEIGHTS.fullmatch(name)
-        if found and found["variant"] == variant and name not in files:
-            raise OSError(f"{place}: {name} of weights_sha256 in {CONFIG_NAME} is not among the model's weights")
-    for name, path in files.items():
-        digest = sha256(path)
-        if digest != listed[name]:
-            remedy = f"delete {os.path.realpath(path)} and load it anew"
-            if os.path.isdir(source):
-                remedy = "copy it anew or, if it was changed on purpose, take weights_sha256 out of config.json"
-            raise OSError(
-                f"{path} is damaged, or is not what config.json beside it is of: its SHA-256 is {digest}, expected "
-                f"{listed[name]}; {remedy}"
-            )
-    return files
-
-
-def check_other_weights(source: str | os.PathLike, listed: Mapping[str, str] | None, **hub) -> None:
-    """A model has no other weights beside those that are listed: none in other formats, none of another model.
-
-    Args:
-        source (`str`): folder or Hub id.
-        listed: as in [`check_weights`].
-        hub: some of `HUB_KEYWORDS`.
-
-    Raises:
-        ValueError: it has; the message names the file.
-    """
-    place = Path(place_of(source, hub))
-    if os.path.isdir(source) and listed:
-        for path in sorted(place.iterdir()):
-            if path.suffix == ".safetensors" and path.name not in listed:
-                raise ValueError(_unlisted(place, path.name))
-            if _OTHER_WEIGHTS.fullmatch(path.name):
-                raise ValueError(f"{_unlisted(place, path.name)}; this model's are safetensors files")
-    # Of a repository only files that would be loaded are looked up: this one, by which another model is.
-    if cached_file(source, ADAPTER_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub) is not None:
-        raise ValueError(
-            f"{place / ADAPTER_CONFIG_NAME}: transformers loads another model by it, expected none: the adapter of a "
-            f"model like this is described in its {CONFIG_NAME}"
-        )
-
-
-def _unlisted(folder: str | os.PathLike, name: str) -> str:
-    return (
-        f"{os.path.join(folder, name)} is not among the weight files that weights_sha256 in {CONFIG_NAME} lists: "
-        "expected no others"
-    )
+    if is_model and is_gguf:
+        # The weights are dequantised now, but a model that says it is quantised refuses to be saved.
+        loaded.hf_quantizer = None
+        if hasattr(loaded.config, "quantization_config"):
+            del loaded.config.quantization_config
+    return loaded
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------
@@ -349,17 +482,10 @@ def _unlisted(folder: str | os.PathLike, name: str) -> str:
 def backbone_weights(
     config: OTDRGConfig, token: str | bool | None = None
 ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, dict[str, Any]]]:
-    """The weights of both backbones by their references, in the checkpoints' types, and what they were found to be.
-
-    Args:
-        config: of the model, with the references.
-        token: to read them with, where not everyone may.
-
-    Returns:
-        The state dicts of "vision" and "text"; and the configuration's `backbone_sha256` and `backbone_revisions`.
+    """The state dicts of the backbones "vision" and "text", and the fields `backbone_sha256` and `backbone_revisions`.
 
     Raises:
-        ValueError: a reference is missing.
+        ValueError: the configuration does not name a backbone.
         OSError: a backbone cannot be loaded.
     """
     weights, facts = {}, {"backbone_sha256": {}, "backbone_revisions": {}}
@@ -381,80 +507,59 @@ def backbone_weights(
 def adapter_weights(
     weights: Mapping[str, torch.Tensor], backbones: Mapping[str, Mapping[str, torch.Tensor]], quantized: bool
 ) -> dict[str, torch.Tensor]:
-    """Of a model's weights those that its backbones do not have: what was trained, compared and not remembered.
+    """The weights of a model that its backbones do not have, found by comparing them.
 
     Args:
-        weights: the model's state dict.
-        backbones: of "vision" and "text", as [`backbone_weights`] gives them.
-        quantized: whether the LLM's weights are packed, which cannot be compared and are never trained.
+        weights: state dict of the model.
+        backbones: state dicts of "vision" and "text", from [`backbone_weights`].
+        quantized: whether the LLM is quantised; quantised weights cannot be compared and are never trained.
 
     Returns:
-        Weights by the names they have in a model without LoRA, the adapters' own apart. Where a matrix is the
-        backbone's and further rows, those are under its name and `ADDED_ROWS`.
+        Weights by the names that they have without LoRA, and those of LoRA. Of a matrix that has the backbone's rows
+        and more, the additional rows only, under its name with the suffix `.added_rows`.
     """
     trained = {}
     for key, weight in weights.items():
         module, _, inner = key.partition(".")
-        if module not in BACKBONE_PARTS or _is_lora(key):
+        if module not in _BACKBONE_PARTS or ".lora_" in key:
             trained[key] = weight
             continue
         inner = inner.replace(".base_layer.", ".")
-        name, theirs = f"{module}.{inner}", backbones[BACKBONE_PARTS[module]].get(inner)
+        name, theirs = f"{module}.{inner}", backbones[_BACKBONE_PARTS[module]].get(inner)
         if module == "language_model" and quantized and (theirs is None or not weight.is_floating_point()):
             continue
         same_rows = slice(len(theirs)) if theirs is not None and theirs.ndim else ...
         if theirs is None or not torch.equal(weight[same_rows], theirs.to(weight.device, weight.dtype)):
             trained[name] = weight
         elif weight.shape != theirs.shape:
-            trained[name + ADDED_ROWS] = weight[len(theirs) :].clone()
+            trained[name + _ADDED_ROWS] = weight[len(theirs) :].clone()
     return trained
 
 
 def read_adapter(
-    source: str | os.PathLike, config: OTDRGConfig, own_files: Mapping[str, Path], **hub
+    source: str, config: OTDRGConfig, own_files: Mapping[str, Path], **hub
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The weights of a model that is an adapter: the backbones' and its own, without and with LoRA.
+    """The weights of a model without LoRA, from its backbones and its adapter, and the weights of LoRA.
 
     Args:
         source (`str`): folder or Hub id of the adapter.
         config: its configuration.
-        own_files: its weight files, as [`check_weights`] gives them.
-        hub: some of `HUB_KEYWORDS`.
-
-    Returns:
-        The weights of the model without LoRA, and those of LoRA.
+        own_files: its weight files, from [`check_weights`].
+        hub: keyword arguments out of `HUB_KEYWORDS`.
 
     Raises:
         OSError: a backbone cannot be loaded, or is not the one the adapter was trained on.
     """
     weights: dict[str, torch.Tensor] = {}
     tied: dict[str, str] = {}
-    # A revision and a folder inside of the repository are the adapter's own.
+    # The adapter's own revision and subfolder do not apply to its backbones.
     shared = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
     for part, auto_class in _AUTO_CLASSES.items():
-        reference = getattr(config, f"{part}_backbone")
-        where = {**shared, "revision": _revision(config, part)}
-        try:
-            files = weight_files(reference, **where)
-        except (OSError, ValueError) as error:
-            raise OSError(
-                f"{source} is an adapter of the {part} backbone {reference!r}, which could not be loaded: "
-                f"{' '.join(str(error).split())}"
-            ) from error
-        found = {name: sha256(path) for name, path in files.items()}
-        expected = (config.backbone_sha256 or {}).get(part, {})
-        others = [os.path.realpath(path) for name, path in files.items() if found[name] != expected.get(name)]
-        if others or len(found) != len(expected):
-            remedy = ""
-            if others and not os.path.exists(reference):
-                remedy = f"; if it was damaged on its way, delete {' '.join(others)} and load it anew"
-            raise OSError(
-                f"{source} is an adapter of another {part} backbone than {reference!r} is: the SHA-256 of its weights "
-                f"is {found}, expected {expected}{remedy}"
-            )
+        reference, where = getattr(config, f"{part}_backbone"), {**shared, "revision": _revision(config, part)}
+        _check_backbone(source, config, part, reference, where)
         backbone = load_backbone(part, auto_class, reference, **where).state_dict()
-        for module, of in BACKBONE_PARTS.items():
-            if of == part and (module != "finding_vision_tower" or config.predictor_encoder == "own"):
+        for module, kind in _BACKBONE_PARTS.items():
+            if kind == part and (module != "finding_vision_tower" or config.predictor_encoder == "own"):
                 weights |= {f"{module}.{name}": weight for name, weight in backbone.items()}
                 tied |= {f"{module}.{name}": f"{module}.{other}" for name, other in _tied(backbone)}
     own: dict[str, torch.Tensor] = {}
@@ -462,21 +567,43 @@ def read_adapter(
         own |= load_file(path)
     lora: dict[str, torch.Tensor] = {}
     for key, weight in own.items():
-        if key.endswith(ADDED_ROWS):
-            name = key.removesuffix(ADDED_ROWS)
+        if key.endswith(_ADDED_ROWS):
+            name = key.removesuffix(_ADDED_ROWS)
             weights[name] = torch.cat((weights[name], weight.to(weights[name].dtype)))
-        elif _is_lora(key):
+        elif ".lora_" in key:
             lora[key] = weight
         else:
             weights[key] = weight
-            if tied.get(key) not in own:
-                # Saved under one of its names: what the backbone has under the other would be taken for another matrix.
-                weights.pop(tied.get(key), None)
+            if key in tied and tied[key] not in own:
+                # Tied weights are saved once: under the other name the backbone's old ones would be loaded.
+                weights.pop(tied[key], None)
     return weights, lora
 
 
+def _check_backbone(source: str, config: OTDRGConfig, part: str, reference: str, where: dict[str, Any]) -> None:
+    """Compare the SHA-256 of a backbone's weight files with those that the adapter was trained on."""
+    try:
+        files = weight_files(reference, **where)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"{source} is an adapter of the {part} backbone {reference!r}, which could not be loaded: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+    found = {name: sha256(path) for name, path in files.items()}
+    expected = (config.backbone_sha256 or {}).get(part, {})
+    others = [str(path.resolve()) for name, path in files.items() if found[name] != expected.get(name)]
+    if others or len(found) != len(expected):
+        remedy = ""
+        if others and not Path(reference).exists():
+            remedy = f"; if it was damaged on its way, delete {' '.join(others)} and load it anew"
+        raise OSError(
+            f"{source} is an adapter of another {part} backbone than {reference!r}: the SHA-256 of its weights "
+            f"is {found}, expected {expected}{remedy}"
+        )
+
+
 def _tied(weights: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
-    """Names under which the same weight stands, each with the other."""
+    """Pairs of names of the same weight, in both orders."""
     names: dict[int, str] = {}
     for name, weight in weights.items():
         other = names.setdefault(weight.data_ptr(), name)
@@ -488,23 +615,11 @@ def _revision(config: OTDRGConfig, part: str) -> str:
     return (config.backbone_revisions or {}).get(part) or "main"
 
 
-def _is_lora(key: str) -> bool:
-    return ".lora_" in key
-
-
 __all__ = [
-    "HUB_KEYWORDS",
+    "OTDRGPreTrainedModel",
     "adapter_weights",
     "backbone_weights",
-    "check_other_weights",
-    "check_shapes",
-    "check_weights",
     "load_backbone",
+    "quantization_of",
     "read_adapter",
-    "read_stated",
-    "record_sha256",
-    "remove_former_weights",
-    "sha256",
-    "weight_files",
-    "weight_shapes",
 ]

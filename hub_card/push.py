@@ -17,7 +17,7 @@ from ..inference.features import model_digest
 from ..inference.loading import load_published
 from ..inference.model_files import read_processor
 from ..studies.publish import hub_errors, make_repo
-from ..weights_otdrg import check_weights, read_stated, record_sha256, sha256
+from ..weight_files_otdrg import check_weights, read_stated, record_sha256, sha256
 from .card import build_card
 from .run_files import published_metrics
 from .space_files import space_files

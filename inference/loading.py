@@ -11,7 +11,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..pipeline_otdrg import ReportGenerationPipeline
 from ..processing_otdrg import OTDRGProcessor
-from ..weights_otdrg import read_stated
+from ..weight_files_otdrg import read_stated
 from .model_files import check_fit, read_model, read_processor
 
 #: Beams and most tokens of a report where neither the command nor the model says.

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from otdrg import cost_matrix, sinkhorn
-from otdrg.modeling_otdrg import plan_entropy
+from otdrg.sinkhorn_otdrg import plan_entropy
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # POT names the optional libraries it does not find
@@ -229,8 +229,8 @@ def test_the_batch_gives_what_the_loop_gives(tolerance):
     batch = sinkhorn(cost, 0.1, tolerance=tolerance)
     for row in range(len(cost)):
         alone = sinkhorn(cost[row : row + 1], 0.1, tolerance=tolerance)
-        for name, value in alone.items():
-            assert torch.equal(batch[name][row], value[0]), name
+        for name, value in alone._asdict().items():
+            assert torch.equal(getattr(batch, name)[row], value[0]), name
 
 
 def test_a_problem_stops_once_its_marginals_are_met():
@@ -264,7 +264,7 @@ def test_any_scale_of_cost(scale):
     cost = (random_cost(2, 12, 5, torch.float32) * scale).requires_grad_()
     output = sinkhorn(cost, 0.1)
     (gradient,) = torch.autograd.grad(output.distance.sum(), cost)
-    for name, value in [*output.items(), ("gradient", gradient)]:
+    for name, value in [*output._asdict().items(), ("gradient", gradient)]:
         assert value.isfinite().all(), name
     if scale <= 1e3:  # beyond, costs differ by less than float32 tells apart at their size
         # The columns are the last to be updated, so that their marginals hold whatever has converged.
@@ -290,8 +290,8 @@ def test_half_precision_is_computed_in_float32(dtype, autocast):
         output = sinkhorn(cost, 0.1)
     exact = sinkhorn(cost.detach().float(), 0.1)
     for name in ("distance", "regularized", "plan"):
-        assert output[name].dtype == torch.float32, name
-        assert torch.equal(output[name], exact[name]), name
+        assert getattr(output, name).dtype == torch.float32, name
+        assert torch.equal(getattr(output, name), getattr(exact, name)), name
     (gradient,) = torch.autograd.grad(output.distance.sum(), cost)
     assert gradient.dtype == dtype
     assert torch.allclose(gradient.float(), exact.plan, atol=1e-3)
@@ -432,4 +432,4 @@ def test_nothing_makes_nan(cost, epsilon, data):
     cost = torch.from_numpy(cost).requires_grad_()
     output = sinkhorn(cost, epsilon, row_mask=masks[0], column_mask=masks[1])
     (gradient,) = torch.autograd.grad(output.regularized.sum(), cost)
-    assert all(value.isfinite().all() for value in (*output.values(), gradient))
+    assert all(value.isfinite().all() for value in (*output, gradient))

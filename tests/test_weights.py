@@ -197,7 +197,7 @@ def test_another_backbone_is_refused(build_backbones, build_on_backbones, tmp_pa
     weights = load_file(file)
     weights["model.norm.weight"][0] += 1
     save_file(weights, file, {"format": "pt"})
-    with pytest.raises(OSError, match=r"an adapter of another text backbone than .*/text' is: the SHA-256"):
+    with pytest.raises(OSError, match=r"an adapter of another text backbone than .*/text': the SHA-256"):
         OTDRGForReportGeneration.from_pretrained(tmp_path / "adapter")
     shutil.rmtree(tmp_path / "text")
     with pytest.raises(OSError, match=r"an adapter of the text backbone .*/text', which could not be loaded"):
@@ -260,7 +260,7 @@ def test_damaged_weights_of_the_right_size_are_refused(model, tmp_path):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(OSError, match=r"model.safetensors is damaged, or is not what config.json beside it is of"):
+    with pytest.raises(OSError, match=r"model.safetensors is damaged, or does not belong to config.json beside it"):
         OTDRGForReportGeneration.from_pretrained(tmp_path)
 
 
