@@ -72,6 +72,8 @@ class CSVSource(StudySource):
     """
 
     name = "csv"
+    example = "--table reports.csv --images images --output studies"
+    collection = "a table of images and reports"
 
     table: str = option(
         "Table of the studies: CSV, separated by commas or semicolons, or by tabs where it is called .tsv.",

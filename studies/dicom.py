@@ -54,6 +54,8 @@ class DICOMSource(StudySource):
     """
 
     name = "dicom"
+    example = "--folder archive --output studies"
+    collection = "folders of DICOM files with reports"
 
     folder: str = option("Folder of the DICOM files.", metavar="FOLDER")
     reports: str | None = option(

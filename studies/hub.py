@@ -47,6 +47,8 @@ class HubSource(StudySource):
     """
 
     name = "hub"
+    example = "--dataset org/name --column findings=report --output studies"
+    collection = "a dataset in the form of the Hub's"
 
     dataset: str = option("Name of a dataset on the Hub, or a folder.", metavar="NAME")
     config: str | None = option("Configuration of the dataset, where it has several.", None, metavar="NAME")

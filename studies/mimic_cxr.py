@@ -47,6 +47,8 @@ class MimicCXRSource(StudySource):
     """
 
     name = "mimic-cxr"
+    example = "--root mimic-cxr --images mimic-cxr-jpg --shorter-side 512 --num-proc 8 --output mimic_cxr"
+    collection = "MIMIC-CXR"
     official_counts = {"train": 270790, "validation": 2130, "test": 3858}  # noqa: RUF012
     official_unit = "images"
 

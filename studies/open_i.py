@@ -61,6 +61,8 @@ class OpenISource(StudySource):
     """
 
     name = "open-i"
+    example = "--reports NLMCXR_reports.tgz --images NLMCXR_png --output iu_xray"
+    collection = "IU X-Ray"
 
     reports: str = option("NLMCXR_reports.tgz, or the folder it unpacks to.", metavar="FILE")
     images: str = option("Folder of the images.", metavar="FOLDER")

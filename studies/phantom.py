@@ -200,6 +200,8 @@ class PhantomSource(StudySource):
     """
 
     name = "phantom"
+    example = "--train 2000 --views frontal lateral --output phantoms"
+    collection = "phantom radiographs"
 
     train: int = option("Studies for training.", 2000, metavar="N")
     validation: int = option("Studies for validation.", 200, metavar="N")

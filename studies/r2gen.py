@@ -30,6 +30,8 @@ class R2GenSource(StudySource):
     """
 
     name = "r2gen"
+    example = "--annotation annotation.json --images images --output iu_xray"
+    collection = "a collection in R2Gen's layout"
 
     annotation: str = option("R2Gen's JSON file.", metavar="FILE")
     images: str = option("Folder to which each image_path is relative.", metavar="FOLDER")
@@ -64,8 +66,12 @@ class R2GenSource(StudySource):
     def official_ids(self, split: str) -> Iterable[str] | None:
         return r2gen_split_ids().get(split) if self._which() == "iu_xray" else None
 
+    @classmethod
+    def collection_of(cls, licence: str) -> str:
+        return {IU_XRAY_LICENCE: "IU X-Ray", MIMIC_LICENCE: "MIMIC-CXR"}.get(licence, cls.collection)
+
     def _which(self) -> str:
-        """The collection the annotation is of, told by its first study: "iu_xray", "mimic_cxr" or ""."""
+        """The annotated collection, recognised by its first study: "iu_xray", "mimic_cxr" or ""."""
         if self._collection is None:
             first = next((study for studies in self._annotated().values() for study in studies), {})
             first = first if isinstance(first, dict) else {}

@@ -225,7 +225,7 @@ def test_an_interrupted_labelling_is_gone_on_with(built, monkeypatch, capsys):
     assert "out of luck" in capsys.readouterr().err
     assert set(states_of(built).values()) == {None}
     assert main(command) == 1
-    assert "interrupted labelling: --resume goes on with it" in capsys.readouterr().err
+    assert "unfinished dataset: --resume continues it" in capsys.readouterr().err
     assert main([*command, "--relabel", "--resume"]) == 1
     assert "was labelled with relabel=False, not True" in capsys.readouterr().err
     assert main([*command, "--resume"]) == 0
@@ -325,7 +325,7 @@ def test_the_help_shows_each_form(capsys):
         (["studies", "--labeler", "llm"], "labeler 'llm' needs the option 'model'"),
         (
             ["studies", "--labeler", "rules"],
-            "studies is not a built dataset: expected a folder",
+            "studies is not a prepared dataset: expected a folder",
         ),
         (["--compare", "a.csv", "b.csv"], "a.csv: cannot be read"),
         (["--reports", "no.csv", "--labeler", "rules", "--output", "o"], "no.csv: cannot be read"),
@@ -386,4 +386,4 @@ def test_label_ended_by_a_signal_says_what_is_kept(built, monkeypatch, capsys, s
     assert main(["label", str(built)]) == status
     error = capsys.readouterr().err.splitlines()[-1]
     told = "terminated (SIGTERM)" if stop is Terminated else "interrupted"
-    assert error.startswith(f"otdrg label: {told}; 4 whole shards are kept in {built}.partial; --resume goes on")
+    assert error.startswith(f"otdrg label: {told}; 4 complete shards are kept in {built}.partial; --resume continues")
