@@ -227,7 +227,7 @@ class LLMLabeler:
         return question, answers
 
     def _read(self, tokens: list[int]) -> Any:
-        """The key-value cache of the tokens that all reports share. It is complete for all layers; masks limit attention."""
+        """The key-value cache of the tokens that all reports share, complete for all layers."""
         import torch
         from transformers import DynamicCache
 

@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from ..runtime.csv_files import unescape_cell
+from ..runtime.csv_files import longest_cell, unescape_cell
 
 _LONGEST_CELL = 2**24
 
@@ -111,23 +111,13 @@ def _undecodable(path: Path) -> int | None:
     return None
 
 
-@contextmanager
-def _long_cells() -> Iterator[None]:
-    """Allow cells of `_LONGEST_CELL` characters; the limit is global, so it is restored."""
-    before = csv.field_size_limit(_LONGEST_CELL)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
-
-
 def csv_rows(path: Path, expected: str) -> Iterator[tuple[int, list[str]]]:
     """Iterate over the header of a CSV (empty if there is none) and its non-blank rows, each with its first line.
 
     Cells are unescaped as [`otdrg.runtime.csv_files.write_csv`] escapes them.
     """
     row = 1
-    with _reading(path, expected) as file, _long_cells():
+    with _reading(path, expected) as file, longest_cell(_LONGEST_CELL):
         reader = csv.reader(file, strict=True)
         try:
             header = [unescape_cell(name) for name in next(reader, [])]

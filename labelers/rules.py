@@ -41,10 +41,10 @@ _BARS = sum(bit(row, state) for row in _BARRING for state in (POSITIVE, UNCLEAR)
 class RulesLabeler:
     """Reads finding states by CheXpert's rules, with a vocabulary that a radiologist can read and extend.
 
-    Within a sentence, cues negate or doubt the mentions before or after them up to a clause boundary; structures ("heart
-    size") get the state of their description. In a report, positive outweighs unclear, and unclear outweighs negative.
-    "No Finding" is positive if nothing but support devices is positive or unclear, and no other abnormality is
-    mentioned. Sentences are cached.
+    Within a sentence, cues negate or doubt the mentions before or after them up to a clause boundary; structures
+    ("heart size") get the state of their description. In a report, positive outweighs unclear, and unclear outweighs
+    negative. "No Finding" is positive if nothing but support devices is positive or unclear, and no other abnormality
+    is mentioned. Sentences are cached.
 
     Args:
         vocabulary: folder with the vocabulary files; by default that of the package.

@@ -191,6 +191,17 @@ def path_inside(root: str | os.PathLike, path: str) -> str | None:
     return full if not os.path.isabs(path) and full.startswith(root) else None
 
 
+def parse_pairs(name: str, pairs: Sequence[str], form: str) -> list[tuple[str, str]]:
+    """Parse the values "a=b" of an option; `form` describes them in the error, as in "FIELD=COLUMN"."""
+    parsed = []
+    for pair in pairs:
+        left, sign, right = pair.partition("=")
+        if not sign or not left.strip():
+            raise ValueError(f"option {name!r} has {pair!r}: expected {form}")
+        parsed.append((left.strip(), right.strip()))
+    return parsed
+
+
 def seeded_split(
     patient_ids: Iterable[str], seed: int = 0, shares: Sequence[float] = (0.8, 0.1, 0.1)
 ) -> dict[str, str]:
@@ -209,9 +220,7 @@ def seeded_split(
         ValueError: `shares` are not three non-negative numbers that sum to 1.
     """
     if len(shares) != len(SPLITS) or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-        raise ValueError(
-            f"split_shares={list(shares)}: expected three shares for {SPLITS} that sum to 1"
-        )
+        raise ValueError(f"split_shares={list(shares)}: expected three shares for {SPLITS} that sum to 1")
     patients = sorted(set(patient_ids))
     random.Random(seed).shuffle(patients)
     wanted = [share > 0 for share in shares]
@@ -236,6 +245,7 @@ __all__ = [
     "needed_file",
     "needed_folder",
     "option",
+    "parse_pairs",
     "path_inside",
     "seeded_split",
 ]
