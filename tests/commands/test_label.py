@@ -92,7 +92,7 @@ def test_reports_may_be_lines_of_json(tmp_path, capsys):
         ('{"id": "c", "text": ""}', "line 1: expected an object with the keys id and report"),
         ("[]", "line 1: expected an object with the keys id and report"),
         ('{"id": "c", "report": null}', "line 1: id is str and report NoneType, expected strings"),
-        ('{"id": 7, "report": ""}\n{"id": "7", "report": ""}', "line 2, column id: '7' stands in line 1 too"),
+        ('{"id": 7, "report": ""}\n{"id": "7", "report": ""}', "line 2, column id: '7' is in line 1 too"),
     ]:
         path.write_text(line)
         assert main([*command, "--overwrite"]) == 1
@@ -120,7 +120,7 @@ def test_long_reports_are_read_and_other_readers_keep_their_limit(table, tmp_pat
     assert read_states(output)["a"].any()
     assert csv.field_size_limit() == limit
     path = table(("a", "Clear lungs."), ("a", ""))
-    with pytest.raises(ValueError, match="stands in line 2 too"):  # kept, and with it what was open
+    with pytest.raises(ValueError, match="is in line 2 too"):  # kept, and with it what was open
         list(read_reports(path))
     assert csv.field_size_limit() == limit
 
@@ -345,12 +345,12 @@ def test_a_mistake_is_one_line_and_leaves_nothing(arguments, message, tmp_path, 
         (b"id,text\n1,Clear.\n", "0 columns 'report', expected one; columns: id, text"),
         (b"id,report,Report\n1,a,b\n", "2 columns 'report', expected one"),
         (b"", "0 columns 'id', expected one; columns: none"),
-        (b"id,report\n1,Clear.\n1,Clear.\n", "line 3, column id: '1' stands in line 2 too"),
+        (b"id,report\n1,Clear.\n1,Clear.\n", "line 3, column id: '1' is in line 2 too"),
         (b"id,report\n ,Clear.\n", "line 2, column id: empty"),
         (b"id,report\n1,Clear, no.\n", "line 2: 3 values, expected 2"),
         (b"id,report\n1,Clear.\n2,R\xf6ntgen\n", "not UTF-8 (line 3)"),
         (b'id,report\n1,"Clear.\nNo effusion."\n2,"open\n', "not a CSV (line 4: "),
-        (b'id,report\n1,"Clear.\nNo effusion."\n1,"No\nchange."\n', "line 4, column id: '1' stands in line 2 too"),
+        (b'id,report\n1,"Clear.\nNo effusion."\n1,"No\nchange."\n', "line 4, column id: '1' is in line 2 too"),
     ],
 )
 def test_a_faulty_table_leaves_no_output(content, message, tmp_path, capsys):
