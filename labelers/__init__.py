@@ -1,20 +1,23 @@
-"""Labelers: the states of the 14 findings, read from reports (DLE; paper, section 3.2.1). Imported when first used.
+"""Labelers: the states of the 14 findings, read from reports (DLE; paper, section 3.2.1).
 
-A labeler is an object with `.name` (str) and `.label(reports: list[str])`, batch in, batch out: an (N, 14) int64 array
-of state ids (`FINDING_STATES`), columns in the order of `FINDINGS`. A new one is a module here and a line in
-`_LABELERS`. States that someone else's tool wrote to a CSV are joined by study id instead: `join_states`.
+A labeler is an object with `.name` (str) and `.label(reports: list[str])`, which returns an (N, 14) int64 array of
+state ids (`FINDING_STATES`) with columns in the order of `FINDINGS`. To add one, write a module with its class and add
+one line to `LABELERS`. The module is imported when the labeler is first used. States that another tool wrote to a CSV
+are joined by study id instead: `join_states`.
 """
 
 import inspect
+import warnings
+from collections.abc import Sequence
 from importlib import import_module
 
 from ..runtime.lazy import lazy_names
 
-#: name: (module, class)
-_LABELERS = {
-    "rules": ("rules", "RulesLabeler"),
-    "llm": ("llm", "LLMLabeler"),
-    "chexbert": ("chexbert", "CheXbertLabeler"),
+#: `{name: (module, class)}`. A module with a leading dot is in this package.
+LABELERS: dict[str, tuple[str, str]] = {
+    "rules": (".rules", "RulesLabeler"),
+    "llm": (".llm", "LLMLabeler"),
+    "chexbert": (".chexbert", "CheXbertLabeler"),
 }
 _HOMES = {
     "format_agreement": "agreement",
@@ -24,34 +27,32 @@ _HOMES = {
     "write_states": "csv_states",
     "load_vocabulary": "phrases",
 }
+#: Positions listed in a warning.
+_LISTED = 5
 
 __all__ = ["LABELERS", "UnreadReportsWarning", "labeler_class", "load_labeler", *_HOMES]
 
 
 class UnreadReportsWarning(UserWarning):
-    """Reports of which a labeler can read nothing have every finding unmentioned; this says how many, and which."""
-
-
-#: Names that `load_labeler` knows.
-LABELERS = tuple(_LABELERS)
+    """Some reports cannot be read, and all their findings are unmentioned; the message says how many and which."""
 
 
 def labeler_class(name: str, **options):
-    """The class of the labeler of that name, once its options are checked without making it.
+    """The class of a labeler; its options are checked without creating it.
 
     Raises:
-        ValueError: no labeler has that name, an option is not one of its own, or one that is true or false is neither.
+        ValueError: no labeler has this name, an option is unknown or missing, or a switch is neither true nor false.
     """
-    if name not in _LABELERS:
+    if name not in LABELERS:
         hint = " (states in a CSV are joined by study id: join_states)" if name == "csv" else ""
         raise ValueError(f"unknown labeler {name!r}: expected one of {', '.join(LABELERS)}{hint}")
-    module, cls = _LABELERS[name]
-    labeler = getattr(import_module(f".{module}", __name__), cls)
+    module, cls = LABELERS[name]
+    labeler = getattr(import_module(module, __name__), cls)
     allowed = inspect.signature(labeler).parameters
     for option in options:
         if option not in allowed:
             raise ValueError(f"unknown option {option!r} of labeler {name!r}: expected one of {', '.join(allowed)}")
-        # "maybe" would count as true.
+        # The string "maybe" would count as true.
         if isinstance(allowed[option].default, bool) and not isinstance(options[option], bool):
             raise ValueError(f"option {option!r} of labeler {name!r} is {options[option]!r}: expected true or false")
     missing = [option for option, it in allowed.items() if it.default is it.empty and option not in options]
@@ -61,12 +62,35 @@ def labeler_class(name: str, **options):
 
 
 def load_labeler(name: str, **options):
-    """The labeler of that name, made with its options (see the class in the labeler's module).
+    """Create a labeler; its options are the parameters of its class.
 
     Raises:
-        ValueError: as of [`labeler_class`], or a value is not one that the labeler takes.
+        ValueError: as [`labeler_class`], or the labeler refuses a value.
     """
     return labeler_class(name, **options)(**options)
+
+
+def check_reports(reports: Sequence[str]) -> None:
+    """Raise an error if the argument of `label` is not a list of strings.
+
+    Raises:
+        TypeError: `reports` is a single string.
+        ValueError: a report is not a string; the message gives its position.
+    """
+    if isinstance(reports, str):
+        raise TypeError("reports is a single string: expected a list of reports")
+    for position, report in enumerate(reports):
+        if not isinstance(report, str):
+            raise ValueError(f"report {position} is {type(report).__name__}: expected a string ('' when absent)")
+
+
+def warn_of_reports(
+    positions: list[int], reports: int, what: str, category: type[Warning] = UnreadReportsWarning
+) -> None:
+    """Warn that the reports at these positions are special, and how."""
+    if positions:
+        listed = ", ".join(map(str, sorted(positions)[:_LISTED])) + (", …" if len(positions) > _LISTED else "")
+        warnings.warn(f"{len(positions)} of {reports} reports (positions {listed}) {what}", category, stacklevel=3)
 
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -1,4 +1,4 @@
-"""How far two labelers agree on the same reports: per finding and state, and over all."""
+"""Agreement of two labelers on the same reports, by finding and state and overall."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import numpy as np
 
 from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, UNMENTIONED
 
-#: Findings the reference mentions less often say too little for a mean over findings.
+#: Findings that the reference mentions less often are excluded from the macro average.
 MINIMUM_MENTIONS = 20
 
 
 def measure_agreement(reference: np.ndarray, candidate: np.ndarray) -> dict[str, Any]:
-    """Agreement of the states of N reports with those of a reference.
+    """Measure the agreement of the states of N reports with those of a reference.
 
     Args:
         reference, candidate: (N, 14) state ids, columns in the order of `FINDINGS`.
@@ -22,8 +22,8 @@ def measure_agreement(reference: np.ndarray, candidate: np.ndarray) -> dict[str,
         `reports`, `accuracy` over all N x 14 cells, `mention_f1` (any state against unmentioned) as `micro` and as
         `macro` over the `macro_findings` findings with `MINIMUM_MENTIONS` mentions or more in the reference, `state_f1`
         (micro, for each state but unmentioned), and under `findings` for each: `kappa` (Cohen's, over the four states),
-        `mention` and under `states` each state's precision, recall, f1, support and predicted. A rate of nothing, and a
-        kappa where both give all reports one and the same state, is None.
+        `mention` and under `states` each state's precision, recall, f1, support and predicted. A rate whose denominator
+        is 0, and a kappa if both give all reports the same state, are None.
 
     Raises:
         ValueError: shapes that differ or are not (N, 14), or ids outside 0 to 3.
@@ -84,7 +84,7 @@ def _kappa(true: np.ndarray, said: np.ndarray) -> float | None:
 
 
 def format_agreement(result: dict[str, Any]) -> str:
-    """[`measure_agreement`]'s result as a Markdown table with the figures over all below it."""
+    """The result of [`measure_agreement`] as a Markdown table, with the overall figures below it."""
     lines = ["| finding | mentions | mention F1 | positive F1 | negative F1 | unclear F1 | kappa |", "|---" * 7 + "|"]
     for name, row in result["findings"].items():
         states = (row["states"][state] for state in ("positive", "negative", "unclear"))

@@ -1,4 +1,4 @@
-"""A labeler as it is typed on a command line, and what is said of the reports it is given."""
+"""Labelers on the command line: parsing their options, and messages about the labelled reports."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 from ..runtime.printable import one_line
 from . import UnreadReportsWarning, load_labeler
 
-#: Ids that are named.
+#: Ids listed in a message.
 _LISTED = 20
 
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:
-    """A labeler's options from what was typed as `--option NAME=VALUE`, values as YAML reads them.
+    """Parse options typed as `--option NAME=VALUE`; values are YAML.
 
     Raises:
-        ValueError: not of that form, a name twice, or a value that is no YAML.
+        ValueError: another form, a repeated name, or a value that is not YAML.
     """
     from ..runtime.yaml_files import parse_yaml
 
@@ -30,22 +30,21 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
         try:
             parsed[name] = parse_yaml(value, pair)
         except ValueError:
-            raise ValueError(f"--option {pair}: the value is no YAML, put it in quotes to have it as it is") from None
+            raise ValueError(f"--option {pair}: the value is not YAML, put it in quotes to pass it as text") from None
     return parsed
 
 
 def labeler_of(name: str, options: dict[str, Any]):
-    """[`load_labeler`], with an option of the wrong type a `ValueError`, too."""
+    """As [`load_labeler`], but an option of a wrong type is a `ValueError` as well."""
     try:
         return load_labeler(name, **options)
     except TypeError as error:
-        # A value of another type, which only the labeler knows to be wrong.
         given = ", ".join(f"{option}={value!r}" for option, value in options.items())
         raise ValueError(f"labeler {name!r} does not take {given}: {error}") from error
 
 
 def label_quietly(labeler, reports: list[str]):
-    """(N, 14) states of the reports; of those that cannot be read the command tells itself."""
+    """(N, 14) states of the reports, without warnings about unreadable ones, which the command prints itself."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnreadReportsWarning)
         return labeler.label(reports)

@@ -1,4 +1,4 @@
-"""The labeler `chexbert`: BERT with a head a finding (Smit et al., "CheXbert", EMNLP 2020), with its public weights."""
+"""The labeler `chexbert`: BERT with a head for each finding (Smit et al., "CheXbert", EMNLP 2020), public weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..findings_otdrg import FINDINGS, UNMENTIONED, finding_key
-from . import UnreadReportsWarning
+from . import check_reports, warn_of_reports
 
 if TYPE_CHECKING:
     import torch
@@ -39,33 +39,33 @@ CONDITIONS: tuple[str, ...] = (
     "No Finding",
 )
 
-#: Classes of each head: blank, positive, negative and uncertain, and for No Finding blank and positive. A class is
-#: thereby a state's id.
+#: Number of classes of each head: blank, positive, negative and uncertain; for No Finding blank and positive. The class
+#: is the id of the state.
 HEAD_SIZES: tuple[int, ...] = tuple(2 if name == "No Finding" else 4 for name in CONDITIONS)
 
 _COLUMNS = [FINDINGS.index(finding_key(name)) for name in CONDITIONS]
-_HEAD_SIZE = 64  # of BERT's attention heads, whose number cannot be told from the shapes of weights
+_HEAD_SIZE = 64  # of BERT's attention heads; their number cannot be derived from the shapes of the weights
 _PREFIX = "module."
-#: Buffers that older versions of transformers saved, and weights that the labeler does not use: it reads [CLS] itself.
+#: Buffers saved by older versions of transformers, and weights of the pooler, which the labeler does not use.
 _UNUSED = ("bert.embeddings.position_ids", "bert.pooler.dense.weight", "bert.pooler.dense.bias")
 _MAXIMUM_TOKENS = 512
 _LISTED = 5
 
 
 class CheXbertLabeler:
-    """States of the 14 findings by CheXbert: BERT's state of [CLS], read by one linear head a finding.
+    """Reads finding states with CheXbert: one linear head for each finding on BERT's [CLS] state.
 
     Args:
-        checkpoint: a Hub id whose repository holds `chexbert.pth`, that file, or a folder that holds it.
-        tokenizer: Hub id or folder of the tokenizer or vocabulary of BERT, uncased.
-        batch_size: reports at once.
-        attention_heads: heads of each layer; by default the hidden size by 64, as in all published BERTs. All other
-            sizes are read from the checkpoint.
-        device: where to run; by default the first accelerator, or else the CPU.
-        progress: whether to draw a progress bar.
+        checkpoint: the file `chexbert.pth`, a folder that contains it, or a Hub id of a repository that does.
+        tokenizer: Hub id or folder of the uncased BERT tokenizer or vocabulary.
+        batch_size: reports in a batch.
+        attention_heads: attention heads of each layer; by default the hidden size divided by 64, as in all published
+            BERTs. All other sizes are read from the checkpoint.
+        device: by default the first accelerator, or the CPU.
+        progress: show a progress bar.
 
     Raises:
-        ValueError: an option is none, or the checkpoint or tokenizer is not there, is not CheXbert's, or holds more
+        ValueError: a wrong option, or the checkpoint or tokenizer is missing, is not CheXbert's, or contains more
             than weights.
     """
 
@@ -98,35 +98,30 @@ class CheXbertLabeler:
     def label(self, reports: Sequence[str]) -> np.ndarray:
         """(N, 14) int64 state ids of N reports.
 
-        Reports in which not one token is known (empty, control characters, a script BERT has no letters of) have every
-        finding unmentioned, where CheXbert would answer all the same. Reports that are too long for BERT are cut at
-        their end, as CheXbert does it. A warning each counts and lists them.
+        Reports without any known token (empty, control characters, an unknown script) have all findings unmentioned.
+        Reports longer than BERT's limit are truncated at their end, as CheXbert does. Warnings count and list both.
 
         Raises:
-            TypeError: `reports` is a single string.
-            ValueError: a report is not a string; the message gives its position.
+            TypeError, ValueError: as [`check_reports`].
         """
         import torch
         from tqdm.auto import tqdm
 
-        if isinstance(reports, str):
-            raise TypeError("reports is a single string: expected a list of reports")
-        for position, report in enumerate(reports):
-            if not isinstance(report, str):
-                raise ValueError(f"report {position} is {type(report).__name__}: expected a string ('' when absent)")
+        check_reports(reports)
         tokens = [
             self.tokenizer(" ".join(report.split()), truncation=False, verbose=False)["input_ids"] for report in reports
         ]
-        # The unknown token is one of them.
+        # The special tokens include the unknown token.
         special = {*self.tokenizer.all_special_ids}
         unread = [position for position, ids in enumerate(tokens) if special.issuperset(ids)]
-        _warn(unread, len(tokens), "hold no word BERT knows: all findings unmentioned", UnreadReportsWarning)
+        warn_of_reports(unread, len(tokens), "hold no word BERT knows: all findings unmentioned")
         long = [position for position, ids in enumerate(tokens) if len(ids) > self.maximum_tokens]
-        _warn(long, len(tokens), f"are longer than {self.maximum_tokens} tokens and were cut at their end", UserWarning)
+        cut = f"are longer than {self.maximum_tokens} tokens and were cut at their end"
+        warn_of_reports(long, len(tokens), cut, UserWarning)
         for position in long:
             tokens[position] = [*tokens[position][: self.maximum_tokens - 1], self.tokenizer.sep_token_id]
         states = np.full((len(tokens), len(FINDINGS)), UNMENTIONED, dtype=np.int64)
-        # By length, so that a batch is hardly padded.
+        # Sorted by length, so that batches need little padding.
         order = sorted(set(range(len(tokens))) - set(unread), key=lambda position: len(tokens[position]))
         starts = range(0, len(order), self.batch_size)
         for start in tqdm(starts, desc=self.name, disable=not self.progress):
@@ -143,12 +138,6 @@ class CheXbertLabeler:
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         first = self.network["bert"](**inputs).last_hidden_state[:, 0]
         return torch.stack([head(first).argmax(-1) for head in self.network["linear_heads"]], dim=1)
-
-
-def _warn(positions: list[int], reports: int, what: str, category: type[Warning]) -> None:
-    if positions:
-        listed = ", ".join(map(str, positions[:_LISTED])) + (", …" if len(positions) > _LISTED else "")
-        warnings.warn(f"{len(positions)} of {reports} reports (positions {listed}) {what}", category, stacklevel=3)
 
 
 def _check_count(option: str, value: int) -> None:
@@ -168,21 +157,23 @@ def _device(name: str | None) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"device={name!r}: not on this machine ({_reason(error)}), expected such as 'cpu'") from None
+        raise ValueError(
+            f"device={name!r}: not available ({_reason(error)}), expected a device such as 'cpu'"
+        ) from None
 
 
 def _load_tokenizer(name: str | os.PathLike, vocabulary: int, checkpoint: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, BertTokenizerFast
 
-    # A vocabulary alone will do, as BERT was first published; AutoTokenizer wants more.
+    # BERT was first published with a vocabulary only, which AutoTokenizer does not accept.
     files = {path.name for path in Path(name).iterdir()} if Path(name).is_dir() else set()
     bare = "vocab.txt" in files and not files & {"tokenizer.json", "tokenizer_config.json"}
     try:
         tokenizer = (BertTokenizerFast if bare else AutoTokenizer).from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # The parser of tokenizer.json raises just that.
-        get = "hf download bert-base-uncased vocab.txt --local-dir bert gets it, option 'tokenizer' names the folder"
+    except Exception as error:  # the parser of tokenizer.json raises plain Exception
+        get = "get it with hf download bert-base-uncased vocab.txt --local-dir bert, and option tokenizer=bert"
         raise ValueError(f"tokenizer {name}: cannot be loaded ({_reason(error)}); {get}") from None
-    # Another BERT's (the cased one has fewer tokens) would be read as if its ids were the checkpoint's.
+    # The ids of another BERT's tokenizer have other meanings.
     if len(tokenizer) != vocabulary:
         raise ValueError(
             f"tokenizer {name} has {len(tokenizer)} tokens, {checkpoint} knows {vocabulary}: expected its own"
@@ -199,7 +190,7 @@ def _checkpoint_file(checkpoint: str | os.PathLike) -> Path:
         path = path / CHECKPOINT_FILE
     if path.is_file():
         return path
-    get = f"hf download StanfordAIMI/RRG_scorers {CHECKPOINT_FILE} gets the file, option 'checkpoint' names it"
+    get = f"get it with hf download StanfordAIMI/RRG_scorers {CHECKPOINT_FILE}, and set option checkpoint to its path"
     name = str(checkpoint)
     if path.suffix == ".pth" or path.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise ValueError(f"checkpoint {path} does not exist: {get}")
@@ -210,24 +201,24 @@ def _checkpoint_file(checkpoint: str | os.PathLike) -> Path:
         return Path(hf_hub_download(name, CHECKPOINT_FILE))
     except (OSError, ValueError, HTTPError) as error:
         raise ValueError(
-            f"checkpoint {name}: no such folder, and {CHECKPOINT_FILE} cannot be had from the Hub "
+            f"checkpoint {name}: no such folder, and {CHECKPOINT_FILE} cannot be downloaded from the Hub "
             f"({_reason(error)}); {get}"
         ) from None
 
 
 def _load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The checkpoint's weights that are used, without the prefix of the parallel module it was trained in."""
+    """The used weights of the checkpoint, without the prefix of the parallel module it was trained in."""
     import torch
 
     try:
         with warnings.catch_warnings():
-            # What torch has to say of a damaged file is said below, in one line.
+            # A damaged file is reported below, in one line.
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise ValueError(f"checkpoint {path} holds more than weights, or is none: it was not loaded") from None
-    except Exception as error:  # Damaged bytes raise whatever the reader stumbles over.
-        raise ValueError(f"checkpoint {path} is damaged, unreadable or is none ({_reason(error)})") from None
+        raise ValueError(f"checkpoint {path} holds more than weights, or is damaged: it was not loaded") from None
+    except Exception as error:  # damaged files raise any exception
+        raise ValueError(f"checkpoint {path} is damaged or unreadable ({_reason(error)})") from None
     saved = content.get("model_state_dict") if isinstance(content, dict) else None
     if not isinstance(saved, Mapping) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in saved.items()
@@ -235,10 +226,10 @@ def _load_weights(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"checkpoint {path} is not CheXbert's: expected weights under 'model_state_dict'")
     weights = {name.removeprefix(_PREFIX): value for name, value in saved.items()}
     weights = {name: value for name, value in weights.items() if name not in _UNUSED}
-    # Answers of such weights would all be the first class, which is blank.
+    # Such weights would silently predict the first class, which is blank.
     wrong = [name for name, value in weights.items() if not (value.is_floating_point() and value.isfinite().all())]
     if wrong:
-        raise ValueError(f"checkpoint {path} is damaged: {_listed(wrong)} with values that are no finite numbers")
+        raise ValueError(f"checkpoint {path} is damaged: {_listed(wrong)} have values that are not finite numbers")
     return {name: value.float() for name, value in weights.items()}
 
 
@@ -248,7 +239,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _network(weights: dict[str, torch.Tensor], attention_heads: int | None, path: Path) -> torch.nn.ModuleDict:
-    """BERT and the heads, in the sizes that the weights have, by the names that these have."""
+    """BERT and the heads, with the sizes and names of the weights."""
     import torch
     from transformers import BertConfig, BertModel
 
@@ -275,7 +266,7 @@ def _network(weights: dict[str, torch.Tensor], attention_heads: int | None, path
         max_position_embeddings=size("embeddings.position_embeddings"),
         type_vocab_size=size("embeddings.token_type_embeddings"),
     )
-    # First weights are drawn at random, which must not change what is drawn after.
+    # Initial weights are random; the state of the generator is restored.
     with torch.random.fork_rng(devices=[]):
         heads = torch.nn.ModuleList(torch.nn.Linear(hidden, classes) for classes in HEAD_SIZES)
         network = torch.nn.ModuleDict({"bert": BertModel(config, add_pooling_layer=False), "linear_heads": heads})

@@ -1,6 +1,6 @@
-"""Read one sentence for the `rules` labeler: its clauses, and what denies, doubts or describes the findings in them.
+"""Read one sentence for the labeler `rules`: its clauses, and which mentions are negated, doubted or described.
 
-Long because a sentence is read in one pass: where clauses end and how far cues reach depend on each other.
+Long because a sentence is read in one pass: the ends of clauses and the scopes of cues depend on each other.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ from .phrases import CUE_ROLES, WORD_KINDS
 _OPACITY = FINDINGS.index("lung_opacity")
 _DEVICES = FINDINGS.index("support_devices")
 _DESCRIPTORS = {"normal": NEGATIVE, "abnormal": POSITIVE, "stable": UNCLEAR}
-#: "Scarring or (something else)" is in doubt when "or" follows within so many words.
+#: "Scarring or (something else)" is uncertain if "or" follows within this many words.
 _NEAR = 3
-#: So many words may stand between "in the" and what lies there.
+#: Most words between "in the" and the mention in that place.
 _PLACE_WORDS = 2
-#: A label ("pleural effusion:") has no more words.
+#: Most words of a label ("pleural effusion:").
 _LABEL_WORDS = 8
-#: Limits of looking ahead and back, which only sentences without any structure meet.
+#: Limits of the search before and after a word, which only sentences without punctuation reach.
 _AHEAD_ITEMS, _AHEAD_SEGMENTS, _ANSWER_WORDS, _CLAUSE_MENTIONS = 80, 25, 12, 100
 
 
 _VERB, _EXISTENCE, _NEUTRAL, _GENERAL, _STATEMENT, _RESTART, _NO, _DOUBT, _ELSEWHERE, _VIEW, _PART = (
     1 << place for place in range(len(WORD_KINDS))
 )
-#: After "not": what follows is there ("not clear of opacities").
+#: After "not", the findings that follow are present ("not clear of opacities").
 _CLEAR = {"clear", "free", "devoid", "cleared", "negative"}
-#: Between "in the" and a finding: it does not lie there, but is said to or not to be.
+#: Between "in the" and a finding: the finding is not in that place.
 _PASSING = {"to", "of", "for", "that", "suggest", "suggesting", "representing"}
-#: Stands where a word was removed from a report.
+#: Placeholder for a word that was removed from a report.
 _REMOVED = "xxxx"
-#: Where a segment may end.
+#: Words and marks that may end a segment.
 _LIST_WORDS = {"and", "or", "nor"}
 _STOPS = {",", ";", ":", "(", ")", "?", "-", *_LIST_WORDS}
 _FORWARD = {
@@ -47,13 +47,13 @@ _ENDS_SEGMENT = {"boundary", "adjunct", "cause", "affirmed"}
 
 
 def bit(row: int, state: int) -> int:
-    """What is found is one int, a bit for each (row, state), so that the sentences of a report are joined by "or"."""
+    """The bit of a (row, state); the states found in a sentence are one int, and those of a report its bitwise or."""
     return 1 << 3 * row + state - 1
 
 
 class Meaning:
-    """What a phrase means: its mentions as (role, row), its cues in the order they apply, the state of a descriptor
-    (0: it is none), and whether a report that has it can be read."""
+    """The meaning of a phrase: its mentions as (role, row), its cues in the order they apply, the state of a descriptor
+    (0 for other phrases), and whether the phrase makes a report readable."""
 
     __slots__ = ("cues", "mentions", "readable", "state")
 
@@ -67,9 +67,9 @@ class Meaning:
 
 
 class _Mention:
-    """A mention of a finding and what the cues say of it; `end` is the word after it.
+    """A mention of a finding and the cues that apply to it; `end` is the word after it.
 
-    `aside`: it stands in an adjunct ("after placement of the tube"), which cues after it do not reach.
+    `aside`: it is in an adjunct ("after placement of the tube"), to which later cues do not apply.
     """
 
     __slots__ = ("aside", "denied", "doubted", "end", "row", "undeniable")
@@ -85,7 +85,7 @@ class _Mention:
 
 
 class _Segment:
-    """What lies ahead between a comma or "and" and the next: whether it is a clause, a noun phrase, or neither."""
+    """The words between a comma or "and" and the next one: a clause, a noun phrase, or neither."""
 
     __slots__ = (
         "after",
@@ -111,30 +111,30 @@ class _Segment:
 
 
 class Sentence:
-    """Reads one sentence from left to right and holds what is open: mentions, cues that reach on, structures to settle.
+    """Reads one sentence from left to right. Its state: mentions, cues in scope, structures without a description.
 
-    A sentence is divided into clauses, in which cues have their reach, and these by commas and "and" into segments. At
-    each comma and "and" it is decided by what lies ahead whether a clause ends there.
+    A sentence is divided into clauses, which limit the scope of cues, and clauses are divided by commas and "and" into
+    segments. At each comma and "and" the next segment decides whether the clause ends.
 
     Args:
-        words, kinds: the words and marks, and what clauses.yaml says of each, as bits.
-        items: (first word, word after, meaning or None), the phrases found and the words between them.
+        words, kinds: words and marks, and the kinds of each in clauses.yaml, as bits.
+        items: (first word, word after, meaning or None) of the phrases and of the words between them.
     """
 
     def __init__(self, words: list[str], kinds: list[int], items: list[tuple[int, int, Meaning | None]]):
         self.words, self.kinds, self.items = words, kinds, items
         self.found = 0
         self.clause: list[_Mention] = []  # since the last boundary
-        self.group = 0  # of these, where the last noun phrase begins that no "or" or "and" joins to the ones before
-        self.labels: list[_Mention] = []  # what stands before a colon
+        self.group = 0  # the first of these in the last noun phrase that is not joined by "or" or "and"
+        self.labels: list[_Mention] = []  # mentions before a colon
         self.structures: list[tuple[int, int]] = []  # (word, row)
         self.descriptors: list[tuple[int, int]] = []  # (word, state)
-        self.settled = UNMENTIONED  # the state of the structures settled last
-        self.saved: list[tuple[bool, bool, bool]] = []  # the cues open before a bracket
-        self.before_adjunct: tuple[bool, bool, bool, bool] | None = None  # these and `verb`
+        self.settled = UNMENTIONED  # the last state given to structures
+        self.saved: list[tuple[bool, bool, bool]] = []  # cues in scope before a bracket
+        self.before_adjunct: tuple[bool, bool, bool, bool] | None = None  # the same, and `verb`
         self.place_start = self.after_place = self.after_normal = -1  # the word after the last such cue
         self.clause_start = 0
-        self.cue_end = -1  # the word after the last cue that reaches on
+        self.cue_end = -1  # the word after the last forward cue
         self.label_end = 0  # the word after the colon
         self.denied_label = False
         self.open_clause(0)
@@ -144,16 +144,16 @@ class Sentence:
         self.denied = self.doubted = self.undeniable = self.interpreted = self.comma = self.alternative = False
         self.verb = self.listed = self.distributes = self.known = self.object = self.unassessed_ahead = False
         self.before_adjunct = None
-        self.one_of_them = True  # whether "or" says so: not in "no change in the edema or effusion"
+        self.one_of_them = True  # whether "or" expresses uncertainty: not in "no change in the edema or effusion"
 
-    # what is said of structures
+    # descriptions of structures
 
     def settle_structures(self) -> None:
-        """Each structure takes the first description after it, else the last before it; undescribed ones wait."""
+        """Give each structure the first description after it, or else the last before it; others wait."""
         if not self.structures or not self.descriptors:
             return
         said = {state for _, state in self.descriptors}
-        # "normal and stable" is normal, and so is the second in "normal heart, stable mediastinum"
+        # "normal and stable" is normal, and so is the second structure in "normal heart, stable mediastinum"
         normal = said == {NEGATIVE, UNCLEAR} or (said == {UNCLEAR} and self.settled == NEGATIVE)
         for word, row in self.structures:
             after = next((state for place, state in self.descriptors if place >= word), self.descriptors[-1][1])
@@ -172,7 +172,7 @@ class Sentence:
             state = UNCLEAR
         self.descriptors.append((start, state))
 
-    # where clauses end
+    # ends of clauses
 
     def end_mentions(self) -> None:
         for mention in self.clause:
@@ -191,7 +191,7 @@ class Sentence:
         self.labels, self.denied_label = [], False
 
     def close(self) -> int:
-        """What was found; a structure of which nothing is said is as the one before it, or else positive."""
+        """The states found. A structure without a description has the state of the previous one, or else positive."""
         denied = self.denied
         self.end_clause(len(self.words))
         self.end_label()
@@ -200,7 +200,7 @@ class Sentence:
         return self.found
 
     def segment(self, first: int) -> _Segment:
-        """What lies between item `first` and the next comma, list word or end of the clause."""
+        """The segment from item `first` to the next comma, list word or end of the clause."""
         seen = _Segment()
         structure = False
         last = min(len(self.items), first + _AHEAD_ITEMS)
@@ -238,21 +238,21 @@ class Sentence:
         return seen
 
     def existential(self, verb: int) -> bool:
-        """Whether the verb at a word only says that something is there ("is clearly seen")."""
+        """Whether the verb at a word only expresses presence ("is clearly seen")."""
         for kind in self.kinds[verb + 1 : verb + 1 + _ANSWER_WORDS]:
             if kind & _EXISTENCE or not kind & _NEUTRAL:
                 return bool(kind & _EXISTENCE)
         return False
 
     def list_word(self, item: int) -> str:
-        """The list word that begins at item `item`, "" where none does."""
+        """The list word at item `item`, or ""."""
         if item >= len(self.items):
             return ""
         word = self.words[self.items[item][0]]
         return word if word in _LIST_WORDS or word == "and/or" else ""
 
     def separate(self, item: int) -> None:
-        """At item `item`, a comma or "and": end the clause, or let the list or the clause go on."""
+        """At item `item`, a comma or "and": end the clause, or continue the list or the clause."""
         mark = self.words[self.items[item][0]]
         word = self.list_word(item if mark != "," else item + 1)
         first = item + 1 if mark == "," and not word else item + (2 if mark == "," else 1)
@@ -304,7 +304,7 @@ class Sentence:
             self.listed = True
 
     def closing(self, ahead: _Segment, open_cue: bool) -> str:
-        """The list word that joins the segment to a later one, "" where none does."""
+        """The list word that joins the segment to a later one, or ""."""
         for _ in range(_AHEAD_SEGMENTS):
             if not ahead.noun or ahead.clause or ahead.forward or ahead.backward:
                 return ""
@@ -324,13 +324,13 @@ class Sentence:
         return ""
 
     def resume(self) -> None:
-        """After an adjunct: the cues before it reach on."""
+        """After an adjunct, restore the cues in scope before it."""
         if self.before_adjunct is not None:
             self.denied, self.doubted, self.undeniable, self.verb = self.before_adjunct
             self.before_adjunct = None
 
     def mark(self, item: int) -> None:
-        """A mark, or "and", that no phrase contains."""
+        """A mark or "and" that is not part of a phrase."""
         start, end, _ = self.items[item]
         mark = self.words[start]
         if mark == "," or mark in _LIST_WORDS:
@@ -380,7 +380,7 @@ class Sentence:
     # cues
 
     def answers(self, start: int) -> int:
-        """Whether only "none", "possible" or the like stand up to the next mark: `_NO`, `_DOUBT` or 0."""
+        """`_NO` or `_DOUBT` if only "none", "possible" or similar words precede the next mark, else 0."""
         answer = 0
         allowed = _EXISTENCE | _NEUTRAL if self.labels else _EXISTENCE
         for place in range(start, min(len(self.words), start + _ANSWER_WORDS)):
@@ -396,7 +396,7 @@ class Sentence:
         return answer
 
     def before(self) -> list[_Mention]:
-        """The mentions that a cue after them is about, the label where the clause has none."""
+        """The mentions to which a backward cue applies; the label if the clause has none."""
         mentions = [mention for mention in self.clause if not mention.aside]
         in_group = [mention for mention in self.clause[self.group :] if not mention.aside]
         return in_group or mentions or self.labels
@@ -420,50 +420,19 @@ class Sentence:
             self.doubt_before()
 
     def mention_follows(self, item: int) -> bool:
-        """Whether a finding is named after item `item` in its segment."""
+        """Whether a finding is mentioned after item `item` in its segment."""
         return self.segment(item + 1).noun
 
     def cue(self, role: str, item: int) -> None:
         start, end, _ = self.items[item]
         if role in _FORWARD:
-            self.before_adjunct, self.cue_end, self.object = None, end, False
-        elif role in _BACKWARD and self.elsewhere(end, _ELSEWHERE if role == "negation_after" else _ELSEWHERE | _VIEW):
-            return
-        if role in ("negation_before", "not"):
-            self.denied = True
-        elif role == "ended":
-            self.denied = self.known = True
-        elif role == "uncertainty_before":
-            self.doubted = True
-        elif role == "interpretation_before":
-            self.interpreted = True
-        elif role == "uncertainty_before_negation":
-            self.undeniable = True
-        elif role == "negation_after":
-            self.deny_before()
-            self.end_clause(end)
+            self.forward_cue(role, end)
+        elif role in _BACKWARD:
+            if not self.elsewhere(end, _ELSEWHERE if role == "negation_after" else _ELSEWHERE | _VIEW):
+                self.backward_cue(role, item)
         elif role == "negation_beside":
             if self.clause and self.clause[-1].end == start:
                 self.clause[-1].denied = True
-        elif role == "resolved":
-            if self.before() and not (self.clause and self.denied):
-                self.deny_before()
-            elif not self.before():
-                self.denied = True
-        elif role == "uncertainty_after":
-            self.doubt_before()
-            self.end_clause(end)
-        elif role == "uncertainty_either":
-            if (self.before() or self.structures) and not self.mention_follows(item):
-                self.doubt_before()
-            else:
-                self.doubted = True
-        elif role == "unassessed":
-            self.unassessed(start)
-        elif role == "poorly_seen":
-            self.descriptors.append((start, UNCLEAR))
-        elif role == "unassessed_before":
-            self.doubted = self.unassessed_ahead = True
         elif role == "change":
             self.denied = self.denied and not self.known  # "resolution of the effusion and improvement of the edema"
         elif role == "alternative" and self.one_of_them:
@@ -480,14 +449,51 @@ class Sentence:
             self.denied = False
             if role == "adjunct":
                 self.doubted = self.undeniable = self.interpreted = False
-        elif role == "affirmed":
+        elif role in ("affirmed", "boundary"):
             self.end_clause(end)
-        elif role == "boundary":
+            if role == "boundary":
+                self.settled = UNMENTIONED
+
+    def forward_cue(self, role: str, end: int) -> None:
+        """A cue that applies to the mentions after it."""
+        self.before_adjunct, self.cue_end, self.object = None, end, False
+        if role in ("negation_before", "not", "ended"):
+            self.denied = True
+            self.known |= role == "ended"
+        elif role == "interpretation_before":
+            self.interpreted = True
+        elif role == "uncertainty_before_negation":
+            self.undeniable = True
+        else:
+            self.doubted = True
+            self.unassessed_ahead |= role == "unassessed_before"
+
+    def backward_cue(self, role: str, item: int) -> None:
+        """A cue that applies to the mentions before it, or if there are none, possibly to those after it."""
+        start, end, _ = self.items[item]
+        if role == "negation_after":
+            self.deny_before()
             self.end_clause(end)
-            self.settled = UNMENTIONED
+        elif role == "resolved":
+            if self.before() and not (self.clause and self.denied):
+                self.deny_before()
+            elif not self.before():
+                self.denied = True
+        elif role == "uncertainty_after":
+            self.doubt_before()
+            self.end_clause(end)
+        elif role == "uncertainty_either":
+            if (self.before() or self.structures) and not self.mention_follows(item):
+                self.doubt_before()
+            else:
+                self.doubted = True
+        elif role == "unassessed":
+            self.unassessed(start)
+        else:
+            self.descriptors.append((start, UNCLEAR))
 
     def elsewhere(self, start: int, where: int) -> bool:
-        """Whether "on the prior" or the like begins at word `start`, with a word of the kinds `where`."""
+        """Whether "on the prior" or similar words begin at word `start`, with a word of the kinds `where`."""
         return any(kind & where for kind in self.kinds[start + 1 : start + 3]) and self.words[start] in ("on", "in")
 
     def unassessed(self, start: int) -> None:
@@ -497,8 +503,8 @@ class Sentence:
         self.descriptors.append((start, UNCLEAR))
 
     def denies_only(self, item: int) -> int:
-        """The item after what a denial at item `item` denies alone, or 0: a change ("no improvement of"), and after
-        "not" a description ("not normal", "not clear of")."""
+        """The item after a change ("no improvement of") or, for "not", a description ("not normal", "not clear of") to
+        which the negation at item `item` is limited; 0 if there is none."""
         is_not = "not" in self.items[item][2].cues
         for after in range(item + 1, len(self.items)):
             start, end, meaning = self.items[after]

@@ -1,4 +1,4 @@
-"""Tables of the states of reports, in the form of chexpert-labeler: 1, 0, -1 or blank under a finding's name.
+"""Tables of finding states in chexpert-labeler's format: 1, 0, -1 or blank in a column for each finding.
 
 States are joined to studies by id and to findings by column name.
 """
@@ -19,7 +19,7 @@ from .report_table import check_id, csv_rows, fold_name
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-#: The four values of the tools' own form; anything that reads as the same number is taken ("1", "1.0").
+#: The values of the format; other spellings of the same number are accepted ("1", "1.0").
 _VALUES = {1.0: POSITIVE, 0.0: NEGATIVE, -1.0: UNCLEAR}
 _EXPECTED = "1 (positive), 0 (negative), -1 (unclear) or blank (unmentioned)"
 _NO_FINDING = FINDINGS.index("no_finding")
@@ -58,7 +58,7 @@ def _state(path: Path, row: int, finding: str, text: str) -> int:
         ) from None
 
 
-#: The order of chexpert-labeler's own columns.
+#: The order of chexpert-labeler's columns.
 CSV_FINDINGS: tuple[str, ...] = (
     "no_finding",
     "enlarged_cardiomediastinum",
@@ -79,14 +79,14 @@ _WRITTEN = {POSITIVE: "1", NEGATIVE: "0", UNCLEAR: "-1", UNMENTIONED: ""}
 
 
 def write_states(path: str | Path, rows: Iterable[tuple[str, Sequence[int]]]) -> None:
-    """A CSV in chexpert-labeler's form: `id` and the 14 findings in its order. It is there as a whole or not at all.
+    """Write a CSV in chexpert-labeler's format, with the column `id`. The file is complete or not written.
 
     Args:
-        path: the file; one that is there is replaced.
-        rows: ids and their 14 state ids in the order of `FINDINGS`.
+        path: the file; an existing one is replaced.
+        rows: ids with 14 state ids in the order of `FINDINGS`.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -97,21 +97,22 @@ def write_states(path: str | Path, rows: Iterable[tuple[str, Sequence[int]]]) ->
 
 
 def read_states(path: str | Path, id_column: str = "id") -> dict[str, np.ndarray]:
-    """States of a CSV in chexpert-labeler's or CheXbert's form: 1, 0, -1 or blank under each finding's name.
+    """Read a CSV in chexpert-labeler's or CheXbert's format: 1, 0, -1 or blank for each finding.
 
-    Columns are found by name, case, spaces and underscores aside; others are ignored. "No Finding" has no opposite: a 0
-    there (CheXbert writes one) is unmentioned.
+    Columns are found by name, ignoring case, spaces and underscores; other columns are ignored. A 0 for "No Finding",
+    which CheXbert writes, is read as unmentioned.
 
     Args:
         path: the CSV, UTF-8 (with or without a byte order mark).
-        id_column: the column that holds the studies' ids.
+        id_column: the column with the ids of the studies.
 
     Returns:
-        `{id: (14,) int64 state ids in the order of FINDINGS}`, in the file's order.
+        `{id: (14,) int64 state ids in the order of FINDINGS}`, in the order of the file.
 
     Raises:
-        ValueError: no such file, not UTF-8, missing or repeated columns, a value outside the four, "No Finding"
-            unclear, a row of another length, an empty or repeated id; one line that names the file, line and column.
+        ValueError: the file is missing or not UTF-8, a column is missing or repeated, a value is not one of the four,
+            "No Finding" is unclear, a row has another length, or an id is empty or repeated; one line that names the
+            file, line and column.
     """
     path = Path(path)
     states: dict[str, np.ndarray] = {}
@@ -134,7 +135,7 @@ def read_states(path: str | Path, id_column: str = "id") -> dict[str, np.ndarray
 def join_states(
     dataset: Dataset | DatasetDict, path: str | Path, id_column: str = "id"
 ) -> tuple[Dataset | DatasetDict, list[str]]:
-    """Studies with `finding_states` filled from a CSV (see [`read_states`]) by their `id`.
+    """Fill `finding_states` of studies from a CSV (see [`read_states`]) by their `id`.
 
     Args:
         dataset: studies in `STUDY_FEATURES`, one split or several.
@@ -142,11 +143,11 @@ def join_states(
         id_column: its column of study ids.
 
     Returns:
-        The dataset, and the ids of studies that the CSV does not have, in the dataset's order; their states stay as
-        they were.
+        The dataset, and the ids of the studies that are not in the CSV, in the order of the dataset; their states do
+        not change.
 
     Raises:
-        ValueError: as `read_states`, or not one study of the dataset is in the CSV.
+        ValueError: as `read_states`, or no study of the dataset is in the CSV.
     """
     from datasets import DatasetDict
 

@@ -1,13 +1,12 @@
-"""Fills the finding states of a dataset of studies on disk, shard by shard."""
+"""Fill the finding states of a prepared dataset, shard by shard, so that an interrupted labelling can continue."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,28 +19,27 @@ from ..files_otdrg import interpret, read_json, write_json, write_text
 from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, UNMENTIONED
 from ..runtime.output_lock import OutputLock
 from ..studies.schema import STUDY_FEATURES
-from ..studies.shards import SUMMARY, ShardWriter, check_output, publish_shards, put_in_place
+from ..studies.shards import SUMMARY, WorkFolder, check_output, write_shard
 from ..studies.source import SPLITS
 
-#: Ids and reports to state ids, None where there are none.
+#: Gives the state ids of studies by their ids and reports, None for a study it does not know.
 StateReader = Callable[[Sequence[str], Sequence[str]], Sequence[Sequence[int] | None]]
 
-#: Studies whose states are not known, or are all unmentioned.
+#: Ids of studies whose states are unknown or all unmentioned.
 UNLABELLED = "unlabelled.txt"
 
-_SETTINGS, _SHARDS = "label.json", "shards"
 _COPIED_ROWS = 100
 
 
 @dataclass
 class LabelReport:
-    """What was labelled.
+    """Counts of a labelling.
 
     Args:
         folder: the dataset.
-        studies: `{split: {"studies", "labelled", "kept", "unknown"}}`; kept ones had states before.
-        states: `{finding: {state: studies}}` over all studies whose states are known.
-        unlabelled: ids of the studies that stay without states, and of those that got nothing but unmentioned.
+        studies: `{split: {"studies", "labelled", "kept", "unknown"}}`; kept studies had states before.
+        states: `{finding: {state: studies}}` over all studies with known states.
+        unlabelled: ids of studies without states, and of those with all findings unmentioned.
     """
 
     folder: Path
@@ -62,13 +60,12 @@ class LabelReport:
 
 
 class _Shard(NamedTuple):
-    """A shard that is labelled; its file `NAME.json` holds this, and is written last."""
+    """States of a shard: the content of its file `NAME.json`."""
 
-    name: str
     digest: str
-    studies: dict[str, int]
-    states: list[list[int]]
-    unlabelled: list[str]
+    ids: list[str]
+    states: list[list[int] | None]
+    labelled: int
 
 
 def label_dataset(
@@ -81,165 +78,129 @@ def label_dataset(
     resume: bool = False,
     overwrite: bool = False,
 ) -> LabelReport:
-    """Fill `finding_states` of a dataset that `otdrg prepare` has written; images are copied as they are.
+    """Fill `finding_states` of a dataset written by `otdrg prepare`; images are copied unchanged.
 
-    The new dataset is built in `OUTPUT.partial` and takes its place in one step.
+    The new dataset is made in `OUTPUT.partial` and replaces the old one in one step.
 
     Args:
-        folder: of the dataset.
+        folder: the dataset.
         read: gives the states of studies by their ids and the text of their column `report`.
-        settings: what the states are read with; an interrupted run is only gone on with by the same.
-        output: folder of the labelled dataset; by default it takes the place of the other.
-        relabel: label the studies that have states, too.
-        resume: go on with an interrupted run; one that is whole is left as it is.
-        overwrite: replace a dataset at `output`, and start an interrupted run anew.
+        settings: what identifies the labeler; an interrupted labelling is continued only with the same settings.
+        output: folder of the labelled dataset; by default the dataset is replaced.
+        relabel: also label the studies that have states.
+        resume: continue an interrupted labelling; a complete one is left as it is.
+        overwrite: replace a dataset at `output`, and delete an interrupted labelling.
 
     Raises:
         OutputLockedError: another process labels or builds the dataset at `output`.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the message says what is kept.
-        ValueError: the folder is not a built dataset, `output` is there or lies in it, or an interrupted run is there.
+        ValueError: the folder is not a prepared dataset, `output` exists or is inside it, or an interrupted labelling
+            exists and neither `resume` nor `overwrite` is set.
     """
-    # Not abspath: of a link to a dataset, the dataset is replaced, not the link.
+    # Not abspath: if the folder is a link, its target is replaced and the link is kept.
     folder = Path(os.path.realpath(folder))
     output = folder if output is None else Path(os.path.realpath(output))
-    work = output.with_name(f"{output.name}.partial")
-    settings = json.loads(json.dumps({"dataset": str(folder), "relabel": relabel, **settings}, default=str))
+    work = WorkFolder(output, {"dataset": str(folder), "relabel": relabel, **settings}, "label")
     with OutputLock(output):
         try:
-            return _label_locked(folder, output, work, read, settings, relabel, resume, overwrite)
+            return _label_locked(folder, work, read, relabel, resume, overwrite)
         except KeyboardInterrupt as stop:
-            kept = len(list((work / _SHARDS).glob("*.json")))
-            told = f"{kept:,} whole shards are kept in {work}; --resume goes on with the others"
-            raise type(stop)(told if work.exists() else "nothing was labelled yet") from stop
+            kept = len(list(work.shards.glob("*.json")))
+            message = f"{kept:,} complete shards are kept in {work.path}; --resume continues"
+            raise type(stop)(message if work.path.exists() else "nothing was labelled yet") from stop
 
 
 def _label_locked(
-    folder: Path,
-    output: Path,
-    work: Path,
-    read: StateReader,
-    settings: dict[str, Any],
-    relabel: bool,
-    resume: bool,
-    overwrite: bool,
+    folder: Path, work: WorkFolder, read: StateReader, relabel: bool, resume: bool, overwrite: bool
 ) -> LabelReport:
-    if resume and (finished := _finish(output, work, settings, overwrite=overwrite or output == folder)):
+    if resume and (finished := _finished(work, overwrite or work.output == folder)):
         return finished
-    files, summary = _files(folder), _summary(folder)
-    _check_output(folder, output, overwrite)
-    _enter(work, settings, resume, overwrite)
-    arrow = (folder / "dataset_dict.json").is_file()
-    shards = []
-    with tqdm(total=sum(pq.read_metadata(file).num_rows for _, file in files), unit="study", disable=None) as bar:
-        for name, file in files:
-            shards.append(_label_shard(name, file, work / _SHARDS, read, relabel, arrow))
-            bar.update(shards[-1].studies["studies"])
-    report = _report(output, shards)
-    named = [(shard.name.rpartition("-")[0], shard.name) for shard in shards]
-    digest = hashlib.sha256(repr([(shard.name, shard.digest, shard.states) for shard in shards]).encode()).hexdigest()
-    _copy_rest(folder, work)
-    # Last, and quick: what is cut off from here on is labelled anew.
-    publish_shards(work / _SHARDS, work, named, digest)
-    _write_summary(work, summary, report, settings)
-    put_in_place(output, work)
+    files, summary = _files(folder), _read_summary(folder)
+    _check_output(folder, work, overwrite)
+    work.enter(resume, overwrite)
+    shards: dict[str, _Shard] = {}
+    with tqdm(total=sum(pq.read_metadata(file).num_rows for file in files.values()), unit="study", disable=None) as bar:
+        for name, file in files.items():
+            shards[name] = _label_shard(file, work.shards / f"{name}.json", read, relabel)
+            bar.update(len(shards[name].ids))
+    report = _report(work.output, shards)
+    for name, file in files.items():
+        write_shard(work.shards / f"{name}.parquet", _with_states(file, shards[name].states))
+    _copy_rest(folder, work.path)
+    if report.unlabelled:
+        write_text(work.path / UNLABELLED, "\n".join(report.unlabelled) + "\n")
+    summary["labels"] = {**work.settings, "studies": report.studies, "states": report.states}
+    named = [(_split_of(name), work.shards / f"{name}.parquet") for name in files]
+    work.publish(named, summary, arrow=(folder / "dataset_dict.json").is_file())
     return report
 
 
-def _files(folder: Path) -> list[tuple[str, Path]]:
-    """Name and Parquet file of each shard, by split."""
-    files = [
-        (f"{split}-{position:05d}", file)
+def _split_of(shard: str) -> str:
+    return shard.rpartition("-")[0]
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The Parquet file of each shard, by split."""
+    files = {
+        f"{split}-{position:05d}": file
         for split in SPLITS
         for position, file in enumerate(sorted((folder / "data").glob(f"{split}-*.parquet")))
-    ]
+    }
     if not files or not (folder / SUMMARY).is_file():
         raise ValueError(
-            f"{folder} is not a built dataset: expected a folder written by otdrg prepare "
-            "(otdrg prepare hub --dataset FOLDER makes one of any other)"
+            f"{folder} is not a prepared dataset: expected a folder written by otdrg prepare "
+            "(otdrg prepare hub --dataset FOLDER converts any other)"
         )
-    for _, file in files:
+    for file in files.values():
         try:
             names = pq.read_schema(file).names
         except (OSError, pa.ArrowException) as error:
-            raise ValueError(f"{file} cannot be read ({error}): otdrg prepare makes it anew") from error
+            raise ValueError(f"{file} cannot be read ({error}): otdrg prepare makes it again") from error
         if missing := set(STUDY_FEATURES) - set(names):
             raise ValueError(f"{file}: no column {min(missing)!r}, expected those that otdrg prepare writes")
     return files
 
 
-def _summary(folder: Path) -> dict[str, Any]:
+def _read_summary(folder: Path) -> dict[str, Any]:
     try:
         return read_json(folder / SUMMARY)
     except ValueError as error:
         raise ValueError(f"{folder / SUMMARY} is damaged: {error}") from None
 
 
-def _finish(output: Path, work: Path, settings: dict[str, Any], overwrite: bool) -> LabelReport | None:
-    """The report of this labelling if it is whole; cut off just before, it is put in its place."""
-    if _finished(work, settings) and not (work / _SETTINGS).exists():
-        check_output(output, overwrite)
-        put_in_place(output, work)
-    return None if work.exists() else _finished(output, settings)
-
-
-def _finished(output: Path, settings: dict[str, Any]) -> LabelReport | None:
-    """The report of the labelling of a dataset, provided that it is this one."""
-    labels = _summary(output).get("labels") if (output / SUMMARY).is_file() else None
+def _finished(work: WorkFolder, overwrite: bool) -> LabelReport | None:
+    """The report of a complete labelling with the same settings."""
+    labels = (work.finished(overwrite) or {}).get("labels")
     if labels is None:
         return None
-    report = interpret(output / SUMMARY, lambda: LabelReport(output, labels.pop("studies"), labels.pop("states")))
-    if labels != settings:
+    summary = work.output / SUMMARY
+    report = interpret(summary, lambda: LabelReport(work.output, labels.pop("studies"), labels.pop("states")))
+    if labels != work.settings:
         return None
-    if (output / UNLABELLED).is_file():
-        report.unlabelled = (output / UNLABELLED).read_text(encoding="utf-8").splitlines()
+    if (work.output / UNLABELLED).is_file():
+        report.unlabelled = (work.output / UNLABELLED).read_text(encoding="utf-8").splitlines()
     return report
 
 
-def _check_output(folder: Path, output: Path, overwrite: bool) -> None:
-    if folder in output.parents:
-        raise ValueError(f"{output} lies in the dataset {folder}: expected an --output beside it")
-    for name in (_SETTINGS, _SHARDS):
-        if (folder / name).exists():
-            raise ValueError(f"{folder / name} has the name of a file of the labelling: expected none of this name")
-    if output != folder:
-        check_output(output, overwrite)
+def _check_output(folder: Path, work: WorkFolder, overwrite: bool) -> None:
+    if folder in work.output.parents:
+        raise ValueError(f"{work.output} is inside the dataset {folder}: expected an --output beside it")
+    for path in (work.settings_file, work.shards):
+        if (folder / path.name).exists():
+            raise ValueError(f"{folder / path.name} has the name of a file of the labelling: rename it")
+    if work.path.exists() and not work.settings_file.is_file():
+        raise ValueError(f"{work.path} exists and is not an unfinished labelling: rename or delete it")
+    if work.output != folder:
+        check_output(work.output, overwrite)
 
 
-def _enter(work: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> None:
-    if work.exists():
-        if not (work / _SETTINGS).is_file():
-            raise ValueError(f"{work} is in the way: expected none of this name, or one of an interrupted labelling")
-        if overwrite:
-            shutil.rmtree(work)
-        elif not resume:
-            raise ValueError(
-                f"{work} is an interrupted labelling: --resume goes on with it, --overwrite starts anew and deletes it"
-            )
-        else:
-            before = read_json(work / _SETTINGS)
-            for name in {**before, **settings}:
-                if before.get(name) != settings.get(name):
-                    raise ValueError(
-                        f"{work} was labelled with {name}={before.get(name)!r}, not {settings.get(name)!r}: "
-                        "--overwrite starts anew and deletes it"
-                    )
-            # Of a run that was cut off while its files were being put in their places.
-            for path in work.iterdir():
-                if path.is_dir() and not path.is_symlink() and path.name != _SHARDS:
-                    shutil.rmtree(path)
-                elif path.name not in (_SETTINGS, _SHARDS):
-                    path.unlink()
-    (work / _SHARDS).mkdir(parents=True, exist_ok=True)
-    write_json(work / _SETTINGS, settings)
-
-
-def _label_shard(name: str, file: Path, folder: Path, read: StateReader, relabel: bool, arrow: bool) -> _Shard:
-    """Label one shard, or take it as it is if it was labelled before."""
-    record, stat = folder / f"{name}.json", file.stat()
+def _label_shard(file: Path, record: Path, read: StateReader, relabel: bool) -> _Shard:
+    """Label one shard, unless that was done before."""
+    stat = file.stat()
     digest = f"{stat.st_size}-{stat.st_mtime_ns}"
-    if record.is_file():
+    with suppress(OSError, ValueError):
         before = read_json(record, parse=lambda content: _Shard(**content))
-        if before.digest == digest and record.with_suffix(".parquet").is_file():
+        if before.digest == digest:
             return before
     columns = pq.read_table(file, columns=["id", "report", "finding_states"]).to_pydict()
     states = columns["finding_states"]
@@ -251,53 +212,48 @@ def _label_shard(name: str, file: Path, folder: Path, read: StateReader, relabel
         if row is not None:
             states[place] = [int(state) for state in row]
             labelled += 1
-    _write(file, folder / name, states, arrow)
-    counts = Counter((column, state) for row in states if row is not None for column, state in enumerate(row))
-    shard = _Shard(
-        name,
-        digest,
-        {
-            "studies": len(states),
-            "labelled": labelled,
-            "kept": sum(row is not None for row in states) - labelled,
-            "unknown": sum(row is None for row in states),
-        },
-        [[counts[column, state] for state in range(len(FINDING_STATES))] for column in range(len(FINDINGS))],
-        [study for study, row in zip(columns["id"], states, strict=True) if row is None or set(row) == {UNMENTIONED}],
-    )
+    shard = _Shard(digest, columns["id"], states, labelled)
     write_json(record, shard._asdict())
     return shard
 
 
-def _write(file: Path, path: Path, states: list[list[int] | None], arrow: bool) -> None:
+def _with_states(file: Path, states: list[list[int] | None]) -> Iterator[pa.RecordBatch]:
+    """The rows of a Parquet file with other finding states."""
     schema = STUDY_FEATURES.arrow_schema
     start = 0
-    # Row group by row group: batches that reach over several hold more images than were ever in memory at once.
-    with pq.ParquetFile(file) as source, ShardWriter(path, arrow=arrow) as writer:
+    # One row group at a time, because a batch across row groups would hold the images of several.
+    with pq.ParquetFile(file) as source:
         for group in range(source.num_row_groups):
             for batch in source.iter_batches(_COPIED_ROWS, row_groups=[group]):
-                rows = states[start : start + len(batch)]
+                column = pa.array(states[start : start + len(batch)], schema.field("finding_states").type)
                 start += len(batch)
-                column = pa.array(rows, schema.field("finding_states").type)
                 arrays = [column if name == "finding_states" else batch.column(name) for name in schema.names]
-                writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+                yield pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
-def _report(output: Path, shards: list[_Shard]) -> LabelReport:
-    report = LabelReport(output, states={name: dict.fromkeys(FINDING_STATES, 0) for name in FINDINGS})
-    for shard in shards:
-        split = report.studies.setdefault(shard.name.rpartition("-")[0], dict.fromkeys(shard.studies, 0))
-        for name, count in shard.studies.items():
-            split[name] += count
-        for finding, counts in zip(FINDINGS, shard.states, strict=True):
-            for state, count in zip(FINDING_STATES, counts, strict=True):
-                report.states[finding][state] += count
-        report.unlabelled += shard.unlabelled
+def _report(output: Path, shards: dict[str, _Shard]) -> LabelReport:
+    report = LabelReport(output)
+    counts: Counter[tuple[int, int]] = Counter()
+    for name, shard in shards.items():
+        known = [row for row in shard.states if row is not None]
+        split = report.studies.setdefault(_split_of(name), dict.fromkeys(("studies", "labelled", "kept", "unknown"), 0))
+        split["studies"] += len(shard.ids)
+        split["labelled"] += shard.labelled
+        split["kept"] += len(known) - shard.labelled
+        split["unknown"] += len(shard.ids) - len(known)
+        counts.update((column, state) for row in known for column, state in enumerate(row))
+        report.unlabelled += [
+            study
+            for study, row in zip(shard.ids, shard.states, strict=True)
+            if row is None or set(row) == {UNMENTIONED}
+        ]
+    for column, finding in enumerate(FINDINGS):
+        report.states[finding] = {name: counts[column, state] for state, name in enumerate(FINDING_STATES)}
     return report
 
 
 def _copy_rest(folder: Path, work: Path) -> None:
-    """Card and lists of the dataset, and whatever else its owner keeps in its folder: that goes with the old one."""
+    """Copy the card, the lists and anything else in the dataset's folder, which is deleted with the old dataset."""
     for path in folder.iterdir():
         if path.name in (SUMMARY, UNLABELLED, "dataset_dict.json", "data", *SPLITS):
             continue
@@ -305,15 +261,6 @@ def _copy_rest(folder: Path, work: Path) -> None:
             shutil.copytree(path, work / path.name, symlinks=True)
         else:
             shutil.copy2(path, work / path.name, follow_symlinks=False)
-
-
-def _write_summary(work: Path, summary: dict[str, Any], report: LabelReport, settings: dict[str, Any]) -> None:
-    """Counts and settings of the dataset, with what it was labelled with."""
-    write_json(work / SUMMARY, {**summary, "labels": {**settings, "studies": report.studies, "states": report.states}})
-    if report.unlabelled:
-        write_text(work / UNLABELLED, "\n".join(report.unlabelled) + "\n")
-    shutil.rmtree(work / _SHARDS)
-    (work / _SETTINGS).unlink()
 
 
 __all__ = ["UNLABELLED", "LabelReport", "StateReader", "label_dataset"]

@@ -1,4 +1,4 @@
-"""The labeler `llm`: a frozen causal LLM reads the states out of a report (DLE; paper, section 3.2.1)."""
+"""The labeler `llm`: a frozen causal LLM reads the finding states from a report (DLE; paper, section 3.2.1)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import hashlib
 import json
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -15,7 +14,7 @@ import numpy as np
 
 from ..files_otdrg import read_text
 from ..findings_otdrg import FINDING_STATES, FINDINGS, POSITIVE, UNCLEAR, UNMENTIONED
-from . import UnreadReportsWarning
+from . import check_reports, warn_of_reports
 from .llm_prompt import ASKED, PROMPT, load_prompt
 
 if TYPE_CHECKING:
@@ -26,33 +25,33 @@ _BARRING = [position for position, name in enumerate(ASKED) if name != "support_
 
 
 class LLMLabeler:
-    """States of the 14 findings by a frozen causal LLM.
+    """Reads finding states with a frozen causal LLM.
 
-    In the mode "score" each of 13 findings is a question whose four answers are weighed: the state is that of the
-    answer with the highest log-likelihood, so that every answer is valid. What all reports share, instruction and
-    examples, is read once, the report once a report, and its questions and answers together in one row. In the mode
-    "json" the LLM writes a JSON object, which is checked, asked for again where it is not valid, and counted where it
-    never was. No Finding is positive where nothing else but support devices is positive or unclear (CheXpert's rule).
+    In mode "score" each of 13 findings is a question with four possible answers; the state is that of the answer with
+    the highest log-likelihood. The instruction and the examples are encoded once, each report once, and all its
+    questions and answers together in one sequence. In mode "json" the LLM writes a JSON object, which is validated,
+    and sampled again if invalid. "No Finding" is positive if nothing but support devices is positive or unclear
+    (CheXpert's rule).
 
     Args:
         model: Hub id, folder or GGUF file of the LLM.
         mode: "score" or "json" (for instruction models).
-        few_shot: examples in the prompt, at most those of its file.
-        calibrate: subtract the answers' log-likelihoods for an empty report (contextual calibration; Zhao et al., ICML
-            2021). For the mode "score".
-        batch_size: reports at once.
-        max_report_tokens: longer reports are cut at their end; so are those that the LLM's context cannot hold.
-        retries: how often an answer that is not valid JSON is asked for again, by sampling.
-        cache: file in which the states of each report are kept, a line a report; an interrupted labelling goes on from
-            there, and reports that come again are not read again.
-        prompt: a prompt file; the package's own by default.
+        few_shot: number of examples in the prompt.
+        calibrate: subtract the log-likelihoods of the answers for an empty report (contextual calibration; Zhao et
+            al., ICML 2021). Only for mode "score".
+        batch_size: reports in a batch.
+        max_report_tokens: longer reports are truncated; so are those that do not fit into the context of the LLM.
+        retries: how often an invalid JSON answer is sampled again.
+        cache: file that stores the states of each report, so that an interrupted labelling can continue and repeated
+            reports are read once.
+        prompt: prompt file; by default that of the package.
         dtype: type of the LLM's weights.
-        device: where to run; by default the first accelerator, or else the CPU.
-        progress: whether to draw a progress bar.
+        device: by default the first accelerator, or the CPU.
+        progress: show a progress bar.
 
     Raises:
         OSError: the LLM cannot be loaded.
-        ValueError: an option is out of its range, the tokenizer cannot tell the answers, or the context is too short.
+        ValueError: an option is out of range, the tokenizer does not separate the answers, or the context is too short.
     """
 
     name = "llm"
@@ -94,13 +93,13 @@ class LLMLabeler:
             room = limit - len(self._head) - int(self._packed.offsets.max()) - 1
             self._past = self._read(self._head)
         else:
-            # Twice the tokens of the object with the longest words, for other white space.
+            # Twice the tokens of the longest object, for other white space.
             longest = json.dumps(dict.fromkeys(self.prompt.names, max(self.prompt.answers, key=len)))
             self._answer_tokens = 2 * len(self._tokens(longest))
             room = limit - len(self._tokens(self.prompt.json_request("", few_shot))) - self._answer_tokens - 64
         self.max_report_tokens = min(max_report_tokens, room)
         if self.max_report_tokens < 1:
-            raise ValueError(f"model {model} reads {limit} tokens, which the prompt fills: expected fewer few_shot")
+            raise ValueError(f"model {model} reads {limit} tokens, which the prompt fills: use a smaller few_shot")
         settings = [
             str(model),
             mode,
@@ -118,20 +117,15 @@ class LLMLabeler:
     def label(self, reports: Sequence[str]) -> np.ndarray:
         """(N, 14) int64 state ids of N reports.
 
-        Reports without text, and in the mode "json" those whose answers were never valid, have every finding
-        unmentioned, No Finding too; warnings count and list them, and the reports that were cut.
+        Reports without text, and in mode "json" those without a valid answer, have all findings unmentioned, including
+        "No Finding". Warnings count and list these reports, and those that were truncated.
 
         Raises:
-            TypeError: `reports` is a single string.
-            ValueError: a report is not a string; the message gives its position.
+            TypeError, ValueError: as [`check_reports`].
         """
         from tqdm.auto import tqdm
 
-        if isinstance(reports, str):
-            raise TypeError("reports is a single string: expected a list of reports")
-        for position, report in enumerate(reports):
-            if not isinstance(report, str):
-                raise ValueError(f"report {position} is {type(report).__name__}: expected a string ('' when absent)")
+        check_reports(reports)
         texts = [" ".join(report.split()) for report in reports]
         states = np.full((len(texts), len(FINDINGS)), UNMENTIONED, dtype=np.int64)
         wanted: dict[str, list[int]] = {}
@@ -139,7 +133,7 @@ class LLMLabeler:
             wanted.setdefault(text, []).append(position)
         empty = wanted.pop("", [])
         found = {text: self._cache.get(text) for text in wanted}
-        # By length, so that a batch is hardly padded.
+        # Sorted by length, so that batches need little padding.
         unknown = sorted((text for text, row in found.items() if row is None), key=len)
         long, invalid = [], []
         for start in tqdm(range(0, len(unknown), self.batch_size), desc=self.name, disable=not self.progress):
@@ -155,11 +149,11 @@ class LLMLabeler:
         for text, positions in wanted.items():
             if found[text] is not None:
                 states[positions] = _with_no_finding(found[text])
-        _warn(empty, len(texts), "hold no text: all findings unmentioned", UnreadReportsWarning)
+        warn_of_reports(empty, len(texts), "hold no text: all findings unmentioned")
         answered = [position for text in invalid for position in wanted[text]]
-        _warn(answered, len(texts), "got no valid answer: all findings unmentioned", UnreadReportsWarning)
+        warn_of_reports(answered, len(texts), "got no valid answer: all findings unmentioned")
         cut = [position for text in long for position in wanted[text]]
-        _warn(cut, len(texts), f"are longer than {self.max_report_tokens} tokens and were cut", UserWarning)
+        warn_of_reports(cut, len(texts), f"are longer than {self.max_report_tokens} tokens and were cut", UserWarning)
         return states
 
     def _label(self, texts: list[str]) -> list[list[int] | None]:
@@ -183,7 +177,7 @@ class LLMLabeler:
     # --- scoring -----------------------------------------------------------------------------------------------------
 
     def _pack_questions(self) -> _Packed:
-        """All questions and answers in one row, in which each sees only its own beginning."""
+        """All questions and answers in one sequence, in which each attends only to its own prefix."""
         import torch
 
         tokens: list[int] = []
@@ -206,7 +200,7 @@ class LLMLabeler:
             for state, answer in enumerate(answers):
                 path = asked
                 for place, token in enumerate(answer):
-                    # A token's likelihood is read where the one before it stands; behind the last nothing is read.
+                    # The likelihood of a token is read at the token before it; the last token is not an input.
                     picks.append((finding, state, path[-1], token))
                     if place + 1 < len(answer):
                         path = put(token, path)
@@ -216,11 +210,7 @@ class LLMLabeler:
         return _Packed(torch.tensor(tokens), torch.tensor(offsets), sees, torch.tensor(picks))
 
     def _tokenized(self, finding: int) -> tuple[list[int], list[list[int]]]:
-        """Tokens of a question, and of its four answers behind it.
-
-        Raises:
-            ValueError: the tokenizer does not keep them apart.
-        """
+        """Tokens of a question and of its four answers; a `ValueError` if the tokenizer does not separate them."""
         question = self._tokens(self.prompt.question(finding))
         answers = []
         for state in _STATES:
@@ -229,15 +219,15 @@ class LLMLabeler:
             if unknown or not question or len(whole) <= len(question) or whole[: len(question)] != question:
                 raise ValueError(
                     f"the tokenizer of the LLM cannot score the answer {self.prompt.answers[state]!r} to "
-                    f"{self.prompt.question(finding)!r}: expected it to be tokens of their own behind the question"
+                    f"{self.prompt.question(finding)!r}: expected separate tokens after the question"
                 )
             answers.append(whole[len(question) :])
         if len(set(map(tuple, answers))) < len(answers):
-            raise ValueError("the tokenizer of the LLM writes two answers alike: expected four different ones")
+            raise ValueError("the tokenizer of the LLM encodes two answers alike: expected four different ones")
         return question, answers
 
     def _read(self, tokens: list[int]) -> Any:
-        """The cache behind the tokens that all reports share; of all layers whole, so that masks say what is seen."""
+        """The key-value cache of the tokens that all reports share, complete for all layers."""
         import torch
         from transformers import DynamicCache
 
@@ -248,7 +238,7 @@ class LLMLabeler:
             return self.model(input_ids=inputs, use_cache=True, logits_to_keep=1, **{CACHE: DynamicCache()})[CACHE]
 
     def _masks(self, seen: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> Any:
-        """The additive masks (B, 1, Q, K) of what is seen; of layers with a sliding window, what lies within it."""
+        """The additive attention masks (B, 1, Q, K), limited to the window for layers with sliding attention."""
         import torch
 
         def additive(allowed: torch.Tensor) -> torch.Tensor:
@@ -282,7 +272,7 @@ class LLMLabeler:
         past.batch_repeat_interleave(len(reports))
         before = torch.arange(head + longest).expand(len(reports), -1)
         reading = before[:, head:]
-        # Behind a shorter report of the batch the questions follow its padding, which they do not see.
+        # In shorter reports the questions follow the padding, which is masked.
         asking = real.sum(1, keepdim=True) + packed.offsets
         own = packed.sees.expand(len(reports), -1, -1)
         seen = torch.cat([real[:, None].expand(-1, len(packed.tokens), -1), own], 2)
@@ -323,7 +313,7 @@ class LLMLabeler:
         return answers
 
     def _write(self, texts: list[str], attempt: int) -> list[str]:
-        """What the LLM writes for each report: its likeliest answer at first, then samples that are always the same."""
+        """The LLM's text for each report: greedy in the first attempt, then sampled with a fixed seed."""
         import torch
 
         requests = [self.prompt.json_request(text, self.few_shot) for text in texts]
@@ -351,13 +341,13 @@ class LLMLabeler:
 
 
 class _Packed(NamedTuple):
-    """The questions and answers behind every report.
+    """The questions and answers that follow each report.
 
     Args:
-        tokens: (T,) all of them in one row; answers without their last token, behind which nothing is read.
-        offsets: (T,) place of each behind the report.
-        sees: (T, T) which of the row a token sees, itself included.
-        picks: (P, 4) finding, state, place in the row, and the answer's token whose likelihood is read there.
+        tokens: (T,) all of them in one sequence; answers without their last token.
+        offsets: (T,) position of each after the report.
+        sees: (T, T) which tokens of the sequence a token attends to, including itself.
+        picks: (P, 4) finding, state, place in the sequence, and the token whose likelihood is read there.
     """
 
     tokens: torch.Tensor
@@ -370,7 +360,7 @@ def _check_options(mode, few_shot, examples, calibrate, batch_size, max_report_t
     if mode not in ("score", "json"):
         raise ValueError(f"mode={mode!r}: expected score or json")
     if calibrate and mode != "score":
-        raise ValueError("calibrate=True: expected the mode score, only its answers are weighed")
+        raise ValueError("calibrate=True: expected mode='score'")
     for option, value, least, most in (
         ("few_shot", few_shot, 0, examples),
         ("batch_size", batch_size, 1, None),
@@ -382,21 +372,15 @@ def _check_options(mode, few_shot, examples, calibrate, batch_size, max_report_t
 
 
 def _with_no_finding(states: Sequence[int]) -> list[int]:
-    """The 14 states of 13, No Finding by CheXpert's rule."""
+    """The 14 states from 13, with No Finding by CheXpert's rule."""
     abnormal = any(states[position] in (POSITIVE, UNCLEAR) for position in _BARRING)
     return [*states, UNMENTIONED if abnormal else POSITIVE]
 
 
-def _warn(positions: list[int], reports: int, what: str, category: type[Warning]) -> None:
-    if positions:
-        listed = ", ".join(map(str, sorted(positions)[:5])) + (", …" if len(positions) > 5 else "")
-        warnings.warn(f"{len(positions)} of {reports} reports (positions {listed}) {what}", category, stacklevel=3)
-
-
 class _Cache:
-    """States by report, in memory and, if there is a file, on disk as well: a line of JSON a report.
+    """States by report, in memory and, if there is a file, on disk: a line of JSON for each report.
 
-    Lines of other settings are left alone, and so is a last line that was cut off.
+    Lines of other settings are kept, and a truncated last line is ignored.
     """
 
     def __init__(self, path: str | os.PathLike | None, settings: list[Any]):

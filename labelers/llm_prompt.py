@@ -1,4 +1,4 @@
-"""What the `llm` labeler says to an LLM, and the answers it can give (paper, section 3.2.1)."""
+"""The prompt of the labeler `llm`, and its possible answers (paper, section 3.2.1)."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from ..runtime.yaml_files import read_yaml
 
 PROMPT = Path(__file__).parent / "prompts" / "llm.yaml"
 
-#: No Finding follows from the others.
+#: Findings in the prompt; No Finding follows from them.
 ASKED: tuple[str, ...] = FINDINGS[:-1]
 
 
 @dataclass
 class Prompt:
-    """The words of a prompt file.
+    """The content of a prompt file.
 
     Args:
-        instruction: before the examples.
-        answers: the word of each state, by its id.
-        names: what each of the 13 findings asked for is called.
+        instruction: text before the examples.
+        answers: word for each state, by its id.
+        names: name of each of the 13 findings.
         examples: reports and the ids of their 13 states.
-        json: how to ask for JSON.
+        json: request for JSON.
     """
 
     instruction: str
@@ -34,7 +34,7 @@ class Prompt:
     json: str
 
     def head(self, few_shot: int) -> str:
-        """What stands before every report: the instruction and the first `few_shot` examples."""
+        """The text before each report: the instruction and the first `few_shot` examples."""
         shots = [
             f"{self.report(report)}{''.join(self.question(i) + self.answer(states[i]) + chr(10) for i in range(13))}"
             for report, states in self.examples[:few_shot]
@@ -42,7 +42,7 @@ class Prompt:
         return "\n".join([f"{self.instruction}\n", *shots]) + "\n"
 
     def report(self, text: str) -> str:
-        """A report, and the begin of the list of its findings."""
+        """A report, and the beginning of the list of its findings."""
         return f"Report: {' '.join(text.split())}\nFindings:\n"
 
     def question(self, finding: int) -> str:
@@ -50,11 +50,11 @@ class Prompt:
         return f"{self.names[finding]}:"
 
     def answer(self, state: int) -> str:
-        """The answer that stands for a state."""
+        """The answer for a state."""
         return f" {self.answers[state]}"
 
     def json_request(self, text: str, few_shot: int) -> str:
-        """The whole request of the JSON form."""
+        """The complete request in mode "json"."""
         parts = [f"{self.instruction}\n"]
         for report, states in (*self.examples[:few_shot], (text, None)):
             parts.append(f"Report: {' '.join(report.split())}")
@@ -64,7 +64,7 @@ class Prompt:
         return "\n".join([*parts, "", self.json])
 
     def parse_json(self, text: str) -> list[int] | None:
-        """Ids of the 13 states that a JSON answer gives; None where it is not one, or not of just these findings."""
+        """Ids of the 13 states in a JSON answer; None if it is invalid or has other findings."""
         start, end = text.find("{"), text.find("}")
         try:
             given = json.loads(text[start : end + 1]) if start >= 0 else None
@@ -79,7 +79,7 @@ class Prompt:
 
 
 def load_prompt(path: str | Path = PROMPT) -> Prompt:
-    """The prompt of a file, which explains itself.
+    """Read a prompt file.
 
     Raises:
         ValueError: the file cannot be read, or a key, finding or state in it is wrong; the message names it.

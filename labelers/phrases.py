@@ -1,4 +1,4 @@
-"""The vocabulary of the `rules` labeler: its files, its notation, and finding its phrases in a sentence."""
+"""The vocabulary of the labeler `rules`: its files, its notation, and the search for its phrases in a sentence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..runtime.yaml_files import read_yaml
 
 VOCABULARY = Path(__file__).parent / "vocabulary"
 
-#: How a phrase under each finding is read; the keys of every entry of findings.yaml.
+#: The roles of a phrase of a finding: the keys of each entry of findings.yaml.
 FINDING_ROLES = ("mentions", "doubtful", "structures", "not_meant")
 #: The keys of cues.yaml, in the order in which the cues of one phrase are applied.
 CUE_ROLES = (
@@ -59,25 +59,25 @@ WORD_KINDS = (
     "views",
     "parts",
 )
-#: The row of abnormalities outside the 14, which only bar "No Finding".
+#: The row of abnormalities outside the 14 findings, which only rule out "No Finding".
 OTHER = len(FINDINGS)
-#: Words of a sentence, and the marks that matter within it; a hyphen is a space, unless it stands alone.
+#: Words and marks of a sentence; a hyphen is a space, unless it is separated by spaces.
 WORDS = re.compile(r"[a-z0-9]+(?:'[a-z]+)*|[,;:/()?]|(?<!\S)-+(?!\S)")
 
 _BAD_PHRASE = re.compile(r"[^a-z0-9 '/:()|*<>-]|\*.")
 _PHRASE_WORDS = re.compile(r"[a-z0-9]+(?:'[a-z]+)*|[:/<>]")
 _ONE_WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)*\*?")
-#: The forms of so many words are kept.
+#: Size of the cache of word forms.
 _WORDS_KEPT = 100_000
 
 Meaning = TypeVar("Meaning")
 
 
 def expand_phrase(phrase: str) -> list[str]:
-    """The plain phrases that a vocabulary phrase stands for: `"(a|b|) c*"` gives `["a c*", "b c*", "c*"]`.
+    """Expand the notation of the vocabulary to plain phrases: `"(a|b|) c*"` gives `["a c*", "b c*", "c*"]`.
 
     Raises:
-        ValueError: a character the notation does not have, or unbalanced or nested brackets.
+        ValueError: a character outside the notation, or unbalanced or nested brackets.
     """
     parts = re.split(r"\(([^()]*)\)", phrase)
     if _BAD_PHRASE.search(phrase) or any(set("()|") & set(part) for part in parts[::2]):
@@ -85,7 +85,7 @@ def expand_phrase(phrase: str) -> list[str]:
     choices = [part.split("|") if position % 2 else [part] for position, part in enumerate(parts)]
     plain = [" ".join("".join(choice).split()) for choice in product(*choices)]
     if not all(_PHRASE_WORDS.search(form) for form in plain):
-        raise ValueError(f"phrase {phrase!r}: stands for nothing, expected a word at least")
+        raise ValueError(f"phrase {phrase!r}: is empty, expected at least one word")
     return plain
 
 
@@ -109,11 +109,12 @@ def _add(meanings: dict[str, set], path: Path, phrases: object, role: str, meani
 
 
 def load_vocabulary(folder: str | Path = VOCABULARY) -> dict[str, set[tuple[str, int]]]:
-    """Every plain phrase with what it means, as (role, row) pairs; the row is a finding's position, 14 for other
-    abnormalities and -1 for cues.
+    """Read the phrases of the vocabulary as `{plain phrase: {(role, row)}}`.
+
+    The row is the position of a finding, 14 for other abnormalities and -1 for cues.
 
     Args:
-        folder: holds findings.yaml, cues.yaml and other_abnormalities.yaml, each of which explains itself.
+        folder: contains findings.yaml, cues.yaml and other_abnormalities.yaml, which describe their format.
 
     Raises:
         ValueError: a missing file, an unknown key or a wrong phrase; the message names the file.
@@ -125,7 +126,7 @@ def load_vocabulary(folder: str | Path = VOCABULARY) -> dict[str, set[tuple[str,
     expected = set(FINDINGS) - {"no_finding"}
     if not isinstance(entries, dict) or set(entries) != expected:
         wrong = sorted(expected ^ set(entries)) if isinstance(entries, dict) else "no mapping"
-        raise ValueError(f"{path}: expected the 13 findings as keys (without no_finding); at odds: {wrong}")
+        raise ValueError(f"{path}: expected the 13 findings without no_finding as keys; wrong: {wrong}")
     for finding, roles in entries.items():
         if not isinstance(roles, dict) or not set(roles) <= set(FINDING_ROLES):
             raise ValueError(f"{path}: {finding}: expected the keys {', '.join(FINDING_ROLES)}")
@@ -143,7 +144,7 @@ def load_vocabulary(folder: str | Path = VOCABULARY) -> dict[str, set[tuple[str,
 
 
 def load_words(folder: str | Path = VOCABULARY) -> dict[str, list[str]]:
-    """The words of clauses.yaml by kind, plain or with a `*` at the end.
+    """Read the words of clauses.yaml by kind; a word may end with `*`.
 
     Raises:
         ValueError: a missing file, an unknown key, or more than one word; the message names the file.
@@ -164,7 +165,7 @@ def load_words(folder: str | Path = VOCABULARY) -> dict[str, list[str]]:
 
 
 def load_spelling(folder: str | Path = VOCABULARY) -> dict[str, str]:
-    """What spelling.yaml gives for each form.
+    """Read spelling.yaml: the text that replaces each form.
 
     Raises:
         ValueError: a missing file, or one that is not a mapping of text to text; the message names the file.
@@ -174,12 +175,12 @@ def load_spelling(folder: str | Path = VOCABULARY) -> dict[str, str]:
     if not isinstance(forms, dict) or not all(
         isinstance(text, str) and form.strip("*") for form, text in forms.items()
     ):
-        raise ValueError(f"{path}: expected a form and what to read for it on each line")
+        raise ValueError(f"{path}: expected a form and its replacement on each line")
     return forms
 
 
 def load_mistakes(folder: str | Path = VOCABULARY) -> dict[str, set[tuple[int, int, int]]]:
-    """Every plain phrase of chexpert_mistakes.yaml with (place in the file, row, state id).
+    """Read chexpert_mistakes.yaml as `{plain phrase: {(place in the file, row, state id)}}`.
 
     Raises:
         ValueError: a missing file, an unknown key, finding or state, or a wrong phrase; the message names the file.
@@ -203,11 +204,11 @@ def load_mistakes(folder: str | Path = VOCABULARY) -> dict[str, set[tuple[int, i
 
 
 class Phrases(Generic[Meaning]):
-    """Phrases as a tree of words, in which the longest phrase that begins at a word is found.
+    """A tree of the words of phrases, which finds the longest phrase at a word.
 
     Args:
-        meanings: what each plain phrase means, in parts; phrases that differ only in a `*` share theirs.
-        join: makes one meaning of the parts.
+        meanings: the parts of the meaning of each plain phrase; phrases that differ only in a `*` share them.
+        join: combines the parts to one meaning.
     """
 
     def __init__(self, meanings: dict[str, set], join: Callable[[set], Meaning]):
@@ -221,13 +222,13 @@ class Phrases(Generic[Meaning]):
         self._shortest_stem = min(map(len, self._stems), default=1)
         self._whole = {word for words in plain for word in words if not word.endswith("*")}
         self._forms: dict[str, tuple[str, ...]] = {}
-        self._tree: dict = {}  # a word leads to the next tree, "" to the meaning of the phrase that ends there
+        self._tree: dict = {}  # maps a word to the next level, and "" to the meaning of the phrase that ends here
         joined: dict[frozenset, Meaning] = {}
         for words, meaning in plain.items():
             node = self._tree
             for word in words:
                 node = node.setdefault(word, {})
-            # "nodular opacity" means what "nodular opaci*" does too
+            # "nodular opacity" also has the meaning of "nodular opaci*"
             last = words[-1].rstrip("*")
             stems = (last[:end] for end in range(1, len(last) + 1) if last[:end] in self._stems)
             parts = frozenset(meaning.union(*(plain.get((*words[:-1], f"{stem}*"), ()) for stem in stems)))
@@ -236,7 +237,7 @@ class Phrases(Generic[Meaning]):
             node[""] = joined[parts]
 
     def _forms_of(self, word: str) -> tuple[str, ...]:
-        """How a word may stand in a phrase: as it is, or as a stem with any ending, the longest stem first."""
+        """The forms of a word in phrases: the word itself, or a stem with `*`, the longest stem first."""
         ends = range(min(len(word), 40), self._shortest_stem - 1, -1)
         stems = [f"{word[:end]}*" for end in ends if word[:end] in self._stems]
         forms = (word, *stems) if word in self._whole else tuple(stems)
@@ -246,7 +247,7 @@ class Phrases(Generic[Meaning]):
         return forms
 
     def find(self, words: list[str], start: int) -> tuple[Meaning | None, int]:
-        """The meaning of the longest phrase at word `start` and the word after it; None where no phrase begins."""
+        """The meaning of the longest phrase at word `start` (None if there is none) and the position after it."""
         best, end = None, start + 1
         nodes = [self._tree]
         for place in range(start, len(words)):

@@ -1,4 +1,4 @@
-"""Tables of reports as people have them: a CSV with a header, or a JSON object a line; one report an id."""
+"""Tables of reports: a CSV with a header, or a file with a JSON object on each line; one report for each id."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from ..runtime.csv_files import unescape_cell
+from ..runtime.csv_files import longest_cell, unescape_cell
 
 _LONGEST_CELL = 2**24
 
 
 def fold_name(name: str) -> str:
-    """A column's name with case, spaces and underscores folded."""
+    """A column's name without differences in case, spaces and underscores."""
     return " ".join(name.replace("_", " ").split()).casefold()
 
 
 def read_reports(path: str | Path, column: str = "report") -> Iterator[tuple[str, str]]:
-    """Ids and reports of a table, one after another; other columns are ignored.
+    """Iterate over the ids and reports of a table; other columns are ignored.
 
     Args:
-        path: a CSV with the columns `id` and `column`, or a file .jsonl with a JSON object with these keys a line.
-        column: where the reports are.
+        path: a CSV with the columns `id` and `column`, or a .jsonl file with these keys on each line.
+        column: column of the reports.
 
     Raises:
-        ValueError: no such file, not UTF-8, not such a table, a column that is missing or stands twice, a row of
-            another length, an empty or repeated id; one line that names the file and the line.
+        ValueError: the file is missing, not UTF-8 or no such table, a column is missing or repeated, a row has another
+            length, or an id is empty or repeated; one line that names the file and the line.
     """
     path = Path(path)
     lines: dict[str, int] = {}
@@ -52,7 +52,7 @@ def read_reports(path: str | Path, column: str = "report") -> Iterator[tuple[str
 
 
 def has_column(path: str | Path, column: str) -> bool:
-    """Whether a table of [`read_reports`] has a column; of a .jsonl the first object says it.
+    """Whether a table of [`read_reports`] has a column; for .jsonl, whether its first object has the key.
 
     Raises:
         ValueError: as `read_reports`.
@@ -66,11 +66,11 @@ def has_column(path: str | Path, column: str) -> bool:
     try:
         return column in json.loads(first)
     except (ValueError, TypeError):
-        return False  # `read_reports` names the fault
+        return False  # `read_reports` raises the error
 
 
 def _json_reports(path: Path, column: str) -> Iterator[tuple[int, str, str]]:
-    expected = f"an object with the keys id and {column} a line"
+    expected = f"an object with the keys id and {column} on each line"
     with _reading(path, expected) as file:
         for row, text in enumerate(file, 1):
             if not text.strip():
@@ -101,7 +101,7 @@ def _reading(path: Path, expected: str) -> Iterator[TextIO]:
 
 
 def _undecodable(path: Path) -> int | None:
-    """The first line that is not UTF-8."""
+    """The number of the first line that is not UTF-8."""
     with path.open("rb") as file:
         for row, line in enumerate(file, 1):
             try:
@@ -111,23 +111,13 @@ def _undecodable(path: Path) -> int | None:
     return None
 
 
-@contextmanager
-def _long_cells() -> Iterator[None]:
-    """Cells of `_LONGEST_CELL` characters; the limit is one for all readers of the process, so it is put back."""
-    before = csv.field_size_limit(_LONGEST_CELL)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
-
-
 def csv_rows(path: Path, expected: str) -> Iterator[tuple[int, list[str]]]:
-    """The header of a CSV (empty where there is none), then its rows that are not blank; each with its first line.
+    """Iterate over the header of a CSV (empty if there is none) and its non-blank rows, each with its first line.
 
-    Cells are read as [`otdrg.runtime.csv_files.write_csv`] wrote them.
+    Cells are unescaped as [`otdrg.runtime.csv_files.write_csv`] escapes them.
     """
     row = 1
-    with _reading(path, expected) as file, _long_cells():
+    with _reading(path, expected) as file, longest_cell(_LONGEST_CELL):
         reader = csv.reader(file, strict=True)
         try:
             header = [unescape_cell(name) for name in next(reader, [])]
@@ -145,13 +135,13 @@ def csv_rows(path: Path, expected: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def check_id(path: Path, row: int, column: str, study: str, lines: dict[str, int]) -> None:
-    """Refuse an id that is empty or was met before; `lines`, of those met, is added to."""
+    """Raise a `ValueError` for an id that is empty or already in `lines`, and add it there."""
     if not study:
         raise ValueError(f"{path}, line {row}, column {column}: empty, expected a study's id")
     if study in lines:
         raise ValueError(
-            f"{path}, line {row}, column {column}: {study!r} stands in line {lines[study]} too, "
-            "expected one row a study"
+            f"{path}, line {row}, column {column}: {study!r} is in line {lines[study]} too, "
+            "expected one row for each study"
         )
     lines[study] = row
 

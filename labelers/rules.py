@@ -1,15 +1,14 @@
-"""The `rules` labeler: mentions, denial and doubt by vocabulary and clause, sentence by sentence (paper, 3.2.1)."""
+"""The labeler `rules`: mentions, negation and uncertainty by vocabulary and clause (paper, section 3.2.1)."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ..findings_otdrg import FINDINGS, NEGATIVE, POSITIVE, UNCLEAR, UNMENTIONED
-from . import UnreadReportsWarning
+from . import check_reports, warn_of_reports
 from .clauses import Meaning, Sentence, bit
 from .phrases import (
     OTHER,
@@ -26,30 +25,31 @@ from .phrases import (
 from .sentences import Spelling, split_sentences
 
 _NO_FINDING = FINDINGS.index("no_finding")
+#: Rows that rule out "No Finding".
 _BARRING = {*range(OTHER + 1)} - {_NO_FINDING, FINDINGS.index("support_devices")}
-#: Several mentions of one finding: the first of these states that occurs is the finding's (CheXpert's order).
+#: A finding that is mentioned several times has the first of these states that occurs (CheXpert's order).
 _PRECEDENCE = (POSITIVE, UNCLEAR, NEGATIVE)
-#: So many sentences are remembered, none longer than so many characters: reports repeat theirs a lot.
+#: Limits of the cache of sentences, which reports repeat often: its size, and the characters of a sentence.
 _REMEMBERED, _LONGEST_REMEMBERED = 100_000, 500
 _WORDS_KEPT = 100_000
-#: Marks that the phrases of chexpert_mistakes.yaml leave out.
+#: Marks that the phrases of chexpert_mistakes.yaml do not contain.
 _MARKS = {",", "(", ")", "?", "-"}
 _READABLE = bit(OTHER + 1, POSITIVE)
 _BARS = sum(bit(row, state) for row in _BARRING for state in (POSITIVE, UNCLEAR))
 
 
 class RulesLabeler:
-    """States of the 14 findings by CheXpert's rules, from a vocabulary a radiologist can read and extend.
+    """Reads finding states by CheXpert's rules, with a vocabulary that a radiologist can read and extend.
 
-    Within a sentence, cues deny or doubt the mentions before or after them up to a clause boundary; structures ("heart
-    size") take their state from what is said of them. Over the report positive outweighs unclear, and unclear negative.
-    "No Finding" is positive when nothing else is positive or unclear (support devices excepted) and no other
-    abnormality is said. Sentences are remembered, so one that repeats is read once.
+    Within a sentence, cues negate or doubt the mentions before or after them up to a clause boundary; structures
+    ("heart size") get the state of their description. In a report, positive outweighs unclear, and unclear outweighs
+    negative. "No Finding" is positive if nothing but support devices is positive or unclear, and no other abnormality
+    is mentioned. Sentences are cached.
 
     Args:
-        vocabulary: a folder with the vocabulary files; the package's own by default.
-        repeat_mistakes: repeat what chexpert-labeler is known to get wrong (chexpert_mistakes.yaml, which lists it),
-            for numbers that must compare with those computed from its labels.
+        vocabulary: folder with the vocabulary files; by default that of the package.
+        repeat_mistakes: repeat the known mistakes of chexpert-labeler (listed in chexpert_mistakes.yaml), for numbers
+            that must be comparable with those computed from its labels.
     """
 
     name = "rules"
@@ -74,20 +74,16 @@ class RulesLabeler:
     def label(self, reports: Sequence[str]) -> np.ndarray:
         """(N, 14) int64 state ids of N reports.
 
-        A report in which not one word is known (empty, another language) has every finding unmentioned, "No Finding"
-        too (chexpert-labeler would call it normal); such reports are counted in one warning.
+        A report without any known word (empty, another language) has all findings unmentioned, including "No Finding"
+        (chexpert-labeler calls it normal); such reports are counted in one warning.
 
         Raises:
-            TypeError: `reports` is a single string.
-            ValueError: a report is not a string; the message gives its position.
+            TypeError, ValueError: as [`check_reports`].
         """
-        if isinstance(reports, str):
-            raise TypeError("reports is a single string: expected a list of reports")
+        check_reports(reports)
         states = np.zeros((len(reports), len(FINDINGS)), dtype=np.int64)
         unread = []
         for position, report in enumerate(reports):
-            if not isinstance(report, str):
-                raise ValueError(f"report {position} is {type(report).__name__}: expected a string ('' when absent)")
             found = 0
             for sentence in split_sentences(report):
                 known = self._sentences.get(sentence)
@@ -96,13 +92,7 @@ class RulesLabeler:
                 states[position] = self._rows.get(found) or self._row(found)
             else:
                 unread.append(position)
-        if unread:
-            warnings.warn(
-                f"{len(unread)} of {len(reports)} reports hold no word the rules labeler knows (positions "
-                f"{', '.join(map(str, unread[:5]))}{', …' if len(unread) > 5 else ''}): all findings unmentioned",
-                UnreadReportsWarning,
-                stacklevel=2,
-            )
+        warn_of_reports(unread, len(reports), "hold no word that the labeler knows: all findings unmentioned")
         return states
 
     def _row(self, found: int) -> list[int]:
@@ -118,7 +108,7 @@ class RulesLabeler:
         return row
 
     def _read(self, text: str) -> int:
-        """What one sentence says, as bits."""
+        """The states in one sentence, as bits."""
         words = self._spelling.words(text, WORDS)
         items = []
         readable = place = 0
@@ -138,7 +128,7 @@ class RulesLabeler:
         return found
 
     def _kind(self, word: str) -> int:
-        """What clauses.yaml says of a word, as bits."""
+        """The kinds of a word in clauses.yaml, as bits."""
         kind = self._known_kinds.get(word)
         if kind is None:
             kind = self._kinds.get(word, 0)

@@ -1,4 +1,4 @@
-"""Split a report into sentences in one spelling: full stops, lists, tick boxes, British and typographic forms."""
+"""Split a report into sentences (full stops, lists, tick boxes) and normalise their spelling."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import re
 import unicodedata
 from collections.abc import Mapping
 
-#: A full stop, unless it stands between digits or after an abbreviation; a question mark stays with its sentence.
+#: A full stop, except between digits and after an abbreviation; a question mark belongs to its sentence.
 _SENTENCE_END = re.compile(r"(?<!\bvs)(?<!\bdr)(?:(?<![0-9])[.!]+|[.!]+(?![0-9]))|(?<=\w\?)(?=\s)")
 _ABBREVIATION = re.compile(r"\b([ei])\.\s?([eg])\.", re.IGNORECASE)
-#: What begins an item of a list: a bullet, a number, or a letter in brackets.
+#: The beginning of a list item: a bullet, a number, or a letter in brackets.
 _BULLET = re.compile(r"(?:[-*+•·‣▪●○◦>]+\s+|[•·‣▪●○◦*-](?=\w)|\(?(?:[0-9]{1,2}|[a-z])\)\s*|[0-9]{1,2}[.:]\s+)", re.I)
-#: Within a line only these are safe to read as the begin of an item.
+#: Beginnings of list items that are unambiguous within a line.
 _INLINE_BULLET = re.compile(r"(?:^|\s)(?:[•·‣▪●○◦]\s*|\*\s+|\(?[0-9]{1,2}\)\s+)")
 _BOX = re.compile(r"\[\s*([x✓✔]?)\s*\]|\(\s*([x✓✔])\s*\)|\(\s+\)|[☐□]|([☑☒✓✔✗✘])", re.I)
-#: Options of a label that need no mention when they are not ticked.
+#: Options of a label that are ignored if they are not ticked.
 _ANSWERS = {"yes", "no", "y", "n", "present", "absent", "none", "unknown", "positive", "negative", "normal", "abnormal"}
-#: A line that ends with one of these goes on in the next.
+#: A line that ends with one of these continues in the next line.
 _UNFINISHED = re.compile(
     r"(?:,|\b(?:a|an|and|any|are|as|at|by|for|from|has|have|in|is|no|not|nor|of|on|or|the|this|to|was|were|with|without))$",
     re.I,
 )
-#: Shorter lines are items of a list, whatever the width of the text.
+#: Shorter lines are list items, whatever the width of the text.
 _NARROWEST_TEXT = 36
 
 _TYPOGRAPHIC = str.maketrans(
@@ -34,10 +34,10 @@ _NON = re.compile(r"\bnon(?: - |[- ])(?=[a-z])")
 
 
 def split_sentences(report: str) -> list[str]:
-    """The sentences of a report in lower case, list items and ticked boxes as sentences of their own.
+    """Split a report into sentences in lower case; list items and tick boxes are separate sentences.
 
-    A line break ends a sentence before a bullet, a blank line or a line that would have fitted on the line before;
-    otherwise the text is only wrapped. A line that ends with a colon is the head of each item below it.
+    A line break ends a sentence before a bullet, a blank line, or a line that would have fitted on the previous one;
+    otherwise the text is wrapped. A line that ends with a colon is prepended to each item below it.
     """
     if not report.isascii():
         report = unicodedata.normalize("NFKC", report.translate(_TYPOGRAPHIC))
@@ -54,12 +54,12 @@ def split_sentences(report: str) -> list[str]:
 
 
 def _items(report: str) -> list[str]:
-    """The lines of a report, those that are only wrapped joined and those below a head with the head before them."""
+    """The lines of a report, with wrapped lines joined and the head of a list prepended to its items."""
     lines = [line.strip() for line in report.splitlines()]
     width = max(_NARROWEST_TEXT, *map(len, lines))
     items: list[str] = []
     head = last = ""
-    below = False  # whether the last item stands below the head
+    below = False  # whether the last item is below the head
     for line in lines:
         bullet = _BULLET.match(line)
         text = line[bullet.end() :] if bullet else line
@@ -81,7 +81,7 @@ def _items(report: str) -> list[str]:
 
 
 def _ticked(line: str) -> list[str]:
-    """The ticked and unticked options of a line as statements; text before the first box is their label."""
+    """The options of a line with tick boxes as statements; text before the first box is their label."""
     parts: list[str] = []
     ticks: list[bool] = []
     place = 0
@@ -91,7 +91,7 @@ def _ticked(line: str) -> list[str]:
         place = box.end()
     parts.append(line[place:].strip(" ,;|."))
     label, options = parts[0].rstrip(" :-"), parts[1:]
-    if label and not parts[-1]:  # "effusion [x]": the box stands after what it ticks
+    if label and not parts[-1]:  # "effusion [x]": the box follows its option
         label, options = "", parts[:-1]
     said = []
     for option, ticked in zip(options, ticks, strict=True):
@@ -104,15 +104,15 @@ def _ticked(line: str) -> list[str]:
 
 
 class Spelling:
-    """Write a sentence in lower case in one spelling.
+    """Normalises the spelling of a sentence in lower case.
 
     Args:
-        forms: what to write for each form (spelling.yaml). A form that begins or ends with a letter or digit stands for
-            a whole word there, unless a `*` says that letters may come.
+        forms: replacement of each form (spelling.yaml). A form that begins or ends with a letter or digit must begin
+            or end a word there, unless it has a `*` in that place.
     """
 
     def __init__(self, forms: Mapping[str, str]):
-        # most forms are parts of one word: the words are looked up, which is faster than a search for the forms
+        # Most forms are within one word; looking up words is faster than searching for the forms.
         self._words = _Forms({form: text for form, text in forms.items() if _WORD_FORM.fullmatch(form)})
         self._signs = _Forms({form: text for form, text in forms.items() if not _WORD_FORM.fullmatch(form)})
         marks = {
@@ -122,7 +122,7 @@ class Spelling:
         self._known: dict[str, str] = {}
 
     def words(self, sentence: str, pattern: re.Pattern[str]) -> list[str]:
-        """The words that `pattern` finds in a sentence in lower case, in one spelling."""
+        """The words that `pattern` finds in a sentence, in normalised spelling."""
         if self._has_signs(sentence):
             sentence = self._signs(sentence)
         if "non" in sentence:

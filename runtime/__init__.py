@@ -1,1 +1,1 @@
-"""How a command reads and writes files, prints and ends."""
+"""Reading and writing files, printing, and the exit of a command."""

@@ -1,49 +1,47 @@
-"""CSV files that a spreadsheet opens without running what is in their cells."""
+"""CSV files whose cells a spreadsheet does not execute as formulas."""
 
 from __future__ import annotations
 
 import csv
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-#: Cells that a spreadsheet takes for a formula, and those that were escaped or look so.
+#: Cells that a spreadsheet executes as formulas, and such cells after escaping.
 _FORMULA = re.compile(r"'*[=+\-@\t\r＝＋－＠]")
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 
 
 def escape_cell(cell: Any) -> Any:
-    """A cell as it is written: an apostrophe is put before text that would be a formula (OWASP, "CSV Injection").
-
-    Numbers stay numbers. [`unescape_cell`] gives the text back.
-    """
+    """Put an apostrophe before text that would be a formula (OWASP, "CSV Injection"); numbers are not changed."""
     if isinstance(cell, str) and _FORMULA.match(cell) and not _NUMBER.fullmatch(cell):
         return f"'{cell}"
     return cell
 
 
 def unescape_cell(cell: str) -> str:
-    """The text that [`escape_cell`] wrote as this cell."""
+    """Undo [`escape_cell`]."""
     return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
 
 
 def write_csv(path: str | os.PathLike, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Write a CSV file: UTF-8, cells as of [`escape_cell`]. It is there as a whole or not at all.
+    """Write a CSV file in UTF-8 with escaped cells ([`escape_cell`]). The file is complete or not written.
 
     Args:
-        path: of the file; one that is there is replaced.
+        path: the file; an existing one is replaced.
         header: names of the columns.
-        rows: their cells.
+        rows: cells of each row.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        # The names of files from another system may not be text.
+        # File names from another system may not be valid text.
         with unfinished.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow([escape_cell(name) for name in header])
@@ -55,10 +53,10 @@ def write_csv(path: str | os.PathLike, header: Iterable[str], rows: Iterable[Ite
 
 
 def read_csv(path: str | os.PathLike) -> list[dict[str, str]]:
-    """The rows of a CSV file that [`write_csv`] wrote, by the names of its columns.
+    """The rows of a file written by [`write_csv`], each as `{column: cell}`.
 
     Raises:
-        ValueError: the file is not CSV in UTF-8, or a row has more or fewer cells than the header.
+        ValueError: the file is not CSV in UTF-8, or a row has another length than the header.
         OSError: the file cannot be read.
     """
     try:
@@ -69,4 +67,14 @@ def read_csv(path: str | os.PathLike) -> list[dict[str, str]]:
         raise ValueError(f"{path} is damaged: expected a CSV file with a header ({error})") from None
 
 
-__all__ = ["escape_cell", "read_csv", "unescape_cell", "write_csv"]
+@contextmanager
+def longest_cell(characters: int) -> Iterator[None]:
+    """Let `csv.reader` accept cells of this many characters; the limit is global, so it is restored."""
+    before = csv.field_size_limit(characters)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+__all__ = ["escape_cell", "longest_cell", "read_csv", "unescape_cell", "write_csv"]

@@ -1,4 +1,4 @@
-"""How a command ends: its exit status, one line for errors and signals, and no process that outlives its parent."""
+"""The exit of a command: its status, one line for errors and signals, and no process that outlives its parent."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from contextlib import contextmanager
 
 from .printable import one_line
 
-#: The process that a process must not outlive, set in the environment of what `otdrg ablate` starts.
+#: Environment variable with the process id of the parent, set by `otdrg ablate` for the processes it starts.
 PARENT = "OTDRG_PARENT"
 
-#: What the system says when a file cannot grow (the disk, the user's share of it, or the file is at its limit) or can
-#: not be opened because too many are: errors that are no single file's fault.
+#: Error numbers of a file that cannot grow: the disk, the quota or the size limit is reached.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+#: Error numbers that do not depend on a single file.
 _SYSTEM = (*FULL, errno.EMFILE, errno.ENFILE, errno.EROFS, errno.ENOTCONN, errno.ESTALE)
 
 _POLL_SECONDS = 0.5
@@ -30,16 +30,16 @@ _LONGEST_REASON = 300
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM was received, as from a cluster's scheduler; unwinds as Ctrl-C does."""
+    """SIGTERM was received, as from a cluster's scheduler; handled like Ctrl-C."""
 
 
 class RunInterruptedError(RuntimeError):
-    """A run that was ended from outside, but not by its user; the message names the last good checkpoint."""
+    """A run was ended from outside, but not by its user; the message names the last good checkpoint."""
 
 
 @contextmanager
 def terminations() -> Iterator[None]:
-    """Let SIGTERM raise [`Terminated`] in here."""
+    """Raise [`Terminated`] on SIGTERM."""
 
     def terminate(number, frame):
         raise Terminated
@@ -55,19 +55,19 @@ def terminations() -> Iterator[None]:
 
 
 def exit_status(program: str, run: Callable[[], None], speaks: bool = True, traceback: bool = False) -> int:
-    """Run a command to its exit status: 0, or 1 after one line on what is wrong, 130 after Ctrl-C, 143 after SIGTERM.
+    """Run a command and return its exit status: 0, 1 after a line about an error, 130 after Ctrl-C, 143 after SIGTERM.
 
     Args:
-        program: what the line begins with.
-        run: the command. A `KeyboardInterrupt` that it raises says in its message what was kept.
-        speaks: whether the line of an interruption is printed; of several processes only one prints it.
-        traceback: raise errors instead of printing their line.
+        program: beginning of the line.
+        run: the command. The message of a `KeyboardInterrupt` it raises says what is kept.
+        speaks: whether to print the line of an interruption; one of several processes prints it.
+        traceback: raise errors instead of printing a line.
     """
     try:
         with terminations():
             run()
     except BrokenPipeError:
-        # The reader has seen enough, as `| head` has. What is still to be flushed goes nowhere.
+        # The reader has closed the pipe, as `| head` does; the rest of the output is discarded.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt as stop:
@@ -84,15 +84,15 @@ def exit_status(program: str, run: Callable[[], None], speaks: bool = True, trac
 
 
 def ended_by(stop: KeyboardInterrupt) -> str:
-    """The name of an interruption, for people."""
+    """The name of an interruption, for messages."""
     return "terminated (SIGTERM)" if isinstance(stop, Terminated) else "interrupted"
 
 
 def _error_line(error: Exception) -> str | None:
-    """What is wrong in one line; None for an error that is a fault of the program."""
+    """The message of an error in one line; None for an error of the program itself."""
     if is_out_of_memory(error):
         reason = _one_line(error).partition(". ")[0] or "an allocation failed"
-        return f"out of memory ({reason}): a smaller batch, fewer beams or shorter reports need less"
+        return f"out of memory ({reason}): use a smaller batch, fewer beams or shorter reports"
     if isinstance(error, (OSError, ValueError, ImportError, ArithmeticError, RunInterruptedError)):
         return _one_line(error) or type(error).__name__
     return None
@@ -101,13 +101,13 @@ def _error_line(error: Exception) -> str | None:
 def _one_line(error: BaseException) -> str:
     text = str(error)
     if text.startswith("Caught ") and "\nOriginal Traceback" in text:
-        # From a process that loads studies: its traceback, with the error itself last.
+        # From a data loader process: its traceback, with the error in the last line.
         text = text.strip().splitlines()[-1].partition(": ")[2]
     return one_line(text)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: Python's or NumPy's `MemoryError`, or torch's errors on CPU and GPU."""
+    """Whether an error means that memory ran out: `MemoryError`, or torch's errors on CPU and GPU."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error) if isinstance(error, RuntimeError) else ""
@@ -115,7 +115,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_system_fault(error: BaseException) -> bool:
-    """Whether an error that came up in one study would come up in all: the disk is full, the file system is gone..."""
+    """Whether an error in one study would occur in all studies: the disk is full, the file system is gone..."""
     if isinstance(error, OSError) and error.errno in _SYSTEM:
         return True
     return isinstance(error, RuntimeError) and (
@@ -124,14 +124,14 @@ def is_system_fault(error: BaseException) -> bool:
 
 
 def fault_of_study(error: Exception, quotes: bool = True) -> str:
-    """The type and the first line of an error that one study caused, for the list of studies that were left out.
+    """The type and the first line of an error in one study, for the list of skipped studies.
 
     Args:
-        error: what reading it raised.
-        quotes: whether to keep what the error quotes, which may be text of a report.
+        error: error raised when the study was read.
+        quotes: whether to keep quoted text, which may be from a report.
 
     Raises:
-        Exception: the error itself, where it is not the study's: the disk is full, a package is missing...
+        Exception: the error itself if it does not depend on the study: the disk is full, a package is missing...
     """
     if isinstance(error, ImportError) or is_system_fault(error):
         raise error
@@ -139,17 +139,17 @@ def fault_of_study(error: Exception, quotes: bool = True) -> str:
     if not quotes:
         line = _QUOTED.sub("'...'", line)
     line = line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]}..."
-    # Those of ours say what is wrong and need no type.
+    # Our own messages do not need the type.
     named = type(error) is ValueError and quotes
     return line if named and line else f"{type(error).__name__}: {line}".rstrip(": ")
 
 
 def end_with_parent(parent: int | None = None) -> None:
-    """End this process when the one that started it is gone: killed, it could not tell its children to end.
+    """End this process when its parent is gone; a killed parent cannot end its children.
 
     Args:
-        parent: id of the process that started this one; that of `OTDRG_PARENT` without it. Where neither is set,
-            nothing is watched. A process between the two, such as a launcher's, is watched in its place.
+        parent: process id of the parent; by default the value of `OTDRG_PARENT`. Without both, nothing is watched. A
+            process between the two, such as a launcher, is watched instead.
     """
     parent = int(os.environ.get(PARENT, "0")) if parent is None else parent
     if not parent:
@@ -161,7 +161,7 @@ def end_with_parent(parent: int | None = None) -> None:
     def watch():
         while os.getppid() == watched:
             time.sleep(_POLL_SECONDS)
-        # At once: what is written here can be gone on with, and the restart waits for this process.
+        # Immediately: the files written so far can be continued, and a restart waits for this process.
         os._exit(1)
 
     threading.Thread(target=watch, name="end-with-parent", daemon=True).start()

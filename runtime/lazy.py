@@ -1,4 +1,4 @@
-"""Packages whose names are imported when they are first used, so that naming them does not cost importing torch."""
+"""Packages whose names are imported on first use, so that importing them does not import torch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ def lazy_names(package: str, homes: dict[str, str]) -> tuple[Callable[[str], Any
     """`__getattr__` and `__dir__` of a package.
 
     Args:
-        package: its `__name__`.
-        homes: for each public name the module it is in, relative to the package.
+        package: `__name__` of the package.
+        homes: `{public name: its module in the package}`.
     """
 
     def get(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Exclusive use of an output: two processes never write one file or folder at the same time."""
+"""Locks on outputs, so that two processes never write one file or folder at the same time."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from filelock import FileLock, Timeout
 
 
 class OutputLockedError(ValueError):
-    """Another process writes this output; the message names it."""
+    """Another process is writing this output; the message names the process."""
 
 
 class OutputLock:
-    """A context manager that holds an output for this process.
+    """A context manager that locks an output for this process.
 
-    The operating system's lock on the file `.NAME.lock` beside the output is held, so a killed process leaves none that
-    is in the way. `.NAME.lock.json` says who holds it. Both are removed at the end.
+    It holds a lock of the operating system on the file `.NAME.lock` beside the output, which a killed process releases.
+    `.NAME.lock.json` names the process. Both files are removed at the end.
 
     Args:
-        output: file or folder that is written; it need not exist. A link stands for what it points to. Folders above it
-            are made, and removed again where nothing was written into them.
-        wait: seconds to wait for another process, such as one that is just ending.
+        output: file or folder that is written; it need not exist. A link means its target. Missing folders above it are
+            created, and removed again if nothing was written to them.
+        wait: seconds to wait for another process.
 
     Raises:
-        OutputLockedError: on entry, another process holds it.
-        OSError: on entry, the folder cannot be made or written to.
+        OutputLockedError: on entry, another process holds the lock.
+        OSError: on entry, the folder cannot be created or written to.
     """
 
     def __init__(self, output: str | os.PathLike, wait: float = 0.0):
@@ -46,7 +46,7 @@ class OutputLock:
                 holder = self._holder()
                 self._remove_made()
                 raise OutputLockedError(
-                    f"{self.output} is being written by {holder}: wait for it or end it, or give another output"
+                    f"{self.output} is being written by {holder}: wait for it, end it, or choose another output"
                 )
             time.sleep(0.1)
         holder = {
@@ -58,7 +58,7 @@ class OutputLock:
         return self
 
     def __exit__(self, *error) -> None:
-        # Windows does not remove a file that is open; there the empty file stays.
+        # Windows cannot remove an open file; there an empty file remains.
         for path in (self._record, self._file):
             with suppress(OSError):
                 path.unlink(missing_ok=True)
@@ -78,7 +78,7 @@ class OutputLock:
         self._lock = FileLock(str(self._file), timeout=0)
 
     def _acquire(self) -> bool:
-        """Whether the lock is held now, on the file that other processes will open."""
+        """Acquire the lock, and check that other processes will open the same file."""
         with suppress(FileExistsError):
             os.close(os.open(self._file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         before = _inode(self._file)
@@ -88,7 +88,7 @@ class OutputLock:
             return False
         if before is not None and _inode(self._file) == before:
             return True
-        # The process that held it removed the file while it was being opened here.
+        # The previous holder removed the file after it was opened here.
         self._lock.release()
         return False
 

@@ -1,4 +1,4 @@
-"""Text of others as it may be sent to a terminal."""
+"""Make foreign text safe for a terminal."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import logging
 import unicodedata
 from typing import TextIO
 
-#: Categories of Unicode of which a character is escaped: controls, formats (which turn the direction of text, or are
-#: not seen), surrogates, and separators of lines and paragraphs.
+#: Unicode categories that are escaped: controls, formats (invisible, or changing the direction of text), surrogates,
+#: and separators of lines and paragraphs.
 _ESCAPED = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def printable(text: str) -> str:
-    """Text with control characters, direction overrides and lone surrogates escaped as in JSON.
+    """Escape control characters, direction overrides and lone surrogates as in JSON.
 
-    Line breaks and tabs are kept. JSON text stays the same JSON.
+    Line breaks and tabs are kept. JSON text keeps its meaning.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -28,17 +28,17 @@ def printable(text: str) -> str:
 
 
 def one_line(text: object) -> str:
-    """Text on a single line, as [`printable`] has it."""
+    """Text on a single line, escaped by [`printable`]."""
     return printable(" ".join(str(text).split()))
 
 
 def show(text: str, file: TextIO | None = None) -> None:
-    """Print text as [`printable`] has it."""
+    """Print text escaped by [`printable`]."""
     print(printable(text), file=file)
 
 
 class PrintableFormatter(logging.Formatter):
-    """Formats log records as [`printable`] has it."""
+    """A formatter of log records that escapes them by [`printable`]."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))

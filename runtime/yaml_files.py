@@ -1,4 +1,4 @@
-"""Reading of YAML that others wrote: repeated keys are refused, and so are aliases that stand for very much."""
+"""Read untrusted YAML: repeated keys and excessive nesting or aliases are errors."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import yaml
 from ..files_otdrg import MAXIMUM_DEPTH, read_text
 
 _MAXIMUM_BYTES = 2**18
-#: Most values of a document, what aliases stand for written out.
+#: Most values of a document with expanded aliases.
 _MAXIMUM_VALUES = 1_000_000
 
-# libyaml is ten times as fast, which vocabularies need; some builds of PyYAML lack it. Its errors say less.
+# libyaml is ten times as fast, but its errors are less precise, and some builds of PyYAML do not have it.
 _BaseLoader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 
 
 class _UniqueKeys:
-    """A loader's mapping in which no key stands twice."""
+    """A loader that refuses repeated keys."""
 
     def construct_mapping(self, node, deep=False):
         if isinstance(node, yaml.MappingNode):
@@ -32,18 +32,18 @@ class _UniqueKeys:
                 value = self.construct_object(key)
                 if value in seen:
                     raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {value!r} stands twice", node.start_mark
+                        None, None, f"the key {value!r} is repeated", node.start_mark
                     )
                 seen.add(value)
         return super().construct_mapping(node, deep)
 
 
 class _Typed(_UniqueKeys, yaml.SafeLoader):
-    """YAML 1.1, but 1e-4, without a point, is a number."""
+    """YAML 1.1, but 1e-4 (without a point) is a number."""
 
 
 class _AsText(_UniqueKeys, _BaseLoader):
-    """Each scalar is a string: YAML 1.1 would read the words yes and no as booleans."""
+    """Each scalar is a string: in YAML 1.1 yes and no are booleans."""
 
 
 _Typed.add_implicit_resolver(
@@ -52,22 +52,22 @@ _Typed.add_implicit_resolver(
 
 
 def read_yaml(path: str | os.PathLike, as_text: bool = False, limit: int = _MAXIMUM_BYTES) -> Any:
-    """The content of a YAML file.
+    """Read a YAML file.
 
     Args:
-        path: of the file.
+        path: the file.
         as_text: whether each scalar is a string.
         limit: most bytes.
 
     Raises:
-        ValueError: not YAML in UTF-8, or too large: as it stands, by its nesting, or by its aliases.
+        ValueError: not YAML in UTF-8, or too large: its bytes, its nesting, or its expanded aliases.
         OSError: the file cannot be read.
     """
     return parse_yaml(read_text(path, "a YAML text file", limit), str(path), as_text)
 
 
 def parse_yaml(text: str, what: str, as_text: bool = False) -> Any:
-    """The content of YAML text; `what` names it in errors. Otherwise as [`read_yaml`]."""
+    """Parse YAML text as [`read_yaml`] does; `what` names it in errors."""
     try:
         fault = _fault_of_size(text)
         content = yaml.load(text, Loader=_AsText if as_text else _Typed)
@@ -80,15 +80,15 @@ def parse_yaml(text: str, what: str, as_text: bool = False) -> Any:
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error).splitlines()[0]
         raise ValueError(f"{what} is not valid YAML{where}: {problem}") from None
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        # Such as a date with a month 13.
+        # For example a date with month 13.
         raise ValueError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _fault_of_size(text: str) -> yaml.YAMLError | None:
-    """Count values and levels, an alias as what it stands for, without building anything.
+    """Count values and levels, with expanded aliases, without constructing objects.
 
     Returns:
-        The error at which the fast parser ended, if it did: the other's says more.
+        The error of the fast parser, if any: the other parser's error is more precise.
 
     Raises:
         ValueError: there are too many.
@@ -109,7 +109,7 @@ def _check_size(text: str) -> None:
     for event in yaml.parse(text, Loader=_BaseLoader):
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
-                raise ValueError(f"the alias *{event.anchor} stands within what it stands for, or for nothing")
+                raise ValueError(f"the alias *{event.anchor} is undefined or contains itself")
             count += sizes[event.anchor]
         elif isinstance(event, (yaml.SequenceStartEvent, yaml.MappingStartEvent)):
             levels.append((event.anchor, count))
@@ -126,7 +126,7 @@ def _check_size(text: str) -> None:
         if len(levels) > MAXIMUM_DEPTH:
             raise ValueError(f"nested more than {MAXIMUM_DEPTH} levels deep")
         if count > _MAXIMUM_VALUES:
-            raise ValueError(f"more than {_MAXIMUM_VALUES:,} values, those that aliases stand for among them")
+            raise ValueError(f"more than {_MAXIMUM_VALUES:,} values with expanded aliases")
 
 
 __all__ = ["parse_yaml", "read_yaml"]

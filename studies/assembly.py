@@ -1,11 +1,11 @@
-"""From a source's studies to the rows of a dataset: what is listed, what is kept, and why the rest is not."""
+"""From the studies of a source to the rows of a dataset: which studies are kept, and why the others are skipped."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
 Sections = Literal["findings", "impression", "findings+impression"]
 
-#: The section or sections that make the report.
+#: What the report can consist of.
 SECTIONS: tuple[str, ...] = ("findings", "impression", "findings+impression")
 _TEXTS = ("findings", "impression", "indication", "comparison")
+
+ImageForm = Callable[["str | bytes | Image.Image"], dict]
 
 
 def choose_report(study: Study, sections: Sections) -> str:
@@ -37,17 +39,17 @@ def choose_report(study: Study, sections: Sections) -> str:
 
 
 class StudyListing:
-    """A source's studies, with those left out that the list alone is enough to refuse.
+    """The studies of a source, without those that can be rejected by their id or patient.
 
-    The first study of an id is kept. Of a patient who is in two splits only the studies of one are kept: the test
-    split's before validation's, validation's before train's, so that held-out data stays whole.
+    The first study with an id is kept. If a patient is in two splits, only the studies of one are kept: test is
+    preferred to validation, and validation to train, so that held-out data stays complete.
 
     Args:
-        source: the source; it is listed once here, and once each time this is iterated over.
-        limit: most studies and faults listed of each split, from its start.
+        source: the source; it is listed once here, and once for each iteration.
+        limit: list at most this many studies and faults of each split, from its start.
 
     Attributes:
-        total: studies and faults it will list.
+        total: number of studies and faults in the listing.
     """
 
     def __init__(self, source: StudySource, limit: int | None = None):
@@ -58,7 +60,10 @@ class StudyListing:
         for entry in self._entries():
             counts[entry.split] += 1
             if isinstance(entry, StudyEntry):
-                _check_split(entry)
+                if entry.split not in SPLITS:
+                    raise ValueError(
+                        f"study {entry.id} is in the split {entry.split!r}: expected one of {', '.join(SPLITS)}"
+                    )
                 kept = self._patients.get(entry.patient_id)
                 if kept is None or SPLITS.index(entry.split) > SPLITS.index(kept):
                     self._patients[entry.patient_id] = entry.split
@@ -78,9 +83,10 @@ class StudyListing:
             if (wrong := _wrong_id(entry.id)) is not None:
                 yield Skipped(entry.id, entry.split, "malformed", f"the id {entry.id!a} {wrong}")
             elif entry.id in seen:
-                yield Skipped(entry.id, entry.split, "duplicate id", f"{entry.id} is listed before: the first is kept")
+                reason = f"{entry.id} is listed before: the first study is kept"
+                yield Skipped(entry.id, entry.split, "duplicate id", reason)
             elif entry.split != home:
-                reason = f"patient {entry.patient_id} is in {home} too, whose studies are kept"
+                reason = f"patient {entry.patient_id} is in {home} too: the studies of {home} are kept"
                 yield Skipped(entry.id, entry.split, "patient in two splits", reason)
             else:
                 yield entry
@@ -102,7 +108,7 @@ class StudyListing:
 
 
 def _wrong_id(study: str) -> str | None:
-    """Why an id cannot be written to the files that reports and scores are kept in; None where it can."""
+    """Why an id cannot be written to files of reports and scores; None if it can."""
     if not study.strip():
         return "is blank: expected a name"
     if "\0" in study:
@@ -114,18 +120,13 @@ def _wrong_id(study: str) -> str | None:
     return None
 
 
-def _check_split(entry: StudyEntry) -> None:
-    if entry.split not in SPLITS:
-        raise ValueError(f"study {entry.id} is in the split {entry.split!r}: expected one of {', '.join(SPLITS)}")
-
-
 @dataclass
 class Assembled:
-    """What became of a study.
+    """A study as a row.
 
     Args:
-        row: by `STUDY_FEATURES`; None where the study is left out.
-        faults: everything that is wrong with it; views that were left out of a row that is kept, too.
+        row: values by `STUDY_FEATURES`; None if the study is skipped.
+        faults: everything wrong with the study, including views that are missing from a row that is kept.
     """
 
     row: dict | None
@@ -135,50 +136,38 @@ class Assembled:
 def assemble_study(
     source: StudySource,
     entry: StudyEntry,
-    image_form: Callable[[str | bytes | Image.Image], dict],
+    image_form: ImageForm,
     sections: Sections = "findings",
     keep_incomplete: bool = False,
 ) -> Assembled:
-    """Read a study and make a row of it.
+    """Read a study and convert it to a row.
 
     Args:
         source: the source that listed it.
         entry: the study.
-        image_form: makes `{"bytes", "path"}` of a view.
-        sections: what the report is made of.
-        keep_incomplete: keep a study of whose views at least one can be read; otherwise all of them must.
+        image_form: converts a view to `{"bytes", "path"}`.
+        sections: what the report consists of.
+        keep_incomplete: keep a study if at least one view can be read; otherwise all views must be readable.
     """
-    faults: list[Skipped] = []
 
-    def fault(kind: str, reason: str) -> None:
-        faults.append(Skipped(entry.id, entry.split, kind, reason))
+    def skipped(kind: str, reason: str) -> Assembled:
+        return Assembled(None, [Skipped(entry.id, entry.split, kind, reason)])
 
     try:
         study = source.read(entry)
-        # Texts that are there stay as they are, white space included.
+        # Present texts are kept unchanged, with their white space.
         study = replace(study, **{name: "" for name in _TEXTS if not present_text(getattr(study, name), name)})
         report = choose_report(study, sections)
     except SkipStudy as skip:
-        fault(skip.kind, skip.reason)
-        return Assembled(None, faults)
-    except Exception as error:  # a damaged file raises whatever its parser meets
-        fault("malformed", fault_of_study(error, quotes=False))
-        return Assembled(None, faults)
+        return skipped(skip.kind, skip.reason)
+    except Exception as error:  # parsers raise any exception for a damaged file
+        return skipped("malformed", fault_of_study(error, quotes=False))
     if not report:
-        fault("empty report", f"the study has no {sections.replace('+', ' and no ')}")
-        return Assembled(None, faults)
-    images, views = [], []
-    for number, (image, view) in enumerate(zip(study.images, study.views, strict=True)):
-        try:
-            images.append(image_form(image))
-            views.append(VIEWS.index(view))
-        except SkipStudy as skip:
-            fault(skip.kind, skip.reason)
-        except Exception as error:
-            name = image if isinstance(image, str) else f"view {number}"
-            fault("unreadable image", f"{name}: {fault_of_study(error)}")
+        return skipped("empty report", f"the study has no {sections.replace('+', ' and no ')}")
     if not study.images:
-        fault("missing image", "the study names no image")
+        return skipped("missing image", "the study names no image")
+    images, views, faults = _read_views(study, image_form)
+    faults = [Skipped(entry.id, entry.split, *fault) for fault in faults]
     if not images or (faults and not keep_incomplete):
         return Assembled(None, faults)
     row = {
@@ -186,10 +175,7 @@ def assemble_study(
         "patient_id": entry.patient_id,
         "images": images,
         "views": views,
-        "findings": study.findings,
-        "impression": study.impression,
-        "indication": study.indication,
-        "comparison": study.comparison,
+        **{name: getattr(study, name) for name in _TEXTS},
         "report": report,
         "finding_states": study.finding_states,
         "source": source.name,
@@ -198,13 +184,32 @@ def assemble_study(
     try:
         if study.finding_states is not None:
             row["finding_states"] = [int(state) for state in study.finding_states]
-        # As it will be written, but for the images' bytes: text that is not UTF-8, a number in place of a text...
-        names = [{"bytes": b"", "path": image["path"]} for image in images]
-        pa.RecordBatch.from_pylist([{**row, "images": names}], schema=STUDY_FEATURES.arrow_schema)
+        _check_row(row)
     except Exception as error:
-        fault("malformed", f"what was read of it is not in a study's form ({fault_of_study(error, quotes=False)})")
-        return Assembled(None, faults)
+        reason = f"the content does not have the form of a study ({fault_of_study(error, quotes=False)})"
+        return Assembled(None, [*faults, *skipped("malformed", reason).faults])
     return Assembled(row, faults)
+
+
+def _read_views(study: Study, image_form: ImageForm) -> tuple[list[dict], list[int], list[tuple[str, str]]]:
+    """Images and view ids of the readable views, and (kind, reason) of the others."""
+    images, views, faults = [], [], []
+    for number, (image, view) in enumerate(zip(study.images, study.views, strict=True)):
+        try:
+            images.append(image_form(image))
+            views.append(VIEWS.index(view))
+        except SkipStudy as skip:
+            faults.append((skip.kind, skip.reason))
+        except Exception as error:
+            name = image if isinstance(image, str) else f"view {number}"
+            faults.append(("unreadable image", f"{name}: {fault_of_study(error)}"))
+    return images, views, faults
+
+
+def _check_row(row: dict[str, Any]) -> None:
+    """Raise an error if a row cannot be written: text that is not UTF-8, a number in place of a text..."""
+    names = [{"bytes": b"", "path": image["path"]} for image in row["images"]]
+    pa.RecordBatch.from_pylist([{**row, "images": names}], schema=STUDY_FEATURES.arrow_schema)
 
 
 __all__ = ["SECTIONS", "Assembled", "Sections", "StudyListing", "assemble_study", "choose_report"]

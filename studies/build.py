@@ -1,13 +1,12 @@
-"""Builds a dataset of studies on disk: in shards, by several processes, and so that it can be gone on with.
+"""Build a dataset of studies on disk: in shards, by several processes, so that an interrupted build can continue.
 
-A build works in `OUTPUT.partial` and becomes `OUTPUT` in one step when it is whole.
+The dataset is built in `OUTPUT.partial`, which becomes `OUTPUT` in one step when it is complete.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import multiprocessing
 import os
 import shutil
@@ -20,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from tqdm.auto import tqdm
 
@@ -30,32 +29,30 @@ from ..runtime.output_lock import OutputLock
 from .assembly import SECTIONS, Sections, StudyListing, assemble_study
 from .card import dataset_card
 from .images import stored_image
-from .shards import SUMMARY, ShardWriter, check_output, publish_shards, put_in_place
+from .shards import WorkFolder, check_output, check_settings, row_batches, write_shard
 from .source import SPLITS, Skipped, StudyEntry, StudySource, option
 from .summary import OfficialCheck, SplitCounts, format_counts
 
-logger = logging.getLogger(__name__)
-
-#: Each study that was left out, and why.
+#: Each skipped study and the reason.
 SKIPPED = "skipped.jsonl"
-
-_SETTINGS, _SHARDS = "build.json", "shards"
 
 
 @dataclass
 class BuildOptions:
-    """How a dataset is built, whatever its source."""
+    """Options of a build that do not depend on the source."""
 
-    sections: Sections = option("What the report is made of.", "findings")
-    limit: int | None = option("Most studies taken of each split, from its start.", None, metavar="N")
+    _argument_group_name: ClassVar[str] = "options of the build"
+
+    sections: Sections = option("What the report consists of.", "findings")
+    limit: int | None = option("Take at most this many studies of each split, from its start.", None, metavar="N")
     shorter_side: int | None = option(
-        "Scale images down whose shorter side is longer than this.", None, metavar="PIXELS"
+        "Scale down images whose shorter side is longer than this.", None, metavar="PIXELS"
     )
-    keep_incomplete: bool = option("Keep a study when some, not all, of its images are missing or unreadable.", False)
-    strict: bool = option("End with an error at the first study that would be skipped.", False)
-    parquet_only: bool = option("Leave out the Arrow files of load_from_disk, and with them half of the size.", False)
+    keep_incomplete: bool = option("Keep a study if some, not all, of its images are missing or unreadable.", False)
+    strict: bool = option("Stop with an error at the first study that would be skipped.", False)
+    parquet_only: bool = option("Do not write the Arrow files of load_from_disk, which double the size.", False)
     studies_per_shard: int = option("Studies in a file.", 500, metavar="N")
-    num_proc: int = option("Processes.", 1, metavar="N")
+    num_proc: int = option("Number of processes.", 1, metavar="N")
 
     def __post_init__(self):
         if self.sections not in SECTIONS:
@@ -69,14 +66,14 @@ class BuildOptions:
 
 @dataclass
 class BuildReport:
-    """What a build kept and left out.
+    """What a build kept and what it skipped.
 
     Args:
         folder: the dataset.
-        counts: by split; those of studies whose split is not known are under None.
-        warnings: where the counts are not those the collection was published with.
-        licences: of the studies kept.
-        skipped: lines of `skipped.jsonl`.
+        counts: counts by split; those of studies with an unknown split are under None.
+        warnings: differences from the counts the collection was published with.
+        licences: licences of the studies kept.
+        skipped: number of lines of `skipped.jsonl`.
     """
 
     folder: Path
@@ -92,9 +89,20 @@ class BuildReport:
             lines.append(f"skipped: {self.skipped:,} faults, each with its reason in {self.folder / SKIPPED}")
         return "\n".join([*lines, f"dataset: {self.folder}"])
 
+    def summary(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The content of `summary.json`, from which [`from_summary`] restores the report."""
+        counts = {split or "none": asdict(counts) for split, counts in self.counts.items()}
+        content = {"licences": self.licences, "counts": counts, "warnings": self.warnings, "skipped": self.skipped}
+        return {"settings": settings, **content}
+
+    @classmethod
+    def from_summary(cls, folder: Path, summary: dict[str, Any]) -> BuildReport:
+        counts = {None if name == "none" else name: SplitCounts(**row) for name, row in summary["counts"].items()}
+        return cls(folder, counts, summary["warnings"], summary["licences"], summary["skipped"])
+
 
 class _Job(NamedTuple):
-    """A shard to be built: what was listed for it, and a digest of that."""
+    """A shard to be built from these listed studies."""
 
     split: str | None
     index: int
@@ -110,15 +118,18 @@ class _Job(NamedTuple):
 
 
 class _Shard(NamedTuple):
-    """A shard that is built; its file `NAME.json` holds this, and is written last."""
+    """A finished shard: the content of its file `NAME.json`, which is written last."""
 
     split: str | None
     name: str
     digest: str
-    rows: int
     counts: dict[str, int]
     licences: list[str]
     skipped: list[dict[str, Any]]
+
+    @property
+    def rows(self) -> int:
+        return self.counts["studies"]
 
 
 def build_studies_dataset(
@@ -128,84 +139,90 @@ def build_studies_dataset(
     resume: bool = False,
     overwrite: bool = False,
 ) -> BuildReport:
-    """Build the studies of a source into a folder that `load_from_disk` and `load_dataset` read.
+    """Write the studies of a source to a folder that `load_from_disk` and `load_dataset` read.
 
-    The folder holds Parquet shards under `data`, the same as Arrow files under the name of each split, a card,
-    `summary.json` with the counts, and `skipped.jsonl` with each study that was left out and why.
+    The folder holds Parquet files in `data`, the same studies as Arrow files in a folder for each split, a card,
+    `summary.json` with the counts, and `skipped.jsonl` with each skipped study and the reason.
 
     Args:
-        source: where the studies come from.
-        output: the folder. Until the build is whole there is only `OUTPUT.partial`.
-        options: how to build.
-        resume: go on with an interrupted build; shards whose studies are listed as they were are not built again, and
-            a build that is whole is left as it is.
-        overwrite: replace a dataset that is there, and start an interrupted build anew.
+        source: source of the studies.
+        output: the folder. Until the build is complete only `OUTPUT.partial` exists.
+        options: options of the build.
+        resume: continue an interrupted build: shards whose listed studies have not changed are kept, and a complete
+            build is left as it is.
+        overwrite: replace an existing dataset, and delete an interrupted build.
 
     Raises:
         OutputLockedError: another process builds this dataset.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the message says what is kept.
-        ValueError: a fault of the source, no study is left, the folder is there, an interrupted build is there and
-            neither `resume` nor `overwrite` says what is to become of it, or, if `strict`, any study is skipped.
+        ValueError: an error of the source, no study is left, the folder exists, an interrupted build exists and
+            neither `resume` nor `overwrite` is set, or, with `strict`, a study would be skipped.
     """
     options = options or BuildOptions()
-    # Of a link, what it points to is replaced.
+    # If the output is a link, its target is replaced.
     output = Path(os.path.realpath(output))
-    work = output.with_name(f"{output.name}.partial")
+    work = WorkFolder(output, _settings(source, options), "build")
     with OutputLock(output):
         try:
-            return _build_locked(source, output, work, options, resume, overwrite)
+            return _build_locked(source, work, options, resume, overwrite)
         except KeyboardInterrupt as stop:
             raise type(stop)(_kept(work)) from stop
 
 
-def _kept(work: Path) -> str:
-    """What an interrupted build has left, for people."""
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in (work / _SHARDS).glob("*.json")]
-    if not work.exists():
+def _kept(work: WorkFolder) -> str:
+    """What an interrupted build keeps, for the user."""
+    if not work.path.exists():
         return "nothing was built yet"
-    count = sum(record["counts"]["studies"] + record["counts"]["skipped"] for record in records)
-    return f"{count:,} studies in {len(records):,} whole shards are kept in {work}; --resume goes on with the others"
+    counts = [read_json(path)["counts"] for path in work.shards.glob("*.json")]
+    studies = sum(count["studies"] + count["skipped"] for count in counts)
+    return f"{studies:,} studies in {len(counts):,} complete shards are kept in {work.path}; --resume continues"
 
 
 def _build_locked(
-    source: StudySource, output: Path, work: Path, options: BuildOptions, resume: bool, overwrite: bool
+    source: StudySource, work: WorkFolder, options: BuildOptions, resume: bool, overwrite: bool
 ) -> BuildReport:
-    settings = _settings(source, options)
-    if resume and (output / SUMMARY).is_file():
-        return _finished(output, settings)
-    check_output(output, overwrite)
-    # Listed first: a fault of the source as a whole leaves nothing behind.
+    if resume:
+        summary = _finished(work, overwrite)
+        if summary is not None:
+            check_settings(work.output, summary["settings"], work.settings)
+            return BuildReport.from_summary(work.output, summary)
+    check_output(work.output, overwrite)
+    # Listed first: an error of the source leaves no files.
     listing = StudyListing(source, options.limit)
-    # What was published of these collections are the studies with findings.
+    # The published counts are of the studies with findings.
     comparable = options.limit is None and options.sections == "findings"
     official = OfficialCheck(source) if comparable else None
-    _enter(work, settings, resume, overwrite)
+    work.enter(resume, overwrite)
     shards = []
     jobs = _jobs(listing, official, options.studies_per_shard)
-    # Closed after an interruption, so that no process builds on when the lock is given back.
+    # Closed after an interruption, so that no process is building when the lock is released.
     with (
         tqdm(total=listing.total, unit="study", desc=source.name, disable=None) as bar,
-        closing(_build(jobs, source, options, work)) as built,
+        closing(_build(jobs, source, options, work.shards)) as built,
     ):
         for shard in built:
             shards.append(shard)
             bar.update(shard.counts["studies"] + shard.counts["skipped"])
-    # Processes end in any order.
+    # Processes finish in any order.
     shards.sort(key=lambda shard: ((*SPLITS, None).index(shard.split), shard.name))
     if not any(shard.rows for shard in shards):
-        shutil.rmtree(work)
+        shutil.rmtree(work.path)
         raise ValueError(_nothing_left(source, shards))
-    report = _report(output, shards, official)
-    _write_lines(work / SKIPPED, (fault for shard in shards for fault in shard.skipped))
-    card = dataset_card(source, report.counts, options.sections, report.licences)
-    write_text(work / "README.md", card)
-    kept = [(shard.split, shard.name) for shard in shards if shard.rows]
-    publish_shards(work / _SHARDS, work, kept, digest=_digest(shards, options))
-    _write_summary(work / SUMMARY, settings, report)
-    shutil.rmtree(work / _SHARDS)
-    (work / _SETTINGS).unlink()
-    put_in_place(output, work)
+    report = _report(work.output, shards, official)
+    # Reasons may quote text that is not UTF-8.
+    with (work.path / SKIPPED).open("w", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(json.dumps(fault, ensure_ascii=False) + "\n" for shard in shards for fault in shard.skipped)
+    write_text(work.path / "README.md", dataset_card(source, report.counts, options.sections, report.licences))
+    files = [(shard.split, work.shards / f"{shard.name}.parquet") for shard in shards if shard.rows]
+    work.publish(files, report.summary(work.settings), arrow=not options.parquet_only)
     return report
+
+
+def _finished(work: WorkFolder, overwrite: bool) -> dict[str, Any] | None:
+    try:
+        return work.finished(overwrite)
+    except ValueError as error:
+        raise ValueError(f"{error}: --overwrite builds the dataset again") from None
 
 
 def _report(output: Path, shards: list[_Shard], official: OfficialCheck | None) -> BuildReport:
@@ -221,64 +238,13 @@ def _report(output: Path, shards: list[_Shard], official: OfficialCheck | None) 
     return report
 
 
-def _write_summary(path: Path, settings: dict[str, Any], report: BuildReport) -> None:
-    counts = {split or "none": asdict(counts) for split, counts in report.counts.items()}
-    content = {"licences": report.licences, "counts": counts, "warnings": report.warnings, "skipped": report.skipped}
-    write_json(path, {"settings": settings, **content})
-
-
-def _finished(output: Path, settings: dict[str, Any]) -> BuildReport:
-    """The report of a build that is whole, provided that it is this one."""
-    summary = _read_json(output / SUMMARY)
-    _check_settings(output, summary["settings"], settings)
-    counts = {None if split == "none" else split: SplitCounts(**counts) for split, counts in summary["counts"].items()}
-    return BuildReport(output, counts, summary["warnings"], summary["licences"], summary["skipped"])
-
-
 def _settings(source: StudySource, options: BuildOptions) -> dict[str, Any]:
     build = {name: value for name, value in asdict(options).items() if name not in ("num_proc", "strict")}
-    settings = {"source": source.name, **{f"source.{name}": value for name, value in asdict(source).items()}, **build}
-    # Through JSON, so that they compare with what is read of a file.
-    return json.loads(json.dumps(settings, default=str))
-
-
-def _enter(work: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> None:
-    """Make the working folder, or check that the one that is there is of this build."""
-    if work.exists():
-        if overwrite:
-            shutil.rmtree(work)
-        elif not resume:
-            raise ValueError(
-                f"{work} is an interrupted build: --resume goes on with it, --overwrite starts anew and deletes it"
-            )
-        else:
-            _check_settings(work, _read_json(work / _SETTINGS), settings)
-            # Of a build that was cut off while its shards were being put in their places.
-            for path in work.iterdir():
-                if path.is_dir() and path.name != _SHARDS:
-                    shutil.rmtree(path)
-    (work / _SHARDS).mkdir(parents=True, exist_ok=True)
-    write_json(work / _SETTINGS, settings)
-
-
-def _check_settings(folder: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
-    for name in {**before, **settings}:
-        if before.get(name) != settings.get(name):
-            raise ValueError(
-                f"{folder} was built with {name}={before.get(name)!r}, not {settings.get(name)!r}: --overwrite starts "
-                "anew and deletes it"
-            )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except (OSError, ValueError):
-        raise ValueError(f"{path} is missing or damaged: --overwrite starts the build anew") from None
+    return {"source": source.name, **{f"source.{name}": value for name, value in asdict(source).items()}, **build}
 
 
 def _jobs(listing: StudyListing, official: OfficialCheck | None, size: int) -> Iterator[_Job]:
-    """Cut the listing into shards, each of one split."""
+    """Divide the listing into shards, each of one split."""
     buffers: dict[str | None, list] = {}
     built: dict[str | None, int] = {}
     for item in listing:
@@ -295,14 +261,13 @@ def _jobs(listing: StudyListing, official: OfficialCheck | None, size: int) -> I
             yield _Job(split, built.get(split, 0), buffer)
 
 
-def _build(jobs: Iterable[_Job], source: StudySource, options: BuildOptions, work: Path) -> Iterator[_Shard]:
-    """Build the shards, at most two for each process waiting, so that memory does not grow with their number."""
-    folder = work / _SHARDS
+def _build(jobs: Iterable[_Job], source: StudySource, options: BuildOptions, folder: Path) -> Iterator[_Shard]:
+    """Build the shards; at most two jobs for each process wait, so that memory does not grow with their number."""
     if options.num_proc == 1:
         for job in jobs:
             yield _build_shard(job, source, options, folder)
         return
-    # Forking a process that has Arrow's threads can hang.
+    # Forking a process that has Arrow's threads can deadlock.
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
     pool = ProcessPoolExecutor(
@@ -323,10 +288,10 @@ def _build(jobs: Iterable[_Job], source: StudySource, options: BuildOptions, wor
             yield from (future.result() for future in done)
     except BrokenProcessPool:
         raise ValueError(
-            f"a process of the build was killed (out of memory?): fewer --num-proc and --resume go on with {work}"
+            "a process of the build was killed (out of memory?): continue with a smaller --num-proc and --resume"
         ) from None
     finally:
-        # Shards that are being built are given up after an error or an interruption.
+        # After an error or an interruption, unfinished shards are abandoned.
         stop.set()
         pool.shutdown(cancel_futures=True)
 
@@ -337,7 +302,7 @@ _stop: Event
 
 def _start_process(parent: int, stop: Event, *state) -> None:
     global _process, _stop
-    # Ctrl-C reaches all processes of a terminal: the parent, which says what is kept, ends this one.
+    # Ctrl-C is sent to all processes of a terminal; the parent handles it and ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent(parent)
     _process, _stop = state, stop
@@ -354,7 +319,7 @@ def _build_shard(
     folder: Path,
     stopped: Callable[[], bool] = lambda: False,
 ) -> _Shard:
-    """Build one shard, or take it as it is if it was built of the same list before."""
+    """Build one shard, unless it was built from the same list before."""
     digest, record = job.digest, folder / f"{job.name}.json"
     before = _built(record, digest)
     if before is not None:
@@ -367,7 +332,7 @@ def _build_shard(
             raise ValueError(f"study {fault.id}, {fault.split or 'no split'}: {fault.kind}: {fault.reason}")
         skipped.append({**fault._asdict(), "kept": kept})
 
-    with ShardWriter(folder / job.name, arrow=not options.parquet_only) as writer:
+    def rows() -> Iterator[dict]:
         for item in job.items:
             if stopped():
                 raise CancelledError
@@ -380,28 +345,22 @@ def _build_shard(
             for fault in assembled.faults:
                 skip(fault, kept=assembled.row is not None)
             if assembled.row is not None:
-                writer.write(assembled.row)
                 licences.add(assembled.row["licence"])
-    shard = _Shard(job.split, job.name, digest, counts.studies, asdict(counts), sorted(licences), skipped)
+                yield assembled.row
+
+    write_shard(record.with_suffix(".parquet"), row_batches(rows()))
+    shard = _Shard(job.split, job.name, digest, asdict(counts), sorted(licences), skipped)
     write_json(record, shard._asdict())
     return shard
 
 
 def _built(record: Path, digest: str) -> _Shard | None:
-    if not record.is_file():
-        return None
     try:
         shard = read_json(record, parse=lambda content: _Shard(**content))
-    except ValueError:
+    except (OSError, ValueError):
         return None
-    whole = shard.rows == 0 or record.with_suffix(".parquet").is_file()
-    return shard if shard.digest == digest and whole else None
-
-
-def _digest(shards: list[_Shard], options: BuildOptions) -> str:
-    """A digest of what was built: `datasets` tells its caches apart by it."""
-    content = [(shard.name, shard.digest, shard.counts) for shard in shards]
-    return hashlib.sha256(repr((content, options.sections, options.shorter_side)).encode()).hexdigest()
+    complete = shard.rows == 0 or record.with_suffix(".parquet").is_file()
+    return shard if shard.digest == digest and complete else None
 
 
 def _nothing_left(source: StudySource, shards: list[_Shard]) -> str:
@@ -413,13 +372,6 @@ def _nothing_left(source: StudySource, shards: list[_Shard]) -> str:
         f"no study is left: all {len(faults):,} were skipped, the first ({first['id']}) for {first['kind']}: "
         f"{first['reason']}"
     )
-
-
-def _write_lines(path: Path, records: Iterable[dict]) -> None:
-    # As in `write_json`.
-    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        for record in records:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 __all__ = ["SKIPPED", "BuildOptions", "BuildReport", "build_studies_dataset"]

@@ -1,4 +1,4 @@
-"""Which DICOM objects are no chest radiographs, by what their headers say: Modality and BodyPartExamined."""
+"""Recognise DICOM objects that are not chest radiographs by Modality, SOP class and BodyPartExamined."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-#: Why a study or a view of it is left out, as `SKIP_KINDS` has it.
+#: The kind of this fault in `SKIP_KINDS`.
 NOT_CHEST = "not a chest radiograph"
 
-#: The elements that are read.
+#: Elements that are read.
 CHEST_TAGS = ("Modality", "BodyPartExamined", "SOPClassUID")
 
-#: Modalities that are no projection radiographs: the defined terms of DICOM PS3.3 C.7.3.1.1.1, and names in use beside
-#: them. CR, DX, DR, RF, scanned film and unknown ones are kept.
+#: Modalities that are not projection radiographs: defined terms of DICOM PS3.3 C.7.3.1.1.1 and other names in use. CR,
+#: DX, DR, RF, scanned film and unknown ones are kept.
 _OTHER_MODALITIES = re.compile(
     "AR|ASMT|AU|BDUS|BI|BMD|CFM|CS|CT|DG|DMS|DOC|ECG|EEG|EMG|EOG|EPS|ES|FA|FID|FS|GM|HD|IO|IOL|IVOCT|IVUS|KER|KO|LEN|"
     "LP|LS|M3D|MA|MG|MR|MS|NM|OAM|OCT|OP|OPM|OPT|OPTBSV|OPTENF|OPV|OSS|PLAN|PR|PT|PX|REG|RESP|RT(?:DOSE|IMAGE|INTENT|"
@@ -24,7 +24,7 @@ _OTHER_MODALITIES = re.compile(
     "CBCT|CTA|CTPT|MAMMO|MRA|MRI|MRT|PET|PETCT|SPECT|ULTRASOUND|USG"
 )
 
-#: What a storage SOP class holds, by what follows its root, where Modality is blank.
+#: Content of storage SOP classes, by the part after their root; used if Modality is blank.
 _STORAGE = "1.2.840.10008.5.1.4.1.1."
 _OTHER_CLASSES = {
     "1.2": "mammography",
@@ -42,7 +42,7 @@ _OTHER_CLASSES = {
     "481": "radiotherapy",
 }
 
-#: The chest in the languages of archives, and what says nothing of the body part.
+#: The chest in several languages, and values without information about the body part.
 _CHEST = re.compile(r"CHEST|CHST|CXR|THORA|TORA|LUNG|PULM|POUMON|PECHO|BRUST|RINTA|BROST|KLATK|ГРУД|ЛЕГК|胸|肺")
 _NO_CHEST = re.compile(r"SPINE|SPINAL|VERTEB|WIRBEL|COLUMN|RACHIS|LUMB")
 _UNKNOWN = re.compile(
@@ -51,10 +51,10 @@ _UNKNOWN = re.compile(
 
 
 def chest_fault(header: Mapping[str, Any]) -> str | None:
-    """What says that an object is no chest radiograph; None where nothing does.
+    """Why an object is not a chest radiograph; None if it may be one.
 
     Args:
-        header: values of `CHEST_TAGS`, as far as they are there.
+        header: values of `CHEST_TAGS`, as far as present.
     """
     modality, body_part = (_words(header.get(tag)) for tag in ("Modality", "BodyPartExamined"))
     if any(_OTHER_MODALITIES.fullmatch(word) for word in [*modality.split(), modality.replace(" ", "")]):
@@ -71,7 +71,7 @@ def chest_fault(header: Mapping[str, Any]) -> str | None:
 
 
 def dicom_chest_fault(data: bytes) -> str | None:
-    """As [`chest_fault`], of the bytes of a DICOM file that can be read."""
+    """As [`chest_fault`], for the bytes of a readable DICOM file."""
     import pydicom
 
     with warnings.catch_warnings():
@@ -81,15 +81,15 @@ def dicom_chest_fault(data: bytes) -> str | None:
 
 
 def header_value(header: Any, tag: str) -> Any | None:
-    """The value of an element; None where it is not there or damaged."""
+    """The value of an element; None if it is missing or damaged."""
     try:
         return header.get(tag)
-    except Exception:  # values are parsed here: a number may be none, a sequence damaged
+    except Exception:  # values are parsed on access and may be damaged
         return None
 
 
 def _words(value: Any) -> str:
-    """A value in capitals without accents, its words with single spaces between."""
+    """A value in capitals, without accents, with single spaces between words."""
     texts = [value] if isinstance(value, str) or value is None else list(value)
     text = " ".join(str(text) for text in texts if text is not None)
     text = "".join(char for char in unicodedata.normalize("NFKD", text) if not unicodedata.combining(char))

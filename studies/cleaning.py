@@ -1,8 +1,8 @@
-"""Report cleaning as the field scores it: R2Gen's cleaners, bit for bit.
+"""Report cleaning for scores: R2Gen's cleaners, bit for bit.
 
-Published scores are computed on strings cleaned this way, so the accidents are kept: text is substituted a fixed number
-of times rather than until nothing changes, "1. " goes wherever it stands (also from "T11. "), numbers above 5 stay,
-decimal points vanish ("0.5" becomes "05"), empty sentences are kept, and an empty report becomes " .".
+Published scores are computed on strings cleaned this way, so its accidents are reproduced: text is substituted a fixed
+number of times rather than until nothing changes, "1. " is removed everywhere (also from "T11. "), numbers above 5
+are kept, decimal points are removed ("0.5" becomes "05"), empty sentences are kept, and "" becomes " .".
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _ENUMERATION = (
     *((f" {number}. ", ". ") for number in range(2, 6)),
 )
 
-#: What is replaced in the whole report, in order. A row that stands n times halves a run n times.
+#: Substitutions in the whole report, in order; a repeated one halves a run of characters each time.
 _SUBSTITUTIONS = {
     "r2gen_iu": (*[("..", ".")] * 3, *_ENUMERATION),
     "r2gen_mimic": (
@@ -25,9 +25,9 @@ _SUBSTITUTIONS = {
     ),
 }
 
-#: Dropped from a sentence before its ends are stripped, and after: what the second uncovers is not stripped again.
+#: Characters removed from a sentence before its ends are stripped, and after.
 _DROPPED_FIRST = str.maketrans("", "", "\"/\\'")
-#: R2Gen's class `[.,?;*!%^&_+():-\[\]{}]` holds a range, from ":" to "[": "<", "=", ">" and "@" go, and "-" stays.
+#: R2Gen's class `[.,?;*!%^&_+():-\[\]{}]` has a range from ":" to "[": it contains "<", "=", ">", "@", not "-".
 _DROPPED_LAST = str.maketrans("", "", ".,?;*!%^&_+()[]{}:<=>@")
 
 CLEANING_STYLES: tuple[str, ...] = (*_SUBSTITUTIONS, "none")

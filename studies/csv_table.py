@@ -1,4 +1,4 @@
-"""Source `csv`: a table of images and reports, as anyone can write one."""
+"""Source `csv`: a table of images and reports."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PureWindowsPath
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-from .csv_rows import Place, Row, check_encoding, read_rows
+from .csv_rows import Row, check_encoding, read_rows
 from .placeholders import present_text, shown_value
 from .source import (
     Skipped,
@@ -20,6 +20,7 @@ from .source import (
     needed_file,
     needed_folder,
     option,
+    parse_pairs,
     path_inside,
     seeded_split,
 )
@@ -27,7 +28,7 @@ from .views import view_named
 
 _TEXTS = ("findings", "impression", "indication", "comparison")
 
-#: What a column can be for, and the names by which it is found; `report` is the findings where no column is called so.
+#: Fields of a row and the names of their columns; `report` is the findings unless there is a column of findings.
 _FIELDS: dict[str, tuple[str, ...]] = {
     "image": ("image",),
     "study_id": ("study_id", "id"),
@@ -44,10 +45,10 @@ _SPLIT_NAMES = {
     "test": "test",
 }
 
-#: What `surrogateescape` makes of bytes that are not in the table's encoding.
+#: `surrogateescape` decodes invalid bytes to these.
 _NO_TEXT = re.compile("[\udc80-\udcff]")
 
-#: Files that are given for a CSV by mistake, told by their first bytes.
+#: First bytes of files that are given instead of a CSV by mistake.
 _OTHER_FILES = {
     b"PK\x03\x04": "an Excel workbook or another zip file",
     b"\x1f\x8b": "compressed with gzip",
@@ -58,38 +59,39 @@ _OTHER_FILES = {
 
 @dataclass
 class CSVSource(StudySource):
-    """Studies of a table with the columns `image` and `report`, or `findings` and/or `impression` for `report`.
+    """Studies from a table with the columns `image` and `report`, or `findings` and/or `impression` for `report`.
 
     Optional columns are `study_id` (or `id`), `patient_id`, `view` (frontal, lateral, unknown; PA, AP, LL, RL, LAT),
-    `split` (train, val, test), `indication` and `comparison`. Names match with case, spaces and underscores aside;
-    other columns are ignored. `report` is taken as the findings unless there is a column of findings.
+    `split` (train, val, test), `indication` and `comparison`. Names are matched without case, spaces and underscores;
+    other columns are ignored. `report` is the findings unless there is a column of findings.
 
-    Rows of one `study_id` are one study, its views in the order of the rows; its texts stand in one row, or the same in
-    several. Without the column, a row is a study, and its id is the path of its image without the suffix. Without
-    `split`, patients (studies where no patient is named) are dealt to the splits.
+    Rows with the same `study_id` are one study with its views in the order of the rows; its texts are in one row, or
+    repeated in several. Without this column, each row is a study, and its id is the path of its image without suffix.
+    Without `split`, patients (or studies if no patient is given) are assigned to splits at random.
 
-    In memory is kept where the rows of each study begin; texts are read when the study is.
+    The table is read into memory.
     """
 
     name = "csv"
+    example = "--table reports.csv --images images --output studies"
+    collection = "a table of images and reports"
 
     table: str = option(
-        "Table of the studies: CSV, separated by commas or semicolons, or by tabs where it is called .tsv.",
-        metavar="FILE",
+        "Table of the studies: a CSV with commas or semicolons, or with tabs if its name ends in .tsv.", metavar="FILE"
     )
     images: str | None = option(
-        "Folder to which the images' paths are relative; the table's own unless given.", None, metavar="FOLDER"
+        "Folder of the images, to which their paths are relative. Default: the folder of the table.",
+        None,
+        metavar="FOLDER",
     )
-    column: list[str] = option(
-        "Columns that have names of their own, as in report=text image=file.", [], metavar="FIELD=COLUMN"
-    )
+    column: list[str] = option("Columns with other names, as in report=text image=file.", [], metavar="FIELD=COLUMN")
     split_shares: list[float] = option(
-        "Shares of the patients in train, validation and test, where the table has no split.",
+        "Shares of the patients in train, validation and test, if the table has no split.",
         [0.8, 0.1, 0.1],
         metavar="SHARE",
     )
     seed: int = option("Seed of that split.", 0)
-    licence: str = option("Licence under which the studies are used.", "", metavar="NAME")
+    licence: str = option("Licence of the studies.", "", metavar="NAME")
     encoding: str = option("Encoding of the table.", "utf-8", metavar="NAME")
 
     def __post_init__(self):
@@ -99,68 +101,59 @@ class CSVSource(StudySource):
         seeded_split((), self.seed, self.split_shares)
         self.encoding = "utf-8" if self.encoding.lower() in ("utf-8-sig", "utf_8_sig") else self.encoding
         check_encoding(self.encoding)
-        with open(self.table, "rb") as file:
-            self._delimiter, header, self._begin = self._header(file)
-        self._width = len(header)
-        self._columns = self._find_columns(header)
+        self._listing: list[StudyEntry | Skipped] | None = None
+        header, _ = self._read()
+        self._width, self._columns = len(header), self._find_columns(header)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Entries hold everything that is read.
+        return {**self.__dict__, "_listing": None}
 
     def entries(self) -> Iterator[StudyEntry | Skipped]:
-        studies: dict[str | int, _Listed] = {}
-        for row in self._rows():
-            key, listed = self._list(row)
-            studies[key] = studies[key].with_row(listed) if key in studies else listed
-        if not studies:
-            raise ValueError(f"{self.table} has no row below its header: expected one an image")
-        dealt: dict[str, str] = {}
-        if "split" not in self._columns:
-            patients = (listed.patient_id or listed.id for listed in studies.values() if not listed.fault)
-            dealt = seeded_split(patients, self.seed, self.split_shares)
-        for listed in studies.values():
-            patient_id = listed.patient_id or listed.id
-            split = listed.split or dealt.get(patient_id)
-            if listed.fault:
-                yield Skipped(listed.id, split, "malformed", f"{self.table}, {listed.fault}")
-            else:
-                yield StudyEntry(listed.id, patient_id, split, listed.places)
+        if self._listing is None:
+            self._listing = self._list()
+        yield from self._listing
 
     def read(self, entry: StudyEntry) -> Study:
-        images, views, first = [], [], {}
-        with open(self.table, "rb") as file:
-            for place in entry.location:
-                row = next(read_rows(file, self.encoding, self._delimiter, place), None)
-                if row is None or row.fault or len(row.cells) != self._width:
-                    raise SkipStudy("malformed", f"{self.table}, line {place.line}: it changed since it was listed")
-                images.append(self._image(row))
-                views.append(view_named(self._cell(row, "view")))
-                for text in _TEXTS:
-                    value = present_text(self._cell(row, text), text)
-                    told, line = first.setdefault(text, (value, place.line)) if value else (value, place.line)
-                    if told != value:
-                        reason = f"{text} is not the one of line {line}: expected the same or a blank in a study's rows"
-                        raise SkipStudy("malformed", f"{self.table}, line {place.line}: {reason}")
-        return Study(images, views, **{text: value for text, (value, _) in first.items()}, licence=self.licence)
+        texts: dict[str, tuple[str, int]] = {}
+        for row in entry.location:
+            for name, value in zip(_TEXTS, row.texts, strict=True):
+                first, line = texts.setdefault(name, (value, row.line)) if value else (value, row.line)
+                if first != value:
+                    reason = f"{name} differs from line {line}: expected the same or a blank in all rows of a study"
+                    raise SkipStudy("malformed", f"{self.table}, line {row.line}: {reason}")
+        return Study(
+            images=[row.image for row in entry.location],
+            views=[row.view for row in entry.location],
+            **{name: value for name, (value, _) in texts.items()},
+            licence=self.licence,
+        )
 
-    def _header(self, file: BinaryIO) -> tuple[str, list[str], Place]:
-        """The table's delimiter, its header and where its rows begin."""
-        line = file.readline()
+    def _read(self) -> tuple[list[str], Iterator[Row]]:
+        """The header of the table, and an iterator over the rows below it."""
+        with open(self.table, "rb") as file:
+            lines = file.readlines()
+        first = lines[0] if lines else b""
         for first_bytes, what in _OTHER_FILES.items():
-            if line.startswith(first_bytes):
+            if first.startswith(first_bytes):
                 raise ValueError(f"{self.table} is {what}: expected a CSV, saved as UTF-8")
-        if b"\r" in line.rstrip(b"\r\n"):
+        if b"\r" in first.rstrip(b"\r\n"):
             raise ValueError(f"{self.table} ends its lines with CR alone: expected LF, as in Excel's 'CSV UTF-8'")
         delimiter = "\t" if self.table.lower().endswith((".tsv", ".tab")) else ","
-        if delimiter == "," and b"," not in line and b";" in line:
+        if delimiter == "," and b"," not in first and b";" in first:
             delimiter = ";"
-        begin = Place(1, len(b"\xef\xbb\xbf") if line.startswith(b"\xef\xbb\xbf") else 0)
-        row = next(read_rows(file, self.encoding, delimiter, begin), None)
-        if row is None:
+        lines[:1] = [first.removeprefix(b"\xef\xbb\xbf")]
+        # Invalid bytes become surrogates, so that only their row is rejected.
+        rows = read_rows([line.decode(self.encoding, "surrogateescape") for line in lines], delimiter)
+        header = next(rows, None)
+        if header is None:
             raise ValueError(f"{self.table} is empty: expected a header with the columns image and report")
-        if row.fault:
-            raise ValueError(f"{self.table}, header: {row.fault}")
-        return delimiter, [cell.strip() for cell in row.cells], row.end
+        if header.fault:
+            raise ValueError(f"{self.table}, header: {header.fault}")
+        return [cell.strip() for cell in header.cells], rows
 
     def _find_columns(self, header: list[str]) -> dict[str, int]:
-        """Positions of the columns that are there, by what they are for."""
+        """Positions of the columns by field."""
         places: dict[str, list[int]] = {}
         for place, name in enumerate(header):
             places.setdefault(_fold(name), []).append(place)
@@ -170,20 +163,20 @@ class CSVSource(StudySource):
         def find(name: str) -> int | None:
             found = places.get(_fold(name), [])
             if len(found) > 1:
-                raise ValueError(f"{self.table} has {len(found)} columns {name!r}, case and spaces aside: expected one")
+                raise ValueError(f"{self.table} has {len(found)} columns {name!r} (ignoring case and spaces)")
             return found[0] if found else None
 
-        for pair in self.column:
-            field, equals, name = (part.strip() for part in pair.partition("="))
-            field = next((known for known in _FIELDS if _fold(field) in map(_fold, _FIELDS[known])), None)
+        form = f"FIELD=COLUMN, fields: {', '.join(_FIELDS)}"
+        for given, name in parse_pairs("column", self.column, form):
+            field = next((known for known in _FIELDS if _fold(given) in map(_fold, _FIELDS[known])), None)
             field = "findings" if field == "report" else field
-            if not equals or field is None:
-                raise ValueError(f"option 'column' has {pair!r}: expected FIELD=COLUMN, fields: {', '.join(_FIELDS)}")
+            if field is None:
+                raise ValueError(f"option 'column' has '{given}={name}': expected {form}")
             if field in columns:
                 raise ValueError(f"option 'column' names the field {field!r} twice: expected it once")
             place = find(name)
             if place is None:
-                raise ValueError(f"option 'column' has {pair!r}, and {self.table} no such column: {shown}")
+                raise ValueError(f"option 'column' has '{given}={name}', and {self.table} no such column: {shown}")
             columns[field] = place
         claimed = set(columns.values())
         for field, names in _FIELDS.items():
@@ -194,95 +187,113 @@ class CSVSource(StudySource):
         report = columns.pop("report", None)
         if report is not None:
             columns.setdefault("findings", report)
-        for field, there in (("image", "image" in columns), ("report", columns.keys() & {"findings", "impression"})):
-            if not there:
+        for field, present in (("image", "image" in columns), ("report", columns.keys() & {"findings", "impression"})):
+            if not present:
                 raise ValueError(
-                    f"{self.table} has no column {field!r}; its columns: {shown}; where it has another name, "
-                    f"option 'column' tells it: {field}=NAME"
+                    f"{self.table} has no column {field!r}; its columns: {shown}; if it has another name, "
+                    f"set option 'column': {field}=NAME"
                 )
         return columns
 
-    def _rows(self) -> Iterator[Row]:
-        with open(self.table, "rb") as file:
-            yield from read_rows(file, self.encoding, self._delimiter, self._begin)
+    def _list(self) -> list[StudyEntry | Skipped]:
+        studies: dict[str | int, _Listed] = {}
+        for row in self._read()[1]:
+            key, listed = self._study(row)
+            studies[key] = studies[key].with_row(listed) if key in studies else listed
+        if not studies:
+            raise ValueError(f"{self.table} has no row below its header: expected one for each image")
+        dealt: dict[str, str] = {}
+        if "split" not in self._columns:
+            patients = (listed.patient_id or listed.id for listed in studies.values() if not listed.fault)
+            dealt = seeded_split(patients, self.seed, self.split_shares)
+        listing: list[StudyEntry | Skipped] = []
+        for listed in studies.values():
+            patient_id = listed.patient_id or listed.id
+            split = listed.split or dealt.get(patient_id)
+            if listed.fault:
+                listing.append(Skipped(listed.id, split, "malformed", f"{self.table}, {listed.fault}"))
+            else:
+                listing.append(StudyEntry(listed.id, patient_id, split, listed.views))
+        return listing
 
-    def _cell(self, row: Row, field: str) -> str:
-        place = self._columns.get(field)
-        return "" if place is None or place >= len(row.cells) else row.cells[place].strip()
-
-    def _image(self, row: Row) -> str | None:
-        """The path of a row's image; None where that is not inside the folder."""
-        path = self._cell(row, "image")
-        if PureWindowsPath(path).anchor:
-            return None
-        return path_inside(self.images, path.replace("\\", "/"))
-
-    def _list(self, row: Row) -> tuple[str | int, _Listed]:
-        """A row as the study it would be alone, and what tells it from other studies: its id, or its place."""
-        split = None
+    def _study(self, row: Row) -> tuple[str | int, _Listed]:
+        """A row as a study of its own, and its key, which is the same for all rows of a study."""
+        cells = {field: row.cells[place].strip() for field, place in self._columns.items() if place < len(row.cells)}
+        split, fault, image = None, row.fault, ""
         try:
-            if row.fault:
-                raise ValueError(row.fault)
-            if len(row.cells) != self._width:
+            if not fault and len(row.cells) != self._width:
                 raise ValueError(f"{len(row.cells)} cells, expected {self._width} as in the header")
-            for field in self._columns:
-                self._check(row, field)
-            # Below the other checks, so that the split of no faulty row is counted on.
-            split = _SPLIT_NAMES[self._cell(row, "split").casefold()] if "split" in self._columns else None
-            fault = None
+            if not fault:
+                for field, cell in cells.items():
+                    self._check(field, cell)
+                image = self._image_path(cells["image"])
+                split = _SPLIT_NAMES[cells["split"].casefold()] if "split" in cells else None
         except ValueError as error:
-            first, last = row.begin.line, row.end.line - 1
-            fault = f"line {first}: {error}" if first == last else f"lines {first} to {last}: {error}"
-        name = self._cell(row, "study_id")
-        if fault and not name:
-            name = f"line {row.begin.line}"
-        key = name if "study_id" in self._columns else row.begin.line
-        study_id = name or os.path.splitext(os.path.relpath(self._image(row), self.images))[0].replace(os.sep, "/")
-        return key, _Listed(_whole(study_id), _whole(self._cell(row, "patient_id")), split, (row.begin,), fault)
+            fault = str(error)
+        name = cells.get("study_id", "")
+        if fault:
+            name, fault = name or f"line {row.first}", f"{row.place}: {fault}"
+        key = name if "study_id" in self._columns else row.first
+        study_id = name or os.path.splitext(os.path.relpath(image, self.images))[0].replace(os.sep, "/")
+        texts = tuple(present_text(cells.get(text, ""), text) for text in _TEXTS)
+        view = _View(row.first, image, view_named(cells.get("view", "")), texts)
+        return key, _Listed(_writable(study_id), _writable(cells.get("patient_id", "")), split, (view,), fault)
 
-    def _check(self, row: Row, field: str) -> None:
-        cell = self._cell(row, field)
+    def _check(self, field: str, cell: str) -> None:
         if not cell.isascii() and _NO_TEXT.search(cell):
-            raise ValueError(f"{field} is not {self.encoding} text: option 'encoding' says what the table is")
+            raise ValueError(f"{field} is not {self.encoding} text: set option 'encoding' to that of the table")
         if "\0" in cell:
             raise ValueError(f"{field} holds a NUL byte: expected text")
         if field in ("image", "study_id") and not cell:
             raise ValueError(f"{field} is blank: expected one in each row")
-        if field == "image" and self._image(row) is None:
+        if field == "image" and self._image_path(cell) is None:
             raise ValueError(
                 f"image {shown_value(cell)} leaves the folder of images: expected a path inside {self.images}"
             )
         if field == "split" and cell.casefold() not in _SPLIT_NAMES:
             raise ValueError(f"split is {shown_value(cell)}: expected one of {', '.join(_SPLIT_NAMES)}")
 
+    def _image_path(self, path: str) -> str | None:
+        """The full path of an image; None if it is outside the folder."""
+        return None if PureWindowsPath(path).anchor else path_inside(self.images, path.replace("\\", "/"))
+
+
+class _View(NamedTuple):
+    """A row of a study."""
+
+    line: int
+    image: str
+    view: str
+    texts: tuple[str, ...]
+
 
 class _Listed(NamedTuple):
-    """A study as far as its rows have been seen; `split` is None where the table does not say it."""
+    """A study from the rows read so far; `split` is None if the table has none."""
 
     id: str
     patient_id: str
     split: str | None
-    places: tuple[Place, ...]
+    views: tuple[_View, ...]
     fault: str | None
 
     def with_row(self, other: _Listed) -> _Listed:
-        """The study with one row more. The first fault stays: a study without one of its views is another study."""
+        """The study with another row. A fault in one row is a fault of the study; the first one is kept."""
         fault = self.fault or other.fault
         for field in ("patient_id", "split"):
             mine, its = getattr(self, field), getattr(other, field)
             if not fault and mine != its and (field == "split" or (mine and its)):
-                lines = f"lines {self.places[0].line} and {other.places[0].line}"
+                lines = f"lines {self.views[0].line} and {other.views[0].line}"
                 fault = f"{lines}: {field.replace('_id', '')} {mine!r} and {its!r} in the study {self.id}, expected one"
         patient_id, split = self.patient_id or other.patient_id, self.split or other.split
-        return _Listed(self.id, patient_id, split, self.places + other.places, fault)
+        return _Listed(self.id, patient_id, split, self.views + other.views, fault)
 
 
 def _fold(name: str) -> str:
     return "".join(name.replace("_", " ").split()).casefold()
 
 
-def _whole(text: str) -> str:
-    """Text that can be written: what stands for bytes that are none becomes a question mark."""
+def _writable(text: str) -> str:
+    """Text with invalid bytes replaced by question marks."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 

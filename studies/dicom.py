@@ -1,4 +1,4 @@
-"""Source `dicom`: folders of DICOM files with their reports, as text files, beside them."""
+"""Source `dicom`: folders of DICOM files with their reports as text files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .report_sections import parse_sections, text_without_trailer
 from .source import VIEWS, Skipped, SkipStudy, Study, StudyEntry, StudySource, needed_folder, option, seeded_split
 from .views import view_named
 
-#: All that is read of a header. Of the first three, nothing but which files belong together leaves this module.
+#: Elements of a header that are read. The first three are only used to group the files.
 _TAGS = [
     "StudyInstanceUID",
     "PatientID",
@@ -30,34 +30,33 @@ _TAGS = [
 ]
 
 _DIRECTORY = "1.2.840.10008.1.3.10"  # a DICOMDIR
-#: Objects that lie beside images and are none: presentation states, raw data, structured reports, PDF and the like.
+#: Objects without an image: presentation states, raw data, structured reports, PDF and similar ones.
 _NO_IMAGES = tuple(f"1.2.840.10008.5.1.4.1.1.{branch}" for branch in ("11.", "66", "88.", "104."))
 
 
 @dataclass
 class DICOMSource(StudySource):
-    """Studies of a folder of DICOM files, at any depth; a file is told by its name (.dcm, .dicom) or by its content.
+    """Studies from DICOM files in a folder, at any depth; a file is recognised by its suffix (.dcm, .dicom) or content.
 
-    Files of one StudyInstanceUID are a study, frontal views first. Its report is, in this order: the text file with the
-    name of one of its files (`a.dcm`, `a.txt`); the only text file in its folder; the text file with the name of its
-    folder beside that (`s1/`, `s1.txt`); a `report.txt` further up. All but the first hold for folders with no other
-    study. A text with headers is taken apart into its sections; one without is the findings.
+    Files with the same StudyInstanceUID are a study, frontal views first. Its report is the first that exists of: the
+    text file with the name of one of its files (`a.dcm`, `a.txt`); the only text file in its folder; the text file with
+    the name of its folder beside it (`s1/`, `s1.txt`); a `report.txt` in a folder above. All but the first require that
+    the folder holds no other study. A text with headers is split into sections; one without is the findings.
 
-    Nothing of a header is passed on but the view. Patients are `patient-1`, `patient-2`, ... in the order of the files
-    (where PatientID is blank, a study is a patient), and **a study's id is the path of its folder, or of its first
-    file: names of files and folders that tell who the patient is must be changed before**. Where BurnedInAnnotation
-    says that the pixels tell it, the study is left out. Reports are passed on as they are. What Modality or
-    BodyPartExamined says is no chest radiograph is left out.
-
-    Objects without an image (structured reports, presentation states) are no views. Headers are read once, and a few
-    hundred bytes a file are kept of them.
+    Only the view is copied from a header. Patients are `patient-1`, `patient-2`, ... in the order of the files (if
+    PatientID is blank, each study is a patient). **A study's id is the path of its folder or of its first file: rename
+    files and folders whose names identify patients.** A study is skipped if BurnedInAnnotation is YES, because its
+    pixels may identify the patient, and if Modality or BodyPartExamined is not that of a chest radiograph. Reports are
+    not changed.
     """
 
     name = "dicom"
+    example = "--folder archive --output studies"
+    collection = "folders of DICOM files with reports"
 
     folder: str = option("Folder of the DICOM files.", metavar="FOLDER")
     reports: str | None = option(
-        "Folder of the reports, laid out as the other is; reports lie beside the files unless given.",
+        "Folder of the reports, with the same structure. Default: the reports are beside the files.",
         None,
         metavar="FOLDER",
     )
@@ -65,9 +64,9 @@ class DICOMSource(StudySource):
         "Shares of the patients in train, validation and test.", [0.8, 0.1, 0.1], metavar="SHARE"
     )
     seed: int = option("Seed of the split.", 0)
-    licence: str = option("Licence under which the studies are used.", "", metavar="NAME")
+    licence: str = option("Licence of the studies.", "", metavar="NAME")
     encoding: str = option("Encoding of the reports.", "utf-8", metavar="NAME")
-    burned_in: bool = option("Keep images with text burned into the pixels, which may tell who the patient is.", False)
+    burned_in: bool = option("Keep images with text burned into the pixels, which may identify the patient.", False)
 
     def __post_init__(self):
         self.folder = str(needed_folder(self.folder, "folder", "the folder of DICOM files"))
@@ -99,7 +98,7 @@ class DICOMSource(StudySource):
         text = texts.pop()
         sections = parse_sections(text)
         if not any((sections.findings, sections.impression, sections.indication, sections.comparison)):
-            # In a text with headers a word or two are a title; alone in a file ("Normal.") they are the report.
+            # One or two words are a title in a text with headers, but a report ("Normal.") in a text without.
             text = text_without_trailer(text)
             sections = sections._replace(findings="" if ":" in text else text)
         return Study(
@@ -118,7 +117,9 @@ class DICOMSource(StudySource):
             with open(path, encoding="utf-8-sig" if self.encoding == "utf-8" else self.encoding) as file:
                 return file.read().strip()
         except UnicodeDecodeError as error:
-            reason = f"{path} is not {self.encoding} text (byte {error.start}): option 'encoding' says what reports are"
+            reason = (
+                f"{path} is not {self.encoding} text (byte {error.start}): set option 'encoding' to that of the reports"
+            )
             raise SkipStudy("malformed", reason) from None
         except OSError as error:
             raise SkipStudy("empty report", f"{path} cannot be read ({error.strerror})") from None
@@ -128,8 +129,8 @@ class DICOMSource(StudySource):
         if not studies and not skipped:
             raise ValueError(f"{self.folder} holds no DICOM file: option 'folder' names a folder of .dcm files")
         texts = _texts(self.reports)
-        # How many studies each folder holds, however deep: its name and its report are a study's that is alone there.
-        # What cannot be read counts too, since a report that lies there may be of it.
+        # Number of studies in each folder and below. The name and the report of a folder belong to its only study.
+        # Unreadable files count, because the report may be theirs.
         groups = [[one.name for one in study.files] for study in studies] + [[one.id] for one in skipped]
         held = Counter(folder for names in groups for folder in {up for name in names for up in _above(name)})
         dealt = seeded_split((study.patient_id for study in studies), self.seed, self.split_shares)
@@ -154,7 +155,7 @@ class DICOMSource(StudySource):
         return listing
 
     def _studies(self) -> tuple[list[_DICOMStudy], list[Skipped]]:
-        """The studies of the folder in the order of their first files, and the files that are none."""
+        """The studies in the order of their first files, and the files that cannot be used."""
         studies: dict[Any, _DICOMStudy] = {}
         patients: dict[Any, str] = {}
         skipped = []
@@ -166,10 +167,12 @@ class DICOMSource(StudySource):
                 skipped.append(_no_study(name, "unreadable image", f"{path} cannot be read ({error.strerror})"))
                 continue
             if header is None and name.lower().endswith((".dcm", ".dicom")):
-                skipped.append(_no_study(name, "malformed", f"{path} is not a DICOM file, though it is called one"))
+                skipped.append(
+                    _no_study(name, "malformed", f"{path} is not a DICOM file: expected one, because of its suffix")
+                )
             if header is None or header.get("SOPClassUID") == _DIRECTORY:
                 continue
-            # A blank UID or PatientID is nobody's: the file, or the study, stands for itself.
+            # A file without a UID is a study, and a study without a PatientID is a patient.
             uid = str(header.get("StudyInstanceUID") or "").strip() or (name,)
             if uid not in studies:
                 patient = str(header.get("PatientID") or "").strip() or (uid,)
@@ -179,7 +182,7 @@ class DICOMSource(StudySource):
 
 
 class _File(NamedTuple):
-    """A DICOM file of a study: its name below the folder, and the little of its header that is needed."""
+    """A DICOM file of a study: its path in the folder, and values from its header."""
 
     name: str
     view: str
@@ -200,13 +203,16 @@ class _DICOMStudy:
 
     def fault(self, burned_in: bool) -> tuple[str, str] | None:
         if not self.images:
-            return "unreadable image", f"{self.files[0].name}: DICOM without pixels, as are all files of the study"
+            return "unreadable image", f"{self.files[0].name}: no file of the study has pixels"
         others = [one for one in self.images if one.other]
         if len(others) == len(self.images):
-            return NOT_CHEST, f"{others[0].name}: {others[0].other}; so are all images of the study"
+            return NOT_CHEST, f"{others[0].name}: {others[0].other}; the same holds for all images of the study"
         named = next((one.name for one in self.images if one.burned_in), None)
         if named and not burned_in:
-            return "malformed", f"{named}: BurnedInAnnotation is YES, they may name the patient (option 'burned_in')"
+            return (
+                "malformed",
+                f"{named}: BurnedInAnnotation is YES, the pixels may identify the patient (option 'burned_in')",
+            )
         return None
 
 
@@ -215,7 +221,7 @@ def _no_study(name: str, kind: str, reason: str) -> Skipped:
 
 
 def _files(folder: str) -> Iterator[str]:
-    """Files below a folder by their relative paths, in the order of their names; hidden ones are left out."""
+    """Relative paths of the files below a folder, sorted, without hidden ones."""
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
@@ -224,7 +230,7 @@ def _files(folder: str) -> Iterator[str]:
 
 
 def _header(path: str) -> Any | None:
-    """The few elements of a DICOM file that are needed; None where it is no DICOM file."""
+    """The elements `_TAGS` of a DICOM file; None if it is not a DICOM file."""
     import pydicom
 
     named = path.lower().endswith((".dcm", ".dicom"))
@@ -233,14 +239,14 @@ def _header(path: str) -> Any | None:
             return None
         file.seek(0)
         try:
-            # Its warnings quote the values of elements. Old archives leave the preamble out: hence `force`.
+            # Warnings quote the values of elements. `force`, because old archives omit the preamble.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_TAGS, force=True)
                 known = {tag: header_value(header, tag) for tag in _TAGS if tag in header}
         except OSError:
             raise
-        except Exception:  # pydicom raises whatever its parsers meet in a damaged file
+        except Exception:  # pydicom raises any exception for a damaged file
             return None
     is_dicom = str(known.get("SOPClassUID", header.file_meta.get("MediaStorageSOPClassUID", ""))).startswith("1.2.840.")
     return known if is_dicom else None
@@ -255,7 +261,7 @@ def _file(name: str, header: dict[str, Any]) -> _File:
 
 
 def _view(header: dict[str, Any]) -> str:
-    """The view by its position, or else by its code, or else by what the series is called."""
+    """The view from ViewPosition, ViewCodeSequence or SeriesDescription."""
     position = str(header.get("ViewPosition") or "").strip()
     if position:
         return view_named(position)
@@ -265,7 +271,7 @@ def _view(header: dict[str, Any]) -> str:
 
 
 def _above(name: str) -> list[str]:
-    """The folders a file or folder is in, the nearest first, the topmost as ""."""
+    """The folders above a file or folder, the nearest first; the last one is ""."""
     folders = []
     while name:
         name = os.path.dirname(name)
@@ -274,7 +280,7 @@ def _above(name: str) -> list[str]:
 
 
 def _texts(folder: str) -> dict[str, dict[str, str]]:
-    """Text files below a folder: for each folder, their paths by their names without suffix."""
+    """Text files below a folder: `{folder: {name without suffix: path}}`."""
     texts: dict[str, dict[str, str]] = defaultdict(dict)
     for name in _files(folder):
         stem, suffix = os.path.splitext(name)
@@ -284,12 +290,12 @@ def _texts(folder: str) -> dict[str, dict[str, str]]:
 
 
 def _reports(files: Iterable[str], alone: list[str], texts: dict[str, dict[str, str]]) -> list[str]:
-    """Reports of a study: of more than one, all must say the same.
+    """The reports of a study; several must have the same content.
 
     Args:
-        files: the study's.
-        alone: the innermost folder that holds all of them and those it is in, as far as no other study is there.
-        texts: as of [`_texts`].
+        files: files of the study.
+        alone: the innermost common folder of the files and those above it, as far as they hold no other study.
+        texts: result of [`_texts`].
     """
     stems = (os.path.splitext(name)[0] for name in files)
     named = [texts.get(os.path.dirname(stem), {}).get(os.path.basename(stem)) for stem in stems]
@@ -298,7 +304,7 @@ def _reports(files: Iterable[str], alone: list[str], texts: dict[str, dict[str, 
     for folder in alone:
         inside = texts.get(folder, {})
         beside = texts.get(os.path.dirname(folder), {}).get(os.path.basename(folder)) if folder else None
-        # Further up, a text may well be of a study whose images are missing, unless its name says what it is.
+        # In the folders above, another text may belong to a study whose images are missing.
         candidates = list(inside.values()) if folder == alone[0] else [inside["report"]] if "report" in inside else []
         if candidates or beside:
             return candidates or [beside]

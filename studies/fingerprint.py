@@ -1,11 +1,11 @@
-"""Digests by which two sets of studies are compared."""
+"""Digests that tell whether two datasets of studies are the same."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import pyarrow.compute as pc
@@ -15,43 +15,40 @@ from .streaming import StreamedStudies
 
 
 def fingerprint(studies: Mapping[str, Dataset | StreamedStudies]) -> dict[str, dict[str, Any]]:
-    """Of each split the number of `studies`, a digest of their `text` and one of their views.
+    """The number of `studies` of each split, a digest of their `text` and a digest of their `views`.
 
-    `text` is of ids, reports and finding states, in order. Views are told apart by their sizes in bytes (`views`), so
-    that no image is read; of streamed studies by those of the shards they lie in (`shards`).
+    `text` covers ids, reports and finding states, in order. `views` covers the sizes of the image files in bytes, so
+    that no image is read. Streamed studies have the sizes of their Parquet files (`shards`) instead.
     """
     found = {}
     for split, rows in studies.items():
-        text = hashlib.blake2b(digest_size=16)
-        for row in _text(rows):
-            text.update(json.dumps(row, ensure_ascii=False).encode())
-        found[split] = {"studies": len(rows), "text": text.hexdigest()}
+        text = (json.dumps(row, ensure_ascii=False) for row in _text(rows))
+        found[split] = {"studies": len(rows), "text": _digest(text)}
         if isinstance(rows, StreamedStudies):
-            found[split]["shards"] = _digest([path.name, path.stat().st_size] for path in rows.shards)
+            found[split]["shards"] = _digest(json.dumps([path.name, path.stat().st_size]) for path in rows.shards)
         else:
-            found[split]["views"] = _digest(_view_sizes(rows))
+            found[split]["views"] = _digest(map(json.dumps, _view_sizes(rows)))
     return found
 
 
-def _digest(items) -> str:
+def _digest(texts: Iterable[str]) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for item in items:
-        digest.update(json.dumps(item).encode())
+    for text in texts:
+        digest.update(text.encode())
     return digest.hexdigest()
 
 
 def _text(rows: Dataset | StreamedStudies) -> Iterator[tuple]:
-    """Id, report and finding states of each study."""
-    names = ("id", "report", "finding_states")
+    names = ["id", "report", "finding_states"]
     if isinstance(rows, StreamedStudies):
         yield from zip(*(rows[name] for name in names), strict=True)
         return
-    for table in rows.select_columns(list(names)).with_format("arrow").iter(batch_size=1000):
+    for table in rows.select_columns(names).with_format("arrow").iter(batch_size=1000):
         yield from zip(*(table.column(name).to_pylist() for name in names), strict=True)
 
 
 def _view_sizes(rows: Dataset) -> Iterator[list[int]]:
-    """Of each study the sizes of its views: of what the table holds, or of the files it refers to."""
+    """For each study the sizes of its views: of the bytes in the table, or of the files it references."""
     for table in rows.select_columns("images").with_format("arrow").iter(batch_size=1000):
         for views in table.column("images").chunks:
             flat = views.flatten()
@@ -66,7 +63,7 @@ def _view_sizes(rows: Dataset) -> Iterator[list[int]]:
 
 
 def _file_size(path: str) -> int:
-    """-1 for a file that is gone: the study is named where it is read."""
+    """-1 for a missing file: the error that names its study is raised when the study is read."""
     try:
         return os.path.getsize(path)
     except (OSError, ValueError):

@@ -1,18 +1,18 @@
-"""Which column of a dataset holds which field of a study, and what its values mean."""
+"""Find the columns of a dataset that hold the fields of a study, and rename them to these fields."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from datasets import ClassLabel, Dataset, Features, Image, LargeList, List, Value
+
+from ..findings_otdrg import FINDING_STATES, FINDINGS, finding_state_id
 from .source import VIEWS, SkipStudy
 from .views import view_named
 
-if TYPE_CHECKING:
-    from datasets import Features
-
-#: Fields of a study and the names by which their columns are found, the first that is there.
+#: Fields of a study and the names by which their columns are found; the first one that exists is used.
 _FIELDS: dict[str, tuple[str, ...]] = {
     "id": ("id",),
     "patient_id": ("patient_id",),
@@ -29,35 +29,35 @@ _TEXTS = ("findings", "impression", "indication", "comparison", "licence")
 
 
 @dataclass
-class HubColumns:
-    """The columns in use.
+class HubSplit:
+    """A split of a dataset with the columns of a study.
 
     Args:
-        names: `{field: column}`.
-        image_paths: the images' column holds paths, not images.
-        view_names: classes of the views' column, None where it holds text.
-        state_ids: state id of each value of the states' column.
+        rows: columns named as the fields of a study, in Arrow format, so that nothing is decoded.
+        names: `{field: its column in the original dataset}`.
+        image_paths: whether the column of images holds paths.
+        view_names: class names of the column of views; None if it holds text.
+        state_ids: state id of each value in the column of states.
     """
 
+    rows: Dataset
     names: dict[str, str]
     image_paths: bool = False
     view_names: Sequence[str] | None = None
     state_ids: Sequence[int] = ()
 
     def views(self, stored: Any, images: int, place: str) -> list[str]:
-        """A view for each image: "unknown" where the row has none, or one that is neither frontal nor lateral.
+        """The view of each image; "unknown" if the row has none, or one that is neither frontal nor lateral.
 
         Raises:
-            SkipStudy: not as many as images.
+            SkipStudy: the number of views differs from the number of images.
         """
         if stored is None:
             return ["unknown"] * images
         stored = stored if isinstance(stored, list) else [stored]
         if len(stored) != images:
-            column = self.names["views"]
-            raise SkipStudy(
-                "malformed", f"{place}, column {column!r}: {len(stored)} views, expected {images}, one an image"
-            )
+            reason = f"{len(stored)} views, expected {images}, one for each image"
+            raise SkipStudy("malformed", f"{place}, column {self.names['views']!r}: {reason}")
         return [self._view(view) for view in stored]
 
     def _view(self, stored: str | int | None) -> str:
@@ -70,10 +70,8 @@ class HubColumns:
         """State ids of the 14 findings.
 
         Raises:
-            SkipStudy: not 14, or a value that is no state.
+            SkipStudy: not 14 values, or a value that is not a state.
         """
-        from ..findings_otdrg import FINDINGS
-
         if stored is None:
             return None
         place = f"{place}, column {self.names['finding_states']!r}"
@@ -85,38 +83,18 @@ class HubColumns:
         return [self.state_ids[state] for state in stored]
 
 
-def parse_pairs(name: str, pairs: Sequence[str]) -> list[tuple[str, str]]:
-    """Values "a=b" of an option as pairs.
-
-    Raises:
-        ValueError: a value of another form, or the same column or split twice.
-    """
-    parsed = []
-    for pair in pairs:
-        left, sign, right = pair.partition("=")
-        if not sign or not left.strip():
-            wanted = "FIELD=COLUMN" if name == "column" else "SPLIT=NAME"
-            raise ValueError(f"option {name!r} has {pair!r}: expected {wanted}")
-        parsed.append((left.strip(), right.strip()))
-    sides = [left for left, _ in parsed] if name == "column" else [right for _, right in parsed]
-    for side in sides:
-        if sides.count(side) > 1:
-            raise ValueError(f"option {name!r} names {side!r} twice: expected once")
-    return parsed
-
-
-def find_columns(features: Features, pairs: Sequence[tuple[str, str]], place: str) -> HubColumns:
-    """The columns of a dataset.
+def study_columns(dataset: Dataset, pairs: Sequence[tuple[str, str]], place: str) -> HubSplit:
+    """Select and rename the columns of a dataset that hold the fields of a study.
 
     Args:
-        features: of the dataset.
-        pairs: (field, column) as the user gave them; an empty column leaves the field out. "report" is the findings.
-        place: the dataset, for errors.
+        dataset: one split.
+        pairs: (field, column) from the user; an empty column leaves the field out. "report" means the findings.
+        place: name of the dataset for errors.
 
     Raises:
-        ValueError: an unknown field, a column that is missing or of a kind that cannot be the field, no images, no
-            report.
+        ValueError: an unknown field, a missing column, a column of the wrong type, no images, or no report.
     """
+    features = dataset.features
     listed = f"columns: {', '.join(features)}"
     given: dict[str, str] = {}
     for field, column in pairs:
@@ -124,7 +102,8 @@ def find_columns(features: Features, pairs: Sequence[tuple[str, str]], place: st
         if target not in _FIELDS:
             raise ValueError(f"option 'column' names a field {field!r}: expected one of {', '.join(_FIELDS)}, report")
         if target in given:
-            raise ValueError("option 'column' names both report and findings, which are one: expected one of them")
+            fault = f"{field!r} twice" if [name for name, _ in pairs].count(field) > 1 else "both report and findings"
+            raise ValueError(f"option 'column' names {fault}: expected one of them")
         if column and column not in features:
             raise ValueError(f"{place} has no column {column!r}, which option 'column' names for {field}; {listed}")
         given[target] = column
@@ -138,57 +117,48 @@ def find_columns(features: Features, pairs: Sequence[tuple[str, str]], place: st
         raise ValueError(f"{place} has no column of images, expected --column images=COLUMN; {listed}")
     if "findings" not in names and "impression" not in names:
         raise ValueError(f"{place} has no column of reports, expected --column report=COLUMN; {listed}")
-    return _check_kinds(features, names, place)
+    types = _check_types(features, names, place)
+    columns = list(names.values())
+    if repeated := next((column for column in columns if columns.count(column) > 1), None):
+        raise ValueError(f"option 'column' names the column {repeated!r} for two fields: expected one of them")
+    renamed = {column: field for field, column in names.items() if column != field}
+    rows = dataset.select_columns(columns).rename_columns(renamed).with_format("arrow")
+    return HubSplit(rows, names, **types)
 
 
-def _check_kinds(features: Features, names: dict[str, str], place: str) -> HubColumns:
-    from datasets import ClassLabel, Image
-
-    columns = HubColumns(names)
+def _check_types(features: Features, names: dict[str, str], place: str) -> dict[str, Any]:
+    """Check the types of the columns, and return those arguments of `HubSplit` that follow from them."""
+    types: dict[str, Any] = {}
     for field, column in names.items():
-        item = _item(features[column])
-        nested = item is not features[column]
-
-        def wrong(expected: str, column: str = column, field: str = field) -> ValueError:
-            kind = str(features[column])
-            return ValueError(f"{place}, column {column!r} for {field} holds {kind}: expected {expected}")
-
+        feature = features[column]
+        nested = isinstance(feature, (List, LargeList))
+        item = feature.feature if nested else feature
+        expected = None
         if field == "images":
-            columns.image_paths = _is(item, "string")
-            if not (isinstance(item, Image) or columns.image_paths or _is(item, "binary")):
-                raise wrong("images, paths, or lists of them")
+            types["image_paths"] = _is(item, "string")
+            if not (isinstance(item, Image) or _is(item, "string") or _is(item, "binary")):
+                expected = "images, paths, or lists of them"
         elif field == "views":
-            columns.view_names = item.names if isinstance(item, ClassLabel) else None
+            types["view_names"] = item.names if isinstance(item, ClassLabel) else None
             if not (isinstance(item, ClassLabel) or _is(item, "string")):
-                raise wrong(f"names of views ({', '.join(VIEWS)})")
+                expected = f"names of views ({', '.join(VIEWS)})"
         elif field == "finding_states":
-            columns.state_ids = _state_ids(item) if nested else ()
-            if not columns.state_ids:
-                raise wrong("lists of 14 states, or --column finding_states= to leave them out")
+            types["state_ids"] = _state_ids(item) if nested else []
+            if not types["state_ids"]:
+                expected = "lists of 14 states, or --column finding_states= to leave them out"
         elif nested or not (_is(item, "string") or (field not in _TEXTS and _is(item, "int"))):
-            raise wrong("text")
-    return columns
-
-
-def _item(feature: Any) -> Any:
-    """What a list holds, or the feature itself."""
-    from datasets import LargeList, List
-
-    return feature.feature if isinstance(feature, (List, LargeList)) else feature
+            expected = "text"
+        if expected is not None:
+            raise ValueError(f"{place}, column {column!r} for {field} holds {feature}: expected {expected}")
+    return types
 
 
 def _is(feature: Any, kind: str) -> bool:
-    from datasets import Value
-
     return isinstance(feature, Value) and kind in feature.dtype
 
 
 def _state_ids(item: Any) -> list[int]:
-    """State id of each value; none where the values are no states."""
-    from datasets import ClassLabel
-
-    from ..findings_otdrg import FINDING_STATES, finding_state_id
-
+    """The state id of each value; [] if the values are not states."""
     if not isinstance(item, ClassLabel):
         return list(range(len(FINDING_STATES))) if _is(item, "int") else []
     try:
@@ -197,4 +167,4 @@ def _state_ids(item: Any) -> list[int]:
         return []
 
 
-__all__ = ["HubColumns", "find_columns", "parse_pairs"]
+__all__ = ["HubSplit", "study_columns"]

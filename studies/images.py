@@ -1,4 +1,4 @@
-"""Views as they are kept in a dataset: the pictures that [`read_view`] sees, and free of metadata."""
+"""Images as they are stored in a dataset: the same pixels that [`read_view`] reads, without metadata."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _JPEG_QUALITY = 95
 
 
 def referenced_image(view: str | bytes | Image.Image) -> dict:
-    """A view for a dataset in memory: an image file stays on disk, of which only the header is read.
+    """A view for a dataset in memory: an image file is referenced, and only its header is read.
 
-    What the library that decodes the files would not see as [`read_view`] does (DICOM, deep colour, TIFF of other
-    numbers than 8 bits) is as in [`stored_image`].
+    Files that `datasets` would decode to other pixels than [`read_view`] (DICOM, deep colour, TIFF with more than 8
+    bits) are converted by [`stored_image`].
 
     Raises:
-        SkipStudy: the file is missing or no image that can be read.
+        SkipStudy: the file is missing or cannot be read.
     """
     if isinstance(view, str):
         _check_exists(view)
@@ -36,17 +36,17 @@ def referenced_image(view: str | bytes | Image.Image) -> dict:
 
 
 def stored_image(view: str | bytes | Image.Image, shorter_side: int | None = None) -> dict:
-    """A view for a dataset on disk: `{"bytes", "path"}` of an image in which anyone sees what [`read_view`] sees.
+    """A view for a dataset on disk: `{"bytes", "path"}` of an image that every library decodes as [`read_view`] does.
 
-    The pixel data of JPEG and PNG files is kept byte for byte where that is so; all else becomes an 8-bit PNG. No
-    metadata is kept.
+    The pixel data of JPEG and PNG files is kept byte for byte if it decodes to the same pixels; everything else becomes
+    an 8-bit PNG. Metadata is removed.
 
     Args:
-        view: a path, DICOM too; the bytes of an image file; or an image.
-        shorter_side: an image whose shorter side is longer is scaled down to this many pixels.
+        view: a path (also of a DICOM file), the bytes of an image file, or an image.
+        shorter_side: scale an image down to this shorter side, in pixels, if its shorter side is longer.
 
     Raises:
-        SkipStudy: the file is missing, it cannot be read as a view, or it is no chest radiograph by its header.
+        SkipStudy: the file is missing, cannot be read, or is no chest radiograph according to its header.
     """
     data, path, name = view if isinstance(view, bytes) else None, None, "an image in memory"
     try:
@@ -79,12 +79,12 @@ def _check_exists(path: str) -> None:
 
 
 def _kept(data: bytes | None, picture: Image.Image) -> bytes | None:
-    """A JPEG or PNG file without its metadata, where it alone decodes to the picture; else None."""
+    """A JPEG or PNG file without metadata if it decodes to the picture, else None."""
     stripped = None if data is None else without_metadata(data)
     if stripped is None:
         return None
     if stripped == data and data[:2] == b"\xff\xd8":
-        return data  # a JPEG without EXIF or transparency: there is nothing by which two readers could differ
+        return data  # without EXIF, every library decodes a JPEG alike
     with Image.open(io.BytesIO(stripped), formats=("JPEG", "PNG")) as image:
         if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK"):
             return None
@@ -92,7 +92,7 @@ def _kept(data: bytes | None, picture: Image.Image) -> bytes | None:
 
 
 def _gray(picture: Image.Image) -> Image.Image:
-    """The picture in one channel where its three are equal."""
+    """The picture with one channel if its three channels are equal."""
     red, green, blue = picture.split()
     return red if red.tobytes() == green.tobytes() == blue.tobytes() else picture
 
@@ -108,7 +108,7 @@ def _encoded(image: Image.Image, kind: str) -> bytes:
     if kind == "JPEG":
         image.save(file, format=kind, quality=_JPEG_QUALITY)
     else:
-        # The noise of a radiograph hardly compresses: level 1 is 4 times as fast as the default.
+        # Noise hardly compresses: level 1 is 4 times as fast as the default.
         image.save(file, format=kind, compress_level=1)
     return file.getvalue()
 

@@ -1,4 +1,4 @@
-"""The split in which R2Gen published IU X-Ray, by study id; R2Gen itself has it only as a part of its annotation."""
+"""R2Gen's split of IU X-Ray by study id, which R2Gen only publishes as a part of its annotation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-#: Studies of R2Gen's split, and numbers that the collection's 3,955 studies are taken from.
+#: Number of studies in R2Gen's split, and the range of the study numbers in the collection.
 IU_XRAY_COUNTS: dict[str, int] = {"train": 2_069, "validation": 296, "test": 590}
 IU_XRAY_NUMBERS = range(1, 4_000)
 
@@ -20,13 +20,12 @@ def r2gen_split_ids() -> dict[str, list[str]]:
 
 
 def r2gen_split(study: str) -> str | None:
-    """The split of R2Gen that a study of IU X-Ray is in, None where it is in none.
+    """The split of a study of IU X-Ray in R2Gen; None if R2Gen does not use the study.
 
-    Train, validation and the 1,000 studies that R2Gen leaves out are listed. Every other of the collection is of the
-    test split, whose ids are not listed.
+    The file lists train, validation and the 1,000 studies that R2Gen does not use; all others are the test split.
 
     Args:
-        study: its id, or only the part before the image number ("CXR2384").
+        study: id of the study, or its part before the image number ("CXR2384").
     """
     number = _NUMBER.match(study)
     if number is None or int(number[1]) not in IU_XRAY_NUMBERS:

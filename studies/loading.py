@@ -1,4 +1,4 @@
-"""Studies as datasets that training reads: made in memory of a source, or read from a folder that was built."""
+"""Load studies as datasets: from a source into memory, or from a prepared folder."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .assembly import Sections, StudyListing, assemble_study
 from .images import referenced_image
 from .schema import STUDY_FEATURES, UNCLEANED
 from .source import SPLITS, Skipped, StudySource
-from .summary import LISTED
+from .summary import listed
 
 logger = logging.getLogger(__name__)
 
 
 def load_in_memory(source: StudySource, sections: Sections = "findings") -> DatasetDict:
-    """A source's studies; image files are referred to, not read.
+    """Load the studies of a source; image files are referenced, not read.
 
     Raises:
         ValueError: no study is left.
@@ -37,56 +37,48 @@ def load_in_memory(source: StudySource, sections: Sections = "findings") -> Data
         faults += assembled.faults
         if assembled.row is not None:
             rows[item.split].append(assembled.row)
-    left_out = list(dict.fromkeys(fault.id for fault in faults))
+    skipped = len({fault.id for fault in faults})
     if not any(rows.values()):
-        reason = f"all {len(left_out)} were skipped, the first for {faults[0].kind}: {faults[0].reason}"
-        raise ValueError(f"source {source.name!r} holds no studies" + (f": {reason}" if faults else ""))
+        reason = f": all {skipped} were skipped, the first for {faults[0].kind}: {faults[0].reason}" if faults else ""
+        raise ValueError(f"source {source.name!r} holds no studies{reason}")
     if faults:
-        listed = "; ".join(f"{fault.id} ({fault.kind}: {fault.reason})" for fault in faults[:LISTED])
-        rest = f" and {len(faults) - LISTED} more" if len(faults) > LISTED else ""
-        logger.warning("%s: %d studies left out: %s%s", source.name, len(left_out), listed, rest)
+        reasons = listed([f"{fault.id} ({fault.kind}: {fault.reason})" for fault in faults], "; ")
+        logger.warning("%s: %d studies left out: %s", source.name, skipped, reasons)
     return DatasetDict(
         {split: Dataset.from_list(kept, features=STUDY_FEATURES) for split, kept in rows.items() if kept}
     )
 
 
 def load_prepared(folder: str | os.PathLike, leave_out: Sequence[str] = ()) -> DatasetDict:
-    """The splits of a built dataset, mapped into memory from disk.
+    """Load the splits of a prepared dataset, memory-mapped from disk.
 
-    Without Arrow files the library makes them of the Parquet files, in its cache.
+    If the folder has no Arrow files, `datasets` converts the Parquet files in its cache.
 
     Args:
-        folder: of the dataset.
-        leave_out: splits that are not wanted.
+        folder: the dataset.
+        leave_out: splits that are not loaded.
 
     Raises:
-        ValueError: the folder is not one.
+        ValueError: the folder is not a prepared dataset.
     """
     folder = _prepared(folder)
-    splits = [split for split in _splits(folder) if split not in leave_out]
-    if (folder / "dataset_dict.json").is_file():
+    has_arrow = (folder / "dataset_dict.json").is_file()
+    if has_arrow:
         read_json(folder / "dataset_dict.json")
-        return DatasetDict({split: _mapped(folder / split) for split in splits})
-    return DatasetDict(
-        {
-            split: interpret(
-                folder / "data", partial(load_dataset, "parquet", data_files=_parquet(folder, split), split="train")
-            )
-            for split in splits
-        }
-    )
+    splits = {}
+    for split in _splits(folder):
+        if split in leave_out:
+            continue
+        if has_arrow:
+            splits[split] = _load_arrow(folder / split)
+        else:
+            load = partial(load_dataset, "parquet", data_files=_parquet(folder, split), split="train")
+            splits[split] = interpret(folder / "data", load)
+    return DatasetDict(splits)
 
 
-def undecoded(rows: Dataset) -> Dataset:
-    """The same studies, whose images come as `{"bytes", "path"}` of files that are not decoded."""
-    # Not by `cast_column`, which writes a list of images to disk anew.
-    rows = rows.with_format(None)
-    rows.info.features = Features({**rows.features, "images": List(Image(decode=False))})
-    return rows
-
-
-def _mapped(folder: Path) -> Dataset:
-    """A split in Arrow files."""
+def _load_arrow(folder: Path) -> Dataset:
+    # `load_from_disk` does not name the damaged file, and opens files outside the folder if `state.json` names them.
     read_json(folder / "dataset_info.json", parse=lambda info: Features.from_dict(info["features"]))
     files = read_json(folder / "state.json", parse=lambda state: [file["filename"] for file in state["_data_files"]])
     for file in files:
@@ -95,11 +87,19 @@ def _mapped(folder: Path) -> Dataset:
     return interpret(folder / "state.json", load_from_disk, folder)
 
 
+def undecoded(rows: Dataset) -> Dataset:
+    """The same studies with images as `{"bytes", "path"}` of files that are not decoded."""
+    # Not with `cast_column`, which writes a new copy of a column of lists.
+    rows = rows.with_format(None)
+    rows.info.features = Features({**rows.features, "images": List(Image(decode=False))})
+    return rows
+
+
 def stream_prepared(folder: str | os.PathLike, split: str) -> IterableDataset:
-    """A split of a built dataset, read shard by shard from its Parquet files.
+    """Stream a split of a prepared dataset from its Parquet files.
 
     Raises:
-        ValueError: the folder is not a built dataset, or has no such split.
+        ValueError: the folder is not a prepared dataset, or has no such split.
     """
     folder = _prepared(folder)
     if split not in _splits(folder):
@@ -108,40 +108,24 @@ def stream_prepared(folder: str | os.PathLike, split: str) -> IterableDataset:
 
 
 def prepared_splits(folder: str | os.PathLike) -> list[str]:
-    """The splits of a built dataset.
-
-    Raises:
-        ValueError: the folder is not a built dataset.
-    """
+    """The splits of a prepared dataset; a `ValueError` if the folder is not one."""
     return _splits(_prepared(folder))
 
 
 def prepared_rows(folder: str | os.PathLike, split: str) -> int:
-    """How many studies a split of a built dataset has.
-
-    Raises:
-        ValueError: the folder is not a built dataset.
-    """
-    return sum(interpret(file, pq.read_metadata, file).num_rows for file in _parquet(_prepared(folder), split))
+    """The number of studies in a split of a prepared dataset; a `ValueError` if the folder is not one."""
+    return sum(interpret(file, pq.read_metadata, file).num_rows for file in prepared_shards(folder, split))
 
 
 def prepared_shards(folder: str | os.PathLike, split: str) -> list[Path]:
-    """The Parquet files of a split of a built dataset, in order.
-
-    Raises:
-        ValueError: the folder is not a built dataset.
-    """
+    """The Parquet files of a split of a prepared dataset, in order; a `ValueError` if the folder is not one."""
     return [Path(file) for file in _parquet(_prepared(folder), split)]
 
 
 def prepared_column(folder: str | os.PathLike, split: str, column: str) -> list:
-    """One column of a split of a built dataset; the others, images above all, are not read.
-
-    Raises:
-        ValueError: the folder is not a built dataset.
-    """
+    """One column of a split of a prepared dataset, without reading the others; a `ValueError` if it is not one."""
     values: list = []
-    for file in _parquet(_prepared(folder), split):
+    for file in prepared_shards(folder, split):
         values += interpret(file, partial(pq.read_table, columns=[column]), file).column(column).to_pylist()
     return values
 
@@ -150,7 +134,7 @@ def _prepared(folder: str | os.PathLike) -> Path:
     folder = Path(os.path.abspath(folder))
     if not _splits(folder):
         partial = folder.with_name(f"{folder.name}.partial")
-        state = "an interrupted build: otdrg prepare --resume ends it" if partial.is_dir() else "not a built dataset"
+        state = "unfinished: continue with otdrg prepare --resume" if partial.is_dir() else "not a prepared dataset"
         raise ValueError(f"{folder} is {state}; expected a folder written by otdrg prepare")
     return folder
 
@@ -174,13 +158,11 @@ def with_column(rows, name: str, values: list):
 
 
 def uncleaned_reports(rows) -> list[str]:
-    """The reports before cleaning, which labelers read: cleaning joins words ("scarring/atelectasis")."""
+    """The reports before cleaning, for labelers: cleaning joins words ("scarring/atelectasis")."""
     return list(rows[UNCLEANED if UNCLEANED in rows.column_names else "report"])
 
 
 __all__ = [
-    "uncleaned_reports",
-    "with_column",
     "load_in_memory",
     "load_prepared",
     "prepared_column",
@@ -188,5 +170,7 @@ __all__ = [
     "prepared_shards",
     "prepared_splits",
     "stream_prepared",
+    "uncleaned_reports",
     "undecoded",
+    "with_column",
 ]

@@ -1,6 +1,6 @@
-"""JPEG and PNG files without their metadata: EXIF, XMP, ICC profiles, comments, text and thumbnails are cut out.
+"""Remove metadata (EXIF, XMP, ICC profiles, comments, text, thumbnails) from JPEG and PNG files.
 
-The compressed pixels stay as they are, byte for byte.
+The compressed pixels are kept byte for byte.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 import struct
 
-#: JPEG markers with a segment that is needed to decode: frames, tables, scans and the height of the image.
+#: JPEG markers of segments needed for decoding: frames, tables, scans and the height of the image.
 _JPEG_NEEDED = {*range(0xC0, 0xD0), 0xDA, 0xDB, 0xDC, 0xDD} - {0xC8}
-#: The end of the coded data of a scan: any marker but a stuffed zero or a restart.
+#: The marker after the coded data of a scan; stuffed zeros and restarts belong to the data.
 _END_OF_SCAN = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
 
 _PNG_START = b"\x89PNG\r\n\x1a\n"
@@ -21,7 +21,7 @@ def without_metadata(data: bytes) -> bytes | None:
     """A JPEG or PNG file, or the first image of an MPO file, with only what is needed to decode it.
 
     Returns:
-        The file; None where it is of another format, or damaged.
+        The file, or None if it has another format or is damaged.
     """
     try:
         if data[:2] == b"\xff\xd8":
@@ -50,9 +50,9 @@ def _jpeg(data: bytes) -> bytes | None:
         if marker in _JPEG_NEEDED:
             kept.append(data[place:end])
         elif marker == 0xE0 and segment[:5] == b"JFIF\0" and len(segment) >= 12:
-            kept.append(b"\xff\xe0\x00\x10" + segment[:12] + b"\0\0")  # a thumbnail of no pixels
+            kept.append(b"\xff\xe0\x00\x10" + segment[:12] + b"\0\0")  # an empty thumbnail
         elif marker == 0xEE and segment[:5] == b"Adobe" and len(segment) >= 12:
-            kept.append(b"\xff\xee\x00\x0e" + segment[:12])  # says how colours are coded
+            kept.append(b"\xff\xee\x00\x0e" + segment[:12])  # specifies the colour transform
         if marker == 0xDA:
             found = _END_OF_SCAN.search(data, end)
             if found is None:

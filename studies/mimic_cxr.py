@@ -26,7 +26,7 @@ _GZIP_MAGIC = b"\x1f\x8b"
 
 
 class _Row(NamedTuple):
-    """A line of the split CSV, in the order of the listing: numbers of 8 digits sort as text."""
+    """A line of the split CSV. Its fields give the order of the listing: numbers of 8 digits sort as text."""
 
     study: str  # "subject/study"
     view: int  # in VIEWS
@@ -36,37 +36,41 @@ class _Row(NamedTuple):
 
 @dataclass
 class MimicCXRSource(StudySource):
-    """Studies of MIMIC-CXR: reports cut into sections, images, the official split, views by their metadata.
+    """Studies of MIMIC-CXR: sections of the reports, images, the official split, and views from the metadata.
 
-    Ids are the numbers of the official CSV files, patients the subjects. Studies are in the order of subject and study,
-    the views of one study frontal before lateral before unknown, then by `dicom_id`. A study any of whose lines in the
-    split is at fault is left out as a whole; an image without metadata is of unknown view.
+    Ids are the numbers in the official CSV files; patients are the subjects. Studies are sorted by subject and study,
+    views of a study as frontal, lateral, unknown, then by `dicom_id`. A study with a malformed line in the split is
+    skipped; an image without metadata has an unknown view.
 
-    The published counts are R2Gen's, of the images of the studies that have findings. R2Gen found these by a parser of
-    its own, so a complete collection need not have just as many.
+    The published counts are R2Gen's, of the images of studies with findings. R2Gen used another parser, so the counts
+    of a complete collection may differ.
     """
 
     name = "mimic-cxr"
+    example = "--root mimic-cxr --images mimic-cxr-jpg --shorter-side 512 --num-proc 8 --output mimic_cxr"
+    collection = "MIMIC-CXR"
     official_counts = {"train": 270790, "validation": 2130, "test": 3858}  # noqa: RUF012
     official_unit = "images"
 
-    root: str = option("Folder of MIMIC-CXR: it holds files/p10/p10000032/s50414267.txt.", metavar="DIR")
+    root: str = option("Folder of MIMIC-CXR, which contains files/p10/p10000032/s50414267.txt.", metavar="DIR")
     images: str | None = option(
-        "Folder of the images: it holds files/p10/p10000032/s50414267/DICOM_ID.jpg; by default the root.", None, "DIR"
+        "Folder of the images, which contains files/p10/p10000032/s50414267/DICOM_ID.jpg. Default: the root.",
+        None,
+        "DIR",
     )
     image_suffix: str = option(
-        "How the names of the image files end: .jpg (MIMIC-CXR-JPG), .png or .dcm (MIMIC-CXR).", ".jpg", ".SUFFIX"
+        "Suffix of the image files: .jpg (MIMIC-CXR-JPG), .png or .dcm (MIMIC-CXR).", ".jpg", ".SUFFIX"
     )
     split: str | None = option(
-        "CSV of the split; by default *-split.csv or .csv.gz in the folder of the images or the root.", None, "FILE"
+        "CSV of the split. Default: *-split.csv or .csv.gz in the folder of the images or the root.", None, "FILE"
     )
     metadata: str | None = option(
-        "CSV of the metadata; by default *-metadata.csv or .csv.gz in the folder of the images or the root.",
+        "CSV of the metadata. Default: *-metadata.csv or .csv.gz in the folder of the images or the root.",
         None,
         "FILE",
     )
     labelled_findings: bool = option(
-        "Take findings only from under a header; else text that stands where they would is taken too.", False
+        "Use only findings under a header, not unlabelled text in the place of findings.", False
     )
 
     def __post_init__(self):
@@ -76,7 +80,7 @@ class MimicCXRSource(StudySource):
         self._images = self._reports
         if self.images is not None:
             self._images = _files_folder(self.images, "images", "the folder of MIMIC-CXR-JPG")
-        # The CSV files lie beside the folder `files`; it may have another name, and they may have been put into it.
+        # The CSV files are beside the folder `files`, which may have another name, or in it.
         files = (Path(self._images), Path(self._reports))
         folders = list(dict.fromkeys(place for folder in files for place in (folder.parent, folder)))
         self._split, self._metadata = (
@@ -89,7 +93,7 @@ class MimicCXRSource(StudySource):
     def entries(self) -> Iterator[StudyEntry | Skipped]:
         views = _read_views(self._metadata)
         rows: list[_Row] = []
-        #: What is wrong with a study, and its split if that is known.
+        # {study: (its split if known, the fault)}
         faults: dict[str, tuple[str | None, str]] = {}
         columns = ("subject_id", "study_id", "dicom_id", "split")
         line = 0
@@ -109,7 +113,7 @@ class MimicCXRSource(StudySource):
                 reason = f"{place} has dicom_id {dicom_id!r}: expected the name of an image file without its suffix"
                 faults.setdefault(key, (_SPLITS[split], reason))
             view = views.get(dicom_id, VIEWS.index("unknown"))
-            # A study at fault stays in the list, so that it is named once and in its place.
+            # A malformed study stays in the list, so that it is reported once, in its place.
             rows.append(_Row(key, view, dicom_id, _SPLITS.get(split, "")))
         if not line:
             raise ValueError(f"{self._split} holds no images: expected a line for each")
@@ -125,7 +129,7 @@ class MimicCXRSource(StudySource):
             fault = None, f"{self._split} has its images in several splits: {', '.join(splits)}"
         if fault is not None:
             return Skipped(study, fault[0], "malformed", fault[1])
-        # Through a dictionary, so that an image that is listed twice is taken once.
+        # A dictionary, so that an image that is listed twice is used once.
         location = tuple({row.dicom_id: VIEWS[row.view] for row in rows}.items())
         return StudyEntry(study, subject, splits[0], location)
 
@@ -145,21 +149,23 @@ class MimicCXRSource(StudySource):
 
 
 def _files_folder(path: str | os.PathLike, name: str, what: str) -> str:
-    """The folder `files` of a release, which may be given itself."""
+    """The folder `files` of a release; `path` may be this folder."""
     folder = needed_folder(path, name, what)
     for files in (folder / "files", folder):
         if files.is_dir() and any(_SUBJECTS_FOLDER.fullmatch(path.name) for path in files.iterdir()):
             return str(files)
-    raise ValueError(f"{folder} holds no files/p10 to files/p19: option {name!r} names {what}")
+    raise ValueError(f"{folder} has no folders files/p10 to files/p19: option {name!r} names {what}")
 
 
 def _find_csv(folders: Iterable[Path], name: str) -> Path:
     for folder in folders:
-        # An unpacked file goes before the packed one it was made of.
+        # An unpacked file is preferred to its packed original.
         for ending in (".csv", ".csv.gz"):
             found = sorted(folder.glob(f"*-{name}{ending}"))
             if len(found) > 1:
-                raise ValueError(f"{folder} holds {found[0].name} and {found[1].name}: option {name!r} says which")
+                raise ValueError(
+                    f"{folder} contains {found[0].name} and {found[1].name}: choose one with option {name!r}"
+                )
             if found:
                 return found[0]
     looked = ", ".join(map(str, folders))
@@ -167,11 +173,11 @@ def _find_csv(folders: Iterable[Path], name: str) -> Path:
 
 
 def _read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
-    """Number and values of each line, packed or not; a value that is not there is ""."""
+    """Number and values of each line of a CSV, compressed or not; a missing value is ""."""
     try:
         with path.open("rb") as file:
             packed = file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
-        # By its content: browsers unpack files and leave them their names.
+        # By the content: browsers decompress files without renaming them.
         with (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file)
             header = [name.strip() for name in next(reader, [])]
@@ -196,7 +202,7 @@ def _read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, list[
 
 
 def _read_views(path: Path) -> dict[str, int]:
-    """`{dicom_id: place in VIEWS}` of the images whose view is known."""
+    """`{dicom_id: position in VIEWS}` of the images with a known view."""
     views: dict[str, int] = {}
     places: dict[str, int] = {}
     for _, (dicom_id, position) in _read_csv(path, ("dicom_id", "ViewPosition")):

@@ -25,17 +25,17 @@ from .source import (
     seeded_split,
 )
 
-#: Images a study has in R2Gen's annotation: the first ones that its report lists.
+#: Images of a study in R2Gen's annotation: the first ones in its report.
 R2GEN_VIEWS = 2
 
 _SECTIONS = ("FINDINGS", "IMPRESSION", "INDICATION", "COMPARISON")
-#: A report is 5 kB; nothing near this size is one.
+#: A report has about 5 kB; larger files are rejected.
 _MOST_BYTES = 1_000_000
 _WHAT_REPORTS = "Open-i's NLMCXR_reports.tgz or the folder of its XML files"
 
 
 class _Report(NamedTuple):
-    """What is kept of a report's XML; `images` are the collection's names, without extension."""
+    """Content of a report's XML; `images` are names without extension."""
 
     number: str
     images: tuple[str, ...]
@@ -50,28 +50,32 @@ class _Report(NamedTuple):
 
 @dataclass
 class OpenISource(StudySource):
-    """The Indiana University collection: its XML reports, and its images under any of the names they go by.
+    """The Indiana University collection: its XML reports, and its images under any of their common names.
 
     The images are Open-i's PNG files (`CXR1_1_IM-0001-3001.png`), Kaggle's (`1_IM-0001-3001.dcm.png`), or R2Gen's
-    folders (`CXR1_1_IM-0001/0.png`, where 0 is the image's place in the report's list). The reports do not say which
-    view is frontal (a study's captions are all the same); Kaggle's `indiana_projections.csv` does.
+    folders (`CXR1_1_IM-0001/0.png`, where 0 is the position of the image in the report's list). The reports do not say
+    which view is frontal; Kaggle's `indiana_projections.csv` does.
 
-    With R2Gen's split, train, validation and the 1,000 studies that R2Gen left out are known by id, and all others are
-    the test split.
+    With R2Gen's split, the ids of train, validation and the 1,000 studies that R2Gen left out are known, and all other
+    studies are the test split.
     """
 
     name = "open-i"
+    example = "--reports NLMCXR_reports.tgz --images NLMCXR_png --output iu_xray"
+    collection = "IU X-Ray"
 
     reports: str = option("NLMCXR_reports.tgz, or the folder it unpacks to.", metavar="FILE")
     images: str = option("Folder of the images.", metavar="FOLDER")
-    projections: str | None = option("Kaggle's indiana_projections.csv, to tell views apart.", None, metavar="FILE")
-    split: Literal["r2gen", "seeded"] = option("R2Gen's split, or one of your own of all studies.", "r2gen")
-    seed: int = option("Seed of the seeded split.", 0)
+    projections: str | None = option(
+        "Kaggle's indiana_projections.csv, which has the view of each image.", None, metavar="FILE"
+    )
+    split: Literal["r2gen", "seeded"] = option("R2Gen's split, or a random split of all studies.", "r2gen")
+    seed: int = option("Seed of the random split.", 0)
     split_shares: list[float] = option(
-        "Shares of train, validation and test in the seeded split.", [0.8, 0.1, 0.1], metavar="SHARE"
+        "Shares of the patients in train, validation and test in the random split.", [0.8, 0.1, 0.1], metavar="SHARE"
     )
     views_per_study: int | None = option(
-        "Most images of a study, from its first; by default 2 with R2Gen's split, as there, and all with the other.",
+        "Most images of a study, from its first. Default: 2 with R2Gen's split, all with the random one.",
         None,
         metavar="N",
     )
@@ -85,16 +89,18 @@ class OpenISource(StudySource):
         if self.split not in ("r2gen", "seeded"):
             raise ValueError(f"option 'split' is {self.split!r}: expected r2gen or seeded")
         if self.views_per_study is not None and (not isinstance(self.views_per_study, int) or self.views_per_study < 1):
-            raise ValueError(f"option 'views_per_study' is {self.views_per_study!r}: expected a number from 1")
+            raise ValueError(
+                f"option 'views_per_study' is {self.views_per_study!r}: expected a whole number of 1 or more"
+            )
         if self.split == "seeded":
-            seeded_split([], self.seed, self.split_shares)  # refuses wrong shares before anything is read
+            seeded_split([], self.seed, self.split_shares)  # checks the shares before anything is read
         if self.projections is not None:
             what = "Kaggle's indiana_projections.csv"
             self.projections = os.path.abspath(needed_file(self.projections, "projections", what))
         self._listed: list[StudyEntry | Skipped] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Entries hold all that is read of the reports; the list stays in the process that made it.
+        # Entries hold everything that is read of the reports.
         return {**self.__dict__, "_listed": None}
 
     @property
@@ -105,7 +111,7 @@ class OpenISource(StudySource):
         return r2gen_split_ids().get(split) if self.split == "r2gen" else None
 
     def entries(self) -> Iterator[StudyEntry | Skipped]:
-        # The whole collection's texts are about 2 MB, and reading them again means parsing 20 MB of XML.
+        # Kept, because listing again means parsing 20 MB of XML; the texts have about 2 MB.
         if self._listed is None:
             self._listed = self._list()
         return iter(self._listed)
@@ -138,7 +144,7 @@ class OpenISource(StudySource):
                 continue
             split = split_of(report.number)
             if split is None and self.split == "r2gen":
-                reason = f"R2Gen's split of the collection leaves {report.number} out"
+                reason = f"{report.number} is not in R2Gen's split of the collection"
                 listed.append(Skipped(report.study_id, None, "outside the split", reason))
             elif not report.images:
                 listed.append(Skipped(report.study_id, split, "missing image", f"{report.number} lists no image"))
@@ -165,7 +171,7 @@ def _image_names(reports: Iterable[_Report | Skipped]) -> Iterator[str]:
 
 
 def _order(report: _Report | Skipped) -> tuple[int, str]:
-    """By number, so that an archive and the folder it unpacks to list the same."""
+    """Sort key by number, so that an archive and the unpacked folder give the same listing."""
     name = report.id if isinstance(report, Skipped) else report.number
     number = re.fullmatch(r"CXR(\d+)", name)
     return (int(number[1]) if number else 0, name)
@@ -181,7 +187,7 @@ def _read_reports(path: str) -> Iterator[_Report | Skipped]:
                 yield _parse(None if large else file.read_bytes(), str(file))
         return
     try:
-        # One pass, and nothing is unpacked to disk: what a member's name or link points to does not matter.
+        # One pass without unpacking to disk, so that names and links of members cannot point elsewhere.
         with tarfile.open(path, "r|*") as archive:
             for member in archive:
                 if member.isreg() and _is_report(PurePosixPath(member.name).name):
@@ -194,13 +200,13 @@ def _read_reports(path: str) -> Iterator[_Report | Skipped]:
 
 
 def _is_report(name: str) -> bool:
-    # Archives that were packed on macOS hold "._1.xml" beside "1.xml".
+    # Archives made on macOS contain "._1.xml" beside "1.xml".
     return name.endswith(".xml") and not name.startswith(".")
 
 
 class _Tree(ElementTree.TreeBuilder):
     def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
-        # It is what declares entities, which can grow without bound; the collection's reports have none.
+        # A DOCTYPE can declare entities of unbounded size; the reports of the collection have none.
         raise ValueError("it has a DOCTYPE, which no report of the collection has")
 
 
@@ -217,7 +223,7 @@ def _parse(data: bytes | None, place: str) -> _Report | Skipped:
         root = ElementTree.fromstring(data, ElementTree.XMLParser(target=_Tree()))
     except ElementTree.ParseError as error:
         return malformed(f"not valid XML: {error}")
-    except (ValueError, LookupError) as error:  # a DOCTYPE, or an encoding that is not known
+    except (ValueError, LookupError) as error:  # a DOCTYPE, or an unknown encoding
         return malformed(str(error))
     uid = root.find("uId")
     number = "" if uid is None else uid.get("id", "")
@@ -237,7 +243,7 @@ def _parse(data: bytes | None, place: str) -> _Report | Skipped:
 
 
 def _licence(root: ElementTree.Element) -> str:
-    """Short name of the licence that the report states: "CC BY-NC-ND 4.0"."""
+    """Short name of the licence in the report: "CC BY-NC-ND 4.0"."""
     url = root.findtext("licenseURL", "").strip()
     creative_commons = re.search(r"creativecommons\.org/licenses/([a-z-]+)/([0-9.]+)", url)
     if creative_commons:

@@ -1,4 +1,4 @@
-"""The names that the images of the Indiana University collection go by, and Kaggle's table of their projections."""
+"""File names of the images of the Indiana University collection, and Kaggle's table of their projections."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _EXTENSIONS = (".png", ".jpg", ".jpeg")
 
 
 class ImageNames:
-    """Finds images under the names they go by.
+    """Finds images under any of their common names.
 
     Args:
-        folder: of the images.
+        folder: folder of the images.
 
     Attributes:
-        found: how many were.
+        found: number of images found.
     """
 
     def __init__(self, folder: str):
@@ -29,12 +29,12 @@ class ImageNames:
         self._flat = not self._kaggle and any(re.fullmatch(r"CXR\d+_.*-.*", name) for name in files)
 
     def find(self, study: str, image: str, place: int) -> str:
-        """Path in the folder of an image; where there is none, the one it should have had.
+        """The path of an image in the folder; if it is missing, the expected path.
 
         Args:
-            study: id.
-            image: its name in the report ("CXR1_1_IM-0001-3001").
-            place: its place in the report's list, from 0.
+            study: id of the study.
+            image: name in the report ("CXR1_1_IM-0001-3001").
+            place: position in the report's list, from 0.
         """
         for name in (*(image + extension for extension in _EXTENSIONS), kaggle_name(image)):
             if name in self.names:
@@ -52,7 +52,7 @@ class ImageNames:
         return f"{study}/{place}{min(extensions, default='.png')}"
 
     def _study_folder(self, study: str) -> str:
-        # R2Gen names it after the study. Of studies that R2Gen does not have, some copies cut "-0001" off.
+        # R2Gen names it after the study. Some copies omit "-0001" for studies that R2Gen does not have.
         short = re.match(r".*_[A-Za-z]+-[0-9]+", study)
         names = [study] + ([short[0]] if short else [])
         return next((name for name in names if name in self.names), study)
@@ -65,15 +65,15 @@ class ImageNames:
 
 
 def kaggle_name(image: str) -> str:
-    """ "CXR1_1_IM-0001-3001" → "1_IM-0001-3001.dcm.png"; CXR1 is the only one with two numbers."""
+    """ "CXR1_1_IM-0001-3001" → "1_IM-0001-3001.dcm.png"; only CXR1 has two numbers."""
     return re.sub(r"^CXR(\d+)_(?:\d+_)?", r"\1_", image) + ".dcm.png"
 
 
 def read_projections(path: str) -> dict[str, str]:
-    """`{file name: "frontal", "lateral" or "unknown"}` of Kaggle's indiana_projections.csv.
+    """Read Kaggle's indiana_projections.csv: `{file name: "frontal", "lateral" or "unknown"}`.
 
     Raises:
-        ValueError: it is not that; names the line or column.
+        ValueError: another file; the message names the line or column.
     """
     views = {"frontal": "frontal", "lateral": "lateral", "": "unknown"}
     found = {}

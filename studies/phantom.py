@@ -1,7 +1,7 @@
 """Source `phantom`: procedural chest radiographs whose findings, masks, states and reports are known exactly.
 
-A phantom is no substitute for a radiograph: it is the ground truth against which training, heatmaps and metrics are
-tested. Everything about one follows from its seed and index alone.
+Phantoms do not replace radiographs; they provide ground truth for tests of training, heatmaps and metrics. A phantom is
+determined by its seed and index.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from .phantom_wording import (
 )
 from .source import Study, StudyEntry, StudySource, option
 
-#: Share of the studies that are normal before the findings are drawn; the draw leaves more of them normal.
+#: Share of the studies that are normal before findings are drawn; more are normal afterwards.
 _NORMAL = 0.10
 _UNCLEAR = 0.022
-#: For each finding, in the other studies: how often it is positive, and how often it is denied where it is absent.
+#: For each finding, in the other studies: the frequency of positive, and the frequency of negative if it is absent.
 _FREQUENCIES = {
     "enlarged_cardiomediastinum": (0.09, 0.45),
     "cardiomegaly": (0.17, 0.85),
@@ -52,9 +52,9 @@ _STRENGTH = {UNMENTIONED: 0.0, NEGATIVE: 0.0, POSITIVE: 1.0, UNCLEAR: 0.5}
 _DRAWINGS = {"frontal": Frontal, "lateral": Lateral}
 _SMALLEST = 32
 
-#: Splits of up to this many studies never share one.
+#: Most studies of a split, so that splits do not overlap.
 _SPLIT_STRIDE = 10_000_000
-#: Index of each split's first study.
+#: Index of the first study of each split.
 SPLIT_STARTS = {"train": 0, "validation": _SPLIT_STRIDE, "test": 2 * _SPLIT_STRIDE}
 LICENCE = "Apache-2.0"
 
@@ -65,19 +65,18 @@ class Phantom:
 
     Args:
         id: "phantom-SEED-INDEX".
-        images: 8-bit grayscale images, one a view.
-        views: "frontal" or "lateral", one an image.
-        masks: for each positive finding that can be seen, a bool array (size, size) a view: where it changes the
-            image. All False in a view that does not show it; of an enlarged heart, and of a wide mediastinum seen
-            from the front, it is the whole organ.
-        states: (14,) int64 state ids in the order of `FINDINGS`; exactly what the report says.
-        details: where and how much, by finding (of those absent too).
-        question: the finding that the indication asks about, or "".
-        indication: why the study was asked for, or "". Of the states it gives away only that the report mentions
-            the finding in question.
-        findings: the findings section, a sentence for each finding mentioned.
+        images: an 8-bit grayscale image for each view.
+        views: "frontal" or "lateral" for each image.
+        masks: for each visible positive finding, a bool array (size, size) for each view: the pixels it changes. All
+            False in a view that does not show it; for an enlarged heart, and for a wide mediastinum in a frontal view,
+            the whole organ.
+        states: (14,) int64 state ids in the order of `FINDINGS`, as in the report.
+        details: place and size by finding (also of absent ones).
+        question: the finding in question in the indication, or "".
+        indication: the reason for the study, or "". It only reveals that the report mentions the finding in question.
+        findings: the findings section, with a sentence for each mentioned finding.
         impression: the conclusion, which answers the indication first.
-        report: the text to learn, the same as `findings`.
+        report: the same as `findings`.
     """
 
     id: str
@@ -94,7 +93,7 @@ class Phantom:
 
 
 def sample_states(rng: np.random.Generator) -> np.ndarray:
-    """(14,) state ids: each finding positive in 8 to 15 % of studies, about a quarter of the studies normal."""
+    """Draw (14,) state ids: each finding is positive in 8 to 15 % of studies; about a quarter are normal."""
     normal = rng.random() < _NORMAL
     draws, denials = rng.random(len(_FREQUENCIES)), rng.random(len(_FREQUENCIES))
     states = []
@@ -115,15 +114,15 @@ def make_phantom(
     views: Sequence[str] = ("frontal", "lateral"),
     states: Sequence[int | str] | None = None,
 ) -> Phantom:
-    """The study with this index: the same whenever and in whatever order it is made.
+    """Make the study with this seed and index.
 
     Args:
-        seed: of the whole collection, 0 or more.
-        index: of the study in it, 0 or more.
+        seed: seed of the collection, 0 or more.
+        index: index of the study, 0 or more.
         image_size: height and width in pixels, at least 32.
-        views: "frontal" or "lateral", one an image.
-        states: of the first 13 findings or all 14, instead of those drawn from the seed; the rest of the study stays
-            as it is, so that two phantoms differ by their findings alone. No Finding follows from the others.
+        views: "frontal" or "lateral" for each image.
+        states: states of the first 13 findings or all 14, instead of those drawn from the seed; the rest of the study
+            does not change, so that two phantoms differ only by their findings. No Finding follows from the others.
 
     Raises:
         ValueError: an option outside these bounds.
@@ -170,11 +169,11 @@ def make_phantom(
 def contact_sheet(
     seed: int, count: int = 16, image_size: int = 224, views: Sequence[str] = ("frontal",)
 ) -> Image.Image:
-    """The first studies of a collection, four a row, above what is positive or unclear (?) in each.
+    """The first studies of a collection, four in a row, each above its positive and unclear (?) findings.
 
     Args:
         seed, image_size, views: as for [`make_phantom`].
-        count: of the studies, 1 or more.
+        count: number of studies, 1 or more.
     """
     _check("count", count, 1)
     phantoms = [make_phantom(seed, index, image_size, views) for index in range(count)]
@@ -196,17 +195,19 @@ def contact_sheet(
 class PhantomSource(StudySource):
     """Procedural studies whose findings, masks, states and reports are known exactly.
 
-    A larger split starts with the studies of a smaller one, and no study is in two.
+    A larger split begins with the studies of a smaller one, and splits do not overlap.
     """
 
     name = "phantom"
+    example = "--train 2000 --views frontal lateral --output phantoms"
+    collection = "phantom radiographs"
 
-    train: int = option("Studies for training.", 2000, metavar="N")
-    validation: int = option("Studies for validation.", 200, metavar="N")
-    test: int = option("Studies for the test.", 200, metavar="N")
+    train: int = option("Number of studies for training.", 2000, metavar="N")
+    validation: int = option("Number of studies for validation.", 200, metavar="N")
+    test: int = option("Number of studies for test.", 200, metavar="N")
     image_size: int = option("Height and width in pixels.", 224, metavar="PIXELS")
     seed: int = option("Seed of the collection.", 0)
-    views: list[str] = option("The views of a study: frontal, lateral.", ["frontal"], metavar="VIEW")
+    views: list[str] = option("Views of a study: frontal, lateral.", ["frontal"], metavar="VIEW")
 
     def __post_init__(self):
         for split in SPLIT_STARTS:

@@ -1,8 +1,8 @@
-"""The canvas a phantom is drawn on: coordinates, soft edges, blobs, lines, noise, and X-ray exposure.
+"""The canvas of a phantom: coordinates, soft edges, blobs, lines, noise, and X-ray exposure.
 
-Coordinates run from -1 to 1, x to the viewer's right and y downwards, in the patient's frame: the canvas is shifted,
-turned and scaled a little against it. What is drawn is attenuation, which adds up along a ray; exposure turns it into
-gray levels at the end. Arrays are float32 of shape (size, size).
+Coordinates are from -1 to 1, x to the viewer's right and y downwards, in the patient's frame; the canvas is slightly
+shifted, rotated and scaled. Shapes add attenuation, which exposure converts to gray levels at the end. Arrays are
+float32 of shape (size, size).
 """
 
 from __future__ import annotations
@@ -12,23 +12,22 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-#: A finding's mask is where it changes the attenuation by more than this.
+#: The mask of a finding is where it changes the attenuation by more than this.
 VISIBLE = 0.02
 
-# glibc hands freed memory of the size of these arrays back to the system and faults it in again at every operation,
-# until a larger block has once been freed. Worth a quarter of the time; elsewhere it does nothing.
+# Freeing one large block makes glibc keep freed memory of the size of these arrays, which saves a quarter of the time.
 np.empty(16_000_000, np.uint8)
 
 
 def ramp(distance: np.ndarray, softness: float) -> np.ndarray:
-    """0 outside, 1 inside, over an edge `softness` wide around the zero of a signed distance."""
+    """0 outside and 1 inside of a signed distance, with a linear edge of width `softness`."""
     edge = distance * np.float32(1 / softness)
     edge += np.float32(0.5)
     return np.clip(edge, 0, 1, out=edge)
 
 
 def smooth(distance: np.ndarray, softness: float) -> np.ndarray:
-    """As `ramp`, with a rounded edge."""
+    """As `ramp`, with a smooth edge."""
     edge = ramp(distance, softness)
     return edge * edge * (3 - 2 * edge)
 
@@ -45,7 +44,7 @@ class Canvas:
 
     Args:
         size: height and width in pixels.
-        rng: generator of the canvas' position and of its noise.
+        rng: generator of the position of the canvas and of its noise.
     """
 
     def __init__(self, size: int, rng: np.random.Generator):
@@ -107,12 +106,12 @@ class Canvas:
         return np.asarray(sheet.reduce(sharp), np.float32) / 255
 
     def texture(self, cells: int, rng: np.random.Generator) -> np.ndarray:
-        """Smooth noise, mean 0 and deviation about 1, with `cells` grains from side to side."""
+        """Smooth noise with mean 0, deviation of about 1, and `cells` grains across the canvas."""
         grains = Image.fromarray(rng.standard_normal((cells, cells)).astype(np.float32))
         return np.asarray(grains.resize((self.size, self.size), Image.Resampling.BICUBIC))
 
     def add(self, change: np.ndarray) -> np.ndarray:
-        """Adds to the attenuation; the mask of where that can be seen."""
+        """Add to the attenuation, and return the mask of the visible change."""
         self.attenuation += change
         return np.abs(change) > VISIBLE
 

@@ -1,4 +1,4 @@
-"""The frontal view of a phantom: anatomy, and each finding where it occurs.
+"""The frontal view of a phantom: anatomy and findings.
 
 Longer than three screens because the anatomy and the 13 findings share one geometry.
 """
@@ -20,8 +20,8 @@ class Frontal:
 
     Args:
         canvas: an empty canvas.
-        stream: a fresh generator for a name, so that what one finding draws moves nothing else.
-        strengths: how plainly each finding shows: 1 positive, less than 1 unclear, 0 absent.
+        stream: returns a generator for a name, so that findings do not influence each other.
+        strengths: visibility of each finding: 1 positive, less than 1 unclear, 0 absent.
         details: side, zone, size and device of each finding.
     """
 
@@ -54,11 +54,11 @@ class Frontal:
         self.lung = ramp(edge - 0.0125, 0.025)
 
     def draw(self) -> dict[str, np.ndarray]:
-        """Draws everything; the mask (size, size) of each finding that is present."""
+        """Draw the view, and return the mask (size, size) of each present finding."""
         masks = {}
         silhouette = self._silhouette(masks)
         self._bones(masks)
-        # Behind the heart a finding is fainter, not gone.
+        # A finding is fainter where it overlaps the heart.
         self.visible = self.lung * (1 - np.float32(0.55) * silhouette)
         self._markings(silhouette, masks)
         for finding, draw in (
@@ -79,7 +79,7 @@ class Frontal:
         return masks
 
     def _silhouette(self, masks: dict[str, np.ndarray]) -> np.ndarray:
-        """Soft tissue: body, abdomen, mediastinum, heart, trachea. The outline of heart and mediastinum."""
+        """Draw soft tissue, and return the outline of heart and mediastinum."""
         rng, canvas, y = self.stream("frontal silhouette"), self.canvas, self.canvas.y
         shoulder = 0.22 + 1.1 * smooth(y + 0.83, 0.36)
         flank = self.half_width + 0.13 + 0.5 * smooth(-0.2 - y, 0.4)
@@ -96,7 +96,7 @@ class Frontal:
         if strength:
             masks["enlarged_cardiomediastinum"] = (column > 0) & (widening > 0.002)
 
-        # Heart: its width over the chest's is 0.40 to 0.47 when normal, 0.52 in doubt, above 0.57 when enlarged.
+        # Heart: the cardiothoracic ratio is 0.40 to 0.47 if normal, 0.52 if unclear, above 0.57 if enlarged.
         strength, detail = self.strengths["cardiomegaly"], self.details["cardiomegaly"]
         ratio = rng.uniform(0.40, 0.47)
         if strength:
@@ -157,7 +157,7 @@ class Frontal:
         return self.canvas.add(np.float32(self.strengths["fracture"]) * side * change)
 
     def _markings(self, silhouette: np.ndarray, masks: dict[str, np.ndarray]) -> None:
-        """Vessels fanning out from the hila; edema thickens and blurs them, a pneumothorax has none."""
+        """Vessels from the hila; edema thickens and blurs them, and a pneumothorax has none."""
         rng, canvas, y = self.stream("frontal vessels"), self.canvas, self.canvas.y
         hilum_x, hilum_y = rng.uniform(0.15, 0.18), rng.uniform(-0.02, 0.04)
         across, down = self.out - np.float32(hilum_x), y - np.float32(hilum_y)
@@ -181,7 +181,7 @@ class Frontal:
             masks["pneumothorax"] = self._pneumothorax(vessels)
 
     def _pneumothorax(self, vessels: np.ndarray) -> np.ndarray:
-        """The lung has left the chest wall: a thin pleural line, and beyond it air without vessels."""
+        """A thin pleural line, and between it and the chest wall air without vessels."""
         detail, y = self.details["pneumothorax"], self.canvas.y
         depth = (0.17 if detail.size == "small" else 0.34) * ramp(0.32 - y, 0.5)
         shrunken = np.clip((np.float32(0.45) - y) / (0.45 - self.apex - 0.55 * depth), 0, 1)

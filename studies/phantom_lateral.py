@@ -1,4 +1,4 @@
-"""The lateral view of a phantom, simpler than the frontal: the patient faces the viewer's left."""
+"""The lateral view of a phantom, simpler than the frontal view: the patient faces the viewer's left."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .phantom_wording import FindingDetail
 
 
 class Lateral:
-    """Draws one lateral view; arguments as for `Frontal`. A rib fracture does not show in it."""
+    """Draws one lateral view; arguments as for `Frontal`. It does not show rib fractures."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Lateral:
         self.lung *= y > -0.80
 
     def draw(self) -> dict[str, np.ndarray]:
-        """Draws everything; the mask (size, size) of each finding that is present and shows."""
+        """Draw the view, and return the mask (size, size) of each present and visible finding."""
         masks = {}
         heart = self._anatomy(masks)
         self.visible = self.lung * (1 - np.float32(0.5) * heart)
@@ -125,7 +125,7 @@ class Lateral:
         return 0.44 * ramp(self.canvas.ellipse(*self._place(rng, detail), radius, radius), 0.02) * self.visible
 
     def _pneumothorax(self, rng: np.random.Generator, detail: FindingDetail) -> np.ndarray:
-        """Air behind the sternum and over the apex, in front of a thin line."""
+        """Air at the sternum and the apex, bounded by a thin line."""
         depth = (0.10 if detail.size == "small" else 0.20) * ramp(0.25 - self.canvas.y, 0.4)
         beyond = self.front + depth - self.canvas.x
         here = self.visible * ramp(depth - 0.02, 0.04)

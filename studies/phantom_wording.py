@@ -1,7 +1,6 @@
-"""What a phantom's report says: 2 to 4 wordings for every finding in every state, one sentence a finding; and what
-its indication asks, which the impression answers.
+"""The texts of a phantom: a findings section with a sentence for each finding, an indication, and an impression.
 
-Longer than three screens because the words for every finding stand in two tables.
+Longer than three screens because of the two tables of wordings.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ DEVICES: tuple[str, ...] = ("tube", "catheter", "pacemaker")
 
 @dataclass(frozen=True)
 class FindingDetail:
-    """Where and how much: what of it a sentence names is what is drawn.
+    """Place and size of a finding, as drawn and as described in the report.
 
     Args:
         side: the patient's "left" or "right" (the patient's left is on the viewer's right).
@@ -46,10 +45,10 @@ class FindingDetail:
 
 
 def sample_details(rng: np.random.Generator) -> dict[str, FindingDetail]:
-    """A detail for each of the 14 findings, whether or not it will be present.
+    """Draw a detail for each of the 14 findings, whether it is present or not.
 
-    The four findings that fill a patch of lung never share one of the four patches, and lines at the base and along
-    the pleura lie on the other side from fluid and air, so that none hides another.
+    The four findings that fill a part of the lung are in different parts, and atelectasis and pleural thickening are on
+    the other side than effusion and pneumothorax, so that no finding hides another.
     """
     patches = rng.permutation([(side, zone) for side in SIDES for zone in ZONES])
     patchy = ("lung_opacity", "lung_lesion", "consolidation", "pneumonia")
@@ -63,8 +62,8 @@ def sample_details(rng: np.random.Generator) -> dict[str, FindingDetail]:
     return details
 
 
-# In the order in which a report is read out: heart, mediastinum, lungs, pleura, bones, devices, conclusion.
-# {side}, {zone}, {amount}, {degree}, {mass} and {device} stand for words of the finding's detail.
+# In the order of a report: heart, mediastinum, lungs, pleura, bones, devices, conclusion. {side}, {zone}, {size},
+# {degree}, {grade}, {mass} and {device} are replaced by words for the detail of the finding.
 _SENTENCES: dict[str, dict[int, tuple[str, ...]]] = {
     "cardiomegaly": {
         POSITIVE: ("The heart is {degree} enlarged.", "There is {grade} cardiomegaly."),
@@ -148,7 +147,7 @@ _SENTENCES: dict[str, dict[int, tuple[str, ...]]] = {
     },
 }
 
-# For each finding: what the patient complains of or has had, and what the radiologist is asked to look for.
+# For each finding: symptoms or history of the patient, and the name of the finding in the question.
 _QUESTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "cardiomegaly": (("Leg swelling", "Shortness of breath on exertion", "New murmur"), "cardiomegaly"),
     "enlarged_cardiomediastinum": (("Chest pain", "High blood pressure", "Tearing back pain"), "mediastinal widening"),
@@ -179,7 +178,7 @@ _ANSWERS = {
     NEGATIVE: ("No {asked}.", "No evidence of {asked}."),
     UNCLEAR: ("{item}.", "{item}, not certain on this examination."),
 }
-#: Share of the studies that come with an indication, if any finding is mentioned.
+#: Share of the studies with an indication, if any finding is mentioned.
 _ASKED = 0.6
 
 _DEVICE_NAMES = {"tube": "endotracheal tube", "catheter": "central venous catheter", "pacemaker": "pacemaker"}
@@ -187,9 +186,9 @@ _NOTHING_SAID = "A radiograph of the chest was obtained."
 
 
 def complete_states(states: Sequence[int | str]) -> np.ndarray:
-    """The 14 states with no_finding set by the rule that defines it.
+    """Complete 13 states with no_finding, or replace it in 14 states.
 
-    "No Finding" is positive if and only if nothing else but support devices is positive or unclear (CheXpert's rule).
+    "No Finding" is positive if and only if nothing but support devices is positive or unclear (CheXpert's rule).
 
     Args:
         states: state ids or names of the first 13 findings, or of all 14.
@@ -212,15 +211,15 @@ def write_report(
     rng: np.random.Generator | int,
     details: Mapping[str, FindingDetail] | None = None,
 ) -> str:
-    """A findings section that asserts these states: a sentence for each finding mentioned, none for the others.
+    """Write a findings section with these states: a sentence for each mentioned finding.
 
     Args:
         states: state ids or names of the 14 findings, in the order of `FINDINGS`.
-        rng: generator (or its seed) that chooses the wordings, and the details not given.
-        details: where and how much, by finding; missing ones are drawn.
+        rng: generator (or its seed) of the wordings, and of details that are not given.
+        details: place and size by finding; missing ones are drawn.
 
     Returns:
-        The sentences, in anatomical order. If nothing at all is mentioned, a sentence that says nothing of the chest.
+        The sentences in anatomical order; a sentence without findings if none is mentioned.
 
     Raises:
         ValueError: not 14 states, an unknown state, or no_finding in contradiction to another finding.
@@ -233,7 +232,7 @@ def write_report(
     _check_no_finding(ids)
     sentences = []
     for finding, wordings in _SENTENCES.items():
-        # One draw a finding, also for those left out: the wording of the others does not depend on them.
+        # One draw for each finding, mentioned or not, so that the other wordings do not depend on it.
         draw = rng.random()
         if ids[finding] != UNMENTIONED:
             choices = wordings[ids[finding]]
@@ -242,11 +241,11 @@ def write_report(
 
 
 def sample_question(states: Sequence[int], rng: np.random.Generator) -> str:
-    """The finding that the indication asks about, one of those the report mentions; "" for a study without one.
+    """Choose one of the mentioned findings for the indication; "" for a study without an indication.
 
     Args:
         states: state ids of the 14 findings.
-        rng: generator of the choice. The order in which findings come up does not depend on the states.
+        rng: generator of the choice. The order in which findings are tried does not depend on the states.
     """
     carries, order = rng.random() < _ASKED, rng.permutation(len(_QUESTIONS))
     mentioned = [FINDINGS[i] for i in order if states[i] != UNMENTIONED]
@@ -254,11 +253,11 @@ def sample_question(states: Sequence[int], rng: np.random.Generator) -> str:
 
 
 def write_indication(question: str, rng: np.random.Generator) -> str:
-    """Why the study is asked for: a complaint, and the finding in question. It says nothing of the states.
+    """Write an indication: a symptom and the finding in question, without its state.
 
     Args:
         question: one of the first 13 findings, or "" for no indication.
-        rng: generator that chooses the wording.
+        rng: generator of the wording.
     """
     if not question:
         return ""
@@ -272,13 +271,13 @@ def write_impression(
     question: str = "",
     rng: np.random.Generator | int = 0,
 ) -> str:
-    """The conclusion: what is positive or unclear, by name and side, or that nothing is.
+    """Write an impression: the positive and unclear findings by name and side, or that there are none.
 
     Args:
         states: state ids of the 14 findings.
-        details: where and how much, by finding.
-        question: the finding that was asked about, which is answered first; "" for none.
-        rng: generator (or its seed) that chooses the wording of the answer.
+        details: place and size by finding.
+        question: the finding in question, which is answered first; "" for none.
+        rng: generator (or its seed) of the wording of the answer.
     """
     items = []
     if question:
@@ -295,7 +294,7 @@ def write_impression(
 
 
 def _item(finding: str, state: int, detail: FindingDetail, sized: bool = False) -> str:
-    """A finding by name, its side before it where its sentences name one; if `sized`, how much of it too."""
+    """The name of a finding with its side, if its sentences have one, and with its size if `sized`."""
     sentences = " ".join(_SENTENCES[finding][POSITIVE])
     name = {
         "pleural_other": "pleural thickening",

@@ -1,4 +1,4 @@
-"""A built dataset on the Hub."""
+"""Upload a prepared dataset to the Hub."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from .shards import SUMMARY
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-#: What of a dataset's folder is uploaded. `skipped.jsonl` and `summary.json` name files of the machine it was built on.
+#: Uploaded files. `skipped.jsonl` and `summary.json` contain paths of this machine.
 _UPLOADED = ["README.md", "data/*.parquet"]
 
-#: What of the dataset that is there is deleted unless it is uploaded anew: shards that stay are read, too.
+#: Files of an earlier upload that are deleted: `load_dataset` would read its shards as well.
 _REPLACED = ["data/*.parquet"]
 
-#: Words of licences that do not allow a changed collection to be given to others (no derivatives, PhysioNet's).
+#: Words of licences that forbid publishing a changed collection (no derivatives, PhysioNet's).
 _NOT_PUBLIC = {"nd", "noderivatives", "noderivs", "physionet", "credentialed"}
 
 
 def push_studies(folder: str | os.PathLike, repo_id: str, public: bool = False) -> str:
-    """Upload a built dataset: its card and Parquet files, as the Hub's `load_dataset` reads them.
+    """Upload the card and the Parquet files of a prepared dataset, so that `load_dataset(repo_id)` reads them.
 
     Args:
         folder: the dataset.
-        repo_id: "org/name"; it is made where it is not there. Shards that are there are replaced.
-        public: whether anyone may see it.
+        repo_id: "org/name"; the repository is created if needed, and existing shards are replaced.
+        public: whether the repository is public.
 
     Returns:
-        The dataset's address.
+        The URL of the dataset.
 
     Raises:
-        ValueError: the folder is not a built dataset, it is to be public against its licence, the name is none, or
-            the dataset that is there is public and should be private or the reverse.
+        ValueError: the folder is not a prepared dataset, its licence forbids publishing, `repo_id` is invalid, or the
+            existing repository is public and should be private or the reverse.
         OSError: the Hub refuses, or cannot be reached.
     """
     from huggingface_hub import HfApi
@@ -53,7 +53,7 @@ def push_studies(folder: str | os.PathLike, repo_id: str, public: bool = False) 
         if is_private is public:
             raise ValueError(
                 f"{repo_id} is {'private' if public else 'public'}: "
-                f"{'leave out --public' if public else '--public agrees'}, or push to another name"
+                f"{'remove' if public else 'add'} --public, or push to another name"
             )
         hub.upload_folder(
             repo_id=repo_id,
@@ -67,34 +67,29 @@ def push_studies(folder: str | os.PathLike, repo_id: str, public: bool = False) 
 
 @contextmanager
 def hub_errors(what: str, remedy: str | None = None) -> Iterator[None]:
-    """Errors of the Hub's client as an `OSError` of one line, `what` did not succeed and why.
-
-    Args:
-        what: begins the line.
-        remedy: ends it.
-    """
+    """Convert errors of the Hub's client to an `OSError` of one line: `WHAT: REASON; REMEDY`."""
     from huggingface_hub.errors import HTTPError
 
     try:
         yield
     except (OSError, HTTPError, RuntimeError) as error:
-        # Neither a broken connection nor a file that was not taken is an OSError of the client; the latter hides why.
+        # The reason for a refused file is in the cause of the client's RuntimeError.
         reason = f"{error} {error.__cause__}" if isinstance(error, RuntimeError) and error.__cause__ else error
         raise OSError(f"{what}: {reason}{f'; {remedy}' if remedy else ''}") from error
 
 
 def make_repo(hub: HfApi, repo_id: str, repo_type: str, private: bool | None, **more) -> tuple[str, bool]:
-    """Make a repository where it is not there; one that was there is as it was.
+    """Create a repository if it does not exist; an existing one is not changed.
 
     Args:
         hub: the client.
         repo_id: "org/name".
         repo_type: "model", "dataset" or "space".
-        private: whether only its owners may see a new one; None leaves it to what its owner has set.
+        private: visibility of a new repository; None uses the owner's default.
         more: arguments of `create_repo`.
 
     Returns:
-        Its id with its owner, which may have been left out, and whether it is private.
+        The id with its owner, which `repo_id` may omit, and whether the repository is private.
     """
     repo_id = hub.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, **more).repo_id
     return repo_id, hub.repo_info(repo_id, repo_type=repo_type).private
@@ -103,18 +98,17 @@ def make_repo(hub: HfApi, repo_id: str, repo_type: str, private: bool | None, **
 def _check_public(folder: Path, licences: list[str]) -> None:
     for licence in licences:
         if not licence.strip():
-            raise ValueError(f"{folder} holds studies whose licence is not stated: leave out --public")
+            raise ValueError(f"{folder} holds studies whose licence is not stated: remove --public")
         if _NOT_PUBLIC & set(re.findall("[a-z]+", licence.lower())):
-            raise ValueError(f"{folder} holds studies under {licence}, which forbids publishing: leave out --public")
+            raise ValueError(f"{folder} holds studies under {licence}, which forbids publishing: remove --public")
 
 
 def _licences(folder: Path) -> list[str]:
-    """The licences of a built dataset's studies."""
     try:
         return read_json(folder / SUMMARY, parse=lambda summary: [str(licence) for licence in summary["licences"]])
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         raise ValueError(
-            f"{folder} is not a built dataset ({error}): expected a folder written by otdrg prepare"
+            f"{folder} is not a prepared dataset ({error}): expected a folder written by otdrg prepare"
         ) from None
 
 

@@ -15,7 +15,7 @@ from .source import Skipped, Study, StudyEntry, StudySource, needed_file, needed
 _SPLITS = {"train": "train", "val": "validation", "test": "test"}
 _IU_XRAY_ID = re.compile(r"CXR\d+(?=_)")
 
-#: R2Gen's annotation of MIMIC-CXR has an entry an image.
+#: R2Gen's annotation of MIMIC-CXR has an entry for each image.
 MIMIC_COUNTS: dict[str, int] = {"train": 270_790, "validation": 2_130, "test": 3_858}
 MIMIC_LICENCE = "PhysioNet Credentialed Health Data License 1.5.0"
 IU_XRAY_LICENCE = "CC BY-NC-ND 4.0"
@@ -25,11 +25,12 @@ IU_XRAY_LICENCE = "CC BY-NC-ND 4.0"
 class R2GenSource(StudySource):
     """Studies of an R2Gen annotation, `{"train": [{"id", "report", "image_path": [...]}, ...], "val", "test"}`.
 
-    R2Gen's reports are the FINDINGS section. The annotation does not tell the views apart (in IU X-Ray the order
-    varies), so they are "unknown".
+    R2Gen's reports are the FINDINGS section. Views are "unknown", because the annotation does not have them.
     """
 
     name = "r2gen"
+    example = "--annotation annotation.json --images images --output iu_xray"
+    collection = "a collection in R2Gen's layout"
 
     annotation: str = option("R2Gen's JSON file.", metavar="FILE")
     images: str = option("Folder to which each image_path is relative.", metavar="FOLDER")
@@ -41,7 +42,7 @@ class R2GenSource(StudySource):
         self._collection: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Entries hold all that is read of them; the annotation stays in the process that lists them.
+        # Entries hold everything that is read.
         return {**self.__dict__, "_content": None}
 
     def entries(self) -> Iterator[StudyEntry | Skipped]:
@@ -64,8 +65,12 @@ class R2GenSource(StudySource):
     def official_ids(self, split: str) -> Iterable[str] | None:
         return r2gen_split_ids().get(split) if self._which() == "iu_xray" else None
 
+    @classmethod
+    def collection_of(cls, licence: str) -> str:
+        return {IU_XRAY_LICENCE: "IU X-Ray", MIMIC_LICENCE: "MIMIC-CXR"}.get(licence, cls.collection)
+
     def _which(self) -> str:
-        """The collection the annotation is of, told by its first study: "iu_xray", "mimic_cxr" or ""."""
+        """The annotated collection, recognised by its first study: "iu_xray", "mimic_cxr" or ""."""
         if self._collection is None:
             first = next((study for studies in self._annotated().values() for study in studies), {})
             first = first if isinstance(first, dict) else {}
@@ -115,7 +120,7 @@ def _entry(study: Any, split: str, root: str, place: str) -> StudyEntry | Skippe
     in_iu_xray = _IU_XRAY_ID.match(name)
     if "subject_id" in study:
         patient_id, licence = str(study["subject_id"]), MIMIC_LICENCE
-    elif in_iu_xray:  # one study a patient: the number after CXR is the patient's
+    elif in_iu_xray:  # one study for each patient: the number after CXR is the patient's
         patient_id, licence = in_iu_xray.group(), IU_XRAY_LICENCE
     else:
         patient_id, licence = name, ""

@@ -1,20 +1,22 @@
-"""Sections of a radiology report as it was dictated: free text with headers, as in MIMIC-CXR, CheXpert Plus or VistA.
+"""Split a dictated radiology report (free text with headers, as in MIMIC-CXR, CheXpert Plus or VistA) into sections.
 
-What is decided where reports differ:
+Rules for cases in which reports differ:
 
-- "FINDINGS AND IMPRESSION:" is the findings, and the impression is empty, so that nothing stands in both.
-- The name of the views ("PA AND LATERAL VIEWS OF THE CHEST:") or of an organ ("LUNGS:") in place of "FINDINGS:" opens
-  the findings; within findings or impression it is a part of their text.
-- Without either, the findings are the unlabelled text: the paragraphs that follow the first one of the last section
-  before the impression (before the end, if there is none), or, in a report without headers, all of it. It must have
-  two words that do not name views, so that a title or a second date under "COMPARISON:" is not taken for findings.
-- Wet reads, other preliminary reads and addenda are left out. They end at a rule of underscores or at "FINAL REPORT",
-  and where no "FINAL REPORT" follows and nothing has been read yet, at the first header.
-- What ends a report is left out: END OF IMPRESSION, diagnostic codes, signatures, names, who dictated, reviewed or
-  typed it, accession numbers. After it, only headers of findings, impression, indication or comparison open a section.
-- Headers may be bold (`**FINDINGS:**`), HTML, numbered, misspelt, in the midst of a line, or end in a dash. In a
-  sentence ("Findings are ...", "the impression of the tube") the same words are text.
-- A section that comes twice is joined. Other sections (technique, notification, recommendations...) are left out.
+- "FINDINGS AND IMPRESSION:" is the findings, and the impression is empty, so that no text is in both.
+- The names of views ("PA AND LATERAL VIEWS OF THE CHEST:") or of an organ ("LUNGS:") in place of "FINDINGS:" begin
+  the findings; within findings or impression they are text.
+- Without either, the findings are unlabelled text: the paragraphs after the first one of the last section before the
+  impression (or before the end), or, in a report without headers, all of it. Unlabelled findings must have two words
+  that do not name views; otherwise they are a title or a second date under "COMPARISON:".
+- Wet reads, other preliminary reads and addenda are removed. They end at a rule of underscores or at "FINAL REPORT";
+  if no "FINAL REPORT" follows and no section came before, they end at the first header.
+- The end of a report is removed: END OF IMPRESSION, diagnostic codes, signatures, names, who dictated, reviewed or
+  typed it, accession numbers. After it, only headers of findings, impression, indication or comparison begin a section.
+- Headers may be bold (`**FINDINGS:**`), HTML, numbered, misspelt, within a line, or end in a dash. In a sentence
+  ("Findings are ...", "the impression of the tube") the same words are text.
+- Repeated sections are joined. Other sections (technique, notification, recommendations...) are removed.
+
+Longer than three screens because the rules depend on each other.
 """
 
 from __future__ import annotations
@@ -30,11 +32,11 @@ from .report_trailers import is_metadata, is_signature_line, is_trailer
 
 
 class ReportSections(NamedTuple):
-    """Sections of a report, "" where there is none; white space is single spaces, placeholders are left as they are.
+    """Sections of a report, "" if absent, with single spaces as white space; placeholders are not removed.
 
     Args:
         findings, impression, indication, comparison: the sections.
-        findings_labelled: whether the findings stand under a header; False where they are unlabelled text.
+        findings_labelled: whether the findings have a header; False if they are unlabelled text.
     """
 
     findings: str = ""
@@ -44,8 +46,8 @@ class ReportSections(NamedTuple):
     findings_labelled: bool = False
 
 
-# Kinds of passage beside the four sections: text in place of the findings, before the first header, in sections that
-# precede the findings, under labels nobody has foreseen, in sections after the impression, and what is not the report.
+# Kinds of passage besides the four sections: text under names of views, text before the first header, sections before
+# the findings, sections with unknown labels, sections after the impression, and text that is not the report.
 _VIEWS, _TITLE, _OTHER, _LABEL, _CLOSING, _ASIDE = "views", "title", "other", "label", "closing", "aside"
 
 
@@ -68,7 +70,7 @@ _NAMES = {
     "findings": rf"(?:(?:CHEST|RADIOGRAPHIC|IMAGING) )?{_FINDINGS_NAME}(?: CHEST)?"
     rf"|{_FINDINGS_NAME}{_AND}{_IMPRESSION_NAME}|{_IMPRESSION_NAME}{_AND}{_FINDINGS_NAME}|REPORT|OBSERVATIONS?",
     "impression": rf"(?:FINAL )?{_IMPRESSION_NAME}(?: AND RECOMMENDATIONS?)?|SUMMARY|ASSESSMENT|OPINION",
-    # "INFORMATION:" alone says nothing, so such words need "CLINICAL" before them.
+    # Words such as "INFORMATION:" are too general without "CLINICAL".
     "indication": rf"(?!(?:INFORMATION|DATA|CONTEXT|QUESTION|CONDITION)$){_CLINICAL}{_INDICATION_NAME}"
     rf"(?: AND {_CLINICAL}{_INDICATION_NAME})*|REASON|UNDERLYING MEDICAL CONDITION",
     "comparison": rf"COMPARISONS?(?: {_EXAM}| MADE| DATE)?|(?:PRIOR|PREVIOUS) {_EXAM}",
@@ -77,20 +79,20 @@ _NAMES = {
     _CLOSING: r"NOTIFICATIONS?|RECOMMENDATIONS?|RECOMMENDATIONS? AND NOTIFICATIONS?|COMMUNICATIONS?|CRITICAL RESULTS?",
 }
 _PATTERNS = {kind: re.compile(pattern) for kind, pattern in _NAMES.items()}
-#: Names that open a section in the midst of a line.
+#: Names that begin a section within a line.
 _MIDLINE_NAME = re.compile(
     rf"{_FINDINGS_NAME}(?:{_AND}{_IMPRESSION_NAME})?|{_IMPRESSION_NAME}|(?:CLINICAL )?(?:INDICATIONS?|HISTORY)"
     r"|TECHNIQUE|REASON FOR (?:THIS )?(?:EXAM|EXAMINATION|STUDY)|COMPARISONS?|NOTIFICATIONS?|RECOMMENDATIONS?"
 )
-#: Of an impression by another name ("SUMMARY:") there may be one, but not after the end of the report.
+#: Names of an impression that are accepted after the end of the report (unlike "SUMMARY:").
 _STRICT_IMPRESSION = re.compile(rf"(?:FINAL )?{_IMPRESSION_NAME}(?: AND RECOMMENDATIONS?)?")
-#: Words of names that are recognised when they are misspelt.
+#: Words of names that are recognised if they are misspelt.
 _SPELT = (
     *("FINDINGS", "IMPRESSION", "IMPRESSIONS", "CONCLUSION", "CONCLUSIONS", "INDICATION", "INDICATIONS", "HISTORY"),
     *("COMPARISON", "COMPARISONS", "TECHNIQUE", "RECOMMENDATION", "RECOMMENDATIONS"),
 )
 
-#: Words of a line that names the views, and those of which it must have one.
+#: Words of a line that names views: it has at least one of the first set, and only words of the second.
 _VIEW_NAMES = _word_set(
     "VIEW VIEWS CHEST THORAX CXR RADIOGRAPH RADIOGRAPHS RADIOGRAPHY FILM FILMS XRAY RAY RAYS AP PA LATERAL LAT FRONTAL "
     "PORTABLE UPRIGHT SUPINE DECUBITUS"
@@ -101,7 +103,7 @@ _VIEW_WORDS = _VIEW_NAMES | _word_set(
     "PROJECTIONS RADIOGRAPHIC REPEAT RIB RIBS RIGHT S SEATED SEMI SEMIERECT SEMIUPRIGHT SERIES SINGLE SITTING STANDING "
     "STAT STUDY THE THREE TIME TWO VS WITH X"
 )
-#: A label that begins with one of these is about what is seen.
+#: A label that begins with one of these belongs to the findings.
 _ORGANS = _word_set(
     "LUNG LUNGS HEART CARDIAC CARDIOMEDIASTINAL CARDIOMEDIASTINUM MEDIASTINUM MEDIASTINAL PLEURA PLEURAL BONES BONE "
     "OSSEOUS SKELETAL DIAPHRAGM HILA HILAR AIRWAYS PULMONARY VASCULATURE LINES TUBES DEVICES SUPPORT"
@@ -114,7 +116,7 @@ _HTML_BREAK = re.compile(
     r"</?(?:br|p|div|li|ul|ol|tr|table|tbody|h[1-6]|hr|body|html|head)\b[^<>]{0,200}>", re.IGNORECASE
 )
 _HTML = re.compile(r"</?(?:b|strong|i|em|u|span|font|td|th|pre|sup|sub|small)\b[^<>]{0,200}>", re.IGNORECASE)
-#: Emphasis of Markdown; rules, and placeholders as "___", are none.
+#: Emphasis of Markdown, but not rules or placeholders such as "___".
 _EMPHASIS = re.compile(r"(?<![\w*])(\*{1,3}|_{1,2})(?=[^\W_])([^*_\n]{1,90}?)(?<=[\w:.)!?])\1(?![\w*])")
 _STRAY_BOLD = re.compile(r"(?<![\w*])\*\*(?=[^\W_])(?!\w+\[)|(?<=[\w.:!?)])\*\*(?![\w*])")
 _FINAL_REPORT = re.compile(r"\W*FINAL REPORT\W*", re.IGNORECASE)
@@ -122,30 +124,30 @@ _ASIDE_NAME = (
     r"(?:FINAL )?ADDENDUM|(?:WET|PRELIMINARY|PRELIM|INTERIM|PROVISIONAL) (?:READ|READING|REPORT)"
     r"|PROVISIONAL FINDINGS IMPRESSION|PFI REPORT"
 )
-#: In capitals wherever a line begins with it; in other cases it needs a colon or a line of its own.
+#: In capitals at the beginning of any line; in lower case only with a colon or on a line of its own.
 _ASIDE_START = re.compile(rf"[\W_]*(?:(?:{_ASIDE_NAME})\b|(?i:{_ASIDE_NAME})(?: (?:#|VERSION).*)?\s*(?::|$))")
-#: Between words of a line; no longer than two spaces, so that nothing below has to go over a long one.
+#: Gaps between words of a line, which are shortened to two spaces for the patterns below.
 _GAP = re.compile(r"\t\s*|\s{2,}")
-#: Where a line may go on with a header: after the end of a sentence, a gap or a separator.
+#: Where a header may begin within a line: after the end of a sentence, a gap or a separator.
 _MIDLINE = re.compile(r"(?:(?<=[.?!_;|)\]])\s+(?:[/|]\s+)?|\s{2,}|\s[/|]\s)(?=[A-Z/]|(?:findings|impression)\s*:)")
-#: The same without the end of a sentence, but not after a word that makes it a part of one ("see FINDINGS:").
+#: The same after any word, except those that make the name a part of the sentence ("see FINDINGS:").
 _UNPUNCTUATED = re.compile(r"(?<=\w)\s+(?=(?:FINDINGS|Findings|IMPRESSION|Impression|CONCLUSION|Conclusion)\s*:)")
 _GOES_ON = re.compile(
     r"(?:\b(?:a|above|an|and|below|chest|clinical|final|for|from|in|initial|my|of|on|or|other|our|per|preliminary|previous"
     r"|prior|radiographic|see|the|their|this|to|under|with))$",
     re.IGNORECASE,
 )
-#: A colon, but not that of a time or a ratio.
+#: A colon that is not part of a time or a ratio.
 _COLON = re.compile(r"[:：](?!(?<=\d:)\d)")
 _DASH = re.compile(r"\s*[-–—]{1,3}(?:\s+|$)")
-#: A header in capitals without a colon, before the beginning of a sentence.
+#: A header in capitals without a colon, followed by the beginning of a sentence.
 _BARE_HEADER = re.compile(
     r"(FINDINGS|IMPRESSION|CONCLUSION|(?:CLINICAL )?(?:INDICATION|HISTORY)|COMPARISON|TECHNIQUE)"
     r"\s+(?=[A-Z][a-z]|A\s[a-z]|\d{1,2}[.)]\s)"
 )
-#: What can stand before a header: bullets, numbers, letters.
+#: Bullets, numbers or letters before a header.
 _BULLET = re.compile(r"[*#>•–—-]+\s*|\(?(?:\d{1,2}|[A-Z]|[IVX]{1,4})[.)]\s+")
-#: The number of the header that follows, as in "Clear. 2. IMPRESSION:".
+#: The number of the next header, as in "Clear. 2. IMPRESSION:".
 _ITEM_NUMBER = re.compile(r"(?:(?<=[.?!;])\s+|^)\(?(?:\d{1,2}|[A-Z]|[IVX]{2,4})[.)]\s+$")
 _PARENTHESIS = re.compile(r"\([^()]*\)")
 _LONGEST_NAME = 90
@@ -153,7 +155,7 @@ _LONGEST_NAME = 90
 
 @dataclass
 class _Passage:
-    """Text of one kind, by paragraphs."""
+    """Text of one kind, in paragraphs."""
 
     kind: str
     paragraphs: list[list[str]] = field(default_factory=lambda: [[]])
@@ -172,26 +174,26 @@ class _Passage:
 
 class _Header(NamedTuple):
     kind: str
-    #: What the section's text begins with.
+    #: The beginning of the section's text.
     text: str
-    #: Whether it opens a section after the end of a report, too.
+    #: Whether it also begins a section after the end of a report.
     reopens: bool = False
 
 
 def parse_sections(text: str) -> ReportSections:
-    """The sections of a report; see the module on what is done where headers are missing.
+    """Split a report into sections by the rules of this module.
 
     Args:
-        text: the report with its line ends; lines hold headers.
+        text: the report with its line breaks.
     """
     passages = _passages(text)
     found = {kind: _joined(passages, kind) for kind in ("findings", "impression", "indication", "comparison")}
     if not found["findings"]:
-        found["findings"] = _joined([p for p in passages if _telling_words(p.text())], _VIEWS)
+        found["findings"] = _joined([p for p in passages if _content_words(p.text())], _VIEWS)
     labelled = bool(found["findings"])
     if not labelled:
         unlabelled = _cut_unlabelled(passages)
-        # The section that it stood in has lost it.
+        # Joined again, because the text was removed from its section.
         found = {**{kind: _joined(passages, kind) for kind in found}, "findings": unlabelled}
     return ReportSections(**found, findings_labelled=labelled)
 
@@ -225,8 +227,8 @@ def _passages(text: str) -> list[_Passage]:
         elif trailer:
             has_ended = has_read
             if current is trailing and not any(current.paragraphs[1:]):
-                passages.pop()  # nothing but another such line stands below it
-            # At the head of a report that has no headers its text follows.
+                passages.pop()  # the line above is a trailer as well
+            # In a report without headers, such a line at the beginning precedes the text.
             closes = has_read or (not is_metadata(line) and _unlabelled(passages) is not None)
             trailing = _Passage(_CLOSING if closes else _LABEL)
             trailing.add(line)
@@ -242,7 +244,7 @@ def _passages(text: str) -> list[_Passage]:
 
 
 def _plain_lines(text: str) -> list[str]:
-    """The lines without HTML and Markdown."""
+    """The lines of a text without HTML and Markdown."""
     text = text.lstrip("\ufeff")
     if "<" in text:
         text = _HTML.sub("", _HTML_BREAK.sub("\n", text))
@@ -254,7 +256,7 @@ def _plain_lines(text: str) -> list[str]:
 
 
 def _split_midline(line: str) -> Iterator[str]:
-    """A line cut before each header, and each part that is no text of the report, in its midst."""
+    """The parts of a line: it is divided before each header and trailer within it."""
     begin = 0
     places = {match.end() for match in _MIDLINE.finditer(line)}
     places = {place for place in places if _opens_midline(line[place : place + _LONGEST_NAME])}
@@ -283,7 +285,7 @@ def _is_trailer(line: str, after_break: bool, kind: str) -> bool:
 
 
 def _opens(header: _Header, current: _Passage, has_ended: bool) -> bool:
-    """Whether a header opens a passage here: findings and impression are ended by names of sections only."""
+    """Whether a header begins a passage here: findings and impression are only ended by names of sections."""
     if has_ended:
         return header.reopens
     if header.kind == _TITLE and current.kind != _TITLE and not any(current.paragraphs):
@@ -292,17 +294,17 @@ def _opens(header: _Header, current: _Passage, has_ended: bool) -> bool:
 
 
 def _header(line: str, after_break: bool) -> _Header | None:
-    """The header that a line begins with.
+    """The header at the beginning of a line.
 
     Args:
-        line: without white space at its ends.
-        after_break: whether the line before it is blank or ends a sentence.
+        line: a line without white space at its ends.
+        after_break: whether the previous line is blank or ends a sentence.
     """
     bullet = _BULLET.match(line)
     if bullet is None or not (line[bullet.end() : bullet.end() + 1].isupper() or line[0] in "*#"):
         return _plain_header(line, after_break)
     found = _plain_header(line[bullet.end() :].lstrip("*# "), after_break)
-    # "1. LUNGS: clear" is an item of a list.
+    # "1. LUNGS: clear" is a list item.
     return found if found is None or line[0] in "*#" or found.kind in _NAMES else None
 
 
@@ -323,7 +325,7 @@ def _plain_header(line: str, after_break: bool) -> _Header | None:
     if not words or len(words) > 15 or not (after_break or name[0].isupper()):
         return None
     phrase, in_capitals = " ".join(words), name.upper() == name
-    # Without a colon it must not be the last word of a sentence.
+    # Without a colon, it must not be the end of a sentence.
     alone = name[0].isupper() and not name.endswith((".", ",", ";", "?", "!"))
     if colon or alone:
         kind = _kind(words) or (_kind(_words(_PARENTHESIS.sub(" ", name))) if colon else None)
@@ -341,12 +343,12 @@ def _plain_header(line: str, after_break: bool) -> _Header | None:
         return None
     if words[0] in _ORGANS and len(words) <= 6:
         return _Header(_VIEWS, line)
-    # Any other label in capitals ends what does not belong to the findings, as "ORDERING PHYSICIAN:".
+    # Other labels in capitals, such as "ORDERING PHYSICIAN:".
     return _Header(_LABEL, rest) if in_capitals and sum(map(str.isalpha, phrase)) > 2 else None
 
 
 def _kind(words: list[str]) -> str | None:
-    """The kind of section that bears this name."""
+    """The kind of section with this name."""
     phrase = _phrase(words)
     return next((kind for kind, pattern in _PATTERNS.items() if pattern.fullmatch(phrase)), None)
 
@@ -357,7 +359,7 @@ def _phrase(words: list[str]) -> str:
 
 @lru_cache(4096)
 def _spelt(word: str) -> str:
-    """The word of a name of which this is a misspelling, or else the word."""
+    """The known word of which this is a misspelling, or else the word itself."""
     if word in _SPELT or len(word) < 6 or not word.isalpha():
         return word
     for known in _SPELT:
@@ -368,7 +370,7 @@ def _spelt(word: str) -> str:
 
 
 def _edits(word: str, other: str) -> int:
-    """Letters to insert, drop, change or swap with the next one (optimal string alignment distance)."""
+    """Optimal string alignment distance: letters to insert, delete, substitute or swap with the next one."""
     before, row = [], list(range(len(other) + 1))
     for place, letter in enumerate(word, 1):
         last, before, row = before, row, [place]
@@ -386,13 +388,13 @@ def _words(name: str) -> list[str]:
     return re.findall(r"[^\W_]+", re.sub(r"\bX-?RAY", "XRAY", name))
 
 
-def _telling_words(text: str) -> int:
-    """Number of words that do not name the views; placeholders and numbers do not count."""
+def _content_words(text: str) -> int:
+    """The number of words that do not name views, without placeholders and numbers."""
     return sum(word.isalpha() and word not in _VIEW_WORDS for word in _words(text))
 
 
 def _cut_unlabelled(passages: list[_Passage]) -> str:
-    """Take the unlabelled findings out of the passage that they stand in."""
+    """Remove the unlabelled findings from their passage and return them."""
     found = _unlabelled(passages)
     if found is None:
         return ""
@@ -403,16 +405,16 @@ def _cut_unlabelled(passages: list[_Passage]) -> str:
 
 
 def _unlabelled(passages: list[_Passage]) -> tuple[_Passage, int] | None:
-    """The passage that the unlabelled findings stand in, and the paragraph that they begin with."""
+    """The passage with the unlabelled findings, and the index of their first paragraph."""
     kinds = [passage.kind for passage in passages]
     end = kinds.index("impression") if "impression" in kinds else len(passages)
     for passage in reversed(passages[:end]):
         if passage.kind in (_ASIDE, _CLOSING, "findings", _VIEWS) or not passage.text():
             continue
         first = 0 if passage.kind == _TITLE else 1
-        while first < len(passage.paragraphs) and not _telling_words(passage.text(first, first + 1)):
+        while first < len(passage.paragraphs) and not _content_words(passage.text(first, first + 1)):
             first += 1
-        if _telling_words(passage.text(first)) >= 2:
+        if _content_words(passage.text(first)) >= 2:
             return passage, first
         if passage.kind != _LABEL:
             return None
@@ -420,7 +422,7 @@ def _unlabelled(passages: list[_Passage]) -> tuple[_Passage, int] | None:
 
 
 def text_without_trailer(text: str) -> str:
-    """A report without headers, up to what ends it, with single spaces."""
+    """The text of a report without headers, up to its trailer, with single spaces."""
     passages = _passages(text)
     return " ".join(text for passage in passages if passage.kind == _TITLE and (text := passage.text()))
 

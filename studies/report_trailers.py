@@ -1,4 +1,4 @@
-"""Lines of a report that are no text of it: where it ends, codes, who wrote, read and typed it, of whom it is."""
+"""Lines that are not text of a report: its end, codes, its authors, patient and order."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CODE = (
     r"|PROCEDURE|REPORT|SIGNIFICANCE|URGENCY|ACTION|PATHOLOGY)"
 )
 
-#: With what a line begins that ends a report.
+#: Beginnings of lines that end a report.
 _SIGNED_OFF = (
     # END OF IMPRESSION:
     r"END (?:OF )?(?:THE )?(?:IMPRESSIONS?|REPORT|FINDINGS|CONCLUSION|DICTATION|EXAM|EXAMINATION|STUDY|DOCUMENT"
@@ -64,7 +64,7 @@ _SIGNED_OFF = (
     r"(?:REVIEWED|INTERPRETED|READ|DICTATED|VIEWED) BY\b",
     r"(?:STANFORD )?PHYSICIAN[ -]TO[ -]PHYSICIAN\b",
 )
-#: The same of patient and order, which stand at the head of a report too.
+#: Beginnings of lines about patient and order, which are at the beginning of a report as well.
 _METADATA = (
     r"(?:ACCESSION|ACC)(?: ?(?:NUMBER|NO|NUM|ID|#))?\.?\s*[:#]",
     r"ACCESSION\b[^.]{,20}\d{3}",
@@ -99,11 +99,11 @@ _DECORATION = "*#-=~<>[( •"
 
 
 def is_trailer(line: str, after_break: bool = False) -> bool:
-    """Whether a line says who wrote the report or of whom it is, codes it, or ends it.
+    """Whether a line ends the report, or names its authors, codes, patient or order.
 
     Args:
         line: a line, or the rest of one.
-        after_break: whether a sentence or paragraph ends before it; else it must begin with a capital.
+        after_break: whether a sentence or paragraph ends before it; otherwise it must begin with a capital.
     """
     line = line.lstrip(_DECORATION)
     if not (after_break or line[:1].isupper() or line.startswith("/")):
@@ -112,12 +112,12 @@ def is_trailer(line: str, after_break: bool = False) -> bool:
 
 
 def is_metadata(line: str) -> bool:
-    """Whether a line names the patient or the order, as lines at the head of a report do too."""
+    """Whether a line is about the patient or the order; such lines are at the beginning of a report as well."""
     return _METADATA_PATTERN.match(line.lstrip(_DECORATION)) is not None
 
 
 def is_signature_line(line: str) -> bool:
-    """Whether a whole line is a name with a degree, a date, or who gets a copy; a wrapped line of a text may be one."""
+    """Whether a line is a name with a degree, a date or a list of copies; a line of wrapped text may look the same."""
     return _SIGNATURE_PATTERN.fullmatch(line.lstrip(_DECORATION)) is not None
 
 

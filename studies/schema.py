@@ -1,15 +1,15 @@
-"""The one schema that every source of studies yields."""
+"""The schema of studies from every source."""
 
 from datasets import ClassLabel, Features, Image, List, Value
 
 from ..findings_otdrg import FINDING_STATES
 from .source import VIEWS
 
-#: Column that training adds where it cleans reports: `report` as it was, from which labelers read states.
+#: Column that training adds when it cleans reports: the original `report`, which labelers read.
 UNCLEANED = "uncleaned_report"
 
-#: A study: its views in order, the sections of its report ("" when absent), `report` (the text a model learns to write)
-#: and the states of the 14 findings in the order of `FINDINGS`, None where nobody has labelled them.
+#: Columns of a study: views in order, sections of the report ("" if absent), `report` (the text a model learns to
+#: write) and the states of the 14 findings in the order of `FINDINGS` (None if not labelled).
 STUDY_FEATURES = Features(
     {
         "id": Value("string"),

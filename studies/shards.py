@@ -1,156 +1,186 @@
-"""Shards of a dataset of studies: written row by row, and put where `load_dataset` and `load_from_disk` find them."""
+"""How a dataset is written to a folder: in shards, so that an interrupted command can continue."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, load_dataset
 
 from ..files_otdrg import read_json, write_json
 from .schema import STUDY_FEATURES
 
-#: What a finished dataset holds beside its data: settings and counts.
+#: The file of a complete dataset that holds its settings and counts.
 SUMMARY = "summary.json"
 
 #: Rows are written when there are this many of them, or this many bytes of images.
 _BATCH_ROWS, _BATCH_BYTES = 100, 32 * 2**20
 
 
-class ShardWriter:
-    """Writes rows of `STUDY_FEATURES` to `PATH.parquet`, and to `PATH.arrow` if wanted; no rows, no files.
+def row_batches(rows: Iterable[dict]) -> Iterator[pa.RecordBatch]:
+    """Rows of `STUDY_FEATURES`, whose images hold their bytes, in batches of limited size."""
+    batch: list[dict] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += sum(len(image["bytes"]) for image in row["images"])
+        if len(batch) >= _BATCH_ROWS or size >= _BATCH_BYTES:
+            yield pa.RecordBatch.from_pylist(batch, schema=STUDY_FEATURES.arrow_schema)
+            batch, size = [], 0
+    if batch:
+        yield pa.RecordBatch.from_pylist(batch, schema=STUDY_FEATURES.arrow_schema)
 
-    On an error, nothing is left.
 
-    Args:
-        path: of the shard, without a suffix.
-        arrow: whether to write the Arrow file as well.
-    """
-
-    def __init__(self, path: Path, arrow: bool = True):
-        self.suffixes = (".parquet", ".arrow") if arrow else (".parquet",)
-        self.path = path
-        self._rows: list[dict] = []
-        self._bytes = 0
-        self._writers: list = []
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def write(self, row: dict) -> None:
-        """Add a row; its images hold their bytes."""
-        self._rows.append(row)
-        self._bytes += sum(len(image["bytes"]) for image in row["images"])
-        if len(self._rows) >= _BATCH_ROWS or self._bytes >= _BATCH_BYTES:
-            self._flush()
-
-    def write_batch(self, batch: pa.RecordBatch) -> None:
-        """Add rows that are in Arrow's form."""
-        self._flush()
-        self._write(batch)
-
-    def _flush(self) -> None:
-        if self._rows:
-            self._write(pa.RecordBatch.from_pylist(self._rows, schema=STUDY_FEATURES.arrow_schema))
-            self._rows, self._bytes = [], 0
-
-    def _write(self, batch: pa.RecordBatch) -> None:
-        if not self._writers:
-            opened = {".parquet": pq.ParquetWriter, ".arrow": pa.ipc.new_stream}
-            schema = STUDY_FEATURES.arrow_schema
-            self._writers = [opened[suffix](str(self._unfinished(suffix)), schema) for suffix in self.suffixes]
-        for writer in self._writers:
+def write_shard(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
+    """Write a Parquet file with a row group for each batch. It is complete or absent; without batches it is absent."""
+    unfinished = path.with_name(f"{path.name}.tmp")
+    writer = None
+    try:
+        for batch in batches:
+            writer = writer or pq.ParquetWriter(unfinished, STUDY_FEATURES.arrow_schema)
             writer.write_batch(batch)
-
-    def _unfinished(self, suffix: str) -> Path:
-        return self.path.with_name(f"{self.path.name}{suffix}.tmp")
-
-    def __exit__(self, error_type, error, traceback) -> None:
-        if error_type is None:
-            self._flush()
-        for writer in self._writers:
+        if writer is not None:
             writer.close()
-        for suffix in self.suffixes:
-            unfinished = self._unfinished(suffix)
-            if error_type is not None:
-                unfinished.unlink(missing_ok=True)
-            elif self._writers:
-                unfinished.replace(self.path.with_name(f"{self.path.name}{suffix}"))
+            unfinished.replace(path)
+    finally:
+        if writer is not None:
+            writer.close()
+        unfinished.unlink(missing_ok=True)
 
 
-def publish_shards(folder: Path, output: Path, shards: Sequence[tuple[str, str]], digest: str) -> None:
-    """Move shards to their places: `data/SPLIT-I-of-N.parquet` and, where there are any, `SPLIT/data-I-of-N.arrow`.
+class WorkFolder:
+    """The folder `OUTPUT.partial` in which a dataset is made; it becomes `OUTPUT` in one step.
+
+    Its settings file identifies the work, so that only the same work is continued. `shards/NAME.json` is written when
+    shard NAME is finished.
 
     Args:
-        folder: where they were written.
-        output: the dataset's folder.
-        shards: split and name of each, in order.
-        digest: of the content; `datasets` names its caches by it.
+        output: the dataset.
+        settings: what determines the content of the dataset.
+        task: "build" or "label"; the settings file is `TASK.json`.
     """
-    (output / "data").mkdir(exist_ok=True)
-    splits = list(dict.fromkeys(split for split, _ in shards))
-    arrow = all((folder / f"{name}.arrow").is_file() for _, name in shards)
-    for split in splits:
-        names = [name for other, name in shards if other == split]
-        numbered = [f"{index:05d}-of-{len(names):05d}" for index in range(len(names))]
-        for name, number in zip(names, numbered, strict=True):
-            os.replace(folder / f"{name}.parquet", output / "data" / f"{split}-{number}.parquet")
+
+    def __init__(self, output: Path, settings: dict[str, Any], task: str):
+        self.output = output
+        self.path = output.with_name(f"{output.name}.partial")
+        self.shards = self.path / "shards"
+        # Converted to JSON, so that they can be compared with those of a file.
+        self.settings = json.loads(json.dumps(settings, default=str))
+        self.settings_file = self.path / f"{task}.json"
+
+    def finished(self, overwrite: bool) -> dict[str, Any] | None:
+        """The summary of the complete dataset, None if there is none or the work folder is incomplete."""
+        if (self.path / SUMMARY).is_file() and not self.settings_file.exists():
+            # Stopped just before the last step.
+            summary = read_json(self.path / SUMMARY)
+            check_output(self.output, overwrite)
+            self._put_in_place()
+            return summary
+        if self.path.exists() or not (self.output / SUMMARY).is_file():
+            return None
+        return read_json(self.output / SUMMARY)
+
+    def enter(self, resume: bool, overwrite: bool) -> None:
+        """Create the folder, or continue with the one of an interrupted run.
+
+        Raises:
+            ValueError: the folder exists and is not to be continued, or belongs to other work.
+        """
+        if self.path.exists():
+            if overwrite:
+                shutil.rmtree(self.path)
+            elif not resume:
+                raise ValueError(
+                    f"{self.path} is an unfinished dataset: --resume continues it, "
+                    "--overwrite deletes it and starts again"
+                )
+            else:
+                self._check_same_work()
+                # Left by a run that was stopped while it put its files together.
+                for path in self.path.iterdir():
+                    if path.is_dir() and not path.is_symlink() and path != self.shards:
+                        shutil.rmtree(path)
+                    elif path not in (self.shards, self.settings_file):
+                        path.unlink()
+        self.shards.mkdir(parents=True, exist_ok=True)
+        write_json(self.settings_file, self.settings)
+
+    def _check_same_work(self) -> None:
+        try:
+            before = read_json(self.settings_file)
+        except (OSError, ValueError):
+            raise ValueError(
+                f"{self.settings_file} is missing or damaged: --overwrite deletes {self.path} and starts again"
+            ) from None
+        check_settings(self.path, before, self.settings)
+
+    def publish(self, shards: Sequence[tuple[str, Path]], summary: dict[str, Any], arrow: bool) -> None:
+        """Move finished shards to `data/SPLIT-I-of-N.parquet`, write the summary and put the dataset in its place.
+
+        Args:
+            shards: split and Parquet file of each shard, in order.
+            summary: content of `summary.json`.
+            arrow: whether to write the dataset in the format of `load_from_disk`, too.
+        """
+        splits: dict[str, list[Path]] = {}
+        for split, file in shards:
+            splits.setdefault(split, []).append(file)
         if arrow:
-            files = [f"data-{number}.arrow" for number in numbered]
-            _write_dataset_state(output / split, split, files, f"{digest[:16]}-{split}")
-            for name, file in zip(names, files, strict=True):
-                os.replace(folder / f"{name}.arrow", output / split / file)
-    if arrow:
-        write_json(output / "dataset_dict.json", {"splits": splits})
+            self._write_arrow(splits)
+        (self.path / "data").mkdir()
+        for split, files in splits.items():
+            for index, file in enumerate(files):
+                os.replace(file, self.path / "data" / f"{split}-{index:05d}-of-{len(files):05d}.parquet")
+        write_json(self.path / SUMMARY, summary)
+        shutil.rmtree(self.shards)
+        self.settings_file.unlink()
+        self._put_in_place()
+
+    def _write_arrow(self, splits: dict[str, list[Path]]) -> None:
+        cache = self.path / "cache"
+        files = {split: [str(file) for file in files] for split, files in splits.items()}
+        with _no_progress_bars():
+            load_dataset("parquet", data_files=files, cache_dir=str(cache)).save_to_disk(self.path)
+        shutil.rmtree(cache)
+
+    def _put_in_place(self) -> None:
+        """Rename the folder to the output; a dataset that is replaced stays until then."""
+        old = self.output.with_name(f".{self.output.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if (self.output / SUMMARY).is_file():
+            self.output.rename(old)
+        self.path.replace(self.output)
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_dataset_state(folder: Path, split: str, files: list[str], fingerprint: str) -> None:
-    """What `load_from_disk` wants beside a split's Arrow files, as the library itself writes it of an empty split."""
-    empty = Dataset.from_dict({name: [] for name in STUDY_FEATURES}, features=STUDY_FEATURES, split=split)
-    with _no_progress_bar():
-        empty.save_to_disk(folder, num_shards=1)
-    for path in folder.glob("*.arrow"):
-        path.unlink()
-    path = folder / "state.json"
-    state = read_json(path)
-    state.update(_data_files=[{"filename": file} for file in files], _fingerprint=fingerprint)
-    write_json(path, state)
+def check_settings(folder: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raise a `ValueError` that names the first setting in which earlier work differs."""
+    for name in {**before, **settings}:
+        if before.get(name) != settings.get(name):
+            raise ValueError(
+                f"{folder} was made with {name}={before.get(name)!r}, not {settings.get(name)!r}: "
+                "--overwrite deletes it and starts again"
+            )
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Whether a dataset may be put at `output`.
-
-    Raises:
-        ValueError: something else is there, or a dataset that may not be replaced.
-    """
+    """Raise a `ValueError` if something at `output` may not be replaced by a dataset."""
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         if not (output / SUMMARY).is_file():
             raise ValueError(f"{output} exists and is no dataset of studies: expected a folder that does not exist yet")
         if not overwrite:
-            raise ValueError(f"{output} exists: --overwrite replaces it, another --output leaves it alone")
-
-
-def put_in_place(output: Path, work: Path) -> None:
-    """Put a finished dataset in its place; one that is there stays until then."""
-    if (output / SUMMARY).is_file():
-        old = output.with_name(f"{output.name}.old")
-        if old.exists():
-            shutil.rmtree(old)
-        output.rename(old)
-        work.rename(output)
-        shutil.rmtree(old)
-    else:
-        work.replace(output)
+            raise ValueError(f"{output} exists: --overwrite replaces it, another --output keeps it")
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Without the library's bar over nothing."""
+def _no_progress_bars() -> Iterator[None]:
     enabled = not are_progress_bars_disabled()
     disable_progress_bars()
     try:
@@ -160,4 +190,4 @@ def _no_progress_bar() -> Iterator[None]:
             enable_progress_bars()
 
 
-__all__ = ["SUMMARY", "ShardWriter", "check_output", "publish_shards", "put_in_place"]
+__all__ = ["SUMMARY", "WorkFolder", "check_output", "check_settings", "row_batches", "write_shard"]

@@ -1,4 +1,4 @@
-"""What every source of studies has in common: it lists its studies cheaply and reads them one at a time."""
+"""The interface of a source of studies: it lists its studies cheaply and reads them one at a time."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 #: The splits of a collection, in the order in which they are built.
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
 
-#: Kinds of view; "unknown" where a source does not say.
+#: Kinds of view; "unknown" if the source does not say.
 VIEWS: tuple[str, ...] = ("frontal", "lateral", "unknown")
 
-#: Why a study can be left out.
+#: Reasons for skipping a study.
 SKIP_KINDS: tuple[str, ...] = (
     "malformed",
     "outside the split",
@@ -33,13 +33,13 @@ SKIP_KINDS: tuple[str, ...] = (
 
 
 class StudyEntry(NamedTuple):
-    """A study as it is listed: small, and enough for the source that listed it to read it.
+    """A listed study: what the source needs to read it.
 
     Args:
-        id: the study's, unique in the collection.
-        patient_id: studies of one patient must not be in two splits.
+        id: unique in the collection.
+        patient_id: all studies of one patient are in the same split.
         split: "train", "validation" or "test".
-        location: where the study is, in a form of the source's own that can be pickled.
+        location: where the study is; any picklable value that the source understands.
     """
 
     id: str
@@ -49,13 +49,13 @@ class StudyEntry(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """A study that is left out.
+    """A skipped study.
 
     Args:
-        id: the study's, or the best name there is for it.
-        split: the one it would have been in, if that is known.
+        id: the study's id, or the best available name for it.
+        split: the split it would be in; None if unknown.
         kind: one of `SKIP_KINDS`.
-        reason: what is wrong with it, naming the file, line or field.
+        reason: what is wrong, with the file, line or field.
     """
 
     id: str
@@ -65,11 +65,11 @@ class Skipped(NamedTuple):
 
 
 class SkipStudy(Exception):
-    """Raised by [`StudySource.read`] for a study that has to be left out.
+    """Raised by [`StudySource.read`] to skip a study.
 
     Args:
         kind: one of `SKIP_KINDS`.
-        reason: what is wrong with it, naming the file, line or field.
+        reason: what is wrong, with the file, line or field.
     """
 
     def __init__(self, kind: str, reason: str):
@@ -83,14 +83,14 @@ class SkipStudy(Exception):
 
 @dataclass
 class Study:
-    """What a source reads of one study.
+    """The content of a study.
 
     Args:
-        images: its views in order: paths (DICOM too), encoded bytes, or images in memory.
-        views: "frontal", "lateral" or "unknown", one an image.
-        findings, impression, indication, comparison: sections of the report, "" where there is none.
-        finding_states: 14 state ids in the order of `FINDINGS`, None where nobody has labelled them.
-        licence: under which the study is used.
+        images: views in order: paths (also of DICOM files), encoded bytes, or images in memory.
+        views: "frontal", "lateral" or "unknown" for each image.
+        findings, impression, indication, comparison: sections of the report, "" if absent.
+        finding_states: 14 state ids in the order of `FINDINGS`, None if not labelled.
+        licence: licence of the study.
     """
 
     images: Sequence[str | bytes | Image.Image]
@@ -104,61 +104,65 @@ class Study:
 
 
 class StudySource(ABC):
-    """A source of studies. Subclasses are dataclasses whose fields, made by [`option`], are the source's options.
+    """A source of studies. Subclasses are dataclasses whose fields, created by [`option`], are the source's options.
 
-    A fault in the source as a whole (a file that is missing, a column that is not there) is a `ValueError` as early as
-    it can be seen; a fault in one study is a [`Skipped`] or [`SkipStudy`], and the others go on.
+    An error of the whole source (a missing file or column) is a `ValueError`, raised as early as possible. An error of
+    one study is a [`Skipped`] or a [`SkipStudy`]; the other studies are not affected.
 
     Attributes:
-        name: as registered; what `source` says of each study.
-        official_counts: `{split: count}` of the published collection, where this is one; see `official_unit`.
-        official_unit: what is counted, "studies" or "images".
+        name: the registered name, which is also the column `source` of each study.
+        example: options of an example command, shown by `otdrg prepare NAME --help`.
+        collection: what the studies are, for model cards.
+        official_counts: `{split: count}` of the published collection, if the source reads one.
+        official_unit: what `official_counts` counts, "studies" or "images".
     """
 
+    _argument_group_name: ClassVar[str] = "options of the source"  # title of their group in `HfArgumentParser`
     name: ClassVar[str]
+    example: ClassVar[str] = ""
+    collection: ClassVar[str] = ""
     official_counts: dict[str, int] | None = None
     official_unit: str = "studies"
 
     @abstractmethod
     def entries(self) -> Iterator[StudyEntry | Skipped]:
-        """The studies in an order that is always the same, each as an entry or as a reason to leave it out.
-
-        It is called more than once, and must not hold more in memory than a line or two a study.
-        """
+        """List the studies, always in the same order. Called more than once; keep entries small."""
 
     @abstractmethod
     def read(self, entry: StudyEntry) -> Study:
-        """The study itself. Runs in other processes, on a copy of the source.
+        """Read a study. Runs in other processes, on a pickled copy of the source.
 
         Raises:
-            SkipStudy: it has to be left out.
+            SkipStudy: the study cannot be used.
         """
 
     def official_ids(self, split: str) -> Iterable[str] | None:
-        """Ids of the published split, where they are known; those that are not listed are then named as missing."""
+        """Ids of a published split, if known: those that the source does not list are reported as missing."""
         return None
+
+    @classmethod
+    def collection_of(cls, licence: str) -> str:
+        """What studies with this licence are, for model cards."""
+        return cls.collection or f"studies of source {cls.name}"
 
 
 def option(help: str, default: Any = MISSING, metavar: str | None = None) -> Any:
-    """A field of a source: an option of `load_studies`, of a recipe and of `otdrg prepare`.
+    """A field of a source, which becomes an option of `load_studies`, of recipes and of `otdrg prepare`.
 
     Args:
-        help: what it means, one sentence.
-        default: without one, the option is needed.
-        metavar: how the value is called in the command's help.
+        help: one sentence.
+        default: the default value; without it the option is required.
+        metavar: placeholder of the value in the command's help.
     """
-    metadata = {"help": help, "metavar": metavar}
+    shown = default is not MISSING and default not in (None, "", [], False)
+    metadata = {"help": f"{help} Default: %(default)s." if shown else help, "metavar": metavar}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
 def needed_file(path: str | os.PathLike, name: str, what: str) -> Path:
-    """The path of a file a source cannot do without.
-
-    Raises:
-        ValueError: it is missing or a folder; says which option names it.
-    """
+    """The path of a required file; a `ValueError` with the option's name if it is missing or a folder."""
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder: option {name!r} names {what}")
@@ -168,12 +172,9 @@ def needed_file(path: str | os.PathLike, name: str, what: str) -> Path:
 
 
 def needed_folder(path: str | os.PathLike, name: str, what: str) -> Path:
-    """The absolute path of a folder a source cannot do without.
+    """The absolute path of a required folder; a `ValueError` with the option's name if it is missing or a file.
 
-    Absolute, so that the studies can be read after a change of folder and from another process.
-
-    Raises:
-        ValueError: it is missing or a file; says which option names it.
+    Absolute, so that studies can be read from another working folder or process.
     """
     path = Path(path)
     if path.is_file():
@@ -184,31 +185,42 @@ def needed_folder(path: str | os.PathLike, name: str, what: str) -> Path:
 
 
 def path_inside(root: str | os.PathLike, path: str) -> str | None:
-    """`root`/`path` where that is inside the root, else None. Only the name is distrusted, not links in the folder."""
+    """`root`/`path` if that is inside the root, else None. Symbolic links in the folder are followed."""
     root = os.path.join(os.path.abspath(root), "")
     full = os.path.normpath(os.path.join(root, path))
     return full if not os.path.isabs(path) and full.startswith(root) else None
 
 
+def parse_pairs(name: str, pairs: Sequence[str], form: str) -> list[tuple[str, str]]:
+    """Parse the values "a=b" of an option; `form` describes them in the error, as in "FIELD=COLUMN"."""
+    parsed = []
+    for pair in pairs:
+        left, sign, right = pair.partition("=")
+        if not sign or not left.strip():
+            raise ValueError(f"option {name!r} has {pair!r}: expected {form}")
+        parsed.append((left.strip(), right.strip()))
+    return parsed
+
+
 def seeded_split(
     patient_ids: Iterable[str], seed: int = 0, shares: Sequence[float] = (0.8, 0.1, 0.1)
 ) -> dict[str, str]:
-    """Patients dealt to the splits: none is in two, and the same patients and seed give the same splits.
+    """Assign patients to splits at random; the same patients and seed give the same splits.
 
     Args:
-        patient_ids: of the collection; repetitions and order do not matter.
-        seed: of the shuffle.
-        shares: of the patients in train, validation and test. With three patients or more, no split whose share is
-            above 0 is left empty.
+        patient_ids: patients of the collection, in any order, with or without repetitions.
+        seed: seed of the shuffle.
+        shares: shares of the patients in train, validation and test. With three patients or more, no split with a
+            share above 0 is empty.
 
     Returns:
         `{patient_id: split}`.
 
     Raises:
-        ValueError: shares that are not three numbers from 0 that sum to 1.
+        ValueError: `shares` are not three non-negative numbers that sum to 1.
     """
     if len(shares) != len(SPLITS) or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-        raise ValueError(f"split_shares={list(shares)}: expected three numbers from 0 that sum to 1, for {SPLITS}")
+        raise ValueError(f"split_shares={list(shares)}: expected three shares for {SPLITS} that sum to 1")
     patients = sorted(set(patient_ids))
     random.Random(seed).shuffle(patients)
     wanted = [share > 0 for share in shares]
@@ -233,6 +245,7 @@ __all__ = [
     "needed_file",
     "needed_folder",
     "option",
+    "parse_pairs",
     "path_inside",
     "seeded_split",
 ]

@@ -1,4 +1,4 @@
-"""Training studies that are read from disk as they are needed, for collections that do not fit into memory."""
+"""Training studies that are read from disk when they are needed, for collections larger than memory."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from .loading import prepared_column, prepared_shards, stream_prepared
 
 
 class StreamedStudies(torch.utils.data.IterableDataset):
-    """A split of a built dataset: views are streamed from its shards, in an order that is new each epoch.
+    """A split of a prepared dataset: views are streamed from its shards, in another order in each epoch.
 
-    What is small is held in memory as columns, `id`, `report`, `indication` and `finding_states`, and can be read and
-    replaced as those of a `datasets.Dataset` can. `shards` are the files.
+    The columns `id`, `report`, `indication` and `finding_states` are held in memory and can be read and replaced as
+    columns of a `datasets.Dataset`. `shards` are the Parquet files.
 
     Args:
-        folder: of the dataset.
+        folder: the dataset.
         split: "train", "validation" or "test".
-        seed: of the order.
-        buffer: studies among which the next one is drawn. Shards are shuffled as well.
+        seed: seed of the order.
+        buffer: size of the shuffle buffer in studies. Shards are shuffled as well.
 
     Raises:
-        ValueError: the folder is not a built dataset, or has no such split.
+        ValueError: the folder is not a prepared dataset, or has no such split.
     """
 
     def __init__(self, folder: str | os.PathLike, split: str, seed: int = 0, buffer: int = 256):
         self.shards = prepared_shards(folder, split)
-        # Not decoded by the library, so that a view is read as `generate` reads it.
+        # Decoded later, by the function that `generate` uses.
         self._on_disk = stream_prepared(folder, split).cast_column("images", List(Image(decode=False)))
         self._stream = self._on_disk.shuffle(seed=seed, buffer_size=buffer)
         names = ("id", "report", "indication", "finding_states")
@@ -45,11 +45,11 @@ class StreamedStudies(torch.utils.data.IterableDataset):
 
     @property
     def column_names(self) -> list[str]:
-        """Names of the columns that are held in memory."""
+        """Names of the columns in memory."""
         return list(self._columns)
 
     def select(self, positions: Sequence[int]) -> StreamedStudies:
-        """The studies at these positions of the columns; the others are passed over."""
+        """The studies at these positions of the columns."""
         return self._changed({name: [values[i] for i in positions] for name, values in self._columns.items()})
 
     def with_column(self, name: str, values: list) -> StreamedStudies:
@@ -67,8 +67,7 @@ class StreamedStudies(torch.utils.data.IterableDataset):
             yield {**row, **{name: values[place] for name, values in self._columns.items()}}
 
     def image_files(self, process: int = 0, processes: int = 1) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        """One process's share of the studies, in the order of the shards: position in the columns, and the views as
-        `{"bytes", "path"}` of image files that are not decoded."""
+        """The position and the views (`{"bytes", "path"}`, not decoded) of one process's share of the studies."""
         views = self._on_disk.select_columns(["id", "images"])
         for place, row in self._placed(split_dataset_by_node(views, process, processes)):
             yield place, row["images"]
@@ -80,7 +79,7 @@ class StreamedStudies(torch.utils.data.IterableDataset):
                 yield places[row["id"]], row
 
     def set_epoch(self, epoch: int) -> None:
-        """Shuffle for this epoch; the Trainer calls it."""
+        """Set the epoch that determines the order; called by the Trainer."""
         self._stream.set_epoch(epoch)
 
 

@@ -1,4 +1,4 @@
-"""What a build kept and what it left out: counted by split, and held against the published counts."""
+"""Counts of a build by split, and their comparison with the published counts."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass, fields
 from .assembly import Assembled
 from .source import SPLITS, VIEWS, Skipped, StudyEntry, StudySource
 
-#: Ids named in a warning; all are in `skipped.jsonl`, or can be told from the official list.
+#: Ids listed in a warning; all skipped studies are in `skipped.jsonl`.
 LISTED = 20
 
-_IMAGE_FAULTS = {
+#: Kinds of fault that have a count.
+_COUNTED = {
+    "empty report": "empty_reports",
     "missing image": "missing_images",
     "unreadable image": "unreadable_images",
     "not a chest radiograph": "not_chest",
@@ -26,10 +28,10 @@ class SplitCounts:
     Args:
         studies, images: kept.
         frontal, lateral, unknown: views kept.
-        skipped: studies left out, for whatever reason.
-        empty_reports: studies left out because there is no report.
-        missing_images, unreadable_images: image files, of studies kept or left out.
-        not_chest: DICOM files of another modality or body part, and studies of nothing else.
+        skipped: studies skipped for any reason.
+        empty_reports: studies skipped because they have no report.
+        missing_images, unreadable_images: image files, of kept and skipped studies.
+        not_chest: DICOM files of another modality or body part, and studies without any other file.
     """
 
     studies: int = 0
@@ -57,15 +59,12 @@ class SplitCounts:
             setattr(self, view, getattr(self, view) + count)
 
     def add_skipped(self, skipped: Skipped) -> None:
-        """Count a study that was left out on listing."""
+        """Count a study that was skipped when it was listed."""
         self.skipped += 1
         self._add_fault(skipped)
 
     def _add_fault(self, fault: Skipped) -> None:
-        if fault.kind == "empty report":
-            self.empty_reports += 1
-        elif fault.kind in _IMAGE_FAULTS:
-            name = _IMAGE_FAULTS[fault.kind]
+        if name := _COUNTED.get(fault.kind):
             setattr(self, name, getattr(self, name) + 1)
 
     def merge(self, other: SplitCounts) -> None:
@@ -75,7 +74,7 @@ class SplitCounts:
 
 
 def format_counts(counts: dict[str | None, SplitCounts]) -> str:
-    """A Markdown table: a row a split, one of studies whose split is not known, and their sum."""
+    """A Markdown table with a row for each split, for studies with an unknown split ("none"), and for the total."""
     names = [field.name for field in fields(SplitCounts)]
     header = " | ".join(name.replace("_", " ") for name in names)
     lines = [f"| split | {header} |", "|---" * (len(names) + 1) + "|"]
@@ -89,10 +88,10 @@ def format_counts(counts: dict[str | None, SplitCounts]) -> str:
 
 
 class OfficialCheck:
-    """Holds a build against the counts its collection was published with.
+    """Compares a build with the published counts of its collection.
 
     Args:
-        source: the source that is built; without official counts there is nothing to say.
+        source: the source that is built.
     """
 
     def __init__(self, source: StudySource):
@@ -104,16 +103,16 @@ class OfficialCheck:
                 self._absent[split] = dict.fromkeys(ids)
 
     def see(self, entry: StudyEntry | Skipped) -> None:
-        """Tell it of a study that is listed."""
+        """Note that a study is listed."""
         if entry.split in self._absent:
             self._absent[entry.split].pop(entry.id, None)
 
     def warnings(self, counts: dict[str | None, SplitCounts], skipped: dict[str, Iterable[str]]) -> list[str]:
-        """One line for each split whose count is not the published one, with the ids that are known to lack.
+        """One line for each split with another count than the published one, with the missing ids if known.
 
         Args:
-            counts: what was kept.
-            skipped: `{split: ids}` of studies left out.
+            counts: studies kept.
+            skipped: `{split: ids}` of skipped studies.
         """
         lines = []
         for split, official in (self.source.official_counts or {}).items():
@@ -127,14 +126,15 @@ class OfficialCheck:
             else:
                 for what, ids in (("left out", skipped.get(split, ())), ("not in the source", self._absent.get(split))):
                     if ids:
-                        line += f"; {what}: {_listed(list(ids))}"
+                        line += f"; {what}: {listed(list(ids))}"
             lines.append(line)
         return lines
 
 
-def _listed(ids: list[str]) -> str:
-    rest = f" and {len(ids) - LISTED:,} more" if len(ids) > LISTED else ""
-    return ", ".join(ids[:LISTED]) + rest
+def listed(names: list[str], separator: str = ", ") -> str:
+    """The first names, and how many more there are."""
+    rest = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
+    return separator.join(names[:LISTED]) + rest
 
 
-__all__ = ["LISTED", "OfficialCheck", "SplitCounts", "format_counts"]
+__all__ = ["LISTED", "OfficialCheck", "SplitCounts", "format_counts", "listed"]

@@ -1,4 +1,4 @@
-"""The kind of a view, by the words that archives and tables name it with."""
+"""The kind of a view from its name in a header or table."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ _LATERAL = {"LATERAL", "LAT", "LL", "RL", "LATEROLATERAL"}
 
 
 def view_named(text: str) -> str:
-    """The view that a ViewPosition or the like names: "PA", "AP AXIAL", "LL", "XTABLE LATERAL", "postero-anterior"...
-
-    Args:
-        text: in capitals or not; words may be joined by hyphens and underscores.
+    """The view that a text such as DICOM's ViewPosition names: "PA", "AP AXIAL", "LL", "XTABLE LATERAL"...
 
     Returns:
-        "frontal", "lateral", or "unknown" where the text names neither or both.
+        "frontal", "lateral", or "unknown" if the text names neither or both. Case, hyphens and underscores are ignored.
     """
     words = set(re.findall(r"[A-Z]+", text.upper().replace("-", "")))
-    # Of a patient who lies on a side, "lateral" is the side and not the view.
+    # In "lateral decubitus", "lateral" is the patient's position and not the view.
     lateral = bool(words & _LATERAL) and not any(word.startswith("DECUB") for word in words)
     frontal = bool(words & _FRONTAL)
     return "unknown" if lateral == frontal else "lateral" if lateral else "frontal"

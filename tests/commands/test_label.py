@@ -92,7 +92,7 @@ def test_reports_may_be_lines_of_json(tmp_path, capsys):
         ('{"id": "c", "text": ""}', "line 1: expected an object with the keys id and report"),
         ("[]", "line 1: expected an object with the keys id and report"),
         ('{"id": "c", "report": null}', "line 1: id is str and report NoneType, expected strings"),
-        ('{"id": 7, "report": ""}\n{"id": "7", "report": ""}', "line 2, column id: '7' stands in line 1 too"),
+        ('{"id": 7, "report": ""}\n{"id": "7", "report": ""}', "line 2, column id: '7' is in line 1 too"),
     ]:
         path.write_text(line)
         assert main([*command, "--overwrite"]) == 1
@@ -120,7 +120,7 @@ def test_long_reports_are_read_and_other_readers_keep_their_limit(table, tmp_pat
     assert read_states(output)["a"].any()
     assert csv.field_size_limit() == limit
     path = table(("a", "Clear lungs."), ("a", ""))
-    with pytest.raises(ValueError, match="stands in line 2 too"):  # kept, and with it what was open
+    with pytest.raises(ValueError, match="is in line 2 too"):  # kept, and with it what was open
         list(read_reports(path))
     assert csv.field_size_limit() == limit
 
@@ -225,7 +225,7 @@ def test_an_interrupted_labelling_is_gone_on_with(built, monkeypatch, capsys):
     assert "out of luck" in capsys.readouterr().err
     assert set(states_of(built).values()) == {None}
     assert main(command) == 1
-    assert "interrupted labelling: --resume goes on with it" in capsys.readouterr().err
+    assert "unfinished dataset: --resume continues it" in capsys.readouterr().err
     assert main([*command, "--relabel", "--resume"]) == 1
     assert "was labelled with relabel=False, not True" in capsys.readouterr().err
     assert main([*command, "--resume"]) == 0
@@ -325,7 +325,7 @@ def test_the_help_shows_each_form(capsys):
         (["studies", "--labeler", "llm"], "labeler 'llm' needs the option 'model'"),
         (
             ["studies", "--labeler", "rules"],
-            "studies is not a built dataset: expected a folder",
+            "studies is not a prepared dataset: expected a folder",
         ),
         (["--compare", "a.csv", "b.csv"], "a.csv: cannot be read"),
         (["--reports", "no.csv", "--labeler", "rules", "--output", "o"], "no.csv: cannot be read"),
@@ -345,12 +345,12 @@ def test_a_mistake_is_one_line_and_leaves_nothing(arguments, message, tmp_path, 
         (b"id,text\n1,Clear.\n", "0 columns 'report', expected one; columns: id, text"),
         (b"id,report,Report\n1,a,b\n", "2 columns 'report', expected one"),
         (b"", "0 columns 'id', expected one; columns: none"),
-        (b"id,report\n1,Clear.\n1,Clear.\n", "line 3, column id: '1' stands in line 2 too"),
+        (b"id,report\n1,Clear.\n1,Clear.\n", "line 3, column id: '1' is in line 2 too"),
         (b"id,report\n ,Clear.\n", "line 2, column id: empty"),
         (b"id,report\n1,Clear, no.\n", "line 2: 3 values, expected 2"),
         (b"id,report\n1,Clear.\n2,R\xf6ntgen\n", "not UTF-8 (line 3)"),
         (b'id,report\n1,"Clear.\nNo effusion."\n2,"open\n', "not a CSV (line 4: "),
-        (b'id,report\n1,"Clear.\nNo effusion."\n1,"No\nchange."\n', "line 4, column id: '1' stands in line 2 too"),
+        (b'id,report\n1,"Clear.\nNo effusion."\n1,"No\nchange."\n', "line 4, column id: '1' is in line 2 too"),
     ],
 )
 def test_a_faulty_table_leaves_no_output(content, message, tmp_path, capsys):
@@ -386,4 +386,4 @@ def test_label_ended_by_a_signal_says_what_is_kept(built, monkeypatch, capsys, s
     assert main(["label", str(built)]) == status
     error = capsys.readouterr().err.splitlines()[-1]
     told = "terminated (SIGTERM)" if stop is Terminated else "interrupted"
-    assert error.startswith(f"otdrg label: {told}; 4 whole shards are kept in {built}.partial; --resume goes on")
+    assert error.startswith(f"otdrg label: {told}; 4 complete shards are kept in {built}.partial; --resume continues")

@@ -31,7 +31,7 @@ def test_help_of_each_source_shows_its_options_and_an_example(source, capsys):
     assert exit.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert f"Example: otdrg prepare {source} --" in shown
-    for words in (f"options of {source}", "--output DIR", "--resume", "--num-proc N", "--sections"):
+    for words in ("options of the source", "--output DIR", "--resume", "--num-proc N", "--sections"):
         assert words in shown
 
 
@@ -79,6 +79,6 @@ def test_strict_is_one_line_and_resume_goes_on(table, tmp_path, capsys):
     assert main([*command, "--strict"]) == 1
     assert "study 3, " in capsys.readouterr().err
     assert main(command) == 1
-    assert "studies.partial is an interrupted build: --resume goes on with it" in capsys.readouterr().err
+    assert "studies.partial is an unfinished dataset: --resume continues it" in capsys.readouterr().err
     assert main([*command, "--resume"]) == 0
     assert "| total | 2 |" in capsys.readouterr().out

@@ -222,7 +222,7 @@ def test_missing_ids_are_refused_or_listed(files, tmp_path, capsys):
         ('{"id": "a", "report": "x"}\nnot JSON\n', "line 2: expected an object with the keys id and report"),
         ('{"id": "a", "text": "x"}\n', "line 1: expected an object with the keys id and report"),
         ('{"id": "a", "report": null}\n', "report NoneType, expected strings"),
-        ('{"id": "a", "report": "x"}\n{"id": "a", "report": "y"}\n', "line 2, column id: 'a' stands in line 1 too"),
+        ('{"id": "a", "report": "x"}\n{"id": "a", "report": "y"}\n', "line 2, column id: 'a' is in line 1 too"),
         ('{"id": "z", "report": "x"}\n', "no id in common"),
     ],
 )

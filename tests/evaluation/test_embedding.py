@@ -152,7 +152,7 @@ def test_wrong_input_ends_in_one_line(trained_run, phantoms, embedded, model, pr
         ((trained_run, tmp_path / "out", "--limit", "0"), "--limit 0: expected at least 1"),
         ((trained_run, tmp_path / "out", "--split", "test"), "recipe.yaml has train, validation"),
         ((trained_run, tmp_path / "out", phantoms, "--split", "validation"), "--split validation: "),
-        ((trained_run, tmp_path / "out", tmp_path / "none"), "not a built dataset"),
+        ((trained_run, tmp_path / "out", tmp_path / "none"), "not a prepared dataset"),
         ((trained_run, tmp_path / "out", phantoms, "--split", "train"), "0 findings are the only positive one"),
         ((tmp_path / "bare", tmp_path / "out"), "has no recipe.yaml: expected DATASET"),
         ((trained_run, embedded, phantoms), "embedding.png exists: --overwrite replaces it"),

@@ -62,7 +62,7 @@ def test_negative_no_finding_is_unmentioned(tmp_path):
         (HEADER, [["a", "", "2", *[""] * 12]], r"a\.csv, line 2, column Support Devices: '2', expected 1 \(positive\)"),
         (HEADER, [["a", "", "yes", *[""] * 12]], r"line 2, column Support Devices: 'yes'"),
         (HEADER, [["a", "-1", *[""] * 13]], r"line 2, column No Finding: -1, expected 1, 0 or blank"),
-        (HEADER, [blank("a"), blank("b"), blank("a")], r"line 4, column id: 'a' stands in line 2 too"),
+        (HEADER, [blank("a"), blank("b"), blank("a")], r"line 4, column id: 'a' is in line 2 too"),
         (HEADER, [blank(" ")], r"line 2, column id: empty"),
         (HEADER, [["a", "1"]], r"line 2: 2 values, expected 15"),
         ([], [], r"no column of study ids"),

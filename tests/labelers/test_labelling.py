@@ -5,11 +5,11 @@ import shutil
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from datasets import load_from_disk
+from datasets import load_dataset, load_from_disk
 from otdrg.findings_otdrg import FINDING_STATES, FINDINGS
 from otdrg.labelers.labelling import label_dataset
 from otdrg.studies.schema import STUDY_FEATURES
-from otdrg.studies.shards import ShardWriter, publish_shards
+from otdrg.studies.shards import WorkFolder, row_batches, write_shard
 
 SETTINGS = {"labeler": "count"}
 IMAGE = 2**16
@@ -23,18 +23,20 @@ def built(tmp_path):
 def build(folder, arrow=True, images=1):
     """Two splits, three shards of two studies, the second of each with states; bytes stand in for images."""
     random = np.random.default_rng(0)
-    shards = folder / "shards"
-    shards.mkdir(parents=True)
-    names = [("train", "train-00000"), ("train", "train-00001"), ("test", "test-00000")]
+    (folder / "data").mkdir(parents=True)
+    names = ["train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"]
     empty = {name: [] if name in ("images", "views") else "" for name in STUDY_FEATURES}
-    for number, (_, name) in enumerate(names):
-        with ShardWriter(shards / name, arrow=arrow) as writer:
-            for place, states in enumerate((None, [3] * 13 + [0])):
-                study = f"s{2 * number + place}"
-                views = [{"bytes": random.bytes(IMAGE), "path": None} for _ in range(images)]
-                writer.write({**empty, "id": study, "report": f"of {study}", "images": views, "finding_states": states})
-    publish_shards(shards, folder, names, digest="a" * 64)
-    shards.rmdir()
+    for number, name in enumerate(names):
+        rows = []
+        for place, states in enumerate((None, [3] * 13 + [0])):
+            study = f"s{2 * number + place}"
+            views = [{"bytes": random.bytes(IMAGE), "path": None} for _ in range(images)]
+            rows.append({**empty, "id": study, "report": f"of {study}", "images": views, "finding_states": states})
+        write_shard(folder / "data" / f"{name}.parquet", row_batches(rows))
+    if arrow:
+        files = {split: str(folder / "data" / f"{split}-*.parquet") for split in ("train", "test")}
+        load_dataset("parquet", data_files=files, cache_dir=str(folder / "cache")).save_to_disk(folder)
+        shutil.rmtree(folder / "cache")
     (folder / "summary.json").write_text('{"licences": ["mine"]}')
     (folder / "README.md").write_text("card")
     return folder
@@ -142,21 +144,21 @@ def test_resumed_it_labels_the_rest(built):
     assert None not in states_of(built).values()
 
 
-@pytest.mark.parametrize("last", ["_write_summary", "put_in_place"])
-def test_cut_off_at_its_end_it_can_be_gone_on_with(built, tmp_path, monkeypatch, last):
+@pytest.mark.parametrize("last", ["_write_arrow", "_put_in_place"])
+def test_label_interrupted_at_its_end_continues(built, tmp_path, monkeypatch, last):
     def killed(*_):
         raise KeyboardInterrupt
 
     before = content_of(built)
     with monkeypatch.context() as patch:
-        patch.setattr(f"otdrg.labelers.labelling.{last}", killed)
+        patch.setattr(WorkFolder, last, killed)
         with pytest.raises(KeyboardInterrupt):
             label_dataset(built, Reader(), SETTINGS)
     assert content_of(built) == before
     rest = Reader()
     report = label_dataset(built, rest, SETTINGS, resume=True)
     assert report.studies["train"] == {"studies": 4, "labelled": 2, "kept": 2, "unknown": 0}
-    assert bool(rest.seen) is (last == "_write_summary")
+    assert not rest.seen
     assert {path.name for path in tmp_path.iterdir()} == {"built"}
     assert content_of(built).keys() == before.keys()
     assert list(states_of(built)) == ["s4", "s5", "s0", "s1", "s2", "s3"]
@@ -206,14 +208,14 @@ def _without(built, column):
 @pytest.mark.parametrize(
     ("spoil", "output", "message"),
     [
-        (lambda built: shutil.rmtree(built / "data"), None, r"built is not a built dataset: .*otdrg prepare hub"),
-        (lambda built: (built / "summary.json").unlink(), None, "built is not a built dataset"),
+        (lambda built: shutil.rmtree(built / "data"), None, r"built is not a prepared dataset: .*otdrg prepare hub"),
+        (lambda built: (built / "summary.json").unlink(), None, "built is not a prepared dataset"),
         (lambda built: (built / "summary.json").write_text("{"), None, r"summary\.json is damaged"),
         (lambda built: _without(built, "finding_states"), None, r"00\d\.parquet: no column 'finding_states'"),
         (lambda built: (built / "shards").mkdir(), None, "shards has the name of a file of the labelling"),
-        (lambda built: None, "built/labelled", "labelled lies in the dataset"),
+        (lambda built: None, "built/labelled", "labelled is inside the dataset"),
         (lambda built: (built.parent / "mine").write_text("mine"), "mine", "mine exists and is no dataset"),
-        (lambda built: (built.parent / "built.partial").mkdir(), None, r"built\.partial is in the way"),
+        (lambda built: (built.parent / "built.partial").mkdir(), None, r"built\.partial exists and is not an"),
     ],
 )
 def test_a_fault_is_named_before_anything_is_read(built, tmp_path, spoil, output, message):

@@ -213,7 +213,7 @@ def test_batch_gives_what_the_loop_gives(reports):
 
 
 def test_unreadable_reports_are_counted_not_normal():
-    with pytest.warns(UserWarning, match=r"2 of 3 reports .* \(positions 0, 2\)"):
+    with pytest.warns(UserWarning, match=r"2 of 3 reports \(positions 0, 2\) hold no word"):
         states = LABELER.label(["", "Heart size is normal.", "Der Befund liegt bei."])
     assert not states[[0, 2]].any()
     assert states[1].any()
@@ -292,7 +292,7 @@ def test_a_broken_vocabulary_names_the_file(tmp_path):
     ("name", "text", "message"),
     [
         ("clauses.yaml", "verbs: [is]\n", "expected exactly the keys verbs"),
-        ("spelling.yaml", "- oedema\n", "expected a form and what to read for it"),
+        ("spelling.yaml", "- oedema\n", "expected a form and its replacement"),
     ],
 )
 def test_rules_broken_word_lists_name_the_file(tmp_path, name, text, message):

@@ -158,7 +158,7 @@ def test_strict_ends_at_the_first_fault_and_leaves_nothing_that_looks_whole(tmp_
     with pytest.raises(ValueError, match=r"study b, train: missing image: .*absent\.png does not exist"):
         build_studies_dataset(source, tmp_path / "built", BuildOptions(strict=True))
     assert not (tmp_path / "built").exists()
-    with pytest.raises(ValueError, match=r"built is an interrupted build: otdrg prepare --resume"):
+    with pytest.raises(ValueError, match=r"built is unfinished: continue with otdrg prepare --resume"):
         load_prepared(tmp_path / "built")
 
 
@@ -274,9 +274,9 @@ def test_a_killed_build_leaves_no_dataset_and_is_gone_on_with(tmp_path):
     process.wait()
     assert not output.exists()
     build = BuildOptions(studies_per_shard=40)
-    with pytest.raises(ValueError, match=r"interrupted build: --resume goes on with it, --overwrite starts anew"):
+    with pytest.raises(ValueError, match=r"unfinished dataset: --resume continues it, --overwrite deletes it"):
         prepare_studies("phantom", output, build=build, **options)
-    with pytest.raises(ValueError, match=r"was built with source\.seed=0, not 1"):
+    with pytest.raises(ValueError, match=r"was made with source\.seed=0, not 1"):
         prepare_studies("phantom", output, build=build, resume=True, seed=1, **options)
     report = prepare_studies("phantom", output, build=build, resume=True, **options)
     assert report.counts["train"].studies == 400
@@ -299,7 +299,7 @@ def test_shards_that_are_built_are_not_built_again(tmp_path, picture):
 
 def test_a_build_whose_settings_are_lost_is_not_gone_on_with(tmp_path):
     (tmp_path / "built.partial").mkdir()
-    with pytest.raises(ValueError, match=r"build\.json is missing or damaged: --overwrite starts the build anew"):
+    with pytest.raises(ValueError, match=r"build\.json is missing or damaged: --overwrite deletes .* and starts again"):
         prepare_studies("phantom", tmp_path / "built", resume=True, **PHANTOMS)
     prepare_studies("phantom", tmp_path / "built", overwrite=True, **PHANTOMS)
 
@@ -310,7 +310,7 @@ def test_a_whole_build_is_left_as_it_is_by_resume(tmp_path):
     again = prepare_studies("phantom", tmp_path / "built", resume=True, **PHANTOMS)
     assert str(again) == str(first)
     assert (tmp_path / "built" / "summary.json").stat().st_mtime_ns == made
-    with pytest.raises(ValueError, match=r"was built with source\.train=7, not 8"):
+    with pytest.raises(ValueError, match=r"was made with source\.train=7, not 8"):
         prepare_studies("phantom", tmp_path / "built", resume=True, **{**PHANTOMS, "train": 8})
 
 
@@ -327,7 +327,7 @@ def test_columns_and_streams_are_read_without_the_rest(tmp_path):
     assert stream.num_shards == 3 and next(iter(stream))["images"][0].size == (32, 32)
     with pytest.raises(ValueError, match="has no split 'dev': it has train, validation, test"):
         stream_prepared(tmp_path / "built", "dev")
-    with pytest.raises(ValueError, match="is not a built dataset; expected a folder written by otdrg prepare"):
+    with pytest.raises(ValueError, match="is not a prepared dataset; expected a folder written by otdrg prepare"):
         load_studies("prepared", folder=tmp_path)
 
 
@@ -474,7 +474,7 @@ def test_prepare_ended_by_a_signal_says_what_is_kept(slow_prepare, tmp_path, how
     told = "terminated (SIGTERM)" if how == signal.SIGTERM else "interrupted"
     last = error.strip().splitlines()[-1]
     assert f"otdrg prepare: {told}; " in last
-    assert last.endswith(f"whole shards are kept in {tmp_path / 'built.partial'}; --resume goes on with the others")
+    assert last.endswith(f"complete shards are kept in {tmp_path / 'built.partial'}; --resume continues")
 
 
 def test_prepare_second_process_is_refused_and_writes_nothing(slow_prepare, tmp_path, capsys):

@@ -170,7 +170,7 @@ def test_a_copy_of_the_source_reads_after_a_change_of_folder(table, tmp_path, mo
         ("id,image,report", " ,b.png,Clear.", "line 3", "study_id is blank"),
         ("image,report,split", "b.png,Clear.,", "line 3", "split is '': expected one of train, val"),
         ("image,report,split", "b.png,Clear.,holdout", "line 3", "split is 'holdout'"),
-        ("image,report", b"b.png,R\xf6ntgen", "line 3", "findings is not utf-8 text: option 'encoding'"),
+        ("image,report", b"b.png,R\xf6ntgen", "line 3", "findings is not utf-8 text: set option 'encoding'"),
         ("image,report", b"b\xff.png,Clear.", "line 3", "image is not utf-8 text"),
         ("image,report", b"b.png,Cl\0ear.", "line 3", ""),
         ("image,report", 'b.png,"Clear." again', "line 3", "not CSV"),
@@ -214,7 +214,7 @@ def test_texts_of_a_study_that_disagree(table):
 
     source = table("id,image,report\n1,a.png,Clear.\n1,b.png,\n1,c.png,Effusion.\n2,d.png,Clear.\n")
     first, second = kept(source)
-    with pytest.raises(SkipStudy, match="line 4: findings is not the one of line 2") as skip:
+    with pytest.raises(SkipStudy, match="line 4: findings differs from line 2") as skip:
         source.read(first)
     assert skip.value.kind == "malformed"
     assert source.read(second).findings == "Clear."
@@ -238,7 +238,7 @@ def test_an_unclosed_quote_takes_no_other_study_with_it(table):
         ("image,report\na,b\n", {"column": ["report"]}, "'report': expected FIELD=COLUMN"),
         ("image,report\na,b\n", {"column": ["report=text"]}, "'report=text', and .* no such column: image, report"),
         ("image,report\na,b\n", {"column": ["view=image", "view=report"]}, "the field 'view' twice"),
-        ("image,report\na,b\n", {"split_shares": [0.5, 0.1, 0.1]}, "expected three numbers"),
+        ("image,report\na,b\n", {"split_shares": [0.5, 0.1, 0.1]}, "expected three shares"),
         ("image,report\na,b\n", {"encoding": "utf-9"}, "option 'encoding' is 'utf-9'"),
         (
             "image,report\na,b\n",

@@ -311,7 +311,7 @@ def test_a_number_that_is_none(archive):
         ({}, "holds no DICOM file: option 'folder'"),
         ({"reports": "nowhere"}, "nowhere does not exist: option 'reports'"),
         ({"encoding": "utf-9"}, "option 'encoding' is 'utf-9'"),
-        ({"split_shares": [1, 1, 1]}, "expected three numbers"),
+        ({"split_shares": [1, 1, 1]}, "expected three shares"),
     ],
 )
 def test_options_that_cannot_be(archive, options, message):

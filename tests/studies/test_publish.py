@@ -203,7 +203,7 @@ def test_a_storage_that_fails_now_and_then_is_asked_again(otdrg, hub_server, bui
 def test_what_is_no_built_dataset_is_not_pushed(tmp_path, summary):
     if summary is not None:
         (tmp_path / "summary.json").write_text(summary, encoding="utf-8")
-    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))} is not a built dataset"):
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))} is not a prepared dataset"):
         push_studies(tmp_path, "org/phantoms")
 
 

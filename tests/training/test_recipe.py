@@ -131,7 +131,7 @@ def test_the_reports_encoder_may_be_trained_beside_a_predictor_with_its_own(writ
         ("output_dir: x", "studies is missing"),
         ("- a", "is not a mapping"),
         ("a: [", "is not valid YAML, line 1"),
-        ("seed: 1\nseed: 2", "'seed' stands twice"),
+        ("seed: 1\nseed: 2", "'seed' is repeated"),
     ],
 )
 def test_broken_files_are_named(write, text, message):
