@@ -110,13 +110,13 @@ def _score(
 
     systems = {
         name: score_reports(
-            texts[name], texts["references"], states.get(name), states.get("references"), metrics, radeval_metrics
+            texts[name], texts["references"], states.get(name), states.get("references"), [*metrics, *radeval_metrics]
         )
         for name in texts
         if name != "references"
     }
     system, resampling = systems["predictions"], (options.bootstrap, _CONFIDENCE, options.seed)
-    asked = {**system.nlg, **system.radeval, **system.clinical_efficacy}
+    asked = system.scores
     intervals, comparison = {}, {}
     if options.bootstrap:
         intervals = _chosen(bootstrap_intervals(system.statistics, *resampling), asked)
@@ -127,11 +127,11 @@ def _score(
         for name, rows in states.items()
     }
     result = {
-        "nlg": system.nlg,
-        "clinical_efficacy": system.clinical_efficacy,
-        "radeval": system.radeval,
+        "nlg": system.section("nlg"),
+        "clinical_efficacy": system.section("clinical_efficacy"),
+        "radeval": system.section("radeval"),
         "intervals": {name: {"low": interval.low, "high": interval.high} for name, interval in intervals.items()},
-        "per_finding": system.per_finding,
+        "per_finding": system.details.get("per_finding", {}),
         **({"comparison": {name: it._asdict() for name, it in comparison.items()}} if options.against else {}),
         "labeler": labeler.name if labeler else None,
         "labeler_options": labeler_options,
@@ -256,13 +256,13 @@ def _print_tables(
     if result["labeler"]:
         told.append(f"states by {result['labeler']}")
     show("; ".join(told))
-    if system.nlg:
-        show(f"\n{nlg_table(system.nlg, intervals)}")
-    if system.radeval:
-        show(f"\n{radeval_table(system.radeval, intervals)}")
-    if system.clinical_efficacy:
-        show(f"\n{clinical_table(system.clinical_efficacy, intervals)}")
-        show(f"\n{finding_table(system.per_finding['uncertain_negative'])}")
+    if result["nlg"]:
+        show(f"\n{nlg_table(result['nlg'], intervals)}")
+    if result["radeval"]:
+        show(f"\n{radeval_table(result['radeval'], intervals)}")
+    if result["clinical_efficacy"]:
+        show(f"\n{clinical_table(result['clinical_efficacy'], intervals)}")
+        show(f"\n{finding_table(result['per_finding']['uncertain_negative'])}")
     if comparison:
         show(f"\nagainst {result['files']['against']}\n\n{comparison_table(comparison)}")
     for name, note in result["notes"].items():
@@ -272,7 +272,7 @@ def _print_tables(
 def _notes(
     options: argparse.Namespace, system: ReportScores, intervals: Mapping[str, Any], true_states: np.ndarray | None
 ) -> dict[str, str]:
-    from ..metrics.clinical_efficacy.clinical_efficacy import example_ceiling
+    from ..metrics.efficacy import example_ceiling
 
     notes = dict(system.notes)
     if "cider" in intervals:

@@ -23,7 +23,7 @@ from ..metrics import (
     best_constants,
     score_reports,
 )
-from ..metrics.clinical_efficacy.clinical_efficacy import AVERAGES, example_ceiling
+from ..metrics.efficacy import AVERAGES, example_ceiling
 from ..metrics.faithfulness import flip_states
 from ..metrics.retrieval import NEIGHBOURS
 from ..modeling_otdrg import OTDRGForReportGeneration
@@ -69,7 +69,7 @@ class Row(NamedTuple):
     def scores(self) -> dict[str, Any]:
         """The aggregate scores, ready for JSON."""
         found = self.found
-        return {**found.nlg, "notes": found.notes, **found.clinical_efficacy, "per_finding": found.per_finding}
+        return {**found.scores, **found.details, "notes": found.notes}
 
 
 class Steered(NamedTuple):

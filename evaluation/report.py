@@ -8,7 +8,7 @@ from typing import Any
 
 from ..findings_otdrg import FINDING_STATES, FINDINGS
 from ..metrics import LABEL_SETS, Interval, PairedDifference, bootstrap_intervals, paired_bootstrap
-from ..metrics.clinical_efficacy.clinical_efficacy import AVERAGES
+from ..metrics.efficacy import AVERAGES
 from ..metrics.tables import NLG_NAMES, markdown_table, shown_interval, shown_number
 from ..runtime.csv_files import write_csv
 from .evaluate import ROWS, Evaluation

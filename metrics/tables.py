@@ -6,15 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..findings_otdrg import FINDING_DISPLAY_NAMES
-from .clinical_efficacy.clinical_efficacy import AVERAGES, LABEL_SETS, MEASURES, UNCERTAIN_POLICIES
+from .efficacy import AVERAGES, LABEL_SETS, MEASURES, UNCERTAIN_POLICIES
+from .fluency import NLG_NAMES
 from .localisation import CHANCES, MINIMUM_STUDIES
 from .localisation import MEASURES as MAP_MEASURES
-from .nlg.nlg import NLG_METRICS
-from .rad_eval import RADEVAL_NAMES
+from .rad_eval import RADEVAL_METRICS
 from .significance import Comparison, Interval, PairedDifference
 
-#: How the scores of `nlg_scores` are written.
-NLG_NAMES = dict(zip(NLG_METRICS, ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr"), strict=True))
+RADEVAL_NAMES = {name: score.display for metric in RADEVAL_METRICS.values() for name, score in metric.scores.items()}
 
 
 def nlg_table(scores: Mapping[str, float | None], intervals: Mapping[str, Interval]) -> str:
