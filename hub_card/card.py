@@ -20,7 +20,7 @@ from ..evaluation.evaluate import ROWS
 from ..files_otdrg import describe
 from ..metrics import LABEL_SETS, NLG_METRICS, UNCERTAIN_POLICIES
 from ..metrics.classification import MINIMUM_INTERVAL_POSITIVES
-from ..metrics.efficacy import AVERAGES
+from ..metrics.clinical_efficacy.clinical_efficacy import AVERAGES
 from ..metrics.tables import NLG_NAMES
 from ..studies.card import HUB_LICENCES
 from . import facts

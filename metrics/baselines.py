@@ -14,11 +14,13 @@ from ..findings_otdrg import FINDINGS, POSITIVE
 from ..labelers.as_typed import label_quietly
 from .constant_scores import NGramCounts, clinical_scores, rouge_l_scores
 from .corpus import bleu_of_counts, meteor_of_counts
-from .efficacy import UNCERTAIN_POLICIES
+from .efficacy import F1_SCORES, UNCERTAIN_POLICIES
 from .fluency import METEOR_NEEDS_JAVA, NLG_METRICS, meteor
 
 #: The main columns of a results table.
 CONSTANT_COLUMNS = ("bleu_4", "rouge_l", "cider", "macro_f1_13")
+#: The scores for which [`best_constants`] searches a constant report.
+SEARCHED_SCORES = (*NLG_METRICS, *F1_SCORES)
 #: Pairs of a candidate and a distinct reference that ROUGE-L is computed of, in about a minute.
 MOST_PAIRS = 10**8
 

@@ -33,9 +33,8 @@ class StudyStatistics:
     def __init__(self, results: Mapping[str, MetricResult], wanted: Mapping[str, Sequence[str]]):
         self.parts = {name: result for name, result in results.items() if result.contributions is not None}
         self._wanted = wanted
-        self._studies = max(
-            (len(values) for result in results.values() for values in result.per_study.values()), default=0
-        )
+        columns = (values for result in results.values() for values in result.per_study.values())
+        self._studies = len(next(columns, ()))
 
     def __len__(self) -> int:
         return self._studies

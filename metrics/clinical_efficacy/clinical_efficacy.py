@@ -3,6 +3,7 @@
 import datasets
 import evaluate
 from otdrg.findings_otdrg import FINDINGS
+from otdrg.metrics.efficacy import AVERAGES as AVERAGES
 from otdrg.metrics.efficacy import clinical_efficacy_scores
 
 _DESCRIPTION = """\
