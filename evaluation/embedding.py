@@ -1,11 +1,12 @@
-"""Image features before and after alignment, as Figure 1b has them: how far findings are apart, and a map of them."""
+"""`otdrg embed`: image features before and after alignment (paper, Figure 1b), and how far findings are apart."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,19 +18,24 @@ from sklearn.metrics.pairwise import cosine_distances
 from threadpoolctl import threadpool_limits
 from torch.utils.data import DataLoader
 
+from ..files_otdrg import write_json
 from ..findings_otdrg import FINDINGS, POSITIVE
 from ..inference.collation import collate_views
 from ..metrics.significance import resample_weights
+from ..metrics.tables import markdown_table
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
+from ..runtime.csv_files import write_csv
+from .embedding_figure import draw_embedding
 
 #: Findings of fewer studies are left out.
 MINIMUM_STUDIES = 5
+_SPACES = ("before", "after")
 
 
 @dataclass
 class SingleFindings:
-    """Studies of one finding each: their `positions`, their `findings`, and how many others were left out, and why."""
+    """Studies with one finding each: `positions`, `findings`, and by reason how many others were left out."""
 
     positions: list[int]
     findings: list[str]
@@ -38,12 +44,12 @@ class SingleFindings:
 
 @dataclass
 class AlignedFeatures:
-    """Features of S studies, each the mean over a study's image tokens.
+    """Features of S studies, the means over each study's image tokens.
 
     Args:
-        before: (S, D) the vision encoder's, X of eq. 1.
+        before: (S, D) output of the vision encoder, X of eq. 1.
         after: (S, hidden_size) projected into the LLM's embedding space, f_p(X) of eq. 4.
-        labels: of each finding the feature (hidden_size,) of its state positive in that space, f_p(Y) of eq. 5; none
+        labels: for each finding the feature (hidden_size,) of its state positive in that space, f_p(Y) of eq. 5; empty
             if the model has no FIOT.
     """
 
@@ -53,7 +59,7 @@ class AlignedFeatures:
 
 
 def single_findings(states: Sequence[Sequence[int] | None], limit: int) -> SingleFindings:
-    """The first studies with exactly one positive among the 14 findings, No Finding being one: a colour for each.
+    """The first studies with exactly one positive among the 14 findings, including No Finding.
 
     Args:
         states: (14,) state ids of each study, None where they are not known.
@@ -128,16 +134,16 @@ def separation(
     Args:
         before, after: (S, D) and (S, E) features of the same studies.
         findings: S names.
-        resamples: of the bootstrap over studies behind the intervals. It draws the studies' silhouettes, which are not
-            computed anew: a study drawn twice would be its own nearest neighbour.
-        permutations: of the findings over the studies, for what chance gives.
+        resamples: of the bootstrap over studies for the intervals. It draws the studies' silhouettes, which are not
+            recomputed, because a study drawn twice would be its own nearest neighbour.
+        permutations: of the findings over the studies, for the chance level.
         seed: of both.
 
     Returns:
-        For `before` and `after` the `silhouette`, from -1 to 1 and 0 where findings lie among each other, its 95 %
-        interval (`low`, `high`), under `chance` the mean and the 2.5 % and 97.5 % quantiles over permutations, under
-        `findings` the means of each finding's studies, and under `studies` each study's; `difference`, after minus
-        before, with its interval.
+        For `before` and `after` the `silhouette`, from -1 to 1 and 0 where findings overlap, its 95 % interval (`low`,
+        `high`), under `chance` the mean and the 2.5 % and 97.5 % quantiles over permutations, under `findings` the
+        means of each finding's studies, and under `studies` each study's; `difference`, after minus before, with its
+        interval.
     """
     groups = np.asarray(findings)
     rng = np.random.default_rng(seed)
@@ -168,18 +174,122 @@ def _interval(values: Sequence[float]) -> dict[str, float]:
 def embed(features: np.ndarray, seed: int) -> np.ndarray:
     """(S, D) features in the plane, (S, 2), by t-SNE on cosine distances; the same for the same seed."""
     perplexity = min(30.0, (len(features) - 1) / 3)
-    # On one thread: sums over several have no fixed order, and threads waiting for each other at each of a thousand
-    # small steps make a busy machine's minutes of seconds.
+    # On one thread, because sums over several have no fixed order, and a thousand small steps are slower on them.
     with threadpool_limits(1):
         return TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=seed).fit_transform(features)
+
+
+@dataclass
+class EmbeddedStudies:
+    """What [`embed_studies`] found.
+
+    Args:
+        chosen: the studies of one finding each.
+        ids: their ids.
+        scores: of [`separation`].
+        places: for `before` and `after`, the studies' places (S, 2) in the plane.
+        labels: by finding the place (2,) of its label feature in the plane of `after`.
+    """
+
+    chosen: SingleFindings
+    ids: list[str]
+    scores: dict[str, Any]
+    places: dict[str, np.ndarray]
+    labels: dict[str, np.ndarray]
+
+
+def embed_studies(
+    model: OTDRGForReportGeneration,
+    processor: OTDRGProcessor,
+    studies: Dataset,
+    chosen: SingleFindings,
+    batch_size: int,
+    resamples: int,
+    seed: int,
+) -> EmbeddedStudies:
+    """Features of the chosen studies before and after alignment: how far findings are apart, and a map of them."""
+    rows = studies.select(chosen.positions)
+    features = aligned_features(model, processor, rows, batch_size)
+    scores = separation(features.before, features.after, chosen.findings, resamples, seed=seed)
+    labels = {name: feature for name, feature in features.labels.items() if name in chosen.findings}
+    after = embed(np.concatenate([features.after, *(feature[None] for feature in labels.values())]), seed)
+    places = {"before": embed(features.before, seed), "after": after[: len(rows)]}
+    return EmbeddedStudies(chosen, list(rows["id"]), scores, places, dict(zip(labels, after[len(rows) :], strict=True)))
+
+
+def write_embedding(paths: Mapping[str, Path], settings: Mapping[str, Any], embedded: EmbeddedStudies) -> str:
+    """Write the picture (`.png`), the figures (`.json`), and one row per study (`.csv`).
+
+    Args:
+        paths: by suffix.
+        settings: how it was made, for the JSON.
+        embedded: what was found.
+
+    Returns:
+        The figures as Markdown.
+    """
+    findings, places, scores = embedded.chosen.findings, embedded.places, embedded.scores
+    draw_embedding(places["before"], places["after"], embedded.labels, findings, scores, paths[".png"])
+    columns = [
+        column
+        for space in _SPACES
+        for column in (*places[space].T.tolist(), [float(value) for value in scores[space]["studies"]])
+    ]
+    header = ["id", "finding", *(f"{space} {column}" for space in _SPACES for column in ("x", "y", "silhouette"))]
+    rows = (
+        [study, finding, *(f"{number:.6f}" for number in numbers)]
+        for study, finding, *numbers in zip(embedded.ids, findings, *columns, strict=True)
+    )
+    write_csv(paths[".csv"], header, rows)
+    result = {
+        **settings,
+        "studies": len(embedded.ids),
+        "by_finding": {name: findings.count(name) for name in FINDINGS if name in findings},
+        "left_out": embedded.chosen.left_out,
+        "distance": "cosine",
+        **{space: {key: value for key, value in scores[space].items() if key != "studies"} for space in _SPACES},
+        "difference": scores["difference"],
+    }
+    write_json(paths[".json"], result)
+    return _format_embedding(result)
+
+
+def _format_embedding(result: Mapping[str, Any]) -> str:
+    left_out = ", ".join(f"{count} {reason}" for reason, count in result["left_out"].items() if count)
+    facts = (
+        f"{result['studies']} studies of {result['split']} with exactly one positive finding, "
+        f"{len(result['by_finding'])} findings" + (f"; left out: {left_out}" if left_out else "")
+    )
+    rows = [
+        [
+            f"{space} alignment",
+            f"{result[space]['silhouette']:.3f}",
+            *map(_bounds, (result[space], result[space]["chance"])),
+        ]
+        for space in _SPACES
+    ]
+    difference = result["difference"]
+    rows.append(["difference", f"{difference['silhouette']:+.3f}", _bounds(difference), ""])
+    table = markdown_table(["image features", "silhouette, cosine", "95 % interval", "findings permuted"], rows)
+    verdict = "The difference of the silhouettes may be chance."
+    if difference["low"] > 0 or difference["high"] < 0:
+        verdict = f"Findings are {'farther apart' if difference['low'] > 0 else 'closer together'} after alignment."
+    return f"{facts}\n\n{table}\n\n{verdict}"
+
+
+def _bounds(row: Mapping[str, float]) -> str:
+    return f"{row['low']:.3f} to {row['high']:.3f}"
 
 
 __all__ = [
     "MINIMUM_STUDIES",
     "AlignedFeatures",
+    "EmbeddedStudies",
     "SingleFindings",
     "aligned_features",
     "embed",
+    "embed_studies",
     "separation",
     "single_findings",
+    "write_embedding",
 ]

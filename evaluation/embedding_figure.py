@@ -13,12 +13,12 @@ from matplotlib.lines import Line2D
 
 from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDINGS
 
-#: Colours that the colour-blind tell apart (Okabe and Ito, 2008). There are more findings than such colours: shapes,
-#: one fewer, go round beside them, so that no finding has both in common with another.
+#: Colours that colour-blind readers can distinguish (Okabe and Ito, 2008). There are more findings than colours, so
+#: shapes, one fewer than colours, vary as well: no two findings share both.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 _SHAPES = ("o", "^", "s", "D", "v")
 _STYLES = {name: (_COLOURS[i % len(_COLOURS)], _SHAPES[i % len(_SHAPES)]) for i, name in enumerate(FINDINGS[:-1])}
-#: What is no finding is no colour.
+#: No Finding is grey.
 _STYLES[FINDINGS[-1]] = ("#B0B0B0", "o")
 
 
@@ -30,13 +30,13 @@ def draw_embedding(
     scores: Mapping[str, Any],
     path: str | Path,
 ) -> None:
-    """Write a PNG: studies in the plane before and after alignment, a colour and shape a finding.
+    """Draw studies in the plane before and after alignment, with one colour and shape per finding.
 
     Args:
         before, after: (S, 2) places.
         labels: for each finding the place (2,) of its label feature in the second panel, drawn as a star.
         findings: S names.
-        scores: of [`separation`], which stand above the panels.
+        scores: of [`separation`], for the titles of the panels.
         path: the PNG to write.
     """
     figure = Figure(figsize=(11, 6.2), layout="constrained")

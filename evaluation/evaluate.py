@@ -1,8 +1,8 @@
-"""Evaluation by generation: what a model writes, and the baselines and controls that say what its scores are worth."""
+"""Evaluation by generation: the model's reports, and the baselines and controls that its scores are compared with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,15 +15,10 @@ from ..inference.features import CachedStudies
 from ..inference.generation import GeneratedReports, ReportJournal, derangement, generate_reports
 from ..inference.retrieval import retrieve_reports
 from ..labelers.as_typed import label_quietly, labeler_of
-from ..metrics import (
-    LABEL_SETS,
-    NLG_METRICS,
-    UNCERTAIN_POLICIES,
-    ReportScores,
-    best_constants,
-    score_reports,
-)
-from ..metrics.clinical_efficacy.clinical_efficacy import AVERAGES, example_ceiling
+from ..metrics import ReportScores, best_constants, display_name, score_reports, score_tables
+from ..metrics.baselines import SEARCHED_SCORES
+from ..metrics.efficacy import F1_SCORES as F1_COLUMNS
+from ..metrics.efficacy import example_ceiling
 from ..metrics.faithfulness import flip_states
 from ..metrics.retrieval import NEIGHBOURS
 from ..modeling_otdrg import OTDRGForReportGeneration
@@ -31,7 +26,7 @@ from ..processing_otdrg import OTDRGProcessor
 from ..studies.loading import uncleaned_reports, with_column
 from ..studies.streaming import StreamedStudies
 
-#: The rows of the table, and how they are named.
+#: The rows of the table: the model, then controls and baselines.
 ROWS: dict[str, str] = {
     "model": "model",
     "shuffled": "images shuffled across studies",
@@ -41,22 +36,18 @@ ROWS: dict[str, str] = {
     "true_states": "true states given",
 }
 
-#: What can stand beside the model's own row; `retrieval` is two rows. Beside these there is `flipped`, which is none.
+#: What can be asked for beside the model's row; `retrieval` gives the rows `nearest` and `consensus`. `flipped` can be
+#: asked for as well; it is no row of the table, but a condition under which faithfulness is measured.
 CONTROLS: tuple[str, ...] = ("shuffled", "retrieval", "constant", "true_states")
-
-#: Every F1 of `clinical_efficacy_scores`.
-F1_COLUMNS: tuple[str, ...] = tuple(
-    f"{average}_f1_{labels}_{policy}" for policy in UNCERTAIN_POLICIES for average in AVERAGES for labels in LABEL_SETS
-)
 
 
 class Row(NamedTuple):
-    """A row of the table.
+    """A row of the table: the reports of one system for N studies, and their scores.
 
     Args:
         reports: N texts, as they are compared with the references.
-        finding_states: (N, 14) what the labeler reads in them before cleaning.
-        found: their scores.
+        finding_states: (N, 14) states the labeler reads in `uncleaned`.
+        found: the scores.
         uncleaned: N texts before cleaning.
     """
 
@@ -67,22 +58,21 @@ class Row(NamedTuple):
 
     @property
     def scores(self) -> dict[str, Any]:
-        """The aggregate scores, ready for JSON."""
-        found = self.found
-        return {**found.nlg, "notes": found.notes, **found.clinical_efficacy, "per_finding": found.per_finding}
+        """The aggregate scores and what else the metrics found, ready for JSON."""
+        return {**self.found.scores, **self.found.details, "notes": self.found.notes}
 
 
 class Steered(NamedTuple):
-    """What a model that is told of findings wrote from the states it was told.
+    """The row of a model conditioned on finding states, and these states.
 
     Args:
         row: its reports.
-        told: (N, 14) the states.
-        within: (N, 14) true where they are other than the true ones on purpose; None where they are not.
+        conditioning_states: (N, 14) the states.
+        within: (N, 14) true where the states were flipped; None where they were not.
     """
 
     row: Row
-    told: np.ndarray
+    conditioning_states: np.ndarray
     within: np.ndarray | None = None
 
 
@@ -91,17 +81,17 @@ class Evaluation:
     """What [`evaluate_model`] found on N studies.
 
     Args:
-        ids: the studies'.
-        references: the true reports, as fluency is scored against them.
+        ids: the studies' ids.
+        references: the true reports that fluency is scored against.
         uncleaned_references: the whole true reports before cleaning.
-        true_states: (N, 14) what the labeler reads in `uncleaned_references`.
-        finding_states: (N, 14) the states the model predicted.
-        labeler: name of the labeler behind the clinical scores.
-        rows: by their keys in `ROWS`; the constant's is not among them.
-        constants: by column, the row of its own best constant.
-        steered: reports by where the states they were written from are from: "predicted" and, as far as they were asked
-            for, "true_states" and "flipped"; empty for a model that is not told of findings.
-        notes: why something is not there.
+        true_states: (N, 14) states the labeler reads in `uncleaned_references`.
+        finding_states: (N, 14) states the model predicted.
+        labeler: name of the labeler.
+        rows: by key of `ROWS`, all but the constant.
+        constants: by score, the row of the constant report chosen for it.
+        steered: by origin of the conditioning states: "predicted" and, if asked for, "true_states" and "flipped";
+            empty for a model with `dle=False`, which does not use finding states.
+        notes: why something is missing.
     """
 
     ids: list[str]
@@ -119,60 +109,14 @@ class Evaluation:
         """All aggregate scores, ready for JSON."""
         rows = {ROWS[name]: row.scores for name, row in self.rows.items()}
         if self.constants:
-            rows[ROWS["constant"]] = {column: row.scores[column] for column, row in self.constants.items()}
+            rows[ROWS["constant"]] = {score: row.scores[score] for score, row in self.constants.items()}
         return {
             "studies": len(self.ids),
             "labeler": self.labeler,
             "rows": {name: rows[name] for name in ROWS.values() if name in rows},
-            "constants": {column: row.reports[0] for column, row in self.constants.items()},
+            "constants": {score: row.reports[0] for score, row in self.constants.items()},
             "notes": self.notes,
         }
-
-
-class _Scorer:
-    """Rows of the same studies.
-
-    Args:
-        reader: the labeler.
-        references: N true reports before cleaning, whose states are read.
-        compared: the true reports as fluency is scored against them.
-        metrics: of `nlg_scores`.
-        clean: cleans a generated report; None leaves it as it is.
-    """
-
-    def __init__(
-        self,
-        reader,
-        references: list[str],
-        compared: list[str],
-        metrics: Sequence[str],
-        clean: Callable[[str], str] | None = None,
-    ):
-        self.reader = reader
-        self.references = references
-        self.true_states = label_quietly(reader, references)
-        self.compared = compared
-        self.metrics = metrics
-        self.clean = clean
-
-    def generated(self, reports: list[str]) -> Row:
-        """The row of what a model wrote: states are read before cleaning, fluency is scored after it."""
-        cleaned = reports if self.clean is None else [self.clean(report) for report in reports]
-        return self._row(cleaned, label_quietly(self.reader, reports), reports)
-
-    def __call__(self, reports: list[str]) -> Row:
-        """The row of training reports, cleaned as the references are."""
-        return self._row(reports, label_quietly(self.reader, reports), reports)
-
-    def constant(self, report: str) -> Row:
-        """The row of one report that is written for every study."""
-        count = len(self.compared)
-        reports = [report] * count
-        return self._row(reports, np.tile(label_quietly(self.reader, [report]), (count, 1)), reports)
-
-    def _row(self, reports: list[str], states: np.ndarray, uncleaned: list[str]) -> Row:
-        found = score_reports(reports, self.compared, states, self.true_states, metrics=self.metrics)
-        return Row(reports, states, found, uncleaned)
 
 
 def evaluate_model(
@@ -184,7 +128,7 @@ def evaluate_model(
     generation: dict[str, Any] | None = None,
     controls: Sequence[str] = CONTROLS,
     labeler: str = "rules",
-    metrics: Sequence[str] = NLG_METRICS,
+    metrics: Iterable[str] | None = None,
     seed: int = 0,
     indication: bool = False,
     labeler_options: Mapping[str, Any] | None = None,
@@ -192,32 +136,33 @@ def evaluate_model(
     clean: Callable[[str], str] | None = None,
     journals: Path | None = None,
 ) -> Evaluation:
-    """Generate a report for each study and score them, beside the controls that say what the scores are worth.
+    """Generate a report for each study, and score the reports beside those of controls and baselines.
 
-    `shuffled` is the same model with images shuffled across studies: if it does not fall to the constant's level, the
-    model does not look. `retrieval` writes the report of the training study whose image features, the model's own, are
-    nearest, and the one that the nearest 30 agree on most ([`retrieve_reports`]). `constant` is, in each column, the
-    training report that scores best on training when it is written for every study ([`best_constants`]).
-    `true_states` is the model given the true states: the ceiling of a better predictor. `flipped` gives it these with
-    one finding of each study flipped ([`flip_states`]); that is no row, but what steerability is measured on.
+    - `shuffled`: the same model with the images shuffled across studies. If its scores do not fall to those of the
+      constant, the model does not use the image.
+    - `retrieval`: the report of the training study with the nearest image features, the model's own, and the one that
+      the nearest 30 agree on most ([`retrieve_reports`]).
+    - `constant`: for each score, the training report that scores best when it is written for every training study
+      ([`best_constants`]).
+    - `true_states`: the model conditioned on the true states, the ceiling of a better predictor.
+    - `flipped`: the same with one finding of each study flipped ([`flip_states`]), for faithfulness.
 
     Args:
         model, processor: as published.
         studies: rows with `id`, `images` or the features of [`cache_features`], `report` (cleaned as training's) and,
             for `true_states`, `finding_states`.
         training: the training studies, cleaned likewise; needed for `constant` and `retrieval`.
-        batch_size: studies a batch.
+        batch_size: studies in a batch.
         generation: arguments of `generate`.
-        controls: of `CONTROLS` and `flipped`, what stands beside the model's row.
-        labeler: reads the states out of generated and true reports.
-        metrics: of `otdrg.metrics.nlg_scores`.
+        controls: of `CONTROLS` and `flipped`.
+        labeler, labeler_options: reads the states in generated and true reports.
+        metrics: names of metrics or scores, see [`score_reports`].
         seed: of the shuffling, the flips and the constants' draw.
-        indication: whether the studies' `indication` goes into the prompt; shuffled images leave it where it is.
-        labeler_options: the labeler's own.
-        references: N texts that fluency is scored against, where it is not the studies' reports. States of true
+        indication: whether the prompt holds the studies' `indication`; shuffling moves only the images.
+        references: N texts that fluency is scored against, if these are not the studies' reports. States of true
             reports are read from `uncleaned_report` where the studies have it, else from `report`.
-        clean: a function of a generated report, of a model that learned to write otherwise than `studies` are cleaned.
-        journals: folder in which reports are kept as they are generated, see [`ReportJournal`].
+        clean: cleans a generated report, for a model trained on reports that were cleaned otherwise than `studies`.
+        journals: folder in which reports are saved as they are generated, see [`ReportJournal`].
 
     Raises:
         ValueError: a control that needs training studies, without them.
@@ -225,84 +170,157 @@ def evaluate_model(
     needed = [name for name in ("retrieval", "constant") if name in controls]
     if needed and training is None:
         raise ValueError(f"controls {', '.join(needed)}: expected training studies")
-    reader = labeler_of(labeler, dict(labeler_options or {}))
+    metrics = None if metrics is None else list(metrics)
     compared = list(studies["report"] if references is None else references)
-    scored = _Scorer(reader, uncleaned_reports(studies), compared, metrics, clean)
+    scorer = _Scorer(labeler, labeler_options, uncleaned_reports(studies), compared, metrics, clean)
 
-    def generated(
-        name: str, rows: Dataset | CachedStudies, finding_states: np.ndarray | None = None
+    def generate(
+        name: str, rows: Dataset | CachedStudies = studies, states: np.ndarray | None = None
     ) -> GeneratedReports:
         journal = None if journals is None else ReportJournal(journals / f"{name}.jsonl")
-        return generate_reports(model, processor, rows, batch_size, generation, finding_states, indication, journal)
+        return generate_reports(model, processor, rows, batch_size, generation, states, indication, journal)
 
-    written = generated("model", studies)
+    generated = generate("model")
     evaluation = Evaluation(
         ids=list(studies["id"]),
-        references=scored.compared,
-        uncleaned_references=scored.references,
-        true_states=scored.true_states,
-        finding_states=written.finding_states,
-        labeler=reader.name,
-        rows={"model": scored.generated(written.reports)},
+        references=compared,
+        uncleaned_references=scorer.references,
+        true_states=scorer.true_states,
+        finding_states=generated.finding_states,
+        labeler=scorer.labeler.name,
+        rows={"model": scorer.generated(generated.reports)},
     )
-    if "shuffled" in controls and len(studies) < 2:
-        evaluation.notes.append("images of a single study cannot be shuffled")
-    elif "shuffled" in controls:
-        order = derangement(len(studies), seed)
-        if indication:
-            # Ids go with the indications: in the journal a report is of the study it is compared with.
-            others = studies.select(order.tolist())
-            for column in ("id", "indication"):
-                others = with_column(others, column, list(studies[column]))
-            evaluation.rows["shuffled"] = scored.generated(generated("shuffled", others).reports)
-        else:
-            # The images are all the model is given, so what it writes for another's is what it wrote for the other.
-            evaluation.rows["shuffled"] = scored.generated([written.reports[other] for other in order])
+    if "shuffled" in controls:
+        _add_shuffled(evaluation, scorer, studies, generate if indication else None, seed)
     if "retrieval" in controls:
         retrieved = retrieve_reports(model, processor, studies, training, batch_size)
-        evaluation.rows["nearest"] = scored(retrieved.nearest)
-        evaluation.rows["consensus"] = scored(retrieved.consensus)
+        evaluation.rows |= {name: scorer.training(getattr(retrieved, name)) for name in ("nearest", "consensus")}
         if retrieved.neighbours < NEIGHBOURS:
             evaluation.notes.append(f"the consensus is of {retrieved.neighbours} neighbours: training has no more")
     if "constant" in controls:
-        evaluation.constants, notes = _constants(scored, training, seed)
-        evaluation.notes += notes
+        _add_constants(evaluation, scorer, training, seed)
     if model.config.dle:
-        evaluation.steered["predicted"] = Steered(evaluation.rows["model"], written.finding_states)
+        evaluation.steered["predicted"] = Steered(evaluation.rows["model"], generated.finding_states)
     given = [name for name in ("true_states", "flipped") if name in controls]
-    known = [states for states in studies["finding_states"] if states is not None] if given else []
     if given and not model.config.dle:
-        evaluation.notes.append("the model is not told of findings (dle is off), so true states change nothing")
-    elif given and len(known) < len(studies):
-        evaluation.notes.append(f"true states are known of {len(known)} of {len(studies)} studies only")
-    else:
-        for name in given:
-            told, within = flip_states(np.array(known), seed) if name == "flipped" else (np.array(known), None)
-            row = scored.generated(generated(name, studies, told).reports)
-            evaluation.steered[name] = Steered(row, told, within)
-            if name in ROWS:
-                evaluation.rows[name] = row
-    read = {"true reports": evaluation.true_states}
-    read.update({f"reports, {ROWS[name]}": row.finding_states for name, row in evaluation.rows.items()})
-    for name, states in read.items():
-        blank = int((states == UNMENTIONED).all(axis=1).sum())
-        if blank:
-            evaluation.notes.append(f"the labeler reads no state in {blank} of {len(states)} {name}")
-    ceiling = example_ceiling(evaluation.true_states)
-    if ceiling is not None:
-        evaluation.notes.append(ceiling)
+        evaluation.notes.append("this model does not use finding states (dle=False), so true states change nothing")
+    elif given:
+        _add_true_states(evaluation, scorer, studies, generate, given, seed)
+    evaluation.notes += _notes_on_states(evaluation)
     return evaluation
 
 
-def _constants(
-    scored: _Scorer, training: Dataset | StreamedStudies | CachedStudies, seed: int
-) -> tuple[dict[str, Row], list[str]]:
-    """By column, the row of its own best constant, chosen on training; and notes on how it was chosen."""
-    columns = [column for column in (*NLG_METRICS, *F1_COLUMNS) if column in scored.metrics or column in F1_COLUMNS]
-    states = label_quietly(scored.reader, uncleaned_reports(training))
-    best = best_constants(list(training["report"]), states, scored.reader, columns, seed)
-    rows = {report: scored.constant(report) for report in dict.fromkeys(best.reports.values())}
-    return {column: rows[best.reports[column]] for column in columns if column in best.reports}, best.notes
+class _Scorer:
+    """Makes the rows of an evaluation.
+
+    Args:
+        labeler, labeler_options: reads the states.
+        references: N true reports before cleaning, whose states are read.
+        compared: the true reports that fluency is scored against.
+        metrics: of [`score_reports`].
+        clean: cleans a generated report; None leaves it as it is.
+    """
+
+    def __init__(self, labeler, labeler_options, references: list[str], compared: list[str], metrics, clean):
+        self.labeler = labeler_of(labeler, dict(labeler_options or {}))
+        self.references, self.compared, self.metrics, self.clean = references, compared, metrics, clean
+        self.true_states = self.read(references)
+
+    def read(self, reports: list[str]) -> np.ndarray:
+        """(N, 14) states of reports."""
+        return label_quietly(self.labeler, reports)
+
+    def generated(self, reports: list[str]) -> Row:
+        """The row of generated reports: states are read before cleaning, fluency is scored after it."""
+        cleaned = reports if self.clean is None else [self.clean(report) for report in reports]
+        return self._row(cleaned, self.read(reports), reports)
+
+    def training(self, reports: list[str]) -> Row:
+        """The row of training reports, which are cleaned as the references are."""
+        return self._row(reports, self.read(reports), reports)
+
+    def constant(self, report: str) -> Row:
+        """The row of one report written for every study."""
+        reports = [report] * len(self.compared)
+        return self._row(reports, np.tile(self.read([report]), (len(reports), 1)), reports)
+
+    def _row(self, reports: list[str], states: np.ndarray, uncleaned: list[str]) -> Row:
+        found = score_reports(reports, self.compared, states, self.true_states, self.metrics)
+        return Row(reports, states, found, uncleaned)
 
 
-__all__ = ["CONTROLS", "F1_COLUMNS", "ROWS", "Evaluation", "Row", "evaluate_model"]
+def _add_shuffled(
+    evaluation: Evaluation,
+    scorer: _Scorer,
+    studies: Dataset | CachedStudies,
+    generate: Callable[..., GeneratedReports] | None,
+    seed: int,
+) -> None:
+    """The row of shuffled images; `generate` is given if the prompts differ between studies."""
+    if len(studies) < 2:
+        evaluation.notes.append("images of a single study cannot be shuffled")
+        return
+    order = derangement(len(studies), seed)
+    if generate is None:
+        # The prompts are equal, so the report of another study's images is the report of that study.
+        model = evaluation.rows["model"].uncleaned
+        evaluation.rows["shuffled"] = scorer.generated([model[other] for other in order])
+        return
+    shuffled = studies.select(order.tolist())
+    # In the journal a report has the id of the study it is compared with.
+    for column in ("id", "indication"):
+        shuffled = with_column(shuffled, column, list(studies[column]))
+    evaluation.rows["shuffled"] = scorer.generated(generate("shuffled", shuffled).reports)
+
+
+def _add_constants(
+    evaluation: Evaluation, scorer: _Scorer, training: Dataset | StreamedStudies | CachedStudies, seed: int
+) -> None:
+    """For each score the row of its own best constant, chosen on training."""
+    scores = [name for name in evaluation.rows["model"].found.scores if name in SEARCHED_SCORES]
+    states = scorer.read(uncleaned_reports(training))
+    best = best_constants(list(training["report"]), states, scorer.labeler, scores, seed)
+    rows = {report: scorer.constant(report) for report in dict.fromkeys(best.reports.values())}
+    evaluation.constants = {score: rows[report] for score, report in best.reports.items()}
+    evaluation.notes += best.notes
+    tabled = {name for headings in score_tables().values() for name in headings}
+    missing = [
+        display_name(name)
+        for name in evaluation.rows["model"].found.scores
+        if name in tabled and name not in SEARCHED_SCORES
+    ]
+    if missing:
+        evaluation.notes.append(f"no best constant report is searched for {', '.join(missing)}")
+
+
+def _add_true_states(
+    evaluation: Evaluation,
+    scorer: _Scorer,
+    studies: Dataset | CachedStudies,
+    generate: Callable[..., GeneratedReports],
+    given: Sequence[str],
+    seed: int,
+) -> None:
+    """The reports of the model conditioned on true states and on flipped ones, as far as they are in `given`."""
+    known = [states for states in studies["finding_states"] if states is not None]
+    if len(known) < len(studies):
+        evaluation.notes.append(f"true states are known for only {len(known)} of {len(studies)} studies")
+        return
+    for name in given:
+        states, within = flip_states(np.array(known), seed) if name == "flipped" else (np.array(known), None)
+        row = scorer.generated(generate(name, states=states).reports)
+        evaluation.steered[name] = Steered(row, states, within)
+        if name in ROWS:
+            evaluation.rows[name] = row
+
+
+def _notes_on_states(evaluation: Evaluation) -> list[str]:
+    """Reports in which the labeler reads nothing, and the highest example-F1 these studies allow."""
+    read = {"true reports": evaluation.true_states}
+    read |= {f"reports, {ROWS[name]}": row.finding_states for name, row in evaluation.rows.items()}
+    blank = {name: int((states == UNMENTIONED).all(axis=1).sum()) for name, states in read.items()}
+    notes = [f"the labeler reads no state in {n} of {len(evaluation.ids)} {name}" for name, n in blank.items() if n]
+    return [*notes, *filter(None, [example_ceiling(evaluation.true_states)])]
+
+
+__all__ = ["CONTROLS", "F1_COLUMNS", "ROWS", "Evaluation", "Row", "Steered", "evaluate_model"]

@@ -1,27 +1,38 @@
-"""A model's transport plans over phantoms, whose masks say where each finding is, judged map by map."""
+"""`otdrg localise`: the transport plans of a model over phantoms, judged on the phantoms' masks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..findings_otdrg import FINDINGS, POSITIVE
+from ..files_otdrg import write_json, write_text
+from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, POSITIVE
 from ..inference.heatmaps import upsample_lift
-from ..metrics.localisation import LARGEST_MASK, JudgedMap, judge_maps
+from ..metrics.localisation import CHANCES, LARGEST_MASK, MEASURES, MINIMUM_STUDIES, JudgedMap, judge_maps
+from ..metrics.tables import markdown_table, shown_number
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
+from ..runtime.csv_files import write_csv
 from ..studies.phantom import Phantom, PhantomSource, make_phantom
 
 
 @dataclass
 class FindingCounts:
-    """Of one finding, how many `positive` studies there are, in how many of them the plan is made for the state
-    positive (`told_positive`); how many views of them are `judged`, and how many are left out because the mask is empty
-    (`unseen`) or covers most of the view (`covering`); and how many of the judged maps have no mass (`without_mass`).
+    """How often a finding was judged.
+
+    Args:
+        positive: studies that have it.
+        told_positive: of these, the studies whose plan was made for the state positive.
+        judged: views whose map was judged.
+        unseen: views left out because the mask is empty.
+        covering: views left out because the mask covers most of the view.
+        without_mass: judged maps that are 0 everywhere.
     """
 
     positive: int = 0
@@ -34,22 +45,13 @@ class FindingCounts:
 
 @dataclass
 class JudgedPhantoms:
-    """What [`judge_phantoms`] found: the maps, the phantoms' `ids`, the state ids (N, 14) that the plans are made for,
-    and counts by finding."""
+    """What [`judge_phantoms`] found: the judged maps, the phantoms' `ids`, the state ids (N, 14) that the plans were made
+    for, and counts by finding."""
 
     maps: list[JudgedMap]
     ids: list[str]
     states: np.ndarray
     counts: dict[str, FindingCounts]
-
-
-@dataclass
-class _Group:
-    """The positive studies of one finding, as far as one view shows it."""
-
-    studies: list[int] = field(default_factory=list)
-    maps: list[np.ndarray] = field(default_factory=list)
-    masks: list[np.ndarray] = field(default_factory=list)
 
 
 def judge_phantoms(
@@ -62,17 +64,17 @@ def judge_phantoms(
     predicted: bool = False,
     batch_size: int = 16,
 ) -> JudgedPhantoms:
-    """Judge the map of each finding that is there, in each view whose mask shows it.
+    """Judge the map of each positive finding, in each view whose mask shows it.
 
     Args:
         model, processor: as published.
-        source: what the phantoms are like; its numbers of studies do not matter.
+        source: seed, image size and views of the phantoms.
         first: index of the first phantom.
         studies: how many.
-        findings: names out of `FINDINGS`, without No Finding, which is nowhere.
-        predicted: make the plans for predicted states instead of the true ones. Judged are the findings that are there,
-            whatever they are taken for.
-        batch_size: studies a batch.
+        findings: names of `FINDINGS`, without No Finding, which has no place in the image.
+        predicted: make the plans for predicted states instead of the true ones; the findings that are judged stay the
+            truly positive ones.
+        batch_size: studies in a batch.
 
     Raises:
         ValueError: the model has no transport plan.
@@ -81,35 +83,34 @@ def judge_phantoms(
         raise ValueError("OTDRGConfig.fiot=False: this model has no transport plan, and so no heatmap to judge")
     made = (make_phantom(source.seed, first + place, source.image_size, source.views) for place in range(studies))
     counts = {finding: FindingCounts() for finding in findings}
-    groups: dict[tuple[str, int], _Group] = {}
+    #: By finding and view: studies, lifts and masks.
+    groups: dict[tuple[str, int], list[tuple[int, np.ndarray, np.ndarray]]] = {}
     ids: list[str] = []
-    told = []
+    states: list[np.ndarray] = []
     while batch := list(islice(made, batch_size)):
-        states, lifts = _transport(model, processor, batch, predicted)
-        for phantom, row, lift in zip(batch, states, lifts, strict=True):
+        batch_states, lifts = _transport(model, processor, batch, predicted)
+        states.append(batch_states)
+        for phantom, row, lift in zip(batch, batch_states, lifts, strict=True):
             for finding in counts.keys() & phantom.masks.keys():
-                column = FINDINGS.index(finding)
-                counts[finding].positive += 1
-                counts[finding].told_positive += int(row[column] == POSITIVE)
+                column, count = FINDINGS.index(finding), counts[finding]
+                count.positive += 1
+                count.told_positive += int(row[column] == POSITIVE)
                 for view, mask in enumerate(phantom.masks[finding]):
                     if not mask.any():
-                        counts[finding].unseen += 1
+                        count.unseen += 1
                     elif mask.mean() > LARGEST_MASK:
-                        counts[finding].covering += 1
+                        count.covering += 1
                     else:
-                        counts[finding].judged += 1
-                        counts[finding].without_mass += int(not lift[view, column].any())
-                        group = groups.setdefault((finding, view), _Group())
-                        group.studies.append(len(ids))
-                        group.maps.append(lift[view, column])
-                        group.masks.append(mask)
+                        count.judged += 1
+                        count.without_mass += int(not lift[view, column].any())
+                        groups.setdefault((finding, view), []).append((len(ids), lift[view, column], mask))
             ids.append(phantom.id)
-        told.append(states)
     maps = []
     for (finding, view), group in sorted(groups.items(), key=lambda item: (FINDINGS.index(item[0][0]), item[0][1])):
-        resampled = np.stack([upsample_lift(grid, group.masks[0].shape) for grid in group.maps])
-        maps += judge_maps(finding, view, group.studies, resampled, np.stack(group.masks))
-    return JudgedPhantoms(maps, ids, np.concatenate(told), counts)
+        positions, grids, masks = zip(*group, strict=True)
+        resampled = np.stack([upsample_lift(grid, masks[0].shape) for grid in grids])
+        maps += judge_maps(finding, view, positions, resampled, np.stack(masks))
+    return JudgedPhantoms(maps, ids, np.concatenate(states), counts)
 
 
 @torch.no_grad()
@@ -128,4 +129,133 @@ def _transport(
     return states.cpu().numpy(), lifts.float().cpu().numpy()
 
 
-__all__ = ["FindingCounts", "JudgedPhantoms", "judge_phantoms"]
+# --- what is written -------------------------------------------------------------------------------------------------
+
+#: Display names of the measures, chance levels and verdicts of `localisation_scores`.
+_MEASURES = dict(zip(MEASURES, ("pointing game", "soft IoU"), strict=True))
+_CHANCES = dict(zip(CHANCES, ("a uniform map", "other studies' maps"), strict=True))
+_VERDICTS = {"above": "better than", "at": "no better than", "below": "worse than"}
+
+
+def write_localisation(
+    paths: Mapping[str, Path], settings: Mapping[str, Any], judged: JudgedPhantoms, scores: Mapping[str, Any]
+) -> str:
+    """Write the table (`.md`), the figures (`.json`), and one row per map (`.csv`).
+
+    Args:
+        paths: by suffix.
+        settings: how the maps were made, for the JSON.
+        judged: the maps.
+        scores: of [`otdrg.metrics.localisation_scores`].
+
+    Returns:
+        The content of the `.md`.
+    """
+    counts = {name: asdict(count) for name, count in judged.counts.items()}
+    verdicts = localisation_verdicts(scores)
+    document = "\n\n".join([_heading(settings), *verdicts, localisation_table(scores), _left_out(counts)])
+    write_text(paths[".md"], f"{document}\n")
+    write_json(paths[".json"], {**settings, **scores, "counts": counts, "verdicts": verdicts})
+    rows = (
+        [
+            judged.ids[study],
+            finding,
+            FINDING_STATES[judged.states[study, FINDINGS.index(finding)]],
+            view + 1,
+            *("" if np.isnan(value) else f"{value:.6f}" for value in values),
+        ]
+        for study, finding, view, *values in judged.maps
+    )
+    write_csv(paths[".csv"], ["id", "finding", "state", "view", *JudgedMap._fields[3:]], rows)
+    return document
+
+
+def _heading(settings: Mapping[str, Any]) -> str:
+    shared = ", which share one plan" if len(settings["views"]) > 1 else ""
+    grid, size = settings["image_grid"], settings["image_size"]
+    return (
+        f"# Localisation of {settings['model']}\n\n"
+        f"{settings['studies']} phantoms of the split {settings['split']} (seed {settings['seed']}), "
+        f"{' and '.join(settings['views'])} views of {size} pixels{shared}; plans for {settings['states']} states, over "
+        f"{grid} x {grid} image tokens, resampled bilinearly."
+    )
+
+
+def _left_out(counts: Mapping[str, Mapping[str, int]]) -> str:
+    totals = {name: sum(count[name] for count in counts.values()) for name in asdict(FindingCounts())}
+    return (
+        f"The plan was made for the state positive for {totals['told_positive']} of {totals['positive']} positive "
+        f"findings. {totals['judged']} masks were judged; left out were {totals['unseen']} views that do not show the "
+        f"finding and {totals['covering']} whose mask covers more than half of the view. {totals['without_mass']} maps "
+        "without any mass count as 0."
+    )
+
+
+def localisation_table(scores: Mapping[str, Any]) -> str:
+    """One row per finding, and one for the average: both measures, their intervals and chance levels."""
+    header = ["finding", "studies", "a uniform map"]
+    for name in _MEASURES.values():
+        header += [name, "95 % interval", "other studies' maps", "beats chance"]
+    rows = {FINDING_DISPLAY_NAMES[finding]: row for finding, row in scores["findings"].items()}
+    if scores["macro"] is not None:
+        rows[f"macro, {scores['macro']['findings']} findings"] = scores["macro"]
+    cells = []
+    for name, row in rows.items():
+        cells.append([name, str(row["studies"]), shown_number(row[MEASURES[0]]["uniform"]["level"])])
+        for measure in MEASURES:
+            score = row[measure]
+            level = shown_number(score["others"]["level"])
+            cells[-1] += [shown_number(score["value"]), _bounds(score), level, _beats(score)]
+    return markdown_table(header, cells)
+
+
+def localisation_verdicts(scores: Mapping[str, Any]) -> list[str]:
+    """Whether maps beat chance, in words: a sentence for each measure, and one on single findings."""
+    macro = scores["macro"]
+    if macro is None:
+        return [f"Too few studies to say whether the maps beat chance: no finding has {MINIMUM_STUDIES} of them."]
+    words = {"yes": "beats chance", "no": "does not beat chance", "no, below it": "is below chance"}
+    sentences = []
+    for measure, name in _MEASURES.items():
+        score = macro[measure]
+        levels = " and ".join(
+            f"{_VERDICTS[score[chance]['verdict']]} {shown} ({shown_number(score[chance]['level'])}; "
+            f"difference {score[chance]['difference']:+.3f}, {_bounds(score[chance])})"
+            for chance, shown in _CHANCES.items()
+        )
+        beats = words.get(_beats(score), "beats one of two chance levels")
+        sentences.append(f"On average, the {name} {beats}: {score['value']:.3f}, {levels}.")
+    findings = [row for row in scores["findings"].values() if row["studies"] >= MINIMUM_STUDIES]
+    beaten = {name: sum(_beats(row[measure]) == "yes" for row in findings) for measure, name in _MEASURES.items()}
+    counts = " and ".join(f"{count} beat both chance levels in the {name}" for name, count in beaten.items())
+    return [
+        *sentences,
+        f"Of {len(findings)} findings with at least {MINIMUM_STUDIES} studies {counts}; of intervals at 95 %, one in "
+        "forty lies above chance by luck.",
+    ]
+
+
+def _beats(score: Mapping[str, Any]) -> str:
+    verdicts = {chance: score[chance]["verdict"] for chance in CHANCES}
+    above = [_CHANCES[chance] for chance, verdict in verdicts.items() if verdict == "above"]
+    if None in verdicts.values():
+        return "too few studies"
+    if len(above) == len(CHANCES):
+        return "yes"
+    if set(verdicts.values()) == {"below"}:
+        return "no, below it"
+    return f"only {above[0]}" if above else "no"
+
+
+def _bounds(score: Mapping[str, float | None]) -> str:
+    return "–" if score["low"] is None else f"{score['low']:.3f} to {score['high']:.3f}"
+
+
+__all__ = [
+    "FindingCounts",
+    "JudgedPhantoms",
+    "judge_phantoms",
+    "localisation_table",
+    "localisation_verdicts",
+    "write_localisation",
+]

@@ -1,4 +1,4 @@
-"""What an evaluation found, for people and for spreadsheets: tables in Markdown, a row a study in CSV."""
+"""What an evaluation found, written down: Markdown tables, JSON, and CSV files with one row per study."""
 
 from __future__ import annotations
 
@@ -6,68 +6,145 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files_otdrg import write_json, write_text
 from ..findings_otdrg import FINDING_STATES, FINDINGS
-from ..metrics import LABEL_SETS, Interval, PairedDifference, bootstrap_intervals, paired_bootstrap
-from ..metrics.clinical_efficacy.clinical_efficacy import AVERAGES
-from ..metrics.tables import NLG_NAMES, markdown_table, shown_interval, shown_number
+from ..metrics import (
+    AVERAGES,
+    LABEL_SETS,
+    Interval,
+    PairedDifference,
+    bootstrap_intervals,
+    main_scores,
+    paired_bootstrap,
+    score_tables,
+)
+from ..metrics.tables import CIDER_NOTE, markdown_table, shown_interval, shown_number
 from ..runtime.csv_files import write_csv
 from .evaluate import ROWS, Evaluation
 from .steering import CONDITIONS, Steering
 
-#: The columns that tell the most, and how they are headed; all other scores are in `Evaluation.scores`.
-COLUMNS: dict[str, str] = {
-    "bleu_4": "BLEU-4",
-    "rouge_l": "ROUGE-L",
-    "cider": "CIDEr",
-    "macro_f1_13_uncertain_negative": "macro-F1 (13)",
-}
-
-#: F1 of clinical efficacy, unclear as negative.
+#: F1 of clinical efficacy with unclear as negative, and its column headings.
 F1_HEADINGS: dict[str, str] = {
     f"{average}_f1_{labels}_uncertain_negative": f"{average} ({labels})"
     for average in AVERAGES
     for labels in LABEL_SETS
 }
 
+_ZERO_SHOT = {
+    True: "zero-shot: the model was trained on another dataset",
+    False: "the dataset the model was trained on",
+    None: "whether the model was trained on this dataset is not known",
+}
+
+
+def write_evaluation(folder: Path, settings: Mapping[str, Any], evaluation: Evaluation, steering: Steering) -> str:
+    """Write evaluation.json, evaluation.md, predictions.csv, scores.csv and contradictions.csv.
+
+    Args:
+        folder: where they go.
+        settings: how the evaluation was made, for the JSON; the Markdown names the most important ones.
+        evaluation: rows and constants.
+        steering: faithfulness of its reports.
+
+    Returns:
+        The content of evaluation.md.
+    """
+    bootstrap = settings["bootstrap"]
+    intervals, differences = {}, {}
+    if bootstrap["resamples"]:
+        intervals, differences = bootstrap_rows(evaluation, bootstrap["resamples"], bootstrap["seed"])
+    faithfulness = {"labeler": evaluation.labeler, **steering.scores()}
+    notes = [*settings["warnings"], *(f"{name}: {note}" for name, note in evaluation.rows["model"].found.notes.items())]
+    if any("cider" in row for row in intervals.values()):
+        notes.append(f"CIDEr: {CIDER_NOTE}")
+    blocks = [
+        f"# Evaluation of {settings['model']}",
+        _preamble(settings, len(evaluation.ids)),
+        format_scores(evaluation, intervals, differences),
+        "## Faithfulness: do reports state the findings they were conditioned on?",
+        format_steering(faithfulness),
+        "\n".join(f"- {note}" for note in (*notes, *evaluation.notes)),
+    ]
+    document = "\n\n".join(block for block in blocks if block)
+    bounds = {
+        row: {name: {"low": it.low, "high": it.high} for name, it in scores.items()}
+        for row, scores in intervals.items()
+    }
+    apart = {row: {name: it._asdict() for name, it in scores.items()} for row, scores in differences.items()}
+    result = {**settings, **evaluation.scores(), "intervals": bounds, "differences": apart}
+    write_json(folder / "evaluation.json", {**result, "faithfulness": faithfulness})
+    write_text(folder / "evaluation.md", document + "\n")
+    write_predictions(evaluation, folder / "predictions.csv")
+    write_scores(evaluation, folder / "scores.csv")
+    write_contradictions(steering, evaluation, folder / "contradictions.csv")
+    return document
+
+
+def _preamble(settings: Mapping[str, Any], studies: int) -> str:
+    """How the evaluation was made."""
+    protocol = settings["protocol"]
+    if settings["reference_tokens"]:
+        protocol += f", true reports up to {settings['reference_tokens']} tokens of {settings['tokenizer']}"
+    counts = []
+    for split, count in settings["counts"].items():
+        unit = count["unit"] or "studies"
+        published = "" if count["published"] is None else f" (published: {count['published']:,})"
+        counts.append(f"{split} {count[unit]:,} {unit}{published}")
+    decoding = settings["generation"]
+    beams = "greedy search" if decoding["num_beams"] == 1 else f"{decoding['num_beams']} beams"
+    lines = [
+        f"{studies:,} studies of split {settings['split']} of {settings['dataset']}",
+        _ZERO_SHOT[settings["zero_shot"]],
+        f"in all: {'; '.join(counts)}",
+        f"constants and neighbours from {settings['training_from']}",
+        f"cleaning {settings['cleaning']}" + (", also of generated reports" * settings["generated_reports_cleaned"]),
+        f"protocol {protocol}",
+        f"{beams}, up to {decoding['max_new_tokens']} tokens" + (", with indication" * decoding["indication"]),
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
 
 def bootstrap_rows(
     evaluation: Evaluation, resamples: int, seed: int
 ) -> tuple[dict[str, dict[str, Interval]], dict[str, dict[str, PairedDifference]]]:
-    """Of each row, by name, the 95 % interval of every score; and of the model minus each other row the same.
+    """The 95 % interval of every score of each row, and the paired difference of the model from each other row.
 
     Args:
-        evaluation: whose rows they are; the best constant is in each column the one chosen for it.
+        evaluation: the rows; the constant row has for each score the constant chosen for it.
         resamples: of the studies.
         seed: of the draws.
     """
     model = evaluation.rows["model"].found.statistics
-    intervals, differences = {}, {}
-    for name, row in evaluation.rows.items():
-        statistics = row.found.statistics
-        intervals[ROWS[name]] = bootstrap_intervals(statistics, resamples, seed=seed)
+    intervals: dict[str, dict[str, Interval]] = {}
+    differences: dict[str, dict[str, PairedDifference]] = {}
+
+    def add(name: str, statistics, scores: list[str] | None = None) -> None:
+        found = bootstrap_intervals(statistics, resamples, seed=seed)
+        kept = list(found) if scores is None else scores
+        intervals.setdefault(ROWS[name], {}).update({score: found[score] for score in kept})
         if name != "model":
-            differences[ROWS[name]] = paired_bootstrap(model, statistics, resamples, seed=seed)
-    constants = intervals[ROWS["constant"]], differences[ROWS["constant"]] = {}, {}
-    for report in dict.fromkeys(row.reports[0] for row in evaluation.constants.values()):
-        columns = [column for column, row in evaluation.constants.items() if row.reports[0] == report]
-        statistics = evaluation.constants[columns[0]].found.statistics
-        found = (
-            bootstrap_intervals(statistics, resamples, seed=seed),
-            paired_bootstrap(model, statistics, resamples, seed=seed),
-        )
-        for kept, scores in zip(constants, found, strict=True):
-            kept.update({column: scores[column] for column in columns})
-    return tuple({name: rows[name] for name in ROWS.values() if rows.get(name)} for rows in (intervals, differences))
+            found = paired_bootstrap(model, statistics, resamples, seed=seed)
+            differences.setdefault(ROWS[name], {}).update({score: found[score] for score in kept})
+
+    for name in ROWS:
+        if name in evaluation.rows:
+            add(name, evaluation.rows[name].found.statistics)
+        elif name == "constant":
+            by_report: dict[str, list[str]] = {}
+            for score, row in evaluation.constants.items():
+                by_report.setdefault(row.reports[0], []).append(score)
+            for scores in by_report.values():
+                add(name, evaluation.constants[scores[0]].found.statistics, scores)
+    return intervals, differences
 
 
 # --- Markdown --------------------------------------------------------------------------------------------------------
 
 
 def format_table(evaluation: Evaluation) -> str:
-    """The rows of an evaluation as a Markdown table, the labeler named below it."""
-    rows = evaluation.scores()["rows"]
-    lines = [_rows_table("", rows, COLUMNS), "", _below(evaluation)]
-    return "\n".join(lines + evaluation.notes)
+    """The rows of an evaluation in the main scores, as a Markdown table with notes."""
+    table = _rows_table("", evaluation.scores()["rows"], main_scores())
+    return "\n".join([table, "", _caption(evaluation), *evaluation.notes])
 
 
 def format_scores(
@@ -75,88 +152,84 @@ def format_scores(
     intervals: Mapping[str, Mapping[str, Interval]],
     differences: Mapping[str, Mapping[str, PairedDifference]],
 ) -> str:
-    """Every row in every metric of fluency and every F1, then the main columns with their intervals and differences.
+    """Every row in every score that has a table, then intervals and differences of the main scores.
 
     Args:
-        evaluation: whose rows they are.
+        evaluation: the rows.
         intervals, differences: of [`bootstrap_rows`]; empty for none.
     """
     rows = evaluation.scores()["rows"]
-    blocks = [
-        _rows_table("fluency", rows, NLG_NAMES),
-        _rows_table("clinical efficacy, F1", rows, F1_HEADINGS),
-        _below(evaluation),
-    ]
+    found = rows[ROWS["model"]]
+    tables = {title: headings for title, headings in score_tables().items() if found.keys() & headings}
+    blocks = [*(_rows_table(title, rows, headings) for title, headings in tables.items()), _caption(evaluation)]
     if intervals:
-        columns = [column for column in COLUMNS if column in intervals[ROWS["model"]]]
-        header = ["95 % interval", *(COLUMNS[column] for column in columns)]
-        shown = {name: [shown_interval(row.get(column)) for column in columns] for name, row in intervals.items()}
-        blocks.append(markdown_table(header, [[name, *cells] for name, cells in shown.items()]))
-        blocks.append(difference_table(differences))
+        columns = {name: shown for name, shown in main_scores().items() if name in intervals[ROWS["model"]]}
+        cells = [[name, *(shown_interval(row.get(column)) for column in columns)] for name, row in intervals.items()]
+        blocks += [markdown_table(["95 % interval", *columns.values()], cells), difference_table(differences)]
     return "\n\n".join(blocks)
 
 
 def difference_table(
-    differences: Mapping[str, Mapping[str, PairedDifference]], headings: Mapping[str, str] = COLUMNS
+    differences: Mapping[str, Mapping[str, PairedDifference]], headings: Mapping[str, str] | None = None
 ) -> str:
-    """The model minus each other row, with what the intervals are below.
+    """The model minus each other row.
 
     Args:
-        differences: by row and column, as [`bootstrap_rows`] has them.
-        headings: the columns that are shown, as far as any row has them.
+        differences: by row and score, as [`bootstrap_rows`] has them.
+        headings: the columns, as far as a row has them; by default the main scores.
     """
+    headings = main_scores() if headings is None else headings
     columns = [column for column in headings if any(column in row for row in differences.values())]
-    shown = [[name, *(_difference(row.get(column)) for column in columns)] for name, row in differences.items()]
-    table = markdown_table(["model minus", *(headings[column] for column in columns)], shown)
+    cells = [[name, *(shown_difference(row.get(column)) for column in columns)] for name, row in differences.items()]
+    table = markdown_table(["model minus", *(headings[column] for column in columns)], cells)
     return table + "\n\nDifferences with 95 % intervals of a paired bootstrap; bold where 0 lies outside."
 
 
+def shown_difference(found: PairedDifference | None) -> str:
+    """A difference with its interval, bold where 0 lies outside; a dash where there is none."""
+    if found is None:
+        return "–"
+    shown = f"{found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+    return shown if found.low <= 0 <= found.high else f"**{shown}**"
+
+
 def format_steering(faithfulness: Mapping[str, Any]) -> str:
-    """Faithfulness under each condition, the model's beside the constant's.
+    """Faithfulness to each kind of conditioning states, the model's beside the constant's.
 
     Args:
         faithfulness: `Steering.scores`, and the `labeler`, as evaluation.json has them.
     """
     conditions = faithfulness["conditions"]
     if not conditions:
-        return "The model is not told of findings."
+        return "This model does not use finding states (dle=False)."
     rows = []
     for name, found in conditions.items():
-        model = found["model"]
-        shares = [shown_number(one[average]) for one in (model, found["constant"]) for average in ("macro", "micro")]
-        counts = [found["studies"], model["counted"]]
-        missed = [model["contradicted"], model["omitted"], model["added"]]
-        rows.append([CONDITIONS[name], *map(str, counts), *shares, *map(str, missed)])
-    header = ["the report says as told", "studies", "findings x states", "macro", "micro", "constant, macro"]
-    header += ["constant, micro", "contradicted", "omitted", "added"]
+        model, constant = found["model"], found["constant"]
+        shares = [shown_number(one[average]) for one in (model, constant) for average in ("macro", "micro")]
+        counts = [str(model[kind]) for kind in ("contradicted", "omitted", "added")]
+        rows.append([CONDITIONS[name], str(found["studies"]), str(model["counted"]), *shares, *counts])
+    header = ["conditioned on", "studies", "findings x states", "macro", "micro", "constant, macro", "constant, micro"]
     floor = next(iter(conditions.values()))["model"]["floor"]
-    return markdown_table(header, rows) + (
-        "\n\nShares of what was told, positive, negative or unclear, that the labeler "
-        f"{faithfulness['labeler']} reads in the report; macro over findings x states told at least {floor} times, "
-        "without No Finding."
+    return markdown_table([*header, "contradicted", "omitted", "added"], rows) + (
+        "\n\nShares of the conditioning states, positive, negative or unclear, that the labeler "
+        f"{faithfulness['labeler']} reads in the report; macro over findings x states that occur at least {floor} "
+        "times, without No Finding."
     )
 
 
-def _rows_table(corner: str, rows: Mapping[str, Mapping[str, Any]], headings: Mapping[str, str]) -> str:
-    """Scores of the model's columns; a dash where a row has none."""
+def _rows_table(title: str, rows: Mapping[str, Mapping[str, Any]], headings: Mapping[str, str]) -> str:
+    """The columns the model has scores in; a dash where another row has none."""
     columns = [column for column in headings if column in rows[ROWS["model"]]]
     cells = [[name, *(shown_number(scores.get(column)) for column in columns)] for name, scores in rows.items()]
-    return markdown_table([corner, *(headings[column] for column in columns)], cells)
+    return markdown_table([title, *(headings[column] for column in columns)], cells)
 
 
-def _below(evaluation: Evaluation) -> str:
+def _caption(evaluation: Evaluation) -> str:
     positives = evaluation.rows["model"].scores["findings_with_positives_13_uncertain_negative"]
     return (
         f"{len(evaluation.ids)} studies; macro-F1 over the 13 findings without No Finding ({positives} of them occur), "
         f"uncertain as negative, by the labeler {evaluation.labeler}"
     )
-
-
-def _difference(found: PairedDifference | None) -> str:
-    if found is None:
-        return "–"
-    told = f"{found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
-    return told if found.low <= 0 <= found.high else f"**{told}**"
 
 
 # --- CSV -------------------------------------------------------------------------------------------------------------
@@ -169,34 +242,27 @@ def write_predictions(evaluation: Evaluation, path: Path) -> None:
     `uncleaned report`.
     """
     model = evaluation.rows["model"]
-    uncleaned = {
-        f"uncleaned {name}": texts
-        for name, texts, compared in (
-            ("reference", evaluation.uncleaned_references, evaluation.references),
-            ("report", model.uncleaned, model.reports),
-        )
-        if texts != compared
-    }
+    texts = {"reference": evaluation.references, "report": model.reports}
+    texts |= {f"report, {ROWS[name]}": row.reports for name, row in evaluation.rows.items() if name != "model"}
+    for name, uncleaned in (("reference", evaluation.uncleaned_references), ("report", model.uncleaned)):
+        if uncleaned != texts[name]:
+            texts[f"uncleaned {name}"] = uncleaned
     scores = model.found.per_study
-    others = {f"report, {ROWS[name]}": row.reports for name, row in evaluation.rows.items() if name != "model"}
-    others |= uncleaned
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = (
         [
             study,
-            evaluation.references[position],
-            model.reports[position],
-            *(reports[position] for reports in others.values()),
+            *(column[position] for column in texts.values()),
             *(f"{values[position]:.6f}" for values in scores.values()),
             *(FINDING_STATES[state] for state in evaluation.finding_states[position]),
         ]
         for position, study in enumerate(evaluation.ids)
     )
-    write_csv(path, ["id", "reference", "report", *others, *scores, *(f"predicted {name}" for name in FINDINGS)], rows)
+    write_csv(path, ["id", *texts, *scores, *(f"predicted {name}" for name in FINDINGS)], rows)
 
 
 def write_scores(evaluation: Evaluation, path: Path) -> None:
-    """A CSV of a row a study and system: id, system, and each score that studies have."""
+    """A CSV with one row per system and study: id, system, and each score that studies have."""
     scores = list(evaluation.rows["model"].found.per_study)
     rows = (
         [study, ROWS[name], *(f"{row.found.per_study[score][position]:.6f}" for score in scores)]
@@ -207,24 +273,25 @@ def write_scores(evaluation: Evaluation, path: Path) -> None:
 
 
 def write_contradictions(steering: Steering, evaluation: Evaluation, path: Path) -> None:
-    """A CSV of a row a contradiction: from which states the report was written, study, finding, told, said."""
+    """A CSV with one row per contradiction: origin of the conditioning states, study, finding, and both states."""
     rows = (
-        [name, evaluation.ids[study], *rest]
+        [name, evaluation.ids[one.study], one.finding, one.given, one.said]
         for name, found in steering.conditions.items()
-        for study, *rest in found.contradicted
+        for one in found.contradicted
     )
     write_csv(path, ["states", "study", "finding", "told", "said"], rows)
 
 
 __all__ = [
-    "COLUMNS",
     "F1_HEADINGS",
     "bootstrap_rows",
     "difference_table",
     "format_scores",
     "format_steering",
     "format_table",
+    "shown_difference",
     "write_contradictions",
+    "write_evaluation",
     "write_predictions",
     "write_scores",
 ]

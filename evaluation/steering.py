@@ -1,4 +1,4 @@
-"""Steerability and faithfulness of an evaluated model: do its reports say the states they were written from?"""
+"""Faithfulness of an evaluated model: do its reports state the findings they were conditioned on?"""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import numpy as np
 from ..metrics.faithfulness import FLOOR, Contradiction, Faithfulness, contradictions, faithfulness
 from .evaluate import Evaluation
 
-#: From which states reports are written, and how that is named.
+#: The conditioning states, and how tables name them.
 CONDITIONS: dict[str, str] = {
-    "predicted": "states the model predicted",
-    "true_states": "true states given",
-    "flipped": "true states, one finding of each study flipped: that one",
+    "predicted": "predicted states",
+    "true_states": "true states",
+    "flipped": "true states with one finding of each study flipped: that one",
 }
 
 
 @dataclass(frozen=True)
 class SteeredReports:
-    """What reports say that were written from the same kind of states.
+    """Faithfulness to one kind of conditioning states.
 
     Args:
-        studies: how many are asked about.
+        studies: in how many a finding is measured.
         model: of the model's reports.
-        constant: of one report for every study, the constant.
-        contradicted: where the model's reports contradict what it was told.
+        constant: of one constant report for every study.
+        contradicted: where the model's reports contradict their conditioning states.
     """
 
     studies: int
@@ -41,22 +41,18 @@ class Steering:
     """What [`measure_steering`] found.
 
     Args:
-        conditions: by their keys in `CONDITIONS`, as far as the evaluation has them.
-        constant: the report that says most of training's states; a report that is always the same can follow one state
-            a finding, and no more.
+        conditions: by key of `CONDITIONS`, as far as the evaluation has them.
+        constant: the constant report that agrees most with training's states. A constant report can follow at most one
+            state of each finding.
     """
 
     conditions: dict[str, SteeredReports]
     constant: str
 
     def scores(self) -> dict[str, Any]:
-        """All of it but the contradictions, ready for JSON."""
+        """All but the single contradictions, ready for JSON."""
         conditions = {
-            name: {
-                "studies": found.studies,
-                "model": _plain(found.model),
-                "constant": _plain(found.constant),
-            }
+            name: {"studies": found.studies, "model": _plain(found.model), "constant": _plain(found.constant)}
             for name, found in self.conditions.items()
         }
         return {"constant": self.constant, "conditions": conditions}
@@ -65,38 +61,35 @@ class Steering:
 def measure_steering(
     evaluation: Evaluation, training_states: Sequence[Sequence[int]] | np.ndarray, floor: int = FLOOR
 ) -> Steering:
-    """Faithfulness to predicted states and, of an evaluation that has them, to given and flipped ones.
+    """Measure faithfulness to predicted states and, if the evaluation has them, to true and flipped ones.
 
     Args:
         evaluation: with constants.
-        training_states: (M, 14) of the training studies, on which the constant is chosen among the evaluation's.
+        training_states: (M, 14) of the training studies, on which one of the evaluation's constants is chosen.
         floor: see [`faithfulness`].
     """
     training_states = np.asarray(training_states)
-    constant = max(
-        {row.reports[0]: row for row in evaluation.constants.values()}.values(),
-        key=lambda row: _followed(training_states, row.finding_states[0], floor),
-    )
+
+    def agreement(row) -> tuple[float, float]:
+        found = faithfulness(training_states, np.tile(row.finding_states[0], (len(training_states), 1)), floor)
+        return found.macro or 0.0, found.micro or 0.0
+
+    constant = max({row.reports[0]: row for row in evaluation.constants.values()}.values(), key=agreement)
     conditions = {}
-    for name, (row, told, within) in evaluation.steered.items():
+    for name, (row, states, within) in evaluation.steered.items():
         conditions[name] = SteeredReports(
-            studies=len(told) if within is None else int(within.any(axis=1).sum()),
-            model=faithfulness(told, row.finding_states, floor, within),
-            constant=faithfulness(told, constant.finding_states, floor, within),
-            contradicted=list(contradictions(told, row.finding_states, within)),
+            studies=len(states) if within is None else int(within.any(axis=1).sum()),
+            model=faithfulness(states, row.finding_states, floor, within),
+            constant=faithfulness(states, constant.finding_states, floor, within),
+            contradicted=list(contradictions(states, row.finding_states, within)),
         )
     return Steering(conditions, constant.reports[0])
 
 
-def _followed(told: np.ndarray, said: np.ndarray, floor: int) -> tuple[float, float]:
-    """How well one report for all follows: by the macro average and, where that is of nothing or equal, the micro."""
-    found = faithfulness(told, np.tile(said, (len(told), 1)), floor)
-    return found.macro or 0.0, found.micro or 0.0
-
-
 def _plain(found: Faithfulness) -> dict[str, Any]:
     cells = {
-        finding: {state: cell._asdict() for state, cell in states.items()} for finding, states in found.cells.items()
+        finding: {state: {"told": cell.given, "followed": cell.followed} for state, cell in states.items()}
+        for finding, states in found.cells.items()
     }
     return {**asdict(found), "cells": cells}
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..evaluation.evaluate import ROWS
 from ..labelers import load_labeler
-from ..metrics import NLG_METRICS, StudyStatistics, nlg_scores, paired_bootstrap, study_statistics
+from ..metrics import NLG_METRICS, StudyStatistics, paired_bootstrap, score_reports
 from ..runtime.csv_files import read_csv
 from ..training.run_folder import read_results
 from .ablation import FULL, TABLES, Plan, Row, Run
@@ -231,11 +231,8 @@ class _StatisticsReader:
                 self._true_states = labeler.label([row.get("uncleaned reference", row["reference"]) for row in rows])
             scores = evaluation["rows"][ROWS["model"]]
             metrics = [name for name in COLUMNS if name in NLG_METRICS and scores.get(name) is not None]
-            self._read[key] = study_statistics(
-                nlg_scores(reports, references, metrics, return_statistics=True),
-                labeler.label(reports),
-                self._true_states,
-            )
+            states = labeler.label(reports), self._true_states
+            self._read[key] = score_reports(reports, references, *states, metrics).statistics
         return self._read[key]
 
 

@@ -12,13 +12,15 @@ import numpy as np
 
 from ..findings_otdrg import FINDINGS, POSITIVE
 from ..labelers.as_typed import label_quietly
-from .clinical_efficacy.clinical_efficacy import UNCERTAIN_POLICIES
 from .constant_scores import NGramCounts, clinical_scores, rouge_l_scores
-from .nlg.corpus import bleu_of_counts, meteor_of_counts
-from .nlg.nlg import METEOR_NEEDS_JAVA, NLG_METRICS, nlg_scores
+from .corpus import bleu_of_counts, meteor_of_counts
+from .efficacy import F1_SCORES, UNCERTAIN_POLICIES
+from .fluency import METEOR_NEEDS_JAVA, NLG_METRICS, meteor
 
 #: The main columns of a results table.
 CONSTANT_COLUMNS = ("bleu_4", "rouge_l", "cider", "macro_f1_13")
+#: The scores for which [`best_constants`] searches a constant report.
+SEARCHED_SCORES = (*NLG_METRICS, *F1_SCORES)
 #: Pairs of a candidate and a distinct reference that ROUGE-L is computed of, in about a minute.
 MOST_PAIRS = 10**8
 
@@ -182,8 +184,8 @@ def _fluency_scores(
 def _meteor_scores(candidates: Sequence[str], references: Sequence[str]) -> np.ndarray:
     """METEOR of each candidate written for every reference; one Java process scores all pairs."""
     written = [candidate for candidate in candidates for _ in references]
-    found = nlg_scores(written, [*references] * len(candidates), ["meteor"], return_statistics=True)
-    counts = found["statistics"]["meteor"].reshape(len(candidates), len(references), -1)
+    counts = meteor(written, [*references] * len(candidates)).contributions
+    counts = counts.reshape(len(candidates), len(references), -1)
     return meteor_of_counts(counts.sum(axis=1))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ..findings_otdrg import FINDINGS
-from .clinical_efficacy.clinical_efficacy import (
+from .efficacy import (
     LABEL_SETS,
     MEASURES,
     UNCERTAIN_POLICIES,

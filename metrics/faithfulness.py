@@ -1,8 +1,8 @@
-"""Does a report say what the model was told: the states it was written from, against those a labeler reads in it.
+"""Faithfulness: does a report state the findings that the model was conditioned on?
 
-Only states that are mentioned count, positive, negative and unclear: of most findings a model is told that they are
-unmentioned, and one that leaves everything out would be right about these. No Finding, which follows from the others,
-does not count.
+The states a report was conditioned on (`given`) are compared with those a labeler reads in it (`said`). Only mentioned
+states count, positive, negative and unclear: most findings are given as unmentioned, and an empty report would agree
+with all of these. No Finding does not count, because it follows from the others.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ..findings_otdrg import FINDING_STATES, FINDINGS, NEGATIVE, POSITIVE, UNCLE
 from ..labelers import load_labeler
 from ..labelers.as_typed import label_quietly
 
-#: How a report can disagree with what the model was told: told in one state and said in another, both mentioned; told,
-#: and unmentioned in the report; told to be unmentioned, and said.
+#: How a report can disagree: it mentions a finding in another state than the given one; it omits a given finding; it
+#: adds a finding that was given as unmentioned.
 KINDS = ("contradicted", "omitted", "added")
 MENTIONED = (POSITIVE, NEGATIVE, UNCLEAR)
-#: Times a finding must have been told in a state for the two to count in the macro average.
+#: A finding counts in the macro average in a state in which it is given at least this often.
 FLOOR = 10
 
 _NO_FINDING = FINDINGS.index("no_finding")
@@ -30,9 +30,9 @@ _SUPPORT_DEVICES = FINDINGS.index("support_devices")
 
 
 class Cell(NamedTuple):
-    """A finding in a state: how often the model was told it, and how often the report then says the same."""
+    """How often a finding was given in a state, and how often the report then says the same."""
 
-    told: int
+    given: int
     followed: int
 
 
@@ -41,15 +41,13 @@ class Faithfulness:
     """What [`faithfulness`] found.
 
     Args:
-        macro: mean over findings x states, told at least `floor` times, of the share that the reports say as told; None
-            where there is none.
-        micro: the share of all that was told, however rare; None where nothing was.
-        counted: how many findings x states the macro average is of.
-        floor: the least times.
+        macro: mean, over findings x states given at least `floor` times, of the share that reports state as given; None
+            if there is none.
+        micro: the share of all given states; None if there is none.
+        counted: how many findings x states the macro average is over.
+        floor: the least number of times.
         cells: by finding and state.
-        contradicted: told in one state and said in another, both mentioned.
-        omitted: told, and unmentioned in the report.
-        added: told to be unmentioned, and said.
+        contradicted, omitted, added: how often reports disagree, by kind ([`KINDS`]).
     """
 
     macro: float | None
@@ -63,128 +61,126 @@ class Faithfulness:
 
 
 class Contradiction(NamedTuple):
-    """A finding of which a study's report says another state than the model was told; all are names but `study`."""
+    """A finding of which a study's report says another state than the given one; states are names."""
 
     study: int
     finding: str
-    told: str
+    given: str
     said: str
 
     @property
     def kind(self) -> str:
         """Which of `KINDS` it is."""
         unmentioned = FINDING_STATES[UNMENTIONED]
-        return "added" if self.told == unmentioned else "omitted" if self.said == unmentioned else "contradicted"
+        return "added" if self.given == unmentioned else "omitted" if self.said == unmentioned else "contradicted"
 
 
 def faithfulness(
-    told: np.ndarray, said: np.ndarray, floor: int = FLOOR, within: np.ndarray | None = None
+    given: np.ndarray, said: np.ndarray, floor: int = FLOOR, within: np.ndarray | None = None
 ) -> Faithfulness:
-    """How far reports say what a model was told.
+    """Measure how far reports state the findings they were conditioned on.
 
     Args:
-        told: (N, 14) state ids the reports were written from.
+        given: (N, 14) state ids the reports were conditioned on.
         said: (N, 14) state ids a labeler reads in them.
-        floor: how often a finding must have been told in a state to count in the macro average.
-        within: (N, 14), true where a finding is asked about; everywhere without it.
+        floor: how often a finding must be given in a state to count in the macro average.
+        within: (N, 14), true for the findings to measure; all by default.
 
     Raises:
         ValueError: arrays of other or different shapes, states other than 0 to 3, or a floor below 1.
     """
-    told, said = _checked(told, said)
+    given, said = _checked(given, said)
     if floor < 1:
         raise ValueError(f"floor is {floor}: expected at least 1")
-    asked = np.ones(told.shape, bool) if within is None else np.asarray(within, bool).copy()
-    if asked.shape != told.shape:
-        raise ValueError(f"within has shape {asked.shape}: expected {told.shape}, as the states")
-    asked[:, _NO_FINDING] = False
-    cells = {
-        name: {
-            FINDING_STATES[state]: Cell(int(rows.sum()), int((rows & (said[:, place] == state)).sum()))
-            for state in MENTIONED
-            for rows in [asked[:, place] & (told[:, place] == state)]
-        }
-        for place, name in enumerate(FINDINGS)
-        if place != _NO_FINDING
-    }
+    measured = np.ones(given.shape, bool) if within is None else np.asarray(within, bool).copy()
+    if measured.shape != given.shape:
+        raise ValueError(f"within has shape {measured.shape}: expected {given.shape}, as the states")
+    measured[:, _NO_FINDING] = False
+    same = given == said
+    cells: dict[str, dict[str, Cell]] = {name: {} for name in FINDINGS[:_NO_FINDING]}
+    for state in MENTIONED:
+        in_state = measured & (given == state)
+        counts = zip(in_state.sum(axis=0).tolist(), (in_state & same).sum(axis=0).tolist(), strict=True)
+        for name, (times, followed) in zip(FINDINGS, counts, strict=True):
+            if name in cells:
+                cells[name][FINDING_STATES[state]] = Cell(times, followed)
     every = [cell for states in cells.values() for cell in states.values()]
-    shares = [cell.followed / cell.told for cell in every if cell.told >= floor]
-    total = sum(cell.told for cell in every)
-    mentioned = asked & (told != UNMENTIONED)
+    shares = [cell.followed / cell.given for cell in every if cell.given >= floor]
+    total = sum(cell.given for cell in every)
+    apart = [one.kind for one in contradictions(given, said, measured, KINDS)]
     return Faithfulness(
         macro=float(np.mean(shares)) if shares else None,
         micro=sum(cell.followed for cell in every) / total if total else None,
         counted=len(shares),
         floor=floor,
         cells=cells,
-        contradicted=int((mentioned & (said != UNMENTIONED) & (said != told)).sum()),
-        omitted=int((mentioned & (said == UNMENTIONED)).sum()),
-        added=int((asked & (told == UNMENTIONED) & (said != UNMENTIONED)).sum()),
+        **{kind: apart.count(kind) for kind in KINDS},
     )
 
 
 def contradictions(
-    told: np.ndarray, said: np.ndarray, within: np.ndarray | None = None, kinds: Collection[str] = KINDS[:1]
+    given: np.ndarray, said: np.ndarray, within: np.ndarray | None = None, kinds: Collection[str] = KINDS[:1]
 ) -> Iterator[Contradiction]:
-    """Where a report says another state than the model was told, study by study, findings in their order.
+    """Where reports say another state than the given one, study by study, findings in their order.
 
     Args:
-        told, said, within: as of [`faithfulness`].
-        kinds: which of `KINDS`; both mentioned without it.
+        given, said, within: as in [`faithfulness`].
+        kinds: which of `KINDS`; by default only "contradicted".
 
     Raises:
         ValueError: as [`faithfulness`].
     """
-    told, said = _checked(told, said)
-    apart = told != said
+    given, said = _checked(given, said)
+    apart = given != said
     apart[:, _NO_FINDING] = False
     if within is not None:
         apart &= within
     for study, place in np.argwhere(apart):
-        names = (FINDING_STATES[states[study, place]] for states in (told, said))
+        names = (FINDING_STATES[states[study, place]] for states in (given, said))
         contradiction = Contradiction(int(study), FINDINGS[place], *names)
         if contradiction.kind in kinds:
             yield contradiction
 
 
-def self_check(reports: Sequence[str], told: np.ndarray) -> list[list[dict[str, str]]]:
-    """Every disagreement of reports with the states they were written from, as the labeler `rules` reads them.
+def self_check(reports: Sequence[str], given: np.ndarray) -> list[list[dict[str, str]]]:
+    """Every disagreement between reports, as the labeler `rules` reads them, and their conditioning states.
 
     Args:
         reports: N texts.
-        told: (N, 14) state ids the model was told.
+        given: (N, 14) state ids the model was conditioned on.
 
     Returns:
         For each report a list, in the order of `FINDINGS` and without No Finding, of `{"finding", "told", "said",
-        "kind"}`, all of them names; the kinds are `KINDS`. A report that the labeler cannot read omits all it was told.
+        "kind"}`, where `told` is the given state; the kinds are `KINDS`. A report that the labeler cannot read omits
+        all given findings.
 
     Raises:
         ValueError: states of another shape, or other than 0 to 3.
     """
     found: list[list[dict[str, str]]] = [[] for _ in reports]
-    for one in contradictions(told, label_quietly(_labeler(), list(reports)), kinds=KINDS):
-        found[one.study].append({"finding": one.finding, "told": one.told, "said": one.said, "kind": one.kind})
+    for one in contradictions(given, label_quietly(_labeler(), list(reports)), kinds=KINDS):
+        found[one.study].append({"finding": one.finding, "told": one.given, "said": one.said, "kind": one.kind})
     return found
 
 
 @cache
 def _labeler():
-    """The one of all self-checks, which remembers the sentences it has read."""
+    """One for all self-checks, because it remembers the sentences it has read."""
     return load_labeler("rules")
 
 
 def flip_states(states: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """States with one finding of each study turned from positive to negative or from negative to positive.
 
-    The finding is drawn among those of the 13 that are positive or negative; a study without one stays as it is. Where
-    a finding, support devices apart, becomes positive, No Finding becomes unmentioned.
+    The finding is drawn among those of the 13 that are positive or negative; a study without one stays as it is. If a
+    finding other than support devices becomes positive, No Finding becomes unmentioned.
 
     Args:
         states: (N, 14) state ids.
         seed: of the draws.
 
     Returns:
-        The states (N, 14), and where they were flipped (N, 14): true once a study at most.
+        The states (N, 14), and where they were flipped (N, 14): true at most once per study.
 
     Raises:
         ValueError: another shape, or states other than 0 to 3.
@@ -204,14 +200,16 @@ def flip_states(states: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarr
     return flipped, where
 
 
-def _checked(told: np.ndarray, said: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    told, said = np.asarray(told), np.asarray(said)
-    if told.ndim != 2 or told.shape[1] != len(FINDINGS) or told.shape != said.shape:
-        raise ValueError(f"states told have shape {told.shape}, said {said.shape}: expected (N, {len(FINDINGS)}) both")
-    for name, states in (("told", told), ("said", said)):
+def _checked(given: np.ndarray, said: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    given, said = np.asarray(given), np.asarray(said)
+    if given.ndim != 2 or given.shape[1] != len(FINDINGS) or given.shape != said.shape:
+        raise ValueError(
+            f"given states have shape {given.shape}, said ones {said.shape}: expected (N, {len(FINDINGS)}) both"
+        )
+    for name, states in (("given", given), ("said", said)):
         if not np.isin(states, range(len(FINDING_STATES))).all():
-            raise ValueError(f"states {name}: expected ids 0 to 3 ({', '.join(FINDING_STATES)})")
-    return told, said
+            raise ValueError(f"{name} states: expected ids 0 to 3 ({', '.join(FINDING_STATES)})")
+    return given, said
 
 
 __all__ = [

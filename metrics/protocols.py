@@ -1,13 +1,12 @@
-"""Which text a report is scored against: the field's two reference protocols.
+"""Reference protocols: the text that a report is scored against.
 
-`full` takes references as they are. `r2gengpt` cuts them to so many tokens of a tokenizer, as R2GenGPT (Wang et al.,
-Meta-Radiology 2023) does in evaluation, too: 60 on IU X-Ray, 100 on MIMIC-CXR. Its scores do not compare with those of
-`full`, nor with its own under another tokenizer.
+`full` takes references as they are. `r2gengpt` cuts them to a number of tokens, 60 on IU X-Ray and 100 on MIMIC-CXR, as
+the evaluation of R2GenGPT (Wang et al., Meta-Radiology 2023) does. Its scores cannot be compared with those of `full`,
+nor with those of another tokenizer.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 PROTOCOLS = ("full", "r2gengpt")
@@ -16,42 +15,12 @@ PROTOCOLS = ("full", "r2gengpt")
 R2GENGPT_TOKENS = {"r2gen_iu": 60, "r2gen_mimic": 100}
 
 
-def add_protocol_arguments(parser) -> None:
-    """The arguments, of a parser or a group of one, that [`reference_tokens`] reads."""
-    parser.add_argument(
-        "--protocol", choices=PROTOCOLS, default="full", help="r2gengpt truncates the true reports (default: full)"
-    )
-    parser.add_argument("--tokenizer", metavar="NAME", help="for r2gengpt: Hub id or folder")
-    parser.add_argument(
-        "--reference-tokens", type=int, metavar="N", help="for r2gengpt (default: 60 for r2gen_iu, 100 for r2gen_mimic)"
-    )
-
-
-def reference_tokens(options: argparse.Namespace, cleaning: str) -> int | None:
-    """To how many tokens true reports are cut, by the arguments that were typed; None under protocol `full`.
-
-    Raises:
-        ValueError: an argument too many or too few.
-    """
-    if options.protocol == "full":
-        for name in ("tokenizer", "reference_tokens"):
-            if getattr(options, name) is not None:
-                raise ValueError(f"--{name.replace('_', '-')} goes with --protocol r2gengpt: leave it out")
-        return None
-    if options.tokenizer is None:
-        raise ValueError("--protocol r2gengpt truncates by a tokenizer: expected --tokenizer, a Hub id or a folder")
-    tokens = R2GENGPT_TOKENS.get(cleaning) if options.reference_tokens is None else options.reference_tokens
-    if tokens is None:
-        raise ValueError("--protocol r2gengpt: expected --reference-tokens, 60 for IU X-Ray or 100 for MIMIC-CXR")
-    return tokens
-
-
 def truncate_to_tokens(texts: Sequence[str], tokenizer: str, tokens: int) -> list[str]:
-    """Each text up to the end of its `tokens`-th token; shorter ones as they are.
+    """Cut each text after its `tokens`-th token.
 
     Args:
         texts: cleaned reports.
-        tokenizer: Hub id or folder of one of `AutoTokenizer`'s, a fast one: it has to say where a token ends.
+        tokenizer: Hub id or folder of a fast tokenizer, which gives the positions of tokens.
         tokens: how many are kept.
 
     Raises:
@@ -68,7 +37,7 @@ def truncate_to_tokens(texts: Sequence[str], tokenizer: str, tokens: int) -> lis
         raise ValueError(f"tokenizer {tokenizer}: {why}; expected a Hub id or a folder with a tokenizer") from None
     if not loaded.is_fast:
         raise ValueError(
-            f"tokenizer {tokenizer}: {type(loaded).__name__} does not say where tokens end, expected a fast one"
+            f"tokenizer {tokenizer}: {type(loaded).__name__} gives no positions of tokens, expected a fast one"
         )
     ends = loaded(list(texts), add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     return [
@@ -77,4 +46,4 @@ def truncate_to_tokens(texts: Sequence[str], tokenizer: str, tokens: int) -> lis
     ]
 
 
-__all__ = ["PROTOCOLS", "R2GENGPT_TOKENS", "add_protocol_arguments", "reference_tokens", "truncate_to_tokens"]
+__all__ = ["PROTOCOLS", "R2GENGPT_TOKENS", "truncate_to_tokens"]

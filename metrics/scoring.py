@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from .clinical_efficacy.clinical_efficacy import clinical_efficacy_scores
-from .nlg.nlg import NLG_METRICS, nlg_scores
-from .rad_eval import radeval_scores
-from .significance import StudyStatistics, study_statistics
+from .metric import MetricResult
+from .registry import METRICS, default_metrics, wanted_scores
+from .significance import StudyStatistics
 
 
 @dataclass(frozen=True)
@@ -19,22 +18,51 @@ class ReportScores:
     """What [`score_reports`] found on N studies.
 
     Args:
-        nlg: `{metric: score}`, None for METEOR without Java.
-        clinical_efficacy: averages and counts of `clinical_efficacy_scores`; empty without states.
-        per_finding: its table by policy and finding; empty without states.
-        radeval: `{score: value}` of `radeval_scores`, None for what it could not compute; empty unless asked for.
-        per_study: `{score: N values}` of all.
-        statistics: for `bootstrap_intervals`, `paired_bootstrap`, `paired_permutation` and `compare_systems`.
-        notes: why a score is None.
+        results: by metric, its result.
+        wanted: by metric, the scores that were asked for.
     """
 
-    nlg: dict[str, float | None]
-    clinical_efficacy: dict[str, float | int]
-    per_finding: dict[str, dict[str, dict[str, float]]]
-    radeval: dict[str, float | None]
-    per_study: dict[str, list[float]]
-    statistics: StudyStatistics
-    notes: dict[str, str]
+    results: dict[str, MetricResult]
+    wanted: dict[str, tuple[str, ...]]
+
+    @property
+    def scores(self) -> dict[str, float | None]:
+        """`{score: value}`; None for what cannot be computed here."""
+        return {name: self.results[metric].scores[name] for metric, names in self.wanted.items() for name in names}
+
+    @property
+    def per_study(self) -> dict[str, list[float]]:
+        """`{name: N values}`; without the scores of a metric that were not asked for."""
+        return {
+            name: values
+            for metric, result in self.results.items()
+            for name, values in result.per_study.items()
+            if name in self.wanted[metric] or name not in METRICS[metric].scores
+        }
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What the metrics found beside scores: `per_finding`, `findings_with_positives_…`."""
+        return {name: value for result in self.results.values() for name, value in result.details.items()}
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """Why a score is None."""
+        return {name: note for result in self.results.values() for name, note in result.notes.items()}
+
+    @property
+    def statistics(self) -> StudyStatistics:
+        """For `bootstrap_intervals`, `paired_bootstrap`, `paired_permutation` and `compare_systems`."""
+        return StudyStatistics(self.results, self.wanted)
+
+    def section(self, name: str) -> dict[str, Any]:
+        """The scores of a section of the JSON of `otdrg score`, and the metrics' other numbers."""
+        found: dict[str, Any] = {}
+        for metric, names in self.wanted.items():
+            if METRICS[metric].section == name:
+                found |= {score: self.results[metric].scores[score] for score in names}
+                found |= {key: value for key, value in self.results[metric].details.items() if key != "per_finding"}
+        return found
 
 
 def score_reports(
@@ -42,43 +70,41 @@ def score_reports(
     references: Sequence[str],
     predicted_states: Sequence[Sequence[int]] | np.ndarray | None = None,
     true_states: Sequence[Sequence[int]] | np.ndarray | None = None,
-    metrics: Sequence[str] = NLG_METRICS,
-    radeval_metrics: Sequence[str] = (),
+    metrics: Iterable[str] | None = None,
 ) -> ReportScores:
-    """Fluency of N reports, what is asked for of RadEval's metrics, and clinical efficacy if states are given.
+    """Score N reports.
 
     Args:
         predictions, references: N generated and true reports, cleaned.
         predicted_states, true_states: (N, 14) their states by one labeler.
-        metrics: of `nlg_scores`; may be empty when there are states or `radeval_metrics`.
-        radeval_metrics: of `RADEVAL_METRICS`.
+        metrics: names of metrics or of scores of the registry; by default all that are computed by default. Metrics
+            that read states are computed if and only if states are given.
 
     Raises:
-        ValueError, TypeError, ChildProcessError: as `nlg_scores`, `clinical_efficacy_scores` and `study_statistics`, or
-            nothing that was asked for can be computed here.
+        ValueError: an unknown metric, N differs, one kind of states without the other, or no score can be computed.
+        TypeError, ChildProcessError: as the metrics.
     """
-    nlg = nlg_scores(predictions, references, metrics, return_statistics=True)
-    radeval = radeval_scores(predictions, references, radeval_metrics)
-    notes = {**nlg.pop("notes"), **radeval.pop("notes")}
-    by_study = {
-        name: values for scores in (nlg, radeval) for name, values in scores["per_study"].items() if values is not None
+    if (predicted_states is None) != (true_states is None):
+        raise ValueError("predicted_states and true_states: one is given without the other, expected both or neither")
+    names = list(default_metrics() if metrics is None else metrics)
+    names += [name for name, metric in METRICS.items() if metric.default and metric.reads == "states"]
+    wanted = {
+        name: scores
+        for name, scores in wanted_scores(names).items()
+        if METRICS[name].reads == "reports" or predicted_states is not None
     }
-    if notes and not by_study and predicted_states is None:
-        raise ValueError("; ".join(f"{name}: {note}" for name, note in notes.items()))
-    statistics = study_statistics(nlg, predicted_states, true_states, radeval)
-    clinical: dict[str, Any] = {"per_finding": {}, "per_study": {}}
-    if predicted_states is not None:
-        clinical = clinical_efficacy_scores(predicted_states, true_states)
-    del nlg["statistics"], nlg["per_study"], radeval["per_study"]
-    return ReportScores(
-        notes=notes,
-        per_study={**by_study, **clinical.pop("per_study")},
-        per_finding=clinical.pop("per_finding"),
-        nlg=nlg,
-        radeval=radeval,
-        clinical_efficacy=clinical,
-        statistics=statistics,
-    )
+    if not wanted:
+        raise ValueError("metrics: none named, and no states given; expected at least one")
+    sizes = {"predictions": predictions, "references": references, "states": predicted_states}
+    sizes = {name: len(values) for name, values in sizes.items() if values is not None}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"reports and states are of different studies, expected as many of each: {sizes}")
+    given = {"reports": (predictions, references), "states": (predicted_states, true_states)}
+    results = {name: METRICS[name].compute(*given[METRICS[name].reads]) for name in wanted}
+    scored = ReportScores(results, wanted)
+    if scored.notes and all(value is None for value in scored.scores.values()):
+        raise ValueError("; ".join(f"{name}: {note}" for name, note in scored.notes.items()))
+    return scored
 
 
 __all__ = ["ReportScores", "score_reports"]

@@ -108,7 +108,7 @@ def test_the_document_says_what_was_compared(evaluated, capsys):
         "- constants and neighbours from split train of the dataset",
         "- greedy search, up to 10 tokens",
         "| fluency | BLEU-1 | BLEU-4 | ROUGE-L | CIDEr |",
-        "| clinical efficacy, F1 | example (14) | example (5) | example (13) | micro (14) |",
+        "| F1, uncertain as negative | example-F1 (14) | example-F1 (5) | example-F1 (13) | micro-F1 (14) |",
         "by the labeler rules",
         "| model minus | BLEU-4 |",
         "- the consensus is of 16 neighbours: training has no more",

@@ -6,16 +6,14 @@ import shutil
 
 import numpy as np
 import pytest
+import sklearn.metrics as sklearn_metrics
 import yaml
 from otdrg.cli import main
+from otdrg.evaluation.embedding import MINIMUM_STUDIES, embed, separation, single_findings
 from otdrg.findings_otdrg import FINDINGS
 from otdrg.inference.loading import load_pipeline
 from PIL import Image
 from scipy.spatial.distance import cosine
-
-sklearn_metrics = pytest.importorskip("sklearn.metrics")
-
-from otdrg.evaluation.embedding import MINIMUM_STUDIES, embed, separation, single_findings  # noqa: E402
 
 
 def states(**positive):
@@ -149,7 +147,7 @@ def test_wrong_input_ends_in_one_line(trained_run, phantoms, embedded, model, pr
     model.save_pretrained(tmp_path / "bare")
     processor.save_pretrained(tmp_path / "bare")
     for arguments, message in (
-        ((trained_run, tmp_path / "out", "--limit", "0"), "--limit 0: expected at least 1"),
+        ((trained_run, tmp_path / "out", "--limit", "0"), "--limit is 0: expected 1 or more"),
         ((trained_run, tmp_path / "out", "--split", "test"), "recipe.yaml has train, validation"),
         ((trained_run, tmp_path / "out", phantoms, "--split", "validation"), "--split validation: "),
         ((trained_run, tmp_path / "out", tmp_path / "none"), "not a prepared dataset"),
@@ -162,7 +160,7 @@ def test_wrong_input_ends_in_one_line(trained_run, phantoms, embedded, model, pr
         assert shown.startswith("otdrg embed: error: ") and message in shown
 
 
-def test_without_scikit_learn_the_extra_is_named(trained_run, tmp_path, capsys, monkeypatch):
+def test_embed_without_matplotlib_names_the_extra(trained_run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert run_embed(trained_run, tmp_path) == 1
-    assert 'the picture needs sklearn: pip install "otdrg[figures]"' in capsys.readouterr().err
+    assert 'the picture needs matplotlib: pip install "otdrg[figures]"' in capsys.readouterr().err

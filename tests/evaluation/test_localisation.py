@@ -115,9 +115,9 @@ def test_a_plan_that_lies_on_the_finding_beats_both_chance_levels(trained_run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--studies", "0"], "--studies 0: expected at least 1"),
+        (["--studies", "0"], "--studies is 0: expected 1 or more"),
         (["--findings", "rickets"], "unknown finding 'rickets'"),
-        (["--findings", "no_finding"], "--findings no_finding: it is nowhere in an image"),
+        (["--findings", "no_finding"], "--findings no_finding: it has no place in an image"),
         (["--views", "oblique"], "option 'views' is ['oblique']: expected one or more of frontal, lateral"),
         (["--seed", "-1"], "option 'seed' is -1"),
     ],

@@ -196,7 +196,7 @@ def told_and_said(record):
     """Disagreements as `otdrg evaluate` counts them."""
     told = [[FINDING_STATES.index(record["findings"][name]["state"]) for name in FINDINGS]]
     said = load_labeler("rules").label([record["generated_text"]])
-    return {one.finding: (one.kind, one.told, one.said) for one in contradictions(told, said, kinds=KINDS)}
+    return {one.finding: (one.kind, one.given, one.said) for one in contradictions(told, said, kinds=KINDS)}
 
 
 def kept(folder):

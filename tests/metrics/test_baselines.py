@@ -14,7 +14,7 @@ from otdrg import FINDINGS
 from otdrg.labelers import load_labeler
 from otdrg.metrics import all_positive_report, best_constants, clinical_efficacy_scores, nlg_scores
 from otdrg.metrics.constant_scores import NGramCounts, clinical_scores, rouge_l_scores
-from otdrg.metrics.nlg.corpus import bleu_of_counts
+from otdrg.metrics.corpus import bleu_of_counts
 from otdrg.studies.cleaning import clean_report
 
 LABELER = load_labeler("rules")

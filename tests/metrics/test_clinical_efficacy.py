@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from otdrg.findings_otdrg import FINDINGS
 from otdrg.metrics import LABEL_SETS, clinical_efficacy_scores
-from otdrg.metrics.clinical_efficacy.clinical_efficacy import example_ceiling
+from otdrg.metrics.efficacy import example_ceiling
 from sklearn.metrics import precision_recall_fscore_support
 
 POLICIES = {"uncertain_negative": [1], "uncertain_positive": [1, 3]}

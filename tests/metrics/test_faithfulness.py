@@ -110,9 +110,9 @@ def test_a_positive_finding_takes_no_finding_away():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match=r"told have shape \(4, 14\), said \(3, 14\): expected \(N, 14\) both"):
+    with pytest.raises(ValueError, match=r"states have shape \(4, 14\), said ones \(3, 14\): expected \(N, 14\) both"):
         faithfulness(TOLD, SAID[:3])
-    with pytest.raises(ValueError, match="states said: expected ids 0 to 3"):
+    with pytest.raises(ValueError, match="said states: expected ids 0 to 3"):
         faithfulness(TOLD, SAID - 1)
     with pytest.raises(ValueError, match="floor is 0: expected at least 1"):
         faithfulness(TOLD, SAID, floor=0)

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from otdrg.evaluation.localisation import localisation_table, localisation_verdicts
 from otdrg.metrics import judge_maps, localisation_scores, pointing_game, soft_iou
 from otdrg.metrics.localisation import MINIMUM_STUDIES, JudgedMap
-from otdrg.metrics.tables import localisation_table, localisation_verdicts
 
 MASKS = arrays(bool, (1, 5, 6)).filter(np.any)
 
@@ -61,7 +61,7 @@ def test_maps_that_are_none_are_refused():
     with pytest.raises(ValueError, match=r"shape \(1, 4, 4\), masks \(1, 8, 8\)"):
         pointing_game(np.ones((1, 4, 4)), square(0, 0)[None])
     for value in (-1.0, np.nan, np.inf):
-        with pytest.raises(ValueError, match="below 0 or not finite"):
+        with pytest.raises(ValueError, match="negative or non-finite"):
             soft_iou(np.full((1, 8, 8), value), square(0, 0)[None])
 
 
@@ -142,7 +142,7 @@ def test_verdicts_tell_above_from_at_and_below():
 )
 def test_the_verdict_in_all_is_said_plainly(hits, words):
     scores = localisation_scores(made("edema", hits, others=0.1), studies=20)
-    assert localisation_verdicts(scores)[0].startswith(f"In all, the pointing game {words}: ")
+    assert localisation_verdicts(scores)[0].startswith(f"On average, the pointing game {words}: ")
 
 
 def test_without_enough_studies_nothing_is_said():

@@ -14,14 +14,13 @@ import pytest
 from otdrg.cli import main
 from otdrg.metrics import (
     RADEVAL_METRICS,
+    MetricResult,
+    StudyStatistics,
     bootstrap_intervals,
     compare_systems,
     nlg_scores,
-    radeval_scores,
     score_reports,
-    study_statistics,
 )
-from otdrg.metrics.rad_eval import RADEVAL_MEANS
 
 REFERENCES = [
     "The heart is large . Small left pleural effusion .",
@@ -71,14 +70,20 @@ def test_without_radeval_the_rest_is_computed(files, capsys, monkeypatch):
 
 
 def test_unknown_metrics_are_named():
-    with pytest.raises(ValueError, match=r"unknown metrics \['radgraf'\]: expected some of radgraph, "):
-        radeval_scores(PREDICTIONS, REFERENCES, ["radgraf"])
+    with pytest.raises(ValueError, match=r"unknown metrics \['radgraf'\]: expected some of bleu, .* radgraph, "):
+        score_reports(PREDICTIONS, REFERENCES, metrics=["radgraf"])
 
 
 def test_means_are_resampled_and_other_aggregates_are_not():
     rng = np.random.default_rng(0)
     made_up = [{"ratescore": rng.random(40).tolist(), "radcliq_v1": rng.random(40).tolist()} for _ in range(2)]
-    systems = [study_statistics(radeval={"per_study": each}) for each in made_up]
+    systems = []
+    for each in made_up:
+        results = {
+            "ratescore": MetricResult.from_means({"ratescore": each["ratescore"]}),
+            "radcliq": MetricResult({"radcliq_v1": 1.0}, {"radcliq_v1": each["radcliq_v1"]}),
+        }
+        systems.append(StudyStatistics(results, {name: list(result.scores) for name, result in results.items()}))
     means = [np.mean(each["ratescore"]) for each in made_up]
     intervals = bootstrap_intervals(systems[0], resamples=4000)
     assert list(intervals) == ["ratescore"]
@@ -117,9 +122,12 @@ def weights(tmp_path_factory):
 
 _BOTH = """
 import json, sys
-from otdrg.metrics import radeval_scores
+from otdrg.metrics import METRICS
 predictions, references, metrics = json.loads(sys.argv[1])
-ours = radeval_scores(predictions, references, metrics)
+results = [METRICS[name].compute(predictions, references) for name in metrics]
+ours = {score: value for result in results for score, value in result.scores.items()}
+ours["per_study"] = {score: values for result in results for score, values in result.per_study.items()}
+ours["notes"] = {name: note for result in results for name, note in result.notes.items()}
 from radeval import RadEval
 directly = {}
 for name in metrics:
@@ -155,7 +163,7 @@ def test_equal_radeval_called_directly(weights):
             assert ours[score] == pytest.approx(value, abs=5.1e-5)
             assert ours["per_study"][score] == pytest.approx(by_study[score], abs=1e-6)
             assert len(set(by_study[score])) > 1
-            if score in RADEVAL_MEANS:
+            if name not in ("radcliq", "srrbert"):
                 assert ours[score] == pytest.approx(np.mean(by_study[score]), abs=1e-6)
     assert ours["radcliq_v1"] == pytest.approx(1 / np.mean(ours["per_study"]["radcliq_v1"]), abs=1e-4)
 
@@ -167,7 +175,7 @@ def test_blank_reports_count_nothing_or_are_refused(weights):
     ours, directly = both(weights, blank, REFERENCES, ["radgraph", "ratescore"])
     assert ours["per_study"]["radgraph_simple"] == pytest.approx(directly["radgraph"][1]["radgraph_simple"], abs=1e-6)
     assert ours["per_study"]["radgraph_simple"][2] == 0 < ours["per_study"]["radgraph_simple"][3]
-    assert ours["ratescore"] is None and ours["per_study"]["ratescore"] is None
+    assert ours["ratescore"] is None and "ratescore" not in ours["per_study"]
     if "ratescore" in directly:
         assert "3 values for 4 reports" in ours["notes"]["ratescore"]
 
@@ -200,6 +208,6 @@ def test_without_weights_the_note_says_which(tmp_path):
 
 def test_clinical_efficacy_needs_no_radeval(monkeypatch):
     monkeypatch.setitem(sys.modules, "radeval", None)
-    found = score_reports(PREDICTIONS, REFERENCES, [[0] * 14] * 4, [[0] * 14] * 4, [], ["srrbert"])
-    assert found.nlg == {} and set(found.radeval.values()) == {None} and "srrbert" in found.notes
-    assert found.clinical_efficacy["micro_f1_14_uncertain_negative"] == 0
+    found = score_reports(PREDICTIONS, REFERENCES, [[0] * 14] * 4, [[0] * 14] * 4, ["srrbert"])
+    assert found.section("nlg") == {} and set(found.section("radeval").values()) == {None} and "srrbert" in found.notes
+    assert found.scores["micro_f1_14_uncertain_negative"] == 0

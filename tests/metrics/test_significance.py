@@ -11,7 +11,7 @@ from otdrg.metrics import (
     nlg_scores,
     paired_bootstrap,
     paired_permutation,
-    study_statistics,
+    score_reports,
 )
 from otdrg.metrics.significance import resample_weights
 from pycocoevalcap.bleu.bleu import Bleu
@@ -54,8 +54,7 @@ def runs(truth):
     for seed in range(1, 5):
         rng = np.random.default_rng(seed)
         texts, states = made_texts(rng, truth[0]), made_states(rng, truth[1])
-        nlg = nlg_scores(texts, truth[0], FLUENCY, return_statistics=True)
-        made.append((texts, states, study_statistics(nlg, states, truth[1])))
+        made.append((texts, states, score_reports(texts, truth[0], states, truth[1], FLUENCY).statistics))
     return made
 
 
@@ -100,11 +99,11 @@ def test_all_studies_once_score_what_they_score(truth, runs):
 def test_a_resample_has_the_meteor_that_java_gives_it(truth, runs):
     texts, references = list(runs[0][0]), list(truth[0])
     texts[0], texts[1], texts[2] = "", references[1], "hearts are enlarging with sizes beyond the typical"
-    nlg = nlg_scores(texts, references, ["meteor"], return_statistics=True)
-    statistics = study_statistics(nlg)
+    scored = score_reports(texts, references, metrics=["meteor"])
+    statistics = scored.statistics
     alone = statistics.aggregates(np.eye(STUDIES))["meteor"]
-    assert alone == pytest.approx(nlg["per_study"]["meteor"], abs=1e-12)
-    assert statistics.aggregates()["meteor"] == pytest.approx(nlg["meteor"], abs=1e-12)
+    assert alone == pytest.approx(scored.per_study["meteor"], abs=1e-12)
+    assert statistics.aggregates()["meteor"] == pytest.approx(scored.scores["meteor"], abs=1e-12)
     (weights,) = resample_weights(STUDIES, 8, seed=0)
     scorer = Meteor()
     for value, studies in zip(statistics.aggregates(weights)["meteor"], map(chosen, weights), strict=True):
@@ -117,7 +116,8 @@ def test_a_resample_has_the_meteor_that_java_gives_it(truth, runs):
 def test_intervals_of_means_are_scipys(runs, systems):
     name = "example_f1_14_uncertain_negative"
     values = np.array(clinical_efficacy_scores(runs[0][1], runs[1][1])["per_study"]["f1_14_uncertain_negative"])
-    ours = bootstrap_intervals(study_statistics(None, runs[0][1], runs[1][1]), resamples=20000)[name]
+    statistics = score_reports(runs[0][0], runs[1][0], runs[0][1], runs[1][1], []).statistics
+    ours = bootstrap_intervals(statistics, resamples=20000)[name]
     theirs = stats.bootstrap((values,), np.mean, n_resamples=20000, method="percentile", rng=1).confidence_interval
     assert ours.value == pytest.approx(values.mean(), abs=1e-12)
     spread = theirs.high - theirs.low
@@ -197,8 +197,7 @@ def test_a_system_does_not_differ_from_itself_and_differs_from_a_worse_one(truth
     for comparison in compare_systems(systems[0], systems[0]).values():
         assert comparison[2:] == (0, 0, 0, 1, 1)
     rng = np.random.default_rng(9)
-    nlg = nlg_scores(made_texts(rng), truth[0], FLUENCY, return_statistics=True)
-    worse = study_statistics(nlg, made_states(rng), truth[1])
+    worse = score_reports(made_texts(rng), truth[0], made_states(rng), truth[1], FLUENCY).statistics
     compared, turned = compare_systems(systems[0], worse), compare_systems(worse, systems[0])
     for name in ("bleu_4", "rouge_l", "micro_f1_14_uncertain_negative"):
         assert compared[name].low > 0
@@ -219,21 +218,19 @@ def test_draws_are_seeded_and_do_not_depend_on_blocks(monkeypatch, systems):
 
 def test_scores_both_have_are_compared(truth, runs):
     texts, _, statistics = runs[0]
-    only = study_statistics(nlg_scores(texts, truth[0], ["cider"]))
+    only = score_reports(texts, truth[0], metrics=["cider"]).statistics
     assert list(paired_bootstrap(statistics, only, 10)) == ["cider"]
-    # without the counts BLEU is not told from a mean
-    assert "bleu_4" not in study_statistics(nlg_scores(texts, truth[0], FLUENCY)).aggregates()
 
 
 def test_faults_are_named(truth, runs, systems):
     texts, states, _ = runs[0]
-    fewer = study_statistics(None, states[:-1], truth[1][:-1])
+    fewer = score_reports(texts[:-1], truth[0][:-1], states[:-1], truth[1][:-1], []).statistics
     faults = [
-        (lambda: study_statistics(), "neither nlg nor states"),
-        (lambda: study_statistics(None, states), "true_states: one is given without the other"),
+        (lambda: score_reports(texts, truth[0], metrics=[]), "none named, and no states given"),
+        (lambda: score_reports(texts, truth[0], states), "true_states: one is given without the other"),
         (
-            lambda: study_statistics(nlg_scores(texts, truth[0], ["cider"]), states[:-1], truth[1][:-1]),
-            "different studies, expected as many of each: .*'cider': 30, 'cells': 29",
+            lambda: score_reports(texts, truth[0], states[:-1], truth[1][:-1]),
+            "different studies, expected as many of each: .*'references': 30, 'states': 29",
         ),
         (lambda: bootstrap_intervals([]), "runs: no run given"),
         (lambda: bootstrap_intervals([systems[0], fewer]), r"runs: \[30, 29\] studies"),

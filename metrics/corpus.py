@@ -7,7 +7,11 @@ first. With the counts of each report at hand, the score of any resample of them
 from collections.abc import Sequence
 
 import numpy as np
-from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+
+try:
+    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+except ImportError as error:
+    raise ImportError('the NLG metrics need pycocoevalcap: pip install "otdrg[metrics]"') from error
 
 _ORDERS = 4
 #: METEOR 1.5's parameters for English, task "rank": the ones pycocoevalcap calls it with.
@@ -32,12 +36,7 @@ def bleu_of_counts(counts: np.ndarray) -> np.ndarray:
     """
     scorer = BleuScorer(n=_ORDERS)
     scorer.ctest = [
-        {
-            "guess": row[:_ORDERS],
-            "correct": row[_ORDERS : 2 * _ORDERS],
-            "testlen": row[-2],
-            "reflen": [row[-1]],
-        }
+        {"guess": row[:_ORDERS], "correct": row[_ORDERS : 2 * _ORDERS], "testlen": row[-2], "reflen": [row[-1]]}
         for row in counts.tolist()
     ]
     scorer.crefs = scorer.ctest
@@ -47,9 +46,9 @@ def bleu_of_counts(counts: np.ndarray) -> np.ndarray:
 def meteor_counts(lines: Sequence[str]) -> np.ndarray:
     """(N, 23) counts of N reports, from the lines in which METEOR's Java gives them.
 
-    They are: words written and true; function words of both; for each of the four kinds of matches, content words
+    Columns: words written and true; function words of both; for each of the four kinds of matches, content words
     matched of both, function words matched of both; chunks; words matched of both. The one chunk of a report that is
-    word for word the true one is 0 here: METEOR leaves it out when it adds reports up.
+    word for word the true one is 0 here, because METEOR leaves it out when it adds reports up.
     """
     counts = np.array([line.split() for line in lines], dtype=float)
     matched = counts[:, _MATCHES].reshape(-1, 8, 2).sum(axis=1)

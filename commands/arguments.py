@@ -1,0 +1,82 @@
+"""Arguments that several commands share, and their checks."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..labelers import LABELERS
+from ..metrics.protocols import PROTOCOLS, R2GENGPT_TOKENS
+from ..metrics.registry import metric_choices
+
+SPLITS = ("train", "validation", "test")
+
+
+def add_resamples(parser, flag: str = "--resamples") -> None:
+    """The number of bootstrap resamples."""
+    allowed = ", 0 for no intervals" if flag == "--bootstrap" else ""
+    parser.add_argument(
+        flag, type=int, default=1000, metavar="N", help=f"bootstrap resamples for intervals{allowed} (default: 1000)"
+    )
+
+
+def add_metrics(parser, default: str, labeler: str | None) -> None:
+    """Metrics, the labeler with its options, and the reference protocol ([`reference_tokens`] reads it).
+
+    Args:
+        parser: a parser or a group of one.
+        default: what is computed by default, for the help text.
+        labeler: the default of `--labeler`.
+    """
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        choices=metric_choices(),
+        metavar="METRIC",
+        help=f"some of {', '.join(metric_choices())} (default: {default})",
+    )
+    parser.add_argument("--labeler", choices=LABELERS, default=labeler, help="reads finding states (default: rules)")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="option of the labeler; repeatable"
+    )
+    parser.add_argument(
+        "--protocol", choices=PROTOCOLS, default="full", help="r2gengpt truncates the true reports (default: full)"
+    )
+    parser.add_argument("--tokenizer", metavar="NAME", help="for r2gengpt: Hub id or folder")
+    parser.add_argument(
+        "--reference-tokens", type=int, metavar="N", help="for r2gengpt (default: 60 for r2gen_iu, 100 for r2gen_mimic)"
+    )
+
+
+def reference_tokens(options: argparse.Namespace, cleaning: str) -> int | None:
+    """The number of tokens to which the protocol cuts true reports; None for protocol `full`.
+
+    Raises:
+        ValueError: an argument is missing, or does not belong to the protocol.
+    """
+    if options.protocol == "full":
+        for name in ("tokenizer", "reference_tokens"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} goes with --protocol r2gengpt: leave it out")
+        return None
+    if options.tokenizer is None:
+        raise ValueError("--protocol r2gengpt truncates by a tokenizer: expected --tokenizer, a Hub id or a folder")
+    tokens = R2GENGPT_TOKENS.get(cleaning) if options.reference_tokens is None else options.reference_tokens
+    if tokens is None:
+        raise ValueError("--protocol r2gengpt: expected --reference-tokens, 60 for IU X-Ray or 100 for MIMIC-CXR")
+    return tokens
+
+
+def check_least(options: argparse.Namespace, **least: int) -> None:
+    """Check that numbers are not below the least that is allowed; None is.
+
+    Raises:
+        ValueError: one is below.
+    """
+    for name, number in least.items():
+        value: Any = getattr(options, name)
+        if value is not None and value < number:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}: expected {number} or more")
+
+
+__all__ = ["SPLITS", "add_metrics", "add_resamples", "check_least", "reference_tokens"]

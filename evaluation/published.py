@@ -1,0 +1,134 @@
+"""`otdrg evaluate`: a published model on a dataset, with reports that are saved as they are generated."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from ..files_otdrg import write_json
+from ..inference.features import cache_features, model_digest
+from ..inference.loading import decoding, load_published
+from ..metrics.protocols import truncate_to_tokens
+from ..runtime.journal import differing_settings
+from ..studies.cleaning import clean_report
+from ..studies.fingerprint import fingerprint
+from ..studies.streaming import StreamedStudies
+from .evaluate import CONTROLS, evaluate_model
+from .report import write_evaluation
+from .steering import measure_steering
+
+#: The folder of the reports in that of an evaluation.
+REPORTS = "reports"
+
+
+def evaluate_published(
+    model_name: str,
+    rows: Dataset,
+    training: Dataset | StreamedStudies,
+    output: Path,
+    facts: Mapping[str, Any],
+    cache: Path,
+    options: Mapping[str, Any],
+    clean_generated: bool = False,
+    tokenizer: str | None = None,
+    reference_tokens: int | None = None,
+    overwrite: bool = False,
+) -> str:
+    """Generate the reports that `output` does not hold yet, score them, and write tables and figures.
+
+    Args:
+        model_name: folder of a run or a model, or a Hub id.
+        rows: the studies, cleaned.
+        training: the studies that baselines come from, cleaned likewise.
+        output: folder that is written to.
+        facts: what the JSON says of the studies, `split`, `cleaning`, `warnings` and `counts` among it.
+        cache: folder of the views' features.
+        options: `num_beams` and `max_new_tokens` (None: the model's), `batch_size`, `indication`, `seed`, `metrics`,
+            `labeler`, `labeler_options`, `floor`, `bootstrap`.
+        clean_generated: clean generated reports too, for a model trained on reports that were cleaned otherwise.
+        tokenizer, reference_tokens: protocol `r2gengpt`, in which true reports are cut to so many tokens.
+        overwrite: generate all reports again.
+
+    Returns:
+        The content of evaluation.md.
+
+    Raises:
+        ValueError: `output` holds reports of other settings, or no study can be read.
+    """
+    texts = list(rows["report"])
+    if reference_tokens is not None:
+        texts = truncate_to_tokens(texts, tokenizer, reference_tokens)
+    references = dict(zip(rows["id"], texts, strict=True))
+    model, processor = load_published(model_name)
+    batch_size = min(options["batch_size"], len(rows))
+    settings = {
+        "model": model_digest(model, processor),
+        "studies": fingerprint({facts["split"]: rows}),
+        **decoding(model, options["num_beams"], options["max_new_tokens"], batch_size),
+        "indication": options["indication"],
+        "seed": options["seed"],
+    }
+    _open_folder(output, settings, overwrite)
+    left_out: dict[str, str] = {}
+    rows, training = (
+        cache_features(model, processor, studies, cache, batch_size, left_out) for studies in (rows, training)
+    )
+    if not len(rows):
+        raise ValueError(f"no study is left: {next(iter(left_out.values()))}")
+    for reason in left_out.values():
+        print(f"left out: {reason}", file=sys.stderr)
+    evaluation = evaluate_model(
+        model,
+        processor,
+        rows,
+        training,
+        batch_size=batch_size,
+        generation={name: settings[name] for name in ("num_beams", "max_new_tokens")},
+        controls=(*CONTROLS, "flipped"),
+        labeler=options["labeler"],
+        metrics=options["metrics"],
+        seed=options["seed"],
+        indication=options["indication"],
+        labeler_options=options["labeler_options"],
+        references=[references[study] for study in rows["id"]],
+        clean=(lambda text: " ".join(clean_report(text, facts["cleaning"]).split())) if clean_generated else None,
+        journals=output / REPORTS,
+    )
+    described = {
+        "model": model_name,
+        **facts,
+        "warnings": [*facts["warnings"], *(f"left out: {reason}" for reason in left_out.values())],
+        "generated_reports_cleaned": clean_generated,
+        "protocol": "full" if reference_tokens is None else "r2gengpt",
+        "tokenizer": tokenizer,
+        "reference_tokens": reference_tokens,
+        "labeler_options": dict(options["labeler_options"]),
+        "generation": settings,
+        "bootstrap": {"resamples": options["bootstrap"], "confidence": 0.95, "seed": options["seed"]},
+    }
+    steering = measure_steering(evaluation, training["finding_states"], options["floor"])
+    return write_evaluation(output, described, evaluation, steering)
+
+
+def _open_folder(output: Path, settings: dict[str, Any], overwrite: bool) -> None:
+    """Make the folder, or check that the reports in it have the same settings."""
+    path = output / "settings.json"
+    if overwrite:
+        shutil.rmtree(output / REPORTS, ignore_errors=True)
+    elif path.is_file():
+        differing = differing_settings(path, settings, ("model", "studies"))
+        if differing is not None:
+            raise ValueError(
+                f"{output} holds reports of other settings ({differing}): expected the same, another --output, or "
+                "--overwrite, which writes all of them anew"
+            )
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(path, settings)
+
+
+__all__ = ["REPORTS", "evaluate_published"]

@@ -1,0 +1,200 @@
+"""Fluency of generated reports: BLEU-1..4, METEOR, ROUGE-L and CIDEr (paper, section 4.2), by pycocoevalcap."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from .metric import Metric, MetricResult, Score
+
+#: The scores and their names in tables.
+NLG_NAMES = {
+    "bleu_1": "BLEU-1",
+    "bleu_2": "BLEU-2",
+    "bleu_3": "BLEU-3",
+    "bleu_4": "BLEU-4",
+    "meteor": "METEOR",
+    "rouge_l": "ROUGE-L",
+    "cider": "CIDEr",
+}
+NLG_METRICS = tuple(NLG_NAMES)
+_BLEU = NLG_METRICS[:4]
+
+METEOR_NEEDS_JAVA = (
+    "METEOR 1.5 runs on Java, and no java is on the PATH: install a Java runtime, 8 or newer "
+    "(Debian and Ubuntu: apt-get install default-jre-headless), and score again"
+)
+
+
+def nlg_scores(
+    predictions: Sequence[str], references: Sequence[str], metrics: Sequence[str] = NLG_METRICS
+) -> dict[str, object]:
+    """BLEU-1..4, METEOR, ROUGE-L and CIDEr (paper, section 4.2) of N reports, as pycocoevalcap computes them.
+
+    The strings are taken as they are: clean them first (`otdrg.studies.cleaning.clean_report`). CIDEr weighs n-grams by
+    the references given, so its value belongs to this set of studies; it is 0 for a single study.
+
+    Args:
+        predictions: N generated reports; empty strings are scored like any other.
+        references: N true reports, in the same order.
+        metrics: which of `NLG_METRICS` to compute; "bleu" is short for all four.
+
+    Returns:
+        One float for each metric; `"per_study"`: a list of N floats for each; `"notes"`: `{metric: why it is None}`.
+        METEOR is None when no `java` is on the PATH.
+
+    Raises:
+        ValueError: lengths differ, an unknown metric, or no reference holds a word.
+        TypeError: a report is not a string; the message gives its position.
+        ChildProcessError: Java failed; the message carries what it said, and at which report.
+    """
+    if isinstance(metrics, str):
+        raise ValueError(f"unknown metrics {[metrics]}: expected a list of some of bleu, {', '.join(NLG_METRICS)}")
+    metrics = [name for given in metrics for name in (_BLEU if given == "bleu" else (given,))]
+    unknown = [name for name in metrics if name not in NLG_METRICS]
+    if unknown:
+        raise ValueError(f"unknown metrics {unknown}: expected a list of some of bleu, {', '.join(NLG_METRICS)}")
+    _check(predictions, references)
+    parts = {_BLEU: bleu, ("meteor",): meteor, ("rouge_l",): rouge_l, ("cider",): cider}
+    results = [compute(predictions, references) for names, compute in parts.items() if set(names) & set(metrics)]
+    scores = {name: value for result in results for name, value in result.scores.items() if name in metrics}
+    by_study = {name: values for result in results for name, values in result.per_study.items()}
+    notes = {name: note for result in results for name, note in result.notes.items()}
+    return {**scores, "per_study": {name: by_study.get(name) for name in scores}, "notes": notes}
+
+
+def _check(predictions: Sequence[str], references: Sequence[str]) -> None:
+    if len(predictions) != len(references):
+        raise ValueError(f"predictions: {len(predictions)}, references: {len(references)}; expected as many of each")
+    for name, texts in (("predictions", predictions), ("references", references)):
+        for position, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise TypeError(f"{name}[{position}] is {type(text).__name__}: expected a string ('' when empty)")
+    if not any(text.split() for text in references):
+        raise ValueError(f"references: none of {len(references)} holds a word, there is nothing to compare with")
+
+
+def _paired(predictions: Sequence[str], references: Sequence[str]) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
+    """References and predictions as pycocoevalcap takes them."""
+    _check(predictions, references)
+    from . import corpus  # noqa: F401  names the extra to install where pycocoevalcap is missing
+
+    return {i: [text] for i, text in enumerate(references)}, {i: [text] for i, text in enumerate(predictions)}
+
+
+def bleu(predictions: Sequence[str], references: Sequence[str]) -> MetricResult:
+    """BLEU-1..4, recomputed for each resample from the sums of its counts."""
+    truth, written = _paired(predictions, references)
+    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+
+    from .corpus import bleu_counts, bleu_of_counts
+
+    scorer = BleuScorer(n=4)
+    for study, text in written.items():
+        scorer += (text[0], truth[study])
+    values, by_study = scorer.compute_score(option="closest")
+    return MetricResult(
+        dict(zip(_BLEU, map(float, values), strict=True)),
+        {name: [float(value) for value in column] for name, column in zip(_BLEU, by_study, strict=True)},
+        bleu_counts(scorer),
+        lambda sums, studies: dict(zip(_BLEU, bleu_of_counts(sums).T, strict=True)),
+    )
+
+
+def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> MetricResult:
+    """ROUGE-L, the mean over studies."""
+    truth, written = _paired(predictions, references)
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    return _mean("rouge_l", *Rouge().compute_score(truth, written))
+
+
+def cider(predictions: Sequence[str], references: Sequence[str]) -> MetricResult:
+    """CIDEr, the mean over studies; resamples keep the document frequencies of all references."""
+    truth, written = _paired(predictions, references)
+    from pycocoevalcap.cider.cider import Cider
+
+    return _mean("cider", *Cider().compute_score(truth, written))
+
+
+def _mean(name: str, value: float, by_study: Sequence[float]) -> MetricResult:
+    result = MetricResult.from_means({name: by_study})
+    # The library's own rounding of the mean.
+    result.scores[name] = float(value)
+    return result
+
+
+def meteor(predictions: Sequence[str], references: Sequence[str]) -> MetricResult:
+    """METEOR 1.5 by Java, recomputed for each resample from the sums of its counts; None without Java."""
+    truth, written = _paired(predictions, references)
+    if shutil.which("java") is None:
+        return MetricResult({"meteor": None}, notes={"meteor": METEOR_NEEDS_JAVA})
+    from .corpus import meteor_of_counts
+
+    value, by_study, counts = _run_meteor(truth, written)
+    return MetricResult(
+        {"meteor": float(value)},
+        {"meteor": [float(score) for score in by_study]},
+        counts,
+        lambda sums, studies: {"meteor": meteor_of_counts(sums)},
+    )
+
+
+def _run_meteor(
+    references: dict[int, list[str]], predictions: dict[int, list[str]]
+) -> tuple[float, list[float], np.ndarray]:
+    """METEOR, of each report too, and its counts (N, 23), from one Java process that has ended on return."""
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    from .corpus import meteor_counts
+
+    counts: list[str] = []
+
+    class CountingMeteor(Meteor):
+        # `_stat` is the only place where pycocoevalcap has the counts; it does not return them.
+        def _stat(self, hypothesis_str, reference_list):
+            counts.append(super()._stat(hypothesis_str, reference_list))
+            return counts[-1]
+
+    # Its protocol is one line of UTF-8 per study with "|||" between the fields.
+    def plain(studies: Mapping[int, list[str]]) -> dict[int, list[str]]:
+        return {
+            study: [" ".join(text.encode(errors="replace").decode().replace("|||", " ").split()) for text in texts]
+            for study, texts in studies.items()
+        }
+
+    scorer = CountingMeteor()
+    process = scorer.meteor_p
+    try:
+        value, by_study = scorer.compute_score(plain(references), plain(predictions))
+        return value, by_study, meteor_counts(counts)
+    except (ValueError, OSError) as error:  # Java's answer was no number, or the pipe is broken: Java has ended
+        process.kill()
+        said = process.stderr.read().decode(errors="replace").strip().splitlines()
+        where = f" at predictions[{counts.index('')}]" if "" in counts else ""
+        raise ChildProcessError(f"METEOR's Java process failed{where}: {said[0] if said else error}") from None
+    finally:
+        if scorer.lock.locked():  # compute_score keeps it when it raises, and the scorer's __del__ waits for it
+            scorer.lock.release()
+        process.kill()
+        process.wait()
+        with contextlib.suppress(BrokenPipeError):  # __del__ would flush what Java has not read
+            process.stdin.close()
+        for stream in (process.stdout, process.stderr):
+            stream.close()
+
+
+def _metric(name: str, scores: Sequence[str], compute, hub_type: str, main: Sequence[str]) -> Metric:
+    shown = {score: Score(NLG_NAMES[score], "fluency", score in main) for score in scores}
+    return Metric(name, shown, compute, section="nlg", hub_type=hub_type)
+
+
+BLEU = _metric("bleu", _BLEU, bleu, "bleu", main=["bleu_4"])
+METEOR = _metric("meteor", ["meteor"], meteor, "meteor", main=[])
+ROUGE_L = _metric("rouge_l", ["rouge_l"], rouge_l, "rouge", main=["rouge_l"])
+CIDER = _metric("cider", ["cider"], cider, "cider", main=["cider"])
+
+__all__ = ["BLEU", "CIDER", "METEOR", "METEOR_NEEDS_JAVA", "NLG_METRICS", "NLG_NAMES", "ROUGE_L", "nlg_scores"]
