@@ -19,7 +19,7 @@ from ..inference.model_files import read_processor
 from ..studies.publish import hub_errors, make_repo
 from ..weight_files_otdrg import check_weights, read_stated, record_sha256, sha256
 from .card import build_card
-from .run_files import published_metrics
+from .run_files import read_run
 from .space_files import space_files
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -152,8 +152,7 @@ def _may_be_on_hub(reference: str | None) -> bool:
 def _describe(run, repo_id, folder, form, evaluations, license, digest, base_models=()) -> None:
     card = build_card(Path(run), repo_id, evaluations, form, base_models, license, digest)
     card.save(folder / "README.md")
-    metrics = published_metrics(Path(run), evaluations)
-    write_json(folder / "metrics.json", metrics)
+    write_json(folder / "metrics.json", read_run(Path(run), evaluations).metrics())
     shutil.copy(PACKAGE / "LICENSE", folder / "LICENSE")
 
 

@@ -1,7 +1,7 @@
-"""What a run's folder and its evaluations say, as it may be shown to everyone.
+"""What a run's folder and its evaluations hold, in the form in which it may be published.
 
-Everything that is published of these files is read here, and what nobody outside should see is taken out on reading:
-of paths only the last name is left, and reports of the dataset, which some licences do not let pass, are left out.
+All published files are read here. Reading reduces paths to file names and leaves out reports of the dataset, which some
+licences do not allow to be passed on.
 """
 
 from __future__ import annotations
@@ -22,50 +22,60 @@ from ..runtime.yaml_files import read_yaml
 from ..training.run_folder import read_results, read_sittings
 
 EVALUATION = "evaluation.json"
-#: What `dataset` says in an evaluation on the studies of the run's own recipe.
+#: Value of `dataset` in an evaluation on the studies of the run's own recipe.
 OWN_DATASET = "the model's own recipe"
 
-#: Keys under which evaluations hold reports of the dataset.
+#: Keys of evaluations that hold reports of the dataset.
 _REPORTS = ("constants", "constant")
-#: A path in a text: of this machine, from its root, a drive or a home. A URL's begins behind "://".
+#: An absolute path within a text: from the root, a drive or a home folder. The path of a URL follows "://".
 _PATH = re.compile(r"""(?:(?<=[\s=('"`\[,])|^)(?:file://)?(?:~|[A-Za-z]:|\\)?[/\\][^\s'"`,;)\]]+""")
 _WHOLE_PATH = re.compile(r"([\w.\-]+=)?((?:file://)?(?:~|[A-Za-z]:|\\)?[/\\].*)", re.DOTALL)
 
 
 @dataclass
 class RunFiles:
-    """What is known of a model.
+    """The files of a model, without paths and reports.
 
     Args:
-        name: of the run's folder, or the model's.
+        name: name of the run's or the model's folder.
         config: the model's `config.json`.
-        recipe: as resolved; None of a model without a run.
+        recipe: the resolved recipe; None for a model without a run.
         sittings: of `run.json`, in order; empty without it.
         results: of `results.json`, by stage; empty without it.
-        evaluations: of `evaluation.json` files, and behind them the report stage's own, in the same form.
-        folder: where recipe, `run.json` and `results.json` are.
+        evaluations: contents of the `evaluation.json` files, then the report stage's own evaluation in the same form.
+        folder: folder of recipe, `run.json` and `results.json`.
     """
 
     name: str
     config: dict[str, Any]
-    recipe: dict[str, Any] | None = None
-    sittings: list[dict[str, Any]] = field(default_factory=list)
-    results: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] | None
+    sittings: list[dict[str, Any]]
+    results: dict[str, Any]
+    folder: Path
     evaluations: list[dict[str, Any]] = field(default_factory=list)
-    folder: Path | None = None
+
+    def metrics(self) -> dict[str, Any]:
+        """All measured values and how they came about, as pushed in `metrics.json`."""
+        return {name: getattr(self, name) for name in ("recipe", "sittings", "results", "evaluations")}
+
+    @property
+    def recipe_text(self) -> str | None:
+        """The resolved recipe as YAML; None for a model without a run."""
+        return None if self.recipe is None else yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True)
 
 
 def read_run(run: Path, evaluations: Sequence[Path] = ()) -> RunFiles:
-    """What lies in the folder of a run, or of a model, without paths and reports.
+    """Read the files of a run or of a model, without paths and reports.
 
     Args:
-        run: the folder; of a run's folder `model` or `adapter`, the run's files are read.
-        evaluations: folders or files that `otdrg evaluate` wrote; without any, those that lie where it puts them of
-            itself, `evaluation-SPLIT` in the folder of the run or the model.
+        run: folder of a run or a model; for a run's folder `model` or `adapter`, the run's files are read.
+        evaluations: folders or files written by `otdrg evaluate`; by default `evaluation-SPLIT` in the folder of the
+            run or the model.
 
     Raises:
-        ValueError: no model, a file that is not what its name says, or two evaluations that nothing tells apart.
-        OSError: an evaluation that does not exist.
+        ValueError: there is no model, a file has the wrong content, or two evaluations differ in nothing the card
+            names.
+        OSError: an evaluation does not exist.
     """
     run = Path(run).absolute()
     model = published_folder(run)
@@ -84,58 +94,33 @@ def read_run(run: Path, evaluations: Sequence[Path] = ()) -> RunFiles:
     known += [text for text in _texts(recipe) if _WHOLE_PATH.fullmatch(text)]
     roots = sorted({root for root in known if len(root) > 1}, key=len, reverse=True)
 
-    def shown(content: Any) -> Any:
-        return _shown(content, roots)
+    def published(path: Path, content: Any) -> Any:
+        return interpret(path, _published, content, roots)
 
-    sittings, results = read_sittings(run / "run.json"), read_results(run)
     files = RunFiles(
         name=run.name,
-        config=interpret(model / "config.json", shown, config),
-        recipe=interpret(run / "recipe.yaml", shown, recipe) or None,
-        sittings=interpret(run / "run.json", shown, sittings),
-        results=interpret(run / "results.json", shown, results),
+        config=published(model / "config.json", config),
+        recipe=published(run / "recipe.yaml", recipe) or None,
+        sittings=published(run / "run.json", read_sittings(run / "run.json")),
+        results=published(run / "results.json", read_results(run)),
         folder=run,
     )
-    found = {
-        path: interpret(path, shown, _read_evaluation(path)) for path in dict.fromkeys(path.resolve() for path in paths)
-    }
-    told: dict[tuple, Path] = {}
-    for path, evaluation in found.items():
-        same = told.setdefault(interpret(path, identity, evaluation), path)
+    found: dict[tuple, Path] = {}
+    for path in dict.fromkeys(path.resolve() for path in paths):
+        evaluation = published(path, _read_evaluation(path))
+        same = found.setdefault(interpret(path, identity, evaluation), path)
         if same != path:
-            raise ValueError(f"{same} and {path}: nothing tells these evaluations apart, expected one of them")
+            raise ValueError(f"{same} and {path}: same dataset, split, protocol, decoding and labeler, expected one")
+        files.evaluations.append(evaluation)
     own = interpret(run / "results.json", own_evaluation, files)
-    files.evaluations = list(found.values())
-    # With one of the same by `otdrg evaluate`, which has intervals, there is nothing it would add.
-    if own is not None and interpret(run / "results.json", identity, own) not in told:
+    # `otdrg evaluate` on the same studies also computes intervals: its result replaces the report stage's.
+    if own is not None and interpret(run / "results.json", identity, own) not in found:
         files.evaluations.append(own)
     return files
 
 
-def published_metrics(run: Path, evaluations: Sequence[Path] = ()) -> dict[str, Any]:
-    """All that was measured, and how it came about, ready for JSON, as it may be uploaded: `recipe`, `sittings` of
-    run.json, `results` by stage, `evaluations`.
-
-    Paths are names, and reports of the dataset are not among it. Arguments and errors as of [`read_run`].
-    """
-    files = read_run(run, evaluations)
-    return {
-        "recipe": files.recipe,
-        "sittings": files.sittings,
-        "results": files.results,
-        "evaluations": files.evaluations,
-    }
-
-
-def published_recipe(files: RunFiles) -> str | None:
-    """The resolved recipe as YAML, paths as names; None of a model without a run."""
-    if files.recipe is None:
-        return None
-    return yaml.safe_dump(files.recipe, sort_keys=False, allow_unicode=True)
-
-
 def identity(evaluation: dict[str, Any]) -> tuple:
-    """What tells evaluations apart in a card: dataset, split, studies, how reports were generated and scored."""
+    """What must differ between two evaluations in a card: dataset, split, studies, decoding, scoring."""
     generation = evaluation["generation"]
     names = ("dataset", "split", "studies", "protocol", "tokenizer", "reference_tokens", "cleaning", "labeler")
     decoding = (generation.get(name) for name in ("num_beams", "max_new_tokens", "indication"))
@@ -144,7 +129,7 @@ def identity(evaluation: dict[str, Any]) -> tuple:
 
 
 def own_evaluation(files: RunFiles) -> dict[str, Any] | None:
-    """The report stage's evaluation in the form of `otdrg evaluate`'s."""
+    """The report stage's evaluation in the form of `evaluation.json`."""
     found = files.results.get("report", {}).get("evaluation")
     if found is None:
         return None
@@ -169,7 +154,7 @@ def _evaluation_file(path: Path) -> Path:
     file = path / EVALUATION if path.is_dir() else path
     if not file.is_file():
         raise OSError(
-            f"evaluation {path} does not exist: expected a folder that otdrg evaluate wrote, or its {EVALUATION}"
+            f"evaluation {path} does not exist: expected a folder written by otdrg evaluate, or its {EVALUATION}"
         )
     return file
 
@@ -178,8 +163,9 @@ def _read_evaluation(path: Path) -> dict[str, Any]:
     found = _read(path)
     missing = [name for name in ("split", "studies", "labeler", "rows", "protocol", "generation") if name not in found]
     if missing or "model" not in found["rows"]:
-        lacks = missing[0] if missing else "the model's row"
-        raise ValueError(f"{path} is not what otdrg evaluate writes: it lacks {lacks}")
+        raise ValueError(
+            f"{path} was not written by otdrg evaluate: {missing[0] if missing else 'rows.model'} is missing"
+        )
     return found
 
 
@@ -192,24 +178,24 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a mapping: expected what a run writes")
+        raise ValueError(f"{path} is not a mapping: expected a file written by a run")
     return content
 
 
-# --- what is not shown -----------------------------------------------------------------------------------------------
+# --- redaction ---------------------------------------------------------------------------------------------------
 
 
-def _shown(content: Any, roots: Sequence[str]) -> Any:
+def _published(content: Any, roots: Sequence[str]) -> Any:
     if isinstance(content, dict):
-        # Warnings name studies behind their counts.
+        # Warnings state counts, then the ids of studies.
         content = {name: _counts(value) if name == "warnings" else value for name, value in content.items()}
         return {
-            name: _shown(value, roots)
+            name: _published(value, roots)
             for name, value in content.items()
             if name not in _REPORTS or not _holds_text(value)
         }
     if isinstance(content, list):
-        return [_shown(value, roots) for value in content]
+        return [_published(value, roots) for value in content]
     return _without_paths(content, roots) if isinstance(content, str) else content
 
 
@@ -228,7 +214,7 @@ def _without_paths(text: str, roots: Sequence[str]) -> str:
     if whole and "\n" not in text:
         return (whole[1] or "") + _name(whole[2])
     for root in roots:
-        # With what lies in it: the name of the innermost file or folder is left.
+        # The path of a file in a known folder, which may hold spaces, is reduced to its last name.
         text = re.sub(rf"{re.escape(root)}(?![^\s/\\'\"`,;)\]])[^\s'\"`,;)\]]*", lambda found: _name(found[0]), text)
     return _PATH.sub(lambda found: _name(found[0]), text)
 
@@ -248,13 +234,4 @@ def _texts(content: Any) -> Iterable[str]:
         yield content
 
 
-__all__ = [
-    "EVALUATION",
-    "OWN_DATASET",
-    "RunFiles",
-    "identity",
-    "own_evaluation",
-    "published_metrics",
-    "published_recipe",
-    "read_run",
-]
+__all__ = ["EVALUATION", "OWN_DATASET", "RunFiles", "identity", "own_evaluation", "read_run"]
