@@ -2,13 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow lint llm clean
+.PHONY: quickstart test test-slow lint docs llm clean
 
 # Train on phantom radiographs, reload the model in a fresh process, write reports, a heatmap and a table of scores.
 quickstart: .venv/installed
 	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		train_hf.py recipes/phantom_tiny.yaml output_dir=runs/quickstart --overwrite
-	$(BIN)/python quickstart.py runs/quickstart
+	$(BIN)/python examples/quickstart.py runs/quickstart
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 -m "not slow"
@@ -19,6 +19,11 @@ test-slow: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The pages of docs/ as a site in build/site; a broken link is an error. The variable hides an advertisement.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # The LLM of the small preset without a Hub: SmolLM2-135M-Instruct as a GGUF file of 98 MB.
 llm: .venv/installed
