@@ -184,7 +184,7 @@ def test_bad_reports(labeler):
         ({"few_shot": 9}, "few_shot=9: expected a whole number from 0 to 3"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"dtype": "float17"}, "dtype='float17': expected float32"),
-        ({"calibrate": True, "mode": "json"}, "calibrate=True: expected the mode score"),
+        ({"calibrate": True, "mode": "json"}, "calibrate=True: expected mode='score'"),
         ({"model": "nowhere/llm"}, "text backbone 'nowhere/llm' could not be loaded"),
         ({"prompt": "nowhere.yaml"}, "prompt nowhere.yaml: cannot be read"),
     ],
@@ -201,7 +201,7 @@ def test_a_context_that_the_prompt_fills(llm, tmp_path):
     model.config.max_position_embeddings = 100
     model.save_pretrained(tmp_path)
     PreTrainedTokenizerFast.from_pretrained(llm).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"reads 100 tokens, which the prompt fills: expected fewer few_shot"):
+    with pytest.raises(ValueError, match=r"reads 100 tokens, which the prompt fills: use a smaller few_shot"):
         load_labeler("llm", model=str(tmp_path))
 
 

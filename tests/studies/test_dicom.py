@@ -286,7 +286,7 @@ def test_encoding_of_reports(archive):
     assert archive.kept()["a"].findings == "Clear."
     archive.text("a.txt", "Röntgen".encode("cp1252"))
     assert archive.kept(encoding="cp1252")["a"].findings == "Röntgen"
-    with pytest.raises(SkipStudy, match=r"a\.txt is not utf-8 text \(byte 1\): option 'encoding'"):
+    with pytest.raises(SkipStudy, match=r"a\.txt is not utf-8 text \(byte 1\): set option 'encoding'"):
         archive.kept()
 
 

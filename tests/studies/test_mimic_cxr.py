@@ -277,7 +277,7 @@ def test_a_split_without_images_and_two_splits(release):
     with pytest.raises(ValueError, match=r"split\.csv\.gz holds no images"):
         release.listed()
     (release.images / f"other-{SPLIT}.gz").touch()
-    with pytest.raises(ValueError, match=r"holds .*-split\.csv\.gz and other-.*-split\.csv\.gz: option 'split' says"):
+    with pytest.raises(ValueError, match=r"contains .*-split\.csv\.gz and other-.*-split\.csv\.gz: choose one"):
         release.listed()
 
 
@@ -286,7 +286,7 @@ def test_a_split_without_images_and_two_splits(release):
     [
         ({"root": "nowhere"}, "nowhere does not exist: option 'root' names the folder of MIMIC-CXR"),
         ({"images": "nowhere"}, "nowhere does not exist: option 'images' names the folder of MIMIC-CXR-JPG"),
-        ({"images": "."}, "holds no files/p10 to files/p19: option 'images'"),
+        ({"images": "."}, "has no folders files/p10 to files/p19: option 'images'"),
         ({"split": "nowhere.csv"}, r"nowhere\.csv does not exist: option 'split'"),
         ({"metadata": "."}, "is a folder: option 'metadata'"),
         ({"image_suffix": "jpg"}, r"option 'image_suffix' is 'jpg': expected \.jpg, \.png, \.dcm"),

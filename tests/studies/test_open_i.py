@@ -301,7 +301,7 @@ def test_relative_paths_are_readable_from_elsewhere(collection, tmp_path, monkey
         ({"images": "nowhere"}, r"nowhere does not exist: option 'images'"),
         ({"projections": "nowhere.csv"}, r"nowhere\.csv does not exist: option 'projections'"),
         ({"split": "official"}, r"option 'split' is 'official': expected r2gen or seeded"),
-        ({"views_per_study": 0}, r"option 'views_per_study' is 0: expected a number from 1"),
+        ({"views_per_study": 0}, r"option 'views_per_study' is 0: expected a whole number of 1 or more"),
         ({"split": "seeded", "split_shares": [1.0]}, r"split_shares"),
     ],
 )
