@@ -104,7 +104,7 @@ def test_a_model_that_is_not_told_of_findings_has_no_contradictions(generate, bu
         (["--split", "test"], "--split goes with --studies and a folder of otdrg prepare"),
         (["--output", "."], "--output .: this is a folder"),
         (["--output", "reports.json"], "--output reports.json: another kind of file, expected the name of a .jsonl"),
-        (["--output", f"{__file__}/reports.jsonl"], "test_generate.py is no folder that can be written to"),
+        (["--output", f"{__file__}/reports.jsonl"], "test_generate.py is not a writable folder"),
         (["--heatmap", __file__], "this is a file, expected a folder"),
         (["--indication", "fi\udce8vre"], "indication 'fi\\udce8vre': not UTF-8"),
         (["--indication", "see <image>"], "holds '<image>', which stands for the study"),

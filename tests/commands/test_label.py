@@ -254,7 +254,7 @@ def test_a_csv_is_counted_whole_however_often_it_was_interrupted(built, table, m
     assert main([*command, "--resume"]) == 0
     error = capsys.readouterr().err
     assert f"not in {path}: 1 studies: {ids[-1]}\n" in error
-    assert f"1 ids of {path} are of no study\n" in error
+    assert f"1 ids of {path} belong to no study\n" in error
 
 
 def test_a_csv_of_other_studies_is_refused(built, table, capsys):

@@ -40,8 +40,8 @@ def test_nothing_is_wider_than_the_terminal(width):
 
 
 def test_a_report_that_is_cut_off_is_marked():
-    told = "! cut off at --max-new-tokens"
-    assert told in format_record(record(complete=False), 80) and told not in format_record(record(), 80)
+    mark = "! cut off at --max-new-tokens"
+    assert mark in format_record(record(complete=False), 80) and mark not in format_record(record(), 80)
 
 
 def test_what_is_there_comes_first_and_what_is_unmentioned_shares_a_line():
@@ -53,15 +53,15 @@ def test_what_is_there_comes_first_and_what_is_unmentioned_shares_a_line():
     assert "  Pleural Other 0.50," in shown or ", Pleural Other 0.50," in shown
 
 
-def test_disagreements_are_marked_beside_the_finding_and_told_below():
+def test_format_record_disagreements_are_marked_and_listed_below():
     shown = format_record(record(), 80)
     assert row_of(shown, "Edema").endswith("! says positive")
     assert row_of(shown, "Fracture").endswith("! not mentioned")
     assert row_of(shown, "Lung Lesion").endswith("! says positive")
     for line in (
-        "  ! Lung Lesion: told unmentioned, says positive",
-        "  ! Edema: told negative, says positive",
-        "  ! Fracture: told positive, not mentioned",
+        "  ! Lung Lesion: conditioned on unmentioned, says positive",
+        "  ! Edema: conditioned on negative, says positive",
+        "  ! Fracture: conditioned on positive, not mentioned",
     ):
         assert line in shown.splitlines()
     assert "!" not in format_record(record(contradictions=[]), 80)
@@ -72,10 +72,10 @@ def test_given_states_are_marked():
     assert "given" in row_of(shown, "Edema") and "given" not in row_of(shown, "Fracture")
 
 
-def test_a_model_that_is_not_told_of_findings_predicts_them():
-    untold = record()
-    del untold["contradictions"]
-    assert " predicted " in format_record(untold, 80) and " told " not in format_record(untold, 80)
+def test_record_without_conditioning_states_has_predicted_ones():
+    predicted = record()
+    del predicted["contradictions"]
+    assert " predicted " in format_record(predicted, 80) and " predicted " not in format_record(record(), 80)
 
 
 def test_colour_changes_nothing_but_colour():

@@ -60,7 +60,10 @@ def test_prepare_registered_source_is_built_and_loaded(toy, tmp_path, capsys):
 def test_prepare_registered_source_is_in_the_help(toy, capsys):
     for arguments, words in (
         ([], ("toy gray squares", "csv a table")),
-        (["toy"], ("--count N Number of squares.", "Report of each. Default: Gray..", "Example: otdrg prepare toy")),
+        (
+            ["toy"],
+            ("--count N Number of squares.", "Report of each. (default: Gray.)", "toy --count N --output studies"),
+        ),
     ):
         with pytest.raises(SystemExit) as exit:
             main(["prepare", *arguments, "--help"])
