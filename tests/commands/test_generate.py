@@ -368,7 +368,7 @@ def test_generate_out_of_memory_is_one_line(generate, paths, monkeypatch):
     monkeypatch.setattr(Pipeline, "__call__", exhausted)
     status, _, error = generate("--study", paths[0])
     assert status == 1
-    one_line(error, "out of memory (CUDA out of memory): a smaller batch, fewer beams")
+    one_line(error, "out of memory (CUDA out of memory): use a smaller batch, fewer beams")
 
 
 SLOW = """

@@ -11,7 +11,6 @@ import pytest
 from datasets import load_dataset, load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from otdrg import labelers
 from otdrg.cli import main
 from otdrg.findings_otdrg import FINDINGS
 from otdrg.labelers import UnreadReportsWarning, load_labeler, read_states
@@ -214,7 +213,6 @@ class Interrupted:
 
 def test_an_interrupted_labelling_is_gone_on_with(built, monkeypatch, capsys):
     monkeypatch.setattr(Interrupted, "calls", 0)
-    monkeypatch.setitem(labelers._LABELERS, "rules", ("rules", "RulesLabeler"))
     real = load_labeler
     monkeypatch.setattr(
         "otdrg.labelers.as_typed.load_labeler", lambda name, **options: Interrupted() if not options else real(name)
@@ -227,7 +225,7 @@ def test_an_interrupted_labelling_is_gone_on_with(built, monkeypatch, capsys):
     assert main(command) == 1
     assert "unfinished dataset: --resume continues it" in capsys.readouterr().err
     assert main([*command, "--relabel", "--resume"]) == 1
-    assert "was labelled with relabel=False, not True" in capsys.readouterr().err
+    assert "was made with relabel=False, not True" in capsys.readouterr().err
     assert main([*command, "--resume"]) == 0
     # Two shards before the interruption, one at it, and the two that were left.
     assert Interrupted.calls == 5
@@ -249,7 +247,7 @@ def test_a_csv_is_counted_whole_however_often_it_was_interrupted(built, table, m
         assert main(command) == 130
     table(*rows[1:], header=("study", *findings))
     assert main([*command, "--resume"]) == 1
-    assert "was labelled with csv_sha256=" in capsys.readouterr().err
+    assert "was made with csv_sha256=" in capsys.readouterr().err
     table(*rows, header=("study", *findings))
     assert main([*command, "--resume"]) == 0
     error = capsys.readouterr().err
@@ -280,7 +278,7 @@ def test_two_tables_are_compared(table, tmp_path, capsys):
     assert len((folder / "agreement.csv").read_text().splitlines()) == 1 + 14 * 5
     assert (folder / "disagreements.csv").read_text() == "id,finding,reference,candidate\n"
     assert main(["label", "--compare", one, two, "--output", two]) == 1
-    assert f"{two} is no folder" in capsys.readouterr().err
+    assert f"{two} is a file" in capsys.readouterr().err
     three = table(("a", "", *["1"] * 13), header=("id", *names), name="c.csv")
     assert main(["label", "--compare", one, three, "--output", str(folder)]) == 1
     assert "exists and is not empty: --overwrite" in capsys.readouterr().err
@@ -313,7 +311,7 @@ def test_the_help_shows_each_form(capsys):
         (["studies", "--labeler", "csv"], "--labeler csv and --csv FILE go together"),
         (["studies", "--labeler", "rules", "--option", "x"], "--option x: expected NAME=VALUE"),
         (["studies", "--labeler", "rules", "--option", "size=3"], "unknown option 'size' of labeler 'rules'"),
-        (["studies", "--labeler", "rules", "--option", "vocabulary=["], "--option vocabulary=[: the value is no YAML"),
+        (["studies", "--labeler", "rules", "--option", "vocabulary=["], "--option vocabulary=[: the value is not YAML"),
         (["studies", "--labeler", "rules", "--option", "vocabulary=3"], "does not take vocabulary=3: "),
         (["studies", "--labeler", "rules", "--option", "repeat_mistakes=maybe"], "is 'maybe': expected true or false"),
         (["studies", "--labeler", "rules", *["--option", "vocabulary=v"] * 2], "--option vocabulary is given twice"),

@@ -261,9 +261,9 @@ def test_nothing_of_the_users_is_overwritten(tmp_path):
 
 
 def test_a_killed_build_leaves_no_dataset_and_is_gone_on_with(tmp_path):
-    output, options = tmp_path / "built", {**PHANTOMS, "train": 400, "image_size": 96}
+    output, options = tmp_path / "built", {**PHANTOMS, "train": 200, "image_size": 96}
     command = [sys.executable, "-m", "otdrg.cli", "prepare", "phantom", "--output", str(output)]
-    command += ["--train", "400", "--validation", "2", "--test", "3", "--image-size", "96", "--studies-per-shard", "40"]
+    command += ["--train", "200", "--validation", "2", "--test", "3", "--image-size", "96", "--studies-per-shard", "10"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     shards = tmp_path / "built.partial" / "shards"
     deadline = time.monotonic() + 60
@@ -273,13 +273,13 @@ def test_a_killed_build_leaves_no_dataset_and_is_gone_on_with(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not output.exists()
-    build = BuildOptions(studies_per_shard=40)
+    build = BuildOptions(studies_per_shard=10)
     with pytest.raises(ValueError, match=r"unfinished dataset: --resume continues it, --overwrite deletes it"):
         prepare_studies("phantom", output, build=build, **options)
     with pytest.raises(ValueError, match=r"was made with source\.seed=0, not 1"):
         prepare_studies("phantom", output, build=build, resume=True, seed=1, **options)
     report = prepare_studies("phantom", output, build=build, resume=True, **options)
-    assert report.counts["train"].studies == 400
+    assert report.counts["train"].studies == options["train"]
     built, whole = load_from_disk(output), load_studies("phantom", **options)
     for split, rows in whole.items():
         assert without_images(built[split]) == without_images(rows)
@@ -449,7 +449,7 @@ def slow_prepare(tmp_path):
     started = []
 
     def start(output, *arguments):
-        command = [sys.executable, str(script), "prepare", "phantom", "--train", "200", "--validation", "0"]
+        command = [sys.executable, str(script), "prepare", "phantom", "--train", "60", "--validation", "0"]
         command += ["--test", "0", "--image-size", "32", "--studies-per-shard", "2", "--output", str(output)]
         process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True)
         started.append(process)
@@ -464,27 +464,24 @@ def slow_prepare(tmp_path):
         process.wait()
 
 
-@pytest.mark.parametrize(("how", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("num_proc", ["1", "2"])
-def test_prepare_ended_by_a_signal_says_what_is_kept(slow_prepare, tmp_path, how, status, num_proc):
-    process = slow_prepare(tmp_path / "built", "--num-proc", num_proc)
-    process.send_signal(how)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == status and "Traceback" not in error
-    told = "terminated (SIGTERM)" if how == signal.SIGTERM else "interrupted"
-    last = error.strip().splitlines()[-1]
-    assert f"otdrg prepare: {told}; " in last
-    assert last.endswith(f"complete shards are kept in {tmp_path / 'built.partial'}; --resume continues")
-
-
-def test_prepare_second_process_is_refused_and_writes_nothing(slow_prepare, tmp_path, capsys):
+@pytest.mark.parametrize(("how", "status", "num_proc"), [(signal.SIGTERM, 143, "1"), (signal.SIGINT, 130, "2")])
+def test_prepare_running_refuses_a_second_process_and_says_what_is_kept_on_a_signal(
+    slow_prepare, tmp_path, capsys, how, status, num_proc
+):
     output = tmp_path / "built"
-    process = slow_prepare(output)
+    process = slow_prepare(output, "--num-proc", num_proc)
     for more in ([], ["--overwrite"], ["--resume"]):
         assert main(["prepare", "phantom", "--train", "3", "--output", str(output), *more]) == 1
         error = capsys.readouterr().err
         assert f"{output} is being written by process {process.pid} on " in error and error.count("\n") == 1
     assert process.poll() is None
+    process.send_signal(how)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == status and "Traceback" not in error
+    name = "terminated (SIGTERM)" if how == signal.SIGTERM else "interrupted"
+    last = error.strip().splitlines()[-1]
+    assert f"otdrg prepare: {name}; " in last
+    assert last.endswith(f"complete shards are kept in {tmp_path / 'built.partial'}; --resume continues")
 
 
 def test_prepare_killed_leaves_no_process_that_builds_on(slow_prepare, tmp_path):
@@ -494,6 +491,6 @@ def test_prepare_killed_leaves_no_process_that_builds_on(slow_prepare, tmp_path)
     _, alive = psutil.wait_procs(children, timeout=20)
     assert children and not alive
     build = BuildOptions(studies_per_shard=2)
-    options = {"train": 200, "validation": 0, "test": 0, "image_size": 32}
+    options = {"train": 60, "validation": 0, "test": 0, "image_size": 32}
     report = prepare_studies("phantom", tmp_path / "built", build=build, resume=True, **options)
-    assert report.counts["train"].studies == 200
+    assert report.counts["train"].studies == options["train"]
