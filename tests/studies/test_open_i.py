@@ -211,10 +211,10 @@ def test_views_of_kaggles_projections(collection, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"uid,file\n", r"no column 'filename', expected uid, filename, projection"),
+        (b"uid,file\n", r"no column 'filename': expected filename, projection"),
         (b"", r"no column 'filename'"),
         (b"uid,filename,projection\n1,a,Oblique\n", r"line 2: projection is 'Oblique', expected Frontal or Lateral"),
-        (b"uid,filename,projection\n1,\xff,Frontal\n", r"not UTF-8"),
+        (b"uid,filename,projection\n1,\xff,Frontal\n", r"is not UTF-8"),
         (b"uid,filename,projection\n1,a.png,Frontal\n", r"names no image of the collection"),
     ],
 )

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from otdrg.findings_otdrg import FINDINGS, NEGATIVE, POSITIVE, UNCLEAR, UNMENTIONED
 from otdrg.labelers import load_labeler
 from otdrg.studies import load_studies
-from otdrg.studies.phantom import complete_states, contact_sheet, make_phantom, sample_states, write_report
+from otdrg.studies.phantom import complete_states, make_phantom, sample_states, write_report
 from otdrg.studies.phantom_wording import write_indication
 
 #: How a reader knows which finding a sentence is about; written apart from the wordings.
@@ -220,18 +220,6 @@ def test_the_rules_labeler_reads_the_true_states():
     reports = [f"{phantom.findings} {phantom.impression}" for phantom in phantoms]
     states = np.stack([phantom.states for phantom in phantoms])
     assert np.array_equal(load_labeler("rules").label(reports), states)
-
-
-def test_contact_sheet():
-    sheet = np.asarray(contact_sheet(3, 5, 48, VIEWS))
-    phantom = make_phantom(3, 4, 48)
-    rows, columns = sheet.shape
-    assert columns == 4 * 2 * 48 and rows % 2 == 0
-    second = sheet[rows // 2 :]
-    assert np.array_equal(second[:48, :96], np.hstack([np.asarray(image) for image in phantom.images]))
-    assert second[48:, :96].any() and not second[:, 96:].any()  # a caption, and nothing after the last study
-    with pytest.raises(ValueError, match="option 'count' is 0: expected a whole number of 1 or more"):
-        contact_sheet(3, 0)
 
 
 def test_prevalences():
