@@ -100,7 +100,7 @@ def run(options: argparse.Namespace) -> None:
         return
     with OutputLock(options.output):
         if options.output.exists() and not options.resume and not options.overwrite:
-            raise ValueError(f"{options.output} exists: --resume goes on with it, --overwrite replaces it")
+            raise ValueError(f"{options.output} exists: --resume continues it, --overwrite replaces it")
         _run(options)
 
 
@@ -136,7 +136,7 @@ def _run(options: argparse.Namespace) -> None:
     except KeyboardInterrupt as stop:
         written = f"{outcome.written:,} of {len(studies):,} studies were written"
         raise type(stop)(
-            written if journal is None else f"{written} to {options.output}; --resume goes on with the others"
+            written if journal is None else f"{written} to {options.output}; --resume continues"
         ) from None
     if journal is not None:
         existing = f", {kept:,} were there" if options.resume else ""

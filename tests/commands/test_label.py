@@ -60,7 +60,7 @@ def states_of(folder):
 # --- a table of reports ----------------------------------------------------------------------------------------------
 
 
-def test_a_table_of_reports_becomes_one_of_states(table, tmp_path, capsys):
+def test_label_table_of_reports_gives_states(table, tmp_path, capsys):
     reports = {"a": 'The heart is "enlarged".\nNo effusion, today.', "b": "", "c": "Clear lungs."}
     path = table(*((4, name, report) for name, report in reports.items()), header=("n", "ID", " Report "))
     output = tmp_path / "states.csv"
@@ -77,7 +77,7 @@ def test_a_table_of_reports_becomes_one_of_states(table, tmp_path, capsys):
     assert shown.out == f"3 reports labelled by rules: {output}\n"
 
 
-def test_reports_may_be_lines_of_json(tmp_path, capsys):
+def test_label_json_lines_are_read(tmp_path, capsys):
     path, output = tmp_path / "reports.jsonl", tmp_path / "states.csv"
     path.write_text('{"id": 7, "report": "Large heart.\\nNo \\"effusion\\"."}\n\n{"n": 1, "report": "", "id": "b"}\n')
     command = ["label", "--reports", str(path), "--labeler", "rules", "--output", str(output)]
@@ -102,7 +102,7 @@ def test_reports_may_be_lines_of_json(tmp_path, capsys):
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.text(st.characters(codec="utf-8")), min_size=1, max_size=5))
-def test_any_text_is_a_report(tmp_path_factory, reports):
+def test_label_any_text_is_a_report(tmp_path_factory, reports):
     folder = tmp_path_factory.mktemp("reports")
     path, output = folder / "reports.csv", folder / "states.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -112,7 +112,7 @@ def test_any_text_is_a_report(tmp_path_factory, reports):
     assert list(read_states(output)) == [str(place) for place in range(len(reports))]
 
 
-def test_long_reports_are_read_and_other_readers_keep_their_limit(table, tmp_path):
+def test_label_long_reports_keep_the_csv_limit(table, tmp_path):
     limit = csv.field_size_limit()
     path, output = table(("a", "Clear lungs. " * limit)), tmp_path / "states.csv"
     assert main(["label", "--reports", path, "--labeler", "rules", "--output", str(output)]) == 0
@@ -124,7 +124,7 @@ def test_long_reports_are_read_and_other_readers_keep_their_limit(table, tmp_pat
     assert csv.field_size_limit() == limit
 
 
-def test_an_output_that_cannot_be_is_named(table, tmp_path, capsys):
+def test_label_impossible_output_is_named(table, tmp_path, capsys):
     command = ["label", "--reports", table(("a", "Clear lungs.")), "--labeler", "rules", "--overwrite", "--output"]
     assert main([*command, str(tmp_path / "none" / "states.csv")]) == 1
     assert f"states.csv: there is no folder {tmp_path / 'none'}" in capsys.readouterr().err
@@ -132,13 +132,13 @@ def test_an_output_that_cannot_be_is_named(table, tmp_path, capsys):
     assert f"{tmp_path} is a folder" in capsys.readouterr().err
 
 
-def test_rules_are_the_default(table, tmp_path):
+def test_label_rules_are_the_default(table, tmp_path):
     path = table(("a", "No effusion."))
     assert main(["label", "--reports", path, "--output", str(tmp_path / "states.csv")]) == 0
     assert read_states(tmp_path / "states.csv")["a"][FINDINGS.index("pleural_effusion")] == 2
 
 
-def test_options_reach_the_labeler(table, tmp_path):
+def test_label_options_reach_the_labeler(table, tmp_path):
     path = table(("a", "No displaced rib fractures."))
     for value, state in (("false", 2), ("true", 1)):
         command = ["label", "--reports", path, "--labeler", "rules", "--option", f"repeat_mistakes={value}"]
@@ -146,7 +146,7 @@ def test_options_reach_the_labeler(table, tmp_path):
         assert read_states(tmp_path / f"{value}.csv")["a"][FINDINGS.index("fracture")] == state
 
 
-def test_a_table_is_labelled_without_the_heavy_libraries(table, tmp_path):
+def test_label_table_imports_no_torch(table, tmp_path):
     path = table(("a", "Clear lungs."))
     code = (
         "import sys\nfrom otdrg.cli import main\n"
@@ -161,7 +161,7 @@ def test_a_table_is_labelled_without_the_heavy_libraries(table, tmp_path):
 # --- a dataset -------------------------------------------------------------------------------------------------------
 
 
-def test_a_dataset_is_labelled_in_its_place(built, tmp_path, capsys):
+def test_label_dataset_is_replaced(built, tmp_path, capsys):
     before = load_from_disk(built)
     reports = {row["id"]: row["report"] for rows in before.values() for row in rows}
     views = [image.tobytes() for rows in before.values() for row in rows for image in row["images"]]
@@ -180,7 +180,7 @@ def test_a_dataset_is_labelled_in_its_place(built, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("built")] == ["built"]
 
 
-def test_states_that_are_there_are_kept_unless_asked_for(built, tmp_path, table, capsys):
+def test_label_existing_states_are_kept_without_relabel(built, tmp_path, table, capsys):
     ids = list(states_of(built))
     findings = [name.replace("_", " ") for name in FINDINGS]
     path = table((ids[0], *["1"] * 14), ("other", *[""] * 14), header=("id", *findings))
@@ -211,7 +211,7 @@ class Interrupted:
         return load_labeler("rules").label(reports)
 
 
-def test_an_interrupted_labelling_is_gone_on_with(built, monkeypatch, capsys):
+def test_label_interrupted_is_resumed(built, monkeypatch, capsys):
     monkeypatch.setattr(Interrupted, "calls", 0)
     real = load_labeler
     monkeypatch.setattr(
@@ -232,7 +232,7 @@ def test_an_interrupted_labelling_is_gone_on_with(built, monkeypatch, capsys):
     assert None not in states_of(built).values()
 
 
-def test_a_csv_is_counted_whole_however_often_it_was_interrupted(built, table, monkeypatch, capsys):
+def test_label_csv_interrupted_counts_all_studies(built, table, monkeypatch, capsys):
     findings = [name.replace("_", " ") for name in FINDINGS]
     ids = list(states_of(built))
     rows = [(study, *["1"] * 14) for study in (*ids[:-1], "other")]
@@ -255,7 +255,7 @@ def test_a_csv_is_counted_whole_however_often_it_was_interrupted(built, table, m
     assert f"1 ids of {path} belong to no study\n" in error
 
 
-def test_a_csv_of_other_studies_is_refused(built, table, capsys):
+def test_label_csv_of_other_studies_is_refused(built, table, capsys):
     path = table(("x", *["1"] * 14), header=("id", *(name.replace("_", " ") for name in FINDINGS)))
     assert main(["label", str(built), "--labeler", "csv", "--csv", path]) == 1
     assert "none of the 9 studies is in it (studies: " in capsys.readouterr().err
@@ -265,7 +265,7 @@ def test_a_csv_of_other_studies_is_refused(built, table, capsys):
 # --- two tables of states --------------------------------------------------------------------------------------------
 
 
-def test_two_tables_are_compared(table, tmp_path, capsys):
+def test_label_compare_measures_agreement(table, tmp_path, capsys):
     names = [name.replace("_", " ").title() for name in FINDINGS]
     one = table(("a", *["1"] * 14), ("b", *["0"] * 13, ""), ("x", *[""] * 14), header=("id", *names), name="a.csv")
     two = table(("b", "", *["0"] * 13), ("a", "1", *["1.0"] * 13), header=("id", *names[::-1]), name="b.csv")
@@ -288,7 +288,7 @@ def test_two_tables_are_compared(table, tmp_path, capsys):
     ] == "a,enlarged_cardiomediastinum,positive,unmentioned"
 
 
-def test_the_help_shows_each_form(capsys):
+def test_label_help_shows_each_form(capsys):
     with pytest.raises(SystemExit):
         main(["label", "--help"])
     lines = capsys.readouterr().out.splitlines()
@@ -329,7 +329,7 @@ def test_the_help_shows_each_form(capsys):
         (["--reports", "no.csv", "--labeler", "rules", "--output", "o"], "no.csv: cannot be read"),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_nothing(arguments, message, tmp_path, monkeypatch, capsys):
+def test_label_wrong_arguments_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["label", *arguments]) == 1
     error = capsys.readouterr().err
@@ -351,7 +351,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(arguments, message, tmp_path, 
         (b'id,report\n1,"Clear.\nNo effusion."\n1,"No\nchange."\n', "line 4, column id: '1' is in line 2 too"),
     ],
 )
-def test_a_faulty_table_leaves_no_output(content, message, tmp_path, capsys):
+def test_label_faulty_table_leaves_no_output(content, message, tmp_path, capsys):
     path = tmp_path / "reports.csv"
     path.write_bytes(content)
     output = tmp_path / "states.csv"
@@ -361,7 +361,7 @@ def test_a_faulty_table_leaves_no_output(content, message, tmp_path, capsys):
     assert [file.name for file in tmp_path.iterdir()] == ["reports.csv"]
 
 
-def test_an_output_that_is_there_stays_unless_it_may_go(table, tmp_path, capsys):
+def test_label_existing_output_is_kept_without_overwrite(table, tmp_path, capsys):
     path = table(("a", "Clear lungs."))
     output = tmp_path / "states.csv"
     output.write_text("mine")
@@ -376,7 +376,7 @@ def test_an_output_that_is_there_stays_unless_it_may_go(table, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(("stop", "status"), [(Terminated, 143), (KeyboardInterrupt, 130)])
-def test_label_ended_by_a_signal_says_what_is_kept(built, monkeypatch, capsys, stop, status):
+def test_label_signal_reports_what_is_kept(built, monkeypatch, capsys, stop, status):
     def stopped(*_):
         raise stop
 

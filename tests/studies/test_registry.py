@@ -71,7 +71,7 @@ def test_prepare_registered_source_is_in_the_help(toy, capsys):
         assert exit.value.code == 0 and all(word in shown for word in words), shown
 
 
-def test_unknown_source_names_the_known_ones():
+def test_load_studies_unknown_source_names_the_known_ones():
     with pytest.raises(
         ValueError,
         match="unknown source of studies 'iu': expected one of csv, dicom, hub, mimic-cxr, open-i, phantom, r2gen",
@@ -79,30 +79,30 @@ def test_unknown_source_names_the_known_ones():
         load_studies("iu")
 
 
-def test_unknown_option_names_the_allowed_ones():
+def test_load_studies_unknown_option_names_the_allowed_ones():
     with pytest.raises(
         ValueError, match="unknown option 'folder' of source 'r2gen': expected one of annotation, images"
     ):
         load_studies("r2gen", folder="x")
 
 
-def test_missing_option_is_named():
+def test_load_studies_missing_option_is_named():
     with pytest.raises(ValueError, match="source 'r2gen' needs the option 'images'"):
         load_studies("r2gen", annotation="annotation.json")
 
 
-def test_every_source_yields_the_schema():
+def test_load_studies_features_are_the_schema():
     studies = load_studies("phantom", train=1, validation=0, test=0, image_size=32)
     assert studies["train"].features == STUDY_FEATURES
 
 
-def test_sources_are_imported_when_asked_for():
+def test_import_of_studies_does_not_import_datasets():
     code = "import sys, otdrg.studies; print([m for m in ('datasets', 'torch') if m in sys.modules])"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"
 
 
 @pytest.mark.parametrize("options", [{}, {"folder": "x", "limit": 3}, {"path": "x"}])
-def test_the_prepared_source_has_one_option(options):
+def test_load_studies_prepared_has_one_option(options):
     with pytest.raises(ValueError, match="source 'prepared' has one option, 'folder'"):
         load_studies("prepared", **options)
