@@ -288,6 +288,18 @@ def test_label_compare_measures_agreement(table, tmp_path, capsys):
     ] == "a,enlarged_cardiomediastinum,positive,unmentioned"
 
 
+def test_label_closed_pipe_ends_quietly(table):
+    """As with `| head`."""
+    names = [name.replace("_", " ") for name in FINDINGS]
+    states = table(("a", *["1"] * 14), header=("id", *names))
+    command = [sys.executable, "-m", "otdrg.cli", "label", "--compare", states, states]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        error = process.stderr.read()
+        assert process.wait(60) == 141
+    assert error == ""
+
+
 def test_label_help_shows_each_form(capsys):
     with pytest.raises(SystemExit):
         main(["label", "--help"])

@@ -450,7 +450,13 @@ def slow_prepare(tmp_path):
     def start(output, *arguments):
         command = [sys.executable, str(script), "prepare", "phantom", "--train", "60", "--validation", "0"]
         command += ["--test", "0", "--image-size", "32", "--studies-per-shard", "2", "--output", str(output)]
-        process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True)
+        # A test run in the background ignores SIGINT, and its children would, too.
+        process = subprocess.Popen(
+            [*command, *arguments],
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
         started.append(process)
         shards, deadline = output.with_name(f"{output.name}.partial") / "shards", time.monotonic() + 60
         while not list(shards.glob("*.json")) and time.monotonic() < deadline:

@@ -4,12 +4,15 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from datasets import load_from_disk
+from huggingface_hub import constants
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+from otdrg.cli import main
 from otdrg.studies import prepare_studies
-from otdrg.studies.build import BuildOptions
 from otdrg.studies.publish import push_studies
 from PIL import Image
 
@@ -40,13 +43,23 @@ def run(hub_server, tmp_path):
 
 
 @pytest.fixture
-def otdrg(run):
-    """Runs the command."""
+def otdrg(hub_server, monkeypatch, capsys):
+    """Runs the command in this process, whose Hub is the test's."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub_server.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    disable_progress_bars()
 
-    def otdrg(*arguments, **variables):
-        return run("-m", "otdrg.cli", *arguments, **variables)
+    def otdrg(*arguments, token=hub_server.token):
+        monkeypatch.setenv("HF_TOKEN", token)
+        status = main([str(argument) for argument in arguments])
+        shown = capsys.readouterr()
+        return SimpleNamespace(returncode=status, stdout=shown.out, stderr=shown.err)
 
-    return otdrg
+    yield otdrg
+    enable_progress_bars()
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +100,10 @@ def with_pixels(rows):
     return [{**row, "images": [np.asarray(image).tolist() for image in row["images"]]} for row in rows]
 
 
-def test_push_dataset_is_private_and_loads(otdrg, run, hub_server, tmp_path):
+def test_push_dataset_is_private_and_loads(run, hub_server, tmp_path):
     folder = tmp_path / "phantoms"
-    pushed = otdrg(*COMMAND, "--studies-per-shard", 2, "--output", folder, "--push-to-hub", "org/phantoms")
+    options = ["--studies-per-shard", 2, "--output", folder, "--push-to-hub", "org/phantoms"]
+    pushed = run("-m", "otdrg.cli", *COMMAND, *options)
     assert pushed.returncode == 0, pushed.stderr
     assert pushed.stdout.endswith(f"pushed: {hub_server.url}/datasets/org/phantoms\n")
     repo = hub_server.repos["datasets", "org/phantoms"]
@@ -127,12 +141,11 @@ def test_push_public_repository_is_public(otdrg, hub_server, built):
     assert not hub_server.repos["datasets", "org/phantoms"].private
 
 
-def test_push_again_deletes_earlier_shards(run, hub_server, built, tmp_path):
-    prepare_studies("phantom", tmp_path / "many", build=BuildOptions(studies_per_shard=1), **PHANTOMS)
-    push = "import sys; from otdrg.studies.publish import push_studies\n"
-    push += "for folder in sys.argv[1:]: push_studies(folder, 'org/phantoms')"
-    pushed = run("-c", push, tmp_path / "many", built)
-    assert pushed.returncode == 0, pushed.stderr
+def test_push_again_deletes_earlier_shards(otdrg, hub_server, built, tmp_path):
+    many = ["--studies-per-shard", "1", "--output", tmp_path / "many"]
+    for options in (many, ["--output", built, "--resume"]):
+        pushed = otdrg(*COMMAND, *options, "--push-to-hub", "org/phantoms")
+        assert pushed.returncode == 0, pushed.stderr
     # `load_dataset` reads every data/train-*.parquet: a shard that stays is a study twice.
     assert hub_server.repos["datasets", "org/phantoms"].files.keys() == contents(built).keys()
 
@@ -170,7 +183,7 @@ def test_push_existing_repository_keeps_its_visibility(otdrg, hub_server, restri
 FAILURES = {
     "unreachable": (lambda hub: hub.stop(), {}, "refused"),
     "connection cut": (lambda hub: hub.disturb("POST", "/repos/create", cut=0), {}, "disconnected"),
-    "wrong token": (lambda hub: None, {"HF_TOKEN": "wrong"}, "401 Unauthorized.*Invalid credentials"),
+    "wrong token": (lambda hub: None, {"token": "wrong"}, "401 Unauthorized.*Invalid credentials"),
     "no right": (lambda hub: hub.disturb("POST", "/repos/create", status=403), {}, "403 Forbidden"),
     "out of order": (lambda hub: hub.disturb("POST", "/repos/create", status=500), {}, "500 Internal Server Error"),
     "file refused": (lambda hub: hub.disturb("PUT", "^/storage/", times=9, status=403), {}, "parquet.*403 Forbidden"),
@@ -184,7 +197,7 @@ def test_push_failure_is_one_line_and_keeps_the_dataset(otdrg, hub_server, built
     disturb(hub_server)
     before = state(built)
     command = [*COMMAND, "--output", built, "--resume", "--push-to-hub", "org/phantoms"]
-    failed = otdrg(*command, HF_HUB_DISABLE_PROGRESS_BARS="1", **variables)
+    failed = otdrg(*command, **variables)
     assert failed.returncode == 1
     assert re.fullmatch(f"otdrg prepare: error: .*{message}.*\n", failed.stderr), failed.stderr
     assert "pushed" not in failed.stdout
