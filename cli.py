@@ -20,22 +20,22 @@ def main(arguments: list[str] | None = None) -> int:
         parser.print_help()
         return 2
     if logging.lastResort is not None:
-        # Warnings of ours name studies.
+        # Warnings contain names of studies, which may hold control characters.
         logging.lastResort.setFormatter(PrintableFormatter("%(message)s"))
     return exit_status(f"otdrg {options.command}", lambda: options.run(options))
 
 
-#: Commands, each a module of the room `commands` that is imported when its command is typed, and what they do.
+#: Commands and what they do; each is a module of `commands`, imported when its command is typed.
 _COMMANDS = {
     "generate": "write the reports of studies",
-    "prepare": "make a dataset of studies from radiographs and reports",
+    "prepare": "convert radiographs and reports to a dataset",
     "label": "read the states of 14 findings from reports",
     "score": "score the reports of any system, and test two systems against each other",
-    "evaluate": "score a model's reports beside baselines and controls",
-    "localise": "judge a model's heatmaps on phantoms, beside chance",
+    "evaluate": "score a model's reports, compared with baselines and controls",
+    "localise": "measure a model's heatmaps on phantoms, compared with chance",
     "embed": "plot image features before and after alignment, by finding",
     "push": "publish a trained model on the Hub, with its card and its demo",
-    "ablate": "train the paper's ablations of a recipe and table them",
+    "ablate": "train the paper's ablations of a recipe and tabulate them",
     "demo": "try a model in a browser on this machine",
 }
 

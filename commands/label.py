@@ -1,4 +1,4 @@
-"""`otdrg label`: states of the 14 findings for a dataset, for a table of reports, or two tables of states compared."""
+"""`otdrg label`: label the 14 findings of a dataset or a table of reports, or compare two tables of states."""
 
 from __future__ import annotations
 
@@ -11,22 +11,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..files_otdrg import write_json
-from ..findings_otdrg import FINDING_STATES, FINDINGS, UNMENTIONED
+from ..findings_otdrg import UNMENTIONED
 from ..labelers import LABELERS
 from ..labelers.as_typed import label_quietly, labeler_of, listed, parse_options
 from ..labelers.csv_states import read_states, write_states
 from ..labelers.report_table import read_reports
-from ..runtime.csv_files import write_csv
 from ..runtime.output_lock import OutputLock
 from ..runtime.printable import show
 
 DESCRIPTION = """\
-Read the states of the 14 findings out of reports, in one of three forms:
-  DATASET    fills finding_states of a dataset that otdrg prepare has written, from its column "report" (the text a
-             model learns) or from a CSV (--labeler csv); studies that have states keep them unless --relabel
-  --reports  reads a table of reports and writes one of states in chexpert-labeler's form: 1, 0, -1 or blank
-  --compare  says how far two tables of states agree, finding by finding
+Read the states of the 14 findings from reports, in one of three forms:
+  DATASET    fills finding_states of a dataset written by otdrg prepare, from its column "report" (the text a model
+             learns) or from a CSV (--labeler csv); studies with states keep them unless --relabel is set
+  --reports  reads a table of reports and writes a table of states in chexpert-labeler's format: 1, 0, -1 or blank
+  --compare  measures the agreement of two tables of states, finding by finding
 """
 EPILOG = """\
 Examples:
@@ -41,40 +39,42 @@ _BATCH = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    """The command's arguments; `arguments`, what was typed, does not change them."""
+    """Add the arguments of the command; they do not depend on `arguments`, the typed ones."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    what = parser.add_argument_group("what is labelled, one of")
+    what = parser.add_argument_group("input, one of")
     what.add_argument("dataset", nargs="?", metavar="DATASET", help="folder written by otdrg prepare")
     what.add_argument("--reports", metavar="FILE", help="CSV with the columns id and report, or .jsonl with these keys")
     what.add_argument("--compare", nargs=2, metavar=("A", "B"), help="CSVs of states: a reference and another")
-    labeler = parser.add_argument_group("how")
-    labeler.add_argument("--labeler", choices=[*LABELERS, "csv"], help="what reads the states (default: rules)")
+    labeler = parser.add_argument_group("labeler")
+    labeler.add_argument("--labeler", choices=[*LABELERS, "csv"], help="labeler that reads the states (default: rules)")
     labeler.add_argument(
-        "--option", action="append", default=[], metavar="NAME=VALUE", help="of the labeler; repeatable"
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="option of the labeler; repeatable"
     )
-    labeler.add_argument("--csv", metavar="FILE", help="states in chexpert-labeler's form, for --labeler csv")
-    labeler.add_argument("--id-column", metavar="NAME", help="column of --csv with the studies' ids (default: id)")
-    labeler.add_argument("--relabel", action="store_true", help="studies of DATASET that have states, too")
-    output = parser.add_argument_group("where to")
+    labeler.add_argument("--csv", metavar="FILE", help="states in chexpert-labeler's format, for --labeler csv")
+    labeler.add_argument(
+        "--id-column", metavar="NAME", help="column of --csv with the ids of the studies (default: id)"
+    )
+    labeler.add_argument("--relabel", action="store_true", help="also label studies of DATASET that have states")
+    output = parser.add_argument_group("output")
     output.add_argument(
         "--output",
         metavar="PATH",
-        help="dataset (by default DATASET), CSV of states, or folder of the comparison",
+        help="dataset (default: DATASET), CSV of states, or folder of the comparison",
     )
-    output.add_argument("--resume", action="store_true", help="go on with an interrupted labelling of DATASET")
-    output.add_argument("--overwrite", action="store_true", help="replace what is at --output, or start anew")
+    output.add_argument("--resume", action="store_true", help="continue an interrupted labelling of DATASET")
+    output.add_argument("--overwrite", action="store_true", help="replace --output, or delete an interrupted labelling")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Label or compare, whichever was asked for."""
+    """Label or compare, depending on the input."""
     given = [name for name in ("dataset", "reports", "compare") if getattr(options, name)]
     if len(given) != 1:
         raise ValueError(f"{' and '.join(given) or 'nothing'} given: expected one of DATASET, --reports and --compare")
-    _refuse_what_does_not_belong(options, given[0])
+    _check_form(options, given[0])
     {"dataset": _label_dataset, "reports": _label_reports, "compare": _compare}[given[0]](options)
 
 
-def _refuse_what_does_not_belong(options: argparse.Namespace, form: str) -> None:
+def _check_form(options: argparse.Namespace, form: str) -> None:
     allowed = {
         "dataset": {"labeler", "option", "csv", "id_column", "relabel", "resume"},
         "reports": {"labeler", "option"},
@@ -83,7 +83,7 @@ def _refuse_what_does_not_belong(options: argparse.Namespace, form: str) -> None
     for name in ("labeler", "option", "csv", "id_column", "relabel", "resume"):
         if getattr(options, name) and name not in allowed:
             shown = "DATASET" if form == "dataset" else f"--{form}"
-            raise ValueError(f"--{name.replace('_', '-')} does not go with {shown}: leave it out")
+            raise ValueError(f"--{name.replace('_', '-')} does not go with {shown}: remove it")
     if form != "compare" and options.labeler is None:
         options.labeler = "rules" if options.csv is None else "csv"
     if form != "dataset" and options.labeler == "csv":
@@ -93,7 +93,7 @@ def _refuse_what_does_not_belong(options: argparse.Namespace, form: str) -> None
     if options.id_column and options.csv is None:
         raise ValueError("--id-column is a column of --csv: expected both or neither")
     if options.option and options.labeler == "csv":
-        raise ValueError("--option does not go with --labeler csv: leave it out")
+        raise ValueError("--option does not go with --labeler csv: remove it")
 
 
 # --- a table of reports ----------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def _label_dataset(options: argparse.Namespace) -> None:
     if options.labeler == "csv":
         id_column = options.id_column or "id"
         known = read_states(options.csv, id_column)
-        # An interrupted labelling is not gone on with by a file that has changed.
+        # An interrupted labelling is not continued with a file that has changed.
         content = hashlib.sha256(Path(options.csv).read_bytes()).hexdigest()
         settings.update(csv=str(Path(options.csv).resolve()), csv_sha256=content, id_column=id_column)
         ids = _dataset_ids(options, known)
@@ -177,11 +177,11 @@ def _label_dataset(options: argparse.Namespace) -> None:
         if absent:
             show(f"not in {options.csv}: {len(absent):,} studies: {listed(absent)}", file=sys.stderr)
         if unused:
-            show(f"{len(unused):,} ids of {options.csv} are of no study", file=sys.stderr)
+            show(f"{len(unused):,} ids of {options.csv} belong to no study", file=sys.stderr)
 
 
 def _dataset_ids(options: argparse.Namespace, known: dict) -> list[str]:
-    """Ids of all studies of the dataset, one of which at least must be known."""
+    """Ids of all studies of the dataset; a `ValueError` if none of them is known."""
     from ..studies.loading import prepared_column, prepared_splits
 
     ids = [
@@ -190,7 +190,7 @@ def _dataset_ids(options: argparse.Namespace, known: dict) -> list[str]:
     if not any(study in known for study in ids):
         raise ValueError(
             f"{options.csv}: none of the {len(ids):,} studies is in it (studies: {ids[0]!r}, file: "
-            f"{next(iter(known), 'none')!r}), expected the studies' own ids"
+            f"{next(iter(known), 'none')!r}), expected the ids of the studies"
         )
     return ids
 
@@ -209,11 +209,11 @@ def _compare(options: argparse.Namespace) -> None:
 def _measure_agreement(options: argparse.Namespace, folder: Path | None) -> None:
     import numpy as np
 
-    from ..labelers.agreement import format_agreement, measure_agreement
+    from ..labelers.agreement import format_agreement, measure_agreement, write_agreement
 
     if folder is not None and folder.exists():
         if not folder.is_dir():
-            raise ValueError(f"{folder} is no folder: expected one for the files of the comparison")
+            raise ValueError(f"{folder} is a file: expected a folder for the comparison")
         if any(folder.iterdir()) and not options.overwrite:
             raise ValueError(f"{folder} exists and is not empty: --overwrite writes into it")
     paths = [Path(path) for path in options.compare]
@@ -229,30 +229,9 @@ def _measure_agreement(options: argparse.Namespace, folder: Path | None) -> None
         if missing:
             show(f"only in {path}: {len(missing):,} reports: {listed(missing)}", file=sys.stderr)
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
         result["only_in_reference"], result["only_in_candidate"] = only
-        write_json(folder / "agreement.json", result)
-        _write_rates(folder / "agreement.csv", result)
-        _write_disagreements(folder / "disagreements.csv", ids, reference, candidate)
+        write_agreement(folder, result, ids, reference, candidate)
         show(f"\nagreement.json, agreement.csv and disagreements.csv: {folder}")
-
-
-def _write_rates(path: Path, result: dict[str, Any]) -> None:
-    names = ("precision", "recall", "f1", "support", "predicted")
-    rows = (
-        [finding, state, *(rates[name] for name in names), row["kappa"]]
-        for finding, row in result["findings"].items()
-        for state, rates in {"mention": row["mention"], **row["states"]}.items()
-    )
-    write_csv(path, ["finding", "state", *names, "kappa"], rows)
-
-
-def _write_disagreements(path: Path, ids: list[str], reference, candidate) -> None:
-    rows = (
-        [ids[row], FINDINGS[column], *(FINDING_STATES[table[row, column]] for table in (reference, candidate))]
-        for row, column in zip(*(reference != candidate).nonzero(), strict=True)
-    )
-    write_csv(path, ["id", "finding", "reference", "candidate"], rows)
 
 
 __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
+from dataclasses import MISSING, fields
 
 from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
             help=summary,
             formatter_class=argparse.HelpFormatter,
             description=f"Make a dataset of studies from {summary}.",
-            epilog=f"Example: otdrg prepare {name} {cls.example or '--output studies'}" if is_typed else None,
+            epilog=f"Example: otdrg prepare {name} {cls.example or _required(cls)}" if is_typed else None,
         )
         output = source.add_argument_group("output")
         output.add_argument("--output", required=is_typed, metavar="DIR", help="Folder of the dataset.")
@@ -61,6 +61,13 @@ def run(options: argparse.Namespace) -> None:
     show(str(report))
     if options.push_to_hub:
         show(f"pushed: {push_studies(report.folder, options.push_to_hub, public=options.public)}")
+
+
+def _required(cls: type) -> str:
+    """The required options of a source, for a source without an example."""
+    required = [option for option in fields(cls) if option.default is option.default_factory is MISSING]
+    options = (f"--{option.name.replace('_', '-')} {option.metadata['metavar'] or 'VALUE'}" for option in required)
+    return " ".join([*options, "--output studies"])
 
 
 __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]

@@ -1,4 +1,4 @@
-"""A study's report as people read it in a terminal."""
+"""Format the report of a study for a terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from ..findings_otdrg import FINDING_DISPLAY_NAMES
 from ..runtime.printable import printable
 
-#: States in the order of the table, their mark, and their colour (SGR).
+#: States in the order of the table, with their mark and colour (SGR).
 _STATES: dict[str, tuple[str, str]] = {
     "positive": ("+", "31"),
     "unclear": ("?", "33"),
@@ -20,30 +20,29 @@ _STATES: dict[str, tuple[str, str]] = {
 }
 _DISAGREEMENT, _HEADING = "35", "1"
 _NARROWEST = 40
-#: At which a line does not end.
+#: Non-breaking space.
 _KEPT_SPACE = "\xa0"
 
 
 def terminal_width() -> int:
-    """Columns of the terminal, 80 where there is none."""
+    """Columns of the terminal, 80 without a terminal."""
     return max(shutil.get_terminal_size().columns, _NARROWEST)
 
 
 def wants_colour(stream: TextIO, environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether a stream is a terminal, and not one whose user has set NO_COLOR."""
+    """Whether a stream is a terminal with colours, and NO_COLOR is not set."""
     return stream.isatty() and not environment.get("NO_COLOR") and environment.get("TERM") != "dumb"
 
 
 def format_record(record: dict[str, Any], width: int, colour: bool = False) -> str:
-    """A study, its report, the states the model was told, and where the report disagrees with these.
+    """Format a study: its report, the finding states, and where the report differs from these.
 
-    Findings that are told or disagreed about have a line each, positive ones first; the others share one. Those that
-    the report disagrees about are marked, and told of below.
+    Mentioned findings and those in which the report differs have a line each, positive ones first; the others share a
+    line. Differences are marked, and listed below the table.
 
     Args:
-        record: as `otdrg generate --json` gives it; that of a model which is not told of findings has no
-            `contradictions`.
-        width: columns, to which text is wrapped.
+        record: as printed by `otdrg generate --json`; without `contradictions` if the model has no conditioning states.
+        width: columns to which text is wrapped.
         colour: whether to colour the marks.
     """
 
@@ -56,9 +55,9 @@ def format_record(record: dict[str, Any], width: int, colour: bool = False) -> s
         blocks.append(_wrapped(f"Indication: {record['indication']}", width))
     blocks.append(_wrapped(record["report"] or "(the model wrote nothing)", width))
     if not record["complete"]:
-        blocks.append(paint(_wrapped("! cut off at --max-new-tokens, and not at its end", width), _DISAGREEMENT))
+        blocks.append(paint(_wrapped("! cut off at --max-new-tokens", width), _DISAGREEMENT))
     findings, disagreements = record["findings"], {one["finding"]: one for one in record.get("contradictions", ())}
-    rows, unmentioned = [f"    {'finding':<26}  {'told' if 'contradictions' in record else 'predicted':<11}  p"], []
+    rows, unmentioned = [f"    {'finding':<26}  {'state' if 'contradictions' in record else 'predicted':<11}  p"], []
     for state, (mark, code) in _STATES.items():
         for name, finding in findings.items():
             if finding["state"] != state:
@@ -78,13 +77,13 @@ def format_record(record: dict[str, Any], width: int, colour: bool = False) -> s
         rows.append(paint(last, _STATES["unmentioned"][1]))
     blocks.append("\n".join(rows))
     if disagreements:
-        told = [
-            _wrapped(f"! {FINDING_DISPLAY_NAMES[name]}: told {one['told']}, {_said(one)}", width, "  ", "    ")
+        lines = (
+            f"! {FINDING_DISPLAY_NAMES[name]}: conditioned on {one['told']}, {_said(one)}"
             for name, one in disagreements.items()
-        ]
-        blocks.append(paint("\n".join(told), _DISAGREEMENT))
+        )
+        blocks.append(paint("\n".join(_wrapped(line, width, "  ", "    ") for line in lines), _DISAGREEMENT))
     if "heatmap" in record:
-        # Not wrapped, to be copied.
+        # Not wrapped, so that it can be copied.
         blocks.append(f"  heatmap: {record['heatmap']}")
     return "\n\n".join(blocks) + "\n"
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..files_otdrg import write_json
 from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, UNMENTIONED
+from ..runtime.csv_files import write_csv
 
 #: Findings that the reference mentions less often are excluded from the macro average.
 MINIMUM_MENTIONS = 20
@@ -104,8 +107,28 @@ def format_agreement(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def write_agreement(
+    folder: Path, result: dict[str, Any], ids: list[str], reference: np.ndarray, candidate: np.ndarray
+) -> None:
+    """Write agreement.json, agreement.csv (rates) and disagreements.csv (each differing cell) to a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "agreement.json", result)
+    names = ("precision", "recall", "f1", "support", "predicted")
+    rates = (
+        [finding, state, *(rates[name] for name in names), row["kappa"]]
+        for finding, row in result["findings"].items()
+        for state, rates in {"mention": row["mention"], **row["states"]}.items()
+    )
+    write_csv(folder / "agreement.csv", ["finding", "state", *names, "kappa"], rates)
+    cells = (
+        [ids[row], FINDINGS[column], *(FINDING_STATES[table[row, column]] for table in (reference, candidate))]
+        for row, column in zip(*(reference != candidate).nonzero(), strict=True)
+    )
+    write_csv(folder / "disagreements.csv", ["id", "finding", "reference", "candidate"], cells)
+
+
 def _shown(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-__all__ = ["MINIMUM_MENTIONS", "format_agreement", "measure_agreement"]
+__all__ = ["MINIMUM_MENTIONS", "format_agreement", "measure_agreement", "write_agreement"]

@@ -151,7 +151,7 @@ def join_states(
     """
     from datasets import DatasetDict
 
-    from ..studies.schema import STUDY_FEATURES
+    from ..studies.loading import with_column
 
     states = read_states(path, id_column)
     splits = dataset if isinstance(dataset, DatasetDict) else DatasetDict({"all": dataset})
@@ -165,15 +165,9 @@ def join_states(
         )
 
     def fill(split: Dataset) -> Dataset:
-        known = split["finding_states"] if "finding_states" in split.column_names else [None] * len(split)
-        filled = [
-            states[study].tolist() if study in states else old for study, old in zip(split["id"], known, strict=True)
-        ]
-        order = split.column_names
-        feature = split.features.get("finding_states", STUDY_FEATURES["finding_states"])
-        rest = split.remove_columns("finding_states") if "finding_states" in order else split
-        joined = rest.add_column("finding_states", filled, feature=feature)
-        return joined.select_columns(order) if "finding_states" in order else joined
+        known = zip(split["id"], split["finding_states"], strict=True)
+        filled = [states[study].tolist() if study in states else old for study, old in known]
+        return with_column(split, "finding_states", filled)
 
     joined = DatasetDict({name: fill(split) for name, split in splits.items()})
     return (joined if isinstance(dataset, DatasetDict) else joined["all"]), unmatched

@@ -7,13 +7,12 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from ..files_otdrg import read_text
 from ..findings_otdrg import FINDING_STATES, FINDINGS, POSITIVE, UNCLEAR, UNMENTIONED
+from ..runtime.journal import Journal
 from . import check_reports, warn_of_reports
 from .llm_prompt import ASKED, PROMPT, load_prompt
 
@@ -378,26 +377,13 @@ def _with_no_finding(states: Sequence[int]) -> list[int]:
 
 
 class _Cache:
-    """States by report, in memory and, if there is a file, on disk: a line of JSON for each report.
-
-    Lines of other settings are kept, and a truncated last line is ignored.
-    """
+    """States by report, in memory and, if there is a file, on disk; rows of other settings are kept."""
 
     def __init__(self, path: str | os.PathLike | None, settings: list[Any]):
-        self._path = None if path is None else Path(path)
         self._settings = json.dumps(settings)
-        self._states: dict[str, list[int]] = {}
-        if self._path is not None and self._path.is_file():
-            content = read_text(self._path, "the JSON lines of a cache", limit=2**34)
-            for line in content.splitlines():
-                try:
-                    record = json.loads(line)
-                    self._states[record["report"]] = record["states"]
-                except (ValueError, KeyError, TypeError, RecursionError):
-                    continue
-            if content and not content.endswith("\n"):
-                with self._path.open("a", encoding="utf-8") as file:
-                    file.write("\n")
+        self._journal = None if path is None else Journal(path)
+        rows = [] if self._journal is None else self._journal.rows
+        self._states: dict[str, list[int]] = {row["report"]: row["states"] for row in rows}
 
     def _key(self, text: str) -> str:
         return hashlib.sha256(f"{self._settings}\n{text}".encode("utf-8", "surrogatepass")).hexdigest()
@@ -406,11 +392,10 @@ class _Cache:
         return self._states.get(self._key(text))
 
     def put(self, text: str, states: list[int]) -> None:
-        key = self._key(text)
-        self._states[key] = states
-        if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"report": key, "states": states}) + "\n")
+        row = {"report": self._key(text), "states": states}
+        self._states[row["report"]] = states
+        if self._journal is not None:
+            self._journal.add([row])
 
 
 __all__ = ["LLMLabeler"]

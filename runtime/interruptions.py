@@ -66,6 +66,7 @@ def exit_status(program: str, run: Callable[[], None], speaks: bool = True, trac
     try:
         with terminations():
             run()
+            sys.stdout.flush()
     except BrokenPipeError:
         # The reader has closed the pipe, as `| head` does; the rest of the output is discarded.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,15 +1,19 @@
-"""Read the rows of a CSV, with their lines, so that a malformed row does not affect the others."""
+"""Read the rows of a CSV with their lines: all of a table, or some columns of a published file."""
 
 from __future__ import annotations
 
 import csv
+import gzip
+import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from ..runtime.csv_files import longest_cell
 
 #: Most characters of a cell. It limits the cell of a quote that is never closed, which contains the rest of the table.
 _LONGEST_CELL = 2**20
+_GZIP_MAGIC = b"\x1f\x8b"
 
 
 class Row(NamedTuple):
@@ -46,6 +50,35 @@ def read_rows(lines: list[str], delimiter: str) -> Iterator[Row]:
         begin = first + 1
 
 
+def read_columns(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
+    """Number and values of each line of a CSV, compressed or not; a missing value is ""."""
+    try:
+        with path.open("rb") as file:
+            packed = file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
+        # By the content: browsers decompress files without renaming them.
+        with (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file)
+            header = [name.strip() for name in next(reader, [])]
+            for column in columns:
+                if column not in header:
+                    shown = ", ".join(header) or "none"
+                    raise ValueError(
+                        f"{path} has no column {column!r}: expected {', '.join(columns)}; columns: {shown}"
+                    )
+            places = [header.index(column) for column in columns]
+            for cells in reader:
+                if cells:
+                    yield reader.line_num, [cells[place].strip() if place < len(cells) else "" for place in places]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start} of a block): expected a CSV") from None
+    except csv.Error as error:
+        raise ValueError(f"{path} is not a CSV ({error}): expected one line for each image") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is a damaged gzip file ({error}): download it again") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+
+
 def check_encoding(encoding: str) -> None:
     """Raise a `ValueError` for an unknown encoding, and for one that is not a superset of ASCII."""
     try:
@@ -56,4 +89,4 @@ def check_encoding(encoding: str) -> None:
         raise ValueError(f"option 'encoding' is {encoding!r}: expected one that contains ASCII, or UTF-8")
 
 
-__all__ = ["Row", "check_encoding", "read_rows"]
+__all__ = ["Row", "check_encoding", "read_columns", "read_rows"]

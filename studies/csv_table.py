@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import PureWindowsPath
 from typing import Any, NamedTuple
 
+from .columns import match_columns
 from .csv_rows import Row, check_encoding, read_rows
 from .placeholders import present_text, shown_value
 from .source import (
@@ -20,7 +21,6 @@ from .source import (
     needed_file,
     needed_folder,
     option,
-    parse_pairs,
     path_inside,
     seeded_split,
 )
@@ -28,15 +28,15 @@ from .views import view_named
 
 _TEXTS = ("findings", "impression", "indication", "comparison")
 
-#: Fields of a row and the names of their columns; `report` is the findings unless there is a column of findings.
+#: Fields of a row and the names of their columns, the preferred one first.
 _FIELDS: dict[str, tuple[str, ...]] = {
     "image": ("image",),
     "study_id": ("study_id", "id"),
     "patient_id": ("patient_id",),
     "view": ("view",),
     "split": ("split",),
-    "report": ("report",),
     **{text: (text,) for text in _TEXTS},
+    "findings": ("findings", "report"),
 }
 
 _SPLIT_NAMES = {
@@ -103,7 +103,8 @@ class CSVSource(StudySource):
         check_encoding(self.encoding)
         self._listing: list[StudyEntry | Skipped] | None = None
         header, _ = self._read()
-        self._width, self._columns = len(header), self._find_columns(header)
+        columns = match_columns(header, _FIELDS, self.column, self.table, image="image")
+        self._width, self._columns = len(header), {field: header.index(name) for field, name in columns.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         # Entries hold everything that is read.
@@ -151,49 +152,6 @@ class CSVSource(StudySource):
         if header.fault:
             raise ValueError(f"{self.table}, header: {header.fault}")
         return [cell.strip() for cell in header.cells], rows
-
-    def _find_columns(self, header: list[str]) -> dict[str, int]:
-        """Positions of the columns by field."""
-        places: dict[str, list[int]] = {}
-        for place, name in enumerate(header):
-            places.setdefault(_fold(name), []).append(place)
-        shown = ", ".join(header)
-        columns: dict[str, int] = {}
-
-        def find(name: str) -> int | None:
-            found = places.get(_fold(name), [])
-            if len(found) > 1:
-                raise ValueError(f"{self.table} has {len(found)} columns {name!r} (ignoring case and spaces)")
-            return found[0] if found else None
-
-        form = f"FIELD=COLUMN, fields: {', '.join(_FIELDS)}"
-        for given, name in parse_pairs("column", self.column, form):
-            field = next((known for known in _FIELDS if _fold(given) in map(_fold, _FIELDS[known])), None)
-            field = "findings" if field == "report" else field
-            if field is None:
-                raise ValueError(f"option 'column' has '{given}={name}': expected {form}")
-            if field in columns:
-                raise ValueError(f"option 'column' names the field {field!r} twice: expected it once")
-            place = find(name)
-            if place is None:
-                raise ValueError(f"option 'column' has '{given}={name}', and {self.table} no such column: {shown}")
-            columns[field] = place
-        claimed = set(columns.values())
-        for field, names in _FIELDS.items():
-            found = (find(name) for name in names if field not in columns)
-            place = next((place for place in found if place is not None and place not in claimed), None)
-            if place is not None:
-                columns[field] = place
-        report = columns.pop("report", None)
-        if report is not None:
-            columns.setdefault("findings", report)
-        for field, present in (("image", "image" in columns), ("report", columns.keys() & {"findings", "impression"})):
-            if not present:
-                raise ValueError(
-                    f"{self.table} has no column {field!r}; its columns: {shown}; if it has another name, "
-                    f"set option 'column': {field}=NAME"
-                )
-        return columns
 
     def _list(self) -> list[StudyEntry | Skipped]:
         studies: dict[str | int, _Listed] = {}
@@ -286,10 +244,6 @@ class _Listed(NamedTuple):
                 fault = f"{lines}: {field.replace('_id', '')} {mine!r} and {its!r} in the study {self.id}, expected one"
         patient_id, split = self.patient_id or other.patient_id, self.split or other.split
         return _Listed(self.id, patient_id, split, self.views + other.views, fault)
-
-
-def _fold(name: str) -> str:
-    return "".join(name.replace("_", " ").split()).casefold()
 
 
 def _writable(text: str) -> str:

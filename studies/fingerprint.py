@@ -1,4 +1,4 @@
-"""Digests that tell whether two datasets of studies are the same."""
+"""Digests for comparing two datasets of studies."""
 
 from __future__ import annotations
 

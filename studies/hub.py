@@ -83,7 +83,7 @@ class HubSource(StudySource):
         self._folder = os.path.abspath(self.dataset) if os.path.isdir(self.dataset) else None
         if os.path.isfile(self.dataset):
             raise ValueError(f"{self.dataset} is a file: option 'dataset' names a dataset on the Hub or a folder")
-        self._fields = parse_pairs("column", self.column, "FIELD=COLUMN")
+        parse_pairs("column", self.column, "FIELD=COLUMN")  # checks them before anything is loaded
         self._split_pairs = parse_pairs("split_map", self.split_map, "SPLIT=NAME")
         names = [name for _, name in self._split_pairs]
         for split, name in self._split_pairs:
@@ -208,7 +208,7 @@ class HubSource(StudySource):
                         f"option 'split_map': dataset {self.dataset!r} has no split {name!r}, "
                         f"expected one of {', '.join(loaded)}"
                     )
-                split = study_columns(loaded[name], self._fields, f"dataset {self.dataset!r}, split {name!r}")
+                split = study_columns(loaded[name], self.column, f"dataset {self.dataset!r}, split {name!r}")
                 if split.image_paths and not (self.images or self._folder):
                     raise ValueError(
                         f"dataset {self.dataset!r}: column {split.names['images']!r} holds paths, "

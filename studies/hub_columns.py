@@ -9,10 +9,11 @@ from typing import Any
 from datasets import ClassLabel, Dataset, Features, Image, LargeList, List, Value
 
 from ..findings_otdrg import FINDING_STATES, FINDINGS, finding_state_id
+from .columns import match_columns
 from .source import VIEWS, SkipStudy
 from .views import view_named
 
-#: Fields of a study and the names by which their columns are found; the first one that exists is used.
+#: Fields of a study and the names of their columns, the preferred one first.
 _FIELDS: dict[str, tuple[str, ...]] = {
     "id": ("id",),
     "patient_id": ("patient_id",),
@@ -83,40 +84,19 @@ class HubSplit:
         return [self.state_ids[state] for state in stored]
 
 
-def study_columns(dataset: Dataset, pairs: Sequence[tuple[str, str]], place: str) -> HubSplit:
+def study_columns(dataset: Dataset, pairs: Sequence[str], place: str) -> HubSplit:
     """Select and rename the columns of a dataset that hold the fields of a study.
 
     Args:
         dataset: one split.
-        pairs: (field, column) from the user; an empty column leaves the field out. "report" means the findings.
+        pairs: "FIELD=COLUMN" from the user; an empty column leaves the field out.
         place: name of the dataset for errors.
 
     Raises:
-        ValueError: an unknown field, a missing column, a column of the wrong type, no images, or no report.
+        ValueError: as [`match_columns`], or a column of the wrong type.
     """
     features = dataset.features
-    listed = f"columns: {', '.join(features)}"
-    given: dict[str, str] = {}
-    for field, column in pairs:
-        target = "findings" if field == "report" else field
-        if target not in _FIELDS:
-            raise ValueError(f"option 'column' names a field {field!r}: expected one of {', '.join(_FIELDS)}, report")
-        if target in given:
-            fault = f"{field!r} twice" if [name for name, _ in pairs].count(field) > 1 else "both report and findings"
-            raise ValueError(f"option 'column' names {fault}: expected one of them")
-        if column and column not in features:
-            raise ValueError(f"{place} has no column {column!r}, which option 'column' names for {field}; {listed}")
-        given[target] = column
-    names = {}
-    for field, defaults in _FIELDS.items():
-        free = (name for name in defaults if name in features and name not in given.values())
-        column = given[field] if field in given else next(free, "")
-        if column:
-            names[field] = column
-    if "images" not in names:
-        raise ValueError(f"{place} has no column of images, expected --column images=COLUMN; {listed}")
-    if "findings" not in names and "impression" not in names:
-        raise ValueError(f"{place} has no column of reports, expected --column report=COLUMN; {listed}")
+    names = match_columns(list(features), _FIELDS, pairs, place, image="images")
     types = _check_types(features, names, place)
     columns = list(names.values())
     if repeated := next((column for column in columns if columns.count(column) > 1), None):

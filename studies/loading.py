@@ -112,11 +112,6 @@ def prepared_splits(folder: str | os.PathLike) -> list[str]:
     return _splits(_prepared(folder))
 
 
-def prepared_rows(folder: str | os.PathLike, split: str) -> int:
-    """The number of studies in a split of a prepared dataset; a `ValueError` if the folder is not one."""
-    return sum(interpret(file, pq.read_metadata, file).num_rows for file in prepared_shards(folder, split))
-
-
 def prepared_shards(folder: str | os.PathLike, split: str) -> list[Path]:
     """The Parquet files of a split of a prepared dataset, in order; a `ValueError` if the folder is not one."""
     return [Path(file) for file in _parquet(_prepared(folder), split)]
@@ -166,7 +161,6 @@ __all__ = [
     "load_in_memory",
     "load_prepared",
     "prepared_column",
-    "prepared_rows",
     "prepared_shards",
     "prepared_splits",
     "stream_prepared",

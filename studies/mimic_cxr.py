@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 import os
 import re
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+from .csv_rows import read_columns
 from .report_sections import parse_sections
 from .source import VIEWS, Skipped, SkipStudy, Study, StudyEntry, StudySource, needed_file, needed_folder, option
 from .views import view_named
@@ -22,7 +20,6 @@ _SPLITS = {"train": "train", "validate": "validation", "test": "test"}
 _NUMBER = re.compile(r"[0-9]{8}")
 _DICOM_ID = re.compile(r"\w[\w.-]*", re.ASCII)
 _SUBJECTS_FOLDER = re.compile(r"p[0-9]{2}")
-_GZIP_MAGIC = b"\x1f\x8b"
 
 
 class _Row(NamedTuple):
@@ -97,7 +94,7 @@ class MimicCXRSource(StudySource):
         faults: dict[str, tuple[str | None, str]] = {}
         columns = ("subject_id", "study_id", "dicom_id", "split")
         line = 0
-        for line, values in _read_csv(self._split, columns):
+        for line, values in read_columns(self._split, columns):
             subject, study, dicom_id, split = values
             place = f"{self._split}, line {line}"
             if not (_NUMBER.fullmatch(study) and _NUMBER.fullmatch(subject)):
@@ -172,40 +169,11 @@ def _find_csv(folders: Iterable[Path], name: str) -> Path:
     raise ValueError(f"no mimic-cxr-*-{name}.csv or .csv.gz in {looked}: option {name!r} names the {name} CSV")
 
 
-def _read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
-    """Number and values of each line of a CSV, compressed or not; a missing value is ""."""
-    try:
-        with path.open("rb") as file:
-            packed = file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
-        # By the content: browsers decompress files without renaming them.
-        with (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
-            header = [name.strip() for name in next(reader, [])]
-            for column in columns:
-                if column not in header:
-                    shown = ", ".join(header) or "none"
-                    raise ValueError(
-                        f"{path} has no column {column!r}: expected {', '.join(columns)}; columns: {shown}"
-                    )
-            places = [header.index(column) for column in columns]
-            for cells in reader:
-                if cells:
-                    yield reader.line_num, [cells[place].strip() if place < len(cells) else "" for place in places]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start} of a block): expected a CSV") from None
-    except csv.Error as error:
-        raise ValueError(f"{path} is not a CSV ({error}): expected one line an image") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is a damaged gzip file ({error}): download it again") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-
-
 def _read_views(path: Path) -> dict[str, int]:
     """`{dicom_id: position in VIEWS}` of the images with a known view."""
     views: dict[str, int] = {}
     places: dict[str, int] = {}
-    for _, (dicom_id, position) in _read_csv(path, ("dicom_id", "ViewPosition")):
+    for _, (dicom_id, position) in read_columns(path, ("dicom_id", "ViewPosition")):
         if position not in places:
             places[position] = VIEWS.index(view_named(position))
         if VIEWS[places[position]] != "unknown":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import re
+from pathlib import Path
+
+from .csv_rows import read_columns
 
 _EXTENSIONS = (".png", ".jpg", ".jpeg")
 
@@ -77,23 +79,10 @@ def read_projections(path: str) -> dict[str, str]:
     """
     views = {"frontal": "frontal", "lateral": "lateral", "": "unknown"}
     found = {}
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            missing = {"filename", "projection"} - set(reader.fieldnames or ())
-            if missing:
-                raise ValueError(f"{path}: no column {min(missing)!r}, expected uid, filename, projection")
-            for row in reader:
-                projection = (row["projection"] or "").strip()
-                if projection.lower() not in views:
-                    raise ValueError(
-                        f"{path}, line {reader.line_num}: projection is {projection!r}, expected Frontal or Lateral"
-                    )
-                found[row["filename"]] = views[projection.lower()]
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8, expected Kaggle's indiana_projections.csv") from None
-    except csv.Error as error:
-        raise ValueError(f"{path}: not a CSV ({error}), expected Kaggle's indiana_projections.csv") from None
+    for line, (name, projection) in read_columns(Path(path), ("filename", "projection")):
+        if projection.lower() not in views:
+            raise ValueError(f"{path}, line {line}: projection is {projection!r}, expected Frontal or Lateral")
+        found[name] = views[projection.lower()]
     return found
 
 

@@ -6,15 +6,14 @@ determined by its seed and index.
 
 from __future__ import annotations
 
-import textwrap
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDINGS, NEGATIVE, POSITIVE, UNCLEAR, UNMENTIONED
+from ..findings_otdrg import FINDINGS, NEGATIVE, POSITIVE, UNCLEAR, UNMENTIONED
 from .phantom_canvas import Canvas
 from .phantom_frontal import Frontal
 from .phantom_lateral import Lateral
@@ -166,31 +165,6 @@ def make_phantom(
     )
 
 
-def contact_sheet(
-    seed: int, count: int = 16, image_size: int = 224, views: Sequence[str] = ("frontal",)
-) -> Image.Image:
-    """The first studies of a collection, four in a row, each above its positive and unclear (?) findings.
-
-    Args:
-        seed, image_size, views: as for [`make_phantom`].
-        count: number of studies, 1 or more.
-    """
-    _check("count", count, 1)
-    phantoms = [make_phantom(seed, index, image_size, views) for index in range(count)]
-    columns, width, height = min(count, 4), image_size * len(phantoms[0].images), image_size + 42
-    sheet = Image.new("L", (columns * width, -(-count // columns) * height))
-    for position, phantom in enumerate(phantoms):
-        left, top = position % columns * width, position // columns * height
-        for number, image in enumerate(phantom.images):
-            sheet.paste(image, (left + number * image_size, top))
-        marks = {POSITIVE: "", UNCLEAR: "?"}
-        names = zip(FINDING_DISPLAY_NAMES.values(), phantom.states.tolist(), strict=True)
-        caption = ", ".join(name + marks[state] for name, state in names if state in marks)
-        caption = textwrap.fill(caption, max(width // 6, 10), max_lines=3)
-        ImageDraw.Draw(sheet).multiline_text((left + 3, top + image_size), caption, fill=255, spacing=1)
-    return sheet
-
-
 @dataclass
 class PhantomSource(StudySource):
     """Procedural studies whose findings, masks, states and reports are known exactly.
@@ -263,7 +237,6 @@ __all__ = [
     "PhantomSource",
     "FindingDetail",
     "complete_states",
-    "contact_sheet",
     "make_phantom",
     "sample_states",
     "write_report",

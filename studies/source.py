@@ -155,7 +155,7 @@ def option(help: str, default: Any = MISSING, metavar: str | None = None) -> Any
         metavar: placeholder of the value in the command's help.
     """
     shown = default is not MISSING and default not in (None, "", [], False)
-    metadata = {"help": f"{help} Default: %(default)s." if shown else help, "metavar": metavar}
+    metadata = {"help": f"{help} (default: %(default)s)" if shown else help, "metavar": metavar}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -147,7 +147,7 @@ def test_push_damaged_run_file_is_named(run, capsys, name, how):
         ("results.json", {"report": {"evaluation": 5}}),
     ],
 )
-def test_push_run_file_of_another_content_is_named(run, capsys, name, content):
+def test_push_wrong_content_of_run_file_is_named(run, capsys, name, content):
     (run / name).write_text(json.dumps(content))
     assert ends_with_a_line(capsys, ["push", run, "org/name", "--dry-run"], run / name)
 
@@ -276,7 +276,7 @@ def test_damaged_settings_of_reports_are_named(run, image, tmp_path, capsys, how
         ("generation_config.json", ("eos_token_id",), [None]),
     ],
 )
-def test_generate_model_file_of_another_content_is_named(run, image, capsys, name, field, value):
+def test_generate_wrong_content_of_model_file_is_named(run, image, capsys, name, field, value):
     content = json.loads((run / "model" / name).read_text())
     section = content
     for key in field[:-1]:
@@ -289,12 +289,12 @@ def test_generate_model_file_of_another_content_is_named(run, image, capsys, nam
 @pytest.mark.parametrize(
     "template", ["{% for i in range(10**9) %}{% endfor %}", "{{ 'a' * 10**10 }}", "no image", "{{"]
 )
-def test_generate_template_of_another_content_is_named(run, image, capsys, template):
+def test_generate_wrong_template_is_named(run, image, capsys, template):
     (run / "model" / "chat_template.jinja").write_text(template)
     assert ends_with_a_line(capsys, ["generate", run, "--study", image], run / "model" / "chat_template.jinja")
 
 
-def test_commands_show_no_control_characters_of_ids(run, tmp_path, capsys):
+def test_commands_control_characters_are_escaped(run, tmp_path, capsys):
     name = "\x1b[31mred\x07\u202e.png"
     view = tmp_path / name
     Image.new("L", (64, 64)).save(view)

@@ -11,7 +11,6 @@ import pytest
 from datasets import load_dataset, load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from otdrg import labelers
 from otdrg.cli import main
 from otdrg.findings_otdrg import FINDINGS
 from otdrg.labelers import UnreadReportsWarning, load_labeler, read_states
@@ -61,7 +60,7 @@ def states_of(folder):
 # --- a table of reports ----------------------------------------------------------------------------------------------
 
 
-def test_a_table_of_reports_becomes_one_of_states(table, tmp_path, capsys):
+def test_label_table_of_reports_gives_states(table, tmp_path, capsys):
     reports = {"a": 'The heart is "enlarged".\nNo effusion, today.', "b": "", "c": "Clear lungs."}
     path = table(*((4, name, report) for name, report in reports.items()), header=("n", "ID", " Report "))
     output = tmp_path / "states.csv"
@@ -78,7 +77,7 @@ def test_a_table_of_reports_becomes_one_of_states(table, tmp_path, capsys):
     assert shown.out == f"3 reports labelled by rules: {output}\n"
 
 
-def test_reports_may_be_lines_of_json(tmp_path, capsys):
+def test_label_json_lines_are_read(tmp_path, capsys):
     path, output = tmp_path / "reports.jsonl", tmp_path / "states.csv"
     path.write_text('{"id": 7, "report": "Large heart.\\nNo \\"effusion\\"."}\n\n{"n": 1, "report": "", "id": "b"}\n')
     command = ["label", "--reports", str(path), "--labeler", "rules", "--output", str(output)]
@@ -103,7 +102,7 @@ def test_reports_may_be_lines_of_json(tmp_path, capsys):
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.text(st.characters(codec="utf-8")), min_size=1, max_size=5))
-def test_any_text_is_a_report(tmp_path_factory, reports):
+def test_label_any_text_is_a_report(tmp_path_factory, reports):
     folder = tmp_path_factory.mktemp("reports")
     path, output = folder / "reports.csv", folder / "states.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -113,7 +112,7 @@ def test_any_text_is_a_report(tmp_path_factory, reports):
     assert list(read_states(output)) == [str(place) for place in range(len(reports))]
 
 
-def test_long_reports_are_read_and_other_readers_keep_their_limit(table, tmp_path):
+def test_label_long_reports_keep_the_csv_limit(table, tmp_path):
     limit = csv.field_size_limit()
     path, output = table(("a", "Clear lungs. " * limit)), tmp_path / "states.csv"
     assert main(["label", "--reports", path, "--labeler", "rules", "--output", str(output)]) == 0
@@ -125,7 +124,7 @@ def test_long_reports_are_read_and_other_readers_keep_their_limit(table, tmp_pat
     assert csv.field_size_limit() == limit
 
 
-def test_an_output_that_cannot_be_is_named(table, tmp_path, capsys):
+def test_label_impossible_output_is_named(table, tmp_path, capsys):
     command = ["label", "--reports", table(("a", "Clear lungs.")), "--labeler", "rules", "--overwrite", "--output"]
     assert main([*command, str(tmp_path / "none" / "states.csv")]) == 1
     assert f"states.csv: there is no folder {tmp_path / 'none'}" in capsys.readouterr().err
@@ -133,13 +132,13 @@ def test_an_output_that_cannot_be_is_named(table, tmp_path, capsys):
     assert f"{tmp_path} is a folder" in capsys.readouterr().err
 
 
-def test_rules_are_the_default(table, tmp_path):
+def test_label_rules_are_the_default(table, tmp_path):
     path = table(("a", "No effusion."))
     assert main(["label", "--reports", path, "--output", str(tmp_path / "states.csv")]) == 0
     assert read_states(tmp_path / "states.csv")["a"][FINDINGS.index("pleural_effusion")] == 2
 
 
-def test_options_reach_the_labeler(table, tmp_path):
+def test_label_options_reach_the_labeler(table, tmp_path):
     path = table(("a", "No displaced rib fractures."))
     for value, state in (("false", 2), ("true", 1)):
         command = ["label", "--reports", path, "--labeler", "rules", "--option", f"repeat_mistakes={value}"]
@@ -147,7 +146,7 @@ def test_options_reach_the_labeler(table, tmp_path):
         assert read_states(tmp_path / f"{value}.csv")["a"][FINDINGS.index("fracture")] == state
 
 
-def test_a_table_is_labelled_without_the_heavy_libraries(table, tmp_path):
+def test_label_table_imports_no_torch(table, tmp_path):
     path = table(("a", "Clear lungs."))
     code = (
         "import sys\nfrom otdrg.cli import main\n"
@@ -162,7 +161,7 @@ def test_a_table_is_labelled_without_the_heavy_libraries(table, tmp_path):
 # --- a dataset -------------------------------------------------------------------------------------------------------
 
 
-def test_a_dataset_is_labelled_in_its_place(built, tmp_path, capsys):
+def test_label_dataset_is_replaced(built, tmp_path, capsys):
     before = load_from_disk(built)
     reports = {row["id"]: row["report"] for rows in before.values() for row in rows}
     views = [image.tobytes() for rows in before.values() for row in rows for image in row["images"]]
@@ -181,7 +180,7 @@ def test_a_dataset_is_labelled_in_its_place(built, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("built")] == ["built"]
 
 
-def test_states_that_are_there_are_kept_unless_asked_for(built, tmp_path, table, capsys):
+def test_label_existing_states_are_kept_without_relabel(built, tmp_path, table, capsys):
     ids = list(states_of(built))
     findings = [name.replace("_", " ") for name in FINDINGS]
     path = table((ids[0], *["1"] * 14), ("other", *[""] * 14), header=("id", *findings))
@@ -212,9 +211,8 @@ class Interrupted:
         return load_labeler("rules").label(reports)
 
 
-def test_an_interrupted_labelling_is_gone_on_with(built, monkeypatch, capsys):
+def test_label_interrupted_is_resumed(built, monkeypatch, capsys):
     monkeypatch.setattr(Interrupted, "calls", 0)
-    monkeypatch.setitem(labelers._LABELERS, "rules", ("rules", "RulesLabeler"))
     real = load_labeler
     monkeypatch.setattr(
         "otdrg.labelers.as_typed.load_labeler", lambda name, **options: Interrupted() if not options else real(name)
@@ -227,14 +225,14 @@ def test_an_interrupted_labelling_is_gone_on_with(built, monkeypatch, capsys):
     assert main(command) == 1
     assert "unfinished dataset: --resume continues it" in capsys.readouterr().err
     assert main([*command, "--relabel", "--resume"]) == 1
-    assert "was labelled with relabel=False, not True" in capsys.readouterr().err
+    assert "was made with relabel=False, not True" in capsys.readouterr().err
     assert main([*command, "--resume"]) == 0
     # Two shards before the interruption, one at it, and the two that were left.
     assert Interrupted.calls == 5
     assert None not in states_of(built).values()
 
 
-def test_a_csv_is_counted_whole_however_often_it_was_interrupted(built, table, monkeypatch, capsys):
+def test_label_csv_interrupted_counts_all_studies(built, table, monkeypatch, capsys):
     findings = [name.replace("_", " ") for name in FINDINGS]
     ids = list(states_of(built))
     rows = [(study, *["1"] * 14) for study in (*ids[:-1], "other")]
@@ -249,15 +247,15 @@ def test_a_csv_is_counted_whole_however_often_it_was_interrupted(built, table, m
         assert main(command) == 130
     table(*rows[1:], header=("study", *findings))
     assert main([*command, "--resume"]) == 1
-    assert "was labelled with csv_sha256=" in capsys.readouterr().err
+    assert "was made with csv_sha256=" in capsys.readouterr().err
     table(*rows, header=("study", *findings))
     assert main([*command, "--resume"]) == 0
     error = capsys.readouterr().err
     assert f"not in {path}: 1 studies: {ids[-1]}\n" in error
-    assert f"1 ids of {path} are of no study\n" in error
+    assert f"1 ids of {path} belong to no study\n" in error
 
 
-def test_a_csv_of_other_studies_is_refused(built, table, capsys):
+def test_label_csv_of_other_studies_is_refused(built, table, capsys):
     path = table(("x", *["1"] * 14), header=("id", *(name.replace("_", " ") for name in FINDINGS)))
     assert main(["label", str(built), "--labeler", "csv", "--csv", path]) == 1
     assert "none of the 9 studies is in it (studies: " in capsys.readouterr().err
@@ -267,7 +265,7 @@ def test_a_csv_of_other_studies_is_refused(built, table, capsys):
 # --- two tables of states --------------------------------------------------------------------------------------------
 
 
-def test_two_tables_are_compared(table, tmp_path, capsys):
+def test_label_compare_measures_agreement(table, tmp_path, capsys):
     names = [name.replace("_", " ").title() for name in FINDINGS]
     one = table(("a", *["1"] * 14), ("b", *["0"] * 13, ""), ("x", *[""] * 14), header=("id", *names), name="a.csv")
     two = table(("b", "", *["0"] * 13), ("a", "1", *["1.0"] * 13), header=("id", *names[::-1]), name="b.csv")
@@ -280,7 +278,7 @@ def test_two_tables_are_compared(table, tmp_path, capsys):
     assert len((folder / "agreement.csv").read_text().splitlines()) == 1 + 14 * 5
     assert (folder / "disagreements.csv").read_text() == "id,finding,reference,candidate\n"
     assert main(["label", "--compare", one, two, "--output", two]) == 1
-    assert f"{two} is no folder" in capsys.readouterr().err
+    assert f"{two} is a file" in capsys.readouterr().err
     three = table(("a", "", *["1"] * 13), header=("id", *names), name="c.csv")
     assert main(["label", "--compare", one, three, "--output", str(folder)]) == 1
     assert "exists and is not empty: --overwrite" in capsys.readouterr().err
@@ -290,7 +288,19 @@ def test_two_tables_are_compared(table, tmp_path, capsys):
     ] == "a,enlarged_cardiomediastinum,positive,unmentioned"
 
 
-def test_the_help_shows_each_form(capsys):
+def test_label_closed_pipe_ends_quietly(table):
+    """As with `| head`."""
+    names = [name.replace("_", " ") for name in FINDINGS]
+    states = table(("a", *["1"] * 14), header=("id", *names))
+    command = [sys.executable, "-m", "otdrg.cli", "label", "--compare", states, states]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        error = process.stderr.read()
+        assert process.wait(60) == 141
+    assert error == ""
+
+
+def test_label_help_shows_each_form(capsys):
     with pytest.raises(SystemExit):
         main(["label", "--help"])
     lines = capsys.readouterr().out.splitlines()
@@ -313,7 +323,7 @@ def test_the_help_shows_each_form(capsys):
         (["studies", "--labeler", "csv"], "--labeler csv and --csv FILE go together"),
         (["studies", "--labeler", "rules", "--option", "x"], "--option x: expected NAME=VALUE"),
         (["studies", "--labeler", "rules", "--option", "size=3"], "unknown option 'size' of labeler 'rules'"),
-        (["studies", "--labeler", "rules", "--option", "vocabulary=["], "--option vocabulary=[: the value is no YAML"),
+        (["studies", "--labeler", "rules", "--option", "vocabulary=["], "--option vocabulary=[: the value is not YAML"),
         (["studies", "--labeler", "rules", "--option", "vocabulary=3"], "does not take vocabulary=3: "),
         (["studies", "--labeler", "rules", "--option", "repeat_mistakes=maybe"], "is 'maybe': expected true or false"),
         (["studies", "--labeler", "rules", *["--option", "vocabulary=v"] * 2], "--option vocabulary is given twice"),
@@ -331,7 +341,7 @@ def test_the_help_shows_each_form(capsys):
         (["--reports", "no.csv", "--labeler", "rules", "--output", "o"], "no.csv: cannot be read"),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_nothing(arguments, message, tmp_path, monkeypatch, capsys):
+def test_label_wrong_arguments_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["label", *arguments]) == 1
     error = capsys.readouterr().err
@@ -353,7 +363,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(arguments, message, tmp_path, 
         (b'id,report\n1,"Clear.\nNo effusion."\n1,"No\nchange."\n', "line 4, column id: '1' is in line 2 too"),
     ],
 )
-def test_a_faulty_table_leaves_no_output(content, message, tmp_path, capsys):
+def test_label_faulty_table_leaves_no_output(content, message, tmp_path, capsys):
     path = tmp_path / "reports.csv"
     path.write_bytes(content)
     output = tmp_path / "states.csv"
@@ -363,7 +373,7 @@ def test_a_faulty_table_leaves_no_output(content, message, tmp_path, capsys):
     assert [file.name for file in tmp_path.iterdir()] == ["reports.csv"]
 
 
-def test_an_output_that_is_there_stays_unless_it_may_go(table, tmp_path, capsys):
+def test_label_existing_output_is_kept_without_overwrite(table, tmp_path, capsys):
     path = table(("a", "Clear lungs."))
     output = tmp_path / "states.csv"
     output.write_text("mine")
@@ -378,7 +388,7 @@ def test_an_output_that_is_there_stays_unless_it_may_go(table, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(("stop", "status"), [(Terminated, 143), (KeyboardInterrupt, 130)])
-def test_label_ended_by_a_signal_says_what_is_kept(built, monkeypatch, capsys, stop, status):
+def test_label_signal_reports_what_is_kept(built, monkeypatch, capsys, stop, status):
     def stopped(*_):
         raise stop
 

@@ -25,7 +25,7 @@ def table(tmp_path):
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_help_of_each_source_shows_its_options_and_an_example(source, capsys):
+def test_prepare_help_shows_options_and_example(source, capsys):
     with pytest.raises(SystemExit) as exit:
         main(["prepare", source, "--help"])
     assert exit.value.code == 0
@@ -35,7 +35,7 @@ def test_help_of_each_source_shows_its_options_and_an_example(source, capsys):
         assert words in shown
 
 
-def test_a_table_becomes_a_dataset_and_what_was_kept_is_said(table, tmp_path, capsys):
+def test_prepare_table_prints_counts(table, tmp_path, capsys):
     assert main(["prepare", "csv", "--table", str(table), "--output", str(tmp_path / "studies")]) == 0
     shown = capsys.readouterr().out
     assert "| total | 2 | 2 | 0 | 0 | 2 | 1 | 0 | 1 | 0 |" in shown
@@ -45,7 +45,7 @@ def test_a_table_becomes_a_dataset_and_what_was_kept_is_said(table, tmp_path, ca
     assert sum(map(len, load_from_disk(tmp_path / "studies").values())) == 2
 
 
-def test_options_reach_the_source_and_the_build(tmp_path):
+def test_prepare_options_reach_source_and_build(tmp_path):
     output = ["--output", str(tmp_path / "o")]
     assert main([*PHANTOM, "--views", "frontal", "lateral", "--sections", "impression", "--limit", "3", *output]) == 0
     rows = load_from_disk(tmp_path / "o")["train"]
@@ -66,7 +66,7 @@ def test_options_reach_the_source_and_the_build(tmp_path):
         ([*PHANTOM, "--public"], "--public is given without --push-to-hub"),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_nothing(arguments, message, tmp_path, capsys, monkeypatch):
+def test_prepare_wrong_arguments_are_one_line(arguments, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main([*arguments, "--output", str(tmp_path / "studies")]) == 1
     error = capsys.readouterr().err
@@ -74,7 +74,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(arguments, message, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
-def test_strict_is_one_line_and_resume_goes_on(table, tmp_path, capsys):
+def test_prepare_strict_is_one_line_and_resumes(table, tmp_path, capsys):
     command = ["prepare", "csv", "--table", str(table), "--output", str(tmp_path / "studies")]
     assert main([*command, "--strict"]) == 1
     assert "study 3, " in capsys.readouterr().err

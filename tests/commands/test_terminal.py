@@ -32,19 +32,19 @@ def row_of(shown, finding):
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_nothing_is_wider_than_the_terminal(width):
+def test_format_record_fits_the_width(width):
     shown = format_record(record(indication="cough and " * 30, steered={"fracture": "positive"}), width)
     assert max(map(len, shown.splitlines())) <= width
     assert any(len(line) > width - 20 for line in shown.splitlines())
     assert " ".join(shown.split()).count("There is edema.") == 20
 
 
-def test_a_report_that_is_cut_off_is_marked():
-    told = "! cut off at --max-new-tokens"
-    assert told in format_record(record(complete=False), 80) and told not in format_record(record(), 80)
+def test_format_record_truncated_report_is_marked():
+    mark = "! cut off at --max-new-tokens"
+    assert mark in format_record(record(complete=False), 80) and mark not in format_record(record(), 80)
 
 
-def test_what_is_there_comes_first_and_what_is_unmentioned_shares_a_line():
+def test_format_record_mentioned_findings_come_first():
     shown = format_record(record(), 80)
     places = [shown.index(name) for name in ("Fracture", "Cardiomegaly", "Edema", "Lung Lesion", "unmentioned: ")]
     assert places == sorted(places)
@@ -53,38 +53,38 @@ def test_what_is_there_comes_first_and_what_is_unmentioned_shares_a_line():
     assert "  Pleural Other 0.50," in shown or ", Pleural Other 0.50," in shown
 
 
-def test_disagreements_are_marked_beside_the_finding_and_told_below():
+def test_format_record_disagreements_are_marked_and_listed_below():
     shown = format_record(record(), 80)
     assert row_of(shown, "Edema").endswith("! says positive")
     assert row_of(shown, "Fracture").endswith("! not mentioned")
     assert row_of(shown, "Lung Lesion").endswith("! says positive")
     for line in (
-        "  ! Lung Lesion: told unmentioned, says positive",
-        "  ! Edema: told negative, says positive",
-        "  ! Fracture: told positive, not mentioned",
+        "  ! Lung Lesion: conditioned on unmentioned, says positive",
+        "  ! Edema: conditioned on negative, says positive",
+        "  ! Fracture: conditioned on positive, not mentioned",
     ):
         assert line in shown.splitlines()
     assert "!" not in format_record(record(contradictions=[]), 80)
 
 
-def test_given_states_are_marked():
+def test_format_record_given_states_are_marked():
     shown = format_record(record(steered={"edema": "negative"}), 80)
     assert "given" in row_of(shown, "Edema") and "given" not in row_of(shown, "Fracture")
 
 
-def test_a_model_that_is_not_told_of_findings_predicts_them():
-    untold = record()
-    del untold["contradictions"]
-    assert " predicted " in format_record(untold, 80) and " told " not in format_record(untold, 80)
+def test_format_record_without_conditioning_has_predicted_states():
+    predicted = record()
+    del predicted["contradictions"]
+    assert " predicted " in format_record(predicted, 80) and " predicted " not in format_record(record(), 80)
 
 
-def test_colour_changes_nothing_but_colour():
+def test_format_record_colour_keeps_the_text():
     plain, painted = (format_record(record(heatmap="a.png"), 80, colour) for colour in (False, True))
     assert "\033" not in plain
     assert re.sub(r"\033\[\d+m", "", painted) == plain and painted.count("\033[0m") > 5
 
 
-def test_colour_is_for_terminals_whose_users_want_it():
+def test_wants_colour_follows_terminal_and_environment():
     class Terminal(io.StringIO):
         def isatty(self):
             return True
@@ -95,7 +95,7 @@ def test_colour_is_for_terminals_whose_users_want_it():
     assert not wants_colour(io.StringIO(), {})
 
 
-def test_the_width_is_the_terminals(monkeypatch):
+def test_terminal_width_has_a_minimum(monkeypatch):
     for columns, width in (("100", 100), ("10", 40)):
         monkeypatch.setenv("COLUMNS", columns)
         assert terminal_width() == width

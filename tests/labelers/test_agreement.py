@@ -18,7 +18,7 @@ STATES = st.integers(1, 40).flatmap(
 
 @settings(max_examples=25, deadline=None)
 @given(STATES)
-def test_rates_and_kappa_are_those_of_scikit_learn(states):
+def test_agreement_equals_scikit_learn(states):
     reference, candidate = states
     result = measure_agreement(reference, candidate)
     for column, name in enumerate(FINDINGS):
@@ -40,7 +40,7 @@ def test_rates_and_kappa_are_those_of_scikit_learn(states):
 
 @settings(max_examples=25, deadline=None)
 @given(STATES)
-def test_with_itself_and_the_other_way_round(states):
+def test_agreement_is_symmetric_and_perfect_with_itself(states):
     reference, candidate = states
     same = measure_agreement(reference, reference)
     assert same["accuracy"] == 1
@@ -53,7 +53,7 @@ def test_with_itself_and_the_other_way_round(states):
         assert one["mention"]["f1"] == other["mention"]["f1"]
 
 
-def test_figures_over_all():
+def test_agreement_overall_figures():
     reference, candidate = np.zeros((30, 14), int), np.zeros((30, 14), int)
     reference[:20, 1] = 1
     candidate[:15, 1], candidate[15:20, 1], candidate[:5, 2] = 1, 2, 3
@@ -74,6 +74,6 @@ def test_figures_over_all():
         (np.zeros((3, 14), int), np.full((3, 14), -1), r"candidate has state ids \[-1\]: expected 0 to 3"),
     ],
 )
-def test_what_are_no_states_is_refused(reference, candidate, message):
+def test_agreement_wrong_states_are_refused(reference, candidate, message):
     with pytest.raises(ValueError, match=message):
         measure_agreement(reference, candidate)

@@ -102,7 +102,7 @@ def expected_states(bert, tokenizer, report):
     return [states[FINDING_DISPLAY_NAMES[finding]] for finding in FINDINGS]
 
 
-def test_heads_are_known_by_name():
+def test_chexbert_heads_are_matched_by_name():
     from otdrg.labelers import chexbert
 
     assert list(chexbert.CONDITIONS) == CONDITIONS
@@ -110,7 +110,7 @@ def test_heads_are_known_by_name():
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 32])
-def test_states_are_those_of_the_network(labeler, bert, tokenizer, batch_size):
+def test_chexbert_states_equal_those_of_the_network(labeler, bert, tokenizer, batch_size):
     states = labeler(batch_size=batch_size).label(REPORTS)
     assert states.shape == (len(REPORTS), 14) and states.dtype == np.int64
     assert states.tolist() == [expected_states(bert, tokenizer, report) for report in REPORTS]
@@ -118,24 +118,24 @@ def test_states_are_those_of_the_network(labeler, bert, tokenizer, batch_size):
     assert set(states[:, FINDINGS.index("no_finding")]) <= {0, 1}
 
 
-def test_white_space_is_of_no_matter(labeler):
+def test_chexbert_white_space_is_ignored(labeler):
     spaced = ["\n The   heart\r\n\tis large. "]
     assert np.array_equal(labeler().label(spaced), labeler().label(REPORTS[:1]))
 
 
-def test_the_form_of_older_torch_is_read(save, weights, tokenizer, bert):
+def test_chexbert_legacy_checkpoint_is_read(save, weights, tokenizer, bert):
     path = save(weights, legacy=True)
     old = load_labeler("chexbert", checkpoint=path, tokenizer=tokenizer, attention_heads=4)
     assert old.label(REPORTS[:1]).tolist() == [expected_states(bert, tokenizer, REPORTS[0])]
 
 
-def test_the_prefix_of_a_parallel_module_may_be_missing(save, weights, tokenizer, labeler):
+def test_chexbert_prefix_is_optional(save, weights, tokenizer, labeler):
     path = save({name.removeprefix("module."): value for name, value in weights.items()})
     bare = load_labeler("chexbert", checkpoint=path, tokenizer=tokenizer, attention_heads=4)
     assert np.array_equal(bare.label(REPORTS), labeler().label(REPORTS))
 
 
-def test_no_random_number_is_drawn(labeler):
+def test_chexbert_loading_keeps_the_random_state(labeler):
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
@@ -143,24 +143,24 @@ def test_no_random_number_is_drawn(labeler):
     assert torch.rand(1) == expected
 
 
-def test_nothing_is_labelled(labeler):
+def test_chexbert_empty_list_gives_no_rows(labeler):
     assert labeler().label([]).shape == (0, 14)
 
 
-def test_a_folder_may_be_given(save, weights, tokenizer):
+def test_chexbert_folder_of_the_checkpoint_is_accepted(save, weights, tokenizer):
     folder = save(weights).parent
     by_folder = load_labeler("chexbert", checkpoint=str(folder), tokenizer=str(tokenizer), attention_heads=4)
     assert by_folder.label(REPORTS[:1]).shape == (1, 14)
 
 
 @pytest.mark.parametrize("unread", ["", " \n", "\x00\x07", "\u200b", "心脏 увеличено", "[SEP]"])
-def test_reports_without_a_known_word_are_unmentioned_and_counted(labeler, unread):
+def test_chexbert_unreadable_reports_are_unmentioned_and_counted(labeler, unread):
     with pytest.warns(UnreadReportsWarning, match=r"2 of 3 reports \(positions 0, 2\) hold no word BERT knows"):
         states = labeler().label([unread, REPORTS[0], unread])
     assert not states[[0, 2]].any() and states[1].any()
 
 
-def test_long_reports_are_cut_at_their_end_and_counted(labeler, bert, tokenizer):
+def test_chexbert_long_reports_are_truncated_and_counted(labeler, bert, tokenizer):
     with pytest.warns(UserWarning, match=r"1 of 1 reports \(positions 0\) are longer than 24 tokens and were cut"):
         states = labeler().label(["heart " * 10_000])
     assert states.tolist() == [expected_states(bert, tokenizer, "heart " * 22)]
@@ -170,7 +170,7 @@ def test_long_reports_are_cut_at_their_end_and_counted(labeler, bert, tokenizer)
 
 
 @pytest.mark.parametrize("report", [None, 3, b"text"])
-def test_what_is_no_string_is_named(labeler, report):
+def test_chexbert_wrong_types_are_named(labeler, report):
     with pytest.raises(ValueError, match=f"report 1 is {type(report).__name__}: expected a string"):
         labeler().label(["Clear.", report])
     with pytest.raises(TypeError, match="reports is a single string"):
@@ -185,14 +185,14 @@ def test_what_is_no_string_is_named(labeler, report):
         ({"batch_size": True}, "batch_size=True: expected a whole number"),
         ({"attention_heads": 0}, "attention_heads=0: expected a whole number"),
         ({"attention_heads": 3}, r"attention_heads=3: expected a divisor of the hidden size of .*chexbert\.pth, 32"),
-        ({"device": "toaster"}, "device='toaster': not on this machine"),
-        ({"device": "cuda:99"}, "device='cuda:99': not on this machine"),
+        ({"device": "toaster"}, "device='toaster': not available"),
+        ({"device": "cuda:99"}, "device='cuda:99': not available"),
         ({"checkpoint": 3}, "checkpoint=3: expected a Hub id or a path"),
         ({"checkpoint": ""}, "checkpoint='': expected a Hub id or a path"),
         ({"tokenizer": None}, "tokenizer=None: expected a Hub id or a path"),
     ],
 )
-def test_wrong_options_are_named(save, weights, tokenizer, options, message):
+def test_chexbert_wrong_options_are_named(save, weights, tokenizer, options, message):
     options = {"checkpoint": save(weights), "tokenizer": tokenizer, **options}
     with pytest.raises(ValueError, match=message) as caught:
         load_labeler("chexbert", **options)
@@ -208,10 +208,10 @@ class Malicious:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_code_in_a_checkpoint_is_not_run(save, weights, tokenizer, tmp_path, legacy):
+def test_chexbert_code_in_a_checkpoint_is_not_run(save, weights, tokenizer, tmp_path, legacy):
     trap = tmp_path / "trap"
     path = save({**weights, "module.bert.extra": Malicious(str(trap))}, legacy)
-    with pytest.raises(ValueError, match=r"chexbert\.pth holds more than weights, or is none: it was not loaded"):
+    with pytest.raises(ValueError, match=r"chexbert\.pth holds more than weights, or is damaged: it was not loaded"):
         load_labeler("chexbert", checkpoint=path, tokenizer=tokenizer)
     assert not trap.exists()
     torch.load(path, weights_only=False)
@@ -248,7 +248,7 @@ WORD = "module.bert.embeddings.word_embeddings.weight"
         (lambda w: w.clear(), r"word_embeddings\.weight is missing"),
     ],
 )
-def test_other_checkpoints_are_refused(save, weights, tokenizer, change, message):
+def test_chexbert_other_checkpoints_are_refused(save, weights, tokenizer, change, message):
     change(weights)
     with pytest.raises(ValueError, match=rf"chexbert\.pth is not CheXbert's: .*{message}") as caught:
         load_labeler("chexbert", checkpoint=save(weights), tokenizer=tokenizer, attention_heads=4)
@@ -256,15 +256,15 @@ def test_other_checkpoints_are_refused(save, weights, tokenizer, change, message
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1j])
-def test_weights_that_are_no_finite_numbers_are_refused(save, weights, tokenizer, value):
+def test_chexbert_non_finite_weights_are_refused(save, weights, tokenizer, value):
     """The first class, blank, is the largest of scores that are no numbers."""
     weights["module.linear_heads.0.bias"] = torch.full((4,), value)
-    with pytest.raises(ValueError, match=r"chexbert\.pth is damaged: linear_heads\.0\.bias with values that are no"):
+    with pytest.raises(ValueError, match=r"chexbert\.pth is damaged: linear_heads\.0\.bias have values that are not"):
         load_labeler("chexbert", checkpoint=save(weights), tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_damaged_files_are_one_line(save, weights, tokenizer, legacy):
+def test_chexbert_damaged_file_is_a_one_line_error(save, weights, tokenizer, legacy):
     path = save(weights, legacy)
     content, dice = path.read_bytes(), random.Random(0)
     for _ in range(60):
@@ -278,11 +278,11 @@ def test_damaged_files_are_one_line(save, weights, tokenizer, legacy):
         assert "\n" not in str(caught.value)
 
 
-def test_files_that_are_no_checkpoint(tmp_path, tokenizer):
+def test_chexbert_other_file_is_refused(tmp_path, tokenizer):
     path = tmp_path / "chexbert.pth"
     for content in (b"", b"not a checkpoint", b"PK\x03\x04 damaged"):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"chexbert\.pth (is damaged, unreadable or|holds more than weights)"):
+        with pytest.raises(ValueError, match=r"chexbert\.pth (is damaged or unreadable|holds more than weights)"):
             load_labeler("chexbert", checkpoint=path, tokenizer=tokenizer)
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match="expected weights under 'model_state_dict'"):
@@ -290,17 +290,17 @@ def test_files_that_are_no_checkpoint(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("checkpoint", ["nowhere/chexbert.pth", "/nowhere/chexbert.pth", "org/absent"])
-def test_a_checkpoint_that_is_not_there_says_how_to_get_it(checkpoint, tokenizer, monkeypatch):
+def test_chexbert_missing_checkpoint_names_the_fix(checkpoint, tokenizer, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match=r"hf download StanfordAIMI/RRG_scorers chexbert\.pth gets the file") as caught:
+    with pytest.raises(ValueError, match=r"get it with hf download StanfordAIMI/RRG_scorers chexbert\.pth") as caught:
         load_labeler("chexbert", checkpoint=checkpoint, tokenizer=tokenizer)
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_by_the_owners_name_does_not_hide_the_hub(tokenizer, monkeypatch, tmp_path):
+def test_chexbert_folder_named_as_owner_does_not_hide_the_hub(tokenizer, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org").mkdir()
-    with pytest.raises(ValueError, match=r"org/absent: no such folder, and chexbert\.pth cannot be had from the Hub"):
+    with pytest.raises(ValueError, match=r"org/absent: no such folder, and chexbert\.pth cannot be downloaded"):
         load_labeler("chexbert", checkpoint="org/absent", tokenizer=tokenizer)
 
 
@@ -315,19 +315,19 @@ def write_vocabulary(tmp_path):
     return write
 
 
-def test_a_vocabulary_alone_will_do(labeler, save, weights, write_vocabulary):
+def test_chexbert_vocabulary_alone_is_accepted(labeler, save, weights, write_vocabulary):
     bare = load_labeler("chexbert", checkpoint=save(weights), tokenizer=write_vocabulary(*WORDS), attention_heads=4)
     assert np.array_equal(bare.label(REPORTS), labeler().label(REPORTS))
 
 
 @pytest.mark.parametrize("words", [WORDS[:-1], [*WORDS, "more"]])
-def test_another_vocabulary_is_refused(save, weights, write_vocabulary, words):
+def test_chexbert_other_vocabulary_is_refused(save, weights, write_vocabulary, words):
     """BERT's cased one has fewer tokens than the uncased one: nothing else would tell."""
     with pytest.raises(ValueError, match=rf"has {5 + len(words)} tokens, .* knows 21: expected its own"):
         load_labeler("chexbert", checkpoint=save(weights), tokenizer=write_vocabulary(*words), attention_heads=4)
 
 
-def test_a_tokenizer_of_another_kind_is_refused(save, weights, tmp_path):
+def test_chexbert_other_tokenizer_is_refused(save, weights, tmp_path):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -338,7 +338,7 @@ def test_a_tokenizer_of_another_kind_is_refused(save, weights, tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, "{damaged"])
-def test_a_tokenizer_that_cannot_be_loaded(save, weights, tmp_path, content):
+def test_chexbert_unloadable_tokenizer_names_the_fix(save, weights, tmp_path, content):
     folder = tmp_path / "nowhere"
     if content is not None:
         folder.mkdir()
@@ -349,7 +349,7 @@ def test_a_tokenizer_that_cannot_be_loaded(save, weights, tmp_path, content):
     assert "\n" not in str(caught.value)
 
 
-def test_the_checkpoint_comes_from_the_hub(hub_server, save, weights, tokenizer, bert, tmp_path):
+def test_chexbert_checkpoint_is_downloaded_from_the_hub(hub_server, save, weights, tokenizer, bert, tmp_path):
     hub_server.add_repo("models", "org/scorers", {"chexbert.pth": save(weights).read_bytes()})
     hub_server.add_repo("models", "org/empty", {"README.md": b"# Nothing\n"})
     hub_server.add_repo("models", "org/gated", {"chexbert.pth": b""}).gated = True
@@ -372,4 +372,4 @@ def test_the_checkpoint_comes_from_the_hub(hub_server, save, weights, tokenizer,
     assert states == [expected_states(bert, tokenizer, report) for report in REPORTS]
     for error, name, reason in zip(errors, ("empty", "gated", "absent"), ("404", "restricted", "404"), strict=True):
         assert error.startswith(f"checkpoint org/{name}: ") and reason in error and "\n" not in error
-        assert error.endswith("gets the file, option 'checkpoint' names it")
+        assert error.endswith("and set option checkpoint to its path")

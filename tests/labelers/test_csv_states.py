@@ -27,7 +27,7 @@ def blank(study):
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 3), min_size=14, max_size=14), min_size=1, max_size=5), st.randoms())
-def test_round_trip_by_name_in_any_order(tmp_path_factory, states, random):
+def test_read_states_columns_in_any_order(tmp_path_factory, states, random):
     for row in states:
         row[-1] %= 2
     order = list(FINDINGS)
@@ -47,7 +47,7 @@ def test_round_trip_by_name_in_any_order(tmp_path_factory, states, random):
     np.testing.assert_array_equal(np.array(list(read.values())), states)
 
 
-def test_negative_no_finding_is_unmentioned(tmp_path):
+def test_read_states_negative_no_finding_is_unmentioned(tmp_path):
     row = blank("a")
     row[HEADER.index("No Finding")] = "0"
     assert not read_states(write(tmp_path / "a.csv", [row]))["a"].any()
@@ -68,13 +68,13 @@ def test_negative_no_finding_is_unmentioned(tmp_path):
         ([], [], r"no column of study ids"),
     ],
 )
-def test_faults_are_named(tmp_path, header, rows, message):
+def test_read_states_faults_are_named(tmp_path, header, rows, message):
     with pytest.raises(ValueError, match=message) as caught:
         read_states(write(tmp_path / "a.csv", rows, header))
     assert "\n" not in str(caught.value)
 
 
-def test_files_that_are_no_utf8_csv(tmp_path):
+def test_read_states_other_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"none\.csv: cannot be read"):
         read_states(tmp_path / "none.csv")
     path = write(tmp_path / "a.csv", [blank("müller")], encoding="latin-1")
@@ -87,7 +87,7 @@ def studies(ids, states=None):
     return Dataset.from_dict({**empty, "id": ids, "finding_states": states or [None] * len(ids)}, STUDY_FEATURES)
 
 
-def test_join_fills_what_it_knows_and_lists_the_rest(tmp_path):
+def test_join_states_fills_known_and_lists_unknown(tmp_path):
     path = write(tmp_path / "a.csv", [["b", "", "1", *[""] * 12], ["c", *[""] * 14]])
     kept = [3] * 13 + [0]
     dataset = DatasetDict(train=studies(["a", "b"], [kept, None]), test=studies(["d", "c"]))
@@ -103,7 +103,7 @@ def test_join_fills_what_it_knows_and_lists_the_rest(tmp_path):
     assert unmatched == ["a"]
 
 
-def test_join_refuses_a_file_of_other_studies(tmp_path):
+def test_join_states_other_studies_are_refused(tmp_path):
     path = write(tmp_path / "a.csv", [blank("x1")])
     with pytest.raises(ValueError, match=r"none of the 2 studies is in column 'id' \(studies: 'a', file: 'x1'\)"):
         join_states(studies(["a", "b"]), path)

@@ -65,7 +65,7 @@ def content_of(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_counts_are_by_split_and_by_finding(built):
+def test_label_counts_by_split_and_finding(built):
     report = label_dataset(built, Reader(), SETTINGS)
     assert report.studies["train"] == {"studies": 4, "labelled": 2, "kept": 2, "unknown": 0}
     assert report.studies["test"] == {"studies": 2, "labelled": 1, "kept": 1, "unknown": 0}
@@ -75,7 +75,7 @@ def test_counts_are_by_split_and_by_finding(built):
     assert "| test | 2 | 1 | 1 | 0 |" in str(report)
 
 
-def test_studies_without_a_state_are_counted_and_listed(built):
+def test_label_studies_without_states_are_listed(built):
     def read(ids, reports):
         return [None if study == "s0" else [0] * 14 for study in ids]
 
@@ -89,7 +89,7 @@ def test_studies_without_a_state_are_counted_and_listed(built):
 
 
 @pytest.mark.parametrize("arrow", [True, False])
-def test_all_else_is_as_it_was(tmp_path, arrow):
+def test_label_other_columns_are_unchanged(tmp_path, arrow):
     built = build(tmp_path / "built", arrow=arrow)
     old = {file.name: pq.read_table(file) for file in (built / "data").iterdir()}
     label_dataset(built, Reader(), SETTINGS)
@@ -104,7 +104,7 @@ def test_all_else_is_as_it_was(tmp_path, arrow):
         assert loaded == states_of(built)
 
 
-def test_row_groups_stay_so_that_memory_is_bounded_by_images_not_rows(tmp_path, monkeypatch):
+def test_label_row_groups_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr("otdrg.studies.shards._BATCH_BYTES", IMAGE)
     built = build(tmp_path / "built")
     file = built / "data" / "test-00000-of-00001.parquet"
@@ -114,7 +114,7 @@ def test_row_groups_stay_so_that_memory_is_bounded_by_images_not_rows(tmp_path, 
     assert states_of(built)["s4"] == [1] * 14 and states_of(built)["s5"] == [3] * 13 + [0]
 
 
-def test_what_the_owner_keeps_in_the_folder_stays(built):
+def test_label_other_files_are_kept(built):
     (built / "notes" / "deep").mkdir(parents=True)
     (built / "notes" / "deep" / "a.txt").write_text("mine")
     (built / "link").symlink_to("notes")
@@ -124,7 +124,7 @@ def test_what_the_owner_keeps_in_the_folder_stays(built):
     assert (built / "README.md").read_text() == "card"
 
 
-def test_of_a_link_the_dataset_is_labelled(built, tmp_path):
+def test_label_link_labels_its_target(built, tmp_path):
     (tmp_path / "link").symlink_to(built)
     label_dataset(tmp_path / "link", Reader(), SETTINGS)
     assert (tmp_path / "link").is_symlink()
@@ -132,7 +132,7 @@ def test_of_a_link_the_dataset_is_labelled(built, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"link", "built"}
 
 
-def test_resumed_it_labels_the_rest(built):
+def test_label_resumed_labels_the_rest(built):
     before = content_of(built)
     with pytest.raises(ValueError, match="gave up"):
         label_dataset(built, Reader(gives_up_at="s2"), SETTINGS)
@@ -165,7 +165,7 @@ def test_label_interrupted_at_its_end_continues(built, tmp_path, monkeypatch, la
     assert None not in states_of(built).values()
 
 
-def test_resumed_when_whole_it_is_left_as_it_is(built, tmp_path):
+def test_label_complete_is_not_changed_by_resume(built, tmp_path):
     labelled = tmp_path / "labelled"
     for output in (labelled, None):
         report = label_dataset(built, lambda ids, _: [None] * len(ids), SETTINGS, output=output)
@@ -176,7 +176,7 @@ def test_resumed_when_whole_it_is_left_as_it_is(built, tmp_path):
         label_dataset(built, Reader(), {"labeler": "other"}, output=labelled, resume=True)
 
 
-def test_a_shard_that_was_built_anew_is_labelled_anew(built):
+def test_label_changed_shard_is_labelled_again(built):
     with pytest.raises(ValueError, match="gave up"):
         label_dataset(built, Reader(gives_up_at="s4"), SETTINGS)
     file = built / "data" / "train-00000-of-00002.parquet"
@@ -189,7 +189,7 @@ def test_a_shard_that_was_built_anew_is_labelled_anew(built):
     assert list(states_of(built)) == ["s4", "s5", "s0", "s2", "s3"]
 
 
-def test_a_dataset_that_is_there_is_replaced_if_it_may_be(built, tmp_path):
+def test_label_existing_output_is_replaced_with_overwrite(built, tmp_path):
     labelled = tmp_path / "labelled"
     labelled.mkdir()
     label_dataset(built, Reader(), SETTINGS, output=labelled)
@@ -218,7 +218,7 @@ def _without(built, column):
         (lambda built: (built.parent / "built.partial").mkdir(), None, r"built\.partial exists and is not an"),
     ],
 )
-def test_a_fault_is_named_before_anything_is_read(built, tmp_path, spoil, output, message):
+def test_label_faults_are_named_before_reading(built, tmp_path, spoil, output, message):
     spoil(built)
     before = content_of(tmp_path)
     reader = Reader()

@@ -46,7 +46,7 @@ def score(labeler, report, finding, state):
     return sum(float(step[token]) for step, token in zip(steps, answer, strict=True))
 
 
-def test_shared_prefixes_give_what_the_whole_text_gives(labeler):
+def test_llm_shared_prefix_equals_the_whole_text(labeler):
     expected = np.array(
         [[[score(labeler, report, f, s) for s in range(4)] for f in range(13)] for report in REPORTS[:2]]
     )
@@ -58,7 +58,7 @@ def test_shared_prefixes_give_what_the_whole_text_gives(labeler):
 
 
 @pytest.mark.parametrize("kinds", [["sliding_attention", "full_attention"], ["sliding_attention"] * 2])
-def test_layers_with_a_sliding_window_see_what_lies_within_it(llm, tmp_path, kinds):
+def test_llm_sliding_window_equals_the_whole_text(llm, tmp_path, kinds):
     torch.manual_seed(0)
     config = Gemma3TextConfig(
         vocab_size=500,
@@ -83,7 +83,7 @@ def test_layers_with_a_sliding_window_see_what_lies_within_it(llm, tmp_path, kin
         assert found[report, finding, state] == pytest.approx(expected, abs=1e-3)
 
 
-def test_a_batch_gives_what_single_reports_give_in_any_order(llm, labeler):
+def test_llm_batch_equals_single_reports(llm, labeler):
     alone = [labeler.label([report])[0].tolist() for report in REPORTS]
     for batch_size in (1, 2, 8):
         batched = load_labeler("llm", model=str(llm), dtype="float32", batch_size=batch_size)
@@ -91,14 +91,14 @@ def test_a_batch_gives_what_single_reports_give_in_any_order(llm, labeler):
         assert batched.label(REPORTS[::-1]).tolist() == alone[::-1]
 
 
-def test_calibration_is_against_the_empty_report(llm, labeler):
+def test_llm_calibration_subtracts_the_empty_report(llm, labeler):
     calibrated = load_labeler("llm", model=str(llm), dtype="float32", calibrate=True)
     expected = (labeler._scores(REPORTS) - labeler._scores([""])).argmax(-1)
     assert calibrated.label(REPORTS)[:, :13].tolist() == expected.tolist()
     assert not np.array_equal(expected, labeler._scores(REPORTS).argmax(-1))
 
 
-def test_no_finding_follows_from_the_others(labeler, monkeypatch):
+def test_llm_no_finding_follows_the_rule(labeler, monkeypatch):
     device, cardiomegaly = ASKED.index("support_devices"), ASKED.index("cardiomegaly")
     answers = {"a": {}, "b": {device: 1, cardiomegaly: 2}, "c": {cardiomegaly: 3}, "d": {cardiomegaly: 1}}
 
@@ -113,7 +113,7 @@ def test_no_finding_follows_from_the_others(labeler, monkeypatch):
     assert labeler.label(list(answers))[:, FINDINGS.index("no_finding")].tolist() == [1, 1, 0, 0]
 
 
-def test_a_cache_is_gone_on_with(llm, tmp_path, monkeypatch):
+def test_llm_cache_is_continued(llm, tmp_path, monkeypatch):
     cache = tmp_path / "states.jsonl"
     first = load_labeler("llm", model=str(llm), dtype="float32", cache=cache)
     expected = first.label(REPORTS).tolist()
@@ -130,8 +130,8 @@ def test_a_cache_is_gone_on_with(llm, tmp_path, monkeypatch):
     monkeypatch.setattr(third, "_label", lambda texts: [[2] * 13] * len(texts))
     assert third.label(REPORTS).tolist() == [[2] * 13 + [1]] * 3
     lines = cache.read_text().splitlines()
-    assert [line for line in lines if not line.endswith("}")] == ['{"report": "torn']
-    assert len(lines) == 1 + 3 + 1 + 3
+    assert all(line.endswith("}") for line in lines)
+    assert len(lines) == 3 + 1 + 3
 
 
 def answer_of(prompt, **states):
@@ -139,7 +139,7 @@ def answer_of(prompt, **states):
     return json.dumps({prompt.names[ASKED.index(name)]: prompt.answers[state] for name, state in ids.items()})
 
 
-def test_json_answers_are_checked_asked_for_again_and_counted(llm, monkeypatch):
+def test_llm_json_answers_are_validated_and_retried(llm, monkeypatch):
     labeler = load_labeler("llm", model=str(llm), mode="json", retries=1, dtype="float32")
     prompt = labeler.prompt
     valid, other = answer_of(prompt, cardiomegaly=1), answer_of(prompt, edema=2)
@@ -157,14 +157,14 @@ def test_json_answers_are_checked_asked_for_again_and_counted(llm, monkeypatch):
     assert named == [{"cardiomegaly": "positive"}, {"edema": "negative", "no_finding": "positive"}, {}]
 
 
-def test_a_random_llm_writes_no_json(llm):
+def test_llm_invalid_json_is_counted(llm):
     labeler = load_labeler("llm", model=str(llm), mode="json", retries=1, dtype="float32")
     labeler._answer_tokens = 8
     with pytest.warns(UnreadReportsWarning, match="2 of 2 reports"):
         assert not labeler.label(REPORTS[:2]).any()
 
 
-def test_bad_reports(labeler):
+def test_llm_wrong_reports_are_named(labeler):
     with pytest.raises(ValueError, match="report 1 is NoneType: expected a string"):
         labeler.label(["Clear.", None])
     with pytest.raises(TypeError, match="reports is a single string"):
@@ -184,28 +184,28 @@ def test_bad_reports(labeler):
         ({"few_shot": 9}, "few_shot=9: expected a whole number from 0 to 3"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"dtype": "float17"}, "dtype='float17': expected float32"),
-        ({"calibrate": True, "mode": "json"}, "calibrate=True: expected the mode score"),
+        ({"calibrate": True, "mode": "json"}, "calibrate=True: expected mode='score'"),
         ({"model": "nowhere/llm"}, "text backbone 'nowhere/llm' could not be loaded"),
         ({"prompt": "nowhere.yaml"}, "prompt nowhere.yaml: cannot be read"),
     ],
 )
-def test_wrong_options_are_named(llm, options, message, monkeypatch):
+def test_llm_wrong_options_are_named(llm, options, message, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises((ValueError, OSError), match=message) as caught:
         load_labeler("llm", **{"model": str(llm), **options})
     assert "\n" not in str(caught.value)
 
 
-def test_a_context_that_the_prompt_fills(llm, tmp_path):
+def test_llm_short_context_is_refused(llm, tmp_path):
     model = LlamaForCausalLM.from_pretrained(llm)
     model.config.max_position_embeddings = 100
     model.save_pretrained(tmp_path)
     PreTrainedTokenizerFast.from_pretrained(llm).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"reads 100 tokens, which the prompt fills: expected fewer few_shot"):
+    with pytest.raises(ValueError, match=r"reads 100 tokens, which the prompt fills: use a smaller few_shot"):
         load_labeler("llm", model=str(tmp_path))
 
 
-def test_a_tokenizer_that_cannot_tell_the_answers(llm, tmp_path):
+def test_llm_ambiguous_tokenizer_is_refused(llm, tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, ":": 2, "edema": 3}, unk_token="<unk>"))
@@ -220,7 +220,7 @@ def test_a_tokenizer_that_cannot_tell_the_answers(llm, tmp_path):
     ("old", "new"),
     [("cardiomegaly: positive", "big_heart: positive"), ("positive: present", "sure: present"), ("json:", "xml:")],
 )
-def test_a_wrong_prompt_file_is_named(tmp_path, old, new):
+def test_llm_wrong_prompt_file_is_named(tmp_path, old, new):
     path = tmp_path / "prompt.yaml"
     path.write_text(PROMPT.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
     with pytest.raises(ValueError, match=r"prompt .*prompt\.yaml: .*expected the keys of llm\.yaml"):

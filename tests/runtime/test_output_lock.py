@@ -51,7 +51,7 @@ def test_output_lock_held_by_another_process_names_it(holder, tmp_path):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_output_lock_killed_holder_leaves_nothing_in_the_way(holder, tmp_path, how):
+def test_output_lock_killed_holder_releases_it(holder, tmp_path, how):
     process = holder(tmp_path / "out")
     process.send_signal(how)
     process.wait()
@@ -78,7 +78,7 @@ def test_output_lock_link_and_target_are_one_output(holder, tmp_path):
         pass
 
 
-def test_output_lock_leaves_no_folder_that_nothing_was_written_to(tmp_path):
+def test_output_lock_empty_folders_are_removed(tmp_path):
     with OutputLock(tmp_path / "deep" / "er" / "out"):
         assert (tmp_path / "deep" / "er").is_dir()
     assert list(tmp_path.iterdir()) == []

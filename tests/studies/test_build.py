@@ -17,7 +17,7 @@ from datasets import load_dataset, load_from_disk
 from otdrg.cli import main
 from otdrg.studies import load_studies, prepare_studies
 from otdrg.studies.build import BuildOptions, build_studies_dataset
-from otdrg.studies.loading import load_prepared, prepared_column, prepared_rows, stream_prepared
+from otdrg.studies.loading import load_prepared, prepared_column, stream_prepared
 from otdrg.studies.schema import STUDY_FEATURES
 from otdrg.studies.source import Skipped, SkipStudy, Study, StudyEntry, StudySource
 from PIL import Image
@@ -68,7 +68,7 @@ def without_images(rows):
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])
-def test_both_plain_loaders_read_what_the_source_holds(tmp_path, num_proc):
+def test_build_dataset_loads_with_both_loaders_of_datasets(tmp_path, num_proc):
     build = BuildOptions(studies_per_shard=3, num_proc=num_proc)
     report = prepare_studies("phantom", tmp_path / "built", build=build, **PHANTOMS)
     expected = load_studies("phantom", **PHANTOMS)
@@ -91,14 +91,14 @@ def test_both_plain_loaders_read_what_the_source_holds(tmp_path, num_proc):
     assert len({from_disk[split]._fingerprint for split in from_disk}) == 3
 
 
-def test_parquet_only_leaves_out_half_and_is_read_all_the_same(tmp_path):
+def test_build_parquet_only_writes_no_arrow_and_loads(tmp_path):
     prepare_studies("phantom", tmp_path / "built", build=BuildOptions(parquet_only=True), **PHANTOMS)
     assert not list((tmp_path / "built").rglob("*.arrow"))
     rows = load_prepared(tmp_path / "built")["validation"]
     assert rows["id"] == load_studies("phantom", **PHANTOMS)["validation"]["id"]
 
 
-def test_the_dataset_does_not_need_the_images_any_more(tmp_path, picture):
+def test_build_image_file_deleted_later_dataset_is_complete(tmp_path, picture):
     path = picture()
     with open(path, "rb") as file:
         data = file.read()
@@ -111,7 +111,7 @@ def test_the_dataset_does_not_need_the_images_any_more(tmp_path, picture):
     assert stored == [{"bytes": data, "path": "view.png"}]
 
 
-def test_each_fault_is_counted_and_listed_and_the_rest_kept(tmp_path, picture):
+def test_build_faulty_studies_are_counted_and_listed(tmp_path, picture):
     good, broken = picture(), tmp_path / "broken.png"
     with open(good, "rb") as file:
         broken.write_bytes(file.read()[:200])
@@ -153,7 +153,7 @@ def test_each_fault_is_counted_and_listed_and_the_rest_kept(tmp_path, picture):
     assert "| total | 2 | 2 | 2 | 0 | 0 | 9 | 1 | 2 | 2 |" in str(report)
 
 
-def test_strict_ends_at_the_first_fault_and_leaves_nothing_that_looks_whole(tmp_path, picture):
+def test_build_strict_stops_at_first_fault_without_output(tmp_path, picture):
     source = ListedSource([listed_study("a", picture()), listed_study("b", str(tmp_path / "absent.png"))])
     with pytest.raises(ValueError, match=r"study b, train: missing image: .*absent\.png does not exist"):
         build_studies_dataset(source, tmp_path / "built", BuildOptions(strict=True))
@@ -162,7 +162,7 @@ def test_strict_ends_at_the_first_fault_and_leaves_nothing_that_looks_whole(tmp_
         load_prepared(tmp_path / "built")
 
 
-def test_an_incomplete_study_is_kept_only_when_asked_for(tmp_path, picture):
+def test_build_incomplete_study_is_kept_with_the_option_only(tmp_path, picture):
     source = ListedSource([listed_study("a", str(tmp_path / "absent.png"), picture())])
     with pytest.raises(ValueError, match="no study is left: all 1 were skipped"):
         build_studies_dataset(source, tmp_path / "one")
@@ -181,7 +181,7 @@ def test_an_incomplete_study_is_kept_only_when_asked_for(tmp_path, picture):
         ("findings+impression", ["F. I.", "I.", "F."]),
     ],
 )
-def test_sections_make_the_report(tmp_path, picture, sections, reports):
+def test_build_sections_option_selects_the_report(tmp_path, picture, sections, reports):
     view = picture()
     source = ListedSource(
         [
@@ -196,7 +196,7 @@ def test_sections_make_the_report(tmp_path, picture, sections, reports):
     assert set(rows["impression"]) <= {"I.", ""}
 
 
-def test_large_images_are_scaled_down_and_small_ones_left_as_they_are(tmp_path, picture):
+def test_build_shorter_side_scales_large_images_only(tmp_path, picture):
     small, large, jpeg = picture("small.png"), picture("large.png", (300, 200)), picture("large.jpg", (300, 200))
     source = ListedSource([listed_study("a", small, large, jpeg)])
     build_studies_dataset(source, tmp_path / "built", BuildOptions(shorter_side=100))
@@ -208,7 +208,7 @@ def test_large_images_are_scaled_down_and_small_ones_left_as_they_are(tmp_path, 
     ]
 
 
-def test_limit_is_of_each_split(tmp_path):
+def test_build_limit_applies_to_each_split(tmp_path):
     report = prepare_studies("phantom", tmp_path / "built", build=BuildOptions(limit=2), **PHANTOMS)
     assert {split: counts.studies for split, counts in report.counts.items()} == {
         "train": 2,
@@ -217,7 +217,7 @@ def test_limit_is_of_each_split(tmp_path):
     }
 
 
-def test_counts_that_are_not_the_published_ones_are_a_warning_that_lists_the_ids(tmp_path, picture):
+def test_build_unpublished_counts_warn_and_list_the_ids(tmp_path, picture):
     source = ListedSource(
         [
             listed_study("a", picture()),
@@ -238,7 +238,7 @@ def test_counts_that_are_not_the_published_ones_are_a_warning_that_lists_the_ids
 
 
 @pytest.mark.parametrize("option", [{"limit": 0}, {"num_proc": -1}, {"studies_per_shard": "2"}, {"shorter_side": 4}])
-def test_options_out_of_range_are_named(option):
+def test_build_options_out_of_range_are_named(option):
     (name,) = option
     with pytest.raises(ValueError, match=f"{name}=.*: expected a whole number"):
         BuildOptions(**option)
@@ -246,7 +246,7 @@ def test_options_out_of_range_are_named(option):
         BuildOptions(sections="summary")
 
 
-def test_nothing_of_the_users_is_overwritten(tmp_path):
+def test_build_existing_folder_is_not_overwritten(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     for overwrite in (False, True):
@@ -260,10 +260,10 @@ def test_nothing_of_the_users_is_overwritten(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["built", "mine"]
 
 
-def test_a_killed_build_leaves_no_dataset_and_is_gone_on_with(tmp_path):
-    output, options = tmp_path / "built", {**PHANTOMS, "train": 400, "image_size": 96}
+def test_build_killed_leaves_no_dataset_and_resumes(tmp_path):
+    output, options = tmp_path / "built", {**PHANTOMS, "train": 200, "image_size": 96}
     command = [sys.executable, "-m", "otdrg.cli", "prepare", "phantom", "--output", str(output)]
-    command += ["--train", "400", "--validation", "2", "--test", "3", "--image-size", "96", "--studies-per-shard", "40"]
+    command += ["--train", "200", "--validation", "2", "--test", "3", "--image-size", "96", "--studies-per-shard", "10"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     shards = tmp_path / "built.partial" / "shards"
     deadline = time.monotonic() + 60
@@ -273,19 +273,19 @@ def test_a_killed_build_leaves_no_dataset_and_is_gone_on_with(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not output.exists()
-    build = BuildOptions(studies_per_shard=40)
+    build = BuildOptions(studies_per_shard=10)
     with pytest.raises(ValueError, match=r"unfinished dataset: --resume continues it, --overwrite deletes it"):
         prepare_studies("phantom", output, build=build, **options)
     with pytest.raises(ValueError, match=r"was made with source\.seed=0, not 1"):
         prepare_studies("phantom", output, build=build, resume=True, seed=1, **options)
     report = prepare_studies("phantom", output, build=build, resume=True, **options)
-    assert report.counts["train"].studies == 400
+    assert report.counts["train"].studies == options["train"]
     built, whole = load_from_disk(output), load_studies("phantom", **options)
     for split, rows in whole.items():
         assert without_images(built[split]) == without_images(rows)
 
 
-def test_shards_that_are_built_are_not_built_again(tmp_path, picture):
+def test_build_resumed_keeps_finished_shards(tmp_path, picture):
     good = [listed_study(f"s{i}", picture(f"{i}.png")) for i in range(4)]
     bad = StudyEntry("bad", "bad", "train", SkipStudy("malformed", "?"))
     options = BuildOptions(studies_per_shard=2, strict=True)
@@ -297,14 +297,14 @@ def test_shards_that_are_built_are_not_built_again(tmp_path, picture):
     assert load_from_disk(tmp_path / "built")["train"]["id"] == ["s0", "s1", "s2", "s3"]
 
 
-def test_a_build_whose_settings_are_lost_is_not_gone_on_with(tmp_path):
+def test_build_without_settings_file_is_not_resumed(tmp_path):
     (tmp_path / "built.partial").mkdir()
     with pytest.raises(ValueError, match=r"build\.json is missing or damaged: --overwrite deletes .* and starts again"):
         prepare_studies("phantom", tmp_path / "built", resume=True, **PHANTOMS)
     prepare_studies("phantom", tmp_path / "built", overwrite=True, **PHANTOMS)
 
 
-def test_a_whole_build_is_left_as_it_is_by_resume(tmp_path):
+def test_build_complete_is_not_changed_by_resume(tmp_path):
     first = prepare_studies("phantom", tmp_path / "built", **PHANTOMS)
     made = (tmp_path / "built" / "summary.json").stat().st_mtime_ns
     again = prepare_studies("phantom", tmp_path / "built", resume=True, **PHANTOMS)
@@ -314,14 +314,13 @@ def test_a_whole_build_is_left_as_it_is_by_resume(tmp_path):
         prepare_studies("phantom", tmp_path / "built", resume=True, **{**PHANTOMS, "train": 8})
 
 
-def test_a_source_without_studies_is_an_error(tmp_path):
+def test_build_source_without_studies_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="source 'listed' holds no studies"):
         build_studies_dataset(ListedSource([]), tmp_path / "built")
 
 
-def test_columns_and_streams_are_read_without_the_rest(tmp_path):
+def test_prepared_column_and_stream_read_the_studies(tmp_path):
     prepare_studies("phantom", tmp_path / "built", build=BuildOptions(studies_per_shard=3), **PHANTOMS)
-    assert prepared_rows(tmp_path / "built", "train") == 7
     assert prepared_column(tmp_path / "built", "train", "id") == load_studies("phantom", **PHANTOMS)["train"]["id"]
     stream = stream_prepared(tmp_path / "built", "train")
     assert stream.num_shards == 3 and next(iter(stream))["images"][0].size == (32, 32)
@@ -331,7 +330,7 @@ def test_columns_and_streams_are_read_without_the_rest(tmp_path):
         load_studies("prepared", folder=tmp_path)
 
 
-def test_what_is_left_out_in_memory_is_one_warning(picture, tmp_path, caplog, monkeypatch):
+def test_load_in_memory_skipped_studies_are_one_warning(picture, tmp_path, caplog, monkeypatch):
     from otdrg.studies.loading import load_in_memory
 
     source = ListedSource([listed_study("a", picture()), listed_study("b", str(tmp_path / "absent.png"))])
@@ -358,7 +357,7 @@ def test_what_is_left_out_in_memory_is_one_warning(picture, tmp_path, caplog, mo
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_prepare_study_whose_reading_fails_is_left_out_and_named(tmp_path, picture, error):
+def test_prepare_unreadable_study_is_skipped_and_named(tmp_path, picture, error):
     listed = [listed_study("a", picture()), StudyEntry("bad", "bad", "train", error), listed_study("c", picture())]
     report = build_studies_dataset(ListedSource(listed), tmp_path / "built")
     assert report.counts["train"].studies == 2 and report.skipped == 1
@@ -393,7 +392,7 @@ def test_prepare_reason_does_not_quote_the_report(tmp_path, picture):
     ],
     ids=str,
 )
-def test_prepare_study_that_cannot_be_written_is_left_out_and_named(tmp_path, picture, broken):
+def test_prepare_unwritable_study_is_skipped_and_named(tmp_path, picture, broken):
     view = broken.pop("view", picture("b.png"))
     listed = [listed_study("a", picture()), listed_study(broken.pop("name"), view, **broken)]
     report = build_studies_dataset(ListedSource(listed), tmp_path / "built")
@@ -409,7 +408,7 @@ def test_prepare_id_of_any_length_is_kept(tmp_path, picture):
     assert load_from_disk(tmp_path / "built")["train"]["id"] == [name]
 
 
-def test_prepare_full_disk_ends_the_build_and_keeps_it(tmp_path, picture):
+def test_prepare_full_disk_stops_and_keeps_the_build(tmp_path, picture):
     error = OSError(errno.ENOSPC, "No space left on device")
     listed = [listed_study("a", picture()), StudyEntry("b", "b", "train", error)]
     with pytest.raises(OSError, match="No space left"):
@@ -449,9 +448,15 @@ def slow_prepare(tmp_path):
     started = []
 
     def start(output, *arguments):
-        command = [sys.executable, str(script), "prepare", "phantom", "--train", "200", "--validation", "0"]
+        command = [sys.executable, str(script), "prepare", "phantom", "--train", "60", "--validation", "0"]
         command += ["--test", "0", "--image-size", "32", "--studies-per-shard", "2", "--output", str(output)]
-        process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True)
+        # A test run in the background ignores SIGINT, and its children would, too.
+        process = subprocess.Popen(
+            [*command, *arguments],
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
         started.append(process)
         shards, deadline = output.with_name(f"{output.name}.partial") / "shards", time.monotonic() + 60
         while not list(shards.glob("*.json")) and time.monotonic() < deadline:
@@ -464,36 +469,33 @@ def slow_prepare(tmp_path):
         process.wait()
 
 
-@pytest.mark.parametrize(("how", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("num_proc", ["1", "2"])
-def test_prepare_ended_by_a_signal_says_what_is_kept(slow_prepare, tmp_path, how, status, num_proc):
-    process = slow_prepare(tmp_path / "built", "--num-proc", num_proc)
-    process.send_signal(how)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == status and "Traceback" not in error
-    told = "terminated (SIGTERM)" if how == signal.SIGTERM else "interrupted"
-    last = error.strip().splitlines()[-1]
-    assert f"otdrg prepare: {told}; " in last
-    assert last.endswith(f"complete shards are kept in {tmp_path / 'built.partial'}; --resume continues")
-
-
-def test_prepare_second_process_is_refused_and_writes_nothing(slow_prepare, tmp_path, capsys):
+@pytest.mark.parametrize(("how", "status", "num_proc"), [(signal.SIGTERM, 143, "1"), (signal.SIGINT, 130, "2")])
+def test_prepare_running_refuses_a_second_process_and_says_what_is_kept_on_a_signal(
+    slow_prepare, tmp_path, capsys, how, status, num_proc
+):
     output = tmp_path / "built"
-    process = slow_prepare(output)
+    process = slow_prepare(output, "--num-proc", num_proc)
     for more in ([], ["--overwrite"], ["--resume"]):
         assert main(["prepare", "phantom", "--train", "3", "--output", str(output), *more]) == 1
         error = capsys.readouterr().err
         assert f"{output} is being written by process {process.pid} on " in error and error.count("\n") == 1
     assert process.poll() is None
+    process.send_signal(how)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == status and "Traceback" not in error
+    name = "terminated (SIGTERM)" if how == signal.SIGTERM else "interrupted"
+    last = error.strip().splitlines()[-1]
+    assert f"otdrg prepare: {name}; " in last
+    assert last.endswith(f"complete shards are kept in {tmp_path / 'built.partial'}; --resume continues")
 
 
-def test_prepare_killed_leaves_no_process_that_builds_on(slow_prepare, tmp_path):
+def test_prepare_killed_leaves_no_child_process(slow_prepare, tmp_path):
     process = slow_prepare(tmp_path / "built", "--num-proc", "2")
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     _, alive = psutil.wait_procs(children, timeout=20)
     assert children and not alive
     build = BuildOptions(studies_per_shard=2)
-    options = {"train": 200, "validation": 0, "test": 0, "image_size": 32}
+    options = {"train": 60, "validation": 0, "test": 0, "image_size": 32}
     report = prepare_studies("phantom", tmp_path / "built", build=build, resume=True, **options)
-    assert report.counts["train"].studies == 200
+    assert report.counts["train"].studies == options["train"]

@@ -68,7 +68,7 @@ def test_chest_fault_names_another_body_part(body_part):
 
 
 @pytest.mark.parametrize("branch", ["2", "2.1", "4", "4.1", "6.1", "20", "128", "1.2", "12.1"])
-def test_chest_fault_goes_by_the_sop_class_where_modality_is_blank(branch):
+def test_chest_fault_blank_modality_uses_the_sop_class(branch):
     header = {"SOPClassUID": f"1.2.840.10008.5.1.4.1.1.{branch}"}
     assert "SOPClassUID is that of" in chest_fault(header)
     assert chest_fault({**header, "Modality": "DX"}) is None
@@ -77,7 +77,7 @@ def test_chest_fault_goes_by_the_sop_class_where_modality_is_blank(branch):
 
 
 @pytest.mark.parametrize("source", ["dicom", "csv"])
-def test_prepare_leaves_out_and_counts_what_is_no_chest_radiograph(dicom, tmp_path, source):
+def test_prepare_other_body_part_is_skipped_and_counted(dicom, tmp_path, source):
     pixels = np.linspace(0, 4095, 48 * 40).reshape(48, 40).astype(np.uint16)
     headers = {"chest": {}, "ct": {"Modality": "CT"}, "hand": {"BodyPartExamined": "HAND"}, "thorax": {}}
     headers["thorax"]["BodyPartExamined"] = "Thorax"

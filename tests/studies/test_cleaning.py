@@ -24,7 +24,7 @@ SAME_IN_BOTH = [
 
 @pytest.mark.parametrize("style", ["r2gen_iu", "r2gen_mimic"])
 @pytest.mark.parametrize(("text", "cleaned"), SAME_IN_BOTH)
-def test_what_both_cleaners_do(text, cleaned, style):
+def test_clean_report_both_styles_match_r2gen(text, cleaned, style):
     assert clean_report(text, style) == cleaned
 
 
@@ -42,16 +42,16 @@ def test_what_both_cleaners_do(text, cleaned, style):
         ("Normal heart.\n2. Clear lungs.", "normal heart\n2 . clear lungs .", "normal heart . clear lungs ."),
     ],
 )
-def test_where_the_cleaners_differ(text, iu, mimic):
+def test_clean_report_styles_differ_as_in_r2gen(text, iu, mimic):
     assert clean_report(text, "r2gen_iu") == iu
     assert clean_report(text, "r2gen_mimic") == mimic
 
 
-def test_none_leaves_the_text_alone():
+def test_clean_report_none_keeps_the_text():
     assert clean_report(" As IT is..\n", "none") == " As IT is..\n"
 
 
-def test_unknown_style_names_the_known_ones():
+def test_clean_report_unknown_style_names_the_known_ones():
     with pytest.raises(
         ValueError, match=r"unknown cleaning style 'r2gen': expected one of r2gen_iu, r2gen_mimic, none"
     ):

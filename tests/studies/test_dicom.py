@@ -64,7 +64,7 @@ class Archive:
         return [entry for entry in self.source(**options).entries() if isinstance(entry, Skipped)]
 
 
-def test_a_study_a_folder(archive):
+def test_dicom_study_in_a_folder_is_read(archive):
     archive.image("s1/b.dcm", "1.1", ViewPosition="LL", InstanceNumber=1)
     archive.image("s1/c.dcm", "1.1", ViewPosition="PA", InstanceNumber=3)
     archive.image("s1/a.dcm", "1.1", ViewPosition="AP", InstanceNumber=20)
@@ -80,7 +80,7 @@ def test_a_study_a_folder(archive):
     assert studies["p2/s2"].findings == "A plain report."
 
 
-def test_studies_that_share_a_folder(archive):
+def test_dicom_studies_in_one_folder_are_separated(archive):
     archive.image("a.dcm", "1.1", ViewPosition="LATERAL")
     archive.image("b.dcm", "1.2", ViewPosition="PA")
     archive.image("c.dcm", "1.1", ViewPosition="PA")
@@ -91,7 +91,7 @@ def test_studies_that_share_a_folder(archive):
     assert [os.path.basename(path) for path in studies["a"].images] == ["c.dcm", "a.dcm"]
 
 
-def test_a_study_across_folders(archive):
+def test_dicom_study_across_folders_is_joined(archive):
     archive.image("s1/series1/a.dcm", "1.1")
     archive.image("s1/series2/a.dcm", "1.1")
     archive.text("s1/dictated.txt", "Of the first.")
@@ -104,7 +104,7 @@ def test_a_study_across_folders(archive):
     }
 
 
-def test_reports_in_a_folder_of_their_own(archive, tmp_path):
+def test_dicom_reports_folder_is_searched(archive, tmp_path):
     archive.image("p1/a.dcm", "1.1")
     archive.image("p1/b.dcm", "1.2")
     (tmp_path / "texts" / "p1").mkdir(parents=True)
@@ -114,7 +114,7 @@ def test_reports_in_a_folder_of_their_own(archive, tmp_path):
     assert {name: study.findings for name, study in studies.items()} == {"p1/a": "Report a.", "p1/b": "Report b."}
 
 
-def test_files_without_a_suffix_and_without_a_preamble(archive):
+def test_dicom_files_without_suffix_or_preamble_are_found(archive):
     archive.image("IM0001", "1.1")
     archive.text("IM0001.txt")
     bare = archive.image("old.dcm", "1.2")
@@ -142,7 +142,7 @@ PHI = {
 }
 
 
-def test_nothing_of_a_header_is_passed_on_but_the_view(archive):
+def test_dicom_header_only_the_view_is_kept(archive):
     archive.image("a.dcm", **PHI)
     archive.image("b.dcm", **{**PHI, "StudyInstanceUID": "1.2.276.9", "BurnedInAnnotation": "YES"})
     archive.image("c.dcm", **{**PHI, "StudyInstanceUID": "1.2.276.8", "PatientID": "PID-2\\x"})
@@ -158,7 +158,7 @@ def test_nothing_of_a_header_is_passed_on_but_the_view(archive):
             assert value not in told
 
 
-def test_a_radiograph_becomes_pixels_and_no_more(archive):
+def test_dicom_stored_image_has_no_metadata(archive):
     from otdrg.studies.images import stored_image
     from PIL import Image
 
@@ -173,7 +173,7 @@ def test_a_radiograph_becomes_pixels_and_no_more(archive):
         assert (np.asarray(image).min(), np.asarray(image).max()) == (0, 255)
 
 
-def test_patients_are_numbered_and_dealt(archive):
+def test_dicom_patients_are_numbered_and_assigned(archive):
     for index in range(30):
         archive.image(f"{index:02}.dcm", f"1.{index}", PatientID="" if index == 29 else f"ID{index // 3}")
         archive.text(f"{index:02}.txt")
@@ -213,27 +213,27 @@ def code(meaning):
         ({"SeriesDescription": "Chest, patient sitting"}, "unknown"),
     ],
 )
-def test_view(archive, elements, view):
+def test_dicom_view_is_read_from_the_header(archive, elements, view):
     archive.image("a.dcm", **elements)
     archive.text("a.txt")
     assert archive.kept()["a"].views == [view]
 
 
-def test_objects_beside_the_images_are_no_views(archive):
+def test_dicom_objects_without_image_are_no_views(archive):
     archive.image("s/a.dcm")
     archive.image("s/b.dcm", sop_class=STRUCTURED_REPORT)
     archive.text("s.txt")
     assert [os.path.basename(path) for path in archive.kept()["s"].images] == ["a.dcm"]
 
 
-def test_a_file_of_the_study_has_no_image(archive):
+def test_dicom_file_without_pixels_is_skipped(archive):
     archive.image("a.dcm", sop_class=STRUCTURED_REPORT)
     archive.text("a.txt")
     (fault,) = archive.skipped()
     assert (fault.id, fault.kind) == ("a", "unreadable image") and "a.dcm" in fault.reason
 
 
-def test_no_dicom_though_called_so(archive):
+def test_dicom_other_file_with_suffix_is_skipped(archive):
     archive.image("a.dcm")
     archive.text("a.txt")
     archive.text("b.dcm", "This is a note about a patient, and no radiograph. " * 9)
@@ -243,7 +243,7 @@ def test_no_dicom_though_called_so(archive):
     assert list(archive.kept()) == ["a"]
 
 
-def test_no_report(archive):
+def test_dicom_study_without_report_is_skipped(archive):
     archive.image("s1/a.dcm", "1.1")
     archive.image("s2/a.dcm", "1.2")
     archive.text("s2/a.txt")
@@ -252,7 +252,7 @@ def test_no_report(archive):
     assert "expected s1/a.txt or s1/report.txt" in fault.reason.replace(os.sep, "/")
 
 
-def test_a_report_of_another_study_is_not_taken(archive):
+def test_dicom_report_of_another_study_is_not_used(archive):
     archive.image("a.dcm", "1.1")
     archive.image("b.dcm", "1.2")
     archive.text("report.txt")
@@ -264,7 +264,7 @@ def test_a_report_of_another_study_is_not_taken(archive):
 
 
 @pytest.mark.parametrize("names", [("s/a.txt", "s/b.txt"), ("s/x.txt", "s/y.txt")])
-def test_several_reports_must_say_the_same(archive, names):
+def test_dicom_different_reports_skip_the_study(archive, names):
     from otdrg.studies.source import SkipStudy
 
     archive.image("s/a.dcm")
@@ -278,7 +278,7 @@ def test_several_reports_must_say_the_same(archive, names):
     assert skip.value.kind == "malformed"
 
 
-def test_encoding_of_reports(archive):
+def test_dicom_encoding_option_decodes_reports(archive):
     from otdrg.studies.source import SkipStudy
 
     archive.image("a.dcm")
@@ -286,11 +286,11 @@ def test_encoding_of_reports(archive):
     assert archive.kept()["a"].findings == "Clear."
     archive.text("a.txt", "Röntgen".encode("cp1252"))
     assert archive.kept(encoding="cp1252")["a"].findings == "Röntgen"
-    with pytest.raises(SkipStudy, match=r"a\.txt is not utf-8 text \(byte 1\): option 'encoding'"):
+    with pytest.raises(SkipStudy, match=r"a\.txt is not utf-8 text \(byte 1\): set option 'encoding'"):
         archive.kept()
 
 
-def test_pixels_that_tell_who_the_patient_is(archive):
+def test_dicom_burned_in_annotation_skips_the_study(archive):
     archive.image("a.dcm", BurnedInAnnotation="YES")
     archive.text("a.txt")
     (fault,) = archive.skipped()
@@ -298,7 +298,7 @@ def test_pixels_that_tell_who_the_patient_is(archive):
     assert list(archive.kept(burned_in=True)) == ["a"]
 
 
-def test_a_number_that_is_none(archive):
+def test_dicom_invalid_instance_number_is_ignored(archive):
     path = archive.image("a.dcm", InstanceNumber=12345678)
     path.write_bytes(path.read_bytes().replace(b"12345678", b"the 1st "))
     archive.text("a.txt", "Normal.")
@@ -314,20 +314,20 @@ def test_a_number_that_is_none(archive):
         ({"split_shares": [1, 1, 1]}, "expected three shares"),
     ],
 )
-def test_options_that_cannot_be(archive, options, message):
+def test_dicom_wrong_options_are_named(archive, options, message):
     archive.text("a.txt")
     with pytest.raises(ValueError, match=message) as error:
         list(archive.source(**options).entries())
     assert "\n" not in str(error.value)
 
 
-def test_without_pydicom(archive, monkeypatch):
+def test_dicom_without_pydicom_names_the_package(archive, monkeypatch):
     monkeypatch.setattr("otdrg.studies.dicom.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'otdrg\[dicom\]'"):
         archive.source()
 
 
-def test_an_archive_becomes_a_dataset_that_tells_nobody_who_the_patients_are(archive, tmp_path):
+def test_dicom_dataset_does_not_identify_patients(archive, tmp_path):
     from datasets import load_from_disk
     from otdrg.studies import prepare_studies
 

@@ -48,7 +48,7 @@ def read(source):
     return [(entry, source.read(entry)) for entry in source.entries() if isinstance(entry, StudyEntry)]
 
 
-def test_saved_to_disk(tmp_path):
+def test_hub_folder_of_save_to_disk_is_read(tmp_path):
     folder = save(tmp_path, PLAIN, train=[row(1), row(2)], val=[row(3)])
     read_all = read(HubSource(folder))
     assert [(entry.id, entry.patient_id, entry.split) for entry, _ in read_all] == [
@@ -61,7 +61,7 @@ def test_saved_to_disk(tmp_path):
     assert study.images == [png(2)]
 
 
-def test_parquet_folder(tmp_path):
+def test_hub_folder_of_parquet_is_read(tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     for split, rows in {"train": [row(1), row(2)], "test": [row(3)]}.items():
@@ -74,7 +74,7 @@ def test_parquet_folder(tmp_path):
     ]
 
 
-def test_image_folder(tmp_path):
+def test_hub_image_folder_is_read(tmp_path):
     for split in ("train", "validation"):
         (tmp_path / "data" / split).mkdir(parents=True)
         (tmp_path / "data" / split / "a.png").write_bytes(png())
@@ -106,7 +106,7 @@ def full_row(**values):
     }
 
 
-def test_studies_of_the_schema_come_through_unchanged(tmp_path):
+def test_hub_own_schema_is_read_unchanged(tmp_path):
     folder = save(
         tmp_path, STUDY_FEATURES, train=[full_row()], test=[full_row(id="s2", finding_states=None, views=None)]
     )
@@ -124,7 +124,7 @@ def test_studies_of_the_schema_come_through_unchanged(tmp_path):
     assert (unlabelled.finding_states, unlabelled.views) == (None, ["unknown", "unknown"])
 
 
-def test_columns_are_mapped(tmp_path):
+def test_hub_column_option_maps_names(tmp_path):
     rows = [
         {
             "study": 7,
@@ -152,13 +152,13 @@ def test_columns_are_mapped(tmp_path):
     assert (study.findings, study.indication, study.views) == ("Clear.", "why", ["frontal"])
 
 
-def test_a_column_given_to_one_field_is_not_taken_for_another(tmp_path):
+def test_hub_mapped_column_is_not_used_twice(tmp_path):
     folder = save(tmp_path, PLAIN, train=[row(1)], test=[row(2)])
     (_, study), _ = read(HubSource(folder, column=["impression=report"]))
     assert (study.findings, study.impression) == ("", "Text 1.")
 
 
-def test_states_are_taken_by_name(tmp_path):
+def test_hub_states_are_matched_by_name(tmp_path):
     names = ["positive", "uncertain", "negative", "unmentioned"]
     features = Features({**PLAIN, "finding_states": List(ClassLabel(names=names))})
     folder = save(tmp_path, features, train=[row(1, finding_states=[0, 1, 2, 3] + [3] * 10)], test=[row(2)])
@@ -175,7 +175,7 @@ def test_states_are_taken_by_name(tmp_path):
 
 @pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize("listed", [False, True])
-def test_paths_of_images(tmp_path, listed, absolute):
+def test_hub_image_paths_are_relative_to_the_option(tmp_path, listed, absolute):
     folder = str(tmp_path / "images") + "/" if absolute else ""
     paths = [folder + "a.png", folder + "b/c.dcm"]
     column = {"images": paths} if listed else {"image": paths[0]}
@@ -186,7 +186,7 @@ def test_paths_of_images(tmp_path, listed, absolute):
     assert study.images == expected[: 2 if listed else 1]
 
 
-def test_paths_are_relative_to_a_local_dataset(tmp_path, monkeypatch):
+def test_hub_image_paths_are_relative_to_the_dataset(tmp_path, monkeypatch):
     saved = save(tmp_path, train=[{"image": "a.png", "report": "r"}], test=[{"image": "a.png", "report": "r"}])
     monkeypatch.chdir(tmp_path)
     source = HubSource("saved")
@@ -195,7 +195,7 @@ def test_paths_are_relative_to_a_local_dataset(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", ["../secret.png", "/etc/passwd", "a/../../b.png"])
-def test_paths_that_leave_the_folder(tmp_path, path):
+def test_hub_image_path_outside_the_folder_is_skipped(tmp_path, path):
     saved = save(tmp_path, train=[{"image": path, "report": "r"}], test=[{"image": "a.png", "report": "r"}])
     source = HubSource(saved)
     with pytest.raises(SkipStudy, match=r"split train, row 0, column 'image': path .* leaves") as caught:
@@ -203,7 +203,7 @@ def test_paths_that_leave_the_folder(tmp_path, path):
     assert caught.value.kind == "malformed"
 
 
-def test_one_split_is_dealt_by_patient(tmp_path):
+def test_hub_one_split_assigns_patients(tmp_path):
     features = Features({**PLAIN, "patient_id": Value("int32")})
     folder = save(tmp_path, features, train=[row(i, patient_id=i // 2) for i in range(40)])
     entries = list(HubSource(folder, seed=3).entries())
@@ -213,13 +213,13 @@ def test_one_split_is_dealt_by_patient(tmp_path):
     assert {entry.split for entry in HubSource(folder, split_map=["test=train"]).entries()} == {"test"}
 
 
-def test_dataset_without_splits_is_dealt(tmp_path):
+def test_hub_dataset_without_splits_is_divided(tmp_path):
     Dataset.from_list([row(i) for i in range(9)], features=PLAIN).save_to_disk(tmp_path / "one")
     entries = list(HubSource(str(tmp_path / "one"), split_shares=[0.5, 0.25, 0.25]).entries())
     assert {entry.split for entry in entries} == {"train", "validation", "test"}
 
 
-def test_splits_are_mapped(tmp_path):
+def test_hub_split_map_option_maps_splits(tmp_path):
     folder = save(tmp_path, PLAIN, training=[row(1)], more=[row(2)], held_out=[row(3)], unused=[row(4)])
     source = HubSource(folder, split_map=["test=held_out", "train=training", "train=more"])
     assert [(entry.id, entry.split) for entry in source.entries()] == [
@@ -233,7 +233,7 @@ def test_splits_are_mapped(tmp_path):
         list(HubSource(folder, split_map=["train=nowhere"]).entries())
 
 
-def test_pickled_source_reads(tmp_path):
+def test_hub_pickled_source_reads(tmp_path):
     source = HubSource(save(tmp_path, PLAIN, train=[row(1)] * 50, test=[row(2)]))
     entries = list(source.entries())
     pickled = pickle.dumps(source)
@@ -252,7 +252,7 @@ def test_pickled_source_reads(tmp_path):
         ({"finding_states": [None] * 14}, "malformed", "state None"),
     ],
 )
-def test_faults_of_a_row_name_it(tmp_path, values, kind, reason):
+def test_hub_faulty_row_is_named(tmp_path, values, kind, reason):
     features = Features({**PLAIN, "views": List(Value("string")), "finding_states": List(Value("int8"))})
     source = HubSource(save(tmp_path, features, train=[row(1), row(2, **values)], test=[row(3)]))
     entries = list(source.entries())
@@ -263,7 +263,7 @@ def test_faults_of_a_row_name_it(tmp_path, values, kind, reason):
 
 
 @pytest.mark.parametrize(("column", "value"), [("id", None), ("id", " "), ("patient_id", None)])
-def test_empty_ids_are_skipped(tmp_path, column, value):
+def test_hub_empty_id_is_skipped(tmp_path, column, value):
     rows = [row(i, id=f"s{i}", patient_id=f"p{i}") for i in range(3)]
     rows[1][column] = value
     features = Features({**PLAIN, "id": Value("string"), "patient_id": Value("string")})
@@ -279,14 +279,14 @@ def test_empty_ids_are_skipped(tmp_path, column, value):
     [
         (
             {"column": ["findings=words"]},
-            r"no column 'words', which option 'column' names for findings; columns: image, re",
+            r"no column 'words', which option 'column' names for findings; its columns: image, re",
         ),
         ({"column": ["words"]}, r"option 'column' has 'words': expected FIELD=COLUMN"),
         ({"column": ["title=report"]}, r"names a field 'title': expected one of id, patient_id, images"),
-        ({"column": ["findings=report", "report=report"]}, r"names both report and findings"),
-        ({"column": ["id=report", "id=image"]}, r"names 'id' twice"),
-        ({"column": ["images="]}, r"no column of images, expected --column images=COLUMN; columns: image, report"),
-        ({"column": ["findings="]}, r"no column of reports, expected --column report=COLUMN; columns: image, report"),
+        ({"column": ["findings=report", "report=report"]}, r"names the field 'findings' twice"),
+        ({"column": ["id=report", "id=image"]}, r"names the field 'id' twice"),
+        ({"column": ["images="]}, r"no column 'images'; its columns: image, report; .*images=NAME"),
+        ({"column": ["findings="]}, r"no column 'report'; its columns: image, report; .*report=NAME"),
         ({"column": ["findings=image", "images=image"]}, r"column 'image' for findings holds Image.*: expected text"),
         (
             {"column": ["finding_states=report", "report=report"]},
@@ -300,14 +300,14 @@ def test_empty_ids_are_skipped(tmp_path, column, value):
         ({"images": "nowhere"}, r"nowhere does not exist: option 'images'"),
     ],
 )
-def test_wrong_options(tmp_path, options, message):
+def test_hub_wrong_options_are_named(tmp_path, options, message):
     folder = save(tmp_path, PLAIN, train=[row(1)], test=[row(2)])
     with pytest.raises(ValueError, match=message) as caught:
         list(HubSource(folder, **options).entries())
     assert "\n" not in str(caught.value)
 
 
-def test_images_of_another_kind_are_refused(tmp_path):
+def test_hub_images_of_wrong_type_are_refused(tmp_path):
     folder = save(tmp_path, train=[{"image": 3, "report": "r"}], test=[{"image": 3, "report": "r"}])
     with pytest.raises(
         ValueError, match=r"column 'image' for images holds .*int64.*: expected images, paths, or lists"
@@ -315,7 +315,7 @@ def test_images_of_another_kind_are_refused(tmp_path):
         list(HubSource(folder).entries())
 
 
-def test_dataset_that_cannot_be_loaded(tmp_path):
+def test_hub_unloadable_dataset_is_named(tmp_path):
     with pytest.raises(
         ValueError, match=r"'nobody/nothing' cannot be loaded: .*folder .*nobody/nothing.*HF_HUB_OFFLINE"
     ):
@@ -332,7 +332,7 @@ def test_dataset_that_cannot_be_loaded(tmp_path):
         HubSource(str(tmp_path / "broken" / "train.parquet"))
 
 
-def test_rows_are_not_decoded_and_nothing_is_written(tmp_path):
+def test_hub_rows_are_neither_decoded_nor_copied(tmp_path):
     """A dataset of broken images is listed and read as it is, and no second copy of it is made."""
     broken = [{"image": {"bytes": b"broken", "path": None}, "report": "r"}]
     folder = save(tmp_path, PLAIN, train=broken, test=broken)
@@ -343,7 +343,7 @@ def test_rows_are_not_decoded_and_nothing_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["phantoms", "phantoms/data"])
-def test_what_was_prepared_can_be_prepared_again(tmp_path, folder):
+def test_hub_prepared_dataset_is_prepared_again(tmp_path, folder):
     counts = {"train": 5, "validation": 2, "test": 2}
     prepare_studies("phantom", tmp_path / "phantoms", image_size=64, views=["frontal", "lateral"], **counts)
     first = load_studies("prepared", folder=tmp_path / "phantoms")

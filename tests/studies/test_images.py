@@ -323,7 +323,7 @@ def test_prepare_scales_upright_images(prepare, kind):
     assert np.abs(np.asarray(image.convert("L"), float) - np.asarray(expected)).max() < 12
 
 
-def test_prepare_skips_names_and_counts_what_cannot_be_read(prepare, tmp_path):
+def test_prepare_unreadable_images_are_skipped_and_counted(prepare, tmp_path):
     whole = io.BytesIO()
     Image.fromarray(GRAY).save(whole, "PNG")
     large = png(np.zeros((1, 1), np.uint8), True)[:16] + struct.pack(">II", 9000, 9000)
@@ -351,7 +351,7 @@ def test_prepare_skips_names_and_counts_what_cannot_be_read(prepare, tmp_path):
         assert any(reason in fault["reason"] for study, fault in skipped.items() if study.startswith(name))
 
 
-def test_load_studies_leaves_out_by_the_header_what_read_view_refuses(tmp_path, caplog):
+def test_load_studies_refused_images_are_skipped_by_header(tmp_path, caplog):
     files = {"good.png": png(GRAY, True), "tiny.png": png(GRAY[:8, :8], True), "page.png": pillow(GRAY, "L", "EPS")}
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)

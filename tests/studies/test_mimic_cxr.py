@@ -81,7 +81,7 @@ def release(tmp_path):
     return Release(tmp_path)
 
 
-def test_studies_of_a_release(release):
+def test_mimic_release_is_read(release):
     paths = [
         release.image("02aa804e-bde0afdd", view="LATERAL")[0],
         release.image("f02aa804-e0bde0af", view="AP")[0],
@@ -109,7 +109,7 @@ def test_studies_of_a_release(release):
     assert (source.official_unit, source.official_ids("train")) == ("images", None)
 
 
-def test_order_is_of_the_numbers_and_views_then_names(release):
+def test_mimic_studies_and_views_are_sorted(release):
     for dicom_id, view in (("z", "LATERAL"), ("d", ""), ("c", "AP"), ("b", "PA"), ("a", "LL")):
         release.image(dicom_id, 50000003, 10000009, view=view)
     release.image("e", 50000007, 10000002)
@@ -119,7 +119,7 @@ def test_order_is_of_the_numbers_and_views_then_names(release):
     assert names == ["b.jpg", "c.jpg", "a.jpg", "z.jpg", "d.jpg"]
 
 
-def test_where_things_are_found(release, tmp_path):
+def test_mimic_files_are_found_in_usual_places(release, tmp_path):
     path, report = release.image("a")
     for folder, packed in ((release.images, True), (release.images, False), (release.root, True)):
         assert list(release.studies(folder=folder, packed=packed)) == ["50000001"]
@@ -147,7 +147,7 @@ def test_where_things_are_found(release, tmp_path):
     assert source.read(entry).images == [str(together)]
 
 
-def test_an_unpacked_table_may_keep_its_packed_name(release):
+def test_mimic_decompressed_table_keeps_its_name(release):
     release.image("a")
     options = release.write()
     path = release.images / f"{SPLIT}.gz"
@@ -155,7 +155,7 @@ def test_an_unpacked_table_may_keep_its_packed_name(release):
     assert [entry.id for entry in MimicCXRSource(**options).entries()] == ["50000001"]
 
 
-def test_relative_folders_are_readable_from_elsewhere(release, tmp_path, monkeypatch):
+def test_mimic_relative_folders_read_from_elsewhere(release, tmp_path, monkeypatch):
     release.image("a")
     release.write()
     monkeypatch.chdir(tmp_path)
@@ -165,14 +165,14 @@ def test_relative_folders_are_readable_from_elsewhere(release, tmp_path, monkeyp
     assert os.path.isfile(source.read(entry).images[0])
 
 
-def test_an_image_that_is_listed_twice_is_taken_once(release):
+def test_mimic_image_listed_twice_is_used_once(release):
     release.image("a")
     release.image("b")
     release.image("a")
     assert [len(study.images) for study in release.studies().values()] == [2]
 
 
-def test_an_image_without_metadata_is_of_unknown_view(release):
+def test_mimic_image_without_metadata_has_unknown_view(release):
     release.image("a", view=None)
     release.image("b")
     release.metadata.append("c")  # cut short, and of no image of the split
@@ -193,7 +193,7 @@ def test_an_image_without_metadata_is_of_unknown_view(release):
         (",50000002,10000001,train", "train", "line 3 has dicom_id ''"),
     ],
 )
-def test_a_line_at_fault_is_named(release, line, split, reason):
+def test_mimic_malformed_line_is_named(release, line, split, reason):
     release.image("a")
     release.lines.append(line)
     release.image("c", 50000003)
@@ -203,7 +203,7 @@ def test_a_line_at_fault_is_named(release, line, split, reason):
     assert reason in fault.reason and SPLIT in fault.reason
 
 
-def test_a_study_with_a_line_at_fault_is_left_out_once(release):
+def test_mimic_study_with_malformed_line_is_skipped_once(release):
     release.image("a")
     release.image("b", split="dev")
     release.image("../c")
@@ -213,7 +213,7 @@ def test_a_study_with_a_line_at_fault_is_left_out_once(release):
     assert fault.id == "50000001" and "line 3 has split 'dev'" in fault.reason
 
 
-def test_a_study_in_two_splits_is_left_out(release):
+def test_mimic_study_in_two_splits_is_skipped(release):
     release.image("a")
     release.image("b", split="test")
     kept, (fault,) = release.listed()
@@ -228,7 +228,7 @@ def test_a_study_in_two_splits_is_left_out(release):
         (b"FINDINGS: caf\xe9", r"report .*s50000001\.txt is not UTF-8 text \(byte 13\)"),
     ],
 )
-def test_a_report_that_cannot_be_read(release, content, reason):
+def test_mimic_unreadable_report_is_skipped(release, content, reason):
     _, report = release.image("a")
     report.unlink()
     if content is not None:
@@ -240,7 +240,7 @@ def test_a_report_that_cannot_be_read(release, content, reason):
     assert caught.value.kind == "malformed"
 
 
-def test_findings_under_no_header(release):
+def test_mimic_unlabelled_findings_follow_the_option(release):
     _, report = release.image("a")
     report.write_text("HISTORY: Fall.\n\nThe lungs are clear.\n\nIMPRESSION: Well.")
     assert release.studies()["50000001"].findings == "The lungs are clear."
@@ -262,7 +262,7 @@ def test_findings_under_no_header(release):
         (HEADER + b'"' + b"a" * 1_100_000, "is not a CSV"),
     ],
 )
-def test_tables_at_fault(release, name, content, message):
+def test_mimic_malformed_tables_are_named(release, name, content, message):
     release.image("a")
     options = release.write(packed=False)
     (release.images / name).write_bytes(content)
@@ -271,13 +271,13 @@ def test_tables_at_fault(release, name, content, message):
     assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_split_without_images_and_two_splits(release):
+def test_mimic_empty_or_ambiguous_split_is_named(release):
     release.image("a")
     release.lines.clear()
     with pytest.raises(ValueError, match=r"split\.csv\.gz holds no images"):
         release.listed()
     (release.images / f"other-{SPLIT}.gz").touch()
-    with pytest.raises(ValueError, match=r"holds .*-split\.csv\.gz and other-.*-split\.csv\.gz: option 'split' says"):
+    with pytest.raises(ValueError, match=r"contains .*-split\.csv\.gz and other-.*-split\.csv\.gz: choose one"):
         release.listed()
 
 
@@ -286,21 +286,21 @@ def test_a_split_without_images_and_two_splits(release):
     [
         ({"root": "nowhere"}, "nowhere does not exist: option 'root' names the folder of MIMIC-CXR"),
         ({"images": "nowhere"}, "nowhere does not exist: option 'images' names the folder of MIMIC-CXR-JPG"),
-        ({"images": "."}, "holds no files/p10 to files/p19: option 'images'"),
+        ({"images": "."}, "has no folders files/p10 to files/p19: option 'images'"),
         ({"split": "nowhere.csv"}, r"nowhere\.csv does not exist: option 'split'"),
         ({"metadata": "."}, "is a folder: option 'metadata'"),
         ({"image_suffix": "jpg"}, r"option 'image_suffix' is 'jpg': expected \.jpg, \.png, \.dcm"),
         ({"image_suffix": "./../a"}, "option 'image_suffix' is"),
     ],
 )
-def test_options_at_fault(release, tmp_path, monkeypatch, options, message):
+def test_mimic_wrong_options_are_named(release, tmp_path, monkeypatch, options, message):
     release.image("a")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         MimicCXRSource(**{**release.write(), **options})
 
 
-def test_a_dataset_of_it(release, tmp_path):
+def test_mimic_dataset_is_built(release, tmp_path):
     release.image("a", view="LATERAL")
     release.image("b")
     release.image("c", 50000002, 10000002, "validate")

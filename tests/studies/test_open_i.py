@@ -82,7 +82,7 @@ def skipped(source):
     return [entry for entry in source.entries() if isinstance(entry, Skipped)]
 
 
-def test_r2gen_split(collection):
+def test_open_i_r2gen_split_is_reproduced(collection):
     source = OpenISource(**collection())
     assert [entry[:3] for entry in kept(source)] == [
         ("CXR1_1_IM-0001", "CXR1", "train"),
@@ -96,7 +96,7 @@ def test_r2gen_split(collection):
     assert source.official_unit == "studies"
 
 
-def test_sections_and_licence(collection):
+def test_open_i_sections_and_licence_are_read(collection):
     text = xml(5, ["CXR5_IM-2117-1001"], findings="  A &lt; B.\n Kept as it is. ", impression="", indication="Cough")
     source = OpenISource(**collection({"5.xml": text}))
     study = source.read(kept(source)[3])
@@ -113,7 +113,7 @@ def test_sections_and_licence(collection):
         ("", ""),
     ],
 )
-def test_licence_is_the_one_stated(collection, stated, licence):
+def test_open_i_licence_is_the_stated_one(collection, stated, licence):
     source = OpenISource(**collection({"1.xml": xml(1, IMAGES[1], licence=stated)}))
     assert source.read(kept(source)[0]).licence == licence
 
@@ -127,7 +127,7 @@ def test_licence_is_the_one_stated(collection, stated, licence):
         (".jpg", ["CXR1_1_IM-0001/0.jpg", "CXR1_1_IM-0001/1.jpg"]),
     ],
 )
-def test_layouts_of_images(collection, layout, names):
+def test_open_i_image_layouts_are_found(collection, layout, names):
     options = collection(layout=layout)
     source = OpenISource(**options)
     assert source.read(kept(source)[0]).images == [f"{options['images']}/{name}" for name in names]
@@ -143,14 +143,14 @@ def test_layouts_of_images(collection, layout, names):
         (".jpg", "CXR2_IM-0652/1.jpg"),
     ],
 )
-def test_a_missing_image_is_named_as_the_others_are(collection, layout, name):
+def test_open_i_missing_image_has_the_expected_name(collection, layout, name):
     options = collection(layout=layout)
     os.remove(f"{options['images']}/{name}")
     source = OpenISource(**options)
     assert source.read(kept(source)[1]).images[1] == f"{options['images']}/{name}"
 
 
-def test_archive_and_folders_list_the_same(collection, tmp_path):
+def test_open_i_archive_and_folder_list_the_same(collection, tmp_path):
     options = collection()
     archived = list(OpenISource(**options).entries())
     for folder in ("reports", "reports/ecgen-radiology"):
@@ -158,7 +158,7 @@ def test_archive_and_folders_list_the_same(collection, tmp_path):
     assert len(archived) == len(IMAGES)
 
 
-def test_archive_is_not_unpacked_and_its_links_are_not_followed(collection, tmp_path):
+def test_open_i_archive_links_are_not_followed(collection, tmp_path):
     options = collection()
     with tarfile.open(options["reports"], "w:gz") as archive:
         for name, text in {"../../2.xml": xml(2, IMAGES[2]), "/a/._4.xml": "junk", "README.txt": "Read me."}.items():
@@ -173,7 +173,7 @@ def test_archive_is_not_unpacked_and_its_links_are_not_followed(collection, tmp_
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_seeded_split_has_every_study_and_view(collection):
+def test_open_i_seeded_split_has_all_studies(collection):
     studies = {number: [f"CXR{number}_IM-{number:04}-{view}001" for view in (1, 2, 3)] for number in range(10, 40)}
     options = collection(studies=studies)
     source = OpenISource(**options, split="seeded", split_shares=[0.6, 0.2, 0.2])
@@ -186,12 +186,12 @@ def test_seeded_split_has_every_study_and_view(collection):
 
 
 @pytest.mark.parametrize(("most", "counts"), [(None, [2, 2, 2, 2]), (1, [1, 1, 1, 1]), (9, [3, 2, 2, 2])])
-def test_views_per_study(collection, most, counts):
+def test_open_i_views_per_study_limits_views(collection, most, counts):
     source = OpenISource(**collection(), views_per_study=most)
     assert [len(source.read(entry).images) for entry in kept(source)] == counts
 
 
-def test_views_of_kaggles_projections(collection, tmp_path):
+def test_open_i_projections_give_views(collection, tmp_path):
     path = tmp_path / "indiana_projections.csv"
     path.write_text(
         "uid,filename,projection\n1,1_IM-0001-3001.dcm.png,Lateral\n1,1_IM-0001-4001.dcm.png,Frontal\n"
@@ -211,14 +211,14 @@ def test_views_of_kaggles_projections(collection, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"uid,file\n", r"no column 'filename', expected uid, filename, projection"),
+        (b"uid,file\n", r"no column 'filename': expected filename, projection"),
         (b"", r"no column 'filename'"),
         (b"uid,filename,projection\n1,a,Oblique\n", r"line 2: projection is 'Oblique', expected Frontal or Lateral"),
-        (b"uid,filename,projection\n1,\xff,Frontal\n", r"not UTF-8"),
+        (b"uid,filename,projection\n1,\xff,Frontal\n", r"is not UTF-8"),
         (b"uid,filename,projection\n1,a.png,Frontal\n", r"names no image of the collection"),
     ],
 )
-def test_wrong_projections(collection, tmp_path, content, message):
+def test_open_i_wrong_projections_are_named(collection, tmp_path, content, message):
     (tmp_path / "p.csv").write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:
         list(OpenISource(**collection(), projections=str(tmp_path / "p.csv")).entries())
@@ -251,7 +251,7 @@ BOMB = '<!DOCTYPE lol [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;&a;">]>'
     ],
 )
 @pytest.mark.parametrize("packed", [True, False])
-def test_malformed_reports(collection, text, reason, packed):
+def test_open_i_malformed_report_is_skipped(collection, text, reason, packed):
     source = OpenISource(**collection({"4.xml": text}, packed=packed))
     (fault,) = (item for item in skipped(source) if item.kind == "malformed")
     assert (fault.id, fault.split) == ("CXR4", "validation")
@@ -259,12 +259,12 @@ def test_malformed_reports(collection, text, reason, packed):
     assert len(kept(source)) == 3
 
 
-def test_report_without_images(collection):
+def test_open_i_report_without_images_is_skipped(collection):
     source = OpenISource(**collection({"2.xml": xml(2)}))
     assert skipped(source)[0] == Skipped("CXR2", "test", "missing image", "CXR2 lists no image")
 
 
-def test_entries_hold_what_a_pickled_source_reads(collection):
+def test_open_i_pickled_source_reads(collection):
     source = OpenISource(**collection())
     entries = kept(source)
     os.remove(source.reports)
@@ -273,7 +273,7 @@ def test_entries_hold_what_a_pickled_source_reads(collection):
     assert pickle.loads(pickled).read(entries[0]) == source.read(entries[0])
 
 
-def test_studies_as_a_dataset(collection, caplog):
+def test_open_i_dataset_is_loaded(collection, caplog):
     options = collection(layout=".jpg")
     os.remove(f"{options['images']}/CXR4_IM-2050/1.jpg")
     studies = load_studies("open-i", **options)
@@ -286,7 +286,7 @@ def test_studies_as_a_dataset(collection, caplog):
     assert "CXR4_IM-2050 (missing image: " in caplog.text and "CXR3_IM-1384 (outside the split: " in caplog.text
 
 
-def test_relative_paths_are_readable_from_elsewhere(collection, tmp_path, monkeypatch):
+def test_open_i_relative_paths_read_from_elsewhere(collection, tmp_path, monkeypatch):
     collection()
     monkeypatch.chdir(tmp_path)
     source = OpenISource(reports="reports.tgz", images="images")
@@ -301,16 +301,16 @@ def test_relative_paths_are_readable_from_elsewhere(collection, tmp_path, monkey
         ({"images": "nowhere"}, r"nowhere does not exist: option 'images'"),
         ({"projections": "nowhere.csv"}, r"nowhere\.csv does not exist: option 'projections'"),
         ({"split": "official"}, r"option 'split' is 'official': expected r2gen or seeded"),
-        ({"views_per_study": 0}, r"option 'views_per_study' is 0: expected a number from 1"),
+        ({"views_per_study": 0}, r"option 'views_per_study' is 0: expected a whole number of 1 or more"),
         ({"split": "seeded", "split_shares": [1.0]}, r"split_shares"),
     ],
 )
-def test_wrong_options(collection, options, message):
+def test_open_i_wrong_options_are_named(collection, options, message):
     with pytest.raises(ValueError, match=message):
         OpenISource(**collection() | options)
 
 
-def test_reports_that_are_none(collection, tmp_path):
+def test_open_i_other_reports_file_is_an_error(collection, tmp_path):
     options = collection()
     whole = Path(options["reports"]).read_bytes()
     for content in (b"no archive", whole[: len(whole) // 2], b""):
@@ -321,14 +321,14 @@ def test_reports_that_are_none(collection, tmp_path):
         list(OpenISource(**options | {"reports": options["images"]}).entries())
 
 
-def test_folder_without_the_collections_images(collection, tmp_path):
+def test_open_i_other_image_folder_is_an_error(collection, tmp_path):
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "photo.png").touch()
     with pytest.raises(ValueError, match=r"others holds no image of the collection: expected CXR1_1_IM-0001-3001\.png"):
         list(OpenISource(**collection() | {"images": str(tmp_path / "others")}).entries())
 
 
-def test_official_ids():
+def test_open_i_official_ids_are_those_of_r2gen():
     ids = r2gen_split_ids()
     assert {split: len(set(listed)) for split, listed in ids.items()} == {"train": 2069, "validation": 296}
     assert "CXR2384_IM-0942" in ids["train"]
@@ -340,7 +340,7 @@ def test_official_ids():
 
 
 @pytest.mark.skipif("OTDRG_IU_XRAY" not in os.environ, reason="OTDRG_IU_XRAY does not name the IU X-Ray folder")
-def test_iu_xray_agrees_with_r2gens_annotation():
+def test_open_i_iu_xray_agrees_with_r2gen():
     folder = Path(os.environ["OTDRG_IU_XRAY"])
     images = str(folder / "images")
     source = OpenISource(reports=str(folder / "NLMCXR_reports_without_test.tgz"), images=images)

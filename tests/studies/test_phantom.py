@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from otdrg.findings_otdrg import FINDINGS, NEGATIVE, POSITIVE, UNCLEAR, UNMENTIONED
 from otdrg.labelers import load_labeler
 from otdrg.studies import load_studies
-from otdrg.studies.phantom import complete_states, contact_sheet, make_phantom, sample_states, write_report
+from otdrg.studies.phantom import complete_states, make_phantom, sample_states, write_report
 from otdrg.studies.phantom_wording import write_indication
 
 #: How a reader knows which finding a sentence is about; written apart from the wordings.
@@ -57,14 +57,14 @@ any_states = st.lists(st.integers(0, 3), min_size=13, max_size=13)
 
 @settings(max_examples=200, deadline=None)
 @given(any_states, st.integers(0, 2**32))
-def test_a_report_says_each_given_state_and_nothing_else(states, seed):
+def test_write_report_states_are_in_the_report(states, seed):
     states = complete_states(states)
     assert read_states(write_report(states, seed)) == states.tolist()
 
 
 @settings(max_examples=100, deadline=None)
 @given(any_states)
-def test_no_finding_is_positive_exactly_when_nothing_but_devices_is(states):
+def test_complete_states_no_finding_follows_the_rule(states):
     completed = complete_states(states)
     abnormal = {name for name, s in zip(FINDINGS, states, strict=False) if s in (POSITIVE, UNCLEAR)}
     assert completed[:-1].tolist() == states
@@ -72,18 +72,18 @@ def test_no_finding_is_positive_exactly_when_nothing_but_devices_is(states):
     assert completed[-1] in (POSITIVE, UNMENTIONED)
 
 
-def test_a_report_of_nothing_mentions_nothing():
+def test_write_report_all_unmentioned_mentions_nothing():
     report = write_report([UNMENTIONED] * 14, 0)
     assert report and read_states(report) == [UNMENTIONED] * 14
 
 
-def test_wordings_vary_a_little():
+def test_write_report_wordings_vary():
     states = complete_states(only("edema", others=NEGATIVE))
     heart = {write_report(states, seed).split(". ")[0] for seed in range(50)}
     assert 2 <= len(heart) <= 4
 
 
-def test_states_may_be_names():
+def test_write_report_accepts_names_of_states():
     named = ["unmentioned"] * 13 + ["positive"]
     assert write_report(named, 3) == write_report([0] * 13 + [1], 3)
 
@@ -97,12 +97,12 @@ def test_states_may_be_names():
         ([4] + [0] * 13, "unknown finding state 4"),
     ],
 )
-def test_impossible_states_are_refused(states, message):
+def test_write_report_impossible_states_are_refused(states, message):
     with pytest.raises(ValueError, match=message):
         write_report(states, 0)
 
 
-def test_side_and_size_in_the_report_are_those_drawn():
+def test_phantom_report_has_the_drawn_side_and_size():
     seen = set()
     for index in range(12):
         phantom = make_phantom(1, index, 64, ("frontal",), states=only("pleural_effusion"))
@@ -116,7 +116,7 @@ def test_side_and_size_in_the_report_are_those_drawn():
     assert len(seen) == 4
 
 
-def test_a_phantom_follows_from_seed_and_index_alone():
+def test_phantom_same_seed_and_index_are_equal():
     later = [make_phantom(5, index, 48) for index in (3, 1, 0)]
     for phantom, index in zip(later, (3, 1, 0), strict=True):
         again = make_phantom(5, index, 48)
@@ -128,7 +128,7 @@ def test_a_phantom_follows_from_seed_and_index_alone():
 
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("finding", FINDINGS[:-1])
-def test_a_finding_changes_its_mask_and_nothing_else(finding, view):
+def test_phantom_finding_changes_only_its_mask(finding, view):
     for index in range(6):
         others = sample_states(np.random.default_rng(index))[:-1]
         position = FINDINGS.index(finding)
@@ -148,7 +148,7 @@ def test_a_finding_changes_its_mask_and_nothing_else(finding, view):
             assert change[mask].mean() > 5 and change[mask].max() > 20
 
 
-def test_an_unclear_finding_shows_less_than_a_positive_one_and_has_no_mask():
+def test_phantom_unclear_finding_is_fainter_without_mask():
     weaker = 0
     for finding in FINDINGS[:-1]:
         images = {}
@@ -162,7 +162,7 @@ def test_an_unclear_finding_shows_less_than_a_positive_one_and_has_no_mask():
     assert weaker == 13
 
 
-def test_states_are_those_of_the_report_and_of_the_masks():
+def test_phantom_states_agree_with_report_and_masks():
     for index in range(60):
         phantom = make_phantom(0, index, 32, ("frontal",))
         assert read_states(phantom.report) == phantom.states.tolist()
@@ -172,14 +172,14 @@ def test_states_are_those_of_the_report_and_of_the_masks():
         assert all(masks[0].any() for masks in phantom.masks.values())
 
 
-def test_every_positive_finding_shows_in_a_view():
+def test_phantom_positive_finding_is_visible():
     for index in range(40):
         for finding, (frontal, lateral) in make_phantom(9, index, 224).masks.items():
             assert frontal.any()
             assert lateral.any() == (finding != "fracture")
 
 
-def test_what_the_indication_asks_is_answered_first_in_the_impression():
+def test_phantom_impression_answers_the_indication_first():
     asked = []
     for index in range(200):
         phantom = make_phantom(0, index, 32, ("frontal",))
@@ -195,7 +195,7 @@ def test_what_the_indication_asks_is_answered_first_in_the_impression():
     assert 90 < len(asked) < 150 and len(set(asked)) > 10
 
 
-def test_an_indication_gives_no_state_away():
+def test_phantom_indication_does_not_reveal_states():
     for index in range(40):
         states = sample_states(np.random.default_rng(index))[:-1]
         flipped = [{POSITIVE: NEGATIVE, NEGATIVE: UNCLEAR, UNCLEAR: POSITIVE}.get(state, state) for state in states]
@@ -204,37 +204,25 @@ def test_an_indication_gives_no_state_away():
 
 
 @pytest.mark.parametrize("finding", FINDINGS[:-1])
-def test_indications_vary(finding):
+def test_phantom_indications_vary(finding):
     indications = {write_indication(finding, np.random.default_rng(seed)) for seed in range(60)}
     assert len({re.split("[.,]", text)[0] for text in indications}) >= 3  # complaints
     assert len({re.split("[.,]", text, maxsplit=1)[1] for text in indications}) >= 3  # questions
 
 
-def test_nothing_mentioned_is_nothing_asked():
+def test_phantom_nothing_mentioned_has_no_indication():
     phantoms = [make_phantom(0, index, 32, ("frontal",), states=[UNMENTIONED] * 13) for index in range(10)]
     assert {phantom.indication for phantom in phantoms} == {""}
 
 
-def test_the_rules_labeler_reads_the_true_states():
+def test_phantom_rules_labeler_reads_the_states():
     phantoms = [make_phantom(1, index, 32, ("frontal",)) for index in range(100)]
     reports = [f"{phantom.findings} {phantom.impression}" for phantom in phantoms]
     states = np.stack([phantom.states for phantom in phantoms])
     assert np.array_equal(load_labeler("rules").label(reports), states)
 
 
-def test_contact_sheet():
-    sheet = np.asarray(contact_sheet(3, 5, 48, VIEWS))
-    phantom = make_phantom(3, 4, 48)
-    rows, columns = sheet.shape
-    assert columns == 4 * 2 * 48 and rows % 2 == 0
-    second = sheet[rows // 2 :]
-    assert np.array_equal(second[:48, :96], np.hstack([np.asarray(image) for image in phantom.images]))
-    assert second[48:, :96].any() and not second[:, 96:].any()  # a caption, and nothing after the last study
-    with pytest.raises(ValueError, match="option 'count' is 0: expected a whole number of 1 or more"):
-        contact_sheet(3, 0)
-
-
-def test_prevalences():
+def test_sample_states_prevalences_are_in_range():
     states = np.stack([sample_states(np.random.default_rng([1, i])) for i in range(8000)])
     findings = states[:, :-1]
     positive, unclear = (findings == POSITIVE).mean(0), (findings == UNCLEAR).mean(0)
@@ -248,7 +236,7 @@ def test_prevalences():
 
 
 @pytest.mark.parametrize("size", [32, 100, 224])
-def test_images_are_gray_and_of_the_size_asked_for(size):
+def test_phantom_images_have_the_given_size(size):
     phantom = make_phantom(0, 0, size)
     assert [(image.mode, image.size) for image in phantom.images] == [("L", (size, size))] * 2
     pixels = np.asarray(phantom.images[0])
@@ -267,12 +255,12 @@ def test_images_are_gray_and_of_the_size_asked_for(size):
         ({"train": 0, "validation": 0, "test": 0}, "are all 0: expected at least one study"),
     ],
 )
-def test_options_out_of_bounds(options, message):
+def test_phantom_options_out_of_range_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         load_studies("phantom", **{"train": 1, "validation": 0, "test": 0, **options})
 
 
-def test_dataset():
+def test_phantom_dataset_is_loaded():
     studies = load_studies("phantom", train=6, validation=2, test=2, image_size=40, seed=3, views=VIEWS)
     assert {split: len(rows) for split, rows in studies.items()} == {"train": 6, "validation": 2, "test": 2}
     ids = [name for rows in studies.values() for name in rows["id"]]
@@ -286,7 +274,7 @@ def test_dataset():
     assert list(larger) == ["train"] and larger["train"]["id"][:6] == studies["train"]["id"]
 
 
-def test_dataset_survives_the_disk(tmp_path):
+def test_phantom_dataset_is_prepared(tmp_path):
     from datasets import load_from_disk
 
     studies = load_studies("phantom", train=2, validation=0, test=1, image_size=32)

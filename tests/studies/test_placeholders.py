@@ -41,7 +41,7 @@ def test_present_text_placeholder_as_indication_is_empty(text):
     assert present_text(text, "indication") == ""
 
 
-def test_present_text_comparison_says_that_there_is_none():
+def test_present_text_none_as_comparison_is_kept():
     assert [present_text(text, "comparison") for text in ("None.", "None", "None available", "01/02/2003")] == [
         "None.",
         "None",
@@ -83,7 +83,7 @@ def test_placeholder_reports_are_skipped_and_named_in_every_source(image, place)
     assert report.counts["train"].studies == 1
 
 
-def test_placeholder_of_a_csv_row_does_not_contradict_another_row(image):
+def test_csv_placeholder_row_does_not_differ_from_others(image):
     (image / "t.csv").write_text(
         "image,id,report,split,indication\na.png,s,Normal.,train,nan\na.png,s,nan,train,Fall.\n"
     )
@@ -92,7 +92,7 @@ def test_placeholder_of_a_csv_row_does_not_contradict_another_row(image):
 
 
 @pytest.mark.parametrize("report", [{"text": "Jane Doe, normal."}, ["Jane Doe"], 7061954])
-def test_non_string_report_is_named_by_its_type_only(image, report):
+def test_r2gen_non_string_report_is_named_by_type(image, report):
     studies = [{"id": "s0", "report": report, "image_path": ["a.png"]}]
     studies += [{"id": report, "report": "Normal chest.", "image_path": ["a.png"]}]
     studies += [{"id": "s2", "report": "Normal chest.", "image_path": [report]}]
@@ -106,7 +106,7 @@ def test_non_string_report_is_named_by_its_type_only(image, report):
     assert "7061954" not in "".join(json.loads(line)["reason"] for line in skipped.splitlines())
 
 
-def test_text_in_the_wrong_cell_is_not_quoted(image):
+def test_csv_text_in_the_wrong_cell_is_not_quoted(image):
     (image / "t.csv").write_text("image,split,report\na.png,Jane Doe has pneumonia.,x y\na.png,train,Normal chest.\n")
     build_studies_dataset(open_source("csv", table=image / "t.csv"), image / "built")
     skipped = (image / "built" / "skipped.jsonl").read_text()

@@ -4,12 +4,15 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from datasets import load_from_disk
+from huggingface_hub import constants
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+from otdrg.cli import main
 from otdrg.studies import prepare_studies
-from otdrg.studies.build import BuildOptions
 from otdrg.studies.publish import push_studies
 from PIL import Image
 
@@ -40,13 +43,23 @@ def run(hub_server, tmp_path):
 
 
 @pytest.fixture
-def otdrg(run):
-    """Runs the command."""
+def otdrg(hub_server, monkeypatch, capsys):
+    """Runs the command in this process, whose Hub is the test's."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub_server.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    disable_progress_bars()
 
-    def otdrg(*arguments, **variables):
-        return run("-m", "otdrg.cli", *arguments, **variables)
+    def otdrg(*arguments, token=hub_server.token):
+        monkeypatch.setenv("HF_TOKEN", token)
+        status = main([str(argument) for argument in arguments])
+        shown = capsys.readouterr()
+        return SimpleNamespace(returncode=status, stdout=shown.out, stderr=shown.err)
 
-    return otdrg
+    yield otdrg
+    enable_progress_bars()
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +100,10 @@ def with_pixels(rows):
     return [{**row, "images": [np.asarray(image).tolist() for image in row["images"]]} for row in rows]
 
 
-def test_what_is_pushed_is_private_and_loads_as_it_was_built(otdrg, run, hub_server, tmp_path):
+def test_push_dataset_is_private_and_loads(run, hub_server, tmp_path):
     folder = tmp_path / "phantoms"
-    pushed = otdrg(*COMMAND, "--studies-per-shard", 2, "--output", folder, "--push-to-hub", "org/phantoms")
+    options = ["--studies-per-shard", 2, "--output", folder, "--push-to-hub", "org/phantoms"]
+    pushed = run("-m", "otdrg.cli", *COMMAND, *options)
     assert pushed.returncode == 0, pushed.stderr
     assert pushed.stdout.endswith(f"pushed: {hub_server.url}/datasets/org/phantoms\n")
     repo = hub_server.repos["datasets", "org/phantoms"]
@@ -110,7 +124,7 @@ def test_what_is_pushed_is_private_and_loads_as_it_was_built(otdrg, run, hub_ser
         assert with_pixels(loaded[split]) == with_pixels(rows)
 
 
-def test_a_finished_build_is_pushed_again_without_being_built_again(otdrg, hub_server, built):
+def test_push_complete_build_is_not_built_again(otdrg, hub_server, built):
     before, heads = state(built), []
     for _ in range(2):
         pushed = otdrg(*COMMAND, "--output", built, "--resume", "--push-to-hub", "org/phantoms")
@@ -121,23 +135,22 @@ def test_a_finished_build_is_pushed_again_without_being_built_again(otdrg, hub_s
     assert hub_server.repos["datasets", "org/phantoms"].files == contents(built)
 
 
-def test_public_is_public(otdrg, hub_server, built):
+def test_push_public_repository_is_public(otdrg, hub_server, built):
     pushed = otdrg(*COMMAND, "--output", built, "--resume", "--push-to-hub", "org/phantoms", "--public")
     assert pushed.returncode == 0, pushed.stderr
     assert not hub_server.repos["datasets", "org/phantoms"].private
 
 
-def test_shards_of_an_earlier_push_do_not_stay(run, hub_server, built, tmp_path):
-    prepare_studies("phantom", tmp_path / "many", build=BuildOptions(studies_per_shard=1), **PHANTOMS)
-    push = "import sys; from otdrg.studies.publish import push_studies\n"
-    push += "for folder in sys.argv[1:]: push_studies(folder, 'org/phantoms')"
-    pushed = run("-c", push, tmp_path / "many", built)
-    assert pushed.returncode == 0, pushed.stderr
+def test_push_again_deletes_earlier_shards(otdrg, hub_server, built, tmp_path):
+    many = ["--studies-per-shard", "1", "--output", tmp_path / "many"]
+    for options in (many, ["--output", built, "--resume"]):
+        pushed = otdrg(*COMMAND, *options, "--push-to-hub", "org/phantoms")
+        assert pushed.returncode == 0, pushed.stderr
     # `load_dataset` reads every data/train-*.parquet: a shard that stays is a study twice.
     assert hub_server.repos["datasets", "org/phantoms"].files.keys() == contents(built).keys()
 
 
-def test_a_name_without_an_owner_is_the_users_own(otdrg, hub_server, built):
+def test_push_name_without_owner_uses_the_user(otdrg, hub_server, built):
     pushed = otdrg(*COMMAND, "--output", built, "--resume", "--push-to-hub", "phantoms")
     assert pushed.returncode == 0, pushed.stderr
     assert pushed.stdout.endswith(f"pushed: {hub_server.url}/datasets/user/phantoms\n")
@@ -145,7 +158,7 @@ def test_a_name_without_an_owner_is_the_users_own(otdrg, hub_server, built):
 
 
 @pytest.mark.parametrize("licence", COLLECTIONS)
-def test_restricted_studies_are_not_made_public(otdrg, hub_server, restricted, tmp_path, licence):
+def test_push_restricted_licence_is_not_public(otdrg, hub_server, restricted, tmp_path, licence):
     command = [*restricted(licence), "--output", tmp_path / "built", "--push-to-hub", "org/restricted"]
     refused = otdrg(*command, "--public")
     assert refused.returncode == 1
@@ -156,7 +169,7 @@ def test_restricted_studies_are_not_made_public(otdrg, hub_server, restricted, t
 
 
 @pytest.mark.parametrize("public", [True, False])
-def test_a_dataset_that_is_there_keeps_its_visibility(otdrg, hub_server, restricted, built, tmp_path, public):
+def test_push_existing_repository_keeps_its_visibility(otdrg, hub_server, restricted, built, tmp_path, public):
     """The client makes no fuss about a public dataset that was to be a private one, nor about the reverse."""
     repo = hub_server.add_repo("datasets", "org/there", {"README.md": b"# Mine\n"}, private=not public)
     command = restricted("CC BY-NC-ND 4.0") if public else [*COMMAND, "--resume", "--public"]
@@ -170,7 +183,7 @@ def test_a_dataset_that_is_there_keeps_its_visibility(otdrg, hub_server, restric
 FAILURES = {
     "unreachable": (lambda hub: hub.stop(), {}, "refused"),
     "connection cut": (lambda hub: hub.disturb("POST", "/repos/create", cut=0), {}, "disconnected"),
-    "wrong token": (lambda hub: None, {"HF_TOKEN": "wrong"}, "401 Unauthorized.*Invalid credentials"),
+    "wrong token": (lambda hub: None, {"token": "wrong"}, "401 Unauthorized.*Invalid credentials"),
     "no right": (lambda hub: hub.disturb("POST", "/repos/create", status=403), {}, "403 Forbidden"),
     "out of order": (lambda hub: hub.disturb("POST", "/repos/create", status=500), {}, "500 Internal Server Error"),
     "file refused": (lambda hub: hub.disturb("PUT", "^/storage/", times=9, status=403), {}, "parquet.*403 Forbidden"),
@@ -179,19 +192,19 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_a_push_that_fails_is_one_line_and_the_dataset_stays(otdrg, hub_server, built, failure):
+def test_push_failure_is_one_line_and_keeps_the_dataset(otdrg, hub_server, built, failure):
     disturb, variables, message = FAILURES[failure]
     disturb(hub_server)
     before = state(built)
     command = [*COMMAND, "--output", built, "--resume", "--push-to-hub", "org/phantoms"]
-    failed = otdrg(*command, HF_HUB_DISABLE_PROGRESS_BARS="1", **variables)
+    failed = otdrg(*command, **variables)
     assert failed.returncode == 1
     assert re.fullmatch(f"otdrg prepare: error: .*{message}.*\n", failed.stderr), failed.stderr
     assert "pushed" not in failed.stdout
     assert state(built) == before
 
 
-def test_a_storage_that_fails_now_and_then_is_asked_again(otdrg, hub_server, built):
+def test_push_storage_error_is_retried(otdrg, hub_server, built):
     hub_server.disturb("PUT", "^/storage/", times=2, status=500, Retry_After="0")
     pushed = otdrg(*COMMAND, "--output", built, "--resume", "--push-to-hub", "org/phantoms")
     assert pushed.returncode == 0, pushed.stderr
@@ -200,7 +213,7 @@ def test_a_storage_that_fails_now_and_then_is_asked_again(otdrg, hub_server, bui
 
 
 @pytest.mark.parametrize("summary", [None, "", "[]", "{}"])
-def test_what_is_no_built_dataset_is_not_pushed(tmp_path, summary):
+def test_push_other_folder_is_refused(tmp_path, summary):
     if summary is not None:
         (tmp_path / "summary.json").write_text(summary, encoding="utf-8")
     with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))} is not a prepared dataset"):
@@ -216,7 +229,7 @@ def test_what_is_no_built_dataset_is_not_pushed(tmp_path, summary):
         ("PhysioNet Credentialed Health Data License 1.5.1", "forbids publishing"),
     ],
 )
-def test_licences_are_known_by_their_words(tmp_path, licence, message):
+def test_push_licences_are_recognised_by_words(tmp_path, licence, message):
     (tmp_path / "summary.json").write_text(json.dumps({"licences": ["CC0-1.0", licence]}))
     with pytest.raises(ValueError, match=message):
         push_studies(tmp_path, "org/studies", public=True)

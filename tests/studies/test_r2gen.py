@@ -32,7 +32,7 @@ def collection(tmp_path):
     return write
 
 
-def test_splits_texts_and_images(collection):
+def test_r2gen_splits_texts_and_images_are_read(collection):
     options = collection(
         {
             "train": [entry("CXR7_IM-0001", "CXR7_IM-0001/0.png", "CXR7_IM-0001/1.png"), entry("b", "b.png")],
@@ -52,7 +52,7 @@ def test_splits_texts_and_images(collection):
     assert studies["validation"][0]["patient_id"] == "10000032"
 
 
-def test_images_stay_files(collection):
+def test_r2gen_images_are_referenced(collection):
     options = collection({"train": [entry("a", "a.png")]})
     train = load_studies("r2gen", **options)["train"]
     stored = train.data.column("images")[0].as_py()
@@ -60,7 +60,7 @@ def test_images_stay_files(collection):
     assert pickle.loads(pickle.dumps(train))[0]["images"][0].getpixel((5, 0)) == 5
 
 
-def test_relative_folder_is_readable_from_elsewhere(collection, monkeypatch, tmp_path):
+def test_r2gen_relative_folder_reads_from_elsewhere(collection, monkeypatch, tmp_path):
     options = collection({"train": [entry("a", "a.png")]})
     monkeypatch.chdir(tmp_path)
     train = load_studies("r2gen", annotation="annotation.json", images="images")["train"]
@@ -68,7 +68,7 @@ def test_relative_folder_is_readable_from_elsewhere(collection, monkeypatch, tmp
     assert train[0]["images"][0].size == (16, 16)
 
 
-def test_studies_with_missing_images_are_left_out_and_listed(collection, caplog):
+def test_r2gen_missing_images_are_skipped_and_listed(collection, caplog):
     options = collection(
         {"train": [entry("a", "a0.png", "a1.png"), entry("b", "b.png")], "val": [entry("c", "c.png")]},
         absent=("a1.png", "c.png"),
@@ -81,7 +81,7 @@ def test_studies_with_missing_images_are_left_out_and_listed(collection, caplog)
     assert re.search(r"a \(missing image: .*a1\.png does not exist\); c \(missing image: .*c\.png", warning)
 
 
-def test_wrong_image_folder_is_an_error(collection, tmp_path):
+def test_r2gen_wrong_image_folder_is_an_error(collection, tmp_path):
     options = collection({"train": [entry("a", "a.png")]}, absent=("a.png",))
     (tmp_path / "images").mkdir()
     with pytest.raises(
@@ -91,7 +91,7 @@ def test_wrong_image_folder_is_an_error(collection, tmp_path):
 
 
 @pytest.mark.parametrize("path", ["../secret.png", "a/../../secret.png", "/etc/passwd", "..", "."])
-def test_paths_that_leave_the_folder_are_never_read(collection, tmp_path, path):
+def test_r2gen_path_outside_the_folder_is_not_read(collection, tmp_path, path):
     options = collection({"train": [entry("a", "a.png")]})
     (tmp_path / "secret.png").write_bytes((options["images"] / "a.png").read_bytes())
     options["annotation"].write_text(json.dumps({"train": [entry("a", "a.png"), entry("b", path)]}))
@@ -111,7 +111,7 @@ def test_paths_that_leave_the_folder_are_never_read(collection, tmp_path, path):
         (b'{"dev": []}', "unknown split 'dev': expected train, val, test"),
     ],
 )
-def test_annotation_not_in_form(tmp_path, content, message):
+def test_r2gen_malformed_annotation_is_an_error(tmp_path, content, message):
     path = tmp_path / "annotation.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:
@@ -129,7 +129,7 @@ def test_annotation_not_in_form(tmp_path, content, message):
         ({"id": "a", "report": "r", "image_path": []}, r"image_path \[\]: expected a list"),
     ],
 )
-def test_studies_not_in_form_are_left_out_and_the_others_kept(collection, study, message):
+def test_r2gen_malformed_studies_are_skipped(collection, study, message):
     options = collection({"train": [entry("b", "b.png")]})
     options["annotation"].write_text(json.dumps({"train": [study, entry("b", "b.png")]}))
     left_out, kept = open_source("r2gen", **options).entries()
@@ -137,7 +137,7 @@ def test_studies_not_in_form_are_left_out_and_the_others_kept(collection, study,
     assert kept.id == "b"
 
 
-def test_missing_annotation_and_folder_are_named(tmp_path):
+def test_r2gen_missing_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere\.json does not exist: option 'annotation' names R2Gen's JSON file"):
         load_studies("r2gen", annotation=tmp_path / "nowhere.json", images=tmp_path)
     with pytest.raises(ValueError, match="is a folder: option 'annotation'"):
@@ -147,7 +147,7 @@ def test_missing_annotation_and_folder_are_named(tmp_path):
         load_studies("r2gen", annotation=tmp_path / "a.json", images=tmp_path / "nowhere")
 
 
-def test_official_counts_follow_the_collection(collection):
+def test_r2gen_official_counts_follow_the_collection(collection):
     iu_xray = open_source("r2gen", **collection({"train": [entry("CXR7_IM-2263", "a.png")]}))
     assert iu_xray.official_counts == {"train": 2069, "validation": 296, "test": 590}
     assert iu_xray.official_unit == "studies" and "CXR2084_IM-0715-1001" in iu_xray.official_ids("train")
@@ -157,7 +157,7 @@ def test_official_counts_follow_the_collection(collection):
     assert open_source("r2gen", **collection({"train": [entry("mine", "a.png")]})).official_counts is None
 
 
-def test_iu_xray():
+def test_r2gen_iu_xray_is_complete():
     folder = os.environ.get("OTDRG_IU_XRAY")
     if not folder:
         pytest.skip("OTDRG_IU_XRAY does not name a folder with IU X-Ray in R2Gen's form")

@@ -33,7 +33,7 @@ WHOLE = """                                 FINAL REPORT
 """
 
 
-def test_a_whole_report():
+def test_parse_sections_complete_report_is_split():
     assert parse_sections(WHOLE) == ReportSections(
         findings="The lungs are clear. 3:45 is a time and opens nothing. There are the following: two wires. "
         "The heart is large.",
@@ -45,12 +45,12 @@ def test_a_whole_report():
 
 
 @pytest.mark.parametrize("end", ["\r\n", "\r", "\n\n", "\t\n\t", "  \n "])
-def test_line_ends_and_white_space_do_not_matter(end):
+def test_parse_sections_line_ends_and_spaces_are_ignored(end):
     assert parse_sections("\ufeff" + WHOLE.replace("\n", end)) == parse_sections(WHOLE)
 
 
 @pytest.mark.parametrize("text", ["", " \r\n\t\n", "FINAL REPORT", "___", "_" * 80, "CHEST, TWO VIEWS: ___"])
-def test_a_report_that_says_nothing(text):
+def test_parse_sections_empty_report_is_empty(text):
     assert parse_sections(text) == ReportSections()
 
 
@@ -68,7 +68,7 @@ def test_a_report_that_says_nothing(text):
     ],
 )
 @pytest.mark.parametrize("gap", [" ", "\n", "\n \n  "])
-def test_names_of_sections(section, headers, gap):
+def test_parse_sections_names_are_recognised(section, headers, gap):
     for header in headers.split("|"):
         header = header.strip()
         if ":" not in header and "\n" not in gap:
@@ -80,7 +80,7 @@ def test_names_of_sections(section, headers, gap):
 
 
 @pytest.mark.parametrize("header", ["FINDINGS AND IMPRESSION:", "FINDINGS/IMPRESSION:", "Impression and findings:"])
-def test_findings_and_impression_in_one_stand_once(header):
+def test_parse_sections_joint_section_is_the_findings(header):
     sections = parse_sections(f"COMPARISON: None.\n\n{header} Clear lungs.\n")
     assert (sections.findings, sections.impression) == ("Clear lungs.", "")
 
@@ -98,12 +98,12 @@ def test_findings_and_impression_in_one_stand_once(header):
         "CHEST:",
     ],
 )
-def test_views_in_place_of_the_findings(header):
+def test_parse_sections_names_of_views_begin_findings(header):
     sections = parse_sections(f"FINAL REPORT\n HISTORY: Fall.\n\n {header}  Clear.\n Dry.\n\n IMPRESSION:  Well.\n")
     assert sections == ReportSections("Clear. Dry.", "Well.", "Fall.", "", True)
 
 
-def test_a_title_of_views_is_not_the_findings():
+def test_parse_sections_title_is_not_the_findings():
     title = " CHEST, TWO VIEWS: ___ AT 3:45 P.M.\n\n HISTORY:  Fall.\n\n"
     assert parse_sections(f"{title} IMPRESSION:  Well.") == ReportSections("", "Well.", "Fall.")
     assert parse_sections(f"{title} FINDINGS:  Clear.").findings == "Clear."
@@ -112,7 +112,7 @@ def test_a_title_of_views_is_not_the_findings():
     )
 
 
-def test_labels_within_the_findings_are_their_text():
+def test_parse_sections_labels_in_findings_are_text():
     text = (
         "FINDINGS:\n\nPORTABLE CHEST: Dim.\nLUNGS: Clear.\nA NOTE: Rotated.\nHeart: Large.\n\nIMPRESSION: LINES: None."
     )
@@ -121,12 +121,12 @@ def test_labels_within_the_findings_are_their_text():
     assert sections.impression == "LINES: None."
 
 
-def test_labels_of_organs_in_place_of_the_findings():
+def test_parse_sections_labels_of_organs_begin_findings():
     sections = parse_sections("COMPARISON: None.\n\nLungs: Clear.\nHeart: Large.\n\nIMPRESSION: Large heart.")
     assert sections == ReportSections("Lungs: Clear. Heart: Large.", "Large heart.", "", "None.", True)
 
 
-def test_a_foreign_label_ends_what_is_before_the_findings():
+def test_parse_sections_unknown_label_ends_a_section():
     assert parse_sections("HISTORY: Fall.\nORDERING PHYSICIAN: Dr. ___\nFINDINGS: Clear.").indication == "Fall."
 
 
@@ -158,7 +158,7 @@ def test_a_foreign_label_ends_what_is_before_the_findings():
         ),
     ],
 )
-def test_findings_under_no_header(text, expected):
+def test_parse_sections_unlabelled_findings_are_found(text, expected):
     assert parse_sections(text) == expected
     assert not parse_sections(text).findings_labelled
 
@@ -180,7 +180,7 @@ RULE = "_" * 78
         "{report}\n INTERIM REPORT\n Wet.",
     ],
 )
-def test_preliminary_reads_and_addenda_are_left_out(text):
+def test_parse_sections_preliminary_reads_are_removed(text):
     report = " HISTORY: Fall.\n\n FINDINGS: Clear.\n\n IMPRESSION: Well.\n"
     assert parse_sections(text.replace("{report}", report)) == ReportSections("Clear.", "Well.", "Fall.", "", True)
 
@@ -193,17 +193,17 @@ def test_preliminary_reads_and_addenda_are_left_out(text):
         "{report}\n ADDENDUM\n Also wires.",
     ],
 )
-def test_unlabelled_findings_beside_what_is_left_out(text):
+def test_parse_sections_unlabelled_findings_beside_removed_parts(text):
     report = " HISTORY: Fall.\n\n Clear dry lungs.\n"
     assert parse_sections(text.replace("{report}", report)) == ReportSections("Clear dry lungs.", "", "Fall.")
 
 
-def test_repeated_sections_are_joined():
+def test_parse_sections_repeated_sections_are_joined():
     text = "FINDINGS: One.\nIMPRESSION: Two.\nFINAL REPORT\nFINDINGS: Three.\nIMPRESSION: Four.\n"
     assert parse_sections(text) == ReportSections("One. Three.", "Two. Four.", "", "", True)
 
 
-def test_headers_in_one_line():
+def test_parse_sections_headers_within_a_line_are_found():
     text = "CLINICAL HISTORY: Fall. COMPARISON: ___ FINDINGS: Clear. See FINDINGS: none.  IMPRESSION: Well."
     assert parse_sections(text) == ReportSections("Clear. See FINDINGS: none.", "Well.", "Fall.", "___", True)
 
@@ -211,11 +211,11 @@ def test_headers_in_one_line():
 @pytest.mark.parametrize(
     "line", ["History.", "findings: two and three", "4:30 there was none", "ratio 3:1 of it", "Known Comparison"]
 )
-def test_wrapped_lines_are_not_headers(line):
+def test_parse_sections_wrapped_lines_are_not_headers(line):
     assert parse_sections(f"FINDINGS: It is as in the\n{line}\nIMPRESSION: Well.").findings == f"It is as in the {line}"
 
 
-def test_placeholders_stay():
+def test_parse_sections_placeholders_are_kept():
     assert parse_sections("FINDINGS: Dr. ___ saw\n___\n___: it.").findings == "Dr. ___ saw ___ ___: it."
 
 
@@ -283,7 +283,7 @@ def test_parse_sections_decorated_headers_are_headers(text):
     ],
 )
 @pytest.mark.parametrize("before", ["\n", "\n\n"])
-def test_parse_sections_what_ends_a_report_is_left_out(line, before):
+def test_parse_sections_trailer_is_removed(line, before):
     report = f"FINDINGS: Lungs clear.{before}IMPRESSION: Normal chest.{before}{line}\nDoe\n\nLater words.\nLUNGS: Wet."
     assert parse_sections(report) == CLEAR
     assert parse_sections(f"{report}\nSUMMARY: Wet.\nFINDINGS: Dry.").findings == "Lungs clear. Dry."
@@ -292,7 +292,7 @@ def test_parse_sections_what_ends_a_report_is_left_out(line, before):
 @pytest.mark.parametrize(
     "trailer", ["By: Doe, Jane", "Electronically signed by Jane Doe", "END OF IMPRESSION", "Primary Diagnostic Code: 1"]
 )
-def test_parse_sections_what_ends_a_report_in_the_midst_of_a_line_is_left_out(trailer):
+def test_parse_sections_trailer_within_a_line_is_removed(trailer):
     assert parse_sections(f"Findings: Lungs clear. Impression: Normal chest. {trailer} and more") == CLEAR
 
 
@@ -346,14 +346,14 @@ Primary Interpreting Staff:
     )
 
 
-def test_parse_sections_signature_of_a_report_without_headers_is_left_out():
+def test_parse_sections_signature_without_headers_is_removed():
     text = "Lungs are clear. Heart normal.\n\nElectronically signed by Jane Doe, MD\n\nJane Doe"
     assert parse_sections(text) == ReportSections("Lungs are clear. Heart normal.")
     assert parse_sections(f"Accession Number: 55\n\n{text}").findings == "Lungs are clear. Heart normal."
     assert text_without_trailer("Normal.\nSigned by: Jane Doe") == "Normal."
 
 
-def test_parse_sections_names_at_the_head_are_in_no_section():
+def test_parse_sections_names_at_the_beginning_are_removed():
     text = "Patient Name: Doe, Jane\nHISTORY: Fall.\nAttending: Roe, John\nMRN: 1\nFINDINGS: Clear.\nIMPRESSION: Well."
     assert parse_sections(text) == ReportSections("Clear.", "Well.", "Fall.", "", True)
 
@@ -381,7 +381,7 @@ def test_parse_sections_names_at_the_head_are_in_no_section():
         "* \n",
     ],
 )
-def test_long_texts_take_time_in_proportion(junk):
+def test_parse_sections_time_is_proportional_to_length(junk):
     start = time.perf_counter()
     parse_sections(junk * (100_000 // len(junk)) + "x")
     assert time.perf_counter() - start < 2

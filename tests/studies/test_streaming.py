@@ -31,7 +31,7 @@ def recipe_of(folder, **fields):
     return StudiesRecipe(source="prepared", options={"folder": str(folder)}, **fields)
 
 
-def test_streamed_studies_are_those_of_the_table(prepared):
+def test_streamed_studies_equal_those_in_memory(prepared):
     fields = {"cleaning": "r2gen_iu", "limit": {"train": 9}}
     streamed = build_studies(recipe_of(prepared, streaming=True, **fields), LabelsRecipe(labeler="rules"))
     table = build_studies(recipe_of(prepared, **fields), LabelsRecipe(labeler="rules"))
@@ -53,7 +53,7 @@ def no_wait(monkeypatch):
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1, raising=False)
 
 
-def test_the_order_is_new_each_epoch_and_the_same_for_a_seed(prepared):
+def test_streamed_order_depends_on_seed_and_epoch(prepared):
     def order(seed, epoch):
         studies = StreamedStudies(prepared, "train", seed=seed, buffer=4)
         studies.set_epoch(epoch)
@@ -65,7 +65,7 @@ def test_the_order_is_new_each_epoch_and_the_same_for_a_seed(prepared):
 
 
 @pytest.mark.parametrize("prepared", [True], ids=["parquet only"], indirect=True)
-def test_a_recipe_trains_all_stages_on_a_stream(prepared, tiny_recipe, tmp_path):
+def test_recipe_streaming_trains_all_stages(prepared, tiny_recipe, tmp_path):
     recipe = yaml.safe_load(tiny_recipe.read_text(encoding="utf-8"))
     recipe["studies"] = {"source": "prepared", "options": {"folder": str(prepared)}, "streaming": True}
     recipe["output_dir"] = str(tmp_path / "run")
@@ -92,7 +92,7 @@ def test_a_recipe_trains_all_stages_on_a_stream(prepared, tiny_recipe, tmp_path)
         ({"source": "prepared", "shuffle_buffer": 0}, r"studies\.shuffle_buffer=0: expected a positive number"),
     ],
 )
-def test_what_cannot_be_streamed_is_said(tmp_path, fields, message):
+def test_recipe_wrong_streaming_options_are_named(tmp_path, fields, message):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({"output_dir": "x", "studies": fields}), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
@@ -101,9 +101,7 @@ def test_what_cannot_be_streamed_is_said(tmp_path, fields, message):
 
 @pytest.mark.parametrize("streaming", ["true", "false"])
 @pytest.mark.parametrize("what", ["small", "broken"])
-def test_training_view_that_cannot_be_used_is_an_error_with_the_study(
-    prepared, tiny_recipe, tmp_path, capsys, streaming, what
-):
+def test_training_unusable_view_names_the_study(prepared, tiny_recipe, tmp_path, capsys, streaming, what):
     """As of a dataset that another tool made; the vision encoder is trained, so no features are cached."""
     folder = shutil.copytree(prepared, tmp_path / "built")
     buffer = io.BytesIO()

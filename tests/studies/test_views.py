@@ -13,5 +13,5 @@ from otdrg.studies.views import view_named
         *((position, "unknown") for position in ("", "LAO", "RAO", "LPO", "SWIMMERS", "LEFT LATERAL DECUBITUS", "nan")),
     ],
 )
-def test_words_name_views(text, view):
+def test_view_named_recognises_words(text, view):
     assert view_named(text) == view

@@ -1,0 +1,119 @@
+"""The records of `otdrg generate`: reports of listed studies, batch by batch; unreadable studies are skipped."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from itertools import groupby, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..image_processing_otdrg import without_credentials
+from ..runtime.interruptions import fault_of_study, is_out_of_memory
+from .heatmaps import draw_heatmaps
+from .listing import ListedStudy
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+#: Most characters of a picture's name that are from the id of the study.
+_LONGEST_NAME = 60
+
+Skip = Callable[[ListedStudy, Exception], None]
+Batch = list[tuple[ListedStudy, "list[Image.Image]"]]
+
+
+def study_records(
+    pipe,
+    studies: list[ListedStudy],
+    arguments: dict[str, Any],
+    skip: Skip,
+    batch_size: int = 1,
+    heatmap: Path | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Write the reports of studies.
+
+    Args:
+        pipe: the pipeline.
+        studies: studies, of which those with the same given findings are in one batch.
+        arguments: arguments of `generate`.
+        skip: called with a study that cannot be used and the error.
+        batch_size: studies in a batch.
+        heatmap: folder for a picture of each transport plan.
+
+    Yields:
+        For each study what was asked (`id`, ...), its `report`, and the rest of the pipeline's output.
+    """
+    for _, steered in groupby(studies, key=lambda study: study.findings):
+        readable = _readable(pipe.processor, steered, skip)
+        while batch := list(islice(readable, batch_size)):
+            yield from _records_or_skip(pipe, batch, heatmap, arguments, skip)
+
+
+def _readable(processor, studies: Iterator[ListedStudy], skip: Skip) -> Iterator[tuple[ListedStudy, list]]:
+    for study in studies:
+        try:
+            views = study.read_views(processor.max_image_pixels)
+            # An indication may contain a placeholder of the prompt.
+            processor.encode_text([len(views)], indication=study.indication)
+        except Exception as error:  # decoders raise any exception for a damaged file
+            skip(study, error)
+        else:
+            yield study, views
+
+
+def _records_or_skip(
+    pipe, batch: Batch, heatmap: Path | None, arguments: dict[str, Any], skip: Skip
+) -> Iterator[dict[str, Any]]:
+    """The records of a batch. If it fails, its studies are tried one by one, and those that fail are skipped."""
+    try:
+        records = list(_records(pipe, batch, heatmap, arguments))
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        fault_of_study(error)
+        records = []
+        for study, views in batch:
+            try:
+                records += _records(pipe, [(study, views)], heatmap, arguments)
+            except Exception as fault:
+                skip(study, fault)
+        if not records and len(batch) > 1:
+            raise
+    yield from records
+
+
+def _records(pipe, batch: Batch, heatmap: Path | None, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    outputs = pipe(
+        [{"images": views, "indication": study.indication} for study, views in batch],
+        batch_size=len(batch),
+        findings=batch[0][0].findings or None,
+        return_heatmaps=heatmap is not None,
+        # A model without conditioning states has nothing to contradict.
+        return_contradictions=pipe.model.config.dle,
+        **arguments,
+    )
+    for (study, views), (output, *_) in zip(batch, outputs, strict=True):
+        report, heatmaps = output.pop("generated_text"), output.pop("heatmaps", None)
+        record = {**study.asked(), "report": report, **output}
+        if heatmaps is not None:
+            heatmap.mkdir(parents=True, exist_ok=True)
+            path = heatmap / _picture_name(study)
+            draw_heatmaps(views, heatmaps, record["findings"], path, report=report)
+            record["heatmap"] = str(path)
+        yield record
+
+
+def _picture_name(study: ListedStudy) -> str:
+    """A unique file name: the id of the study if it is a valid name, else a similar name with a digest."""
+    like = study.id
+    if study.images is not None and study.id == " + ".join(map(without_credentials, study.images)):
+        like = "_".join(Path(image).stem for image in study.images)
+    name = re.sub(r"[^\w.-]+", "_", like)[:_LONGEST_NAME].lstrip(".")
+    if name == study.id:
+        return f"{name}.png"
+    return f"{name}_{hashlib.blake2b(study.id.encode(), digest_size=4).hexdigest()}.png"
+
+
+__all__ = ["study_records"]
