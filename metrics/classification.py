@@ -96,9 +96,9 @@ def finding_metrics(
     for position, name in enumerate(FINDINGS):
         known = labels[:, position] != -100
         true, said = (states[known, position] == POSITIVE for states in (labels, predicted))
-        rates = (
-            precision_recall_fscore_support(true, said, average="binary", zero_division=0) if len(true) else (0.0,) * 3
-        )
+        rates = (0.0, 0.0, 0.0)
+        if known.any():
+            rates = precision_recall_fscore_support(true, said, average="binary", zero_division=0)[:3]
         findings[name] = {
             "studies": int(known.sum()),
             "positives": int(true.sum()),
