@@ -260,14 +260,10 @@ def _format_embedding(result: Mapping[str, Any]) -> str:
         f"{result['studies']} studies of {result['split']} with exactly one positive finding, "
         f"{len(result['by_finding'])} findings" + (f"; left out: {left_out}" if left_out else "")
     )
-    rows = [
-        [
-            f"{space} alignment",
-            f"{result[space]['silhouette']:.3f}",
-            *map(_bounds, (result[space], result[space]["chance"])),
-        ]
-        for space in _SPACES
-    ]
+    rows = []
+    for space in _SPACES:
+        found = result[space]
+        rows.append([f"{space} alignment", f"{found['silhouette']:.3f}", _bounds(found), _bounds(found["chance"])])
     difference = result["difference"]
     rows.append(["difference", f"{difference['silhouette']:+.3f}", _bounds(difference), ""])
     table = markdown_table(["image features", "silhouette, cosine", "95 % interval", "findings permuted"], rows)

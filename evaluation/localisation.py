@@ -45,8 +45,7 @@ class FindingCounts:
 
 @dataclass
 class JudgedPhantoms:
-    """What [`judge_phantoms`] found: the judged maps, the phantoms' `ids`, the state ids (N, 14) that the plans were made
-    for, and counts by finding."""
+    """The judged `maps`, the phantoms' `ids`, the `states` (N, 14) of their plans, and `counts` by finding."""
 
     maps: list[JudgedMap]
     ids: list[str]
@@ -176,8 +175,8 @@ def _heading(settings: Mapping[str, Any]) -> str:
     return (
         f"# Localisation of {settings['model']}\n\n"
         f"{settings['studies']} phantoms of the split {settings['split']} (seed {settings['seed']}), "
-        f"{' and '.join(settings['views'])} views of {size} pixels{shared}; plans for {settings['states']} states, over "
-        f"{grid} x {grid} image tokens, resampled bilinearly."
+        f"{' and '.join(settings['views'])} views of {size} pixels{shared}; plans for {settings['states']} states, "
+        f"over {grid} x {grid} image tokens, resampled bilinearly."
     )
 
 

@@ -1,4 +1,4 @@
-"""What an encoder's features are worth before anything is trained on them: a linear probe, alignment, uniformity."""
+"""Quality of an encoder's features: a linear probe, alignment and uniformity."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 from torch.utils.data import DataLoader
 
 from ..findings_otdrg import FINDINGS, POSITIVE
@@ -40,11 +42,11 @@ def encode_studies(
     limit: int,
     batch_size: int,
 ) -> ViewFeatures:
-    """Features of the first `limit` studies; streamed ones are taken as the first epoch has them.
+    """Features of the first `limit` studies; of streamed ones, in the order of the first epoch.
 
     Args:
-        encode: makes the features (A, D) of a batch's views of pixel_values (B, V, C, H, W) and view_mask (B, V).
-        studies: whose finding states are known.
+        encode: gives the features (A, D) of a batch's views from pixel_values (B, V, C, H, W) and view_mask (B, V).
+        studies: with known finding states.
     """
     if isinstance(studies, StreamedStudies):
         studies.set_epoch(0)
@@ -67,7 +69,7 @@ def encode_studies(
 
 
 def alignment(anchors: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
-    """Mean squared distance of anchors (A, D) and positives (A, D) of length 1 (Wang and Isola, 2020); 0 is best."""
+    """Mean squared distance of normalised anchors (A, D) and positives (A, D) (Wang and Isola, 2020); 0 is best."""
     distance = F.normalize(anchors.float(), dim=-1) - F.normalize(positives.float(), dim=-1)
     return distance.square().sum(dim=-1).mean()
 
@@ -75,7 +77,7 @@ def alignment(anchors: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
 def uniformity(
     anchors: torch.Tensor, groups: torch.Tensor, keys: torch.Tensor, key_groups: torch.Tensor
 ) -> torch.Tensor | None:
-    """Log of the mean of exp(-2 d^2) over pairs of other groups, of features of length 1 (Wang and Isola, 2020).
+    """Log of the mean of exp(-2 d^2) over pairs of different groups of normalised features (Wang and Isola, 2020).
 
     Args:
         anchors, groups: (A, D) and (A,).
@@ -104,17 +106,17 @@ def linear_probe(train: ViewFeatures, validation: ViewFeatures) -> dict[str, Any
         `macro_auc` over the `auc_findings` findings with positives and others in both; `train_studies` and
         `validation_studies`; under `findings` each one's `positives` on validation and `auc`.
     """
-    features, unseen = train.by_study().double(), validation.by_study().double()
-    mean, deviation = features.mean(dim=0), features.std(dim=0, correction=0).clamp(min=1e-6)
-    features, unseen = (features - mean) / deviation, (unseen - mean) / deviation
-    targets, known = torch.from_numpy(train.states == POSITIVE), torch.from_numpy(train.states >= 0)
-    scores = logistic_regression(features, targets, known)(unseen).numpy()
+    features, unseen = (part.by_study().double().numpy() for part in (train, validation))
+    scaler = StandardScaler().fit(features)
+    features, unseen = scaler.transform(features), scaler.transform(unseen)
     findings = {}
     for position, name in enumerate(FINDINGS):
-        rows = validation.states[:, position] >= 0
-        positive = validation.states[rows, position] == POSITIVE
-        seen = targets[:, position][known[:, position]]
-        area = area_under_curve(scores[rows, position], positive) if seen.any() and not seen.all() else None
+        known, rows = (part.states[:, position] >= 0 for part in (train, validation))
+        targets, positive = train.states[known, position] == POSITIVE, validation.states[rows, position] == POSITIVE
+        area = None
+        if targets.any() and not targets.all():
+            probe = LogisticRegression(max_iter=1000).fit(features[known], targets)
+            area = area_under_curve(probe.decision_function(unseen[rows]), positive) if rows.any() else None
         findings[name] = {"positives": int(positive.sum()), "auc": area}
     areas = [row["auc"] for row in findings.values() if row["auc"] is not None]
     return {
@@ -126,39 +128,4 @@ def linear_probe(train: ViewFeatures, validation: ViewFeatures) -> dict[str, Any
     }
 
 
-def logistic_regression(
-    features: torch.Tensor, targets: torch.Tensor, known: torch.Tensor | None = None, penalty: float = 1.0
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """K logistic regressions at once: each minimises the summed cross-entropy + penalty / 2 times its squared weights.
-
-    Args:
-        features: (N, D), about standardised.
-        targets: (N, K) of bool.
-        known: (N, K), targets that count; all without it.
-        penalty: 1 is scikit-learn's default, C = 1.
-
-    Returns:
-        The function from features (M, D) to log odds (M, K).
-    """
-    counts = torch.ones_like(targets, dtype=features.dtype) if known is None else known.to(features.dtype)
-    weight = features.new_zeros(features.shape[1], targets.shape[1]).requires_grad_()
-    bias = features.new_zeros(targets.shape[1]).requires_grad_()
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
-
-    def objective() -> torch.Tensor:
-        optimizer.zero_grad()
-        errors = F.binary_cross_entropy_with_logits(
-            features @ weight + bias, targets.to(features.dtype), weight=counts, reduction="sum"
-        )
-        # By the number of studies, so that what counts as converged does not depend on it.
-        value = (errors + penalty / 2 * weight.square().sum()) / len(features)
-        value.backward()
-        return value
-
-    with torch.enable_grad():
-        optimizer.step(objective)
-    weight, bias = weight.detach(), bias.detach()
-    return lambda others: others @ weight + bias
-
-
-__all__ = ["ViewFeatures", "alignment", "encode_studies", "linear_probe", "logistic_regression", "uniformity"]
+__all__ = ["ViewFeatures", "alignment", "encode_studies", "linear_probe", "uniformity"]

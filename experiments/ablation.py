@@ -1,66 +1,51 @@
-"""The paper's ablations as training runs: what each row's recipe is, which stages rows share, and how they are run."""
+"""The paper's ablations as training runs: the recipe of each row, and the stages that rows share."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..configuration_otdrg import OTDRGConfig
-from ..files_otdrg import write_json, write_text
-from ..runtime.interruptions import PARENT, terminations
-from ..runtime.output_lock import OutputLock
 from ..training.build import build_studies
 from ..training.check import check_recipe, check_studies
 from ..training.kept_stages import FINISHED, STARTED
 from ..training.recipe import Recipe, load_recipe
 from ..training.recipe_changes import format_changes, recipe_changes
-from ..training.run_folder import read_results
 
-logger = logging.getLogger(__name__)
-
-#: The tables there are, and what each shows.
+#: The tables, and their titles.
 TABLES: dict[str, str] = {
     "modules": "Table 3, the modules IRCP, DLE and FIOT",
     "epsilon": "Table 4, epsilon of the transport",
     "iterations": "Figure 4, Sinkhorn iterations",
 }
 
-#: The rows of Table 3: none is the R2GenGPT baseline, all three the full model. FIOT needs DLE.
+#: The rows of Table 3, from the R2GenGPT baseline without modules to the full model. FIOT needs DLE.
 MODULE_ROWS: tuple[tuple[str, ...], ...] = ((), ("ircp",), ("dle",), ("ircp", "dle"), ("ircp", "dle", "fiot"))
 FULL = MODULE_ROWS[-1]
 
-#: The paper's values; of iterations its figure has no more than the range.
+#: The paper's values; for iterations its figure gives only the range.
 EPSILONS: tuple[float, ...] = (0.01, 0.05, 0.10, 0.12)
 ITERATIONS: tuple[int, ...] = (1, 5, 10, 50, 100)
 
-#: What the ablation sets itself.
+#: Recipe fields that the ablation sets, and why they cannot be overridden.
 _SET_HERE = {
-    "output_dir": "--output says where runs go",
+    "output_dir": "--output is the folder of the runs",
     "seed": "--seeds names the seeds",
     "stages": "each row has its own stages",
     "model.overrides.dle": "each row has its own modules",
     "model.overrides.fiot": "each row has its own modules",
 }
 
-#: Seconds in which the processes of an ablation that was killed end.
-_ORPHANS_END = 20.0
-
-#: Fields that do not change what a run finds.
+#: Fields that do not change a run's results.
 _WITHOUT_EFFECT = ("output_dir", "cpu_threads")
 
 
 class Row(NamedTuple):
-    """A row of a table: the modules that are on, and the epsilon or the number of iterations it is about."""
+    """A row of a table: the modules that are on, and the value of epsilon or of the number of iterations."""
 
     table: str
     modules: tuple[str, ...]
@@ -68,24 +53,24 @@ class Row(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What it is called in files and messages: `baseline`, `ircp+dle`, `epsilon-0.05`."""
+        """Its name in files and messages: `baseline`, `ircp+dle`, `epsilon-0.05`."""
         if self.value is not None:
             return f"{self.table}-{self.value:g}"
         return "+".join(self.modules) or "baseline"
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """The stages of its runs: IRCP is one of its own, and only DLE needs a predictor."""
+        """The stages of its runs: the module IRCP is a stage, and only DLE needs a predictor."""
         trained = {"ircp": "ircp" in self.modules, "predictor": "dle" in self.modules, "report": True}
         return tuple(stage for stage, runs in trained.items() if runs)
 
     def transport(self, config: OTDRGConfig) -> dict[str, float]:
-        """The fields of the transport in which the row differs from a configuration."""
+        """The transport's fields in which the row differs from a configuration."""
         wanted: dict[str, float] = {}
         if self.table == "epsilon":
             wanted = {"ot_epsilon": self.value}
         elif self.table == "iterations":
-            # Tolerance 0 stops nothing early.
+            # With tolerance 0, Sinkhorn does all iterations.
             wanted = {"ot_max_iterations": self.value, "ot_tolerance": 0.0}
         return {name: value for name, value in wanted.items() if getattr(config, name) != value}
 
@@ -98,7 +83,7 @@ def table_rows(
     """The rows of the paper's tables, in its order.
 
     Raises:
-        ValueError: an unknown table, or an epsilon or number of iterations that is not above 0 or stands twice.
+        ValueError: an unknown table, or values of epsilon or iterations that are not above 0 or not different.
     """
     rows = []
     for table in tables:
@@ -109,8 +94,8 @@ def table_rows(
             continue
         values = epsilons if table == "epsilon" else iterations
         if not values or min(values) <= 0 or len(set(values)) < len(values):
-            told = " ".join(f"{value:g}" for value in values)
-            raise ValueError(f"values of the table {table}: {told}: expected different numbers above 0")
+            shown = " ".join(f"{value:g}" for value in values)
+            raise ValueError(f"values of the table {table}: {shown}: expected different numbers above 0")
         rows += [Row(table, FULL, value) for value in values]
     if len(set(rows)) < len(rows):
         raise ValueError(f"tables {' '.join(tables)}: expected each once")
@@ -122,10 +107,10 @@ class Run:
     """A training run of the ablation.
 
     Args:
-        name: how it is called in messages.
-        recipe: what it trains; its `output_dir` is the run's own.
-        shared: the run whose stages it begins with.
-        error: what it failed with, in one line.
+        name: in messages.
+        recipe: of the run, with an `output_dir` of its own.
+        shared: the run whose stages come before its own.
+        error: why it failed, in one line.
     """
 
     name: str
@@ -143,23 +128,23 @@ class Run:
 
     @property
     def began(self) -> bool:
-        """Whether the training of one of its own stages has begun."""
+        """Whether training of one of its own stages has begun."""
         own = [stage for stage in self.recipe.stages if self.shared is None or stage not in self.shared.recipe.stages]
         return any((self.folder / stage / STARTED).is_file() for stage in own)
 
     @property
     def log(self) -> Path:
-        """Everything its process printed."""
+        """The output of its process."""
         return self.folder / "train.log"
 
 
 @dataclass
 class Plan:
-    """All runs of an ablation, each behind the one whose stages it shares.
+    """All runs of an ablation.
 
     Args:
-        runs: without repeats.
-        by_row: the run of each row and seed; of a row that is the full model it is the full model's.
+        runs: each once, after the run whose stages it shares.
+        by_row: the run of each row and seed; rows that equal the full model have its run.
     """
 
     runs: list[Run]
@@ -174,22 +159,22 @@ def plan_runs(
     output: str | os.PathLike,
     cpu_threads: int | None = None,
 ) -> Plan:
-    """The runs of all rows and seeds.
+    """Plan one run for each row and seed.
 
-    Stages before `report` do not read what rows differ in, but for the stages that ran before them: of each seed they
-    are trained once, with all modules on, in `output/shared`, and copied into the rows' own folders.
+    The stages before `report` depend only on the stages before them, not on the other fields that rows set. For each
+    seed they are trained once, with all modules on, in `output/shared`, and copied into the rows' own folders.
 
     Args:
-        recipe: YAML file; rows are overrides of it.
+        recipe: YAML file; each row is the recipe with overrides.
         overrides: further ones, `section.field=value`.
         rows: of [`table_rows`].
-        seeds: one run of each row each.
+        seeds: each row is trained once with each seed.
         output: folder of the ablation.
-        cpu_threads: of each run, in place of the recipe's.
+        cpu_threads: of each run, instead of the recipe's.
 
     Raises:
-        ValueError: the recipe is wrong or not fit for an ablation, an override is the ablation's own, a seed stands
-            twice, or a folder in `output` holds a run of another recipe.
+        ValueError: the recipe is wrong or not fit for an ablation, an override is of a field that the ablation sets,
+            seeds are not different, or a folder in `output` holds a run of another recipe.
     """
     for override in overrides:
         key = override.partition("=")[0]
@@ -214,9 +199,9 @@ def plan_runs(
                 "output_dir": str(Path(output) / name / f"seed-{seed}"),
                 **({"cpu_threads": cpu_threads} if cpu_threads else {}),
             }
-            # JSON is YAML, and quotes what needs it.
-            laid = [f"{field}={json.dumps(value)}" for field, value in wanted.items()]
-            run = Run(f"{name}, seed {seed}", load_recipe(recipe, [*overrides, *laid]), shared)
+            # JSON is valid YAML.
+            fields = [f"{field}={json.dumps(value)}" for field, value in wanted.items()]
+            run = Run(f"{name}, seed {seed}", load_recipe(recipe, [*overrides, *fields]), shared)
             _check_folder(run)
             plan.runs.append(run)
             made[name, seed] = run
@@ -225,7 +210,7 @@ def plan_runs(
     for seed in seeds:
         for row in rows:
             transport = row.transport(config)
-            # At the recipe's own value a row is the full model, and not trained again.
+            # With the recipe's own value the row equals the full model, which is trained once.
             name = row.name if row.value is None or transport else Row("modules", row.modules).name
             plan.by_row[row, seed] = run_of(name, row.stages, seed, {**_switches(row.modules), **transport})
     return plan
@@ -253,24 +238,24 @@ def _check_recipe(path: str | os.PathLike, recipe: Recipe, rows: Sequence[Row]) 
 
 
 def _check_folder(run: Run) -> None:
-    """Refuses what an earlier ablation with another recipe left in the run's folder."""
+    """Refuse a folder with a run of another recipe."""
     path = run.folder / "recipe.yaml"
     if not path.is_file():
         return
     changes = recipe_changes(asdict(load_recipe(path)), run.recipe)
-    told = {name: pair for name, pair in changes.items() if name not in _WITHOUT_EFFECT}
-    if told:
+    changes = {name: pair for name, pair in changes.items() if name not in _WITHOUT_EFFECT}
+    if changes:
         raise ValueError(
-            f"{path} is of another recipe: {format_changes(told)}; give another --output, or remove what is to be made "
-            "anew"
+            f"{path} is another recipe: {format_changes(changes)}; give another --output, or delete the runs that are "
+            "to be trained again"
         )
 
 
 def check_plan(plan: Plan) -> None:
-    """Check every run's recipe, and once the studies, which all runs share, before the first run is started.
+    """Check the recipe of every run, and the studies that all runs share, before the first run is started.
 
     Raises:
-        ValueError: a recipe is wrong; names the run and what is wrong.
+        ValueError: a recipe is wrong; the message names the run.
     """
     pending = [run for run in plan.runs if not run.finished]
     for run in pending:
@@ -285,145 +270,6 @@ def check_plan(plan: Plan) -> None:
             check_studies(run.recipe, studies, run.recipe.stages)
 
 
-def train_runs(runs: Sequence[Run], jobs: int = 1, accelerate_config: str | None = None) -> None:
-    """Train the runs that are not finished, each in a process of its own, going on where one was interrupted.
-
-    A run that fails has `error` set, as have those that share its stages; the others go on. Where a run fails before
-    its training has begun and no run is finished, all are taken to fail for the same reason: no other is started.
-
-    The processes end when this one is killed. A folder that such a process is still writing to is waited for.
-
-    Args:
-        runs: of [`plan_runs`]; those that share stages behind those they share.
-        jobs: processes at a time.
-        accelerate_config: file of `accelerate config`, for runs by `accelerate launch`.
-
-    Raises:
-        OutputLockedError: another process writes to the folder of a run.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; the message says how many runs are finished.
-    """
-    waiting = [run for run in runs if not run.finished]
-    count, kept = len(waiting), len(runs) - len(waiting)
-    logger.info("%d runs to train%s", count, f", {kept} finished before" if kept else "")
-    running: dict[int, _Started] = {}
-    # A batch system ends a job by SIGTERM, and the processes started here must end with it.
-    with terminations():
-        try:
-            while waiting or running:
-                for run in list(waiting):
-                    if run.shared is not None and run.shared.error is not None:
-                        run.error = f"{run.shared.name}: {run.shared.error}"
-                        waiting.remove(run)
-                    elif len(running) < jobs and (run.shared is None or run.shared.finished):
-                        waiting.remove(run)
-                        started = _start(run, accelerate_config)
-                        running[started.process.pid] = started
-                for pid, started in list(running.items()):
-                    run, status = started.run, started.process.poll()
-                    if status is None:
-                        continue
-                    del running[pid]
-                    if status or not run.finished:
-                        run.error = _last_error(started, status)
-                    logger.info(
-                        "[%d/%d] %s: %s (%.0f s)",
-                        count - len(waiting) - len(running),
-                        count,
-                        run.name,
-                        f"failed: {run.error}" if run.error else run.folder,
-                        time.monotonic() - started.time,
-                    )
-                    if run.error and not run.began and not any(other.finished for other in runs):
-                        for other in waiting:
-                            other.error = f"not started: {run.name} failed before its training began"
-                        waiting.clear()
-                time.sleep(0.1)
-        except KeyboardInterrupt as stop:
-            finished = sum(run.finished for run in runs)
-            told = f"{finished} of {len(runs)} runs are finished; the same command goes on with the others"
-            raise type(stop)(told) from stop
-        finally:
-            for started in running.values():
-                _stop(started.process)
-
-
-class _Started(NamedTuple):
-    """A run's process, when it began, and where its own lines begin in the log."""
-
-    run: Run
-    process: subprocess.Popen
-    time: float
-    log_begin: int
-
-
-def _start(run: Run, accelerate_config: str | None) -> _Started:
-    path = run.folder / "recipe.yaml"
-    with OutputLock(run.folder, wait=_ORPHANS_END):
-        run.folder.mkdir(parents=True, exist_ok=True)
-        if run.shared is not None:
-            _take_stages(run)
-        write_text(path, run.recipe.to_yaml())
-    launch = ["-m", "otdrg.train_hf"]
-    if accelerate_config is not None:
-        launch = ["-m", "otdrg.training.launch", "--quiet", "--config_file", accelerate_config, *launch]
-    environment = {**os.environ, PARENT: str(os.getpid())}
-    if run.recipe.cpu_threads is not None:
-        environment["OMP_NUM_THREADS"] = str(run.recipe.cpu_threads)
-    with run.log.open("ab") as log:
-        begin = log.tell()
-        process = subprocess.Popen(
-            [sys.executable, *launch, str(path), "--resume"],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            # A group of its own, to be stopped with what it starts.
-            start_new_session=True,
-        )
-    return _Started(run, process, time.monotonic(), begin)
-
-
-def _take_stages(run: Run) -> None:
-    """Copy the finished stages of the run it shares them with, so that the folder is a whole run of its own."""
-    results = read_results(run.folder)
-    for stage in run.shared.recipe.stages:
-        folder = run.folder / stage
-        if not (folder / FINISHED).is_file():
-            # Renamed when it is whole: a copy that was cut off is not taken for a stage.
-            copy = folder.with_suffix(".copy")
-            for stale in (copy, folder):
-                shutil.rmtree(stale, ignore_errors=True)
-            shutil.copytree(run.shared.folder / stage, copy, ignore=shutil.ignore_patterns("checkpoint-*"))
-            copy.rename(folder)
-    shared = read_results(run.shared.folder)
-    write_json(run.folder / "results.json", {**{stage: shared[stage] for stage in run.shared.recipe.stages}, **results})
-
-
-def _stop(process: subprocess.Popen) -> None:
-    for how in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, how)
-            process.wait(timeout=10)
-        except ProcessLookupError:
-            process.wait()
-        except subprocess.TimeoutExpired:
-            continue
-        return
-
-
-def _last_error(started: _Started, status: int) -> str:
-    """The line in which a run's process said what was wrong; the last it printed, where it did not."""
-    with started.run.log.open("rb") as log:
-        log.seek(started.log_begin)
-        printed = log.read().decode("utf-8", errors="replace")
-    lines = [line.strip() for line in printed.splitlines() if line.strip()]
-    told = [line.partition("error: ")[2] for line in lines if line.startswith("train_hf.py: error: ")]
-    if told:
-        return told[-1]
-    ended = f"ended by signal {-status}" if status < 0 else f"exit status {status}"
-    return f"{ended}, {started.run.log} ends with: {lines[-1]}" if lines else ended
-
-
 __all__ = [
     "EPSILONS",
     "FULL",
@@ -436,5 +282,4 @@ __all__ = [
     "check_plan",
     "plan_runs",
     "table_rows",
-    "train_runs",
 ]

@@ -9,16 +9,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .ablation_report import COLUMNS
-
-#: What is drawn: two clinical scores and two of fluency, all from 0 to 1. Colours that the colour-blind tell apart.
+#: Two clinical scores and two of fluency, all from 0 to 1, in colours that colour-blind readers can distinguish.
 _DRAWN = {
-    "example_f1_14_uncertain_negative": "#0072B2",
-    "macro_f1_13_uncertain_negative": "#D55E00",
-    "bleu_4": "#009E73",
-    "rouge_l": "#7A7A7A",
+    "example_f1_14_uncertain_negative": ("CE F1", "#0072B2"),
+    "macro_f1_13_uncertain_negative": ("macro-F1 (13)", "#D55E00"),
+    "bleu_4": ("BLEU-4", "#009E73"),
+    "rouge_l": ("ROUGE-L", "#7A7A7A"),
 }
-_LABELS = {**{column: COLUMNS[column] for column in _DRAWN}, "example_f1_14_uncertain_negative": "CE F1"}
 
 _TITLES = {
     "modules": "Modules (Table 3)",
@@ -28,9 +25,9 @@ _TITLES = {
 
 
 def draw_ablation(summary: dict[str, Any], path: str | Path) -> None:
-    """Write a PNG of a summary's tables: means over seeds, with bars of one standard deviation.
+    """Draw the tables of a summary: means over seeds, with error bars of one standard deviation.
 
-    Dotted lines are the best constant report's scores, in the columns that have one.
+    Dotted lines are the scores of the best constant report.
 
     Args:
         summary: of [`summarize`].
@@ -41,77 +38,49 @@ def draw_ablation(summary: dict[str, Any], path: str | Path) -> None:
     figure = Figure(figsize=(4.2 * sum(widths), 4.4), layout="constrained")
     panels = figure.subplots(1, len(tables), squeeze=False, width_ratios=widths, sharey=True)[0]
     for panel, (name, table) in zip(panels, tables.items(), strict=True):
-        rows = [row for row in table["rows"] if row["scores"]]
-        if name == "modules":
-            _draw_bars(panel, rows)
-        else:
-            _draw_lines(panel, rows, name)
-        for column, color in _DRAWN.items():
-            constant = table["controls"]["constant"].get(column)
-            if constant is not None:
-                panel.axhline(constant["mean"], color=color, linestyle=":", linewidth=1.2, zorder=0)
-        panel.set_title(_TITLES[name], fontsize=11)
-        panel.set_ylim(bottom=0)
-        panel.grid(axis="y", color="#E5E5E5", linewidth=0.8)
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
+        _draw_table(panel, name, table)
     panels[0].set_ylabel("score")
     by_label = {}
     for panel in panels:
         by_label |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
     if any(table["controls"]["constant"] for table in tables.values()):
         by_label["best constant report"] = panels[0].plot([], [], color="#404040", linestyle=":")[0]
-    # A single panel is too narrow for one line of all labels.
+    # A single panel is too narrow for all labels on one line.
     columns = len(by_label) if len(tables) > 1 else 3
     figure.legend(by_label.values(), by_label.keys(), loc="outside lower center", ncols=columns, frameon=False)
     figure.savefig(path, dpi=150)
 
 
-def _draw_bars(panel: Axes, rows: list[dict[str, Any]]) -> None:
+def _draw_table(panel: Axes, name: str, table: dict[str, Any]) -> None:
+    rows = [row for row in table["rows"] if row["scores"]]
+    places = np.arange(len(rows)) if name == "modules" else np.array([row["value"] for row in rows])
     width = 0.8 / len(_DRAWN)
-    places = np.arange(len(rows))
-    for position, (column, color) in enumerate(_DRAWN.items()):
-        having = [(place, row["scores"][column]) for place, row in zip(places, rows, strict=True) if _has(row, column)]
-        if not having:
-            continue
-        at, scores = zip(*having, strict=True)
-        panel.bar(
-            np.array(at) + (position - (len(_DRAWN) - 1) / 2) * width,
-            [score["mean"] for score in scores],
-            width * 0.92,
-            yerr=[score["sd"] or 0.0 for score in scores],
-            error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "#303030"},
-            color=color,
-            label=_LABELS[column],
-        )
-    panel.set_xticks(places, [row["label"].replace(" + ", " +\n") for row in rows])
-
-
-def _draw_lines(panel: Axes, rows: list[dict[str, Any]], name: str) -> None:
-    values = [row["value"] for row in rows]
-    for column, color in _DRAWN.items():
-        having = [row for row in rows if _has(row, column)]
-        if not having:
-            continue
-        scores = [row["scores"][column] for row in having]
-        panel.errorbar(
-            [row["value"] for row in having],
-            [score["mean"] for score in scores],
-            yerr=[score["sd"] or 0.0 for score in scores],
-            color=color,
-            marker="o",
-            markersize=4,
-            capsize=2,
-            label=_LABELS[column],
-        )
-    panel.set_xscale("log")
-    panel.set_xticks(values, [f"{value:g}" for value in values])
-    panel.minorticks_off()
-    panel.set_xlabel("ε" if name == "epsilon" else "iterations")
-
-
-def _has(row: dict[str, Any], column: str) -> bool:
-    return column in row["scores"]
+    for position, (column, (label, color)) in enumerate(_DRAWN.items()):
+        having = [place for place, row in enumerate(rows) if column in row["scores"]]
+        means = [rows[place]["scores"][column]["mean"] for place in having]
+        deviations = [rows[place]["scores"][column]["sd"] or 0.0 for place in having]
+        style = {"yerr": deviations, "color": color, "label": label}
+        if having and name == "modules":
+            bars = {"elinewidth": 1, "capsize": 2, "ecolor": "#303030"}
+            shifted = places[having] + (position - (len(_DRAWN) - 1) / 2) * width
+            panel.bar(shifted, means, width * 0.92, error_kw=bars, **style)
+        elif having:
+            panel.errorbar(places[having], means, marker="o", markersize=4, capsize=2, **style)
+        constant = table["controls"]["constant"].get(column)
+        if constant is not None:
+            panel.axhline(constant["mean"], color=color, linestyle=":", linewidth=1.2, zorder=0)
+    if name == "modules":
+        panel.set_xticks(places, [row["label"].replace(" + ", " +\n") for row in rows])
+    else:
+        panel.set_xscale("log")
+        panel.set_xticks(places, [f"{value:g}" for value in places])
+        panel.minorticks_off()
+        panel.set_xlabel("ε" if name == "epsilon" else "iterations")
+    panel.set_title(_TITLES[name], fontsize=11)
+    panel.set_ylim(bottom=0)
+    panel.grid(axis="y", color="#E5E5E5", linewidth=0.8)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
 
 
 __all__ = ["draw_ablation"]

@@ -1,23 +1,28 @@
-"""What an ablation found: its runs' scores over seeds, the modules' contributions with their intervals, as Markdown."""
+"""Results of an ablation: scores over seeds, and the contribution of each module with its interval, as Markdown."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..evaluation.evaluate import ROWS
+from ..evaluation.report import shown_difference
+from ..files_otdrg import write_json, write_text
 from ..labelers import load_labeler
-from ..metrics import NLG_METRICS, StudyStatistics, paired_bootstrap, score_reports
+from ..metrics import PairedDifference, StudyStatistics, higher_is_better, main_scores, paired_bootstrap, score_reports
+from ..metrics.tables import markdown_table
 from ..runtime.csv_files import read_csv
 from ..training.run_folder import read_results
 from .ablation import FULL, TABLES, Plan, Row, Run
+from .ablation_figure import draw_ablation
 
-#: The columns of the tables, in the paper's order, and how they are headed.
-COLUMNS: dict[str, str] = {
+#: The columns of the paper's tables, in its order.
+PAPER_COLUMNS: dict[str, str] = {
     "example_precision_14_uncertain_negative": "Pre.",
     "example_recall_14_uncertain_negative": "Rec.",
     "example_f1_14_uncertain_negative": "F1",
@@ -29,7 +34,7 @@ COLUMNS: dict[str, str] = {
     "cider": "CIDEr",
 }
 
-#: What each module contributes: its name, the row that has it, and the one that lacks it.
+#: Contributions: a name, the row with the module, and the one without it.
 CONTRIBUTIONS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("IRCP alone", ("ircp",), ()),
     ("DLE alone", ("dle",), ()),
@@ -41,11 +46,17 @@ CONTRIBUTIONS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
 _CONTROLS = ("constant", "nearest", "consensus", "shuffled", "true_states")
 _HEADINGS = {"epsilon": "ε", "iterations": "iterations"}
 _ROW_LABELS = {"epsilon": "ε = {:g}", "iterations": "{:g} iterations"}
+_UNDECIDED = "undecided"
+
+
+def columns() -> dict[str, str]:
+    """The scores of the tables and their headings: the paper's, then other main scores of the registry of metrics."""
+    return {**PAPER_COLUMNS, **{name: shown for name, shown in main_scores().items() if name not in PAPER_COLUMNS}}
 
 
 @dataclass
 class _RowRuns:
-    """A row's runs by seed: what those that finished found, and what the others failed with."""
+    """The runs of a row by seed: the evaluations of finished ones, the errors of the others."""
 
     row: Row
     runs: dict[int, Run] = field(default_factory=dict)
@@ -58,11 +69,23 @@ class _RowRuns:
             return _ROW_LABELS[self.row.table].format(self.row.value)
         return " + ".join(module.upper() for module in self.row.modules) or "baseline"
 
+    def read(self, seed: int, run: Run) -> None:
+        """Add a run."""
+        self.runs[seed] = run
+        if run.error is not None:
+            self.errors[seed] = run.error
+            return
+        evaluation = read_results(run.folder).get("report", {}).get("evaluation")
+        if evaluation is None or not (run.folder / "predictions.csv").is_file():
+            self.errors[seed] = f"{run.folder} is finished, but without results.json or predictions.csv: remove it"
+            return
+        self.evaluations[seed] = evaluation
+
     def scores(self, of: str = "model") -> dict[str, dict[str, Any]]:
-        """Mean, standard deviation (None of one seed) and values by seed, of each column all seeds have."""
+        """Mean, standard deviation (None for one seed) and values by seed, of each score that all seeds have."""
         rows = {seed: found["rows"].get(ROWS[of], {}) for seed, found in self.evaluations.items()}
         table = {}
-        for column in COLUMNS:
+        for column in columns():
             values = {seed: scores.get(column) for seed, scores in rows.items()}
             if values and None not in values.values():
                 table[column] = {
@@ -72,13 +95,25 @@ class _RowRuns:
                 }
         return table
 
+    def summary(self) -> dict[str, Any]:
+        """The row, ready for JSON."""
+        return {
+            "name": self.row.name,
+            "label": self.label,
+            "modules": self.row.modules,
+            "value": self.row.value,
+            "scores": self.scores(),
+            "runs": {seed: str(run.folder) for seed, run in self.runs.items()},
+            "failed": self.errors,
+        }
+
 
 def summarize(plan: Plan, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """Everything the tables say, ready for JSON.
+    """All figures of the tables, ready for JSON.
 
     Args:
         plan: whose runs have been trained, or have failed.
-        resamples: of the bootstrap behind the contributions' intervals.
+        resamples: of the bootstrap for the contributions' intervals.
         seed: of its draws.
 
     Raises:
@@ -86,89 +121,55 @@ def summarize(plan: Plan, resamples: int = 1000, seed: int = 0) -> dict[str, Any
     """
     by_row: dict[Row, _RowRuns] = {}
     for (row, run_seed), run in plan.by_row.items():
-        _read(by_row.setdefault(row, _RowRuns(row)), run_seed, run)
-    _check_alike(by_row.values())
+        by_row.setdefault(row, _RowRuns(row)).read(run_seed, run)
+    _check_alike(list(by_row.values()))
     finished = next((found for rows in by_row.values() for found in rows.evaluations.values()), None)
-    summary: dict[str, Any] = {
+    facts = dict.fromkeys(("studies", "split", "labeler", "findings_with_positives_13"))
+    if finished is not None:
+        model = finished["rows"][ROWS["model"]]
+        facts = {name: finished[name] for name in ("studies", "split", "labeler")}
+        facts["findings_with_positives_13"] = model["findings_with_positives_13_uncertain_negative"]
+    tables = {}
+    for table in dict.fromkeys(row.table for row in by_row):
+        rows = [runs for row, runs in by_row.items() if row.table == table]
+        # The controls are those of the last row; in the table of modules it is the full model.
+        controls = {"of": rows[-1].label, **{name: rows[-1].scores(name) for name in _CONTROLS}}
+        tables[table] = {"rows": [runs.summary() for runs in rows], "controls": controls}
+    return {
         "seeds": sorted({run_seed for _, run_seed in plan.by_row}),
-        "studies": finished and finished["studies"],
-        "split": finished and finished["split"],
-        "labeler": finished and finished["labeler"],
-        "findings_with_positives_13": finished
-        and finished["rows"][ROWS["model"]]["findings_with_positives_13_uncertain_negative"],
+        **facts,
         "notes": _notes(plan, finished),
-        "tables": {},
+        "tables": tables,
         "contributions": _contributions(by_row, resamples, seed),
         "resamples": resamples,
     }
-    for table in dict.fromkeys(row.table for row in by_row):
-        rows = [runs for row, runs in by_row.items() if row.table == table]
-        summary["tables"][table] = {
-            "rows": [
-                {
-                    "name": runs.row.name,
-                    "label": runs.label,
-                    "modules": runs.row.modules,
-                    "value": runs.row.value,
-                    "scores": runs.scores(),
-                    "runs": {run_seed: str(run.folder) for run_seed, run in runs.runs.items()},
-                    "failed": runs.errors,
-                }
-                for runs in rows
-            ],
-            # Of the row with the most of what the table is about, the full model in that of modules.
-            "controls": {"of": rows[-1].label, **{name: rows[-1].scores(name) for name in _CONTROLS}},
-        }
-    return summary
-
-
-def _read(runs: _RowRuns, seed: int, run: Run) -> None:
-    runs.runs[seed] = run
-    if run.error is not None:
-        runs.errors[seed] = run.error
-        return
-    evaluation = read_results(run.folder).get("report", {}).get("evaluation")
-    if evaluation is None or not (run.folder / "predictions.csv").is_file():
-        runs.errors[seed] = f"{run.folder} is finished, but without results.json or predictions.csv: remove it"
-        return
-    runs.evaluations[seed] = evaluation
 
 
 def _check_alike(rows: Sequence[_RowRuns]) -> None:
-    """Refuses to compare runs that were scored on other studies, or otherwise."""
+    """Refuse to compare runs that were scored on different studies, or by different labelers."""
     first = None
     for runs in rows:
         for seed, evaluation in runs.evaluations.items():
             path = runs.runs[seed].folder / "predictions.csv"
-            rows = _predictions(runs.runs[seed])
-            studies = [(row["id"], row["reference"], row.get("uncleaned reference")) for row in rows]
+            studies = [(row["id"], row["reference"], row.get("uncleaned reference")) for row in read_csv(path)]
             scored = evaluation["split"], evaluation["labeler"], studies
-            if first is None:
-                first = path, scored
-            elif scored != first[1]:
+            first = first or (path, scored)
+            if scored != first[1]:
                 raise ValueError(
                     f"{path} and {first[0]} are of different studies, or scored by different labelers: expected one "
-                    "recipe's; remove what is of another"
+                    "recipe's; remove the runs of another"
                 )
 
 
-def _predictions(run: Run) -> list[dict[str, str]]:
-    """The rows of a run's `predictions.csv`."""
-    return read_csv(run.folder / "predictions.csv")
-
-
 def _notes(plan: Plan, evaluation: dict[str, Any] | None) -> list[str]:
-    notes = []
-    if evaluation is not None:
-        notes += evaluation["rows"][ROWS["model"]].get("notes", {}).values()
+    notes = [] if evaluation is None else list(evaluation["rows"][ROWS["model"]].get("notes", {}).values())
     recipe = plan.runs[0].recipe
     shares = recipe.model.overrides.get("predictor_encoder") != "own"
-    rows = [row for row, _ in plan.by_row]
-    if shares and recipe.predictor.vision != "frozen" and any("dle" not in row.modules for row in rows):
+    if shares and recipe.predictor.vision != "frozen" and any("dle" not in row.modules for row, _ in plan.by_row):
         notes.append(
-            "The predictor trains the encoder it shares with the report (predictor.vision), so that rows with DLE also "
-            "see images through an encoder that was taught labels, and rows without do not; "
-            "model.overrides.predictor_encoder=own gives all rows the same."
+            "The predictor trains the encoder it shares with the report (predictor.vision), so in rows with DLE the "
+            "encoder was also trained on labels, and in rows without DLE it was not; "
+            "model.overrides.predictor_encoder=own gives all rows the same encoder."
         )
     return notes
 
@@ -177,90 +178,86 @@ def _notes(plan: Plan, evaluation: dict[str, Any] | None) -> list[str]:
 
 
 def _contributions(by_row: dict[Row, _RowRuns], resamples: int, seed: int) -> list[dict[str, Any]]:
-    """What each module adds to each column: the mean over seeds, and its paired bootstrap interval.
+    """What each module adds to each score: the mean over seeds, and its paired bootstrap interval.
 
-    Studies are drawn with replacement, the same ones of both rows, and so are the seeds of each row.
+    Studies are drawn with replacement, the same ones for both rows, and so are the seeds of each row.
     """
     by_modules = {row.modules: runs for row, runs in by_row.items() if row.table == "modules"}
-    reader = _StatisticsReader()
+    read = _StatisticsReader()
     contributions = []
     for name, having, lacking in CONTRIBUTIONS if by_modules else ():
         pair = by_modules[having], by_modules[lacking]
         seeds = sorted(pair[0].evaluations.keys() & pair[1].evaluations.keys())
-        contribution: dict[str, Any] = {
-            "name": name,
-            "row": pair[0].label,
-            "against": pair[1].label,
-            "seeds": seeds,
-            "scores": {},
-        }
+        scores = {}
         if seeds:
-            systems = ([reader.read(runs.runs[run_seed]) for run_seed in seeds] for runs in pair)
+            systems = ([read(runs.runs[run_seed]) for run_seed in seeds] for runs in pair)
             found = paired_bootstrap(*systems, resamples=resamples, seed=seed, resample_runs=len(seeds) > 1)
-            contribution["scores"] = {
-                column: {
-                    "difference": found[column].difference,
-                    "low": found[column].low,
-                    "high": found[column].high,
-                    "verdict": _verdict(found[column].low, found[column].high),
-                }
-                for column in COLUMNS
-                if column in found
-            }
-        contribution["sentence"] = _sentence(contribution)
-        contributions.append(contribution)
+            for column in columns():
+                if column in found:
+                    difference, low, high, _ = found[column]
+                    verdict = "raises" if low > 0 else "lowers" if high < 0 else _UNDECIDED
+                    scores[column] = {"difference": difference, "low": low, "high": high, "verdict": verdict}
+        row, against = (runs.label for runs in pair)
+        sentence = _sentence(f"{name} ({row} against {against})", scores)
+        contributions.append(
+            {"name": name, "row": row, "against": against, "seeds": seeds, "scores": scores, "sentence": sentence}
+        )
     return contributions
 
 
 class _StatisticsReader:
-    """Reads what each study adds to a run's scores out of its predictions; the true reports' states only once."""
+    """Computes a run's study statistics from its predictions.csv, each once."""
 
     def __init__(self):
         self._true_states: np.ndarray | None = None
         self._read: dict[str, StudyStatistics] = {}
 
-    def read(self, run: Run) -> StudyStatistics:
+    def __call__(self, run: Run) -> StudyStatistics:
         key = str(run.folder)
         if key not in self._read:
             evaluation = read_results(run.folder)["report"]["evaluation"]
             labeler = load_labeler(evaluation["labeler"])
-            rows = _predictions(run)
-            references, reports = ([row[name] for row in rows] for name in ("reference", "report"))
+            rows = read_csv(run.folder / "predictions.csv")
             if self._true_states is None:
-                # As the evaluation read them, before cleaning.
+                # As in the evaluation, states are read before cleaning.
                 self._true_states = labeler.label([row.get("uncleaned reference", row["reference"]) for row in rows])
-            scores = evaluation["rows"][ROWS["model"]]
-            metrics = [name for name in COLUMNS if name in NLG_METRICS and scores.get(name) is not None]
-            states = labeler.label(reports), self._true_states
-            self._read[key] = score_reports(reports, references, *states, metrics).statistics
+            found = evaluation["rows"][ROWS["model"]]
+            self._read[key] = score_reports(
+                [row["report"] for row in rows],
+                [row["reference"] for row in rows],
+                labeler.label([row.get("uncleaned report", row["report"]) for row in rows]),
+                self._true_states,
+                [name for name in columns() if found.get(name) is not None],
+            ).statistics
         return self._read[key]
 
 
-def _verdict(low: float, high: float) -> str:
-    if low > 0:
-        return "raises"
-    return "lowers" if high < 0 else "cannot be told"
-
-
-def _sentence(contribution: dict[str, Any]) -> str:
-    """What a module does, in words, whatever the sign."""
-    what = f"{contribution['name']} ({contribution['row']} against {contribution['against']})"
-    if not contribution["scores"]:
-        return f"{what}: cannot be told, no seed finished in both."
-    said: dict[str, list[str]] = {}
-    for column, score in contribution["scores"].items():
-        said.setdefault(score["verdict"], []).append(COLUMNS[column])
-    parts = [f"{verb} {_listed(said[verb])}" for verb in ("raises", "lowers") if verb in said]
-    unsure = said.get("cannot be told")
-    if unsure and parts:
-        parts.append(f"whether it changes {_listed(unsure)} cannot be told")
-    elif unsure:
-        return f"{what}: whether it changes {_listed(unsure)} cannot be told."
-    return f"{what} {'; '.join(parts)}."
+def _sentence(what: str, scores: Mapping[str, Mapping[str, Any]]) -> str:
+    """What a module does, in words."""
+    if not scores:
+        return f"{what}: {_UNDECIDED}, no seed finished in both rows."
+    by_verdict: dict[str, list[str]] = {}
+    for column, score in scores.items():
+        by_verdict.setdefault(score["verdict"], []).append(columns()[column])
+    parts = [f"{verb} {_listed(by_verdict[verb])}" for verb in ("raises", "lowers") if verb in by_verdict]
+    undecided = f"the effect on {_listed(by_verdict.get(_UNDECIDED, ['']))} is {_UNDECIDED}"
+    if not parts:
+        return f"{what}: {undecided}."
+    return f"{what} {'; '.join([*parts, undecided] if _UNDECIDED in by_verdict else parts)}."
 
 
 def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def write_summary(plan: Plan, output: Path, recipe: str, overrides: Sequence[str], resamples: int) -> str:
+    """Write ablation.md, ablation.json and ablation.png; returns the content of ablation.md."""
+    summary = {"recipe": recipe, "overrides": list(overrides), **summarize(plan, resamples)}
+    document = format_summary(summary, f"Ablations of {recipe}", "ablation.png")
+    write_json(output / "ablation.json", summary)
+    draw_ablation(summary, output / "ablation.png")
+    write_text(output / "ablation.md", document)
+    return document
 
 
 # --- Markdown --------------------------------------------------------------------------------------------------------
@@ -272,7 +269,7 @@ def format_summary(summary: dict[str, Any], title: str, picture: str | None = No
     Args:
         summary: of [`summarize`].
         title: of the document.
-        picture: path of the figure, as the document is to name it.
+        picture: path of the figure, for a link.
     """
     blocks = [f"# {title}", _preamble(summary)]
     for name, table in summary["tables"].items():
@@ -281,14 +278,14 @@ def format_summary(summary: dict[str, Any], title: str, picture: str | None = No
             blocks += ["### What each module contributes", _format_contributions(summary)]
     if picture is not None:
         blocks.append(f"![The tables as pictures]({picture})")
-    failed = {
-        f"- {row['name']}, seed {seed}: {error}": None
+    failed = [
+        f"- {row['name']}, seed {seed}: {error}"
         for table in summary["tables"].values()
         for row in table["rows"]
         for seed, error in row["failed"].items()
-    }
+    ]
     if failed:
-        blocks += ["## Runs that failed", "\n".join(failed)]
+        blocks += ["## Runs that failed", "\n".join(dict.fromkeys(failed))]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -299,83 +296,74 @@ def _preamble(summary: dict[str, Any]) -> str:
     spread = ": mean ± standard deviation over seeds" if len(seeds) > 1 else ""
     text = (
         f"{summary['studies']} studies of the split {summary['split']}, {'seeds' if len(seeds) > 1 else 'seed'} "
-        f"{', '.join(map(str, seeds))}{spread}. Pre., Rec. and F1 are the average over studies (14 findings), "
-        f"macro-F1 (13) that over the findings without No Finding ({summary['findings_with_positives_13']} of them "
-        f"occur); uncertain as negative, states by the labeler {summary['labeler']}. The best of each column is bold."
+        f"{', '.join(map(str, seeds))}{spread}. Pre., Rec. and F1 are averages over studies (14 findings), "
+        f"macro-F1 (13) is the average over the findings without No Finding ({summary['findings_with_positives_13']} "
+        f"of them occur); uncertain as negative, states by the labeler {summary['labeler']}. The best of each column "
+        "is bold."
     )
     return "\n\n".join([text, *summary["notes"]])
 
 
 def _format_table(name: str, table: dict[str, Any]) -> str:
-    columns = [column for column in COLUMNS if any(column in row["scores"] for row in table["rows"])]
+    shown = {key: head for key, head in columns().items() if any(key in row["scores"] for row in table["rows"])}
     keys = [module.upper() for module in FULL] if name == "modules" else [_HEADINGS[name]]
-    best = {
-        column: max(row["scores"][column]["mean"] for row in table["rows"] if column in row["scores"])
-        for column in columns
-    }
-    lines = [_line([*keys, *(COLUMNS[column] for column in columns)]), "|---" * (len(keys) + len(columns)) + "|"]
+    best = {}
+    for column in shown:
+        means = [row["scores"][column]["mean"] for row in table["rows"] if column in row["scores"]]
+        best[column] = max(means) if higher_is_better(column) else min(means)
+    rows = []
     for row in table["rows"]:
         marks = ["✓" if module in row["modules"] else "" for module in FULL]
-        marks = marks if name == "modules" else [f"{row['value']:g}"]
+        if name != "modules":
+            marks = [f"{row['value']:g}"]
         if not row["scores"]:
-            lines.append(_line([*marks, "failed: " + next(iter(row["failed"].values())).replace("|", "\\|")]))
+            rows.append([*marks, f"failed: {next(iter(row['failed'].values()))}"])
             continue
         if row["failed"]:
             marks[-1] += f" (without seed {', '.join(map(str, row['failed']))})"
         cells = []
-        for column in columns:
-            told = _number(row["scores"].get(column))
-            is_best = column in row["scores"] and row["scores"][column]["mean"] == best[column]
-            cells.append(f"**{told}**" if is_best else told)
-        lines.append(_line([*marks, *cells]))
+        for column in shown:
+            score = row["scores"].get(column)
+            is_best = score is not None and score["mean"] == best[column]
+            cells.append(f"**{_number(score)}**" if is_best else _number(score))
+        rows.append([*marks, *cells])
     controls = table["controls"]
     labels = {
         "constant": "best constant report, each column its own",
         "nearest": f"{ROWS['nearest']}, by the features of {controls['of']}",
-        "consensus": f"{ROWS['consensus']}, likewise",
+        "consensus": f"{ROWS['consensus']}, by the same features",
         "shuffled": f"{controls['of']}, images shuffled across studies",
         "true_states": f"{controls['of']}, true states given",
     }
     for control, label in labels.items():
-        scores = controls[control]
-        if scores:
-            cells = (_number(scores.get(column)) for column in columns)
-            lines.append(_line([label, *[""] * (len(keys) - 1), *cells]))
-    return "\n".join(lines)
+        if controls[control]:
+            cells = (_number(controls[control].get(column)) for column in shown)
+            rows.append([label, *[""] * (len(keys) - 1), *cells])
+    return markdown_table([*keys, *shown.values()], rows)
 
 
 def _format_contributions(summary: dict[str, Any]) -> str:
     contributions = summary["contributions"]
-    columns = [column for column in COLUMNS if any(column in row["scores"] for row in contributions)]
-    lines = [_line(["", "against", *(COLUMNS[column] for column in columns)]), "|---" * (2 + len(columns)) + "|"]
+    shown = {key: head for key, head in columns().items() if any(key in row["scores"] for row in contributions)}
+    rows = []
     for row in contributions:
-        cells = []
-        for column in columns:
-            score = row["scores"].get(column)
-            if score is None:
-                cells.append("–")
-                continue
-            told = f"{score['difference']:+.3f} [{score['low']:+.3f}, {score['high']:+.3f}]"
-            cells.append(told if score["verdict"] == "cannot be told" else f"**{told}**")
-        lines.append(_line([row["row"], row["against"], *cells]))
-    seeds = any(len(row["seeds"]) > 1 for row in contributions)
-    lines += [
-        "",
-        f"95 % intervals of a paired bootstrap over studies{' and seeds' if seeds else ''} ({summary['resamples']} "
-        "resamples); bold where 0 lies outside. "
-        + (
-            "They are about training again as far as so few seeds can tell."
-            if seeds
-            else "Of one seed they are about these runs, not about training them again."
-        ),
-        "",
-        *(f"- {row['sentence']}" for row in contributions),
-    ]
-    return "\n".join(lines)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+        found = (row["scores"].get(column) for column in shown)
+        cells = (it and PairedDifference(it["difference"], it["low"], it["high"], np.nan) for it in found)
+        rows.append([row["row"], row["against"], *map(shown_difference, cells)])
+    several = any(len(row["seeds"]) > 1 for row in contributions)
+    scope = "Of one seed they are about these runs, not about training them again."
+    if several:
+        scope = "They cover training again only as far as so few seeds allow."
+    return "\n".join(
+        [
+            markdown_table(["", "against", *shown.values()], rows),
+            "",
+            f"95 % intervals of a paired bootstrap over studies{' and seeds' if several else ''} "
+            f"({summary['resamples']} resamples); bold where 0 lies outside. {scope}",
+            "",
+            *(f"- {row['sentence']}" for row in contributions),
+        ]
+    )
 
 
 def _number(score: dict[str, Any] | None) -> str:
@@ -384,4 +372,4 @@ def _number(score: dict[str, Any] | None) -> str:
     return f"{score['mean']:.3f}" + ("" if score["sd"] is None else f" ± {score['sd']:.3f}")
 
 
-__all__ = ["COLUMNS", "CONTRIBUTIONS", "format_summary", "summarize"]
+__all__ = ["CONTRIBUTIONS", "PAPER_COLUMNS", "columns", "format_summary", "summarize", "write_summary"]

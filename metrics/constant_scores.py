@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from scipy.sparse import csr_array, diags_array
 
 from ..findings_otdrg import FINDINGS
 from .efficacy import (
@@ -19,11 +20,6 @@ from .efficacy import (
     precision_recall_f1,
 )
 from .rouge_l import rouge_l_matrix
-
-try:
-    from scipy.sparse import csr_array, diags_array
-except ImportError as error:
-    raise ImportError('the best constant report needs scipy: pip install "otdrg[metrics]"') from error
 
 _ORDERS = 4
 #: pycocoevalcap's sigma of CIDEr's length penalty.

@@ -1,11 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from otdrg.evaluation.probe import ViewFeatures, alignment, linear_probe, logistic_regression, uniformity
+from otdrg.evaluation.probe import ViewFeatures, alignment, linear_probe, uniformity
 from otdrg.findings_otdrg import POSITIVE
-
-linear_model = pytest.importorskip("sklearn.linear_model")
-sklearn_metrics = pytest.importorskip("sklearn.metrics")
 
 
 def made_studies(rng, count, size=6):
@@ -16,20 +13,6 @@ def made_studies(rng, count, size=6):
     views = rng.normal(size=(len(study), size))
     views[:, :2] += 2 * (states[study, :2] == POSITIVE)
     return ViewFeatures(torch.from_numpy(views * np.geomspace(0.1, 30, size)).float(), torch.from_numpy(study), states)
-
-
-def test_logistic_regressions_are_sklearns():
-    rng = np.random.default_rng(0)
-    features = rng.normal(size=(90, 5))
-    targets = rng.random((90, 3)) < 1 / (1 + np.exp(-features[:, :3] * [3, 1, 0] + 1))
-    known = rng.random((90, 3)) < 0.8
-    fitted = logistic_regression(*(torch.from_numpy(array) for array in (features, targets, known)))
-    others = rng.normal(size=(20, 5))
-    scores = fitted(torch.from_numpy(others)).numpy()
-    for column in range(3):
-        rows = known[:, column]
-        expected = linear_model.LogisticRegression(tol=1e-10).fit(features[rows], targets[rows, column])
-        assert scores[:, column] == pytest.approx(expected.decision_function(others), abs=1e-3)
 
 
 def test_the_probe_tells_what_shows_from_what_does_not():

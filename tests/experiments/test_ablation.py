@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ from otdrg.cli import main
 from otdrg.evaluation.evaluate import Evaluation
 from otdrg.evaluation.evaluate import Row as EvaluationRow
 from otdrg.evaluation.report import write_predictions
-from otdrg.experiments.ablation import FULL, Row, plan_runs, table_rows, train_runs
-from otdrg.experiments.ablation_report import COLUMNS, format_summary, summarize
+from otdrg.experiments.ablation import FULL, Row, plan_runs, table_rows
+from otdrg.experiments.ablation_report import PAPER_COLUMNS, format_summary, summarize
+from otdrg.experiments.runs import train_runs
 from otdrg.labelers import load_labeler
 from otdrg.metrics import nlg_scores, score_reports
 from otdrg.runtime.output_lock import OutputLock, OutputLockedError
@@ -51,26 +53,30 @@ def references():
     return [f"{HEARTS[a]} {LUNGS[b]}" for a, b in zip(rng.choice(3, 60), rng.choice(3, 60), strict=True)]
 
 
+LABELER = load_labeler("rules")
+
+
+@cache
+def scored(texts, references):
+    states = LABELER.label(list(texts))
+    found = score_reports(texts, references, states, LABELER.label(list(references)), METRICS)
+    return EvaluationRow(list(texts), states, found, list(texts))
+
+
 def finish(run, references, right):
     """Leave what a finished run leaves: the true report for a share `right` of the studies, else the normal one."""
-    labeler, rng = load_labeler("rules"), np.random.default_rng(run.recipe.seed)
-    reports = [text if hit else NORMAL for text, hit in zip(references, rng.random(60) < right, strict=True)]
-
-    true_states = labeler.label(references)
-
-    def scored(texts):
-        states = labeler.label(texts)
-        return EvaluationRow(texts, states, score_reports(texts, references, states, true_states, METRICS), texts)
-
+    hits = np.random.default_rng(run.recipe.seed).random(60) < right
+    reports = tuple(text if hit else NORMAL for text, hit in zip(references, hits, strict=True))
+    true = tuple(references)
     evaluation = Evaluation(
         ids=[f"study-{position}" for position in range(60)],
         references=references,
         uncleaned_references=references,
-        true_states=true_states,
+        true_states=scored(true, true).finding_states,
         finding_states=np.zeros((60, len(FINDINGS)), int),
         labeler="rules",
-        rows={"model": scored(reports), "shuffled": scored(reports[::-1])},
-        constants={"bleu_4": scored([NORMAL] * 60)},
+        rows={"model": scored(reports, true), "shuffled": scored(reports[::-1], true)},
+        constants={"bleu_4": scored((NORMAL,) * 60, true)},
     )
     for stage in run.recipe.stages:
         (run.folder / stage).mkdir(parents=True)
@@ -153,7 +159,7 @@ def test_what_a_seeds_rows_agree_in_is_trained_once(recipe, tmp_path):
         (["--tables", "modules", "modules"], "expected each once"),
         (["--epsilons", "0", "0.1"], "values of the table epsilon: 0 0.1: expected different numbers above 0"),
         (["--seeds", "1", "1"], "seeds 1 1: expected at least one, each once"),
-        (["--jobs", "0"], "--jobs 0: expected at least 1"),
+        (["--jobs", "0"], "--jobs is 0: expected 1 or more"),
         (["--accelerate-config", "nowhere.yaml"], "--accelerate-config nowhere.yaml: no such file"),
     ],
 )
@@ -190,7 +196,7 @@ def test_runs_of_another_recipe_are_not_taken(recipe, references, tmp_path, caps
     finish_all(plan_runs(recipe, [], table_rows(["modules"]), [1], tmp_path), references)
     arguments = ["ablate", str(recipe), "report.max_steps=5", "--tables", "modules", "--seeds", "1"]
     assert main([*arguments, "--output", str(tmp_path)]) == 1
-    assert "recipe.yaml is of another recipe: report.max_steps=4 then, 5 now" in capsys.readouterr().err
+    assert "recipe.yaml is another recipe: report.max_steps=4 then, 5 now" in capsys.readouterr().err
     # Threads change nothing a run finds.
     plan_runs(recipe, [], table_rows(["modules"]), [1], tmp_path, cpu_threads=2)
 
@@ -208,6 +214,11 @@ def finished(recipe, references, tmp_path_factory):
     return plan, ["ablate", str(recipe), *arguments, "--output", str(output)], output
 
 
+@pytest.fixture(scope="module")
+def summary(finished):
+    return summarize(finished[0], resamples=400)
+
+
 def test_finished_runs_are_left_alone_and_tabled(finished, capsys):
     _, arguments, output = finished
     before = stamps(output)
@@ -222,13 +233,12 @@ def test_finished_runs_are_left_alone_and_tabled(finished, capsys):
         assert len(picture.convert("RGB").getcolors(2**24)) > 50
 
 
-def test_means_and_deviations_are_those_of_the_runs(finished, references):
+def test_means_and_deviations_are_those_of_the_runs(finished, summary, references):
     plan, _, _ = finished
-    summary = summarize(plan, resamples=50)
     for place, row in enumerate(table_rows(["modules"])):
         scores = summary["tables"]["modules"]["rows"][place]["scores"]
         assert "meteor" not in scores
-        for column in COLUMNS.keys() - {"meteor"}:
+        for column in PAPER_COLUMNS.keys() - {"meteor"}:
             values = [
                 json.loads((plan.by_row[row, seed].folder / "results.json").read_text())["report"]["evaluation"][
                     "rows"
@@ -243,9 +253,7 @@ def test_means_and_deviations_are_those_of_the_runs(finished, references):
     assert controls["shuffled"]["cider"]["mean"] < summary["tables"]["modules"]["rows"][-1]["scores"]["cider"]["mean"]
 
 
-def test_contributions_are_said_whatever_their_sign(finished):
-    plan, _, _ = finished
-    summary = summarize(plan, resamples=400)
+def test_contributions_are_said_whatever_their_sign(summary):
     by_name = {row["name"]: row for row in summary["contributions"]}
     rows = {row["label"]: row["scores"] for row in summary["tables"]["modules"]["rows"]}
     macro = "macro_f1_13_uncertain_negative"
@@ -256,15 +264,14 @@ def test_contributions_are_said_whatever_their_sign(finished):
             assert score["low"] - 1e-9 <= score["difference"] <= score["high"] + 1e-9
     assert by_name["DLE alone"]["scores"][macro]["verdict"] == "raises"
     assert by_name["FIOT"]["scores"][macro]["verdict"] == "lowers"
-    assert by_name["IRCP alone"]["scores"][macro]["verdict"] == "cannot be told"
-    assert by_name["IRCP alone"]["sentence"].startswith("IRCP alone (IRCP against baseline): whether it changes Pre.")
+    assert by_name["IRCP alone"]["scores"][macro]["verdict"] == "undecided"
+    assert by_name["IRCP alone"]["sentence"].startswith("IRCP alone (IRCP against baseline): the effect on Pre.")
     assert by_name["DLE alone"]["sentence"].startswith("DLE alone (DLE against baseline) raises Pre., Rec., F1")
     assert "lowers" in by_name["FIOT"]["sentence"]
 
 
-def test_the_tables_have_the_papers_form(finished, references):
-    plan, _, _ = finished
-    document = format_summary(summarize(plan, resamples=50), "Title", "ablation.png")
+def test_the_tables_have_the_papers_form(summary, references):
+    document = format_summary(summary, "Title", "ablation.png")
     lines = document.splitlines()
     start = lines.index(next(line for line in lines if line.startswith("| IRCP | DLE | FIOT | Pre. | Rec. | F1 |")))
     assert [line.split(" | ")[:3] for line in lines[start + 2 : start + 7]] == [
@@ -340,7 +347,7 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(recipe, references, t
     )
     document = (tmp_path / "ablation.md").read_text(encoding="utf-8")
     assert "|  | ✓ |  | failed: shared/predictor, seed 1: step " in document
-    assert "DLE alone (DLE against baseline): cannot be told, no seed finished in both." in document
+    assert "DLE alone (DLE against baseline): undecided, no seed finished in both rows." in document
     assert "- dle, seed 1: shared/predictor, seed 1: step " in document
 
 

@@ -1,5 +1,7 @@
 import numpy as np
 import pytest
+import sklearn.calibration as sklearn_calibration
+import sklearn.metrics as sklearn_metrics
 import torch
 from otdrg.findings_otdrg import FINDINGS
 from otdrg.metrics.classification import (
@@ -13,9 +15,6 @@ from otdrg.metrics.classification import (
 )
 from otdrg.modeling_otdrg import focal_loss
 from otdrg.training.predictor import logit_adjustment
-
-sklearn_metrics = pytest.importorskip("sklearn.metrics")
-sklearn_calibration = pytest.importorskip("sklearn.calibration")
 
 
 def made_predictions(rng, count, shift, share=0.3):

@@ -1,0 +1,106 @@
+"""A metric that is registered appears in every command, table and selection."""
+
+import csv
+import json
+
+import pytest
+from otdrg.cli import main
+from otdrg.evaluation.evaluate import evaluate_model
+from otdrg.evaluation.report import bootstrap_rows, format_scores, format_table
+from otdrg.experiments.ablation_report import columns
+from otdrg.inference.loading import load_published
+from otdrg.metrics import (
+    METRICS,
+    Metric,
+    MetricResult,
+    Score,
+    display_name,
+    full_score_name,
+    higher_is_better,
+    main_scores,
+    metric_of,
+    register,
+    score_names,
+    score_reports,
+    score_tables,
+)
+from otdrg.studies import load_studies
+
+PREDICTIONS, REFERENCES = ["the heart is normal", "clear lungs"], ["the heart is large", "the lungs are clear"]
+
+
+def mean_words(predictions, references):
+    return MetricResult.from_means({"mean_words": [len(text.split()) for text in predictions]})
+
+
+@pytest.fixture
+def toy():
+    """A metric that counts words, registered for one test."""
+    register(Metric("words", {"mean_words": Score("mean words", main=True, higher_is_better=False)}, mean_words))
+    yield
+    del METRICS["words"]
+
+
+def test_registered_metric_can_select_and_has_names(toy):
+    assert "mean_words" in score_names() and metric_of("mean_words").name == "words"
+    assert display_name("mean_words") == "mean words" and not higher_is_better("mean_words")
+    assert main_scores()["mean_words"] == "mean words"
+    assert score_tables()["other metrics"] == {"mean_words": "mean words"}
+    # The columns of the ablation's tables.
+    assert columns()["mean_words"] == "mean words"
+
+
+def test_registered_metric_is_scored_with_per_study_values(toy):
+    found = score_reports(PREDICTIONS, REFERENCES, metrics=["words", "bleu_4"])
+    assert found.scores["mean_words"] == 3 and found.per_study["mean_words"] == [4, 2]
+    assert list(found.statistics.aggregates()) == ["bleu_4", "mean_words"]
+    assert list(found.per_study) == ["bleu_4", "mean_words"]
+
+
+def test_registered_metric_appears_in_otdrg_score(toy, tmp_path, capsys):
+    for name, texts in (("ours", PREDICTIONS), ("theirs", REFERENCES), ("true", REFERENCES)):
+        with (tmp_path / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("id", "report"), *enumerate(texts)])
+    files = {"predictions": "ours", "against": "theirs", "references": "true"}
+    typed = [word for flag, name in files.items() for word in (f"--{flag}", str(tmp_path / f"{name}.csv"))]
+    output = tmp_path / "out.json"
+    typed += ["--metrics", "words", "rouge_l", "--bootstrap", "20"]
+    assert main(["score", *typed, "--output", str(output)]) == 0
+    result = json.loads(output.read_text())
+    assert result["other"] == {"mean_words": 3} and result["comparison"]["mean_words"]["against"] == 4
+    shown = capsys.readouterr().out
+    assert "| other metrics | score |" in shown and shown.count("| mean words | 3.000 |") == 2
+    assert '"mean_words"' in json.dumps(result["intervals"])
+    assert output.with_suffix(".csv").read_text().splitlines()[0].count("mean_words") == 2
+
+
+def test_registered_metric_appears_in_the_evaluations_tables(toy, trained_run):
+    model, processor = load_published(str(trained_run))
+    options = {"train": 4, "validation": 3, "test": 0, "image_size": 112, "views": ["frontal"]}
+    splits = load_studies("phantom", **options)
+    evaluation = evaluate_model(
+        model,
+        processor,
+        splits["validation"],
+        splits["train"],
+        generation={"num_beams": 1, "max_new_tokens": 4},
+        controls=["shuffled", "constant"],
+        metrics=["bleu_4", "words"],
+    )
+    row = evaluation.rows["model"]
+    assert evaluation.scores()["rows"]["model"]["mean_words"] == sum(len(text.split()) for text in row.reports) / 3
+    assert format_table(evaluation).startswith("|  | BLEU-4 | macro-F1 (13) | mean words |")
+    document = format_scores(evaluation, *bootstrap_rows(evaluation, 10, 0))
+    assert "| other metrics | mean words |" in document and "| model minus | BLEU-4 | macro-F1 (13) | mean words |"
+    assert "no best constant report is searched for mean words" in evaluation.notes
+
+
+def test_score_names_short_clinical_score_means_unclear_as_negative():
+    assert full_score_name("macro_f1_13") == "macro_f1_13_uncertain_negative"
+    with pytest.raises(ValueError, match=r"unknown score 'blue_4': did you mean 'bleu_4'\?"):
+        full_score_name("blue_4")
+
+
+def test_register_taken_name_is_refused():
+    with pytest.raises(ValueError, match="metric 'mine': the name 'bleu_4' is taken"):
+        register(Metric("mine", {"bleu_4": Score("mine")}, mean_words))
