@@ -9,11 +9,12 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
-from transformers.utils import cached_file
+from transformers.utils import cached_file, is_peft_available
 
 from .findings_otdrg import (
     FINDING_DISPLAY_NAMES,
@@ -35,6 +36,8 @@ HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "r
 MAXIMUM_IMAGE_TOKENS, MAXIMUM_IMAGE_SIZE = 4096, 8192
 _MAXIMUM_SIZE, _MAXIMUM_ITERATIONS, _MAXIMUM_PROMPT_TOKENS, _MAXIMUM_TEXT_TOKENS = 65_536, 100_000, 65_536, 1024
 _MAXIMUM_RANK = 4096
+#: Fields of peft's LoraConfig that train or copy whole modules of the model, which merging could not undo.
+_NOT_LORA_LAYERS = ("modules_to_save", "trainable_token_indices", "layer_replication")
 #: Most of what a backbone's configuration counts, by the ends of the names of its fields.
 _MAXIMUM_COUNTS = {
     re.compile(r"(layers?|depths?|blocks?|stages?|experts)$"): 1000,
@@ -109,11 +112,13 @@ class OTDRGConfig(PreTrainedConfig):
             the model's `expand_finding_text`.
         finding_thresholds (`list[float]`, *optional*):
             14 probabilities above which a finding is predicted positive; without them the likeliest state wins.
-        lora (`dict`, *optional*):
-            peft `LoraConfig` fields of adapters in the LLM (`r`, `lora_alpha`, `lora_dropout`, `target_modules`).
-        vision_lora (`dict`, *optional*):
-            The same of adapters in the vision encoder, the predictor's own included: `target_modules` are `["qkv"]` in
-            timm's encoders and `["q_proj", "v_proj"]` in DINOv2.
+        lora (`dict` or `peft.LoraConfig`, *optional*):
+            LoRA adapters in the LLM, by the fields of peft's `LoraConfig` (`r`, `lora_alpha`, `lora_dropout`,
+            `target_modules`, `use_rslora`, `use_dora`, ...); stored as a dictionary. DoRA and `lora_bias` need an LLM
+            that is not quantised.
+        vision_lora (`dict` or `peft.LoraConfig`, *optional*):
+            LoRA adapters in the vision encoder and in the predictor's own: `target_modules` are `["qkv"]` in timm's
+            encoders and `["q_proj", "v_proj"]` in DINOv2.
         prompt (`str`, *optional*):
             Instruction after the image; the paper's by default.
         image_token_id, finding_token_id, finding_text_token_id (`int`, *optional*):
@@ -151,6 +156,29 @@ class OTDRGConfig(PreTrainedConfig):
         "weights": ("full", "adapter"),
     }
 
+    #: Fields that do not reach `encode_views`. Cached features are valid for one set of values of all the others, so a
+    #: new field that does not change the features is to be listed here.
+    _NOT_IN_VIEW_FEATURES = frozenset(
+        {
+            *("text_config", "view_fusion", "projection_norm", "dle", "fiot", "label_encoder", "label_encoder_config"),
+            *("label_encoder_token_ids", "label_encoder_size", "finding_text", "ot_epsilon", "ot_max_iterations"),
+            *(
+                "ot_tolerance",
+                "ot_cost_normalization",
+                "ot_labels",
+                "ot_gradient",
+                "ot_weight",
+                "ot_contrastive_weight",
+            ),
+            *("ot_contrastive_temperature", "focal_gamma", "focal_reduction", "predictor_dropout"),
+            *("predicted_state_ratio", "finding_thresholds", "lora", "prompt", "image_token_id", "finding_token_id"),
+            *("finding_text_token_id", "prompt_token_ids", "finding_text_token_ids", "vision_backbone"),
+            *("text_backbone", "weights", "weights_sha256", "backbone_sha256", "backbone_revisions"),
+            # Written by transformers or `save_pretrained`.
+            *("auto_map", "custom_pipelines", "processor_class", "tie_word_embeddings"),
+        }
+    )
+
     def __init__(
         self,
         vision_config: PreTrainedConfig | dict | None = None,
@@ -182,8 +210,8 @@ class OTDRGConfig(PreTrainedConfig):
         predictor_dropout: float = 0.0,
         predicted_state_ratio: float = 0.0,
         finding_thresholds: list[float] | None = None,
-        lora: dict[str, Any] | None = None,
-        vision_lora: dict[str, Any] | None = None,
+        lora: Any = None,
+        vision_lora: Any = None,
         prompt: str = DEFAULT_PROMPT,
         image_token_id: int | None = None,
         finding_token_id: int | None = None,
@@ -296,16 +324,7 @@ class OTDRGConfig(PreTrainedConfig):
             f"{len(FINDINGS)} numbers from 0 to 1",
         )
         for field in ("lora", "vision_lora"):
-            lora = getattr(self, field)
-            known = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "bias"}
-            need(
-                lora is None or (isinstance(lora, dict) and "target_modules" in lora and not set(lora) - known),
-                field,
-                "r, lora_alpha, lora_dropout, target_modules",
-            )
-            need(
-                lora is None or _is_int(lora.get("r", 8), 1, _MAXIMUM_RANK), field, f"an r from 1 to {_MAXIMUM_RANK:,}"
-            )
+            setattr(self, field, _lora_fields(field, getattr(self, field)))
         if not _is_int(self.text_config.vocab_size):
             raise ValueError(
                 f"OTDRGConfig.text_config.vocab_size={_shown(self.text_config.vocab_size)}: expected a number of tokens"
@@ -386,6 +405,11 @@ class OTDRGConfig(PreTrainedConfig):
             (saved.get(part) or {}).pop("_name_or_path", None)
         return saved
 
+    def vision_fields(self) -> dict[str, Any]:
+        """The fields that the features of `encode_views` depend on: all but those declared not to."""
+        others = self._NOT_IN_VIEW_FEATURES.union(PreTrainedConfig().to_dict())
+        return {name: value for name, value in self.to_dict().items() if name not in others}
+
     @property
     def placeholder_token_ids(self) -> list[int]:
         """Ids of the tokens that stand for features, as far as there are any."""
@@ -454,6 +478,36 @@ def _is_int(value, least: int = 0, most: float = math.inf) -> bool:
 
 def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _lora_fields(field: str, lora) -> dict[str, Any] | None:
+    """The fields of a `LoraConfig`, given as such or as a dictionary, as JSON has them; checked by peft itself.
+
+    Raises:
+        ValueError: a field is wrong, or describes more than LoRA layers.
+    """
+    if lora is None:
+        return None
+    if not isinstance(lora, dict) and hasattr(lora, "to_dict"):
+        defaults = type(lora)().to_dict()
+        lora = {name: value for name, value in lora.to_dict().items() if value != defaults[name]}
+    if not isinstance(lora, dict):
+        raise ValueError(f"OTDRGConfig.{field}={_shown(lora)}: expected the fields of peft.LoraConfig")
+    lora = {name: sorted(value) if isinstance(value, set) else value for name, value in lora.items()}
+    if not _is_int(lora.get("r", 8), 1, _MAXIMUM_RANK):
+        raise ValueError(f"OTDRGConfig.{field}.r={_shown(lora['r'])}: expected an integer from 1 to {_MAXIMUM_RANK:,}")
+    for name in _NOT_LORA_LAYERS:
+        if lora.get(name):
+            raise ValueError(f"OTDRGConfig.{field}.{name}={_shown(lora[name])}: expected null, only LoRA is supported")
+    if is_peft_available():
+        try:
+            import_module("peft").LoraConfig(**lora)
+        except (TypeError, ValueError) as error:
+            reason = str(error).replace("LoraConfig.__init__() ", "")
+            raise ValueError(
+                f"OTDRGConfig.{field}={_shown(lora)}: {reason}, expected peft.LoraConfig's fields"
+            ) from None
+    return lora
 
 
 def _is_id_list(value, most: int) -> bool:

@@ -157,6 +157,7 @@ class OTDRGPreTrainedModel(PreTrainedModel):
             ValueError: both are None, one names modules that its part does not have, or one does not suit a quantised
                 LLM.
         """
+        self.config.check_fields()
         if self.config.lora is None and self.config.vision_lora is None:
             raise ValueError("OTDRGConfig.lora=None: expected the fields of peft.LoraConfig, such as r and lora_alpha")
         self._inject_lora()
@@ -179,6 +180,13 @@ class OTDRGPreTrainedModel(PreTrainedModel):
                         inject_adapter_in_model(LoraConfig(**{**fields, **changes}), part)
                     except ValueError as error:
                         raise ValueError(f"OTDRGConfig.{field}={fields!r}: {error}") from None
+                    layers = [
+                        module.get_base_layer() for module in part.modules() if isinstance(module, BaseTunerLayer)
+                    ]
+                    if fields.get("lora_bias") and any(layer.bias is None for layer in layers):
+                        raise ValueError(
+                            f"OTDRGConfig.{field}.lora_bias=True: expected modules with a bias, to merge it"
+                        )
 
     @property
     def has_lora(self) -> bool:

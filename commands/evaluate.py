@@ -12,7 +12,7 @@ from ..files_otdrg import write_text
 from ..labelers import LABELERS
 from ..labelers.as_typed import labeler_of, parse_options
 from ..metrics.protocols import add_protocol_arguments, reference_tokens, truncate_to_tokens
-from ..runtime.journal import differing_settings
+from ..runtime.journal import WorkSettings
 from ..runtime.output_lock import OutputLock
 from ..runtime.printable import show
 from ..studies.cleaning import CLEANING_STYLES, clean_report
@@ -226,20 +226,10 @@ def _settings(options: argparse.Namespace, own: Recipe | None, model, processor,
 
 def _enter(output: Path, settings: dict[str, Any], overwrite: bool) -> None:
     """Make the folder, or see to it that the reports in it are of the same settings."""
-    from ..files_otdrg import write_json
-
-    path = output / _SETTINGS
     if overwrite:
         shutil.rmtree(output / _REPORTS, ignore_errors=True)
-    elif path.is_file():
-        told = differing_settings(path, settings, ("model", "studies"))
-        if told is not None:
-            raise ValueError(
-                f"{output} holds reports of other settings ({told}): expected the same, another --output, or "
-                "--overwrite, which writes all of them anew"
-            )
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)
+        (output / _SETTINGS).unlink(missing_ok=True)
+    WorkSettings(output, settings, ("model", "studies")).keep(output / _SETTINGS)
 
 
 def _write(output: Path, told: dict[str, Any], evaluation: Evaluation, steering: Steering) -> str:

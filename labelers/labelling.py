@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from ..files_otdrg import interpret, read_json, write_json, write_text
 from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, UNMENTIONED
+from ..runtime.journal import WorkSettings
 from ..runtime.output_lock import OutputLock
 from ..studies.schema import STUDY_FEATURES
 from ..studies.shards import SUMMARY, ShardWriter, check_output, publish_shards, put_in_place
@@ -216,13 +217,7 @@ def _enter(work: Path, settings: dict[str, Any], resume: bool, overwrite: bool) 
                 f"{work} is an interrupted labelling: --resume goes on with it, --overwrite starts anew and deletes it"
             )
         else:
-            before = read_json(work / _SETTINGS)
-            for name in {**before, **settings}:
-                if before.get(name) != settings.get(name):
-                    raise ValueError(
-                        f"{work} was labelled with {name}={before.get(name)!r}, not {settings.get(name)!r}: "
-                        "--overwrite starts anew and deletes it"
-                    )
+            WorkSettings(work, settings).check(read_json(work / _SETTINGS))
             # Of a run that was cut off while its files were being put in their places.
             for path in work.iterdir():
                 if path.is_dir() and not path.is_symlink() and path.name != _SHARDS:

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from ..files_otdrg import read_json, write_json, write_text
 from ..runtime.interruptions import end_with_parent
+from ..runtime.journal import WorkSettings
 from ..runtime.output_lock import OutputLock
 from .assembly import SECTIONS, Sections, StudyListing, assemble_study
 from .card import dataset_card
@@ -230,7 +231,7 @@ def _write_summary(path: Path, settings: dict[str, Any], report: BuildReport) ->
 def _finished(output: Path, settings: dict[str, Any]) -> BuildReport:
     """The report of a build that is whole, provided that it is this one."""
     summary = _read_json(output / SUMMARY)
-    _check_settings(output, summary["settings"], settings)
+    WorkSettings(output, settings).check(summary["settings"])
     counts = {None if split == "none" else split: SplitCounts(**counts) for split, counts in summary["counts"].items()}
     return BuildReport(output, counts, summary["warnings"], summary["licences"], summary["skipped"])
 
@@ -252,22 +253,13 @@ def _enter(work: Path, settings: dict[str, Any], resume: bool, overwrite: bool) 
                 f"{work} is an interrupted build: --resume goes on with it, --overwrite starts anew and deletes it"
             )
         else:
-            _check_settings(work, _read_json(work / _SETTINGS), settings)
+            WorkSettings(work, settings).check(_read_json(work / _SETTINGS))
             # Of a build that was cut off while its shards were being put in their places.
             for path in work.iterdir():
                 if path.is_dir() and path.name != _SHARDS:
                     shutil.rmtree(path)
     (work / _SHARDS).mkdir(parents=True, exist_ok=True)
     write_json(work / _SETTINGS, settings)
-
-
-def _check_settings(folder: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
-    for name in {**before, **settings}:
-        if before.get(name) != settings.get(name):
-            raise ValueError(
-                f"{folder} was built with {name}={before.get(name)!r}, not {settings.get(name)!r}: --overwrite starts "
-                "anew and deletes it"
-            )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

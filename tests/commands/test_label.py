@@ -227,7 +227,7 @@ def test_an_interrupted_labelling_is_gone_on_with(built, monkeypatch, capsys):
     assert main(command) == 1
     assert "interrupted labelling: --resume goes on with it" in capsys.readouterr().err
     assert main([*command, "--relabel", "--resume"]) == 1
-    assert "was labelled with relabel=False, not True" in capsys.readouterr().err
+    assert "was made with other settings (relabel=False, now True)" in capsys.readouterr().err
     assert main([*command, "--resume"]) == 0
     # Two shards before the interruption, one at it, and the two that were left.
     assert Interrupted.calls == 5
@@ -249,7 +249,7 @@ def test_a_csv_is_counted_whole_however_often_it_was_interrupted(built, table, m
         assert main(command) == 130
     table(*rows[1:], header=("study", *findings))
     assert main([*command, "--resume"]) == 1
-    assert "was labelled with csv_sha256=" in capsys.readouterr().err
+    assert "was made with other settings (csv_sha256=" in capsys.readouterr().err
     table(*rows, header=("study", *findings))
     assert main([*command, "--resume"]) == 0
     error = capsys.readouterr().err

@@ -276,7 +276,7 @@ def test_a_killed_build_leaves_no_dataset_and_is_gone_on_with(tmp_path):
     build = BuildOptions(studies_per_shard=40)
     with pytest.raises(ValueError, match=r"interrupted build: --resume goes on with it, --overwrite starts anew"):
         prepare_studies("phantom", output, build=build, **options)
-    with pytest.raises(ValueError, match=r"was built with source\.seed=0, not 1"):
+    with pytest.raises(ValueError, match=r"was made with other settings \(source\.seed=0, now 1\)"):
         prepare_studies("phantom", output, build=build, resume=True, seed=1, **options)
     report = prepare_studies("phantom", output, build=build, resume=True, **options)
     assert report.counts["train"].studies == 400
@@ -310,7 +310,7 @@ def test_a_whole_build_is_left_as_it_is_by_resume(tmp_path):
     again = prepare_studies("phantom", tmp_path / "built", resume=True, **PHANTOMS)
     assert str(again) == str(first)
     assert (tmp_path / "built" / "summary.json").stat().st_mtime_ns == made
-    with pytest.raises(ValueError, match=r"was built with source\.train=7, not 8"):
+    with pytest.raises(ValueError, match=r"was made with other settings \(source\.train=7, now 8\)"):
         prepare_studies("phantom", tmp_path / "built", resume=True, **{**PHANTOMS, "train": 8})
 
 
