@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ DEFAULT_PROMPT = (
     "Generate a comprehensive diagnosis report for this radiology image. ###Focus on diagnostic accuracy###"
 )
 IMAGE_TOKEN, FINDING_TOKEN, FINDING_TEXT_TOKEN = "<image>", "<finding>", "<finding_text>"
+_PLACEHOLDER_FIELDS = ("image_token_id", "finding_token_id", "finding_text_token_id")
 #: Keywords of `from_pretrained` that say where files are.
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -144,18 +145,6 @@ class OTDRGConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ("cache", "past_key_values", "hidden_states", "attentions", "image_outputs")
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig, "label_encoder_config": AutoConfig}  # noqa: RUF012
 
-    _CHOICES = {  # noqa: RUF012
-        "view_fusion": ("mean", "concat"),
-        "label_encoder": ("embeddings", "text_encoder", "table"),
-        "finding_text": ("mentioned", "all", "none"),
-        "ot_cost_normalization": ("none", "unit"),
-        "ot_labels": ("all", "mentioned"),
-        "ot_gradient": ("envelope", "unroll"),
-        "focal_reduction": ("finding", "study"),
-        "predictor_encoder": ("shared", "own"),
-        "weights": ("full", "adapter"),
-    }
-
     #: Fields that do not reach `encode_views`. Cached features are valid for one set of values of all the others, so a
     #: new field that does not change the features is to be listed here.
     _NOT_IN_VIEW_FEATURES = frozenset(
@@ -226,137 +215,44 @@ class OTDRGConfig(PreTrainedConfig):
         backbone_revisions: dict[str, str] | None = None,
         **kwargs,
     ):
-        self.vision_config = _sub_config("vision_config", vision_config, default="timm_wrapper")
-        self.text_config = _sub_config("text_config", text_config, default="llama")
-        self.label_encoder_config = _sub_config("label_encoder_config", label_encoder_config)
-        self.image_size = image_size
-        self.image_tokens = image_tokens
-        self.view_fusion = view_fusion
-        self.projection_norm = projection_norm
-        self.dle = dle
-        self.fiot = fiot
-        self.label_encoder = label_encoder
-        self.label_encoder_token_ids = label_encoder_token_ids
-        self.label_encoder_size = label_encoder_size
-        self.finding_text = finding_text
-        self.ot_epsilon = ot_epsilon
-        self.ot_max_iterations = ot_max_iterations
-        self.ot_tolerance = ot_tolerance
-        self.ot_cost_normalization = ot_cost_normalization
-        self.ot_labels = ot_labels
-        self.ot_gradient = ot_gradient
-        self.ot_weight = ot_weight
-        self.ot_contrastive_weight = ot_contrastive_weight
-        self.ot_contrastive_temperature = ot_contrastive_temperature
-        self.focal_gamma = focal_gamma
-        self.focal_reduction = focal_reduction
-        self.predictor_encoder = predictor_encoder
-        self.predictor_dropout = predictor_dropout
-        self.predicted_state_ratio = predicted_state_ratio
-        self.finding_thresholds = finding_thresholds
-        self.lora = lora
-        self.vision_lora = vision_lora
-        self.prompt = prompt
-        self.image_token_id = image_token_id
-        self.finding_token_id = finding_token_id
-        self.finding_text_token_id = finding_text_token_id
-        self.prompt_token_ids = prompt_token_ids
-        self.finding_text_token_ids = finding_text_token_ids
-        self.vision_backbone = vision_backbone
-        self.text_backbone = text_backbone
-        self.weights = weights
-        self.weights_sha256 = weights_sha256
-        self.backbone_sha256 = backbone_sha256
-        self.backbone_revisions = backbone_revisions
+        fields = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
+        for name, value in fields.items():
+            setattr(self, name, _sub_config(name, value) if name in self.sub_configs else value)
         kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
         _check_counts("", kwargs)
         super().__init__(**kwargs)
         self.check_fields()
 
     def check_fields(self) -> None:
-        """Raises `ValueError`, naming field, value and what is allowed, where a field cannot be."""
+        """Raises `ValueError` if a field is wrong; the message names the field, its value and what is allowed."""
 
         def need(condition: bool, field: str, allowed: str) -> None:
             if not condition:
                 raise ValueError(f"OTDRGConfig.{field}={_shown(getattr(self, field))}: expected {allowed}")
 
-        for field, choices in self._CHOICES.items():
-            need(getattr(self, field) in choices, field, "one of " + ", ".join(repr(choice) for choice in choices))
-        for field in ("dle", "fiot", "projection_norm"):
-            need(isinstance(getattr(self, field), bool), field, "true or false")
-        for field, most in (
-            ("image_size", MAXIMUM_IMAGE_SIZE),
-            ("image_tokens", MAXIMUM_IMAGE_TOKENS),
-            ("ot_max_iterations", _MAXIMUM_ITERATIONS),
-        ):
-            need(_is_int(getattr(self, field), 1, most), field, f"a positive integer up to {most:,}")
-        need(
-            self.label_encoder_size is None or _is_int(self.label_encoder_size, 1, _MAXIMUM_SIZE),
-            "label_encoder_size",
-            f"a positive integer up to {_MAXIMUM_SIZE:,}",
-        )
-        need(isinstance(self.prompt, str), "prompt", "a string")
+        for field, (is_allowed, allowed) in _ALLOWED.items():
+            need(is_allowed(getattr(self, field)), field, allowed)
         need(round(self.image_tokens**0.5) ** 2 == self.image_tokens, "image_tokens", "a square number, such as 49")
-        for field in ("ot_epsilon", "ot_contrastive_temperature"):
-            need(_is_number(getattr(self, field)) and getattr(self, field) > 0, field, "a number above 0")
-        for field in ("ot_tolerance", "ot_weight", "ot_contrastive_weight", "focal_gamma"):
-            need(_is_number(getattr(self, field)) and getattr(self, field) >= 0, field, "a number of at least 0")
-        need(_is_number(self.predictor_dropout) and 0 <= self.predictor_dropout < 1, "predictor_dropout", "0 <= p < 1")
-        need(
-            _is_number(self.predicted_state_ratio) and 0 <= self.predicted_state_ratio <= 1,
-            "predicted_state_ratio",
-            "a number from 0 to 1",
-        )
         need(self.dle or not self.fiot, "fiot", "false when dle is false (label tokens need labels)")
         need(
             self.label_encoder != "text_encoder" or self.label_encoder_config is not None,
             "label_encoder",
             "another encoder, or a label_encoder_config beside it",
         )
-        need(
-            self.finding_thresholds is None
-            or (
-                isinstance(self.finding_thresholds, (list, tuple))
-                and len(self.finding_thresholds) == len(FINDINGS)
-                and all(_is_number(value) and 0 <= value <= 1 for value in self.finding_thresholds)
-            ),
-            "finding_thresholds",
-            f"{len(FINDINGS)} numbers from 0 to 1",
-        )
         for field in ("lora", "vision_lora"):
             setattr(self, field, _lora_fields(field, getattr(self, field)))
-        if not _is_int(self.text_config.vocab_size):
-            raise ValueError(
-                f"OTDRGConfig.text_config.vocab_size={_shown(self.text_config.vocab_size)}: expected a number of tokens"
-            )
-        for field in ("image_token_id", "finding_token_id", "finding_text_token_id"):
-            value = getattr(self, field)
-            need(
-                value is None or _is_int(value, 0, self.text_config.vocab_size - 1),
-                field,
-                f"a token id from 0 to {self.text_config.vocab_size - 1} (the LLM's vocab_size is "
-                f"{self.text_config.vocab_size})",
-            )
-        for field in ("finding_text_token_ids", "label_encoder_token_ids"):
-            need(
-                getattr(self, field) is None or _is_table(getattr(self, field)),
-                field,
-                f"{len(FINDINGS)} x {len(FINDING_STATES)} lists of token ids, none empty, of at most "
-                f"{_MAXIMUM_TEXT_TOKENS:,} each",
-            )
-        prompt = self.prompt_token_ids
-        texts = self.finding_text_token_ids
+        size = self.text_config.vocab_size
+        if not _is_int(size):
+            raise ValueError(f"OTDRGConfig.text_config.vocab_size={_shown(size)}: expected a number of tokens")
+        prompt, texts = self.prompt_token_ids, self.finding_text_token_ids
         for field, tokens in (
+            *((field, [getattr(self, field) or 0]) for field in _PLACEHOLDER_FIELDS),
             ("finding_text_token_ids", [token for row in texts or () for text in row for token in text]),
             ("prompt_token_ids", prompt or ()),
         ):
-            need(
-                isinstance(tokens, (list, tuple))
-                and all(_is_int(token, 0, self.text_config.vocab_size - 1) for token in tokens),
-                field,
-                f"token ids from 0 to {self.text_config.vocab_size - 1} (the LLM's vocab_size is "
-                f"{self.text_config.vocab_size})",
-            )
+            is_right = isinstance(tokens, (list, tuple)) and all(_is_int(token, 0, size - 1) for token in tokens)
+            what = "a token id" if field in _PLACEHOLDER_FIELDS else "token ids"
+            need(is_right, field, f"{what} from 0 to {size - 1} (the LLM's vocab_size is {size})")
         need(
             prompt is None or (0 < len(prompt) <= _MAXIMUM_PROMPT_TOKENS and self.image_token_id in prompt),
             "prompt_token_ids",
@@ -379,7 +275,8 @@ class OTDRGConfig(PreTrainedConfig):
         tokenizer.add_special_tokens({"additional_special_tokens": placeholders}, replace_extra_special_tokens=False)
         ids = tokenizer.convert_tokens_to_ids(placeholders)
         self.text_config.vocab_size = max(self.text_config.vocab_size, len(tokenizer))
-        self.image_token_id, self.finding_token_id, self.finding_text_token_id = ids
+        for field, token in zip(_PLACEHOLDER_FIELDS, ids, strict=True):
+            setattr(self, field, token)
         self.finding_text_token_ids = [
             [tokenizer.encode(f" {_label_text(name, state)};", add_special_tokens=False) for state in FINDING_STATES]
             for name in FINDINGS
@@ -413,7 +310,7 @@ class OTDRGConfig(PreTrainedConfig):
     @property
     def placeholder_token_ids(self) -> list[int]:
         """Ids of the tokens that stand for features, as far as there are any."""
-        ids = (self.image_token_id, self.finding_token_id, self.finding_text_token_id)
+        ids = (getattr(self, field) for field in _PLACEHOLDER_FIELDS)
         return [token for token in ids if token is not None]
 
     @property
@@ -524,6 +421,68 @@ def _is_table(value) -> bool:
     )
 
 
+def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: value in choices, "one of " + ", ".join(map(repr, choices))
+
+
+def _count(most: int) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: _is_int(value, 1, most), f"a positive integer up to {most:,}"
+
+
+def _or_none(allowed: tuple[Callable[[Any], bool], str]) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: value is None or allowed[0](value), allowed[1]
+
+
+_FLAG = (lambda value: isinstance(value, bool), "true or false")
+_ABOVE_0 = (lambda value: _is_number(value) and value > 0, "a number above 0")
+_AT_LEAST_0 = (lambda value: _is_number(value) and value >= 0, "a number of at least 0")
+_TEXT_TABLE = (
+    lambda value: _is_table(value),
+    f"{len(FINDINGS)} x {len(FINDING_STATES)} lists of token ids, none empty, of at most {_MAXIMUM_TEXT_TOKENS:,} each",
+)
+#: For each field, the check of its value and what is allowed, in words.
+_ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "image_size": _count(MAXIMUM_IMAGE_SIZE),
+    "image_tokens": _count(MAXIMUM_IMAGE_TOKENS),
+    "view_fusion": _one_of("mean", "concat"),
+    "projection_norm": _FLAG,
+    "dle": _FLAG,
+    "fiot": _FLAG,
+    "label_encoder": _one_of("embeddings", "text_encoder", "table"),
+    "label_encoder_token_ids": _or_none(_TEXT_TABLE),
+    "label_encoder_size": _or_none(_count(_MAXIMUM_SIZE)),
+    "finding_text": _one_of("mentioned", "all", "none"),
+    "ot_epsilon": _ABOVE_0,
+    "ot_max_iterations": _count(_MAXIMUM_ITERATIONS),
+    "ot_tolerance": _AT_LEAST_0,
+    "ot_cost_normalization": _one_of("none", "unit"),
+    "ot_labels": _one_of("all", "mentioned"),
+    "ot_gradient": _one_of("envelope", "unroll"),
+    "ot_weight": _AT_LEAST_0,
+    "ot_contrastive_weight": _AT_LEAST_0,
+    "ot_contrastive_temperature": _ABOVE_0,
+    "focal_gamma": _AT_LEAST_0,
+    "focal_reduction": _one_of("finding", "study"),
+    "predictor_encoder": _one_of("shared", "own"),
+    "predictor_dropout": (lambda value: _is_number(value) and 0 <= value < 1, "0 <= p < 1"),
+    "predicted_state_ratio": (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
+    "finding_thresholds": (
+        lambda value: (
+            value is None
+            or (
+                isinstance(value, (list, tuple))
+                and len(value) == len(FINDINGS)
+                and all(_is_number(threshold) and 0 <= threshold <= 1 for threshold in value)
+            )
+        ),
+        f"{len(FINDINGS)} numbers from 0 to 1",
+    ),
+    "prompt": (lambda value: isinstance(value, str), "a string"),
+    "finding_text_token_ids": _or_none(_TEXT_TABLE),
+    "weights": _one_of("full", "adapter"),
+}
+
+
 def _shown(value) -> str:
     text = repr(value)
     return text if len(text) <= 1000 else f"{text[:1000]}..."
@@ -551,7 +510,12 @@ def _integers(value) -> Iterator[int]:
     yield from (count for count in values if _is_int(count, -math.inf))
 
 
-def _sub_config(field: str, value, default: str | None = None) -> PreTrainedConfig | None:
+#: What a part is if its configuration does not say.
+_DEFAULT_PARTS = {"vision_config": "timm_wrapper", "text_config": "llama"}
+
+
+def _sub_config(field: str, value) -> PreTrainedConfig | None:
+    default = _DEFAULT_PARTS.get(field)
     if value is None and default is not None:
         return CONFIG_MAPPING[default]()
     if value is None or isinstance(value, PreTrainedConfig):
