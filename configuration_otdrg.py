@@ -1,6 +1,6 @@
 """Configuration of OTDRG.
 
-Every choice of the model is a field here, documented and checked where it is declared; hence the length.
+Long, because every option of the model is declared, documented and checked here.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ DEFAULT_PROMPT = (
 )
 IMAGE_TOKEN, FINDING_TOKEN, FINDING_TEXT_TOKEN = "<image>", "<finding>", "<finding_text>"
 _PLACEHOLDER_FIELDS = ("image_token_id", "finding_token_id", "finding_text_token_id")
-#: Keywords of `from_pretrained` that say where files are.
+#: Keyword arguments of `from_pretrained` that locate files.
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
-#: Largest values: beyond any real model's, and such that a wrong one is refused before it takes memory or time.
+#: Upper limits far beyond any real model, so that a wrong value is refused before it takes memory or time.
 MAXIMUM_IMAGE_TOKENS, MAXIMUM_IMAGE_SIZE = 4096, 8192
 _MAXIMUM_SIZE, _MAXIMUM_ITERATIONS, _MAXIMUM_PROMPT_TOKENS, _MAXIMUM_TEXT_TOKENS = 65_536, 100_000, 65_536, 1024
 _MAXIMUM_RANK = 4096
 #: Fields of peft's LoraConfig that train or copy whole modules of the model, which merging could not undo.
 _NOT_LORA_LAYERS = ("modules_to_save", "trainable_token_indices", "layer_replication")
-#: Most of what a backbone's configuration counts, by the ends of the names of its fields.
+#: Maximum counts in a backbone's configuration, by the ends of the names of its fields.
 _MAXIMUM_COUNTS = {
     re.compile(r"(layers?|depths?|blocks?|stages?|experts)$"): 1000,
     re.compile(r"num_(labels|classes)$"): 100_000,
@@ -48,7 +48,7 @@ _MAXIMUM_COUNTS = {
 
 class OTDRGConfig(PreTrainedConfig):
     r"""
-    Configuration of [`OTDRGForReportGeneration`]: two backbones and every choice of how they are joined.
+    Configuration of [`OTDRGForReportGeneration`]: two backbones and how they are connected.
 
     Args:
         vision_config (`PreTrainedConfig` or `dict`, *optional*):
@@ -246,7 +246,7 @@ class OTDRGConfig(PreTrainedConfig):
             raise ValueError(f"OTDRGConfig.text_config.vocab_size={_shown(size)}: expected a number of tokens")
         prompt, texts = self.prompt_token_ids, self.finding_text_token_ids
         for field, tokens in (
-            *((field, [getattr(self, field) or 0]) for field in _PLACEHOLDER_FIELDS),
+            *((field, [getattr(self, field)]) for field in _PLACEHOLDER_FIELDS if getattr(self, field) is not None),
             ("finding_text_token_ids", [token for row in texts or () for text in row for token in text]),
             ("prompt_token_ids", prompt or ()),
         ):
@@ -288,7 +288,7 @@ class OTDRGConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
-        """The content of a `config.json`, as in `PreTrainedConfig`; one that is not there is no empty one."""
+        """The content of a `config.json`, as in `PreTrainedConfig`, but a missing file is an error."""
         content, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not content.get("model_type"):
             place = place_of(pretrained_model_name_or_path, kwargs)
@@ -296,7 +296,7 @@ class OTDRGConfig(PreTrainedConfig):
         return content, rest
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What is saved. Where the parts were loaded from is left out: it may be a folder that nobody else has."""
+        """The fields to save, without the folders on this machine that the parts were loaded from."""
         saved = super().to_diff_dict()
         for part in self.sub_configs:
             (saved.get(part) or {}).pop("_name_or_path", None)
@@ -309,7 +309,7 @@ class OTDRGConfig(PreTrainedConfig):
 
     @property
     def placeholder_token_ids(self) -> list[int]:
-        """Ids of the tokens that stand for features, as far as there are any."""
+        """Ids of the placeholder tokens that are set."""
         ids = (getattr(self, field) for field in _PLACEHOLDER_FIELDS)
         return [token for token in ids if token is not None]
 
@@ -349,7 +349,7 @@ def _label_text(finding: str, state: str) -> str:
 
 
 def place_of(source: str | os.PathLike, hub: Mapping[str, Any]) -> str:
-    """A folder or a Hub id, with the `subfolder` that keywords of `from_pretrained` name in it."""
+    """A folder or a Hub id, joined with the `subfolder` in keyword arguments of `from_pretrained`."""
     return os.path.join(source, hub.get("subfolder") or "").rstrip("/\\")
 
 
@@ -362,7 +362,7 @@ def find_file(source: str | os.PathLike, name: str, **hub) -> str | None:
 
 
 def resolve_backbone(reference: str) -> tuple[str, dict[str, str]]:
-    """A backbone's reference as the name and keywords of `from_pretrained`: a GGUF file is its folder and its name."""
+    """Name and keyword arguments of `from_pretrained` for a backbone: a GGUF file is given by its folder and name."""
     path = Path(reference)
     if path.suffix == ".gguf":
         return str(path.parent), {"gguf_file": path.name}
@@ -437,7 +437,7 @@ _FLAG = (lambda value: isinstance(value, bool), "true or false")
 _ABOVE_0 = (lambda value: _is_number(value) and value > 0, "a number above 0")
 _AT_LEAST_0 = (lambda value: _is_number(value) and value >= 0, "a number of at least 0")
 _TEXT_TABLE = (
-    lambda value: _is_table(value),
+    _is_table,
     f"{len(FINDINGS)} x {len(FINDING_STATES)} lists of token ids, none empty, of at most {_MAXIMUM_TEXT_TOKENS:,} each",
 )
 #: For each field, the check of its value and what is allowed, in words.
@@ -489,7 +489,7 @@ def _shown(value) -> str:
 
 
 def _check_counts(place: str, fields: dict) -> None:
-    """Refuse a number of layers or labels that no model has: transformers would build them one by one.
+    """Refuse an impossible number of layers or labels, which transformers would build one by one.
 
     Raises:
         ValueError: names the field.
