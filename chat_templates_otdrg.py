@@ -1,4 +1,4 @@
-"""Chat templates of others: whether one can be used without hanging or filling the memory."""
+"""Check that a chat template can be rendered within limits of time and memory."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _MESSAGE = {
 
 
 def check_chat_template(template: str, render: Callable[..., str]) -> None:
-    """Try a chat template once in a process of its own, whose time and memory are limited.
+    """Render a chat template once in another process with limited time and memory.
 
-    jinja2's sandbox limits what a template can reach, but not how long it runs. On systems without `fork` it is not
-    tried.
+    jinja2's sandbox limits what a template can access, but not how long it runs. On systems without `fork` nothing is
+    checked.
 
     Args:
         template: the template.
@@ -67,7 +67,7 @@ def _fault(render: Callable[[], str]) -> str | None:
 
 
 def _limited(render: Callable[[], str]) -> str:
-    """In the other process: "ok", or which limit was exceeded."""
+    """Run in the other process: "ok", or the limit that was exceeded."""
     try:
         # Not imported by name: transformers refuses code whose imports are missing, and Windows has no such module.
         resource = import_module("resource")

@@ -1,6 +1,6 @@
 """Configuration of OTDRG.
 
-Every choice of the model is a field here, documented and checked where it is declared; hence the length.
+Long, because every option of the model is declared, documented and checked here.
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
-from transformers.utils import cached_file
+from transformers.utils import cached_file, is_peft_available
 
 from .findings_otdrg import (
     FINDING_DISPLAY_NAMES,
@@ -28,14 +29,17 @@ DEFAULT_PROMPT = (
     "Generate a comprehensive diagnosis report for this radiology image. ###Focus on diagnostic accuracy###"
 )
 IMAGE_TOKEN, FINDING_TOKEN, FINDING_TEXT_TOKEN = "<image>", "<finding>", "<finding_text>"
-#: Keywords of `from_pretrained` that say where files are.
+_PLACEHOLDER_FIELDS = ("image_token_id", "finding_token_id", "finding_text_token_id")
+#: Keyword arguments of `from_pretrained` that locate files.
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
-#: Largest values: beyond any real model's, and such that a wrong one is refused before it takes memory or time.
+#: Upper limits far beyond any real model, so that a wrong value is refused before it takes memory or time.
 MAXIMUM_IMAGE_TOKENS, MAXIMUM_IMAGE_SIZE = 4096, 8192
 _MAXIMUM_SIZE, _MAXIMUM_ITERATIONS, _MAXIMUM_PROMPT_TOKENS, _MAXIMUM_TEXT_TOKENS = 65_536, 100_000, 65_536, 1024
 _MAXIMUM_RANK = 4096
-#: Most of what a backbone's configuration counts, by the ends of the names of its fields.
+#: Fields of peft's LoraConfig that train or copy whole modules of the model, which merging could not undo.
+_NOT_LORA_LAYERS = ("modules_to_save", "trainable_token_indices", "layer_replication")
+#: Maximum counts in a backbone's configuration, by the ends of the names of its fields.
 _MAXIMUM_COUNTS = {
     re.compile(r"(layers?|depths?|blocks?|stages?|experts)$"): 1000,
     re.compile(r"num_(labels|classes)$"): 100_000,
@@ -44,7 +48,7 @@ _MAXIMUM_COUNTS = {
 
 class OTDRGConfig(PreTrainedConfig):
     r"""
-    Configuration of [`OTDRGForReportGeneration`]: two backbones and every choice of how they are joined.
+    Configuration of [`OTDRGForReportGeneration`]: two backbones and how they are connected.
 
     Args:
         vision_config (`PreTrainedConfig` or `dict`, *optional*):
@@ -109,11 +113,13 @@ class OTDRGConfig(PreTrainedConfig):
             the model's `expand_finding_text`.
         finding_thresholds (`list[float]`, *optional*):
             14 probabilities above which a finding is predicted positive; without them the likeliest state wins.
-        lora (`dict`, *optional*):
-            peft `LoraConfig` fields of adapters in the LLM (`r`, `lora_alpha`, `lora_dropout`, `target_modules`).
-        vision_lora (`dict`, *optional*):
-            The same of adapters in the vision encoder, the predictor's own included: `target_modules` are `["qkv"]` in
-            timm's encoders and `["q_proj", "v_proj"]` in DINOv2.
+        lora (`dict` or `peft.LoraConfig`, *optional*):
+            LoRA adapters in the LLM, by the fields of peft's `LoraConfig` (`r`, `lora_alpha`, `lora_dropout`,
+            `target_modules`, `use_rslora`, `use_dora`, ...); stored as a dictionary. DoRA and `lora_bias` need an LLM
+            that is not quantised.
+        vision_lora (`dict` or `peft.LoraConfig`, *optional*):
+            LoRA adapters in the vision encoder and in the predictor's own: `target_modules` are `["qkv"]` in timm's
+            encoders and `["q_proj", "v_proj"]` in DINOv2.
         prompt (`str`, *optional*):
             Instruction after the image; the paper's by default.
         image_token_id, finding_token_id, finding_text_token_id (`int`, *optional*):
@@ -139,17 +145,28 @@ class OTDRGConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ("cache", "past_key_values", "hidden_states", "attentions", "image_outputs")
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig, "label_encoder_config": AutoConfig}  # noqa: RUF012
 
-    _CHOICES = {  # noqa: RUF012
-        "view_fusion": ("mean", "concat"),
-        "label_encoder": ("embeddings", "text_encoder", "table"),
-        "finding_text": ("mentioned", "all", "none"),
-        "ot_cost_normalization": ("none", "unit"),
-        "ot_labels": ("all", "mentioned"),
-        "ot_gradient": ("envelope", "unroll"),
-        "focal_reduction": ("finding", "study"),
-        "predictor_encoder": ("shared", "own"),
-        "weights": ("full", "adapter"),
-    }
+    #: Fields that do not reach `encode_views`. Cached features are valid for one set of values of all the others, so a
+    #: new field that does not change the features is to be listed here.
+    _NOT_IN_VIEW_FEATURES = frozenset(
+        {
+            *("text_config", "view_fusion", "projection_norm", "dle", "fiot", "label_encoder", "label_encoder_config"),
+            *("label_encoder_token_ids", "label_encoder_size", "finding_text", "ot_epsilon", "ot_max_iterations"),
+            *(
+                "ot_tolerance",
+                "ot_cost_normalization",
+                "ot_labels",
+                "ot_gradient",
+                "ot_weight",
+                "ot_contrastive_weight",
+            ),
+            *("ot_contrastive_temperature", "focal_gamma", "focal_reduction", "predictor_dropout"),
+            *("predicted_state_ratio", "finding_thresholds", "lora", "prompt", "image_token_id", "finding_token_id"),
+            *("finding_text_token_id", "prompt_token_ids", "finding_text_token_ids", "vision_backbone"),
+            *("text_backbone", "weights", "weights_sha256", "backbone_sha256", "backbone_revisions"),
+            # Written by transformers or `save_pretrained`.
+            *("auto_map", "custom_pipelines", "processor_class", "tie_word_embeddings"),
+        }
+    )
 
     def __init__(
         self,
@@ -182,8 +199,8 @@ class OTDRGConfig(PreTrainedConfig):
         predictor_dropout: float = 0.0,
         predicted_state_ratio: float = 0.0,
         finding_thresholds: list[float] | None = None,
-        lora: dict[str, Any] | None = None,
-        vision_lora: dict[str, Any] | None = None,
+        lora: Any = None,
+        vision_lora: Any = None,
         prompt: str = DEFAULT_PROMPT,
         image_token_id: int | None = None,
         finding_token_id: int | None = None,
@@ -198,146 +215,44 @@ class OTDRGConfig(PreTrainedConfig):
         backbone_revisions: dict[str, str] | None = None,
         **kwargs,
     ):
-        self.vision_config = _sub_config("vision_config", vision_config, default="timm_wrapper")
-        self.text_config = _sub_config("text_config", text_config, default="llama")
-        self.label_encoder_config = _sub_config("label_encoder_config", label_encoder_config)
-        self.image_size = image_size
-        self.image_tokens = image_tokens
-        self.view_fusion = view_fusion
-        self.projection_norm = projection_norm
-        self.dle = dle
-        self.fiot = fiot
-        self.label_encoder = label_encoder
-        self.label_encoder_token_ids = label_encoder_token_ids
-        self.label_encoder_size = label_encoder_size
-        self.finding_text = finding_text
-        self.ot_epsilon = ot_epsilon
-        self.ot_max_iterations = ot_max_iterations
-        self.ot_tolerance = ot_tolerance
-        self.ot_cost_normalization = ot_cost_normalization
-        self.ot_labels = ot_labels
-        self.ot_gradient = ot_gradient
-        self.ot_weight = ot_weight
-        self.ot_contrastive_weight = ot_contrastive_weight
-        self.ot_contrastive_temperature = ot_contrastive_temperature
-        self.focal_gamma = focal_gamma
-        self.focal_reduction = focal_reduction
-        self.predictor_encoder = predictor_encoder
-        self.predictor_dropout = predictor_dropout
-        self.predicted_state_ratio = predicted_state_ratio
-        self.finding_thresholds = finding_thresholds
-        self.lora = lora
-        self.vision_lora = vision_lora
-        self.prompt = prompt
-        self.image_token_id = image_token_id
-        self.finding_token_id = finding_token_id
-        self.finding_text_token_id = finding_text_token_id
-        self.prompt_token_ids = prompt_token_ids
-        self.finding_text_token_ids = finding_text_token_ids
-        self.vision_backbone = vision_backbone
-        self.text_backbone = text_backbone
-        self.weights = weights
-        self.weights_sha256 = weights_sha256
-        self.backbone_sha256 = backbone_sha256
-        self.backbone_revisions = backbone_revisions
+        fields = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
+        for name, value in fields.items():
+            setattr(self, name, _sub_config(name, value) if name in self.sub_configs else value)
         kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
         _check_counts("", kwargs)
         super().__init__(**kwargs)
         self.check_fields()
 
     def check_fields(self) -> None:
-        """Raises `ValueError`, naming field, value and what is allowed, where a field cannot be."""
+        """Raises `ValueError` if a field is wrong; the message names the field, its value and what is allowed."""
 
         def need(condition: bool, field: str, allowed: str) -> None:
             if not condition:
                 raise ValueError(f"OTDRGConfig.{field}={_shown(getattr(self, field))}: expected {allowed}")
 
-        for field, choices in self._CHOICES.items():
-            need(getattr(self, field) in choices, field, "one of " + ", ".join(repr(choice) for choice in choices))
-        for field in ("dle", "fiot", "projection_norm"):
-            need(isinstance(getattr(self, field), bool), field, "true or false")
-        for field, most in (
-            ("image_size", MAXIMUM_IMAGE_SIZE),
-            ("image_tokens", MAXIMUM_IMAGE_TOKENS),
-            ("ot_max_iterations", _MAXIMUM_ITERATIONS),
-        ):
-            need(_is_int(getattr(self, field), 1, most), field, f"a positive integer up to {most:,}")
-        need(
-            self.label_encoder_size is None or _is_int(self.label_encoder_size, 1, _MAXIMUM_SIZE),
-            "label_encoder_size",
-            f"a positive integer up to {_MAXIMUM_SIZE:,}",
-        )
-        need(isinstance(self.prompt, str), "prompt", "a string")
+        for field, (is_allowed, allowed) in _ALLOWED.items():
+            need(is_allowed(getattr(self, field)), field, allowed)
         need(round(self.image_tokens**0.5) ** 2 == self.image_tokens, "image_tokens", "a square number, such as 49")
-        for field in ("ot_epsilon", "ot_contrastive_temperature"):
-            need(_is_number(getattr(self, field)) and getattr(self, field) > 0, field, "a number above 0")
-        for field in ("ot_tolerance", "ot_weight", "ot_contrastive_weight", "focal_gamma"):
-            need(_is_number(getattr(self, field)) and getattr(self, field) >= 0, field, "a number of at least 0")
-        need(_is_number(self.predictor_dropout) and 0 <= self.predictor_dropout < 1, "predictor_dropout", "0 <= p < 1")
-        need(
-            _is_number(self.predicted_state_ratio) and 0 <= self.predicted_state_ratio <= 1,
-            "predicted_state_ratio",
-            "a number from 0 to 1",
-        )
         need(self.dle or not self.fiot, "fiot", "false when dle is false (label tokens need labels)")
         need(
             self.label_encoder != "text_encoder" or self.label_encoder_config is not None,
             "label_encoder",
             "another encoder, or a label_encoder_config beside it",
         )
-        need(
-            self.finding_thresholds is None
-            or (
-                isinstance(self.finding_thresholds, (list, tuple))
-                and len(self.finding_thresholds) == len(FINDINGS)
-                and all(_is_number(value) and 0 <= value <= 1 for value in self.finding_thresholds)
-            ),
-            "finding_thresholds",
-            f"{len(FINDINGS)} numbers from 0 to 1",
-        )
         for field in ("lora", "vision_lora"):
-            lora = getattr(self, field)
-            known = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "bias"}
-            need(
-                lora is None or (isinstance(lora, dict) and "target_modules" in lora and not set(lora) - known),
-                field,
-                "r, lora_alpha, lora_dropout, target_modules",
-            )
-            need(
-                lora is None or _is_int(lora.get("r", 8), 1, _MAXIMUM_RANK), field, f"an r from 1 to {_MAXIMUM_RANK:,}"
-            )
-        if not _is_int(self.text_config.vocab_size):
-            raise ValueError(
-                f"OTDRGConfig.text_config.vocab_size={_shown(self.text_config.vocab_size)}: expected a number of tokens"
-            )
-        for field in ("image_token_id", "finding_token_id", "finding_text_token_id"):
-            value = getattr(self, field)
-            need(
-                value is None or _is_int(value, 0, self.text_config.vocab_size - 1),
-                field,
-                f"a token id from 0 to {self.text_config.vocab_size - 1} (the LLM's vocab_size is "
-                f"{self.text_config.vocab_size})",
-            )
-        for field in ("finding_text_token_ids", "label_encoder_token_ids"):
-            need(
-                getattr(self, field) is None or _is_table(getattr(self, field)),
-                field,
-                f"{len(FINDINGS)} x {len(FINDING_STATES)} lists of token ids, none empty, of at most "
-                f"{_MAXIMUM_TEXT_TOKENS:,} each",
-            )
-        prompt = self.prompt_token_ids
-        texts = self.finding_text_token_ids
+            setattr(self, field, _lora_fields(field, getattr(self, field)))
+        size = self.text_config.vocab_size
+        if not _is_int(size):
+            raise ValueError(f"OTDRGConfig.text_config.vocab_size={_shown(size)}: expected a number of tokens")
+        prompt, texts = self.prompt_token_ids, self.finding_text_token_ids
         for field, tokens in (
+            *((field, [getattr(self, field)]) for field in _PLACEHOLDER_FIELDS if getattr(self, field) is not None),
             ("finding_text_token_ids", [token for row in texts or () for text in row for token in text]),
             ("prompt_token_ids", prompt or ()),
         ):
-            need(
-                isinstance(tokens, (list, tuple))
-                and all(_is_int(token, 0, self.text_config.vocab_size - 1) for token in tokens),
-                field,
-                f"token ids from 0 to {self.text_config.vocab_size - 1} (the LLM's vocab_size is "
-                f"{self.text_config.vocab_size})",
-            )
+            is_right = isinstance(tokens, (list, tuple)) and all(_is_int(token, 0, size - 1) for token in tokens)
+            what = "a token id" if field in _PLACEHOLDER_FIELDS else "token ids"
+            need(is_right, field, f"{what} from 0 to {size - 1} (the LLM's vocab_size is {size})")
         need(
             prompt is None or (0 < len(prompt) <= _MAXIMUM_PROMPT_TOKENS and self.image_token_id in prompt),
             "prompt_token_ids",
@@ -360,7 +275,8 @@ class OTDRGConfig(PreTrainedConfig):
         tokenizer.add_special_tokens({"additional_special_tokens": placeholders}, replace_extra_special_tokens=False)
         ids = tokenizer.convert_tokens_to_ids(placeholders)
         self.text_config.vocab_size = max(self.text_config.vocab_size, len(tokenizer))
-        self.image_token_id, self.finding_token_id, self.finding_text_token_id = ids
+        for field, token in zip(_PLACEHOLDER_FIELDS, ids, strict=True):
+            setattr(self, field, token)
         self.finding_text_token_ids = [
             [tokenizer.encode(f" {_label_text(name, state)};", add_special_tokens=False) for state in FINDING_STATES]
             for name in FINDINGS
@@ -372,7 +288,7 @@ class OTDRGConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
-        """The content of a `config.json`, as in `PreTrainedConfig`; one that is not there is no empty one."""
+        """The content of a `config.json`, as in `PreTrainedConfig`, but a missing file is an error."""
         content, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not content.get("model_type"):
             place = place_of(pretrained_model_name_or_path, kwargs)
@@ -380,16 +296,21 @@ class OTDRGConfig(PreTrainedConfig):
         return content, rest
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What is saved. Where the parts were loaded from is left out: it may be a folder that nobody else has."""
+        """The fields to save, without the folders on this machine that the parts were loaded from."""
         saved = super().to_diff_dict()
         for part in self.sub_configs:
             (saved.get(part) or {}).pop("_name_or_path", None)
         return saved
 
+    def vision_fields(self) -> dict[str, Any]:
+        """The fields that the features of `encode_views` depend on: all but those declared not to."""
+        others = self._NOT_IN_VIEW_FEATURES.union(PreTrainedConfig().to_dict())
+        return {name: value for name, value in self.to_dict().items() if name not in others}
+
     @property
     def placeholder_token_ids(self) -> list[int]:
-        """Ids of the tokens that stand for features, as far as there are any."""
-        ids = (self.image_token_id, self.finding_token_id, self.finding_text_token_id)
+        """Ids of the placeholder tokens that are set."""
+        ids = (getattr(self, field) for field in _PLACEHOLDER_FIELDS)
         return [token for token in ids if token is not None]
 
     @property
@@ -428,7 +349,7 @@ def _label_text(finding: str, state: str) -> str:
 
 
 def place_of(source: str | os.PathLike, hub: Mapping[str, Any]) -> str:
-    """A folder or a Hub id, with the `subfolder` that keywords of `from_pretrained` name in it."""
+    """A folder or a Hub id, joined with the `subfolder` in keyword arguments of `from_pretrained`."""
     return os.path.join(source, hub.get("subfolder") or "").rstrip("/\\")
 
 
@@ -441,7 +362,7 @@ def find_file(source: str | os.PathLike, name: str, **hub) -> str | None:
 
 
 def resolve_backbone(reference: str) -> tuple[str, dict[str, str]]:
-    """A backbone's reference as the name and keywords of `from_pretrained`: a GGUF file is its folder and its name."""
+    """Name and keyword arguments of `from_pretrained` for a backbone: a GGUF file is given by its folder and name."""
     path = Path(reference)
     if path.suffix == ".gguf":
         return str(path.parent), {"gguf_file": path.name}
@@ -454,6 +375,36 @@ def _is_int(value, least: int = 0, most: float = math.inf) -> bool:
 
 def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _lora_fields(field: str, lora) -> dict[str, Any] | None:
+    """The fields of a `LoraConfig`, given as such or as a dictionary, as JSON has them; checked by peft itself.
+
+    Raises:
+        ValueError: a field is wrong, or describes more than LoRA layers.
+    """
+    if lora is None:
+        return None
+    if not isinstance(lora, dict) and hasattr(lora, "to_dict"):
+        defaults = type(lora)().to_dict()
+        lora = {name: value for name, value in lora.to_dict().items() if value != defaults[name]}
+    if not isinstance(lora, dict):
+        raise ValueError(f"OTDRGConfig.{field}={_shown(lora)}: expected the fields of peft.LoraConfig")
+    lora = {name: sorted(value) if isinstance(value, set) else value for name, value in lora.items()}
+    if not _is_int(lora.get("r", 8), 1, _MAXIMUM_RANK):
+        raise ValueError(f"OTDRGConfig.{field}.r={_shown(lora['r'])}: expected an integer from 1 to {_MAXIMUM_RANK:,}")
+    for name in _NOT_LORA_LAYERS:
+        if lora.get(name):
+            raise ValueError(f"OTDRGConfig.{field}.{name}={_shown(lora[name])}: expected null, only LoRA is supported")
+    if is_peft_available():
+        try:
+            import_module("peft").LoraConfig(**lora)
+        except (TypeError, ValueError) as error:
+            reason = str(error).replace("LoraConfig.__init__() ", "")
+            raise ValueError(
+                f"OTDRGConfig.{field}={_shown(lora)}: {reason}, expected peft.LoraConfig's fields"
+            ) from None
+    return lora
 
 
 def _is_id_list(value, most: int) -> bool:
@@ -470,13 +421,75 @@ def _is_table(value) -> bool:
     )
 
 
+def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: value in choices, "one of " + ", ".join(map(repr, choices))
+
+
+def _count(most: int) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: _is_int(value, 1, most), f"a positive integer up to {most:,}"
+
+
+def _or_none(allowed: tuple[Callable[[Any], bool], str]) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: value is None or allowed[0](value), allowed[1]
+
+
+_FLAG = (lambda value: isinstance(value, bool), "true or false")
+_ABOVE_0 = (lambda value: _is_number(value) and value > 0, "a number above 0")
+_AT_LEAST_0 = (lambda value: _is_number(value) and value >= 0, "a number of at least 0")
+_TEXT_TABLE = (
+    _is_table,
+    f"{len(FINDINGS)} x {len(FINDING_STATES)} lists of token ids, none empty, of at most {_MAXIMUM_TEXT_TOKENS:,} each",
+)
+#: For each field, the check of its value and what is allowed, in words.
+_ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "image_size": _count(MAXIMUM_IMAGE_SIZE),
+    "image_tokens": _count(MAXIMUM_IMAGE_TOKENS),
+    "view_fusion": _one_of("mean", "concat"),
+    "projection_norm": _FLAG,
+    "dle": _FLAG,
+    "fiot": _FLAG,
+    "label_encoder": _one_of("embeddings", "text_encoder", "table"),
+    "label_encoder_token_ids": _or_none(_TEXT_TABLE),
+    "label_encoder_size": _or_none(_count(_MAXIMUM_SIZE)),
+    "finding_text": _one_of("mentioned", "all", "none"),
+    "ot_epsilon": _ABOVE_0,
+    "ot_max_iterations": _count(_MAXIMUM_ITERATIONS),
+    "ot_tolerance": _AT_LEAST_0,
+    "ot_cost_normalization": _one_of("none", "unit"),
+    "ot_labels": _one_of("all", "mentioned"),
+    "ot_gradient": _one_of("envelope", "unroll"),
+    "ot_weight": _AT_LEAST_0,
+    "ot_contrastive_weight": _AT_LEAST_0,
+    "ot_contrastive_temperature": _ABOVE_0,
+    "focal_gamma": _AT_LEAST_0,
+    "focal_reduction": _one_of("finding", "study"),
+    "predictor_encoder": _one_of("shared", "own"),
+    "predictor_dropout": (lambda value: _is_number(value) and 0 <= value < 1, "0 <= p < 1"),
+    "predicted_state_ratio": (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
+    "finding_thresholds": (
+        lambda value: (
+            value is None
+            or (
+                isinstance(value, (list, tuple))
+                and len(value) == len(FINDINGS)
+                and all(_is_number(threshold) and 0 <= threshold <= 1 for threshold in value)
+            )
+        ),
+        f"{len(FINDINGS)} numbers from 0 to 1",
+    ),
+    "prompt": (lambda value: isinstance(value, str), "a string"),
+    "finding_text_token_ids": _or_none(_TEXT_TABLE),
+    "weights": _one_of("full", "adapter"),
+}
+
+
 def _shown(value) -> str:
     text = repr(value)
     return text if len(text) <= 1000 else f"{text[:1000]}..."
 
 
 def _check_counts(place: str, fields: dict) -> None:
-    """Refuse a number of layers or labels that no model has: transformers would build them one by one.
+    """Refuse an impossible number of layers or labels, which transformers would build one by one.
 
     Raises:
         ValueError: names the field.
@@ -497,7 +510,12 @@ def _integers(value) -> Iterator[int]:
     yield from (count for count in values if _is_int(count, -math.inf))
 
 
-def _sub_config(field: str, value, default: str | None = None) -> PreTrainedConfig | None:
+#: What a part is if its configuration does not say.
+_DEFAULT_PARTS = {"vision_config": "timm_wrapper", "text_config": "llama"}
+
+
+def _sub_config(field: str, value) -> PreTrainedConfig | None:
+    default = _DEFAULT_PARTS.get(field)
     if value is None and default is not None:
         return CONFIG_MAPPING[default]()
     if value is None or isinstance(value, PreTrainedConfig):

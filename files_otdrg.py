@@ -1,4 +1,4 @@
-"""Reading and writing of text files: JSON with limits on its size, files that replace others as a whole."""
+"""Read text and JSON files within limits of size and depth; write files atomically."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-#: Most bytes of a file that is read as a whole; the tokenizer.json of a large vocabulary has 35 MB.
+#: Maximum size of a file that is read as a whole; the tokenizer.json of a large vocabulary has 35 MB.
 MAXIMUM_BYTES = 2**27
-#: Most levels of lists and objects within each other.
+#: Maximum depth of nested lists and objects.
 MAXIMUM_DEPTH = 100
 
 _KINDS = {dict: "a JSON object", object: "JSON"}
@@ -22,8 +22,8 @@ def read_text(path: str | os.PathLike, what: str = "UTF-8 text", limit: int = MA
 
     Args:
         path: of the file.
-        what: what is expected, for the error message.
-        limit (`int`): most bytes.
+        what: the expected content, for the error message.
+        limit (`int`): maximum size in bytes.
 
     Raises:
         ValueError: the file is larger or not UTF-8.
@@ -47,8 +47,8 @@ def read_json(
     Args:
         path: of the file.
         kind (`type`): type of the content.
-        parse (*optional*): returns what is wanted of the content. An error it raises becomes one that names the file.
-        limit (`int`): most bytes.
+        parse (*optional*): converts the content; its errors become errors that name the file.
+        limit (`int`): maximum size in bytes.
 
     Raises:
         ValueError: the file is not JSON of this kind, is too large or nested too deeply, or `parse` failed.
@@ -72,10 +72,10 @@ def read_json(
 
 
 def interpret(path: str | os.PathLike, parse: Callable[..., Any], *arguments) -> Any:
-    """`parse(*arguments)`, what a file holds being among the arguments.
+    """`parse(*arguments)` for the content of a file.
 
     Raises:
-        ValueError: it failed as a wrong content makes it fail; the message names the file.
+        ValueError: it failed with an error that wrong content causes; the message names the file.
     """
     try:
         return parse(*arguments)
@@ -84,7 +84,7 @@ def interpret(path: str | os.PathLike, parse: Callable[..., Any], *arguments) ->
 
 
 def describe(error: BaseException) -> str:
-    """What an error says, in one line; of a missing key, that it is missing."""
+    """The message of an error in one line."""
     if isinstance(error, KeyError):
         return f"{error.args[0] if error.args else error!r} is missing"
     if isinstance(error, RecursionError):
@@ -110,7 +110,7 @@ def _is_deep(content: Any) -> bool:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a file in UTF-8: whenever the process ends, the file is either as it was or as it is to be."""
+    """Write a file in UTF-8 atomically: if the process is killed, the file has either its old or its new content."""
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -124,15 +124,12 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, content: Any, sort_keys: bool = False) -> None:
     """Write a JSON file as [`write_text`] does."""
     text = json.dumps(content, indent=2, ensure_ascii=False, sort_keys=sort_keys) + "\n"
-    # Names of files from other systems may hold lone surrogates, which UTF-8 cannot encode: they become JSON escapes.
+    # File names from other systems can contain lone surrogates, which UTF-8 cannot encode: they become JSON escapes.
     write_text(path, text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def follow_umask(path: str | os.PathLike) -> None:
-    """Give a file the permissions that `open` gives a new one: safetensors writes files that only their owner can read.
-
-    Permissions that were set on purpose, those of another mode than 0600, are kept.
-    """
+    """Give a file that safetensors has written (mode 0600) the permissions of a new file; other modes are kept."""
     if os.name == "posix" and stat.S_IMODE(os.stat(path).st_mode) == 0o600:
         umask = os.umask(0o077)
         os.umask(umask)

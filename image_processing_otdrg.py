@@ -1,6 +1,6 @@
 """Reading one view: a file, URL, array or DICOM dataset becomes an upright 8-bit RGB picture.
 
-Long, because every kind of image that people bring is read here: what ships beside the weights has to stand alone.
+Long, because it reads every common kind of image without other packages: it ships beside the weights.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ MINIMUM_SIDE = 16
 FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "WEBP", "BMP", "DIB", "GIF", "PPM", "JPEG2000", "AVIF", "QOI")
 
 _EXPECTED = "expected PNG, JPEG, TIFF, WebP, BMP, GIF, PPM, JPEG 2000, AVIF, QOI or DICOM"
-#: No caller can allow more pixels than this, at which Pillow stops as well.
+#: Upper limit of what callers can allow; Pillow has the same limit.
 _MOST_PIXELS = 178_956_970
-#: Seconds for a URL as a whole, and for one answer of its server.
+#: Time limits in seconds: for a whole download, and for one answer of the server.
 _URL_SECONDS, _ANSWER_SECONDS = 60.0, 20.0
-#: Items of DICOM sequences: each becomes an object of a kilobyte.
+#: Maximum number of items in DICOM sequences: each becomes an object of about a kilobyte.
 _MOST_ITEMS = 100_000
 _DICOM_NAMES = (".dcm", ".dicom")
 
@@ -77,22 +77,22 @@ _ONE_SHADE = "all pixels have one shade, expected a radiograph"
 
 
 class _Refusal(ValueError):
-    """Why a view cannot be read, in one line, without its name."""
+    """The reason why a view cannot be read, in one line, without the name of the view."""
 
 
 def read_view(view, max_pixels: int = MAX_PIXELS, name: str | None = None) -> Image.Image:
     """One view as an upright 8-bit RGB image.
 
-    More than 8 bits a channel, and floats beyond 0 to 1, are scaled from their own range. Transparency is shown on
-    black. DICOM goes through its modality transformation and its VOI LUT or first window, which then is the range
-    (unless all values are outside of it); padding is black, and MONOCHROME1 is inverted. Of an animation or a file of
-    several pages the first is read; DICOM of several frames is refused.
+    Images of more than 8 bits per channel, and floats outside 0 to 1, are scaled from their own range. Transparent
+    pixels are blended with black. For DICOM, the modality transformation and the VOI LUT or first window are applied
+    (unless all values are outside of the window); padding is black, and MONOCHROME1 is inverted. Only the first frame
+    of an animation or page of a file is read; DICOM with several frames is refused.
 
     Args:
         view: a path, an http(s) URL, the bytes of a file, a PIL image, an array or tensor (H, W), (H, W, C) or
-            (C, H, W), or a pydicom dataset. Of a PIL image that is decoded already, the pixels are taken as they are.
-        max_pixels (`int`): larger images are refused before they are decoded, and files larger than such images are.
-        name (`str`, *optional*): what errors call the view; by default its path or URL.
+            (C, H, W), or a pydicom dataset. The pixels of a decoded PIL image are used unchanged.
+        max_pixels (`int`): larger images are refused before they are decoded, and so are files too large for an image.
+        name (`str`, *optional*): name of the view in error messages; by default its path or URL.
 
     Raises:
         ValueError: the view cannot be read, has a side below 16 pixels or one shade only; one line, begins with its
@@ -104,23 +104,23 @@ def read_view(view, max_pixels: int = MAX_PIXELS, name: str | None = None) -> Im
     name = shown_name(name or (kind if path is None else path))
     try:
         with warnings.catch_warnings():
-            # Pillow's and pydicom's, which quote what a file holds.
+            # Those of Pillow and pydicom quote the content of a file.
             warnings.simplefilter("ignore")
             picture = read(view, name if path is None else path, min(max_pixels, _MOST_PIXELS))
         if picture.getcolors(1) is not None:
             raise _Refusal(_ONE_SHADE)
-        picture.info = {}  # text and profiles, which would go along wherever it is saved
+        picture.info = {}  # texts and profiles, which would be saved with the picture
         return picture
     except ImportError:
         raise
     except _Refusal as error:
         raise ValueError(f"{name}: {error}") from error
-    except Exception as error:  # whatever a parser raises of a damaged file
+    except Exception as error:  # parsers raise errors of any type for a damaged file
         raise ValueError(f"{name}: cannot be read ({_line(error)})") from error
 
 
 def read_file(path: str, max_pixels: int = MAX_PIXELS) -> bytes:
-    """The bytes of an image file, at most as many as an image of so many pixels may have.
+    """The bytes of an image file, if it is not larger than an image of `max_pixels` can be.
 
     Raises:
         ValueError: it cannot be read, is larger, or is not a regular file; one line, begins with the path.
@@ -132,7 +132,7 @@ def read_file(path: str, max_pixels: int = MAX_PIXELS) -> bytes:
 
 
 def shown_name(name: str) -> str:
-    """A path or URL as errors show it: without a URL's user, password and query, and without control characters."""
+    """A path or URL for error messages: without a URL's user, password and query, and without control characters."""
     name = re.sub(r"^(https?://[^?#]*)[?#].*", r"\1", without_credentials(name), flags=re.IGNORECASE | re.DOTALL)
     return name if name.isprintable() and name else repr(name)[1:-1] or "''"
 
@@ -144,13 +144,13 @@ def without_credentials(name: str) -> str:
 
 
 def is_dicom(data: bytes, name: str = "") -> bool:
-    """Whether bytes are a DICOM file by their content, or by the name of their file."""
+    """Whether the content or the file name is that of a DICOM file."""
     path = urlsplit(name).path if _is_url(name) else name
     return data[128:132] == b"DICM" or path.lower().endswith(_DICOM_NAMES)
 
 
 def reads_alike(path: str, max_pixels: int = MAX_PIXELS) -> bool:
-    """Whether Pillow alone sees in a file what [`read_view`] sees; tells it by the header, without decoding.
+    """Whether Pillow alone reads the same picture from a file as [`read_view`]; judged by the header, without decoding.
 
     Raises:
         ValueError: the file is no image that [`read_view`] reads; one line, begins with the path.
@@ -174,8 +174,8 @@ def reads_alike(path: str, max_pixels: int = MAX_PIXELS) -> bool:
 
 
 def _reader(view) -> tuple[str, Callable[..., Image.Image]]:
-    """What errors call a view without a name, and the function that reads views of its kind."""
-    torch, pydicom = sys.modules.get("torch"), sys.modules.get("pydicom")  # what is not imported has made no view
+    """The name of a view without one in error messages, and the function that reads this kind of view."""
+    torch, pydicom = sys.modules.get("torch"), sys.modules.get("pydicom")  # without them there is no such view
     if isinstance(view, (str, os.PathLike)):
         return "file", _from_path
     if isinstance(view, (bytes, bytearray)):
@@ -197,7 +197,7 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def _line(error: Exception | str) -> str:
-    """What an error says, in one line."""
+    """The message of an error in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     text = text if text.isprintable() else repr(text)[1:-1]
     return text if len(text) <= 300 else f"{text[:300]}..."
@@ -217,12 +217,12 @@ def _is_url(name: str) -> bool:
 
 
 def _most_bytes(max_pixels: int) -> int:
-    """Of a file: what 4 bytes a pixel and a large header need."""
+    """Maximum size of a file: 4 bytes per pixel and a large header."""
     return 4 * max_pixels + 16 * 2**20
 
 
 def _check_regular(path: str) -> None:
-    """Before a file is opened: a pipe without a writer would never answer."""
+    """Refuse what is not a regular file: opening a pipe without a writer would block forever."""
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -235,7 +235,7 @@ def _file_bytes(path: str, limit: int) -> bytes:
         _check_regular(path)
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            data = file.read(limit + 1) if size <= limit else b""  # a file of the system may hold more than it says
+            data = file.read(limit + 1) if size <= limit else b""  # files in /proc can be larger than their size
     except OSError as error:
         raise _Refusal(f"cannot be read ({error.strerror or type(error).__name__})") from error
     except ValueError as error:
@@ -248,7 +248,7 @@ def _file_bytes(path: str, limit: int) -> bytes:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to public addresses only: a server must not make this machine ask what is behind a firewall."""
+    """Follows redirects to public addresses only: a server must not reach a private network through this machine."""
 
     def redirect_request(self, request, response, code, message, headers, url):
         parts = urlsplit(url)
@@ -266,7 +266,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 class _TimedStream(io.RawIOBase):
-    """What a socket receives until a time, however slowly it comes."""
+    """Reads from a socket until a deadline, however slowly data arrives."""
 
     def __init__(self, stream: io.RawIOBase, connection: socket.socket, until: float):
         self._stream, self._connection, self._until = stream, connection, until
@@ -293,7 +293,7 @@ class _TimedResponse(http.client.HTTPResponse):
 
 
 class _TimedHTTP(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    """Opens URLs whose answers, headers and all, must have come at a time."""
+    """Opens URLs; the answer, including its headers, must arrive before a deadline."""
 
     def __init__(self, until: float):
         super().__init__()
@@ -318,7 +318,7 @@ def _download(url: str, limit: int) -> bytes:
         user, at, host = authority.rpartition("@")
         request = urllib.request.Request(f"{scheme}://{host}{slash}{path}")
         if at:
-            # Not sent on to where the server redirects to.
+            # Not sent to the target of a redirect.
             credentials = base64.b64encode(unquote(user).encode()).decode()
             request.add_unredirected_header("Authorization", f"Basic {credentials}")
         opener = urllib.request.build_opener(_TimedHTTP(time.monotonic() + _URL_SECONDS), _Redirects)
@@ -330,7 +330,7 @@ def _download(url: str, limit: int) -> bytes:
     except urllib.error.HTTPError as error:
         if 300 <= error.code < 400:
             raise _Refusal("redirects to what is not an http(s) URL, or too often, not followed") from error
-        # Its own text may hold a URL, and a URL a password.
+        # The error's own text may contain a URL with a password.
         status = http.client.responses.get(error.code, "")
         raise _Refusal(f"cannot be read (HTTP status {error.code} {status})".replace(" )", ")")) from error
     except http.client.InvalidURL as error:
@@ -339,10 +339,10 @@ def _download(url: str, limit: int) -> bytes:
         raise _Refusal(f"cannot be read (not there within {_URL_SECONDS:g} seconds)") from error
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
-        told = _line(getattr(reason, "strerror", None) or reason)
+        text = _line(getattr(reason, "strerror", None) or reason)
         if isinstance(reason, TimeoutError):
-            told = f"no answer within {_ANSWER_SECONDS:g} seconds"
-        raise _Refusal(f"cannot be read ({told})") from error
+            text = f"no answer within {_ANSWER_SECONDS:g} seconds"
+        raise _Refusal(f"cannot be read ({text})") from error
     except Exception as error:
         raise _Refusal(f"cannot be read (not a URL: {type(error).__name__})") from error
     if len(data) > limit or expected > limit:
@@ -381,7 +381,7 @@ def _from_bytes(view, name: str, max_pixels: int) -> Image.Image:
 def _from_pillow(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     file = getattr(image, "fp", None)
     if getattr(image, "tile", None) and file is not None and image.tell() == 0:
-        # Not decoded yet: of some files Pillow decodes less than they hold.
+        # Not decoded yet: Pillow would decode less than some files hold.
         _check_image_size(image, max_pixels)
         place = file.tell()
         file.seek(0)
@@ -411,7 +411,7 @@ def _kind(data: bytes) -> str | None:
 
 
 def _unidentified(data: bytes) -> str:
-    """Why Pillow does not know a file for an image."""
+    """The reason why Pillow does not recognise a file as an image."""
     kind = _kind(data)
     frame = _frame_header(data) if kind == "JPEG" else None
     if frame is not None and frame.bits != 8:
@@ -431,7 +431,7 @@ def _check_image_size(image: Image.Image, max_pixels: int) -> None:
 
 
 def _decoded(image: Image.Image, data: bytes | None, max_pixels: int) -> Image.Image:
-    """The picture of an image; `data` are the bytes of its file, None where it is decoded already."""
+    """The picture of an image; `data` are the bytes of its file, None if it is decoded already."""
     _check_image_size(image, max_pixels)
     if image.format == "TIFF":
         return _from_tiff(image, data)
@@ -464,9 +464,9 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 
 def _colour_bits(image: Image.Image, data: bytes) -> int:
-    """Bits a channel of a colour image, in the formats of which Pillow reads the upper 8 only."""
+    """Bits per channel of a colour image, in the formats for which Pillow keeps only the upper 8."""
     if image.format == "PPM" and image.mode == "RGB":
-        # The second of the arguments of its decoder is the largest value.
+        # The second argument of the decoder is the largest value.
         arguments = image.tile[0][3]
         return arguments[1].bit_length() if isinstance(arguments, tuple) and isinstance(arguments[1], int) else 8
     if image.format == "JPEG2000" and len(image.getbands()) > 1:
@@ -502,7 +502,7 @@ def _from_deep_png(data: bytes) -> Image.Image:
 
 
 def _both_bytes(data: bytes) -> np.ndarray:
-    """The values (H, W, C) of an image whose channels have 16 bits, of which Pillow decodes one byte at a time."""
+    """The values (H, W, C) of an image with 16 bits per channel, which Pillow decodes one byte at a time."""
     halves = {}
     for order in "BL":
         image = _opened(data)
@@ -525,7 +525,7 @@ def _with_arguments(tile: tuple, arguments: str | tuple) -> tuple:
 
 
 def _tiff_depth(image: Image.Image) -> tuple[str, int]:
-    """What kind of numbers a TIFF holds, and their bits."""
+    """The kind of numbers in a TIFF, and their bits."""
     formats, bits = image.tag_v2.get(339, (1,)), image.tag_v2.get(258, (1,))
     formats, bits = (value if isinstance(value, tuple) else (value,) for value in (formats, bits))
     return {1: "unsigned", 2: "signed", 3: "float"}.get(max(formats), "unknown"), 8 if max(bits) <= 8 else max(bits)
@@ -539,14 +539,14 @@ def _from_tiff(image: Image.Image, data: bytes | None) -> Image.Image:
     if len(image.getbands()) > 1 and bits > 8:
         premultiplied = 1 in image.tag_v2.get(338, ())
         if data is None:
-            raise _Refusal(f"{bits}-bit colour of which Pillow has left 8 bits, expected the file")
+            raise _Refusal(f"{bits}-bit colour that Pillow has reduced to 8 bits, expected the file")
         if bits != 16 or image.mode not in ("RGB", "RGBA") or image.tag_v2.get(284, 1) != 1:
             raise _Refusal(f"a TIFF of {bits}-bit {image.mode}, expected gray, or RGB in one plane")
         array = _both_bytes(data)
         alpha = array[..., 3] / np.float32(2**16 - 1) if array.shape[-1] == 4 and not premultiplied else None
         return _scaled(array[..., :3], alpha)
     if data is not None and image.tile and image.tile[0][0] == "libtiff":
-        # libtiff gives the machine's own byte order, for which Pillow corrects only 16 bits without sign.
+        # libtiff returns the machine's own byte order, which Pillow corrects only for unsigned 16 bits.
         native = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF"} if sys.byteorder == "little" else {}
         raw_mode, *arguments = image.tile[0][3]
         image.tile = [_with_arguments(image.tile[0], (native.get(raw_mode, raw_mode), *arguments))]
@@ -585,7 +585,7 @@ def _from_array(array, name: str, max_pixels: int) -> Image.Image:
     if array.ndim == 2 or array.shape[-1] == 3:
         return _scaled(array)
     _check_finite(array)
-    # Opaque is the largest value of 16 bits, and of other types the least of these that no alpha is above.
+    # The alpha value of an opaque pixel: the maximum of uint16, or the smallest of these values that fits all alphas.
     fulls = [2**16 - 1] if array.dtype == np.uint16 else [1, 2**8 - 1, 2**16 - 1, array[..., 3].max()]
     full = next(full for full in fulls if array[..., 3].max() <= full)
     return _scaled(array[..., :3], np.clip(array[..., 3] / full, 0, 1))
@@ -597,9 +597,10 @@ def _check_finite(array: np.ndarray) -> None:
 
 
 def _scaled(array: np.ndarray, alpha: np.ndarray | None = None) -> Image.Image:
-    """An array (H, W) or (H, W, 3) of any numbers as a picture from black to white, on black.
+    """An array (H, W) or (H, W, 3) of any numbers as a picture, blended with black.
 
-    The range is that of the array where alpha (H, W), from 0 to 1, is above 0; it is 0 to 1 where no value is beyond.
+    Its range from black to white is that of the values where alpha (H, W), from 0 to 1, is above 0; or 0 to 1 if all of
+    them are inside.
     """
     _check_finite(array)
     low, high = array.min(), array.max()
@@ -626,19 +627,19 @@ def _scaled(array: np.ndarray, alpha: np.ndarray | None = None) -> Image.Image:
 
 
 def _blocks(array: np.ndarray) -> list[slice]:
-    """Slices of a few rows, so that no float copy of a large array is made at once."""
+    """Slices of 256 rows, so that no float copy of a whole large array is needed."""
     return [slice(row, row + 256) for row in range(0, len(array), 256)]
 
 
 def _by_value(array: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """`function` of an array's values, 8 bits each; it is given each integer once, where they lie close enough."""
+    """`function` of an array's values, as uint8; integers in a narrow range are mapped once each."""
     if array.dtype.kind not in "iu":
         return function(array)
     low, high = int(array.min()), int(array.max())
     if high - low >= 2**16:
         return function(array)
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    # Unsigned, since the differences of signed numbers wrap around.
+    # Unsigned, because differences of signed numbers can overflow.
     places = (array - array.dtype.type(low)).view(f"u{array.itemsize}").astype(np.uint16)
     held = np.zeros(high - low + 1, bool)
     held[places] = True
@@ -668,12 +669,12 @@ def _dicom_dataset(data: bytes, max_pixels: int):
         return dataset
     except _Refusal:
         raise
-    except Exception as error:  # pydicom raises whatever its parsers meet in a damaged file
+    except Exception as error:  # pydicom raises errors of any type for a damaged file
         raise _Refusal(f"not a DICOM file that can be read ({_line(error)})") from error
 
 
 def _check_dicom_size(data: bytes, limit: int) -> None:
-    """Refuse a file that becomes too large where it is deflated, or holds too many items."""
+    """Refuse a deflated file that inflates to too many bytes, and a file with too many items."""
     items, tail = 0, b""
     for block in _dicom_blocks(data, limit):
         block = tail + block
@@ -684,7 +685,7 @@ def _check_dicom_size(data: bytes, limit: int) -> None:
 
 
 def _dicom_blocks(data: bytes, limit: int):
-    """What a DICOM file holds, inflated where its transfer syntax is Deflated Explicit VR Little Endian."""
+    """The content of a DICOM file in blocks, inflated if its transfer syntax is Deflated Explicit VR Little Endian."""
     start = place = 132 if data[128:132] == b"DICM" else 0
     while data[place : place + 2] == b"\x02\x00" and place + 12 <= len(data):  # the file's meta information
         long = data[place + 4 : place + 6] in (b"OB", b"OW", b"SQ", b"UN", b"UT", b"UC", b"UR")
@@ -726,7 +727,7 @@ def _from_dicom(dataset, name: str, max_pixels: int) -> Image.Image:
 
 
 def _whole(dataset, keyword: str, default: int) -> int:
-    """The value of an element that holds one whole number."""
+    """The value of an element that must be one whole number."""
     try:
         value = dataset.get(keyword)
         return default if value is None or value == "" else int(value)
@@ -758,21 +759,21 @@ def _dicom_values(dataset, pixels, max_pixels: int) -> np.ndarray:
     except _Refusal:
         raise
     except Exception as error:  # a decoder that is missing or fails, each with errors of its own
-        told = _line(error)
+        text = _line(error)
         if codec and dataset.file_meta.TransferSyntaxUID.is_encapsulated:
             bits = f" of {frame.bits} bits" if frame is not None else ""
-            told = f"{codec}{bits}: {told}; expected a decoder that reads it: {_DECODERS}"
-        raise _Refusal(f"the DICOM file's pixels cannot be decoded ({told})") from error
+            text = f"{codec}{bits}: {text}; expected a decoder that reads it: {_DECODERS}"
+        raise _Refusal(f"the DICOM file's pixels cannot be decoded ({text})") from error
 
 
 def _dicom_shades(array: np.ndarray, dataset) -> np.ndarray:
     """Stored values (H, W) as shades from 0, black, to 255 (DICOM PS3.3 C.11.1, C.11.2).
 
-    Not with `pydicom.pixels.apply_voi_lut`: its lookup overflows where 8-bit tables take larger values, its windows are
-    upside down under a negative slope, and it does not tell the range that its output must be shown in.
+    `pydicom.pixels.apply_voi_lut` is not used: its lookup overflows for 8-bit tables, its windows are inverted for a
+    negative slope, and it does not return the range in which its output is to be shown.
     """
 
-    def first(element):  # the first of several windows; None where the element is blank
+    def first(element):  # the first of several windows; None for an empty element
         value = dataset.get(element)
         value = value[0] if isinstance(value, Sequence) and not isinstance(value, str) and value else value
         return None if value is None or value == "" or isinstance(value, Sequence) else float(value)
@@ -795,7 +796,7 @@ def _dicom_shades(array: np.ndarray, dataset) -> np.ndarray:
             windowed = _between(windowed, table.min(), table.max())
         elif center is not None and width is not None:
             windowed = _dicom_window(values, center, width, str(dataset.get("VOILUTFunction") or "LINEAR").upper())
-        if windowed is None or _one_shade(windowed[shown]):  # no window, or one that all values are outside of
+        if windowed is None or _one_shade(windowed[shown]):  # no window, or all values are outside of it
             windowed = _between(values, values[shown].min(), values[shown].max())
         if _one_shade(windowed[shown]):
             raise _Refusal(_ONE_SHADE)
@@ -818,7 +819,7 @@ def _one_shade(values: np.ndarray) -> bool:
 
 
 def _as_stored(limit: float, dataset) -> float:
-    """A padding value as the pixels have it, where its own type has another sign than theirs."""
+    """A padding value as pixels store it, also if one of the two types is signed and the other is not."""
     bits = _whole(dataset, "BitsStored", 16)
     if _whole(dataset, "PixelRepresentation", 0):
         half = 2 ** (bits - 1)
@@ -827,7 +828,7 @@ def _as_stored(limit: float, dataset) -> float:
 
 
 def _dicom_lookup(values: np.ndarray, item, dataset) -> tuple[np.ndarray, np.ndarray]:
-    """Values through a modality or VOI table, and the table. Beyond its ends, its first and last entry hold."""
+    """Values looked up in a modality or VOI table, clipped to its ends, and the table."""
     entries, start, _ = (int(number) for number in item.LUTDescriptor)
     entries, data = entries or 2**16, item.LUTData
     if isinstance(data, bytes):  # 8-bit entries may be packed, or have 16 bits each
@@ -838,7 +839,7 @@ def _dicom_lookup(values: np.ndarray, item, dataset) -> tuple[np.ndarray, np.nda
 
 
 def _dicom_window(values: np.ndarray, center: float, width: float, function: str) -> np.ndarray:
-    """Values through a window, to 0 to 1."""
+    """Values mapped by a window to 0 to 1."""
     if width <= 0 or (function == "LINEAR" and width < 1):
         raise ValueError(f"its window is {width:g} wide, expected {'at least 1' if width > 0 else 'more than 0'}")
     if function == "LINEAR":
@@ -854,7 +855,7 @@ def _dicom_window(values: np.ndarray, center: float, width: float, function: str
 
 
 class _Frame(NamedTuple):
-    """What a compressed image says of itself."""
+    """Size and bits per channel, from the header of a compressed image."""
 
     width: int
     height: int
@@ -862,7 +863,7 @@ class _Frame(NamedTuple):
 
 
 def _frame_header(data: bytes) -> _Frame | None:
-    """The frame of a JPEG, JPEG-LS or JPEG 2000 image; None where there is none."""
+    """The frame of a JPEG, JPEG-LS or JPEG 2000 image; None if there is none."""
     place = data.find(b"\xff\x4f\xff\x51", 0, 2**20)
     try:
         if place >= 0:

@@ -14,7 +14,7 @@ from .processing_otdrg import read_view
 
 
 class _Studies(torch.utils.data.Dataset):
-    """A `datasets.Dataset` as the kind of dataset pipelines iterate over."""
+    """A `datasets.Dataset` as a torch dataset, which pipelines iterate over."""
 
     def __init__(self, rows):
         self.rows = rows
@@ -42,18 +42,20 @@ class ReportGenerationPipeline(Pipeline):
     dictionaries, several (a list, a generator, a dataset) give one such list each. The dictionaries hold
 
     - `generated_text` (`str`): the report;
-    - `complete` (`bool`): whether the report came to its end; else it was cut off at the most tokens;
-    - `findings` (`dict`): for each of the 14, the `state` the LLM was told and its `probability` to the predictor;
+    - `complete` (`bool`): whether the report ended by itself, and was not cut off at the maximum length;
+    - `findings` (`dict`): for each of the 14, the `state` that conditioned the LLM and the probability that the
+      predictor gives to this state;
     - `heatmaps` (`dict`, with `return_heatmaps=True`): for each of the 14, an array (views, rows, columns) of the
       transport plan over the grid of image tokens, as a multiple of the uniform plan's mass;
-    - `contradictions` (`list`, with `return_contradictions=True`): each finding but No Finding of which the report says
-      another state than the LLM was told, as `{"finding", "told", "said", "kind"}`. The kind is `"contradicted"`, told
-      in one state and said in another; `"omitted"`, told and not said; or `"added"`, said without being told. The
-      report is read by the labeler `rules` of the package `otdrg`, which must be installed for this.
+    - `contradictions` (`list`, with `return_contradictions=True`): findings whose state in the report differs from the
+      one that conditioned the LLM (No Finding is not compared), as `{"finding", "told", "said", "kind"}` with both
+      states. The kind is `"contradicted"` (both mention it, in different states), `"omitted"` (the report does not
+      mention it) or `"added"` (only the report mentions it). The report is read by the labeler `rules` of the package
+      `otdrg`, which must be installed for this.
 
-    Call arguments: `findings` steers the report (beside a positive one, No Finding is unmentioned unless it is given),
-    `indication` says why the study was made, `return_heatmaps`, `return_contradictions`; every argument of `generate`
-    (`max_new_tokens`, `num_beams`, `num_return_sequences`, ...), also in `generate_kwargs`.
+    Call arguments: `findings`, states that steer the report (beside a positive one, No Finding is unmentioned unless it
+    is given); `indication`, the reason for the study; `return_heatmaps`; `return_contradictions`; every argument of
+    `generate` (`max_new_tokens`, `num_beams`, `num_return_sequences`, ...), also in `generate_kwargs`.
     """
 
     _load_processor = True
@@ -62,7 +64,7 @@ class ReportGenerationPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = False
 
-    #: Most tokens of a report where neither the caller nor the model's generation configuration says.
+    #: Maximum length of a report in tokens if neither the caller nor the model's generation configuration sets one.
     default_max_new_tokens = 256
 
     def _sanitize_parameters(
@@ -92,12 +94,12 @@ class ReportGenerationPipeline(Pipeline):
         forward |= generate_kwargs
         postprocess = {}
         if return_contradictions is not None:
-            # Before anything is written, so that what is missing is told at once.
+            # Before anything is generated, so that a missing package is an error at once.
             postprocess["self_check"] = self._self_check() if return_contradictions else None
         return ({} if indication is None else {"indication": indication}), forward, postprocess
 
     def _self_check(self):
-        """`otdrg.metrics.faithfulness.self_check`, which is not among the files that come with weights."""
+        """`otdrg.metrics.faithfulness.self_check`, which does not ship with the weights."""
         if not self.model.config.dle:
             raise ValueError(
                 "return_contradictions=True, but OTDRGConfig.dle=False: this model does not use finding states"
@@ -105,7 +107,7 @@ class ReportGenerationPipeline(Pipeline):
         try:
             return import_module("otdrg.metrics.faithfulness").self_check
         except ModuleNotFoundError as error:
-            # A folder of that name beside the script counts as a package, and has no metrics.
+            # A folder called otdrg beside the script counts as a package without metrics.
             if error.name is None or error.name.partition(".")[0] != "otdrg":
                 raise
             raise ImportError(
@@ -124,7 +126,7 @@ class ReportGenerationPipeline(Pipeline):
         return super().__call__(inputs, **kwargs)
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Write model and processor with the code they need; the library's own would leave the processor out.
+        """Write model and processor with their code; the base class would leave the processor out.
 
         Args:
             save_directory (`str`): the folder.
@@ -149,7 +151,7 @@ class ReportGenerationPipeline(Pipeline):
         return {"views": [read_view(view, self.processor.max_image_pixels) for view in views], "indication": indication}
 
     def _forward(self, model_inputs, findings=None, return_heatmaps=False, **generate_kwargs):
-        # A study alone comes as its views, a batch as a list of those: the processor pads views, the library does not.
+        # A single study is its views, a batch a list of these: the processor pads views, the base class cannot.
         batched = not isinstance(model_inputs["views"][0], Image.Image)
         studies = model_inputs["views"] if batched else [model_inputs["views"]]
         indications = model_inputs["indication"] if batched else [model_inputs["indication"]]
@@ -187,7 +189,7 @@ class ReportGenerationPipeline(Pipeline):
         return arguments
 
     def _complete(self, written: torch.Tensor, arguments: dict) -> list[bool]:
-        """Of each sequence of new tokens, whether it has an end, and was not cut off."""
+        """For each sequence of new tokens, whether it contains an end-of-text token."""
         config = arguments.get("generation_config") or self.model.generation_config
         end = arguments.get("eos_token_id", config.eos_token_id)
         if end is None:
@@ -195,7 +197,7 @@ class ReportGenerationPipeline(Pipeline):
         return torch.isin(written, torch.tensor(end, device=written.device)).any(dim=1).tolist()
 
     def _heatmaps(self, study) -> list[np.ndarray]:
-        """Each study's lift of the plan over the uniform one, (views, 14, rows, columns)."""
+        """For each study the plan as a multiple of the uniform one, (views, 14, rows, columns)."""
         if not self.model.config.fiot:
             raise ValueError("return_heatmaps=True, but OTDRGConfig.fiot=False: this model has no transport plan")
         lift = self.model.transport_lift(study.view_features, study.view_mask, study.finding_states).float().cpu()
@@ -213,7 +215,7 @@ class ReportGenerationPipeline(Pipeline):
             for report, complete in zip(model_outputs["reports"], model_outputs["complete"], strict=True)
         ]
         if model_outputs["heatmaps"] is not None:
-            # Unbatching puts an axis of 1 in front of an array.
+            # Unbatching adds a leading axis of size 1 to an array.
             lift = model_outputs["heatmaps"]
             lift = lift.reshape(-1, *lift.shape[-3:])
             heatmaps = {name: lift[:, row] for row, name in enumerate(FINDINGS)}

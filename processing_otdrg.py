@@ -1,7 +1,4 @@
-"""Processor of OTDRG: views and a prompt become tensors, token ids become text.
-
-Long, because construction, the call, loading and the checks of one class ship in one file.
-"""
+"""Processor of OTDRG: views and a prompt become tensors, token ids become text."""
 
 from __future__ import annotations
 
@@ -27,8 +24,7 @@ from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, TextKw
 if find_spec("transformers.image_processing_backends") is not None:
     from transformers import ViTImageProcessor
 else:
-    # While transformers had two, the plain name was the slow one, and a folder was reloaded as the fast one, whose
-    # pixels differ a little.
+    # Earlier versions have a slow and a fast one whose pixels differ slightly, and reload a folder as the fast one.
     from transformers.models.vit.image_processing_vit_fast import ViTImageProcessorFast as ViTImageProcessor
 
 from .chat_templates_otdrg import check_chat_template
@@ -51,7 +47,7 @@ from .image_processing_otdrg import read_view
 _PLACEHOLDERS = (IMAGE_TOKEN, FINDING_TOKEN, FINDING_TEXT_TOKEN)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# In front of an LLM's own chat template: messages of images and texts become strings, each image its placeholder.
+# Put before an LLM's own chat template: turns messages of images and texts into strings with image placeholders.
 _FLATTEN_MESSAGES = """\
 {%- set flat = namespace(messages=[], text='') -%}
 {%- for message in messages -%}
@@ -72,7 +68,7 @@ _FLATTEN_MESSAGES = """\
 {%- set messages = flat.messages -%}
 """
 
-# Some LLMs' templates put a system turn about the LLM itself where there is none: an empty one keeps it away.
+# Some templates add a system turn about the LLM itself if there is none: an empty system turn prevents this.
 _EMPTY_SYSTEM_TURN = """\
 {%- if messages[0]['role'] != 'system' -%}
 {%- set messages = [{'role': 'system', 'content': ''}] + messages -%}
@@ -82,7 +78,7 @@ _EMPTY_SYSTEM_TURN = """\
 _PLAIN_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
 
 
-#: Arguments of tokenizers that the processor uses, and those that `apply_chat_template` adds.
+#: Arguments of tokenizers that the processor supports, and those that `apply_chat_template` adds.
 _TEXT_ARGUMENTS = {"padding", "padding_side", "truncation", "max_length", "pad_to_multiple_of"}
 _CHAT_ARGUMENTS = {"return_dict", "sanitize_control_tokens"}
 
@@ -96,7 +92,7 @@ class OTDRGProcessorKwargs(ProcessingKwargs, total=False):
 
 class OTDRGProcessor(ProcessorMixin):
     r"""
-    Turns studies into the model's inputs.
+    Converts studies into the model's inputs.
 
     Args:
         image_processor (`ViTImageProcessor`): resizes and normalises one view.
@@ -188,7 +184,7 @@ class OTDRGProcessor(ProcessorMixin):
         """A processor for a model on pretrained backbones; `config` is bound to the tokenizer.
 
         Args:
-            vision (`str`): the vision encoder's Hub id or folder; its normalisation is used where it states one.
+            vision (`str`): the vision encoder's Hub id or folder, for its image normalisation.
             text (`str`): Hub id, folder or GGUF file with the LLM's tokenizer.
             config (`OTDRGConfig`): the model's.
 
@@ -272,17 +268,17 @@ class OTDRGProcessor(ProcessorMixin):
             images: studies. A view is a path, a URL, a PIL image, an array (H, W) or (H, W, C), or a DICOM file;
                 `[a, b]` is two studies of one view, `[[a, b]]` one study of two.
             text (`str` or `list[str]`, *optional*): prompts in place of the default one, each with one `<image>` (or
-                one for each view) where the study goes; an `<image>` is put in front where there is none.
-            report (`str` or `list[str]`, *optional*): training targets. Padding is on the right with them, else on the
-                left.
-            indication (`str` or `list[str]`, *optional*): why the study was made, put before the instruction.
+                one for each view) in the place of the study; without any, an `<image>` is put before the text.
+            report (`str` or `list[str]`, *optional*): training targets. With them, padding is on the right, otherwise
+                on the left.
+            indication (`str` or `list[str]`, *optional*): reason for the study, put before the instruction.
             finding_states (*optional*): states that condition the report: ids (B, 14), -1 where they are to be
                 predicted, or a dictionary `{"edema": "positive"}` a study.
             max_report_tokens (`int`, *optional*): longer reports are cut to this many tokens.
             kwargs: of `ProcessingKwargs`, flat or in `text_kwargs`, `images_kwargs` and `common_kwargs`. Those of the
                 text are `padding`, `padding_side`, `truncation`, `max_length`, `pad_to_multiple_of` and
                 `return_tensors` (`"pt"` by default, `"np"`, or None for lists); those of the images are the image
-                processor's, such as `do_rescale`. `add_special_tokens` has no effect: the chat template writes them.
+                processor's, such as `do_rescale`. `add_special_tokens` has no effect: the chat template adds them.
 
         Returns:
             `BatchFeature` with `input_ids` and `attention_mask` (B, L), `pixel_values` (B, V, 3, H, W), `view_mask`
@@ -301,7 +297,7 @@ class OTDRGProcessor(ProcessorMixin):
             **{name: value for name, value in kwargs.items() if name not in _CHAT_ARGUMENTS},
         )
         text_kwargs = {name: merged["text_kwargs"][name] for name in _TEXT_ARGUMENTS & merged["text_kwargs"].keys()}
-        # A tokenizer's own side is not meant for both prompts and reports.
+        # The tokenizer's own padding side is ignored: prompts and reports need different ones.
         text_kwargs["padding_side"] = {**kwargs, **kwargs.get("text_kwargs", {})}.get("padding_side")
         return_tensors = merged["text_kwargs"].get("return_tensors")
         return_tensors = getattr(return_tensors, "value", return_tensors)
@@ -316,7 +312,7 @@ class OTDRGProcessor(ProcessorMixin):
         return BatchFeature({name: _converted(name, value, return_tensors) for name, value in features.items()})
 
     def _check_names(self, kwargs: dict) -> None:
-        """Raise `ValueError` where an argument is not known, or known to tokenizers and not used here."""
+        """Raise `ValueError` for an unknown argument, and for a tokenizer's argument that is not supported here."""
         own = getattr(self.image_processor, "valid_kwargs", ImagesKwargs)
         image_arguments = {*ImagesKwargs.__annotations__, *own.__annotations__}
         for name, value in {**kwargs, **kwargs.get("text_kwargs", {})}.items():
@@ -337,10 +333,10 @@ class OTDRGProcessor(ProcessorMixin):
         finding_states=None,
         **kwargs,
     ) -> dict[str, torch.Tensor]:
-        """All of a batch but its pixels, for studies whose views are encoded already.
+        """A batch without its pixels, for studies whose views are encoded already.
 
         Args:
-            views (`Sequence[int]`): how many views each study has.
+            views (`Sequence[int]`): number of views of each study.
             text, report, indication, max_report_tokens, finding_states: as in [`__call__`].
             kwargs: `padding`, `padding_side`, `truncation`, `max_length` and `pad_to_multiple_of`.
 
@@ -390,7 +386,7 @@ class OTDRGProcessor(ProcessorMixin):
             images = [images]
         counts = [prompt.count(self.image_token) for prompt in texts] if texts else []
         if counts and len(images) != len(texts) and sum(counts) == len(images):
-            # A flat list for conversations with several images each: every conversation takes its own.
+            # A flat list of the images of conversations with several images each.
             remaining = iter(images)
             images = [[next(remaining) for _ in range(count)] for count in counts]
         studies = [list(study) if isinstance(study, (list, tuple)) else [study] for study in images]
@@ -403,7 +399,7 @@ class OTDRGProcessor(ProcessorMixin):
         """A conversation in the chat template, as in `ProcessorMixin`.
 
         Raises:
-            ValueError: the template takes too long or too much memory, which it is tried for when it is first used.
+            ValueError: the template takes too long or too much memory, which is checked at its first use.
         """
         template = self.chat_template if chat_template is None else chat_template
         if isinstance(template, str):
@@ -411,7 +407,7 @@ class OTDRGProcessor(ProcessorMixin):
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     def default_prompt(self, indication: str | None = None) -> str:
-        """The prompt of one study, with one `<image>` where the study goes, in the LLM's chat template."""
+        """The prompt of one study in the LLM's chat template, with one `<image>` in the place of the study."""
         instruction = f"Indication: {indication.strip()}\n{self.prompt}" if indication else self.prompt
         content = [{"type": "image"}, {"type": "text", "text": f"\n{instruction}"}]
         return self.apply_chat_template(
@@ -428,7 +424,7 @@ class OTDRGProcessor(ProcessorMixin):
         return [self._expand(prompt, count) for prompt, count in zip(prompts, views, strict=True)]
 
     def _expand(self, prompt: str, views: int) -> str:
-        """Write out the placeholders of a study of `views` views where the prompt has its first `<image>`."""
+        """Replace the first `<image>` of a prompt by the placeholders of a study of `views` views."""
         places = prompt.count(self.image_token)
         if places not in (1, views):
             raise ValueError(f"a prompt has {places} {self.image_token} for {views} views: expected 1 or {views}")
@@ -469,7 +465,7 @@ class OTDRGProcessor(ProcessorMixin):
             raise ValueError("max_length=None: expected a number of tokens with padding='max_length' or truncation")
         if truncation not in (None, False, "do_not_truncate"):
             rows, targets = self._truncated(rows, targets, max_length)
-        # Padding is told by length and never by its id, which for many LLMs is that of the end of text.
+        # Padding is masked by length and not by its id, which for many LLMs is that of the end of text.
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         side = padding_side or ("right" if training else "left")
         if side not in ("left", "right"):
@@ -488,7 +484,7 @@ class OTDRGProcessor(ProcessorMixin):
         return {**features, "labels": padded(targets, -100)} if training else features
 
     def _truncated(self, rows, targets, max_length: int) -> tuple[list[list[int]], list[list[int]]]:
-        """Rows and their targets cut to `max_length` tokens, on the tokenizer's `truncation_side`."""
+        """Rows and their targets, cut to `max_length` tokens on the tokenizer's `truncation_side`."""
         cut = slice(-max_length, None) if self.tokenizer.truncation_side == "left" else slice(max_length)
         for row in rows:
             for token in (IMAGE_TOKEN, FINDING_TOKEN, FINDING_TEXT_TOKEN):
@@ -516,7 +512,7 @@ class OTDRGProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory, **kwargs):
         saved = super().save_pretrained(save_directory, **kwargs)
-        # Said of the files; on the object it would make it differ from the one that is loaded from them.
+        # auto_map describes the files; on the object it would make it differ from one loaded from them.
         self.__dict__.pop("auto_map", None)
         return saved
 
@@ -529,7 +525,7 @@ def _is_there(source: str | os.PathLike, file: str, hub: dict) -> bool:
     try:
         return find_file(source, file, **hub) is not None
     except (OSError, ValueError):
-        return True  # what the Hub answers is an error of its own
+        return True  # the Hub's answer is an error of its own
 
 
 def _is_count(value, most: float = math.inf) -> bool:
@@ -549,7 +545,7 @@ def _one_each(name: str, values, studies: int) -> list:
 
 
 def _converted(name: str, value, return_tensors: str | None):
-    """A feature, a tensor or a list of rows, in the form that is asked for."""
+    """A feature, given as a tensor or a list of rows, in the requested form."""
     if return_tensors is None:
         if isinstance(value, torch.Tensor):
             return list(value) if value.is_floating_point() else value.tolist()
@@ -566,7 +562,7 @@ def _converted(name: str, value, return_tensors: str | None):
 
 
 def _chat_template(tokenizer) -> str:
-    """The tokenizer's chat template, opened to messages that hold images; a plain one where it has none."""
+    """The tokenizer's chat template, extended to messages with images; a plain one if it has none."""
     if not tokenizer.chat_template:
         return _FLATTEN_MESSAGES + _PLAIN_TEMPLATE
     template = _FLATTEN_MESSAGES + _EMPTY_SYSTEM_TURN + tokenizer.chat_template
@@ -574,7 +570,7 @@ def _chat_template(tokenizer) -> str:
         check_chat_template(template, tokenizer.apply_chat_template)
         tokenizer.apply_chat_template([{"role": "user", "content": ""}], chat_template=template, tokenize=False)
     except Exception as error:
-        # Templates of LLMs that know no system turn raise on one, and so put none there either.
+        # Templates without a system turn raise an error for one, and do not add their own.
         if type(error).__module__.partition(".")[0] != "jinja2":
             raise
         return _FLATTEN_MESSAGES + tokenizer.chat_template
@@ -582,7 +578,7 @@ def _chat_template(tokenizer) -> str:
 
 
 def _normalisation(vision: str) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation the vision encoder was trained with; ImageNet's where it does not say."""
+    """Mean and standard deviation of the vision encoder's training images; ImageNet's if it has no image processor."""
     try:
         image_processor = AutoImageProcessor.from_pretrained(vision)
     except (OSError, ValueError):

@@ -192,13 +192,7 @@ def _with_variant(name: str, variant: str | None) -> str:
 
 
 def read_stated(source: str | os.PathLike, **hub) -> tuple[dict[str, Any], str | None]:
-    """The `config.json` beside a model's weights and its commit on the Hub.
-
-    A configuration from elsewhere does not know what the files hold.
-
-    Args:
-        source (`str`): folder or Hub id.
-        hub: keyword arguments out of `HUB_KEYWORDS`.
+    """The `config.json` beside a model's weights, which describes them, and its commit on the Hub.
 
     Raises:
         ValueError: it is damaged.
@@ -264,12 +258,7 @@ def check_weights(
 
 
 def check_other_weights(source: str | os.PathLike, listed: Mapping[str, str] | None, **hub) -> None:
-    """Refuse a model beside which there are weights that are not listed: of other formats or of another model.
-
-    Args:
-        source (`str`): folder or Hub id.
-        listed: as in [`check_weights`].
-        hub: keyword arguments out of `HUB_KEYWORDS`.
+    """Refuse weights beside a model that are not listed in its configuration, of other formats or of another model.
 
     Raises:
         ValueError: there are such weights; the message names the file.

@@ -157,6 +157,7 @@ class OTDRGPreTrainedModel(PreTrainedModel):
             ValueError: both are None, one names modules that its part does not have, or one does not suit a quantised
                 LLM.
         """
+        self.config.check_fields()
         if self.config.lora is None and self.config.vision_lora is None:
             raise ValueError("OTDRGConfig.lora=None: expected the fields of peft.LoraConfig, such as r and lora_alpha")
         self._inject_lora()
@@ -179,6 +180,13 @@ class OTDRGPreTrainedModel(PreTrainedModel):
                         inject_adapter_in_model(LoraConfig(**{**fields, **changes}), part)
                     except ValueError as error:
                         raise ValueError(f"OTDRGConfig.{field}={fields!r}: {error}") from None
+                    layers = [
+                        module.get_base_layer() for module in part.modules() if isinstance(module, BaseTunerLayer)
+                    ]
+                    if fields.get("lora_bias") and any(layer.bias is None for layer in layers):
+                        raise ValueError(
+                            f"OTDRGConfig.{field}.lora_bias=True: expected modules with a bias, to merge it"
+                        )
 
     @property
     def has_lora(self) -> bool:
@@ -288,7 +296,7 @@ class OTDRGPreTrainedModel(PreTrainedModel):
             setattr(config, field, getattr(config, field) or stated.get(field))
         for field in ("backbone_sha256", "backbone_revisions"):
             setattr(config, field, stated.get(field))
-        weights, lora = read_adapter(source, config, files, **hub)
+        weights, lora = _read_adapter(source, config, files, **hub)
         shapes = {name: tuple(weight.shape) for name, weight in (weights | lora).items()}
         check_shapes(place_of(source, hub), cls._on_meta(config), shapes)
         # LoRA is attached after the other weights are loaded and perhaps quantised: its layers depend on theirs.
@@ -354,13 +362,13 @@ class OTDRGPreTrainedModel(PreTrainedModel):
         }
         stated = {"weights": weights, "weights_sha256": None, "backbone_sha256": None, "backbone_revisions": None}
         if weights == "adapter" and is_main_process:
-            backbones, facts = backbone_weights(self.config, kwargs.get("token"))
+            backbones, facts = _backbone_weights(self.config, kwargs.get("token"))
             stated |= facts
             own = kwargs.pop("state_dict", None)
             own = self.state_dict() if own is None else own
             # Under the names that weights have in memory, by which they are compared and later put together.
             kwargs |= {
-                "state_dict": adapter_weights(own, backbones, self.is_llm_quantized),
+                "state_dict": _adapter_weights(own, backbones, self.is_llm_quantized),
                 "save_original_format": False,
             }
         # These fields describe files and not the model, which has all its weights.
@@ -479,15 +487,10 @@ def load_backbone(part: str, auto_class, reference: str, dtype=None, quantizatio
 # --- adapters --------------------------------------------------------------------------------------------------------
 
 
-def backbone_weights(
+def _backbone_weights(
     config: OTDRGConfig, token: str | bool | None = None
 ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, dict[str, Any]]]:
-    """The state dicts of the backbones "vision" and "text", and the fields `backbone_sha256` and `backbone_revisions`.
-
-    Raises:
-        ValueError: the configuration does not name a backbone.
-        OSError: a backbone cannot be loaded.
-    """
+    """State dicts of the backbones "vision" and "text", and the fields `backbone_sha256` and `backbone_revisions`."""
     weights, facts = {}, {"backbone_sha256": {}, "backbone_revisions": {}}
     for part, auto_class in _AUTO_CLASSES.items():
         reference = getattr(config, f"{part}_backbone")
@@ -504,19 +507,13 @@ def backbone_weights(
     return weights, facts
 
 
-def adapter_weights(
+def _adapter_weights(
     weights: Mapping[str, torch.Tensor], backbones: Mapping[str, Mapping[str, torch.Tensor]], quantized: bool
 ) -> dict[str, torch.Tensor]:
-    """The weights of a model that its backbones do not have, found by comparing them.
+    """The weights of a model that its backbones do not have, found by comparing them, and those of LoRA.
 
-    Args:
-        weights: state dict of the model.
-        backbones: state dicts of "vision" and "text", from [`backbone_weights`].
-        quantized: whether the LLM is quantised; quantised weights cannot be compared and are never trained.
-
-    Returns:
-        Weights by the names that they have without LoRA, and those of LoRA. Of a matrix that has the backbone's rows
-        and more, the additional rows only, under its name with the suffix `.added_rows`.
+    Quantised weights cannot be compared and are never trained. Names are those of the model without LoRA. If a matrix
+    has the backbone's rows and more, only the additional ones are kept, under its name with the suffix `.added_rows`.
     """
     trained = {}
     for key, weight in weights.items():
@@ -536,16 +533,10 @@ def adapter_weights(
     return trained
 
 
-def read_adapter(
+def _read_adapter(
     source: str, config: OTDRGConfig, own_files: Mapping[str, Path], **hub
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The weights of a model without LoRA, from its backbones and its adapter, and the weights of LoRA.
-
-    Args:
-        source (`str`): folder or Hub id of the adapter.
-        config: its configuration.
-        own_files: its weight files, from [`check_weights`].
-        hub: keyword arguments out of `HUB_KEYWORDS`.
+    """The weights of a model without LoRA, from its backbones and its adapter's files, and the weights of LoRA.
 
     Raises:
         OSError: a backbone cannot be loaded, or is not the one the adapter was trained on.
@@ -615,11 +606,4 @@ def _revision(config: OTDRGConfig, part: str) -> str:
     return (config.backbone_revisions or {}).get(part) or "main"
 
 
-__all__ = [
-    "OTDRGPreTrainedModel",
-    "adapter_weights",
-    "backbone_weights",
-    "load_backbone",
-    "quantization_of",
-    "read_adapter",
-]
+__all__ = ["OTDRGPreTrainedModel", "load_backbone", "quantization_of"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,10 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_samples
 from sklearn.metrics.pairwise import cosine_distances
 from threadpoolctl import threadpool_limits
-from torch.utils.data import DataLoader
 
 from ..files_otdrg import write_json
 from ..findings_otdrg import FINDINGS, POSITIVE
-from ..inference.collation import collate_views
+from ..inference.features import encode_batches
 from ..metrics.significance import resample_weights
 from ..metrics.tables import markdown_table
 from ..modeling_otdrg import OTDRGForReportGeneration
@@ -103,10 +101,8 @@ def aligned_features(
         batch_size: studies a batch.
     """
     before, after = [], []
-    views = studies.select_columns(["id", "images"])
-    for batch in DataLoader(views, batch_size=batch_size, collate_fn=partial(collate_views, processor)):
-        pixel_values, view_mask = (batch[name].to(model.device) for name in ("pixel_values", "view_mask"))
-        view_features = model.encode_views(pixel_values, view_mask, reader="report")
+    rows = studies.select_columns(["id", "images"])
+    for _, view_features, view_mask in encode_batches(model, processor, rows, batch_size, reader="report"):
         before.append(_pooled(*model.fuse_views(view_features, view_mask)))
         after.append(_pooled(*model.project_views(view_features, view_mask)))
     labels = {}

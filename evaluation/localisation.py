@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 
 from ..files_otdrg import write_json, write_text
 from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, POSITIVE
+from ..inference.features import encode_batches
 from ..inference.heatmaps import upsample_lift
 from ..metrics.localisation import CHANCES, LARGEST_MASK, MEASURES, MINIMUM_STUDIES, JudgedMap, judge_maps
 from ..metrics.tables import markdown_table, shown_number
@@ -80,14 +80,16 @@ def judge_phantoms(
     """
     if not model.config.fiot:
         raise ValueError("OTDRGConfig.fiot=False: this model has no transport plan, and so no heatmap to judge")
-    made = (make_phantom(source.seed, first + place, source.image_size, source.views) for place in range(studies))
+    phantoms = (make_phantom(source.seed, first + place, source.image_size, source.views) for place in range(studies))
+    made = ({"id": phantom.id, "images": phantom.images, "phantom": phantom} for phantom in phantoms)
     counts = {finding: FindingCounts() for finding in findings}
     #: By finding and view: studies, lifts and masks.
     groups: dict[tuple[str, int], list[tuple[int, np.ndarray, np.ndarray]]] = {}
     ids: list[str] = []
     states: list[np.ndarray] = []
-    while batch := list(islice(made, batch_size)):
-        batch_states, lifts = _transport(model, processor, batch, predicted)
+    for rows, view_features, view_mask in encode_batches(model, processor, made, batch_size):
+        batch = [row["phantom"] for row in rows]
+        batch_states, lifts = _transport(model, view_features, view_mask, None if predicted else batch)
         states.append(batch_states)
         for phantom, row, lift in zip(batch, batch_states, lifts, strict=True):
             for finding in counts.keys() & phantom.masks.keys():
@@ -114,14 +116,14 @@ def judge_phantoms(
 
 @torch.no_grad()
 def _transport(
-    model: OTDRGForReportGeneration, processor: OTDRGProcessor, phantoms: list[Phantom], predicted: bool
+    model: OTDRGForReportGeneration,
+    view_features: torch.Tensor,
+    view_mask: torch.Tensor,
+    phantoms: list[Phantom] | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """States (B, 14), and the plans' lifts over each view's grid (B, V, 14, rows, columns)."""
-    inputs = processor.encode_images([phantom.images for phantom in phantoms])
-    pixel_values, view_mask = (inputs[name].to(model.device) for name in ("pixel_values", "view_mask"))
-    view_features = model.encode_views(pixel_values, view_mask)
-    if predicted:
-        states = model.predict_states(model.finding_predictor(view_features, view_mask))
+    """States (B, 14), true ones if phantoms are given, and the plans' lifts over each view's grid."""
+    if phantoms is None:
+        states = model.read_study(view_features=view_features, view_mask=view_mask).finding_states
     else:
         states = torch.from_numpy(np.stack([phantom.states for phantom in phantoms])).to(model.device)
     lifts = model.transport_lift(view_features, view_mask, states)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from datasets import Dataset
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
-from torch.utils.data import DataLoader
 
 from ..findings_otdrg import FINDINGS, POSITIVE
-from ..inference.collation import FindingCollator
+from ..inference.features import encode_batches
 from ..metrics.classification import area_under_curve
+from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from ..studies.streaming import StreamedStudies
 
@@ -36,32 +36,25 @@ class ViewFeatures:
 
 
 def encode_studies(
-    encode: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    model: OTDRGForReportGeneration,
     processor: OTDRGProcessor,
     studies: Dataset | StreamedStudies,
     limit: int,
     batch_size: int,
 ) -> ViewFeatures:
-    """Features of the first `limit` studies; of streamed ones, in the order of the first epoch.
+    """Features of the report's encoder for the first `limit` studies, averaged over each view's image tokens.
 
-    Args:
-        encode: gives the features (A, D) of a batch's views from pixel_values (B, V, C, H, W) and view_mask (B, V).
-        studies: with known finding states.
+    The studies' finding states must be known; streamed studies are taken in the order of the first epoch.
     """
     if isinstance(studies, StreamedStudies):
         studies.set_epoch(0)
-    else:
-        studies = studies.select(range(min(limit, len(studies))))
     views, study, states = [], [], []
-    for batch in DataLoader(studies, batch_size=batch_size, collate_fn=FindingCollator(processor)):
-        taken = slice(limit - len(states))
-        view_mask = batch["view_mask"][taken]
-        with torch.no_grad():
-            views.append(encode(batch["pixel_values"][taken], view_mask))
-        study.append(view_mask.nonzero()[:, 0] + len(states))
-        states += batch["finding_labels"][taken].tolist()
-        if len(states) >= limit:
-            break
+    for rows, features, view_mask in encode_batches(
+        model, processor, islice(studies, limit), batch_size, reader="report"
+    ):
+        views.append(features[view_mask].mean(dim=1).float().cpu())
+        study.append(view_mask.nonzero()[:, 0].cpu() + len(states))
+        states += [row["finding_states"] for row in rows]
     return ViewFeatures(torch.cat(views), torch.cat(study), np.array(states))
 
 

@@ -10,11 +10,10 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..files_otdrg import write_json
 from ..inference.features import cache_features, model_digest
 from ..inference.loading import decoding, load_published
 from ..metrics.protocols import truncate_to_tokens
-from ..runtime.journal import differing_settings
+from ..runtime.journal import WorkSettings
 from ..studies.cleaning import clean_report
 from ..studies.fingerprint import fingerprint
 from ..studies.streaming import StreamedStudies
@@ -120,15 +119,8 @@ def _open_folder(output: Path, settings: dict[str, Any], overwrite: bool) -> Non
     path = output / "settings.json"
     if overwrite:
         shutil.rmtree(output / REPORTS, ignore_errors=True)
-    elif path.is_file():
-        differing = differing_settings(path, settings, ("model", "studies"))
-        if differing is not None:
-            raise ValueError(
-                f"{output} holds reports of other settings ({differing}): expected the same, another --output, or "
-                "--overwrite, which writes all of them anew"
-            )
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)
+        path.unlink(missing_ok=True)
+    WorkSettings(output, settings, ("model", "studies")).keep(path)
 
 
 __all__ = ["REPORTS", "evaluate_published"]

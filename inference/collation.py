@@ -1,4 +1,4 @@
-"""Rows of studies become batches of the model's inputs."""
+"""Collate rows of studies into batches of the model's inputs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def collate_views(processor: OTDRGProcessor, rows: list[dict[str, Any]]) -> dict
 
     Args:
         processor: the model's.
-        rows: with `id` and `images`, each as [`read_view`] takes it or as `{"bytes", "path"}` of its file; or with
-            `view_features` (V, image_tokens, D) in place of the images.
+        rows: with `id` and `images`, each an argument of [`read_view`] or a dictionary `{"bytes", "path"}` of its
+            file; or with `view_features` (V, image_tokens, D) instead of `images`.
 
     Returns:
         `pixel_values` (B, V, 3, H, W) or `view_features` (B, V, image_tokens, D), and the mask.
 
     Raises:
-        ValueError: a view that cannot be read, naming the study.
+        ValueError: a view cannot be read; the message names the study.
     """
     if "view_features" not in rows[0]:
         return processor.encode_images([_pictures(processor, row) for row in rows])
@@ -49,11 +49,11 @@ def _pictures(processor: OTDRGProcessor, row: dict[str, Any]) -> list[Image.Imag
 
 
 class PromptCollator:
-    """Batches for generation: views and prompts, padded on the left, and nothing that tells of the report.
+    """Batches for generation: views and prompts, padded on the left, without reports and finding states.
 
     Args:
         processor: the model's.
-        indication: whether prompts hold the studies' indications.
+        indication: whether prompts contain the studies' indications.
     """
 
     def __init__(self, processor: OTDRGProcessor, indication: bool = False):

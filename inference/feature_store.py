@@ -1,4 +1,4 @@
-"""Features of encoded views on disk, mapped into memory, which a run that is killed leaves whole."""
+"""Features of encoded views in memory-mapped files that stay intact if a process is killed."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-#: Views in a shard: what a run that is killed has to encode again.
+#: Views in a shard, which is the most that a killed run has to encode again.
 SHARD_VIEWS = 256
 
 
 class FeatureStore:
-    """View features (image_tokens, D), of any type, by a digest of what they were made of.
+    """View features (image_tokens, D) of any type, by the digest of the view.
 
     A shard is a safetensors file of `features` (views, image_tokens, D) and `digests` (views, 16) that is written under
-    another name and renamed when it is whole. Shards are only ever added, so that several processes can share a folder.
+    another name and renamed when it is complete. Shards are only added, so that several processes can share a folder.
 
     Args:
-        folder: of the shards; it is made where there is none.
+        folder: of the shards; created if need be.
 
     Raises:
         ValueError: a shard is damaged.
@@ -36,21 +36,21 @@ class FeatureStore:
         self.refresh()
 
     def __getstate__(self) -> dict:
-        # A process that loads data maps the shards itself: pickled, their features would be copied.
+        # Processes that load data map the shards themselves: pickling would copy the features.
         return {**self.__dict__, "_shards": dict.fromkeys(self._shards)}
 
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._places
 
     def __getitem__(self, digest: bytes) -> torch.Tensor:
-        """(image_tokens, D), mapped from disk: a view of the file, to be read and not to be written."""
+        """(image_tokens, D), a read-only view of the mapped file."""
         path, row = self._places[digest]
         if self._shards[path] is None:
             self._shards[path] = _read(path, "features")
         return self._shards[path][row]
 
     def refresh(self) -> None:
-        """Take in shards that were written since, by other processes too."""
+        """Find shards that were written since, also by other processes."""
         for path in sorted(self.folder.glob("*.safetensors")):
             if path not in self._shards:
                 digests = _read(path, "digests").numpy()
@@ -62,7 +62,7 @@ class FeatureStore:
         """Write a shard of N views, digests of 16 bytes and features (image_tokens, D).
 
         Raises:
-            OSError: it cannot be written, such as on a full disk.
+            OSError: it cannot be written, for instance because the disk is full.
         """
         name = hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()
         shard = save(
@@ -81,7 +81,7 @@ class FeatureStore:
 
 
 def _read(path: Path, name: str) -> torch.Tensor:
-    # On CPU the tensor is a view of the file, which the operating system reads as it is needed.
+    # On a CPU the tensor is a view of the file, which the operating system reads when it is needed.
     try:
         with safe_open(path, "pt") as shard:
             return shard.get_tensor(name)

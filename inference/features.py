@@ -1,4 +1,4 @@
-"""A frozen encoder's features: encoded once, kept on disk, and read by every stage in place of the images."""
+"""Encode the views of studies, and keep a frozen encoder's features on disk, to be read in place of the images."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from ..studies.schema import UNCLEANED
 from ..studies.streaming import StreamedStudies
+from .collation import collate_views
 from .feature_store import SHARD_VIEWS, FeatureStore
+from .processes import open_methods
 
 logger = logging.getLogger(__name__)
 
-#: The parts of a model that make its view features.
+#: The parts of a model that compute its view features.
 ENCODERS: tuple[str, ...] = ("vision_tower", "finding_vision_tower")
-#: What a configuration says of where it comes from, and not of what it does.
+#: Fields of a configuration about its origin, which change nothing that is computed.
 _PROVENANCE = (
     "_name_or_path",
     "architectures",
@@ -45,14 +47,14 @@ _PROVENANCE = (
 
 
 class CachedStudies(torch.utils.data.Dataset):
-    """Studies whose views come as features from disk; their small columns are held in memory.
+    """Studies whose views are read as features from disk; their small columns are held in memory.
 
     `[position]` is a row with `view_features` (V, image_tokens, D) in the encoder's type and the columns, `[name]` a
-    column as a list; the rest is as of a `datasets.Dataset`.
+    column as a list; the methods are those of a `datasets.Dataset`.
 
     Args:
         store: holds the features.
-        views: of each study, the digests of its views in order.
+        views: for each study, the digests of its views in order.
         columns: values for each study, by name.
     """
 
@@ -72,7 +74,7 @@ class CachedStudies(torch.utils.data.Dataset):
 
     @property
     def column_names(self) -> list[str]:
-        """Names of what a row holds."""
+        """Names of the columns of a row."""
         return ["view_features", *self._columns]
 
     def select(self, positions: Iterable[int]) -> CachedStudies:
@@ -82,7 +84,7 @@ class CachedStudies(torch.utils.data.Dataset):
         return CachedStudies(self._store, [self._views[i] for i in positions], columns)
 
     def select_columns(self, names: Collection[str]) -> CachedStudies:
-        """The same studies with `view_features` and, of the columns, these alone."""
+        """The same studies with `view_features` and only these columns."""
         columns = {name: self._columns[name] for name in names if name != "view_features"}
         return CachedStudies(self._store, self._views, columns)
 
@@ -92,12 +94,47 @@ class CachedStudies(torch.utils.data.Dataset):
 
 
 def encoder_is_frozen(model: OTDRGForReportGeneration) -> bool:
-    """Whether nothing that makes a model's view features is being trained."""
+    """Whether no parameter of the vision encoders is being trained."""
     return not any(
         parameter.requires_grad
         for name, parameter in model.named_parameters()
         if name.startswith(tuple(f"{part}." for part in ENCODERS))
     )
+
+
+@torch.no_grad()
+def encode_batches(
+    model: OTDRGForReportGeneration,
+    processor: OTDRGProcessor,
+    rows: Iterable[dict[str, Any]],
+    batch_size: int,
+    reader: str = "both",
+) -> Iterator[tuple[list[dict[str, Any]], torch.Tensor, torch.Tensor]]:
+    """Yield batches of rows with the features of their views (B, V, image_tokens, D) and the views' mask (B, V).
+
+    The model is in evaluation mode meanwhile; features and masks are on its device.
+
+    Args:
+        model, processor: the model's type is left as it is.
+        rows: with `id` and `images` or `view_features`, as in [`collate_views`].
+        batch_size: studies encoded at a time.
+        reader: as in `encode_views`.
+
+    Raises:
+        ValueError: a view that cannot be read; the message names the study.
+    """
+    open_methods(model, "encode_views")
+    training, remaining = model.training, iter(rows)
+    model.eval()
+    try:
+        while batch := list(islice(remaining, batch_size)):
+            views = {name: value.to(model.device) for name, value in collate_views(processor, batch).items()}
+            features = views.get("view_features")
+            if features is None:
+                features = model.encode_views(views["pixel_values"], views["view_mask"], reader)
+            yield batch, features, views["view_mask"]
+    finally:
+        model.train(training)
 
 
 def cache_features(
@@ -110,22 +147,22 @@ def cache_features(
 ) -> CachedStudies:
     """Encode the views that have no features in `folder` yet, and read all of them from there.
 
-    A view is known by the bytes of its image file, wherever that lies, so that one which is met twice is encoded once;
-    features by encoder, transform and type as well ([`encoder_digest`]), so that none is ever read that would be
-    another now. In a distributed run every process must call it: each encodes its share.
+    A view is identified by the bytes of its image file, so that a view that occurs twice is encoded once. Features are
+    kept apart by [`encoder_digest`], so that those of another encoder or transform are never read. In a distributed run
+    every process must call this function; each encodes its share.
 
     Args:
-        model: on the device on which it is to encode; its type and mode are left as they are.
+        model: on the device that is to encode; its type and mode are left as they are.
         processor: the model's.
-        studies: as `STUDY_FEATURES` has them.
-        folder: of features, of any number of encoders; all processes must see the same.
+        studies: rows of `STUDY_FEATURES`.
+        folder: for the features of any number of encoders; the same for all processes.
         batch_size: views encoded at a time.
-        left_out: takes the ids of studies with a view that cannot be read, and why; such studies are left out. Without
-            it they are an error. Not for a distributed run.
+        left_out: collects the ids of studies with a view that cannot be read, and why; these studies are left out.
+            Without it they are an error. Not for a distributed run.
 
     Raises:
         ValueError: a study without views, an image that cannot be read, or a damaged file in `folder`.
-        OSError: a folder that cannot be written to or is not the same for all.
+        OSError: a folder that cannot be written to or that not all processes see.
     """
     state = PartialState()
     store = FeatureStore(Path(folder) / encoder_digest(model, processor))
@@ -135,12 +172,9 @@ def cache_features(
     views = dict(gather_object(everyones) if state.num_processes > 1 else everyones)
     for place, study in enumerate(ids):
         if not views.get(place) and study not in (left_out or ()):
-            reason = f"study {study!r} has no view: a report is only written from at least one"
-            if left_out is None:
-                raise ValueError(reason)
-            left_out[study] = reason
+            _leave_out(study, f"study {study!r} has no view: a report is only written from at least one", left_out)
     places = [place for place in range(len(ids)) if views.get(place)]
-    # The process that has a view's first study in its share encodes it, whatever the others see of the folder.
+    # Each view is encoded by the process that has the first study with it in its share.
     first: dict[bytes, int] = {}
     for place in places:
         for digest in views[place]:
@@ -155,7 +189,8 @@ def cache_features(
     )
     share = {digest: first[digest] for digest in absent if first[digest] in mine}
     refused: dict[bytes, str] = {}
-    _encode(model, processor, studies, share, store, batch_size, None if left_out is None else refused)
+    images = _absent_views(studies, share, processor.max_image_pixels, None if left_out is None else refused)
+    _encode_into(store, model, processor, images, len(share), batch_size)
     for place in places if refused else ():
         reason = next((refused[digest] for digest in views[place] if digest in refused), None)
         if reason is not None:
@@ -174,44 +209,44 @@ def cache_features(
     return CachedStudies(store, [views[place] for place in places], columns)
 
 
-def _encode(
+def _encode_into(
+    store: FeatureStore,
     model: OTDRGForReportGeneration,
     processor: OTDRGProcessor,
-    studies: Dataset | StreamedStudies,
-    absent: dict[bytes, int],
-    store: FeatureStore,
+    images: Iterator[tuple[bytes, Image.Image]],
+    count: int,
     batch_size: int,
-    refused: dict[bytes, str] | None,
 ) -> None:
-    """Encode the views of these digests, each met in the study at its position, shard by shard.
-
-    `refused` takes the digests of views that cannot be read, and why; without it they are an error.
-    """
-    training = model.training
-    model.eval()
-    views = _absent_views(studies, absent, processor.max_image_pixels, refused)
+    """Encode `count` views, given with their digests, and write their features shard by shard."""
     digests: list[bytes] = []
     features: list[torch.Tensor] = []
+    rows = ({"id": digest, "images": [image]} for digest, image in images)
     hidden = None if PartialState().is_local_main_process else True
-    with torch.no_grad(), tqdm(total=len(absent), unit="view", desc="features", disable=hidden) as bar:
-        while batch := list(islice(views, batch_size)):
-            inputs = processor.encode_images([[image] for _, image in batch])
-            pixel_values, view_mask = (inputs[name].to(model.device) for name in ("pixel_values", "view_mask"))
-            features += model.encode_views(pixel_values, view_mask)[:, 0].cpu()
-            digests += [digest for digest, _ in batch]
+    with tqdm(total=count, unit="view", desc="features", disable=hidden) as bar:
+        for batch, encoded, _ in encode_batches(model, processor, rows, batch_size):
+            digests += [row["id"] for row in batch]
+            features += encoded[:, 0].cpu()
             bar.update(len(batch))
             if len(digests) >= SHARD_VIEWS:
                 store.add(digests, features)
                 digests, features = [], []
-        if digests:
-            store.add(digests, features)
-    model.train(training)
+    if digests:
+        store.add(digests, features)
+
+
+def _leave_out(study: str, reason: str, left_out: dict[str, str] | None, cause: Exception | None = None) -> None:
+    if left_out is None:
+        raise ValueError(reason) from cause
+    left_out[study] = reason
 
 
 def _absent_views(
     studies: Dataset | StreamedStudies, absent: dict[bytes, int], max_pixels: int, refused: dict[bytes, str] | None
 ) -> Iterator[tuple[bytes, Image.Image]]:
-    """Digest and image of each view that is asked for, once."""
+    """Digest and image of each of the `absent` views, which are given with the position of their study.
+
+    `refused` collects the views that cannot be read, and why; without it they are an error.
+    """
     wanted, ids = set(absent), studies["id"]
     for place, files in _image_files(studies, set(absent.values())):
         for number, file in enumerate(files):
@@ -234,10 +269,7 @@ def _image_files(
     places: Collection[int] | None = None,
     left_out: dict[str, str] | None = None,
 ) -> Iterator[tuple[int, list[bytes]]]:
-    """Of this process's share of the studies, or those at `places` in it: position, and its views' image files.
-
-    `left_out` takes the ids of studies whose files cannot be read, and why; without it they are an error.
-    """
+    """Position and image files of the studies in this process's share, or of those at `places` in it."""
     state, ids = PartialState(), studies["id"]
     if isinstance(studies, StreamedStudies):
         rows = studies.image_files(state.process_index, state.num_processes)
@@ -252,41 +284,37 @@ def _image_files(
         try:
             files = [read_file(view["path"]) if view["bytes"] is None else view["bytes"] for view in views or ()]
         except ValueError as error:
-            reason = f"study {ids[place]!r}: {error}"
-            if left_out is None:
-                raise ValueError(reason) from error
-            left_out[ids[place]] = reason
-            continue
-        yield place, files
+            _leave_out(ids[place], f"study {ids[place]!r}: {error}", left_out, error)
+        else:
+            yield place, files
 
 
 # --- digests ---------------------------------------------------------------------------------------------------------
 
 
 def encoder_digest(model: OTDRGForReportGeneration, processor: OTDRGProcessor) -> str:
-    """Of all that a view's features follow from besides the view: encoder weights, configurations, transform, type."""
-    towers = {part: getattr(model, part, None) for part in ENCODERS}
-    settings = {
-        "image_tokens": model.config.image_tokens,
-        "image_processor": _settings(processor.image_processor),
-        "encoders": {part: _settings(tower.config) for part, tower in towers.items() if tower is not None},
+    """A digest of all that a view's features depend on besides the view: encoders, configuration, transform, type."""
+    fields = {
+        name: _settings(value) if isinstance(value, dict) else value
+        for name, value in model.config.vision_fields().items()
     }
+    settings = {"config": fields, "image_processor": _settings(processor.image_processor.to_dict())}
     return _digest_weights(model, settings, tuple(f"{part}." for part in ENCODERS))
 
 
 def model_digest(model: OTDRGForReportGeneration, processor: OTDRGProcessor) -> str:
-    """Of all that a report follows from besides the study and the arguments of `generate`."""
+    """A digest of all that a report depends on besides the study and the arguments of `generate`."""
     settings = {
-        "model": _settings(model.config),
-        "image_processor": _settings(processor.image_processor),
+        "model": _settings(model.config.to_dict()),
+        "image_processor": _settings(processor.image_processor.to_dict()),
         "vocabulary": processor.tokenizer.get_vocab(),
-        "generation": _settings(model.generation_config),
+        "generation": _settings(model.generation_config.to_dict()),
     }
     return _digest_weights(model, settings, "")
 
 
 def _digest_weights(model: OTDRGForReportGeneration, settings: dict[str, Any], prefixes: str | tuple[str, ...]) -> str:
-    """Of settings and the weights whose names have one of the prefixes."""
+    """A digest of settings and of the weights whose names start with one of the prefixes."""
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
     for name, weight in sorted(model.state_dict().items()):
         if name.startswith(prefixes):
@@ -295,8 +323,8 @@ def _digest_weights(model: OTDRGForReportGeneration, settings: dict[str, Any], p
     return digest.hexdigest()
 
 
-def _settings(part) -> dict[str, Any]:
-    return {name: value for name, value in part.to_dict().items() if name not in _PROVENANCE}
+def _settings(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in _PROVENANCE}
 
 
 def _digest(file: bytes) -> bytes:
@@ -306,6 +334,7 @@ def _digest(file: bytes) -> bytes:
 __all__ = [
     "CachedStudies",
     "cache_features",
+    "encode_batches",
     "encoder_digest",
     "encoder_is_frozen",
     "model_digest",

@@ -1,4 +1,4 @@
-"""Reports for studies: generated batch by batch, by all processes, and on request written down as they come."""
+"""Generate the reports of studies in batches, in all processes, and optionally record them as they are finished."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from .processes import is_sharded, open_methods, process_share
 
 
 class ReportJournal:
-    """Reports on disk as they are written, so that a generation that is broken off can go on: a [`Journal`] of them.
+    """A [`Journal`] of reports, so that an interrupted generation can be continued.
 
-    Whoever keeps one sees to it that it is of one model, one set of studies and one way of decoding.
+    All its reports must come from the same model, studies and decoding; the caller checks this with [`WorkSettings`].
 
     Args:
-        path: the `.jsonl` file; it need not be there.
+        path: the `.jsonl` file; it need not exist.
 
     Raises:
         ValueError: a line is no report.
@@ -53,25 +53,25 @@ class ReportJournal:
         return study in self._reports
 
     def __getitem__(self, study: str) -> tuple[str, list[int]]:
-        """A study's report, and the ids of the 14 states it was written from."""
+        """A study's report and the ids of the 14 states that conditioned it."""
         return self._reports[study]
 
     def add(self, rows: Sequence[tuple[str, str, list[int]]]) -> None:
-        """Add a study's id, report and states, each a line."""
+        """Add lines of a study's id, report and states."""
         named = [dict(zip(FINDINGS, (FINDING_STATES[state] for state in states), strict=True)) for *_, states in rows]
         self._journal.add(
-            {"id": study, "report": report, **told} for (study, report, _), told in zip(rows, named, strict=True)
+            {"id": study, "report": report, **states} for (study, report, _), states in zip(rows, named, strict=True)
         )
         self._reports |= {study: (report, states) for study, report, states in rows}
 
 
 @dataclass
 class GeneratedReports:
-    """What a model wrote for N studies.
+    """Generated reports of N studies.
 
     Args:
         reports: N texts.
-        finding_states: (N, 14), the states each report was conditioned on, predicted unless they were given.
+        finding_states: (N, 14), the states that conditioned each report: predicted unless given.
     """
 
     reports: list[str]
@@ -88,22 +88,22 @@ def generate_reports(
     indication: bool = False,
     journal: ReportJournal | None = None,
 ) -> GeneratedReports:
-    """Reports for studies, in their order, of which nothing is read but the images and, on request, the indications.
+    """Generate reports for studies, in their order, from nothing but the images and, if requested, the indications.
 
-    Every process of a distributed run must call it; each writes its share, and all get the whole.
+    Every process of a distributed run must call this function; each generates its share, and all get all reports.
 
     Args:
-        model, processor: as published; the model's type is left as it is.
-        studies: rows with `images`, or those of [`cache_features`], which give the same.
-        batch_size: studies a batch.
+        model, processor: the model's type is left as it is.
+        studies: rows with `images`, or those of [`cache_features`], which give the same reports.
+        batch_size: studies per batch.
         generation: arguments of `generate`.
-        finding_states: (N, 14) states to condition on, -1 where they are to be predicted; all are, without it.
-        indication: whether the studies' `indication` goes into the prompt.
-        journal: of reports of these very studies, under these very settings: those that are in it are not written
-            again, the others are added to it as they come.
+        finding_states: (N, 14) states that condition the reports, -1 for those to predict; by default all are.
+        indication: whether the prompt contains the studies' `indication`.
+        journal: with finished reports of these studies and settings, which are not generated again; the others are
+            added as they are finished.
 
     Raises:
-        ValueError: `finding_states` does not fit the studies, or a journal is to be kept by several processes.
+        ValueError: `finding_states` does not fit the studies, or there is a journal and several processes.
     """
     if finding_states is not None and np.shape(finding_states) != (len(studies), len(FINDINGS)):
         raise ValueError(
@@ -126,7 +126,7 @@ def generate_reports(
     open_methods(model, "read_study", "generate")
     model.eval()
     waiting = iter(mine)
-    # A command shows how far it is; training has a bar of its own.
+    # Commands show their progress; training has its own progress bar.
     for batch in tqdm(loader, desc=journal and journal.path.stem, unit="batch", disable=None if journal else True):
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         prompt = {name: batch.pop(name) for name in ("input_ids", "attention_mask")}
@@ -160,10 +160,10 @@ def generate_reports(
 
 
 def derangement(count: int, seed: int) -> np.ndarray:
-    """A random permutation (count,) that leaves nothing in its place.
+    """A random permutation (count,) that moves every element.
 
     Raises:
-        ValueError: there is none of fewer than two.
+        ValueError: fewer than two elements.
     """
     if count < 2:
         raise ValueError(f"images of {count} study cannot be shuffled: expected at least 2 studies")

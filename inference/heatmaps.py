@@ -1,4 +1,4 @@
-"""Transport plans over the views of a study, as arrays and as pictures (paper, Figure 5)."""
+"""Draw the transport plan over the views of a study (paper, Figure 5)."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from PIL import Image
 
 from ..findings_otdrg import FINDING_DISPLAY_NAMES
 
-#: The colour scale spans this factor below and above the uniform plan, in every picture.
+#: The colour scale of every picture ranges from the uniform plan divided by this factor to its product with it.
 LIFT_RANGE = 4.0
 
-#: Findings beside a view before they go on in a row below.
+#: Maximum number of findings in a row beside a view.
 _FINDINGS_A_ROW = 4
-#: In inches: the width of a panel, the most it is high, and the heights of a title and of a line of text.
+#: In inches: width and maximum height of a panel, heights of a title and of a line of text.
 _PANEL, _TALLEST, _TITLE, _LINE = 2.8, 5.6, 0.5, 0.19
 
 
 def upsample_lift(lift: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A map over the grid of image tokens at a view's resolution.
+    """Resize a map over the grid of image tokens to a view's resolution.
 
-    The processor stretches a view to the encoder's square, without cropping or padding, so the grid is stretched over
-    the whole view. Bilinear between the centres of the grid's cells, constant beyond the outer ones: never above the
-    grid's highest value nor below its lowest, and a uniform plan stays exactly 1.
+    The grid covers the whole view, because the processor resizes views without cropping or padding. Values are
+    interpolated bilinearly between the centres of the cells and constant beyond the outer ones, so that they stay
+    within the range of the grid, and a uniform plan stays exactly 1.
 
     Args:
-        lift: (rows, columns), one view of an array of the pipeline's `heatmaps`.
+        lift: (rows, columns), one view of an array in the pipeline's `heatmaps`.
         size: (height, width) of the view.
 
     Returns:
@@ -43,7 +43,7 @@ def upsample_lift(lift: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         raise ValueError(f"lift has shape {lift.shape}: expected (rows, columns), those of one finding in one view")
     height, width = size
     resized = Image.fromarray(lift).resize((width, height), Image.Resampling.BILINEAR)
-    # Its weights add up to 1 but for rounding.
+    # The weights of the interpolation add up to 1 except for rounding.
     return np.clip(np.asarray(resized), lift.min(), lift.max())
 
 
@@ -56,27 +56,27 @@ def draw_heatmaps(
     masks: dict[str, Sequence[np.ndarray]] | None = None,
     report: str | None = None,
 ) -> list[str]:
-    """Write a PNG of a study's views with the transport plan of some findings laid over them.
+    """Write a PNG of a study's views, overlaid with the transport plan of some findings.
 
-    The colour is the plan's mass as a multiple of the uniform plan's, on one fixed logarithmic scale from 1/4 to 4, so
-    that a uniform plan looks uniform. Each title has the state the model was told and the predictor's probability of
-    that state. A finding without any mass, which `ot_labels="mentioned"` leaves out of the plan, has no colour and says
-    so; so does the picture where all views share one plan.
+    The colour is the plan's mass as a multiple of the uniform plan's, on a fixed logarithmic scale from 1/4 to 4. Each
+    title has the state that conditioned the report and the probability that the predictor gives to this state. A
+    finding that `ot_labels="mentioned"` excludes from the plan has no colour and a note. Another note says whether all
+    views share one plan.
 
     Args:
         views: the study's views, as [`read_view`] gives them.
         heatmaps: for each finding an array (views, rows, columns), as the pipeline returns with `return_heatmaps=True`.
         findings: for each finding its `state` and `probability`, as the pipeline returns.
         path: the PNG to write, or a file that is open for it.
-        names: findings to draw; the positive and unclear ones without it, No Finding where there are none.
-        masks: for each finding where it truly is, one boolean array a view, drawn as an outline.
-        report: text to write above the views.
+        names: findings to draw; by default the positive and unclear ones, or No Finding if there are none.
+        masks: true location of each finding, one boolean array per view, drawn as an outline.
+        report: text above the views.
 
     Returns:
         The findings that were drawn.
 
     Raises:
-        ValueError: a finding has not one map a view.
+        ValueError: a finding does not have one map per view.
         ImportError: matplotlib is not installed.
     """
     try:
@@ -92,7 +92,7 @@ def draw_heatmaps(
     for name in names:
         if len(heatmaps[name]) != len(views):
             raise ValueError(f"heatmaps of {name} are of {len(heatmaps[name])} views: expected {len(views)}")
-    notes = ["State: what the model was told. p: the label predictor's probability of that state."]
+    notes = ["State: the state that conditioned the report. p: the label predictor's probability of this state."]
     if len(views) > 1 and all(
         np.array_equal(heatmap, heatmap[:1].repeat(len(views), 0)) for heatmap in heatmaps.values()
     ):

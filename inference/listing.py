@@ -1,4 +1,4 @@
-"""The studies that reports are to be written of: typed, listed line by line, or those of a prepared dataset."""
+"""The studies to write reports for: from the command line, a list with one per line, or a prepared dataset."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class ListedStudy:
     """A study whose report is to be written.
 
     Args:
-        id: no other study's of the same list; its views' names where it was given none.
-        images: paths or URLs of its views; of a dataset's study None, since its views lie in `rows`.
-        indication: why it was made.
-        findings: states to write the report from, names of `FINDINGS` to names of `FINDING_STATES`.
-        rows, place: of a dataset's study, the dataset and where in it.
+        id: unique in the list; by default the names of its views.
+        images: paths or URLs of its views; None for a study of a dataset, whose views are in `rows`.
+        indication: reason for the study.
+        findings: states that condition the report, by names of `FINDINGS` and `FINDING_STATES`.
+        rows, place: the dataset and the position of the study in it.
 
     Raises:
-        ValueError: a text that cannot be written as UTF-8, such as the name of a file from another system.
+        ValueError: a text cannot be encoded as UTF-8, such as the name of a file from another system.
     """
 
     id: str
@@ -51,7 +51,7 @@ class ListedStudy:
                     raise ValueError(f"{name} {text!a}: not UTF-8, in which reports are kept") from error
 
     def asked(self) -> dict[str, Any]:
-        """What its report follows from besides the model and the decoding, as it is kept beside the report."""
+        """The study's inputs, as they are recorded beside its report."""
         return {
             "id": self.id,
             **({} if self.images is None else {"images": [without_credentials(image) for image in self.images]}),
@@ -60,10 +60,10 @@ class ListedStudy:
         }
 
     def read_views(self, max_pixels: int) -> list[Image.Image]:
-        """Its views, images of at most so many pixels.
+        """Its views, of at most `max_pixels` each.
 
         Raises:
-            ValueError: there is none, or one cannot be read.
+            ValueError: there is no view, or one cannot be read.
         """
         from ..image_processing_otdrg import read_view
 
@@ -76,10 +76,10 @@ class ListedStudy:
 
 
 def typed_findings(pairs: Iterable[str]) -> dict[str, str]:
-    """States typed as `FINDING=STATE`; case, spaces and underscores do not matter.
+    """States given as `FINDING=STATE`; case, spaces and underscores are ignored.
 
     Raises:
-        ValueError: not of that form, no finding or state, or a finding twice.
+        ValueError: another form, an unknown finding or state, or a finding that is given twice.
     """
     found: dict[str, str] = {}
     for pair in pairs:
@@ -115,19 +115,20 @@ def typed_studies(
 def listed_studies(
     lines: Iterable[str], name: str, indication: str | None, findings: dict[str, str]
 ) -> list[ListedStudy]:
-    """Studies listed a line each, blank lines apart.
+    """Studies listed one per line; blank lines are ignored.
 
-    A line is a JSON object with `images`, the path of a view or a list of such, and, if wanted, `id`, `indication` and
-    `findings`; or it is the paths of a study's views, with tabs between them. Paths are as if typed.
+    A line is a JSON object with `images`, the path of a view or a list of paths, and optionally `id`, `indication` and
+    `findings`; or it consists of the paths of a study's views, separated by tabs. Paths are relative to the working
+    directory.
 
     Args:
         lines: of the list.
-        name: of the list, for errors.
-        indication, findings: of all studies; a study's own have precedence, finding by finding.
+        name: of the list, for error messages.
+        indication, findings: for all studies; a study's own have precedence, finding by finding.
 
     Raises:
-        ValueError: a line is no such thing, an id or a study stands twice, or there is none; one line that names the
-            list, the line and what would be right.
+        ValueError: a line has another form, an id or a study occurs twice, or the list is empty; the message names the
+            list, the line and the expected form.
     """
     listed: list[ListedStudy] = []
     seen: dict[str, int] = {}
@@ -148,7 +149,7 @@ def listed_studies(
             raise ValueError(f"{name}, line {number}: {error}") from error
         if study.id in seen:
             raise ValueError(
-                f"{name}, line {number}: {study.id!r} stands in line {seen[study.id]} too; expected each study once, "
+                f"{name}, line {number}: {study.id!r} is in line {seen[study.id]} too; expected each study once, "
                 "or an id of its own"
             )
         seen[study.id] = number
@@ -161,14 +162,14 @@ def listed_studies(
 def prepared_studies(
     folder: str, split: str | None, indication: str | None, indications: bool, findings: dict[str, str]
 ) -> list[ListedStudy]:
-    """The studies of a split of a dataset that `otdrg prepare` has made.
+    """The studies of a split of a dataset from `otdrg prepare`.
 
     Args:
         folder: of the dataset.
-        split: may be left out where there is but one.
-        indication: of all studies.
-        indications: whether the studies' own indications are taken where there is none for all.
-        findings: of all studies.
+        split: optional if there is only one.
+        indication: for all studies.
+        indications: whether the studies' own indications are used if `indication` is None.
+        findings: for all studies.
 
     Raises:
         ValueError: the folder is not a prepared dataset, it has no such split, or several to choose from.
@@ -181,7 +182,7 @@ def prepared_studies(
     if split is not None and split not in splits:
         raise ValueError(f"{folder} has no split {split!r}: it has {', '.join(splits)}")
     rows = load_prepared(folder)[split or splits[0]]
-    # Not decoded by the library, so that a view is read as those of other lists are.
+    # Not decoded by datasets, so that views are read in the same way as those of other lists.
     rows = undecoded(rows)
     own = rows["indication"] if indications and indication is None else [indication] * len(rows)
     return [
@@ -199,7 +200,7 @@ def _named_states(findings: dict[str, Any]) -> dict[str, str]:
 
 
 def _json_fields(line: str) -> dict[str, Any]:
-    """The checked fields of a study that is a JSON object."""
+    """The fields of a study given as a JSON object, checked."""
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -223,12 +224,12 @@ def _json_fields(line: str) -> dict[str, Any]:
 def _tabbed(line: str) -> list[str]:
     images = [image for image in line.split("\t") if image.strip()]
     if len(images) == 1 and " " in line and not os.path.exists(line) and all(map(os.path.exists, line.split())):
-        raise ValueError("spaces stand between the views, expected tabs")
+        raise ValueError("the views are separated by spaces, expected tabs")
     return images
 
 
 def read_lines(name: str) -> list[str]:
-    """The lines of a file, or of the standard input for `-`, without a byte order mark.
+    """The lines of a file, or of standard input for `-`, without a byte order mark.
 
     Raises:
         ValueError: it cannot be read, or is not UTF-8.

@@ -1,4 +1,4 @@
-"""Trained models as commands are given them: the folder of a run, the folder of a model, or a Hub id."""
+"""Load a trained model from the folder of a run, the folder of a model, or a Hub id."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..processing_otdrg import OTDRGProcessor
 from ..weight_files_otdrg import read_stated
 from .model_files import check_fit, read_model, read_processor
 
-#: Beams and most tokens of a report where neither the command nor the model says.
+#: Number of beams and maximum length of a report if neither the command nor the model sets them.
 _BEAMS, _NEW_TOKENS = 3, 120
 
 
@@ -25,8 +25,8 @@ def load_published(model: str) -> tuple[OTDRGForReportGeneration, OTDRGProcessor
         model: folder of a run or a model, a Hub id, or a Hub id and a revision, "org/name@revision".
 
     Raises:
-        ValueError: it is a folder without a model, or one of its files is damaged; the message names the file.
-        OSError: it cannot be loaded, with what the Hub answered.
+        ValueError: a folder without a model, or a damaged file; the message names it.
+        OSError: it cannot be loaded; the message contains the Hub's answer.
     """
     disable_progress_bar()
     if Path(model).is_dir():
@@ -43,7 +43,7 @@ def load_published(model: str) -> tuple[OTDRGForReportGeneration, OTDRGProcessor
         network = read_model(name, **hub)
     except OSError as error:
         status = _http_status(error)
-        # transformers says "couldn't connect" where the Hub did answer.
+        # transformers says "couldn't connect" even if the Hub answered.
         whose = "" if Path(model).is_dir() else f"{model}: "
         raise OSError(f"{whose}{error}{f' (the Hub answered {status})' if status else ''}") from error
     check_fit(name, network, processor, **hub)
@@ -51,10 +51,10 @@ def load_published(model: str) -> tuple[OTDRGForReportGeneration, OTDRGProcessor
 
 
 def published_folder(model: str | Path) -> Path:
-    """The folder with the model of a run's folder, or of one that is a model itself.
+    """The folder of the model, given the folder of its run or its own.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no model.
     """
     for folder in (Path(model) / "model", Path(model)):
         if (folder / "config.json").is_file():
@@ -63,7 +63,7 @@ def published_folder(model: str | Path) -> Path:
 
 
 def _http_status(error: BaseException | None) -> int | None:
-    """Of the answer that an error, or one behind it, came from."""
+    """The HTTP status of the answer that caused an error or one of its causes."""
     while error is not None:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status is not None:
@@ -73,7 +73,7 @@ def _http_status(error: BaseException | None) -> int | None:
 
 
 def load_pipeline(model: str) -> ReportGenerationPipeline:
-    """The `image-to-text` pipeline of a trained model; argument and errors as of [`load_published`]."""
+    """The `image-to-text` pipeline of a trained model; argument and errors as in [`load_published`]."""
     network, processor = load_published(model)
     return ReportGenerationPipeline(model=network, processor=processor, task="image-to-text")
 
@@ -84,16 +84,16 @@ def decoding(
     max_new_tokens: int | None = None,
     batch_size: int = 1,
 ) -> dict[str, int]:
-    """Arguments of `generate`, as a command was given them, or else as the model's generation configuration says.
+    """Arguments of `generate`: the given ones, or those of the model's generation configuration.
 
     Args:
         model: on its device.
-        num_beams, max_new_tokens: as given.
-        batch_size: studies that are generated for at once.
+        num_beams, max_new_tokens: given by the user, or None.
+        batch_size: studies per batch.
 
     Raises:
-        ValueError: more tokens than the LLM has positions, more beams than it has tokens to begin with, or a batch
-            whose views, keys and values do not fit into the memory of the device.
+        ValueError: more tokens than the LLM has positions, more beams than its vocabulary has tokens, or a batch whose
+            views, keys and values do not fit into the memory of the device.
     """
     asked, text = model.generation_config, model.config.text_config
     beams = num_beams or asked.num_beams or _BEAMS
@@ -123,7 +123,7 @@ def _bytes_a_token(model: OTDRGForReportGeneration) -> int:
 
 
 def _memory(device: torch.device) -> int | None:
-    """Bytes of memory that a device has in all; None where that is not known."""
+    """The memory of a device in bytes; None if it is not known."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if device.type != "cpu" or "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):

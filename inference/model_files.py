@@ -1,4 +1,4 @@
-"""The files of a trained model: they are loaded here, and an error names the one that is damaged."""
+"""Load the files of a trained model, with errors that name the damaged file."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _MODEL_FILES = (_CONFIG, _GENERATION, "model.safetensors.index.json")
 _TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", _TOKENIZER)
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
-#: A view to try a model on.
+#: A view to test a model with.
 _VIEW = np.tile(np.arange(64, dtype=np.uint8), (64, 1))
-#: Fields that a configuration and its processor share.
+#: Fields that configuration and processor share.
 _SHARED_FIELDS = ("image_tokens", "view_fusion", "finding_text")
 #: Fields of a generation configuration that hold token ids, alone or in lists.
 _TOKEN_FIELDS = (
     *(f"{name}_token_id" for name in ("bos", "eos", "pad", "decoder_start", "forced_bos", "forced_eos")),
     *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids"),
 )
-#: Other fields, with the least and the largest value that is taken.
+#: Other fields, with their smallest and largest allowed value.
 _WHOLE_FIELDS = {
     **dict.fromkeys(("max_new_tokens", "max_length"), (1, 131_072)),
     **dict.fromkeys(("min_new_tokens", "min_length", "no_repeat_ngram_size"), (0, 131_072)),
@@ -50,19 +50,19 @@ def read_config(name: str | os.PathLike, **hub) -> OTDRGConfig:
     """The configuration of a model.
 
     Args:
-        name: its folder or Hub id.
-        hub: some of `HUB_KEYWORDS`.
+        name: folder or Hub id.
+        hub: keyword arguments out of `HUB_KEYWORDS`.
 
     Raises:
         ValueError: it is damaged; the message names the file.
-        OSError: it is not there.
+        OSError: it is missing.
     """
     with _naming_files(name, hub, (_CONFIG,)):
         return OTDRGConfig.from_pretrained(name, **hub)
 
 
 def read_processor(name: str | os.PathLike, **hub) -> OTDRGProcessor:
-    """The processor of a model, tried on one view; arguments and errors as of [`read_config`]."""
+    """The processor of a model, tested with one view; arguments and errors as in [`read_config`]."""
     # The tokenizer reads the configuration, too.
     read_config(name, **hub)
     with _naming_files(name, hub, (*_TOKENIZER_FILES, *_IMAGE_FILES, *_TEMPLATE_FILES)):
@@ -82,11 +82,11 @@ def read_processor(name: str | os.PathLike, **hub) -> OTDRGProcessor:
 
 
 def read_model(name: str | os.PathLike, may_lack: bool = False, **arguments) -> OTDRGForReportGeneration:
-    """A model; errors are as of [`read_config`].
+    """A model; errors as in [`read_config`].
 
     Args:
-        name: its folder or Hub id.
-        may_lack: whether weights may be missing, which are then drawn at random.
+        name: folder or Hub id.
+        may_lack: whether weights may be missing; they are then initialised at random.
         arguments: those of `from_pretrained`.
     """
     hub = {key: arguments[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in arguments}
@@ -104,7 +104,7 @@ def read_model(name: str | os.PathLike, may_lack: bool = False, **arguments) -> 
 
 
 def _check_generation(path: str, model: OTDRGForReportGeneration) -> None:
-    """transformers reads a generation configuration without looking at the values."""
+    """Check the values of a generation configuration, which transformers does not."""
     vocabulary = model.config.text_config.vocab_size
 
     def is_token(value: Any) -> bool:
@@ -128,10 +128,10 @@ def _check_generation(path: str, model: OTDRGForReportGeneration) -> None:
 
 
 def check_fit(name: str | os.PathLike, model: OTDRGForReportGeneration, processor: OTDRGProcessor, **hub) -> None:
-    """Whether a model and its processor agree on how a study is written, and the encoder reads the processor's views.
+    """Check that a model and its processor fit, and that the vision encoder accepts the processor's views.
 
     Raises:
-        ValueError: they differ; the message names the file.
+        ValueError: they do not fit; the message names the file.
     """
     path = _first(name, hub, ("processor_config.json",))
     for field in _SHARED_FIELDS:
@@ -171,7 +171,7 @@ def _expect_image(processor: OTDRGProcessor) -> None:
 
 @contextmanager
 def _naming_files(name: str | os.PathLike, hub: dict[str, Any], files: tuple[str, ...]) -> Iterator[None]:
-    """Errors name the file at fault. Files that transformers passes over when it cannot read them are errors, too."""
+    """Make errors name the file at fault, and unreadable files that transformers ignores an error."""
     if os.path.isdir(name):
         _check_files(name, hub, files)
     try:
@@ -216,13 +216,13 @@ def _raise_named(name: str | os.PathLike, hub: dict[str, Any], files: tuple[str,
                 file = "tokenizer_config.json"
             raise ValueError(f"{_first(name, hub, (file,))}: {describe(cause)}") from error
     if isinstance(error, OSError) and not (os.path.isdir(name) and any(_path(name, hub, file) for file in files)):
-        raise error  # the folder or the Hub lacks something, and says so
+        raise error  # a file is missing, which the error says
     rest = tuple(file for file in files if file in (*_IMAGE_FILES, _CONFIG))
     raise ValueError(f"{_first(name, hub, rest)}: {describe(error)}") from error
 
 
 def _is_tokenizer(path: str) -> bool:
-    """Whether a tokenizer.json by itself is whole."""
+    """Whether a tokenizer.json can be loaded by itself."""
     try:
         PreTrainedTokenizerFast(tokenizer_file=path)
     except Exception:
@@ -231,7 +231,7 @@ def _is_tokenizer(path: str) -> bool:
 
 
 def _path(name: str | os.PathLike, hub: dict[str, Any], file: str) -> str | None:
-    """Where a file of a folder or of a downloaded repository is; None where it is not there."""
+    """The path of a file in a folder or downloaded repository; None if it is missing."""
     if os.path.isdir(name):
         path = os.path.join(name, hub.get("subfolder") or "", file)
         return path if os.path.isfile(path) else None
@@ -249,7 +249,7 @@ def _path(name: str | os.PathLike, hub: dict[str, Any], file: str) -> str | None
 
 
 def _first(name: str | os.PathLike, hub: dict[str, Any], files: tuple[str, ...]) -> str:
-    """The first of the files that is there, else where it would be."""
+    """The path of the first existing file, or where the last one would be."""
     found = (_path(name, hub, file) for file in files)
     return next((path for path in found if path is not None), str(Path(name, hub.get("subfolder") or "", files[-1])))
 

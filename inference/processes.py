@@ -1,4 +1,4 @@
-"""Work shared by processes, and models whose weights are."""
+"""Sharing work among processes, and models with sharded weights."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch.distributed.tensor import DTensor
 
 
 def process_share(count: int) -> list[int]:
-    """Positions, of `count`, that are this process's to work on.
+    """The positions below `count` that this process works on.
 
-    As many for each, so that the last ones may be the first once more: processes that share a model's weights out wait
-    for each other at every layer.
+    All processes get equally many, so that the last positions may repeat the first ones: with sharded weights,
+    processes wait for each other at every layer.
     """
     state = PartialState()
     rounds = -(-count // state.num_processes)
@@ -20,12 +20,12 @@ def process_share(count: int) -> list[int]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether each process holds its share of the weights only (FSDP2, ZeRO-3)."""
+    """Whether each process holds only its share of the weights (FSDP2, ZeRO-3)."""
     return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def open_methods(model: nn.Module, *names: str) -> None:
-    """Let methods other than `forward` gather the weights that FSDP2 shares out; without FSDP2 nothing is changed."""
+    """Let methods other than `forward` gather weights that FSDP2 has sharded; does nothing without FSDP2."""
     if isinstance(model, FSDPModule):
         for name in names:
             register_fsdp_forward_method(model, name)

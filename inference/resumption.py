@@ -1,13 +1,12 @@
-"""A file of reports that can be gone on with, and beside it what its reports were written with."""
+"""A file of reports that an interrupted command can continue, and the settings beside it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from ..files_otdrg import write_json
 from ..pipeline_otdrg import ReportGenerationPipeline
-from ..runtime.journal import Journal, differing_settings
+from ..runtime.journal import Journal, WorkSettings
 from ..studies.fingerprint import fingerprint
 from .features import model_digest
 from .listing import ListedStudy
@@ -16,14 +15,7 @@ from .listing import ListedStudy
 def settings_of(
     pipe: ReportGenerationPipeline, studies: list[ListedStudy], arguments: dict[str, int], heatmap: Path | None
 ) -> dict[str, Any]:
-    """What records depend on, besides what each has of its own study.
-
-    Args:
-        pipe: the model.
-        studies: all that are asked for.
-        arguments: of `generate`.
-        heatmap: folder of pictures.
-    """
+    """What all reports of a file depend on: the model, the dataset of the studies, the arguments of `generate`."""
     rows = studies[0].rows
     return {
         "model": model_digest(pipe.model, pipe.processor),
@@ -36,31 +28,29 @@ def settings_of(
 def begin_output(
     path: Path, resume: bool, settings: dict[str, Any], studies: list[ListedStudy]
 ) -> tuple[Journal, list[ListedStudy]]:
-    """The file of records, and the studies that are not in it yet.
+    """The file of reports, and the studies that are not in it yet.
 
     Args:
-        path: of the file; `NAME.settings.json` beside it keeps the settings.
-        resume: whether to go on with a file that is there; it is replaced otherwise.
-        settings: of [`settings_of`].
-        studies: all that are asked for.
+        path: of the file; `NAME.settings.json` beside it holds the settings.
+        resume: continue an existing file instead of replacing it.
+        settings: from [`settings_of`].
+        studies: all that were asked for.
 
     Raises:
-        ValueError: the file is of other settings, or has one of the studies with other views, indication or findings.
+        ValueError: the file was made with other settings, or has a report of a study with other views, indication or
+            findings.
     """
+    beside = path.with_suffix(".settings.json")
     if not resume:
         path.unlink(missing_ok=True)
-    journal, beside = Journal(path), path.with_suffix(".settings.json")
-    if journal.rows:
-        if not beside.is_file():
-            raise ValueError(
-                f"{path} has no {beside.name} beside it, which says what its reports were written with: expected it, "
-                "another --output, or --overwrite"
-            )
-        told = differing_settings(beside, settings, ("model", "studies"))
-        if told is not None:
-            raise ValueError(
-                f"{path} holds reports of other settings ({told}): expected the same, another --output, or --overwrite"
-            )
+    journal = Journal(path)
+    if not journal.rows:
+        beside.unlink(missing_ok=True)
+    elif not beside.is_file():
+        raise ValueError(
+            f"{path} has no {beside.name} beside it, with the settings of its reports: expected it, another --output, "
+            "or --overwrite"
+        )
     written = {row.get("id"): row for row in journal.rows}
     for study in studies:
         asked, row = study.asked(), written.get(study.id)
@@ -69,8 +59,7 @@ def begin_output(
                 f"{path} holds a report of {study.id!r} with other images, indication or findings: expected the same, "
                 "another --output, or --overwrite"
             )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(beside, settings)
+    WorkSettings(path, settings, ("model", "studies")).keep(beside)
     return journal, [study for study in studies if study.id not in written]
 
 

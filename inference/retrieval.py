@@ -1,32 +1,29 @@
-"""Retrieval by a model's own image features: what training studies that look alike to it have for reports."""
+"""Retrieval by a model's own image features: the reports of the training studies nearest to a study."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
-from torch.utils.data import DataLoader
 
 from ..metrics.retrieval import NEIGHBOURS, consensus, nearest_neighbours
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from ..studies.streaming import StreamedStudies
-from .collation import collate_views
-from .features import CachedStudies
-from .processes import open_methods, process_share
+from .features import CachedStudies, encode_batches
+from .processes import process_share
 
 
 class RetrievedReports(NamedTuple):
     """What [`retrieve_reports`] found for N studies.
 
     Args:
-        nearest: N reports, each of the nearest training study.
-        consensus: N reports, each the one of the nearest studies' that the others are most like.
-        neighbours: how many there were to seek a consensus among.
+        nearest: N reports, those of the nearest training study.
+        consensus: N reports: of those of the nearest studies, the one most similar to the others.
+        neighbours: number of nearest studies that the consensus is chosen from.
     """
 
     nearest: list[str]
@@ -51,7 +48,7 @@ def retrieve_reports(
         studies: rows with `id` and `images`, or those of [`cache_features`].
         training: the same, with `report`.
         batch_size: studies encoded at a time.
-        neighbours: among which a consensus is sought; all, where training has fewer.
+        neighbours: number of nearest studies for the consensus; at most all training studies.
     """
     neighbours = min(neighbours, len(training))
     found = nearest_neighbours(
@@ -70,9 +67,9 @@ def pooled_features(
     studies: Dataset | StreamedStudies | CachedStudies,
     batch_size: int = 8,
 ) -> np.ndarray:
-    """(N, D): of each study the mean of its view features over views and image tokens, in the order of `studies["id"]`.
+    """(N, D): each study's view features, averaged over views and image tokens, in the order of `studies["id"]`.
 
-    Where the predictor reads an encoder of its own, D holds the features of both. Every process of a distributed run
+    If the predictor has its own encoder, D holds the features of both. Every process of a distributed run
     must call it; all get the whole.
 
     Args:
@@ -80,25 +77,13 @@ def pooled_features(
         studies: rows with `id` and `images`, or those of [`cache_features`].
         batch_size: studies encoded at a time.
     """
-    state = PartialState()
-
-    def collate(rows: list[dict[str, Any]]) -> tuple[list[str], dict[str, torch.Tensor]]:
-        return [row["id"] for row in rows], collate_views(processor, rows)
-
-    loader = DataLoader(studies.select(process_share(len(studies))), batch_size=batch_size, collate_fn=collate)
-    open_methods(model, "encode_views")
-    model.eval()
+    rows = studies.select(process_share(len(studies)))
     pooled: dict[str, np.ndarray] = {}
-    for ids, batch in loader:
-        features, view_mask = batch.get("view_features"), batch["view_mask"]
-        if features is None:
-            view_mask = view_mask.to(model.device)
-            with torch.no_grad():
-                features = model.encode_views(batch["pixel_values"].to(model.device), view_mask)
+    for batch, features, view_mask in encode_batches(model, processor, rows, batch_size):
         # Features are 0 where there is no view.
-        sums = features.float().mean(dim=2).sum(dim=1)
-        pooled.update(zip(ids, (sums / view_mask.sum(dim=1, keepdim=True)).cpu().numpy(), strict=True))
-    if state.num_processes > 1:
+        means = features.float().mean(dim=2).sum(dim=1) / view_mask.sum(dim=1, keepdim=True)
+        pooled.update(zip((row["id"] for row in batch), means.cpu().numpy(), strict=True))
+    if PartialState().num_processes > 1:
         for share in gather_object([pooled]):
             pooled.update(share)
     return np.stack([pooled[study] for study in studies["id"]])

@@ -1,26 +1,24 @@
-"""JSON objects on disk, a line each, written as they come, so that what is broken off can go on."""
+"""Unfinished work on disk: finished items, a line each, and the settings under which they were made."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from ..files_otdrg import read_json
+from ..files_otdrg import read_json, write_json
 
 
 class Journal:
-    """A `.jsonl` file that is added to and survives being killed: a last line that was cut off is removed.
-
-    Whoever keeps one sees to it that all its rows are of the same making ([`differing_settings`]).
+    """A `.jsonl` file of finished items that is added to; if the process is killed, only a line cut off is lost.
 
     Args:
-        path: the file; it need not be there.
+        path: the file; it need not exist.
 
     Attributes:
-        rows: what is in it, in order.
+        rows: its items in order, each a JSON object.
 
     Raises:
         ValueError: a line is no JSON object.
@@ -45,7 +43,7 @@ class Journal:
             os.truncate(self.path, self.path.stat().st_size - len(cut_off))
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Add rows, each a line; they are on disk when this returns."""
+        """Add items, each a line; they are on disk when this returns."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             for row in rows:
@@ -53,24 +51,49 @@ class Journal:
                 self.rows.append(row)
 
 
-def differing_settings(path: Path, settings: dict[str, Any], digests: Iterable[str] = ()) -> str | None:
-    """What of the settings kept in a JSON file differs from those of now, in a few words; None where nothing does.
+class WorkSettings:
+    """The settings and inputs that work depends on; unfinished work is continued only under the same ones.
 
     Args:
-        path: of the file.
-        settings: of now.
-        digests: settings whose values say nothing to people.
-
-    Raises:
-        ValueError: the file is damaged.
-        OSError: the file cannot be read.
+        work: file or folder of the work, for error messages.
+        settings: values that JSON can hold; others are converted to text.
+        digests: names of settings whose values mean nothing to people.
     """
-    before = read_json(path)
-    differing = [name for name in settings if before.get(name) != settings[name]]
-    return (
-        ", ".join(name if name in digests else f"{name} {before.get(name)}, now {settings[name]}" for name in differing)
-        or None
-    )
+
+    def __init__(self, work: str | os.PathLike, settings: dict[str, Any], digests: Collection[str] = ()):
+        self.work = work
+        # Through JSON, so that values compare equal to those read from a file.
+        self.settings = json.loads(json.dumps(settings, default=str))
+        self.digests = digests
+
+    def check(self, before: dict[str, Any]) -> None:
+        """Refuse to continue work that was begun with other settings.
+
+        Raises:
+            ValueError: `before` differs; the message names the settings and both values.
+        """
+        changes = [
+            name if name in self.digests else f"{name}={before.get(name)!r}, now {self.settings.get(name)!r}"
+            for name in {**self.settings, **before}
+            if before.get(name) != self.settings.get(name)
+        ]
+        if changes:
+            raise ValueError(
+                f"{self.work} was made with other settings ({'; '.join(changes)}): expected the same, another "
+                "--output, or --overwrite, which starts anew"
+            )
+
+    def keep(self, path: str | os.PathLike) -> None:
+        """Write the settings to a JSON file; if it is there, compare them first.
+
+        Raises:
+            ValueError: the file is damaged or holds other settings.
+            OSError: the file cannot be read or written.
+        """
+        if os.path.isfile(path):
+            self.check(read_json(path))
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, self.settings)
 
 
-__all__ = ["Journal", "differing_settings"]
+__all__ = ["Journal", "WorkSettings"]

@@ -25,11 +25,12 @@ from tqdm.auto import tqdm
 
 from ..files_otdrg import read_json, write_json, write_text
 from ..runtime.interruptions import end_with_parent
+from ..runtime.journal import WorkSettings
 from ..runtime.output_lock import OutputLock
 from .assembly import SECTIONS, Sections, StudyListing, assemble_study
 from .card import dataset_card
 from .images import stored_image
-from .shards import WorkFolder, check_output, check_settings, row_batches, write_shard
+from .shards import WorkFolder, check_output, row_batches, write_shard
 from .source import SPLITS, Skipped, StudyEntry, StudySource, option
 from .summary import OfficialCheck, SplitCounts, format_counts
 
@@ -184,7 +185,7 @@ def _build_locked(
     if resume:
         summary = _finished(work, overwrite)
         if summary is not None:
-            check_settings(work.output, summary["settings"], work.settings)
+            WorkSettings(work.output, work.settings).check(summary["settings"])
             return BuildReport.from_summary(work.output, summary)
     check_output(work.output, overwrite)
     # Listed first: an error of the source leaves no files.

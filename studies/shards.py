@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, load_dataset
 
 from ..files_otdrg import read_json, write_json
+from ..runtime.journal import WorkSettings
 from .schema import STUDY_FEATURES
 
 #: The file of a complete dataset that holds its settings and counts.
@@ -71,8 +71,8 @@ class WorkFolder:
         self.output = output
         self.path = output.with_name(f"{output.name}.partial")
         self.shards = self.path / "shards"
-        # Converted to JSON, so that they can be compared with those of a file.
-        self.settings = json.loads(json.dumps(settings, default=str))
+        self._work_settings = WorkSettings(self.path, settings)
+        self.settings = self._work_settings.settings
         self.settings_file = self.path / f"{task}.json"
 
     def finished(self, overwrite: bool) -> dict[str, Any] | None:
@@ -119,7 +119,7 @@ class WorkFolder:
             raise ValueError(
                 f"{self.settings_file} is missing or damaged: --overwrite deletes {self.path} and starts again"
             ) from None
-        check_settings(self.path, before, self.settings)
+        self._work_settings.check(before)
 
     def publish(self, shards: Sequence[tuple[str, Path]], summary: dict[str, Any], arrow: bool) -> None:
         """Move finished shards to `data/SPLIT-I-of-N.parquet`, write the summary and put the dataset in its place.
@@ -160,16 +160,6 @@ class WorkFolder:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def check_settings(folder: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Raise a `ValueError` that names the first setting in which earlier work differs."""
-    for name in {**before, **settings}:
-        if before.get(name) != settings.get(name):
-            raise ValueError(
-                f"{folder} was made with {name}={before.get(name)!r}, not {settings.get(name)!r}: "
-                "--overwrite deletes it and starts again"
-            )
-
-
 def check_output(output: Path, overwrite: bool) -> None:
     """Raise a `ValueError` if something at `output` may not be replaced by a dataset."""
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
@@ -190,4 +180,4 @@ def _no_progress_bars() -> Iterator[None]:
             enable_progress_bars()
 
 
-__all__ = ["SUMMARY", "WorkFolder", "check_output", "check_settings", "row_batches", "write_shard"]
+__all__ = ["SUMMARY", "WorkFolder", "check_output", "row_batches", "write_shard"]

@@ -186,8 +186,7 @@ def test_unknown_preset_and_field_are_named():
         ("predicted_state_ratio", 1.5, "a number from 0 to 1"),
         ("finding_thresholds", [0.5] * 13, "14 numbers from 0 to 1"),
         ("finding_thresholds", [0.5] * 13 + [1.5], "14 numbers from 0 to 1"),
-        ("lora", {"r": 8}, "r, lora_alpha, lora_dropout, target_modules"),
-        ("lora", {"rank": 8, "target_modules": ["q_proj"]}, "r, lora_alpha, lora_dropout, target_modules"),
+        ("lora", ["q_proj"], "the fields of peft.LoraConfig"),
         ("image_token_id", 512, "a token id from 0 to 511"),
         ("finding_token_id", -1, "a token id from 0 to 511"),
         ("finding_text_token_id", 600, "the LLM's vocab_size is 512"),
@@ -204,6 +203,21 @@ def test_wrong_values_name_field_value_and_what_is_allowed(field, value, allowed
     assert message.startswith(f"OTDRGConfig.{field}={value!r}: expected ")
     assert allowed in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("field", ["lora", "vision_lora"])
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"rank": 8}, r"={'rank': 8}: got an unexpected keyword argument 'rank', expected peft.LoraConfig's fields"),
+        ({"r": 0}, ".r=0: expected an integer from 1 to 4,096"),
+        ({"target_modules": "a.*", "layers_to_transform": 1}, "`layers_to_transform` cannot be used"),
+        ({"modules_to_save": ["lm_head"]}, r".modules_to_save=\['lm_head'\]: expected null, only LoRA is supported"),
+    ],
+)
+def test_wrong_lora_fields_are_named(field, lora, message):
+    with pytest.raises(ValueError, match=rf"^OTDRGConfig.{field}.*{message}"):
+        OTDRGConfig.from_preset("tiny", **{field: lora})
 
 
 def test_label_tokens_need_labels():

@@ -237,10 +237,10 @@ def trained(build_model, views, reports):
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(100):
         optimizer.zero_grad()
-        loss = model(**inputs).loss
-        loss.backward()
+        output = model(**inputs)
+        output.loss.backward()
         optimizer.step()
-        if model(**inputs).report_loss < 0.02:
+        if output.report_loss < 0.02:
             break
     return model.eval(), processor, states, told
 

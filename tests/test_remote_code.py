@@ -23,7 +23,7 @@ from transformers import (
 )
 
 logging.set_verbosity_error()
-folder, second, image, few = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
+folder, second, own, image, few = *sys.argv[1:5], json.loads(sys.argv[5])
 trust = {"trust_remote_code": True}
 
 def doors(folder):
@@ -65,11 +65,20 @@ def doors(folder):
         found["no image"] = str(error)
     return found, model, processor
 
+def own_encoder(folder):
+    model = AutoModel.from_pretrained(folder, **trust)
+    output = model(**AutoProcessor.from_pretrained(folder, **trust)(images=[image]))
+    return {
+        "finding_logits": output.finding_logits.flatten().tolist(),
+        "logits": output.logits.double().sum().item(),
+        "written": pipeline("image-to-text", model=folder, **trust)(image, **few)[0]["generated_text"],
+    }
+
 first, model, processor = doors(folder)
 model.save_pretrained(second)
 processor.save_pretrained(second)
 again, _, _ = doors(second)
-print(json.dumps([first, again]))
+print(json.dumps([first, again, own_encoder(own)]))
 """
 
 WITHOUT_PEFT = """
@@ -143,25 +152,6 @@ print(json.dumps(train("killed", True, [])))
 """
 
 
-OWN_ENCODER = """
-hide("otdrg")
-import json
-from transformers import AutoModel, AutoProcessor, pipeline, logging
-
-logging.set_verbosity_error()
-folder, image, few = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-output = model(**processor(images=[image]))
-pipe = pipeline("image-to-text", model=folder, trust_remote_code=True)
-print(json.dumps({
-    "finding_logits": output.finding_logits.flatten().tolist(),
-    "logits": output.logits.double().sum().item(),
-    "written": pipe(image, **few)[0]["generated_text"],
-}))
-"""
-
-
 @pytest.fixture
 def image(views, tmp_path):
     Image.fromarray(views[0]).save(tmp_path / "view.png")
@@ -200,7 +190,21 @@ def lora_model(build_model, **fields):
     return model, processor
 
 
-def test_every_door_opens_from_the_saved_folder_and_after_saving_it_again(build_model, image, run, tmp_path):
+@pytest.fixture
+def own_encoder(build_model, image, tmp_path):
+    """Folder of a model whose predictor has its own encoder, with adapters; and what it computes for the image."""
+    vision_lora = {**LORA, "target_modules": ["qkv"]}
+    model, processor = lora_model(build_model, predictor_encoder="own", vision_lora=vision_lora)
+    model.save_pretrained(tmp_path / "own")
+    processor.save_pretrained(tmp_path / "own")
+    inputs = processor(images=[image])
+    with torch.no_grad():
+        output = model(**inputs)
+    written = model.generate(**inputs, **FEW)[0, inputs["input_ids"].shape[1] :]
+    return tmp_path / "own", output, processor.decode(written, skip_special_tokens=True).strip()
+
+
+def test_saved_folder_opens_by_every_door_and_again_after_saving(build_model, image, own_encoder, run, tmp_path):
     model, processor = lora_model(build_model)
     first, second = tmp_path / "first", tmp_path / "second"
     model.save_pretrained(first)
@@ -210,7 +214,11 @@ def test_every_door_opens_from_the_saved_folder_and_after_saving_it_again(build_
         logits = model(**inputs).logits.double().sum().item()
     ids = model.generate(**inputs, **FEW)
 
-    once, again = run(EVERY_DOOR, first, second, image)
+    folder, output, written = own_encoder
+    once, again, own = run(EVERY_DOOR, first, second, folder, image)
+    assert own["finding_logits"] == pytest.approx(output.finding_logits.flatten().tolist(), abs=1e-5)
+    assert own["logits"] == pytest.approx(output.logits.double().sum().item(), abs=1e-3)
+    assert own["written"] == written
     assert once["types"] == ["OTDRGConfig", *["OTDRGForReportGeneration"] * 2, "OTDRGProcessor"]
     assert set(once["modules"]) == {"transformers_modules"}
     assert once["logits"] == pytest.approx(logits, abs=1e-3)
@@ -282,18 +290,3 @@ def test_training_with_the_stock_trainer_is_killed_and_goes_on(build_model, view
 
 def test_the_processor_is_one_of_transformers(processor):
     assert isinstance(processor, ProcessorMixin)
-
-
-def test_a_predictor_with_its_own_encoder_loads_with_its_adapters(build_model, image, run, tmp_path):
-    vision_lora = {**LORA, "target_modules": ["qkv"]}
-    model, processor = lora_model(build_model, predictor_encoder="own", vision_lora=vision_lora)
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    inputs = processor(images=[image])
-    with torch.no_grad():
-        output = model(**inputs)
-    found = run(OWN_ENCODER, tmp_path / "model", image)
-    assert found["finding_logits"] == pytest.approx(output.finding_logits.flatten().tolist(), abs=1e-5)
-    assert found["logits"] == pytest.approx(output.logits.double().sum().item(), abs=1e-3)
-    written = model.generate(**inputs, **FEW)[0, inputs["input_ids"].shape[1] :]
-    assert found["written"] == processor.decode(written, skip_special_tokens=True).strip()

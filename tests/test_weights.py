@@ -1,5 +1,7 @@
 """Weights in folders: whole and as adapters, their SHA-256, and what is refused."""
 
+import copy
+import hashlib
 import importlib.util
 import json
 import os
@@ -9,10 +11,12 @@ import stat
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
-from otdrg import OTDRGConfig, OTDRGForReportGeneration, OTDRGProcessor
+from otdrg import OTDRGConfig, OTDRGForReportGeneration, OTDRGProcessor, weight_files_otdrg
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BertConfig, BitsAndBytesConfig
 
@@ -250,7 +254,124 @@ def test_a_quantised_llm_under_an_adapter_and_alone(backbones, build_on_backbone
         assert all(torch.allclose(stored[n].float(), again[n].float(), atol=1e-2) for n in stored)
 
 
+# --- LoRA and quantisation options -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True},
+        {"use_rslora": True, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 16}},
+        {"lora_bias": True},
+        {"target_modules": "all-linear", "exclude_modules": ["down_proj"]},
+        {"init_lora_weights": "pissa"},
+    ],
+    ids=str,
+)
+def test_lora_options_of_peft_survive_saving_and_merging(build_backbones, build_on_backbones, views, tmp_path, options):
+    backbones = build_backbones(tmp_path / "backbones", bias="lora_bias" in options)
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **options}
+    model, processor = build_on_backbones(backbones, lora=lora)
+    study = processor(images=[views[:2], views[2]])
+    with torch.no_grad():
+        logits = model(**study).logits
+    for form in ("adapter", "full"):
+        model.save_pretrained(tmp_path / form, weights=form)
+        again = OTDRGForReportGeneration.from_pretrained(tmp_path / form)
+        assert again.config.lora == lora
+        assert_same(model, again, study)
+    again.merge_lora()
+    with torch.no_grad():
+        assert torch.allclose(again(**study).logits, logits, atol=1e-4)
+
+
+def test_lora_config_object_is_stored_as_its_fields(build_model, tmp_path):
+    model, _ = build_model(lora=LoraConfig(r=4, target_modules={"v_proj", "q_proj"}, use_rslora=True))
+    model.save_pretrained(tmp_path)
+    lora = OTDRGConfig.from_pretrained(tmp_path).lora
+    assert lora == {"r": 4, "target_modules": ["q_proj", "v_proj"], "use_rslora": True}
+
+
+def test_add_lora_bias_without_a_bias_to_merge_into_is_refused(build_model):
+    model, _ = build_model()
+    model.config.lora = {"target_modules": ["q_proj"], "lora_bias": True}
+    with (
+        pytest.warns(UserWarning, match="no bias"),
+        pytest.raises(ValueError, match="lora_bias=True: expected modules"),
+    ):
+        model.add_lora()
+
+
+@pytest.mark.parametrize("option", ["use_dora", "lora_bias"])
+def test_add_lora_on_a_quantised_llm_refuses_what_cannot_be_merged(model, option):
+    quantised = copy.deepcopy(model)
+    quantised.language_model.is_quantized = True
+    quantised.config.lora = {"r": 4, "target_modules": ["q_proj"], option: True}
+    with pytest.raises(ValueError, match=rf"OTDRGConfig.lora.{option}=True: expected false, since the LLM is quantis"):
+        quantised.add_lora()
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [("2bit", "quantization_config='2bit': expected '4bit', '8bit'"), ({"bits": 4}, "quantization_config.bits: expec")],
+)
+def test_from_backbones_wrong_quantisation_is_named(backbones, quantization, message):
+    with pytest.raises(ValueError, match=message):
+        OTDRGForReportGeneration.from_backbones(**backbones, quantization_config=quantization)
+
+
 # --- SHA-256 ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hashed(monkeypatch, tmp_path):
+    """Names of the files whose SHA-256 is computed, with a memory in a folder of the test."""
+    names, digest = [], weight_files_otdrg._digest
+    monkeypatch.setattr(weight_files_otdrg, "_digest", lambda path: names.append(Path(path).name) or digest(path))
+    monkeypatch.setattr(weight_files_otdrg, "_SMALLEST_REMEMBERED", 0)
+    monkeypatch.setattr(weight_files_otdrg, "_SETTLED_SECONDS", -1)
+    monkeypatch.setattr(weight_files_otdrg.constants, "HF_HOME", str(tmp_path / "home"))
+    return names
+
+
+@pytest.mark.parametrize("home", ["writable", "not writable", "damaged"])
+def test_from_pretrained_of_an_adapter_hashes_backbones_once(
+    build_backbones, build_on_backbones, tmp_path, hashed, home
+):
+    model, _ = build_on_backbones(build_backbones(tmp_path))
+    model.save_pretrained(tmp_path / "adapter", weights="adapter")
+    (tmp_path / "home").mkdir(exist_ok=True)
+    memory = tmp_path / "home" / "otdrg_sha256.json"
+    memory.unlink(missing_ok=True)
+    if home == "not writable":
+        memory.mkdir()
+    elif home == "damaged":
+        memory.write_text("{")
+    counts = []
+    for _ in range(2):
+        hashed.clear()
+        OTDRGForReportGeneration.from_pretrained(tmp_path / "adapter")
+        counts.append(len(hashed))
+    assert counts == ([3, 3] if home == "not writable" else [3, 0])
+    file = tmp_path / "text" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, file, {"format": "pt"})
+    hashed.clear()
+    with pytest.raises(OSError, match="an adapter of another text backbone"):
+        OTDRGForReportGeneration.from_pretrained(tmp_path / "adapter")
+    assert hashed[-1] == "model.safetensors"
+
+
+def test_sha256_of_a_small_or_just_changed_file_is_not_remembered(tmp_path, hashed, monkeypatch):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"weights")
+    for name, value in (("_SMALLEST_REMEMBERED", 8), ("_SETTLED_SECONDS", 60)):
+        with monkeypatch.context() as patch:
+            patch.setattr(weight_files_otdrg, name, value)
+            hashed.clear()
+            digests = {weight_files_otdrg.sha256(file), weight_files_otdrg.sha256(file)}
+            assert digests == {hashlib.sha256(b"weights").hexdigest()} and len(hashed) == 2
 
 
 def test_damaged_weights_of_the_right_size_are_refused(model, tmp_path):

@@ -234,12 +234,9 @@ def measure(
     pretraining.eval()
     device = next(pretraining.parameters()).device
 
-    def encode(pixel_values: torch.Tensor, view_mask: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=pretraining.stage.bf16):
-            return pretraining.encode(pixel_values.to(device), view_mask.to(device)).float().cpu()
-
     def encoded(studies) -> ViewFeatures:
-        return encode_studies(encode, processor, studies, pretraining.stage.probe_studies, batch_size)
+        with torch.autocast(device.type, torch.bfloat16, enabled=pretraining.stage.bf16):
+            return encode_studies(pretraining.model, processor, studies, pretraining.stage.probe_studies, batch_size)
 
     known, unseen = encoded(train), encoded(validation)
     with torch.no_grad():

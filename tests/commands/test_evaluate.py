@@ -171,7 +171,7 @@ def test_a_second_call_goes_on_where_the_first_was_killed(trained_run, evaluated
     capsys.readouterr()
     assert main([*arguments, "--max-new-tokens", "4", "--seed", "1"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "holds reports of other settings (max_new_tokens 10, now 4, seed 0, now 1)" in error
+    assert "was made with other settings (max_new_tokens=10, now 4; seed=0, now 1)" in error
     assert "--overwrite, which writes all of them anew" in error and not written
     assert main([*arguments, "--max-new-tokens", "4", "--overwrite"]) == 0
     assert sum(written) == 3 * 5

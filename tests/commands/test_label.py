@@ -225,7 +225,7 @@ def test_label_interrupted_is_resumed(built, monkeypatch, capsys):
     assert main(command) == 1
     assert "unfinished dataset: --resume continues it" in capsys.readouterr().err
     assert main([*command, "--relabel", "--resume"]) == 1
-    assert "was made with relabel=False, not True" in capsys.readouterr().err
+    assert "was made with other settings (relabel=False, now True)" in capsys.readouterr().err
     assert main([*command, "--resume"]) == 0
     # Two shards before the interruption, one at it, and the two that were left.
     assert Interrupted.calls == 5
@@ -247,7 +247,7 @@ def test_label_csv_interrupted_counts_all_studies(built, table, monkeypatch, cap
         assert main(command) == 130
     table(*rows[1:], header=("study", *findings))
     assert main([*command, "--resume"]) == 1
-    assert "was made with csv_sha256=" in capsys.readouterr().err
+    assert "was made with other settings (csv_sha256=" in capsys.readouterr().err
     table(*rows, header=("study", *findings))
     assert main([*command, "--resume"]) == 0
     error = capsys.readouterr().err

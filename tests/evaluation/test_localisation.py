@@ -78,15 +78,16 @@ def test_predicted_states_change_what_the_plans_are_made_for(trained_run, tmp_pa
         assert counts["judged"] + counts["unseen"] + counts["covering"] == 2 * counts["positive"]
 
 
-class PeakAtMask:
+class PeakAtMask(torch.nn.Module):
     """Of a model, what `judge_phantoms` uses: its plan for a finding is highest where `truth` says."""
 
     device = torch.device("cpu")
 
     def __init__(self, config, lifts):
+        super().__init__()
         self.config, self.lifts = config, lifts
 
-    def encode_views(self, pixel_values, view_mask):
+    def encode_views(self, pixel_values, view_mask, reader):
         return pixel_values
 
     def transport_lift(self, view_features, view_mask, states):

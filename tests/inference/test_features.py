@@ -1,6 +1,7 @@
 """Features of frozen encoders: encoded once, found again, and the same as those of the images."""
 
 import copy
+import inspect
 import logging
 import pickle
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from otdrg import OTDRGConfig
 from otdrg.inference import features
 from otdrg.inference.collation import FindingCollator, PromptCollator
 from otdrg.inference.features import cache_features, encoder_digest, encoder_is_frozen
@@ -195,6 +197,17 @@ def test_another_encoder_transform_or_type_is_encoded_anew(build_model, studies,
     assert count(model, processor) == 0
 
 
+def test_encoder_digest_new_configuration_field_changes_it_unless_declared(build_model):
+    model, processor = build_model()
+    before = encoder_digest(model, processor)
+    declared = OTDRGConfig._NOT_IN_VIEW_FEATURES & inspect.signature(OTDRGConfig.__init__).parameters.keys()
+    for name in declared - {"text_config", "label_encoder_config"}:
+        setattr(model.config, name, "another")
+    assert encoder_digest(model, processor) == before
+    model.config.vision_pooling = "max"  # no such field exists yet
+    assert encoder_digest(model, processor) != before
+
+
 @pytest.mark.parametrize("vision_config", [{}, DINOV2 | {"image_size": 56}], ids=["swin", "dinov2"])
 def test_a_saved_model_finds_the_features_of_the_one_it_was(build_config, reports, tmp_path, vision_config):
     config = build_config(**({"vision_config": vision_config} if vision_config else {}))
@@ -236,10 +249,10 @@ def test_a_killed_run_loses_at_most_a_shard(model, processor, studies, tmp_path,
     monkeypatch.setattr(features, "SHARD_VIEWS", 4)
     counting = OTDRGForReportGeneration.encode_views
 
-    def killed(self, pixel_values, view_mask=None):
+    def killed(self, pixel_values, *arguments):
         if len(encoded) == 3:
             raise KeyboardInterrupt
-        return counting(self, pixel_values, view_mask)
+        return counting(self, pixel_values, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(OTDRGForReportGeneration, "encode_views", killed)
@@ -348,7 +361,7 @@ assert state.num_processes == 2
 saved, built, folder = sys.argv[1:]
 model, processor = (kind.from_pretrained(saved) for kind in (OTDRGForReportGeneration, OTDRGProcessor))
 encode, encoded = model.encode_views, []
-model.encode_views = lambda pixels, mask: encoded.append(len(pixels)) or encode(pixels, mask)
+model.encode_views = lambda pixels, *more: encoded.append(len(pixels)) or encode(pixels, *more)
 table = load_studies("prepared", folder=built)["train"]
 for studies in (table, StreamedStudies(built, "train"), table.select([2, 2, 0])):
     cached = cache_features(model, processor, studies, folder, batch_size=1)

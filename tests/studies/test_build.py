@@ -276,7 +276,7 @@ def test_build_killed_leaves_no_dataset_and_resumes(tmp_path):
     build = BuildOptions(studies_per_shard=10)
     with pytest.raises(ValueError, match=r"unfinished dataset: --resume continues it, --overwrite deletes it"):
         prepare_studies("phantom", output, build=build, **options)
-    with pytest.raises(ValueError, match=r"was made with source\.seed=0, not 1"):
+    with pytest.raises(ValueError, match=r"was made with other settings \(source\.seed=0, now 1\)"):
         prepare_studies("phantom", output, build=build, resume=True, seed=1, **options)
     report = prepare_studies("phantom", output, build=build, resume=True, **options)
     assert report.counts["train"].studies == options["train"]
@@ -310,7 +310,7 @@ def test_build_complete_is_not_changed_by_resume(tmp_path):
     again = prepare_studies("phantom", tmp_path / "built", resume=True, **PHANTOMS)
     assert str(again) == str(first)
     assert (tmp_path / "built" / "summary.json").stat().st_mtime_ns == made
-    with pytest.raises(ValueError, match=r"was made with source\.train=7, not 8"):
+    with pytest.raises(ValueError, match=r"was made with other settings \(source\.train=7, now 8\)"):
         prepare_studies("phantom", tmp_path / "built", resume=True, **{**PHANTOMS, "train": 8})
 
 
