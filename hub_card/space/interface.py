@@ -189,7 +189,7 @@ class _Page:
     def connect(self) -> None:
         buttons = [self.write, self.again, self.save_text, self.save_record]
         texts = [self.report, self.contradictions, self.problem, self.record_text]
-        shown = [self.files, self.preview, *texts, self.table, self.heatmap, *buttons, *self.states]
+        shown = [self.files, self.preview, *texts, self.table, self.heatmap, *buttons[1:], *self.states]
         writing = [
             # One at a time: pressing again while a report is written has no effect.
             gr.on(
@@ -216,9 +216,11 @@ class _Page:
                 self.take_example, [self.samples, self.visitor], self.indication, cancels=writing, **_QUICK
             ),
         ]
-        for event in (*changes, *writing):
-            # Also after an error, and when a cancelled report has stopped.
+        for event in changes:
             event.then(self.show, self.visitor, shown, **_QUICK)
+        for event in writing:
+            # Also after an error, and when a cancelled report has stopped: a button pressed before has no effect.
+            event.then(self.finish, self.visitor, [*shown, self.write], **_QUICK)
         self.finding.input(self.show_heatmap, [self.finding, self.visitor], [self.heatmap, self.problem], **_QUICK)
         for button, text, name, kind in (
             (self.save_text, self.report, "report.txt", "text/plain"),
@@ -348,10 +350,9 @@ class _Page:
             self.files: None,
             self.preview: _visible(preview(visitor.views)),
             self.problem: _alert(visitor.problem),
-            self.write: gr.update(value="Write report", interactive=True),
-            **self._allow(visitor.written is not None),
         }
         if visitor.written is None:
+            updates |= self._allow(False)
             hidden = dict.fromkeys((self.contradictions, self.table, self.heatmap), _visible(""))
             return {**updates, **hidden, self.report: "", self.record_text: "", **dict.fromkeys(self.states)}
         record = visitor.written.record
@@ -363,6 +364,11 @@ class _Page:
             self.heatmap: _visible(visitor.written.heatmap),
             self.record_text: json.dumps(record, ensure_ascii=False, indent=2, default=lambda array: array.tolist()),
         }
+
+    def finish(self, visitor: Visitor) -> dict:
+        """Show the last complete report, and enable the buttons."""
+        enabled = self._allow(visitor.written is not None)
+        return {**self.show(visitor), **enabled, self.write: gr.update(value="Write report", interactive=True)}
 
     def _allow(self, has_report: bool) -> dict:
         buttons = (self.again, self.save_text, self.save_record)
