@@ -32,10 +32,10 @@ from otdrg import FINDINGS, OTDRGConfig, OTDRGForReportGeneration, OTDRGProcesso
 from PIL import Image
 
 #: Steps of a user, in order. Those that write wait for the model, one after another.
-STEPS = ("upload", "add_views", "write_report", "show_heatmap", "write_again", "start_anew")
+STEPS = ("upload", "add_views", "show", "write_report", "show_heatmap", "write_again", "start_anew")
 
 _TEXTS = ("The heart is normal in size. The lungs are clear. There is no pleural effusion or pneumothorax.",)
-_STATES = [{"finding": name, "state": "negative" if name != "no_finding" else "positive"} for name in FINDINGS]
+_STATES = ["negative" if name != "no_finding" else "positive" for name in FINDINGS]
 
 
 def main() -> None:
@@ -187,12 +187,14 @@ class Load:
         file = {"path": path, "orig_name": "frontal.png", "meta": {"_type": "gradio.FileData"}}
         for step, *inputs in (
             ("add_views", [file]),
+            ("show",),
             ("write_report", "Cough."),
             ("show_heatmap", "edema"),
-            ("write_again", "Cough.", _STATES, "edema"),
+            ("write_again", "Cough.", "edema", *_STATES),
             ("start_anew",),
         ):
-            request = {"data": inputs, "fn_index": self.events[step], "session_hash": session}
+            # The last input of each event is the session's state, which stays on the server.
+            request = {"data": [*inputs, None], "fn_index": self.events[step], "session_hash": session}
             waits = step.startswith("write")
             await self._step(step, self._queued(client, request) if waits else self._quick(client, step, request))
 

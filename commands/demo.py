@@ -13,35 +13,37 @@ from ..runtime.interruptions import terminations
 
 DESCRIPTION = """\
 Try a model in a browser: upload a study, watch its report being written, change the states of the findings and write
-it again, see the heatmaps and where the report says otherwise than it was told. Reports are decoded greedily, not by
-the model's beams, which cannot be watched. The page is for this machine alone (127.0.0.1) without --server-name;
-nothing is fetched from elsewhere, and no upload is kept. Research only, not for clinical use.
+the report again, and see heatmaps and contradictions. Reports are decoded greedily, because beam search cannot be
+streamed. Without --server-name, only this machine can open the page (127.0.0.1). Nothing is fetched from elsewhere, and
+no upload is kept. For research only, not for clinical use.
 """
 EPILOG = """\
 Example:
   otdrg demo runs/quickstart
 
-From another machine, through ssh, and then http://127.0.0.1:7860 there:
+From another machine, open http://127.0.0.1:7860 there after:
   ssh -N -L 7860:127.0.0.1:7860 user@machine
 
-For a whole network, which needs no password to use the page, at this machine's address or host name:
+For everyone in the network, without a password, at this machine's address or host name:
   otdrg demo runs/quickstart --server-name 0.0.0.0
-Requests under other names are refused; OTDRG_ALLOWED_HOSTS=demo.example.org,other.example.org allows these.
+Requests under other host names are refused; OTDRG_ALLOWED_HOSTS=demo.example.org,other.example.org allows these.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    """The command's arguments; `arguments`, what was typed, does not change them."""
+    """Declare the command's arguments; `arguments`, the command line, is not used."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", metavar="MODEL", help="folder of a run or a model, or a Hub id")
     parser.add_argument(
         "--server-name",
         default="127.0.0.1",
         metavar="NAME",
-        help="address to listen on (default: 127.0.0.1, this machine alone; 0.0.0.0 is all of its addresses)",
+        help="address to listen on (default: 127.0.0.1, this machine only; 0.0.0.0: all its addresses)",
     )
-    parser.add_argument("--port", type=int, default=7860, metavar="N", help="of the page (default: 7860)")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of a report (default: the model's)")
+    parser.add_argument("--port", type=int, default=7860, metavar="N", help="port to listen on (default: 7860)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="most tokens of a report (default: the model's)"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -55,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
     from ..hub_card.space.temporary import upload_folder
 
     with terminations(), upload_folder() as uploads:
-        # Gradio reads these when it is imported.
+        # Gradio reads these variables on import.
         os.environ["GRADIO_TEMP_DIR"] = str(uploads)
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         from ..hub_card.space.interface import build_demo
@@ -63,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
         from ..inference.loading import load_pipeline
 
         demo = build_demo(load_pipeline(options.model), options.model, options.max_new_tokens)
-        print(f"{serve(demo, options.server_name, options.port, block=False)}\nCtrl-C ends it.", flush=True)
+        print(f"{serve(demo, options.server_name, options.port, block=False)}\nPress Ctrl-C to stop.", flush=True)
         try:
             threading.Event().wait()
         except KeyboardInterrupt:
@@ -79,8 +81,8 @@ def _check_address(server_name: str, port: int) -> None:
         socket.getaddrinfo(server_name, port, socket.AF_INET)
         socket.create_server((server_name, port)).close()
     except (socket.gaierror, UnicodeError) as error:
-        raise OSError(f"--server-name {server_name!r} is no IPv4 address: expected one of this machine") from error
+        raise OSError(f"--server-name {server_name!r} is not an IPv4 address: expected this machine's") from error
     except OSError as error:
         if error.errno == errno.EADDRNOTAVAIL:
-            raise OSError(f"--server-name {server_name!r} is not this machine: expected an address of it") from error
+            raise OSError(f"--server-name {server_name!r} is not an address of this machine") from error
         raise OSError(f"--port {port} cannot be used ({os.strerror(error.errno)}): expected a free one") from error

@@ -1,4 +1,4 @@
-"""A trained model on the Hub: what is uploaded is put together in a folder, and uploaded as it lies there."""
+"""Push a trained model: assemble its files in a folder, then upload this folder."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .run_files import read_run
 from .space_files import space_files
 
 PACKAGE = Path(__file__).resolve().parents[1]
-#: What is deleted of the repository's former version unless it is uploaded anew: weights and code that stay are loaded,
-#: and of the last transformers would follow to another model.
-_REPLACED = ("*.safetensors", "*.safetensors.index.json", "*_otdrg.py", "language_model/*", "adapter_config.json")
-#: What lies between the backbones.
-_JOINING = ("image_projector.", "label_projector.", "label_encoder.", "finding_predictor.")
+#: Files of the repository's previous version that are deleted unless they are uploaded again: old weights and code
+#: would be loaded, and transformers follows adapter_config.json to another model.
+_REPLACED = ["*.safetensors", "*.safetensors.index.json", "*_otdrg.py", "language_model/*", "adapter_config.json"]
+#: Parameters between the backbones.
+_BETWEEN = ("image_projector.", "label_projector.", "label_encoder.", "finding_predictor.")
 
 
 def assemble_full(
@@ -38,28 +38,27 @@ def assemble_full(
     license: str | None = None,
     serving: bool = False,
 ) -> None:
-    """Write what is published of a model as a whole: weights, LoRA merged, code, processor, card, metrics and licence.
+    """Write a complete model for the Hub: weights with merged LoRA, code, processor, card, metrics and licence.
 
-    The model is loaded for it, so that one that does not load is not published.
+    The model is loaded, so that a model that does not load is not published.
 
     Args:
         run: folder of a run or a model.
-        repo_id: where it will be, "org/name".
-        folder: an empty one.
-        evaluations, license: as of [`build_card`].
-        serving: whether the LLM is written as a plain causal LM, too, into `language_model`, and what lies between the
-            backbones into `projector.safetensors`: an engine that serves LLMs loads the first, and is given
-            `get_prompt_embeddings`.
+        repo_id: the repository, "org/name".
+        folder: an empty folder to write to.
+        evaluations, license: as in [`build_card`].
+        serving: also write the LLM as a plain causal LM (`language_model`) and the modules between the backbones
+            (`projector.safetensors`), for engines that serve LLMs; see `get_prompt_embeddings`.
 
     Raises:
-        ValueError: no model there, or a fault in the run's files.
+        ValueError: there is no model, or a file of the run has the wrong content.
         OSError: the model cannot be loaded.
     """
     model, processor = load_published(run)
     digest = model_digest(model, processor)
     model.merge_lora()
     for field in ("vision_backbone", "text_backbone"):
-        # A path of this machine means nothing to those who get the model.
+        # A path of this machine is of no use to others.
         if not _may_be_on_hub(getattr(model.config, field)):
             setattr(model.config, field, None)
     model.save_pretrained(folder)
@@ -67,12 +66,12 @@ def assemble_full(
     if serving:
         llm = model.language_model
         llm.generation_config.update(eos_token_id=model.generation_config.eos_token_id)
-        # Placeholders stand for features in the prompt, and are no words to be written.
+        # Placeholders mark features in the prompt and must not be generated.
         llm.generation_config.update(suppress_tokens=model.config.placeholder_token_ids)
         llm.save_pretrained(folder / "language_model")
         processor.tokenizer.save_pretrained(folder / "language_model")
-        joining = {name: weight for name, weight in model.state_dict().items() if name.startswith(_JOINING)}
-        save_file(joining, folder / "projector.safetensors", {"format": "pt"})
+        between = {name: weight for name, weight in model.state_dict().items() if name.startswith(_BETWEEN)}
+        save_file(between, folder / "projector.safetensors", {"format": "pt"})
         record_sha256(folder)
     _describe(run, repo_id, folder, "full", evaluations, license, digest)
 
@@ -85,31 +84,30 @@ def assemble_adapter(
     evaluations: Sequence[Path] = (),
     license: str | None = None,
 ) -> None:
-    """Write what is published of a model as an adapter; other arguments and errors as of [`assemble_full`].
+    """Write an adapter for the Hub; other arguments and errors as in [`assemble_full`].
 
-    The model is not loaded for it, because its backbones need not be on this machine; the SHA-256 of its own weights is
-    looked at.
+    The model is not loaded, because its backbones need not be on this machine; the SHA-256 of its weights is checked.
 
     Args:
-        backbones: Hub ids of "vision" and "text" in place of those the adapter was trained with, which may be folders.
+        backbones: Hub ids of "vision" and "text", in place of those in its configuration, which may be local folders.
 
     Raises:
         ValueError: also for a run without an adapter, and for a backbone that is not on the Hub.
-        OSError: the adapter's weights are damaged, or its processor cannot be loaded.
+        OSError: the weights are damaged, or the processor cannot be loaded.
     """
     source = Path(run) / "adapter" if (Path(run) / "adapter").is_dir() else Path(run)
     config = read_stated(source)[0]
     if config.get("weights") != "adapter":
         raise ValueError(
-            f"{run}: no adapter here or in its folder 'adapter': runs whose report stage trains pretrained backbones "
-            "with text=lora or frozen leave one; without --adapter the model is pushed as a whole"
+            f"{run}: no adapter here or in its folder 'adapter', which is written when the report stage trains "
+            "pretrained backbones with text=lora or frozen; leave out --adapter to push the complete model"
         )
     for part in ("vision", "text"):
         reference = backbones.get(part, config[f"{part}_backbone"])
         _check_reference(source, part, reference, config["backbone_sha256"][part])
         if reference != config[f"{part}_backbone"]:
             config[f"{part}_backbone"], config["backbone_revisions"][part] = reference, None
-    # By name: whatever else came to lie in the folder, such as an evaluation's reports, is not for others.
+    # Named one by one: the folder may hold private files, such as the reports of an evaluation.
     weights = check_weights(source, config.get("weights_sha256"))
     for name in (*weights, SAFE_WEIGHTS_INDEX_NAME, "generation_config.json"):
         if (source / name).is_file() and (name != SAFE_WEIGHTS_INDEX_NAME or len(weights) > 1):
@@ -124,22 +122,23 @@ def assemble_adapter(
 
 
 def _check_reference(source: Path, part: str, reference: str, files: Mapping[str, str]) -> None:
-    """A backbone's reference is one that others can load the files by that an adapter was trained on."""
+    """Check that a backbone's reference has the form of a Hub id and the same file format as in training."""
+    option = f"--{part}-backbone"
     if not _may_be_on_hub(reference):
         raise ValueError(
-            f"{source} is an adapter of the {part} backbone {reference}, which nobody else has: "
-            f"--{part}-backbone ORG/NAME says where on the Hub the same weights are"
+            f"{source} is an adapter of the {part} backbone {reference}, which is not on the Hub: "
+            f"{option} ORG/NAME names a repository with the same weights"
         )
     gguf = next((name for name in files if name.endswith(".gguf")), None)
     if resolve_backbone(reference)[1].get("gguf_file") != gguf:
         raise ValueError(
-            f"{source} is an adapter of the {part} backbone in {gguf or 'safetensors'}, not of {reference}: "
-            f"--{part}-backbone {f'ORG/NAME/{gguf}' if gguf else 'ORG/NAME'} says where on the Hub it is"
+            f"{source} is an adapter of the {part} backbone as {gguf or 'safetensors'}, not of {reference}: expected "
+            f"{option} {f'ORG/NAME/{gguf}' if gguf else 'ORG/NAME'}"
         )
 
 
 def _may_be_on_hub(reference: str | None) -> bool:
-    """Whether a backbone's reference has the form of a Hub id, or of a GGUF file there, and is nothing on this disk."""
+    """Whether a reference has the form of a Hub id, or of a GGUF file there, and is not a local path."""
     if reference is None or Path(reference).exists():
         return False
     try:
@@ -157,11 +156,12 @@ def _describe(run, repo_id, folder, form, evaluations, license, digest, base_mod
 
 
 def pin_backbones(folder: Path) -> None:
-    """Hold the backbones of an assembled adapter against those on the Hub, and refer to their commits, which are the
-    newest unless it was trained on others.
+    """Check the backbones of an assembled adapter against the Hub, and store their commits in its configuration.
+
+    Without a commit in the configuration, the newest is taken.
 
     Raises:
-        ValueError: other weights are there than it was trained on.
+        ValueError: the weights there are not those the adapter was trained on.
         OSError: the Hub cannot be reached, or has no such repository.
     """
     hub, path = HfApi(), folder / "config.json"
@@ -169,7 +169,7 @@ def pin_backbones(folder: Path) -> None:
     for part, expected in config["backbone_sha256"].items():
         reference = config[f"{part}_backbone"]
         repo_id, _ = resolve_backbone(reference)
-        with hub_errors(f"the {part} backbone {reference} could not be looked up on {hub.endpoint}"):
+        with hub_errors(f"the {part} backbone {reference} was not found on {hub.endpoint}"):
             revision = hub.model_info(repo_id, revision=config["backbone_revisions"][part]).sha
             found = {
                 file.path: file.lfs.sha256
@@ -187,27 +187,25 @@ def pin_backbones(folder: Path) -> None:
 
 
 def upload_model(folder: Path, repo_id: str, private: bool, revision: str | None, message: str) -> str:
-    """Upload an assembled folder; what of it is there already, also of an upload that broke, is not sent again.
+    """Upload an assembled folder; files that are already there, also from an interrupted upload, are not sent again.
 
     Args:
-        folder: as [`assemble_full`] or [`assemble_adapter`] wrote it.
-        repo_id: "org/name"; it is made where it is not there.
-        private: whether only its owners may see it; otherwise a new one is as public as its owner's are.
-        revision: branch, which is made where it is not there; `main` without it.
-        message: of the commit.
+        folder: written by [`assemble_full`] or [`assemble_adapter`].
+        repo_id: "org/name"; created if missing.
+        private: whether a new repository is private; otherwise it has its owner's default.
+        revision: branch, created if missing; by default `main`.
+        message: commit message.
 
     Returns:
-        Its address.
+        The address.
 
     Raises:
-        ValueError: the repository is there, and public where it should be private.
+        ValueError: `private`, but the repository exists and is public.
         OSError: the Hub refuses, or cannot be reached.
     """
     hub = HfApi()
-    with hub_errors(
-        f"{repo_id} was not pushed to {hub.endpoint}", "pushing it again goes on with what has not arrived yet"
-    ):
-        repo_id = _made(hub, repo_id, "model", private)
+    with hub_errors(f"{repo_id} was not pushed to {hub.endpoint}", "push it again to continue with the missing files"):
+        repo_id = _create_repo(hub, repo_id, "model", private)
         if revision is not None:
             hub.create_branch(repo_id, branch=revision, exist_ok=True)
         hub.upload_folder(
@@ -215,35 +213,35 @@ def upload_model(folder: Path, repo_id: str, private: bool, revision: str | None
             folder_path=folder,
             revision=revision,
             commit_message=message,
-            delete_patterns=list(_REPLACED),
+            delete_patterns=_REPLACED,
         )
     return f"{hub.endpoint}/{repo_id}" + (f"/tree/{revision}" if revision else "")
 
 
 def upload_space(model_id: str, space_id: str, private: bool) -> str:
-    """Upload the demo of a model that is on the Hub; returns its address.
+    """Upload the demo of a model that is on the Hub, and return its address.
 
     Args:
-        model_id: of the model.
-        space_id: "org/name"; it is made where it is not there.
-        private: whether only its owners may see it.
+        model_id: id of the model.
+        space_id: "org/name"; created if missing.
+        private: whether a new Space is private.
 
     Raises:
-        ValueError, OSError: as of [`upload_model`].
+        ValueError, OSError: as in [`upload_model`].
     """
     hub = HfApi()
     with hub_errors(f"{space_id} was not pushed to {hub.endpoint}"):
-        space_id = _made(hub, space_id, "space", private, space_sdk="gradio")
+        space_id = _create_repo(hub, space_id, "space", private, space_sdk="gradio")
         files = [CommitOperationAdd(path, content) for path, content in space_files(model_id).items()]
         hub.create_commit(space_id, files, repo_type="space", commit_message=f"Demo of {model_id}")
     return f"{hub.endpoint}/spaces/{space_id}"
 
 
-def _made(hub: HfApi, repo_id: str, repo_type: str, private: bool, **more) -> str:
-    # None rather than False: an organisation may make what is new private by default.
+def _create_repo(hub: HfApi, repo_id: str, repo_type: str, private: bool, **more) -> str:
+    # None, not False: organisations may make new repositories private by default.
     repo_id, is_private = make_repo(hub, repo_id, repo_type, private or None, **more)
     if private and not is_private:
-        raise ValueError(f"{repo_id} is public: leave out --private, or push to another name")
+        raise ValueError(f"{repo_id} is public: leave out --private, or choose another name")
     return repo_id
 
 

@@ -1,4 +1,4 @@
-"""The Space of a model: `otdrg push` puts this file beside the package, and the model's own id into it."""
+"""The Space of a model: `otdrg push` inserts the model's id and uploads this file with the package."""
 
 import atexit
 import os
@@ -6,7 +6,7 @@ from contextlib import ExitStack
 
 from otdrg.hub_card.space.temporary import upload_folder
 
-# Gradio reads these when it is imported.
+# Gradio reads these variables on import.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 if "GRADIO_TEMP_DIR" not in os.environ:
     until_the_end = ExitStack()
@@ -17,7 +17,7 @@ from otdrg.hub_card.space.interface import build_demo
 from otdrg.hub_card.space.serving import serve
 from otdrg.inference.loading import load_pipeline
 
-#: A private model is read with the Space's secret HF_TOKEN.
+#: A private model needs the Space's secret HF_TOKEN.
 MODEL = os.environ.get("OTDRG_MODEL", "org/otdrg")
 
 pipe = load_pipeline(MODEL)

@@ -1,4 +1,4 @@
-"""Which requests reach the page: those of its own visitors, to its own routes, and of a size that it can hold."""
+"""Which requests reach the page: from its own visitors, to its own routes, within its limits of size."""
 
 from __future__ import annotations
 
@@ -19,44 +19,44 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .uploads import KEPT_UNREAD, MAX_REQUEST, UPLOAD_SECONDS, NoRoomError, UploadFolder
 
-#: Further names under which the page is reached, such as a proxy's or a Space's own domain, with commas between.
+#: Further host names of the page, separated by commas, such as a proxy's or a Space's own domain.
 HOSTS_VARIABLE = "OTDRG_ALLOWED_HOSTS"
-#: Bytes of a request that is no upload: 14 states and an indication take 5,000.
+#: Most bytes of a request other than an upload: 14 states and an indication take 5,000.
 MAX_JSON = 256 * 2**10
 
 _THIS_MACHINE = frozenset({"127.0.0.1", "localhost", "::1"})
 _ANY_ADDRESS = ("0.0.0.0", "::")
 _HOST = re.compile(r"(?:\[(?P<address>[0-9a-f:.]+)\]|(?P<name>[^\s:/@\[\]]+))(?::\d{1,5})?", re.IGNORECASE)
 _PREFIX = "/gradio_api/"
-#: What the page posts to; Gradio has more, for components and tools that are not in the page.
+#: Routes that the page posts to; Gradio has more, for components and tools that are not on the page.
 _POSTED = frozenset({"upload", "queue", "run", "api", "call", "cancel", "reset"})
-#: What the page has no use for: files of the server, addresses that it would fetch, and studies written to its disk.
+#: Routes that the page does not use: files of the server, addresses to fetch, and sessions written to disk.
 _NOT_SERVED = ("file=", "file/", "proxy=", "stream/", "deep_link")
 
 
 class Hosts:
-    """The names under which the page is reached.
+    """The host names of the page.
 
-    A browser that was led to this server under another name (DNS rebinding) says that name. An address cannot be
-    rebound, so that a server that listens on all of them answers to all of them.
+    The `Host` header of a browser that reached this server by DNS rebinding holds another name. An IP address cannot be
+    rebound, so a server that listens on all addresses accepts all of them.
 
     Args:
-        server_name: the address that the server listens on.
+        server_name: address that the server listens on.
     """
 
     def __init__(self, server_name: str):
         configured = os.environ.get(HOSTS_VARIABLE, "").lower().split(",")
-        #: Stated by the administrator or the Hub: another address than the one the server sees may be in front.
+        #: Set by the administrator or the Hub; a proxy may forward requests for them under another name.
         self.public = {name.strip() for name in [*configured, os.environ.get("SPACE_HOST", "").lower()]} - {""}
         self.own = _THIS_MACHINE | {server_name.lower().strip("[]")}
         self.any_address = server_name.strip("[]") in _ANY_ADDRESS
         if self.any_address:
             self.own |= {socket.gethostname().lower()}
-        # All names there are the Hub's, and its proxy decides which Space they lead to.
+        # There, the Hub's proxy decides which Space a name leads to.
         self.on_the_hub = "SPACE_ID" in os.environ
 
     def __contains__(self, header: str | None) -> bool:
-        """Whether a `Host` header names this server; the port does not count, because ssh forwards from any."""
+        """Whether a `Host` header names this server, with any port: ssh forwards from any."""
         name = _host_name(header)
         if name is None:
             return False
@@ -65,7 +65,7 @@ class Hosts:
         return self.any_address and _is_address(name)
 
     def same_site(self, headers: Headers) -> bool:
-        """Whether a request comes from the page itself, or from no page at all."""
+        """Whether a request comes from this page, or from no page."""
         origin = headers.get("origin")
         if origin is None:
             return headers.get("sec-fetch-site", "none") in ("none", "same-origin")
@@ -77,9 +77,9 @@ class Guard:
     """ASGI middleware in front of Gradio's application.
 
     Args:
-        app: the application.
+        app: Gradio's application.
         hosts: names of this server.
-        uploads: the folder where the application writes uploads.
+        uploads: folder where the application writes uploads.
     """
 
     def __init__(self, app: ASGIApp, hosts: Hosts, uploads: UploadFolder):
@@ -102,7 +102,7 @@ class Guard:
                 origin = headers.get("origin") or headers["sec-fetch-site"]
                 raise _Refused(HTTPStatus.FORBIDDEN, f"this request comes from {origin[:100]!r}: expected this page")
             if route.startswith(_NOT_SERVED) or (changes and route.partition("/")[0] not in _POSTED):
-                raise _Refused(HTTPStatus.NOT_FOUND, "not a part of this page")
+                raise _Refused(HTTPStatus.NOT_FOUND, "this page has no such route")
             if route.startswith("upload") and changes:
                 await self._upload(scope, receive, send, headers)
             elif changes:
@@ -115,7 +115,7 @@ class Guard:
             pass
 
     async def _upload(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
-        """Let an upload in if there is room, and answer with paths that no other visitor has."""
+        """Accept an upload if there is room, and answer with paths that no other visitor has."""
         length = headers.get("content-length", "")
         if not length.isdecimal():
             raise _Refused(HTTPStatus.LENGTH_REQUIRED, "an upload without Content-Length: expected its number of bytes")
@@ -134,14 +134,16 @@ class Guard:
                 with self.uploads.room(int(length)):
                     await self.app(scope, receive, keep)
             except NoRoomError as error:
-                # Browsers show an answer only once all is sent.
+                # Browsers show an answer only after they have sent the whole request.
                 async for _ in _chunks(receive):
                     pass
                 raise _Refused(HTTPStatus.SERVICE_UNAVAILABLE, str(error)) from error
             finally:
                 asyncio.get_running_loop().call_later(KEPT_UNREAD + 1, self.uploads.delete_unread)
         if not answer:
-            raise _Refused(HTTPStatus.REQUEST_TIMEOUT, f"an upload of more than {UPLOAD_SECONDS} s: expected less")
+            raise _Refused(
+                HTTPStatus.REQUEST_TIMEOUT, f"an upload of more than {UPLOAD_SECONDS} s: expected a shorter one"
+            )
         status, body = answer[0]["status"], b"".join(message.get("body", b"") for message in answer[1:])
         if status == HTTPStatus.OK:
             paths = json.loads(body)
@@ -153,7 +155,7 @@ class Guard:
 
 
 class _Refused(Exception):
-    """A request that is answered here, with its status and the reason."""
+    """A request is refused, with this status and reason."""
 
     def __init__(self, status: HTTPStatus, reason: str):
         super().__init__(reason)
@@ -161,11 +163,7 @@ class _Refused(Exception):
 
 
 async def _chunks(receive: Receive) -> AsyncIterator[bytes]:
-    """The body of a request.
-
-    Raises:
-        ClientDisconnect: the client went away.
-    """
+    """Yield the body of a request, in parts; `ClientDisconnect` if the client goes away."""
     more = True
     while more:
         message = await receive()
@@ -176,11 +174,7 @@ async def _chunks(receive: Receive) -> AsyncIterator[bytes]:
 
 
 async def _small_body(receive: Receive) -> bytes:
-    """The body of a request that is no upload, checked.
-
-    Raises:
-        _Refused: it is too large, or names a file at an address, which Gradio would fetch.
-    """
+    """The body of a request other than an upload; refused if too large or with a URL, which Gradio would fetch."""
     body = b""
     async for chunk in _chunks(receive):
         body += chunk
@@ -192,12 +186,12 @@ async def _small_body(receive: Receive) -> bytes:
     try:
         parts = [json.loads(body or b"null")]
     except (ValueError, RecursionError) as error:
-        raise _Refused(HTTPStatus.BAD_REQUEST, "the request holds no JSON") from error
+        raise _Refused(HTTPStatus.BAD_REQUEST, "the request is not JSON") from error
     while parts:
         part = parts.pop()
         if isinstance(part, dict):
             if str(part.get("path")).startswith(("http://", "https://")):
-                raise _Refused(HTTPStatus.BAD_REQUEST, "a file at an address: expected one that was uploaded")
+                raise _Refused(HTTPStatus.BAD_REQUEST, "a file at a URL: expected an uploaded file")
             parts += part.values()
         elif isinstance(part, list):
             parts += part
@@ -205,7 +199,7 @@ async def _small_body(receive: Receive) -> bytes:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """`receive` of a request whose body has been read."""
+    """A `receive` that returns a body which has already been read."""
     messages = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:

@@ -1,4 +1,4 @@
-"""The page: a study goes in, its report streams out, with findings that can be changed and a heatmap of each."""
+"""The page: a study goes in, its report streams out; finding states can be changed, and each finding has a heatmap."""
 
 from __future__ import annotations
 
@@ -7,36 +7,40 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 import numpy as np
 from PIL import Image
 
-from ...findings_otdrg import FINDING_DISPLAY_NAMES, FINDINGS
-from ...metrics.faithfulness import KINDS
+from ...findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS
 from ...pipeline_otdrg import ReportGenerationPipeline
-from .findings_table import findings_table, table_rows, table_states
 from .pictures import heatmap, preview, printable
-from .uploads import Example, View, phantom_examples, read_uploads
-from .visitors import KEPT_AFTER_LEAVING, Visitor, Visitors, Written
+from .results import contradiction_list, findings_table
+from .uploads import View, phantom_examples, read_uploads
 from .writing import stream_report
 
 _LOG = logging.getLogger(__name__)
 
-#: Longest indication in characters, checked here too: a page is not the only thing that sends requests.
+#: Longest indication in characters; also checked on the server, because programs can send more.
 MAX_INDICATION = 500
-#: Longest problem that is shown, in characters.
+#: Sessions whose studies are kept; beyond that, the least recently used is forgotten.
+MAX_VISITORS = 64
+#: Seconds for which a study is kept after its page was closed, because phones drop connections for a moment.
+KEPT_AFTER_LEAVING = 120
+#: Longest error message in characters.
 _PROBLEM = 500
 
 WARNING = """\
-**Research prototype. Not for clinical use.** Reports, findings and heatmaps are a machine's and often wrong. They must
-not be used for diagnosis, treatment or any other decision about a patient. Do not upload images that identify one.
+### ⚠ Research prototype. Not for clinical use.
+Reports, findings and heatmaps are computed by a model and often wrong. Do not use them for diagnosis, treatment or any
+other decision about a patient. Do not upload images that identify a patient.
 """
 
-_CUT_OFF = "<p>The report was cut off at its most tokens, and not at its end.</p>"
-
+#: A download made in the browser, so that no report becomes a file on the server.
 _DOWNLOAD = """(text) => {{
   const link = document.createElement('a');
   link.href = URL.createObjectURL(new Blob([text], {{type: '{type}'}}));
@@ -45,62 +49,84 @@ _DOWNLOAD = """(text) => {{
   URL.revokeObjectURL(link.href);
 }}"""
 
-# No event is an address that programs may call: this is a page.
-_HERE = {"api_visibility": "private"}
-#: Whatever is no report: it does not wait with them, and no full queue refuses it.
-_QUICK = {**_HERE, "queue": False}
+# No event is an API for programs.
+_PRIVATE = {"api_visibility": "private"}
+#: For all events that do not run the model: they do not wait in its queue, and a full queue does not refuse them.
+_QUICK = {**_PRIVATE, "queue": False}
+
+
+class Written(NamedTuple):
+    """A report with the views it was written from, which may differ from those in the form by now."""
+
+    views: list[View]
+    record: dict[str, Any]
+    heatmap: str
+
+
+@dataclass
+class Visitor:
+    """The study and the last complete report of one open page, in memory only."""
+
+    views: list[View] = field(default_factory=list)
+    written: Written | None = None
+    #: Error message of the last event. `gr.Error` shows none for events outside the queue.
+    problem: str = ""
+    #: Number of events: Gradio lets a cancelled report continue for a moment.
+    turn: int = 0
+
+    def begin(self) -> int:
+        """Begin an event, which ends the previous one."""
+        self.turn, self.problem = self.turn + 1, ""
+        return self.turn
+
+    def replace_study(self, views: list[View]) -> None:
+        """Begin another study."""
+        self.begin()
+        self.views, self.written = views, None
 
 
 def build_demo(pipe: ReportGenerationPipeline, name: str, max_new_tokens: int | None = None) -> gr.Blocks:
-    """The page for one model; [`serving.serve`] shows it.
+    """Build the page of one model; [`serving.serve`] shows it.
 
     Args:
         pipe: the model's pipeline.
-        name: of the model, for the heading.
-        max_new_tokens: most tokens of a report; the model's own number without it.
+        name: the model's name, for the heading.
+        max_new_tokens: maximum number of tokens of a report; by default the model's.
     """
     page = _Page(pipe, max_new_tokens)
     with gr.Blocks(title="OTDRG", analytics_enabled=False) as demo:
-        page.lay_out(name)
+        gr.Markdown(f"# Radiology report generation\nModel: {escape(printable(name))}")
+        gr.Markdown(WARNING, container=True, elem_id="warning")
+        with gr.Row():
+            with gr.Column(scale=2, min_width=320):
+                page.lay_out_study()
+            with gr.Column(scale=3, min_width=320):
+                page.lay_out_report()
+        page.connect()
         demo.unload(page.leave)
     return demo
 
 
 class _Page:
-    """Components of the page and what happens between them."""
+    """The components of the page and their events."""
 
     def __init__(self, pipe: ReportGenerationPipeline, max_new_tokens: int | None):
-        self.pipe = pipe
-        self.max_new_tokens = max_new_tokens
+        self.pipe, self.max_new_tokens = pipe, max_new_tokens
         self.steerable, self.has_plan = pipe.model.config.dle, pipe.model.config.fiot
-        self.visitors = Visitors()
-        # A full view takes up to 1 GB while it is read: one at a time, whoever uploads it. Of one thread each, because
-        # what a thread allocated is the next one's only in the same thread, and matplotlib is made for one.
-        self.reading = asyncio.Lock()
+        self.examples = phantom_examples(max(pipe.model.config.image_size, 256))
+        # Reading a view takes up to 1 GB, and matplotlib is not thread-safe: one thread for each, whoever asks.
         self.reader, self.painter = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
-    def lay_out(self, name: str) -> None:
-        gr.Markdown(f"# Radiology report generation\nModel: {escape(printable(name))}")
-        gr.Markdown(WARNING, elem_id="warning")
-        with gr.Row():
-            with gr.Column(scale=2, min_width=320):
-                self._lay_out_study()
-            with gr.Column(scale=3, min_width=320):
-                self._lay_out_report()
-        self._connect()
-
-    def _lay_out_study(self) -> None:
+    def lay_out_study(self) -> None:
+        self.visitor = gr.State(Visitor())
         self.files = gr.File(
-            label="One or two views of a study (PNG, JPEG, DICOM)",
-            file_count="multiple",
-            height=180,
-            elem_id="files",
+            label="One or two views of a study (PNG, JPEG, DICOM)", file_count="multiple", height=180, elem_id="files"
         )
-        self.preview = gr.HTML(elem_id="preview")
+        self.preview = gr.HTML(visible=False, elem_id="preview")
         self.indication = gr.Textbox(
             label="Indication (optional)",
-            info="Why the study was made. Leave it empty for a model that was not trained with indications.",
-            placeholder="Enter writes the report",
+            info="Why the study was made. Leave it empty for a model that was trained without indications.",
+            placeholder="Press Enter to write the report",
             max_lines=1,
             max_length=MAX_INDICATION,
             elem_id="indication",
@@ -108,19 +134,20 @@ class _Page:
         with gr.Row():
             self.write = gr.Button("Write report", variant="primary", elem_id="write")
             self.clear = gr.Button("Clear", elem_id="clear")
-        self.problem = gr.HTML(elem_id="problem")
-        gr.Markdown("Or try a phantom: drawn by a program, of no patient.")
-        self.examples = [
-            (gr.Button(example.title, size="sm"), example)
-            for example in phantom_examples(max(self.pipe.model.config.image_size, 256))
-        ]
+        self.problem = gr.HTML(visible=False, elem_id="problem")
+        self.samples = gr.Dataset(
+            label="Examples: phantoms, drawn by a program",
+            components=["textbox"],
+            samples=[[title] for title in self.examples],
+            type="index",
+        )
 
-    def _lay_out_report(self) -> None:
+    def lay_out_report(self) -> None:
         self.report = gr.Textbox(
             label="Report",
-            info="Decoded greedily, to be seen word by word; otdrg generate takes the model's beams. One report is "
-            "written at a time: “queue: 2/5” is your place and how many wait.",
-            lines=5,
+            info="Decoded greedily, to be shown word by word; otdrg generate uses beam search. One report is written "
+            "at a time: “queue: 2/5” is your position and the number of waiting reports.",
+            lines=4,
             max_lines=20,
             interactive=False,
             buttons=["copy"],
@@ -129,145 +156,134 @@ class _Page:
         with gr.Row():
             self.save_text = gr.Button("Download text", size="sm", interactive=False)
             self.save_record = gr.Button("Download JSON", size="sm", interactive=False)
-        self.contradictions = gr.HTML(elem_id="contradictions")
-        self.table = findings_table(self.steerable)
-        self.again = gr.Button(
-            "Write again from these states", interactive=False, visible=self.steerable, elem_id="again"
-        )
+        self.contradictions = gr.Markdown(visible=False, elem_id="contradictions")
+        self.table = gr.Markdown(visible=False, elem_id="findings")
+        with gr.Accordion("Change the states and write again", open=False, visible=self.steerable):
+            with gr.Row():
+                self.states = [
+                    gr.Dropdown(
+                        # No Finding is not a finding: it is positive or unmentioned.
+                        FINDING_STATES[:2] if finding == "no_finding" else FINDING_STATES,
+                        value=None,
+                        label=FINDING_DISPLAY_NAMES[finding],
+                        filterable=False,
+                        interactive=True,
+                        min_width=140,
+                    )
+                    for finding in FINDINGS
+                ]
+            self.again = gr.Button("Write again from these states", interactive=False, elem_id="again")
         self.finding = gr.Dropdown(
             [(FINDING_DISPLAY_NAMES[finding], finding) for finding in FINDINGS],
             value=FINDINGS[-1],
             label="Heatmap of",
-            info="Where the transport plan puts the finding, as a multiple of a uniform plan."
+            info="Where the transport plan places the finding, as a multiple of a uniform plan."
             if self.has_plan
-            else "This model has no transport plan (it was trained without FIOT), and so no heatmaps.",
+            else "This model has no transport plan (fiot=False), and therefore no heatmaps.",
             interactive=self.has_plan,
             elem_id="finding",
         )
-        self.heatmap = gr.HTML(elem_id="heatmap")
+        self.heatmap = gr.HTML(visible=False, elem_id="heatmap")
         self.record_text = gr.Textbox(visible="hidden", elem_id="record")
 
-    def _connect(self) -> None:
-        results = [
-            self.report,
-            self.contradictions,
-            self.table,
-            self.finding,
-            self.heatmap,
-            self.record_text,
-            self.problem,
-        ]
+    def connect(self) -> None:
         buttons = [self.write, self.again, self.save_text, self.save_record]
-        form = [self.files, self.preview, self.indication, *results, *buttons]
+        texts = [self.report, self.contradictions, self.problem, self.record_text]
+        shown = [self.files, self.preview, *texts, self.table, self.heatmap, *buttons[1:], *self.states]
         writing = [
-            # One trigger at a time: a second Enter writes nothing more.
+            # One at a time: pressing again while a report is written has no effect.
             gr.on(
                 triggers,
                 write,
-                [self.indication, *inputs],
-                [*results, *buttons],
+                [self.indication, *inputs, self.visitor],
+                [*texts, *buttons, *self.states, self.finding],
                 trigger_mode="once",
                 concurrency_id="model",
                 concurrency_limit=1,
                 show_progress_on=self.report,
-                **_HERE,
+                **_PRIVATE,
             )
             for triggers, write, inputs in (
                 ([self.write.click, self.indication.submit], self.write_report, []),
-                ([self.again.click], self.write_again, [self.table, self.finding]),
+                ([self.again.click], self.write_again, [self.finding, *self.states]),
             )
         ]
+        changes = [
+            # A change of the study ends the report of the previous one.
+            self.files.upload(self.add_views, [self.files, self.visitor], None, cancels=writing, **_QUICK),
+            self.clear.click(self.start_anew, self.visitor, self.indication, cancels=writing, **_QUICK),
+            self.samples.click(
+                self.take_example, [self.samples, self.visitor], self.indication, cancels=writing, **_QUICK
+            ),
+        ]
+        for event in changes:
+            event.then(self.show, self.visitor, shown, **_QUICK)
         for event in writing:
-            # After an error too, and once a report that was ended has let go of the model.
-            event.then(self.enable, None, buttons, **_QUICK)
-        # A change of the study ends the report of the one before.
-        self.files.upload(self.add_views, self.files, form, cancels=writing, **_QUICK)
-        self.clear.click(self.start_anew, None, form, cancels=writing, **_QUICK)
-        for button, example in self.examples:
-            button.click(self._example(example), None, form, cancels=writing, **_QUICK)
-        self.finding.input(self.show_heatmap, self.finding, [self.heatmap, self.problem], **_QUICK)
+            # Also after an error, and when a cancelled report has stopped: a button pressed before has no effect.
+            event.then(self.finish, self.visitor, [*shown, self.write], **_QUICK)
+        self.finding.input(self.show_heatmap, [self.finding, self.visitor], [self.heatmap, self.problem], **_QUICK)
         for button, text, name, kind in (
             (self.save_text, self.report, "report.txt", "text/plain"),
             (self.save_record, self.record_text, "report.json", "application/json"),
         ):
-            button.click(None, text, js=_DOWNLOAD.format(name=name, type=kind), **_HERE)
+            button.click(None, text, js=_DOWNLOAD.format(name=name, type=kind), **_PRIVATE)
 
     # -- the study ----------------------------------------------------------------------------------------------------
 
-    async def add_views(self, paths: list[str] | None, request: gr.Request) -> dict:
-        """Read what was uploaded into the study; a problem leaves the study and its last whole report as they were."""
-        visitor = self.visitors.get(request.session_hash)
-        visitor.take_turn()
-        async with self.reading:
+    async def add_views(self, paths: list[str] | None, visitor: Visitor) -> None:
+        """Read the uploaded views into the study; an error leaves the study and its report unchanged."""
+        visitor.begin()
+
+        def read() -> None:
             before, most = visitor.views, self.pipe.processor.max_image_pixels
-            try:
-                views = await _in(self.reader, read_uploads, paths or [], before, most, self._resize)
-            except (ValueError, ImportError) as error:
-                # One that was being written has been ended.
-                left = self._no_results() if visitor.written is None else self._text(visitor.written.record)
-                return {**left, self.files: None, self.problem: _problem(error)}
-            if visitor.views is not before:  # cleared, or an example was taken, while the files were read
-                return {self.files: None}
-            return {**self._forget_results(visitor), **self._study(visitor, views)}
+            views = read_uploads(paths or [], before, most, self._resize)
+            if visitor.views is before:  # neither cleared nor replaced by an example meanwhile
+                visitor.views, visitor.written = views, None
+
+        try:
+            await _in(self.reader, read)
+        except (ValueError, ImportError) as error:
+            visitor.problem = _one_line(error)
 
     def _resize(self, view: Image.Image) -> Image.Image:
-        """A view as the model's image processor resizes it, so that the report is that of the full view."""
+        """Resize a view as the model's image processor does, so that the report is that of the full view."""
         pixels = self.pipe.processor.image_processor(view, do_rescale=False, do_normalize=False, return_tensors="np")
         return Image.fromarray(np.moveaxis(pixels["pixel_values"][0], 0, -1).astype(np.uint8))
 
-    def _example(self, example: Example) -> Callable[[gr.Request], dict]:
-        def show(request: gr.Request) -> dict:
-            """Put a phantom into the form."""
-            return {**self._begin(request, example.views), self.indication: ""}
+    def take_example(self, index: int, visitor: Visitor) -> str:
+        """Use a phantom as the study; returns the indication, which is empty."""
+        visitor.replace_study([*list(self.examples.values())[index]])
+        return ""
 
-        return show
-
-    def start_anew(self, request: gr.Request) -> dict:
-        """Empty the form."""
-        return {**self._begin(request, []), self.indication: ""}
-
-    def _begin(self, request: gr.Request, views: list[View]) -> dict:
-        visitor = self.visitors.get(request.session_hash)
-        visitor.take_turn()
-        return {**self._forget_results(visitor), **self._study(visitor, list(views))}
-
-    def _study(self, visitor: Visitor, views: list[View]) -> dict:
-        visitor.views = views
-        return {self.files: None, self.preview: preview(views)}
-
-    def _forget_results(self, visitor: Visitor) -> dict:
-        visitor.written = None
-        return self._no_results()
-
-    def _no_results(self) -> dict:
-        empty = {self.report: "", self.contradictions: "", self.heatmap: "", self.record_text: "", self.problem: ""}
-        return {**empty, self.table: [], **self._allow(False)}
+    def start_anew(self, visitor: Visitor) -> str:
+        """Forget the study and its report; returns the indication, which is empty."""
+        visitor.replace_study([])
+        return ""
 
     async def leave(self, request: gr.Request) -> None:
-        """Forget a visitor who closed the page, and what Gradio keeps of what it showed, if they do not come back."""
-        session, sessions = request.session_hash, request.request.app.state_holder.session_data
+        """Forget the session of a closed page, unless it is used again within `KEPT_AFTER_LEAVING` seconds."""
+        session, holder = request.session_hash, request.request.app.state_holder
 
         def forget() -> None:
-            if self.visitors.forget(session):
-                sessions.pop(session, None)
+            kept = timedelta(seconds=KEPT_AFTER_LEAVING)
+            if datetime.now() - holder.time_last_used.get(session, datetime.min) >= kept:
+                holder.session_data.pop(session, None)
 
-        self.visitors.leave(session)
         asyncio.get_running_loop().call_later(KEPT_AFTER_LEAVING + 1, forget)
 
     # -- the report ---------------------------------------------------------------------------------------------------
 
-    def write_report(self, indication: str | None, request: gr.Request) -> Iterator[dict]:
-        """Write the report of the study, from the states that the model predicts."""
-        yield from self._write(self.visitors.get(request.session_hash), indication)
+    def write_report(self, indication: str | None, visitor: Visitor) -> Iterator[dict]:
+        """Write the report of the study from the states that the model predicts."""
+        yield from self._write(visitor, indication)
 
-    def write_again(self, indication: str | None, rows: Any, finding: str, request: gr.Request) -> Iterator[dict]:
-        """Write it from the states in the table, and keep to the heatmap of a finding."""
-        try:
-            states = table_states(rows)
-        except ValueError as error:
-            yield {self.problem: _problem(error)}
+    def write_again(self, indication: str | None, finding: str, *inputs: Any) -> Iterator[dict]:
+        """Write it from the chosen states, and keep showing the heatmap of `finding`."""
+        *states, visitor = inputs
+        if None in states:
+            yield self._fail(visitor, "there are no states yet: write a report first")
             return
-        yield from self._write(self.visitors.get(request.session_hash), indication, states, finding)
+        yield from self._write(visitor, indication, dict(zip(FINDINGS, states, strict=True)), finding)
 
     def _write(
         self,
@@ -278,17 +294,20 @@ class _Page:
     ) -> Iterator[dict]:
         views, indication = visitor.views, (indication or "").strip()
         if not views:
-            yield {self.problem: _problem("no view: upload one or two views of a study, or take a phantom")}
+            yield self._fail(visitor, "no view: upload one or two views of a study, or choose an example")
             return
         if len(indication) > MAX_INDICATION:
-            yield {
-                self.problem: _problem(
-                    f"the indication has {len(indication):,} characters: expected at most {MAX_INDICATION}"
-                )
-            }
+            number = f"{len(indication):,}"
+            yield self._fail(visitor, f"the indication has {number} characters: expected at most {MAX_INDICATION}")
             return
-        turn = visitor.take_turn()
-        yield {self.problem: "", self.contradictions: "", self.record_text: "", **self._disable()}
+        turn = visitor.begin()
+        yield {
+            self.write: gr.update(value="Writing …", interactive=False),
+            self.contradictions: _visible(""),
+            self.problem: _visible(""),
+            self.record_text: "",
+            **self._allow(False),
+        }
         try:
             inputs = [view.model_input for view in views]
             for written in stream_report(self.pipe, inputs, indication or None, states, self.max_new_tokens):
@@ -296,78 +315,87 @@ class _Page:
                     return
                 if isinstance(written, str):
                     yield {self.report: written}
-                else:
-                    visitor.written = Written(views, written)
-                    yield {**self._text(written), self.table: table_rows(written, self.steerable)}
-                    if self.has_plan:
-                        finding = finding or _most_telling(written["findings"])
-                        drawn = self.painter.submit(heatmap, views, written, finding)
-                        yield {self.finding: finding, self.heatmap: drawn.result()}
-        except (ValueError, OSError, ImportError) as error:
-            yield {**self._forget_results(visitor), self.problem: _problem(error)}
-        except Exception as error:  # the next visitor's report is another matter
-            _LOG.exception("a report could not be written")
-            told = f"the report could not be written ({type(error).__name__}): the server's log says why"
-            yield {**self._forget_results(visitor), self.problem: _problem(told)}
+                    continue
+                shown = finding or _main_finding(written["findings"])
+                drawn = self.painter.submit(heatmap, views, written, shown).result() if self.has_plan else ""
+                visitor.written = Written(views, written, drawn)
+                chosen = [written["findings"][name]["state"] for name in FINDINGS]
+                yield {self.finding: shown, **dict(zip(self.states, chosen, strict=True))}
+        except Exception as error:  # any: the page stays usable
+            visitor.written = None
+            if not isinstance(error, (ValueError, OSError, ImportError)):
+                _LOG.exception("a report could not be written")
+                error = f"the report could not be written ({type(error).__name__}): see the log of the server"
+            yield self._fail(visitor, error)
 
-    def _text(self, record: dict[str, Any]) -> dict:
-        """The report and what is told of it, without the table, which may have been edited since."""
+    def _fail(self, visitor: Visitor, error: Exception | str) -> dict:
+        visitor.problem = _one_line(error)
+        return {self.problem: _alert(visitor.problem)}
+
+    async def show_heatmap(self, finding: str, visitor: Visitor) -> dict:
+        """Draw the heatmap of a finding."""
+        written = visitor.written
+        if written is None or not self.has_plan:
+            return self._fail(visitor, "no heatmap yet: write a report first")
+        try:
+            drawn = await _in(self.painter, heatmap, written.views, written.record, finding)
+        except ImportError as error:
+            return self._fail(visitor, error)
+        visitor.written, visitor.problem = written._replace(heatmap=drawn), ""
+        return {self.heatmap: _visible(drawn), self.problem: _visible("")}
+
+    def show(self, visitor: Visitor) -> dict:
+        """Show the study and its last complete report; states that were chosen since are kept."""
+        updates = {
+            self.files: None,
+            self.preview: _visible(preview(visitor.views)),
+            self.problem: _alert(visitor.problem),
+        }
+        if visitor.written is None:
+            updates |= self._allow(False)
+            hidden = dict.fromkeys((self.contradictions, self.table, self.heatmap), _visible(""))
+            return {**updates, **hidden, self.report: "", self.record_text: "", **dict.fromkeys(self.states)}
+        record = visitor.written.record
         return {
+            **updates,
             self.report: record["generated_text"] or "(the model wrote nothing)",
-            self.contradictions: ("" if record["complete"] else _CUT_OFF) + _contradictions(record),
+            self.contradictions: _visible(contradiction_list(record)),
+            self.table: _visible(findings_table(record, self.steerable)),
+            self.heatmap: _visible(visitor.written.heatmap),
             self.record_text: json.dumps(record, ensure_ascii=False, indent=2, default=lambda array: array.tolist()),
         }
 
-    async def show_heatmap(self, finding: str, request: gr.Request) -> dict:
-        """Draw the chosen finding's."""
-        written = self.visitors.get(request.session_hash).written
-        if written is None or not self.has_plan:
-            return {self.problem: _problem("no heatmap yet: write a report first")}
-        try:
-            return {self.heatmap: await _in(self.painter, heatmap, *written, finding), self.problem: ""}
-        except ImportError as error:
-            return {self.problem: _problem(error)}
+    def finish(self, visitor: Visitor) -> dict:
+        """Show the last complete report, and enable the buttons."""
+        enabled = self._allow(visitor.written is not None)
+        return {**self.show(visitor), **enabled, self.write: gr.update(value="Write report", interactive=True)}
 
-    def _disable(self) -> dict:
-        return {self.write: gr.update(value="Writing …", interactive=False), **self._allow(False)}
-
-    def enable(self, request: gr.Request) -> dict:
-        """The buttons, those behind a report only where there is one."""
-        written = self.visitors.get(request.session_hash).written
-        return {self.write: gr.update(value="Write report", interactive=True), **self._allow(written is not None)}
-
-    def _allow(self, behind_a_report: bool) -> dict:
+    def _allow(self, has_report: bool) -> dict:
         buttons = (self.again, self.save_text, self.save_record)
-        return dict.fromkeys(buttons, gr.update(interactive=behind_a_report))
+        return dict.fromkeys(buttons, gr.update(interactive=has_report))
 
 
 async def _in(executor: ThreadPoolExecutor, work: Callable, *arguments: Any) -> Any:
     return await asyncio.get_running_loop().run_in_executor(executor, work, *arguments)
 
 
-def _most_telling(findings: dict[str, dict]) -> str:
-    """The likeliest finding that is there or may be; No Finding where there is none."""
+def _visible(text: str) -> dict:
+    """An update that hides an empty component."""
+    return gr.update(value=text, visible=bool(text))
+
+
+def _main_finding(findings: dict[str, dict]) -> str:
+    """The likeliest positive or unclear finding; No Finding if there is none."""
     there = [name for name in FINDINGS[:-1] if findings[name]["state"] in ("positive", "unclear")]
     return max(there, key=lambda name: findings[name]["probability"], default=FINDINGS[-1])
 
 
-def _contradictions(record: dict[str, Any]) -> str:
-    """Every disagreement of the report, what it contradicts first."""
-    if "contradictions" not in record:
-        return ""
-    if not record["contradictions"]:
-        return "<p>Of each finding the report says what the model was told.</p>"
-    lines = []
-    for each in sorted(record["contradictions"], key=lambda each: KINDS.index(each["kind"])):
-        name, kind = FINDING_DISPLAY_NAMES[each["finding"]], each["kind"]
-        said = "does not mention it" if kind == "omitted" else f"says {each['said']}"
-        lines.append(f'<li class="{kind}">{name}, {kind}: told {each["told"]}, the report {said}</li>')
-    return f"<p>The report does not say what the model was told:</p><ul>{''.join(lines)}</ul>"
+def _one_line(error: Exception | str) -> str:
+    return printable(" ".join(str(error).split()), _PROBLEM)
 
 
-def _problem(error: Exception | str) -> str:
-    message = printable(" ".join(str(error).split()), _PROBLEM)
-    return f'<p role="alert">{escape(message)}</p>'
+def _alert(problem: str) -> dict:
+    return _visible(f'<p role="alert">⚠ {escape(problem)}</p>' if problem else "")
 
 
 __all__ = ["WARNING", "build_demo"]

@@ -1,29 +1,41 @@
-"""How the page is served: to whom, how many at once, and what is not kept."""
+"""How the page is served: addresses, limits, and what is not kept."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import gradio as gr
 from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
 from .guard import Guard, Hosts
+from .interface import MAX_VISITORS
 from .uploads import MAX_FILE_SIZE, UploadFolder
-from .visitors import MAX_VISITORS
 
-#: Reports that wait for the model; the page says of more that it is busy. Nothing else of the page waits with them.
+#: Reports that may wait for the model; further ones are refused as busy. Other events do not wait.
 _QUEUE = 32
+
+_CSS = """
+.views { display: flex; flex-wrap: wrap; gap: 0.75rem; }
+.views figure { flex: 1 1 8rem; max-width: 16rem; }
+figure { margin: 0; }
+figure img { width: 100%; max-width: 50rem; border-radius: var(--radius-md); }
+figcaption { font-size: var(--text-sm); overflow-wrap: anywhere; }
+#problem p { margin: 0; padding: 0.6rem; overflow-wrap: anywhere; border: 2px solid var(--error-border-color); }
+#findings { overflow-x: auto; }
+#findings :is(th, td) { padding: 0.2rem; overflow-wrap: normal; word-break: normal; }
+@media (max-width: 640px) { #findings table { font-size: 0.75rem; } }
+:focus-visible { outline: 3px solid var(--color-accent) !important; outline-offset: 2px; }
+"""
 
 
 def serve(demo: gr.Blocks, server_name: str | None = None, port: int | None = None, block: bool = True) -> str:
-    """Show a page of [`build_demo`], one report at a time; nothing is shared, recorded or fetched from elsewhere.
+    """Show a page of [`build_demo`]; nothing is shared, recorded or fetched from elsewhere.
 
     Args:
         demo: the page.
-        server_name: the address to listen on; without it, what Gradio takes from its environment, as on a Space.
-        port: the port; likewise.
+        server_name: address to listen on; by default Gradio's, from its environment variables, as on a Space.
+        port: port to listen on; by default likewise.
         block: whether to return only when the server ends.
 
     Returns:
@@ -34,7 +46,7 @@ def serve(demo: gr.Blocks, server_name: str | None = None, port: int | None = No
     """
     hosts = Hosts(server_name or os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"))
     guard = Middleware(Guard, hosts=hosts, uploads=UploadFolder(get_upload_folder()))
-    # Without `api_open` nobody gets past the queue.
+    # Without `api_open`, no request can bypass the queue.
     demo.queue(max_size=_QUEUE, default_concurrency_limit=1, api_open=False)
     _, address, _ = demo.launch(
         server_name=server_name,
@@ -51,7 +63,7 @@ def serve(demo: gr.Blocks, server_name: str | None = None, port: int | None = No
         max_file_size=MAX_FILE_SIZE,
         state_session_capacity=MAX_VISITORS,
         app_kwargs={"middleware": [guard]},
-        css_paths=[Path(__file__).with_name("page.css")],
+        css=_CSS,
     )
     return address
 

@@ -1,4 +1,4 @@
-"""Views that visitors bring: read at once, kept small in memory, and deleted from the disk."""
+"""Uploaded views: read at once, kept in memory as small pictures, and deleted from the disk."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from ...findings_otdrg import FINDINGS
 from ...processing_otdrg import read_view
 from ...studies.phantom import make_phantom
 
-#: Views of a study that the page takes: one projection, or two.
+#: Most views of a study.
 MAX_VIEWS = 2
-#: Largest upload. A radiograph of 4,000 x 4,000 pixels of 16 bits, uncompressed, is 32 MB.
+#: Largest file. A radiograph of 4,000 x 4,000 pixels with 16 bits, uncompressed, has 32 MB.
 MAX_FILE_SIZE = "64mb"
-#: Bytes of one request: two such files, and what is around them.
+#: Bytes of one request: two such files and the headers around them.
 MAX_REQUEST = (MAX_VIEWS * 64 + 1) * 2**20
-#: Bytes of all visitors' uploads that are arriving or wait to be read.
+#: Bytes of all visitors' uploads that are arriving or waiting to be read.
 MAX_UPLOADS = 256 * 2**20
-#: Seconds in which an upload has to arrive.
+#: Most seconds an upload may take.
 UPLOAD_SECONDS = 120
-#: Seconds after which a file that nobody reads is deleted; more than `UPLOAD_SECONDS`.
+#: Seconds after which an unread file is deleted; more than `UPLOAD_SECONDS`.
 KEPT_UNREAD = 300
 
-#: Longest side in pixels of a view in the page.
+#: Longest side in pixels of a view on the page.
 _SHOWN_SIDE = 480
 
-#: Title, projections and findings of the phantoms to try.
+#: Title, projections and findings of the example phantoms.
 _EXAMPLES = (
     ("Normal, frontal", ("frontal",), ()),
     ("Pleural effusion, frontal and lateral", ("frontal", "lateral"), ("pleural_effusion",)),
@@ -43,34 +43,30 @@ Resize = Callable[[Image.Image], Image.Image]
 
 
 class View(NamedTuple):
-    """A view of a study: two small pictures of it, because a full one takes up to 256 MB."""
+    """Two small pictures of a view, because a full one takes up to 256 MB.
 
-    #: The file's, without its folder.
+    Args:
+        name: file name, without the folder.
+        image: picture for the page.
+        model_input: picture resized by the model's image processor.
+        size: width and height in pixels as uploaded.
+    """
+
     name: str
-    #: For the page.
     image: Image.Image
-    #: As the model's image processor resizes it.
     model_input: Image.Image
-    #: Width and height in pixels as uploaded.
     size: tuple[int, int]
 
 
-class Example(NamedTuple):
-    """A procedural study."""
-
-    title: str
-    views: list[View]
-
-
 class NoRoomError(RuntimeError):
-    """The uploads that arrive or wait to be read leave no room for another."""
+    """There is no room for another upload at the moment."""
 
 
 class UploadFolder:
-    """The folder where Gradio writes uploads: how much may lie in it, and for how long.
+    """Limits the size and the age of uploads in the folder where Gradio writes them.
 
     Args:
-        path: the folder, of this server alone.
+        path: the folder, used by this server only.
     """
 
     def __init__(self, path: str | Path):
@@ -79,15 +75,15 @@ class UploadFolder:
 
     @contextlib.contextmanager
     def room(self, size: int) -> Iterator[None]:
-        """Keep `size` bytes for an upload while it arrives.
+        """Reserve `size` bytes for an upload while it arrives.
 
         Raises:
-            NoRoomError: for now.
+            NoRoomError: too many bytes are reserved or unread.
         """
         waiting = sum(found.st_size for _, found in self._files())
         if waiting + self._arriving + size > MAX_UPLOADS:
             raise NoRoomError(
-                f"the uploads that arrive now leave no room for {size / 1e6:.0f} MB more: try again in a minute"
+                f"no room for an upload of {size / 1e6:.0f} MB while others are arriving: try again in a minute"
             )
         self._arriving += size
         try:
@@ -98,7 +94,7 @@ class UploadFolder:
                 self._delete_parts()
 
     def make_private(self, path: str) -> str:
-        """Move an upload into a folder of its own: Gradio gives two visitors who upload the same file one path."""
+        """Move an upload into a folder of its own: for Gradio, the same file of two visitors has the same path."""
         folder = self.path / secrets.token_hex(16)
         folder.mkdir()
         moved = Path(path).rename(folder / Path(path).name)
@@ -107,17 +103,13 @@ class UploadFolder:
         return str(moved)
 
     def delete_unread(self, age: float = KEPT_UNREAD) -> None:
-        """Delete files that nobody has read, whole or not.
-
-        Args:
-            age: in seconds, since the file was last written to.
-        """
+        """Delete files that were last written more than `age` seconds ago and not read since."""
         for path, found in self._files():
             if time.time() - found.st_mtime > age:
                 _delete(path, self.path)
 
     def _delete_parts(self) -> None:
-        """Delete what Gradio leaves of uploads that broke off; whole ones are in folders of their own."""
+        """Delete what Gradio leaves of interrupted uploads; complete ones are in folders of their own."""
         for path in self.path.glob("*"):
             if not path.is_dir():
                 _delete(path, self.path)
@@ -133,45 +125,40 @@ class UploadFolder:
 def read_uploads(
     paths: Sequence[str], before: Sequence[View], max_pixels: int, resize: Resize | None = None
 ) -> list[View]:
-    """The study's views, those of `before` and then what was uploaded; the uploaded files are deleted, read or not.
+    """Read uploaded views and append them to a study's; the files are deleted, whether they could be read or not.
 
     Args:
-        paths: files as they were uploaded, images or DICOM.
-        before: views that the study has.
-        max_pixels: larger images are refused.
-        resize: makes a view what the model takes; without it, the view itself.
+        paths: uploaded files, images or DICOM.
+        before: views that the study already has.
+        max_pixels: largest number of pixels of an image.
+        resize: makes the model's input of a view; by default a copy of the view.
 
     Raises:
-        ValueError: more than `MAX_VIEWS` in all, or a file that cannot be read, by its name.
-        ImportError: DICOM without pydicom.
+        ValueError: more than `MAX_VIEWS` in all, or a file cannot be read; the message has its name.
+        ImportError: a DICOM file without pydicom.
     """
     try:
         total = len(before) + len(paths)
         if total > MAX_VIEWS:
-            already = f", {len(before)} of them here already" if before else ""
-            raise ValueError(f"{total} views{already}: a study has one or two here, clear it to start another")
-        # One at a time: of the one before, only the small pictures are left.
+            already = f", {len(before)} of them already in the study" if before else ""
+            raise ValueError(f"{total} views{already}: expected one or two; Clear starts another study")
+        # One full picture at a time is in memory.
         return [*before, *(_read(path, max_pixels, resize) for path in paths)]
     finally:
         for path in paths:
             _delete(Path(path))
 
 
-def phantom_examples(image_size: int) -> list[Example]:
-    """Procedural studies to try, made when they are asked for; no patient's.
-
-    Args:
-        image_size: height and width in pixels.
-    """
-    examples = []
+def phantom_examples(image_size: int) -> dict[str, list[View]]:
+    """Phantom studies of `image_size` x `image_size` pixels, by title."""
+    examples = {}
     for index, (title, projections, positive) in enumerate(_EXAMPLES):
         states = ["positive" if finding in positive else "negative" for finding in FINDINGS[:-1]]
         phantom = make_phantom(0, index, image_size, projections, states)
-        views = [
+        examples[title] = [
             View(f"phantom, {view}", image, image, image.size)
             for view, image in zip(phantom.views, phantom.images, strict=True)
         ]
-        examples.append(Example(title, views))
     return examples
 
 
@@ -180,7 +167,7 @@ def _read(path: str, max_pixels: int, resize: Resize | None) -> View:
     try:
         image = read_view(path, max_pixels)
     except ValueError as error:
-        # The folder is the server's and tells a visitor nothing.
+        # The folder is a path of the server.
         raise ValueError(str(error).replace(path, name)) from error
     size, model_input = image.size, resize(image) if resize else image.copy()
     image.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE))
@@ -202,7 +189,6 @@ __all__ = [
     "MAX_UPLOADS",
     "MAX_VIEWS",
     "UPLOAD_SECONDS",
-    "Example",
     "NoRoomError",
     "UploadFolder",
     "View",

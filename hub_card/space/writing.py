@@ -1,4 +1,4 @@
-"""A report as it is written: words while they come, then the pipeline's record."""
+"""Streaming of a report: its text as it grows, then the pipeline's record."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ def stream_report(
     findings: dict[str, str] | None = None,
     max_new_tokens: int | None = None,
 ) -> Iterator[str | dict[str, Any]]:
-    """The report of a study, decoded greedily, because a streamer cannot follow beams.
+    """Stream the report of a study, decoded greedily: beam search cannot be streamed.
 
-    A caller that closes the iterator ends the writing with the next token.
+    Closing the iterator stops generation at the next token.
 
     Args:
         pipe: the model's pipeline.
-        views: of the study, one or more.
+        views: one or more views of the study.
         indication: why the study was made.
-        findings: states to write from, by finding; the others are predicted.
-        max_new_tokens: most tokens of the report; the model's own number without it.
+        findings: states to condition the report on, by finding; the others are predicted.
+        max_new_tokens: maximum number of tokens of the report; by default the model's.
 
     Yields:
-        The report so far (`str`), longer each time, and at last the pipeline's record (`dict`) with `generated_text`,
-        `findings`, `heatmaps` where the model has a transport plan, and `contradictions` where it is told of findings.
+        The report so far (`str`), longer each time; finally the pipeline's record (`dict`) with `generated_text`,
+        `findings`, `heatmaps` if the model has a transport plan, and `contradictions` if it is conditioned on states.
 
     Raises:
-        ValueError: what the pipeline refuses, such as an unknown finding or state.
+        ValueError: refused by the pipeline, such as an unknown finding or state.
     """
     config = pipe.model.config
     streamer = TextIteratorStreamer(pipe.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -56,10 +56,10 @@ def stream_report(
                 **{name: value for name, value in arguments.items() if value is not None},
             )
             outcome.set_result(records[0])
-        except Exception as error:  # any, because it is raised where the report is awaited
+        except Exception as error:  # any: raised again in the caller's thread
             outcome.set_exception(error)
         finally:
-            streamer.on_finalized_text("", stream_end=True)  # an error leaves the stream open
+            streamer.on_finalized_text("", stream_end=True)  # otherwise an error would leave the stream open
 
     writer = Thread(target=write, daemon=True)
     writer.start()
@@ -71,11 +71,11 @@ def stream_report(
         yield outcome.result()
     finally:
         left.set()
-        writer.join()  # The next report has the processor to itself.
+        writer.join()  # so that two reports are never written at once
 
 
 class _Left(StoppingCriteria):
-    """Stops generation once nobody waits for it."""
+    """Stop generation when the caller has left."""
 
     def __init__(self, left: Event):
         self.left = left

@@ -1,4 +1,4 @@
-"""`otdrg demo` as it is typed."""
+"""`otdrg demo` on the command line."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ import pytest
 from otdrg.cli import main
 
 
-def test_help_needs_neither_torch_nor_gradio():
+def test_demo_help_imports_neither_torch_nor_gradio():
     code = (
         "import sys\n"
         "from otdrg.cli import main\n"
@@ -32,13 +32,17 @@ def refused(arguments, capsys):
     return error
 
 
-def test_a_port_that_is_taken_or_is_none_is_one_line(capsys):
+def test_demo_wrong_port_or_address_is_one_line(capsys):
     pytest.importorskip("gradio")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"--port {port} cannot be used (Address already in use)" in refused(["m", "--port", str(port)], capsys)
     port = str(free_port())
-    for name, message in (("8.8.8.8", "is not this machine"), ("no host", "is no IPv4 address"), ("::1", "is no IPv4")):
+    for name, message in (
+        ("8.8.8.8", "is not an address of this machine"),
+        ("no host", "is not an IPv4 address"),
+        ("::1", "is not an IPv4"),
+    ):
         error = refused(["m", "--server-name", name, "--port", port], capsys)
         assert f"--server-name {name!r} {message}" in error
     assert "--port is 70000: expected 1 to 65535" in refused(["m", "--port", "70000"], capsys)
@@ -46,14 +50,14 @@ def test_a_port_that_is_taken_or_is_none_is_one_line(capsys):
 
 
 @pytest.mark.parametrize("library", ["gradio", "matplotlib"])
-def test_a_missing_library_is_one_line(library, capsys, monkeypatch):
+def test_demo_missing_library_is_one_line(library, capsys, monkeypatch):
     from otdrg.commands import demo as demo_command
 
     monkeypatch.setattr(demo_command, "find_spec", lambda name: None if name == library else True)
     assert f"the demo needs {library}: pip install 'otdrg[demo]'" in refused(["runs/quickstart"], capsys)
 
 
-def test_what_is_no_model_is_one_line(tmp_path, capsys, monkeypatch):
+def test_demo_folder_without_model_is_one_line(tmp_path, capsys, monkeypatch):
     pytest.importorskip("gradio")
     for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
         monkeypatch.setenv(name, "before")
@@ -66,7 +70,7 @@ def free_port():
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_the_page_is_there_until_it_is_ended(how, model, processor, tmp_path):
+def test_demo_serves_until_it_is_interrupted(how, model, processor, tmp_path):
     pytest.importorskip("gradio")
     model.save_pretrained(tmp_path / "run" / "model")
     processor.save_pretrained(tmp_path / "run" / "model")

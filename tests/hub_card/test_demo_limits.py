@@ -1,4 +1,4 @@
-"""What the demo's server takes, and from whom: requests as programs send them, without a browser."""
+"""Which requests the demo's server accepts, without a browser: hosts, sizes, the queue, and what is kept."""
 
 import asyncio
 import io
@@ -23,7 +23,7 @@ from PIL import Image
 pytest.importorskip("gradio", reason="gradio is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
-from otdrg.hub_card.space import guard, interface, serving, uploads, visitors
+from otdrg.hub_card.space import guard, interface, serving, uploads
 from otdrg.hub_card.space.guard import Hosts
 from otdrg.hub_card.space.pictures import preview
 from otdrg.hub_card.space.temporary import upload_folder
@@ -75,11 +75,11 @@ def client(demo):
 
 @pytest.fixture
 def post(demo, client):
-    """Posts what a page would, for an event by its function's name."""
+    """Posts the inputs of an event, by the name of its function; the last input is the session's state."""
     events = {event["api_name"]: event["id"] for event in client.get("/config").json()["dependencies"]}
 
     def post(name, *inputs, session="visitor", route=None):
-        request = {"data": list(inputs), "fn_index": events[name], "session_hash": session}
+        request = {"data": [*inputs, None], "fn_index": events[name], "session_hash": session}
         return client.post(f"/gradio_api/{route or f'run/{name}'}", json=request)
 
     return post
@@ -169,7 +169,7 @@ def test_request_of_another_site_is_forbidden(client, headers, route, folder):
     assert files(folder) == []
 
 
-def test_hosts_of_a_space_are_the_hubs(monkeypatch):
+def test_hosts_on_a_space_are_the_hubs_names(monkeypatch):
     monkeypatch.setenv("SPACE_ID", "org/otdrg-demo")
     monkeypatch.setenv("SPACE_HOST", "org-otdrg-demo.hf.space")
     hosts = Hosts("0.0.0.0")
@@ -209,7 +209,7 @@ def test_get_of_files_and_addresses_is_not_found(client, route):
 
 
 def test_long_indication_through_the_api_is_refused_before_the_model(ask, post, pipe, monkeypatch):
-    post("show", session="long")
+    post("take_example", 0, session="long")
 
     def never(*args, **kwargs):
         raise AssertionError("the model was asked")
@@ -218,8 +218,8 @@ def test_long_indication_through_the_api_is_refused_before_the_model(ask, post, 
         patched.setattr(pipe.model, "generate", never)
         answer = ask("write_report", "cough " * 2000, session="long")
         assert "the indication has 11,999 characters: expected at most 500" in answer
-        again = [{"finding": name, "state": "unmentioned"} for name in FINDINGS]
-        assert "expected at most 500" in ask("write_again", "x" * 501, again, "edema", session="long")
+        states = ["unmentioned"] * len(FINDINGS)
+        assert "expected at most 500" in ask("write_again", "x" * 501, "edema", *states, session="long")
     assert "alert" not in ask("write_report", None, session="long")
     assert "alert" not in ask("write_report", "x" * 500, session="long")
 
@@ -237,15 +237,27 @@ def test_requests_larger_than_any_of_the_page_are_refused(post, client):
     assert client.post("/gradio_api/queue/join", content=b"[" * 100_000).status_code == 400
 
 
-def test_table_of_thousands_of_rows_is_one_short_line(ask, post):
-    post("show", session="rows")
-    answer = ask("write_again", "", [{"finding": "x" * 10_000, "state": "positive"}], "edema", session="rows")
-    assert "unknown finding" in answer and "x" * 600 not in answer
+@pytest.mark.parametrize(
+    ("states", "message"),
+    [
+        (["maybe"] * 14, "Value: maybe is not in the list of choices"),
+        (["negative"] * 14, "Value: negative is not in the list of choices"),  # of No Finding
+        ([{"edema": "positive"}] * 14, "is not in the list of choices"),
+        ([None] * 14, "there are no states yet: write a report first"),
+        (["positive"] * 5, "didn't receive enough input values"),
+    ],
+)
+def test_states_through_the_api_are_checked(ask, post, states, message, pipe, monkeypatch):
+    post("take_example", 0, session="states")
+    with monkeypatch.context() as patched:
+        patched.setattr(pipe.model, "generate", None)
+        answer = ask("write_again", "", "edema", *states, session="states")
+    assert message in answer or '"success":false' in answer
 
 
 def test_file_at_an_address_is_not_fetched(post):
     answer = post("add_views", [as_file("http://127.0.0.1:1/view.png")])
-    assert answer.status_code == 400 and "expected one that was uploaded" in answer.text
+    assert answer.status_code == 400 and "expected an uploaded file" in answer.text
 
 
 def test_upload_above_a_limit_is_refused(client, folder, monkeypatch):
@@ -302,11 +314,12 @@ def test_upload_of_a_client_that_goes_away_leaves_nothing(demo, folder):
     assert files(folder) == []
 
 
-def test_same_file_of_two_visitors_is_read_for_both(client, post, view, folder):
+def test_upload_same_file_of_two_visitors_is_read_for_both(client, post, view, folder):
     paths = [upload(client, png(view(1))).json()[0] for _ in range(2)]
     assert len(set(paths)) == 2
     for number, path in enumerate(paths):
-        answer = post("add_views", [as_file(path)], session=f"same-{number}").text
+        assert post("add_views", [as_file(path)], session=f"same-{number}").status_code == 200
+        answer = post("show", session=f"same-{number}").text
         assert "view.png, 64 × 64" in answer and "alert" not in answer
     # Gradio's component for files makes an empty one of its own for each.
     assert not [path for path in files(folder) if path.stat().st_size]
@@ -321,9 +334,10 @@ def test_large_view_is_kept_small_and_reported_on_in_full(client, post, ask, pip
     data = png(pixels.astype(np.uint8))
     (tmp_path / "view.png").write_bytes(data)
     wanted = pipe(str(tmp_path / "view.png"), num_beams=1, max_new_tokens=TOKENS)[0]
-    answer = post("add_views", [as_file(upload(client, data).json()[0])], session="large").text
-    assert "view.png, 1500 × 1100" in answer
-    answer = ask("write_report", "", session="large")
+    post("add_views", [as_file(upload(client, data).json()[0])], session="large")
+    assert "view.png, 1500 × 1100" in post("show", session="large").text
+    ask("write_report", "", session="large")
+    answer = post("show", session="large").text
     for finding in wanted["findings"].values():
         assert f"{finding['probability']}"[:10] in answer
     assert json.dumps(wanted["generated_text"], ensure_ascii=False).strip('"')[:20] in answer
@@ -333,11 +347,10 @@ def test_large_view_is_kept_small_and_reported_on_in_full(client, post, ask, pip
 
 
 def test_closed_page_is_forgotten(demo, client, post, ask, monkeypatch):
-    for module in (interface, visitors):
-        monkeypatch.setattr(module, "KEPT_AFTER_LEAVING", -0.5)
+    monkeypatch.setattr(interface, "KEPT_AFTER_LEAVING", -0.5)
     sessions = demo.app.state_holder.session_data
     with client.stream("GET", "/gradio_api/heartbeat/gone"):
-        post("show", session="gone")
+        post("take_example", 0, session="gone")
         ask("write_report", "", session="gone")
         assert "data:image/png" in post("show_heatmap", "edema", session="gone").text
         assert "gone" in sessions
@@ -348,24 +361,26 @@ def test_closed_page_is_forgotten(demo, client, post, ask, monkeypatch):
     assert "no heatmap yet" in post("show_heatmap", "edema", session="gone").text
 
 
-def test_visitors_are_forgotten_after_leaving_or_beyond_a_number(monkeypatch):
-    monkeypatch.setattr(visitors, "MAX_VISITORS", 3)
-    kept = visitors.Visitors()
-    first = kept.get("a")
-    for session in "bcab":
-        kept.get(session)
-    assert kept.get("a") is first
-    kept.get("d")
-    assert len(kept) == 3 and kept.get("a") is first
-    kept.leave("a")
-    assert not kept.forget("a")  # not yet
-    monkeypatch.setattr(visitors, "KEPT_AFTER_LEAVING", 0)
-    assert kept.get("a") is first and not kept.forget("a")  # back again
-    kept.leave("a")
-    assert kept.forget("a") and kept.get("a") is not first
+def test_closed_page_that_comes_back_is_kept(demo, client, post, monkeypatch):
+    monkeypatch.setattr(interface, "KEPT_AFTER_LEAVING", 1)
+    with client.stream("GET", "/gradio_api/heartbeat/back"):
+        post("take_example", 0, session="back")
+    deadline = time.monotonic() + 3.5  # forgotten 2 s after leaving, unless it was used within the last second
+    while time.monotonic() < deadline:
+        assert "phantom, frontal" in post("show", session="back").text
+        time.sleep(0.3)
 
 
-def test_names_of_files_are_text():
+def test_visitors_beyond_the_capacity_are_forgotten(demo, post, monkeypatch):
+    assert demo.app.state_holder.capacity == interface.MAX_VISITORS
+    monkeypatch.setattr(demo.app.state_holder, "capacity", 2)
+    for session in ("first", "second", "third"):
+        post("take_example", 0, session=session)
+    assert "phantom, frontal" in post("show", session="third").text
+    assert "phantom, frontal" not in post("show", session="first").text
+
+
+def test_preview_file_name_is_shown_as_text():
     image = Image.new("RGB", (8, 8))
     name = '"><img src=x onerror=alert(1)>\x1b[31m\u202egnp.' + "x" * 300
     page = preview([View(name, image, image, image.size)])
@@ -379,7 +394,7 @@ def test_names_of_files_are_text():
 def test_quick_steps_are_answered_while_the_queue_is_full(post, slow, client, view):
     sessions = [f"queue-{number}" for number in range(QUEUE + 1)]
     for session in sessions:
-        post("show", session=session)
+        post("take_example", 0, session=session)
     joined = []
     for session in sessions:  # one is written, the others wait
         joined.append(post("write_report", "", session=session, route="queue/join").status_code)
@@ -389,11 +404,11 @@ def test_quick_steps_are_answered_while_the_queue_is_full(post, slow, client, vi
     assert (full.status_code, "Queue is full" in full.text) == (503, True)
     path = upload(client, png(view(2))).json()[0]
     for name, *inputs in (
-        ("show_1",),
+        ("take_example", 1),
         ("start_anew",),
         ("add_views", [as_file(path)]),
         ("show_heatmap", "edema"),
-        ("enable",),
+        ("show",),
     ):
         start = time.monotonic()
         assert post(name, *inputs, session="another").status_code == 200
@@ -406,7 +421,7 @@ def test_quick_steps_are_answered_while_the_queue_is_full(post, slow, client, vi
             assert any('"process_completed"' in line and '"success":true' in line for line in events.iter_lines())
 
 
-def test_few_users_for_a_moment_are_all_served(demo):
+def test_demo_load_few_users_are_all_served(demo):
     path = Path(__file__).parents[2] / "benchmarks" / "demo_load.py"
     spec = spec_from_file_location("demo_load", path)
     demo_load = module_from_spec(spec)

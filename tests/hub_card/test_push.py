@@ -1,7 +1,6 @@
-"""The whole way: a model is pushed to a Hub on this machine as the command does it, and loaded from there by a process
-that has nothing of ours.
+"""`otdrg push` to a Hub on this machine, and loading from it in a process without our package.
 
-Long, because these processes, whose start is most of the time, and the Hub are there once, for all tests.
+The Hub and these processes, whose start takes most of the time, are started once for all tests.
 """
 
 import hashlib
@@ -28,7 +27,7 @@ SHIPPED = {
     f"{name}_otdrg.py" for name in ("findings", "configuration", "weights", "modeling", "processing", "pipeline")
 }
 
-# A process that loads what it is told to, line by line, so that starting it is paid once.
+# A process that runs one request a line, so that it is started only once.
 LOADER = """
 hide("otdrg")
 import json
@@ -194,7 +193,7 @@ def expected_ids(trained, image):
     return model.generate(**processor(images=[[image, image], image]), **FEW).tolist()
 
 
-def test_what_is_pushed(hub, pushed, trained):
+def test_push_uploads_model_code_card_and_licence(hub, pushed, trained):
     repo = hub.repos["models", "org/otdrg"]
     assert repo.private and pushed.stdout.endswith(f"pushed: {hub.url}/org/otdrg\n")
     names = set(repo.files)
@@ -212,7 +211,7 @@ def test_what_is_pushed(hub, pushed, trained):
     assert card.startswith("---\n") and "No measured result" in card and "org/otdrg" in card
 
 
-def test_a_fresh_process_without_the_package_loads_it(pushed, load, trained, image):
+def test_pushed_model_loads_without_the_package(pushed, load, trained, image):
     found = load("everything", "org/otdrg")
     assert found["module"] == "transformers_modules", found
     ids = expected_ids(trained, image)
@@ -223,7 +222,7 @@ def test_a_fresh_process_without_the_package_loads_it(pushed, load, trained, ima
     assert len(found["written"][0][0]["findings"]) == 14 and isinstance(found["chat"], str)
 
 
-def test_the_tiny_preset_goes_the_whole_way(push, load, reports, image, tmp_path):
+def test_pushed_tiny_preset_loads_without_the_package(push, load, reports, image, tmp_path):
     """Its encoder is timm's, and its weights are all its own."""
     config = OTDRGConfig.from_preset("tiny")
     processor = OTDRGProcessor.from_texts(reports, config=config, vocab_size=400)
@@ -237,7 +236,7 @@ def test_the_tiny_preset_goes_the_whole_way(push, load, reports, image, tmp_path
     assert found.get("ids") == expected_ids((model, processor), image), found
 
 
-def test_a_revision_stays_what_it_was(hub, push, pushed, load, trained, tmp_path):
+def test_pushed_revision_stays_unchanged(hub, push, pushed, load, trained, tmp_path):
     first = hub.repos["models", "org/otdrg"].at("main").id
     other = OTDRGForReportGeneration.from_pretrained(trained[2] / "run" / "model")
     with torch.no_grad():
@@ -253,7 +252,7 @@ def test_a_revision_stays_what_it_was(hub, push, pushed, load, trained, tmp_path
     assert {name for name in hub.repos["models", "org/otdrg"].at("second").tree if "/" in name} == set()
 
 
-def test_what_transformers_pushes_tells_its_sums_too(hub, pushed, load, tmp_path):
+def test_push_to_hub_of_transformers_stores_sha256(hub, pushed, load, tmp_path):
     assert load("push_on", "org/otdrg", folder=str(tmp_path / "saved")) == {}
     for name in ("org/pushed-on", "org/saved-on"):
         files = hub.repos["models", name].files
@@ -263,7 +262,7 @@ def test_what_transformers_pushes_tells_its_sums_too(hub, pushed, load, tmp_path
     assert hub.repos["models", "org/saved-on"].private
 
 
-def test_from_the_cache_without_a_network(pushed, hub, load, start_loader, trained, image):
+def test_pushed_model_loads_offline_from_the_cache(pushed, hub, load, start_loader, trained, image):
     load("model_only", "org/otdrg")
     before = len(hub.requests)
     with start_loader(HF_HUB_OFFLINE="1") as load_offline:
@@ -272,7 +271,7 @@ def test_from_the_cache_without_a_network(pushed, hub, load, start_loader, train
     assert len(hub.requests) == before
 
 
-def test_the_llm_is_served_alone(pushed, hub, trained, image, tmp_path):
+def test_push_merge_llm_writes_the_models_reports(pushed, hub, trained, image, tmp_path):
     """A plain causal LM, given the prompt's embeddings, writes what the model writes."""
     model, processor, _ = trained
     for name, content in hub.repos["models", "org/otdrg"].files.items():
@@ -302,9 +301,7 @@ def backbones_on_hub(hub, trained):
     return "--vision-backbone", "base/vision", "--text-backbone", "base/text"
 
 
-def test_an_adapter_finds_its_backbones_and_keeps_to_their_commits(
-    hub, push, load, backbones_on_hub, trained, image, tmp_path
-):
+def test_pushed_adapter_loads_backbones_by_commit(hub, push, load, backbones_on_hub, trained, image, tmp_path):
     done = push(trained[2] / "run", "org/adapter", "--adapter", *backbones_on_hub)
     assert done.returncode == 0, done.stderr
     repo = hub.repos["models", "org/adapter"]
@@ -330,15 +327,15 @@ def test_an_adapter_finds_its_backbones_and_keeps_to_their_commits(
     assert again.get("ids") == found["ids"], again
     assert more.returncode == 0, more.stderr
     for name in ("org/adapter", "org/adapter-again"):
-        told = json.loads(hub.repos["models", name].files["config.json"])
-        assert told["backbone_revisions"]["text"] == first.id
+        config = json.loads(hub.repos["models", name].files["config.json"])
+        assert config["backbone_revisions"]["text"] == first.id
 
 
-def test_a_backbone_in_another_format_is_not_referred_to(push, trained, tmp_path):
+def test_push_adapter_backbone_in_another_format_is_refused(push, trained, tmp_path):
     folder = shutil.copytree(trained[2] / "run" / "adapter", tmp_path / "adapter")
-    told = json.loads((folder / "config.json").read_text())
-    told["backbone_sha256"]["text"] = {"llm.gguf": "0"}
-    (folder / "config.json").write_text(json.dumps(told))
+    config = json.loads((folder / "config.json").read_text())
+    config["backbone_sha256"]["text"] = {"llm.gguf": "0"}
+    (folder / "config.json").write_text(json.dumps(config))
     arguments = (folder, "org/x", "--adapter", "--dry-run", "--vision-backbone", "base/vision", "--text-backbone")
     done = push(*arguments, "base/text")
     assert done.returncode == 1 and done.stderr.endswith(
@@ -369,7 +366,7 @@ def test_of_an_adapters_folder_only_the_model_is_pushed(hub, push, backbones_on_
     assert ("models", "org/damaged") not in hub.repos
 
 
-def test_an_adapter_pushed_as_a_whole_names_no_folder(push, trained, tmp_path):
+def test_push_adapter_as_full_model_names_no_folder(push, trained, tmp_path):
     done = push(trained[2] / "run" / "adapter", "org/whole", "--dry-run", "--output", tmp_path / "kept")
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "kept" / "config.json").read_text())
@@ -378,13 +375,13 @@ def test_an_adapter_pushed_as_a_whole_names_no_folder(push, trained, tmp_path):
     assert not named
 
 
-def test_an_adapter_of_what_is_not_on_the_hub_is_not_pushed(
+def test_push_adapter_of_backbone_not_on_the_hub_is_refused(
     hub, push, backbones_on_hub, build_backbones, tmp_path, trained
 ):
     done = push(trained[2] / "run", "org/lost", "--adapter")
     assert done.returncode == 1 and re.fullmatch(
-        r"otdrg push: error: .*adapter is an adapter of the vision backbone .*vision, which nobody else has: "
-        r"--vision-backbone ORG/NAME says where on the Hub the same weights are\n",
+        r"otdrg push: error: .*adapter is an adapter of the vision backbone .*vision, which is not on the Hub: "
+        r"--vision-backbone ORG/NAME names a repository with the same weights\n",
         done.stderr.splitlines(keepends=True)[-1],
     )
     build_backbones(tmp_path, seed=5)
@@ -395,14 +392,14 @@ def test_an_adapter_of_what_is_not_on_the_hub_is_not_pushed(
         done.returncode == 1 and "base/other does not hold the text backbone that this is an adapter of" in done.stderr
     )
     done = push(trained[2] / "run", "org/lost", "--adapter", *backbones_on_hub[:3], "base/nothing")
-    assert done.returncode == 1 and "the text backbone base/nothing could not be looked up on http" in done.stderr
+    assert done.returncode == 1 and "the text backbone base/nothing was not found on http" in done.stderr
     assert "Traceback" not in done.stderr and ("models", "org/lost") not in hub.repos
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_asks_the_hub_for_nothing(hub, push, trained, tmp_path):
+def test_push_dry_run_sends_no_request(hub, push, trained, tmp_path):
     before = len(hub.requests)
     done = push(trained[2] / "run", "org/dry", "--dry-run", "--output", tmp_path / "kept", "--space", "org/dry-demo")
     assert done.returncode == 0 and done.stdout.endswith("nothing was pushed (--dry-run)\n"), done.stderr
@@ -411,22 +408,25 @@ def test_a_dry_run_asks_the_hub_for_nothing(hub, push, trained, tmp_path):
     assert "  app.py\n" in done.stdout and "  otdrg/modeling_otdrg.py\n" in done.stdout
 
 
-def test_a_space_is_pushed_behind_the_model(hub, push, trained):
+def test_push_space_follows_the_model(hub, push, trained):
     done = push(trained[2] / "run" / "model", "org/shown", "--private", "--space", "org/shown-demo")
-    assert done.returncode == 0 and "/spaces/org/shown-demo\nthe Space reads org/shown once" in done.stdout, done.stderr
+    assert (
+        done.returncode == 0
+        and "/spaces/org/shown-demo\nto read org/shown, the Space needs a secret HF_TOKEN" in done.stdout
+    ), done.stderr
     assert hub.repos["spaces", "org/shown-demo"].private
     files = hub.repos["spaces", "org/shown-demo"].files
     assert {"app.py", "requirements.txt", "README.md", "otdrg/modeling_otdrg.py"} <= set(files)
     assert b"org/shown" in files["app.py"]
 
 
-def test_a_broken_upload_is_gone_on_with(hub, push, trained):
+def test_push_interrupted_upload_is_continued(hub, push, trained):
     # The client itself tries a request a few times.
     hub.disturb("PUT", "/storage/models/org/broken/", times=50, status=500, Retry_After="0")
     done = push(trained[2] / "run", "org/broken", "--merge")
     hub.calm()
     assert done.returncode == 1 and "org/broken was not pushed to http" in done.stderr.splitlines()[-1]
-    assert done.stderr.endswith("pushing it again goes on with what has not arrived yet\n")
+    assert done.stderr.endswith("push it again to continue with the missing files\n")
     assert "Traceback" not in done.stderr and set(hub.repos["models", "org/broken"].files) <= {".gitattributes"}
     # One of the large files arrives, then the line breaks again.
     hub.disturb("PUT", "/storage/models/org/broken/", times=1)
@@ -441,15 +441,15 @@ def test_a_broken_upload_is_gone_on_with(hub, push, trained):
     assert arrived >= 1 and len(sent) + arrived == len(hub.repos["models", "org/broken"].objects)
 
 
-def test_what_cannot_be_pushed_is_one_line(hub, push, trained, tmp_path):
+def test_push_wrong_input_is_one_line(hub, push, trained, tmp_path):
     hub.add_repo("models", "org/public")
     for arguments, message in (
         ((trained[2] / "run", "org/public", "--private"), "org/public is public: leave out --private"),
-        ((tmp_path / "nothing", "org/x"), "nothing is no folder: expected one of a run or a model"),
+        ((tmp_path / "nothing", "org/x"), "nothing is not a folder: expected the folder of a run or a model"),
         ((tmp_path, "org/x"), "no config.json here or in its folder 'model', expected a trained run or a model"),
         ((trained[2] / "run", "not a name"), "not a name"),
         ((trained[2] / "run", "x"), "x has no owner: expected ORG/NAME"),
-        ((trained[2] / "run", "org/x", "--space", "org/y", "--revision", "v2"), "--space shows what is on main"),
+        ((trained[2] / "run", "org/x", "--space", "org/y", "--revision", "v2"), "--space shows the branch main"),
         ((trained[2] / "run" / "model", "org/x", "--adapter"), "no adapter here or in its folder 'adapter'"),
     ):
         done = push(*arguments)
@@ -470,7 +470,7 @@ def fresh(load, tmp_path, model="org/otdrg", **where):
     ],
     ids=["500", "size"],
 )
-def test_the_clients_own_errors_reach_the_user(hub, pushed, load, tmp_path, disturbance, message):
+def test_pushed_model_download_error_reaches_the_user(hub, pushed, load, tmp_path, disturbance, message):
     method, pattern, how = disturbance
     hub.disturb(method, pattern, **how)
     found = fresh(load, tmp_path)
@@ -479,12 +479,12 @@ def test_the_clients_own_errors_reach_the_user(hub, pushed, load, tmp_path, dist
     assert "bias" in fresh(load, tmp_path)
 
 
-def test_a_cut_download_is_taken_up_again(hub, pushed, load, tmp_path):
+def test_pushed_model_interrupted_download_is_continued(hub, pushed, load, tmp_path):
     hub.disturb("GET", "^/storage/", cut=1000)
     assert "bias" in fresh(load, tmp_path)
 
 
-def test_damaged_weights_of_the_right_size_are_refused(hub, pushed, load, tmp_path):
+def test_pushed_model_damaged_weights_are_refused(hub, pushed, load, tmp_path):
     """The client takes them; the configuration tells of their SHA-256."""
     weights = bytearray(hub.repos["models", "org/otdrg"].files["model.safetensors"])
     weights[-1] ^= 1
@@ -492,13 +492,13 @@ def test_damaged_weights_of_the_right_size_are_refused(hub, pushed, load, tmp_pa
     found = fresh(load, tmp_path)
     hub.calm()
     assert "OSError" in found["error"], found
-    told = re.search(r"model\.safetensors is damaged, .* delete (\S+) and load it anew", found["message"])
+    message = re.search(r"model\.safetensors is damaged, .* delete (\S+) and load it anew", found["message"])
     assert "damaged" in fresh(load, tmp_path)["message"]
-    Path(told[1]).unlink()
+    Path(message[1]).unlink()
     assert "bias" in fresh(load, tmp_path)
 
 
-def test_what_is_not_there_or_not_for_everyone(hub, pushed, load, tmp_path):
+def test_pushed_model_missing_or_gated_is_named(hub, pushed, load, tmp_path):
     gated = hub.add_repo("models", "org/gated", {"config.json": b"{}"})
     gated.gated = True
     whole = hub.repos["models", "org/otdrg"].files
@@ -515,7 +515,7 @@ def test_what_is_not_there_or_not_for_everyone(hub, pushed, load, tmp_path):
         assert {"OSError", "ValueError"} & set(found["error"]) and message in found["message"], found
 
 
-def test_the_commands_say_what_the_hub_answered(hub, pushed, image, otdrg):
+def test_generate_hub_error_states_the_answer(hub, pushed, image, otdrg):
     """transformers says that it could not connect where the Hub did answer."""
     hub.disturb("HEAD", "/org/otdrg/resolve/", times=50, status=500, Retry_After="0")
     done = otdrg("generate", "org/otdrg", "--study", image)

@@ -1,4 +1,4 @@
-"""The files of a Space, run where nothing else of the package is."""
+"""The files of a Space, run without the rest of the package."""
 
 import ast
 import json
@@ -41,7 +41,7 @@ def requirements(lines):
     return dict(re.findall(r"^([\w-]+)>=([\d.]+)$", "\n".join(lines), re.MULTILINE))
 
 
-def test_the_header_is_one_that_spaces_know():
+def test_space_header_is_valid():
     stated = header(space_files("someone/model"))
     assert stated["models"] == ["someone/model"]
     assert stated["sdk"] == "gradio" and stated["app_file"] == "app.py" and stated["license"] == "apache-2.0"
@@ -53,16 +53,16 @@ def test_the_header_is_one_that_spaces_know():
     assert "Not for clinical use" in card.text
 
 
-def test_the_model_stands_in_every_place():
+def test_space_files_hold_the_model_id():
     files = space_files("someone/model")
     for name in ("app.py", "README.md"):
         assert b"someone/model" in content(files[name]) and b"org/otdrg" not in content(files[name])
     for wrong in ("model", "a/b/c", 'a/b"', ""):
-        with pytest.raises(ValueError, match="expected one of the Hub"):
+        with pytest.raises(ValueError, match="expected an id on the Hub"):
             space_files(wrong)
 
 
-def test_versions_are_those_of_the_package():
+def test_space_requirements_match_the_package():
     tomllib = pytest.importorskip("tomllib")  # of Python 3.11
     if not (ROOT / "pyproject.toml").is_file():
         pytest.skip("the package is installed without its pyproject.toml")
@@ -75,7 +75,7 @@ def test_versions_are_those_of_the_package():
     assert header(files)["sdk_version"].startswith(package["gradio"])
 
 
-def test_no_tests_no_documents_no_scripts():
+def test_space_files_exclude_tests_documents_and_scripts():
     files = space_files("someone/model")
     names = {name.removeprefix("otdrg/").partition("/")[0] for name in files}
     assert not names & {"tests", "docs", "benchmarks", "recipes", "train_hf.py", "quickstart.py", "pyproject.toml"}
@@ -83,7 +83,7 @@ def test_no_tests_no_documents_no_scripts():
     assert not [name for name in files if "__pycache__" in name]
 
 
-def test_the_space_runs_on_its_own_files(model, processor, tmp_path):
+def test_space_runs_on_its_own_files(model, processor, tmp_path):
     pytest.importorskip("gradio")
     space, weights = tmp_path / "space", tmp_path / "model"
     model.save_pretrained(weights)
@@ -99,16 +99,16 @@ def test_the_space_runs_on_its_own_files(model, processor, tmp_path):
         [sys.executable, "-c", RUN], cwd=space, env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert all(Path(file).is_relative_to(space) for file in told["ours"].values())
-    assert told["model"] == str(weights)
-    assert told["record"] == ["complete", "contradictions", "findings", "generated_text", "heatmaps"]
-    assert {"file", "textbox", "dropdown", "html"} <= set(told["kinds"])
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert all(Path(file).is_relative_to(space) for file in found["ours"].values())
+    assert found["model"] == str(weights)
+    assert found["record"] == ["complete", "contradictions", "findings", "generated_text", "heatmaps"]
+    assert {"file", "textbox", "dropdown", "html"} <= set(found["kinds"])
     named = requirements(content(files["requirements.txt"]).decode().splitlines())
     modules = {"pillow": "PIL", "pyyaml": "yaml", "python-gdcm": "gdcm"}
     provided = {modules.get(name, name) for name in named} | set(sys.stdlib_module_names)
     provided |= {"app", "otdrg", "gradio", "huggingface_hub", "safetensors"}  # the last two with transformers
-    assert imported(told["ours"].values()) <= provided
+    assert imported(found["ours"].values()) <= provided
 
 
 def imported(files):
