@@ -1,9 +1,9 @@
-"""The README and the pages of `docs/`: each command and program in them runs here, or is marked with what it needs.
+"""The README, `docs/` and `examples/`: each command and program in them runs here, or is marked with what it needs.
 
 A fenced block of `sh` or `python` runs, in the order of its page, in a folder that holds tiny files and models under
 the names that the pages use. A block after the comment `<!-- needs: WHAT -->` does not run; its commands are parsed,
 its recipe is loaded with its overrides, and the names that it imports must exist. `<!-- slow -->` leaves a block to the
-slow tests.
+slow tests. An example runs with the command in its docstring.
 """
 
 import argparse
@@ -29,6 +29,9 @@ import pytest
 from markdown_it import MarkdownIt
 
 ROOT = Path(otdrg.__file__).parent
+EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.py")) if path.stem != "quickstart"]
+#: Options that make an example short.
+SHORT = {"train_in_python": "--studies 12 --max-steps 2"}
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SLOW_MARK, SLOW = "<!-- slow -->", "the slow tests"
 NEEDS = re.compile(r"<!-- needs: (\S.*\S) -->\s*")
@@ -201,6 +204,7 @@ def files(trained_run, build_backbones, tmp_path_factory):
         rows.append({"id": phantom.id, "image": name, "report": phantom.report})
         write_dicom(folder / "archive" / phantom.id / "view.dcm", phantom.images[0])
         (folder / "archive" / phantom.id / "report.txt").write_text(f"FINDINGS: {phantom.report}\n")
+        (folder / "images" / name).with_suffix(".txt").write_text(phantom.report)
     write_table(folder / "reports.csv", rows)
     write_table(folder / "theirs.csv", rows)
     for name in ("ours", "test"):
@@ -221,6 +225,9 @@ def files(trained_run, build_backbones, tmp_path_factory):
         shutil.copytree(trained_run, folder / "runs" / run, ignore=shutil.ignore_patterns("checkpoint-*"))
         write_table(folder / "runs" / run / "predictions.csv", predictions)
     shutil.copytree(trained_run / "model", folder / "org" / "otdrg")
+    backbones = build_backbones(tmp_path_factory.mktemp("backbones"))
+    shutil.copytree(backbones["vision"], folder / "facebook" / "dinov2-small")
+    shutil.copytree(backbones["text"], folder / "HuggingFaceTB" / "SmolLM2-135M-Instruct")
     return folder
 
 
@@ -289,6 +296,21 @@ def run_page(page, monkeypatch, slow):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_documentation_blocks_run_or_are_marked(page, workspace, monkeypatch):
     run_page(page, monkeypatch, slow=False)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs_as_its_docstring_says(example, workspace, monkeypatch):
+    docstring = ast.get_docstring(ast.parse(example.read_text(encoding="utf-8")))
+    (command,) = re.findall(rf"^python examples/{example.name}.*", docstring, re.M)
+    run_command(f"{command} {SHORT.get(example.stem, '')}", monkeypatch)
+
+
+def test_quickstart_shows_reports_and_a_heatmap(workspace, capsys):
+    quickstart = runpy.run_path("examples/quickstart.py")
+    quickstart["show_studies"](Path("runs/quickstart"), {"image_size": 112}, 2)
+    shown = capsys.readouterr().out
+    assert shown.count("generated: ") == 2
+    assert Path("runs/quickstart/heatmap.png").is_file()
 
 
 @pytest.mark.slow
