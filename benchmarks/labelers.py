@@ -1,9 +1,9 @@
-"""Throughput of the labeler `rules` as a user meets it: the whole command, start-up included, on one core.
+"""Measure the labeler `rules`: the whole command `otdrg label` including start-up, on one core.
 
     python benchmarks/labelers.py
     python benchmarks/labelers.py --reports reports.csv --option repeat_mistakes=true
 
-Without `--reports` the reports are phantoms', which repeat their sentences more than people do.
+Without `--reports` it labels reports of phantoms, which repeat sentences more often than real reports do.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from pathlib import Path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--reports", type=Path, help="CSV with the columns id and report")
-    parser.add_argument("--count", type=int, default=3000, help="reports labelled; those given are repeated or cut")
+    parser.add_argument("--count", type=int, default=3000, help="reports to label; those given are repeated or cut")
     parser.add_argument("--option", nargs="*", default=[], metavar="NAME=VALUE", help="options of the labeler")
-    parser.add_argument("--runs", type=int, default=5, help="runs; each has a row")
+    parser.add_argument("--runs", type=int, default=5, help="runs, one row each")
     options = parser.parse_args()
     reports = phantom_reports(options.count) if options.reports is None else read_reports(options.reports)
     reports = [reports[position % len(reports)] for position in range(options.count)]
@@ -49,7 +49,7 @@ def read_reports(path: Path) -> list[str]:
 
 
 def measure(reports: list[str], options: list[str]) -> float:
-    """Seconds from the start of the command to its end."""
+    """Elapsed seconds of the command."""
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder) / "reports.csv"
         with table.open("w", newline="", encoding="utf-8") as file:

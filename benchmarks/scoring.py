@@ -1,10 +1,10 @@
-"""Time of `otdrg score` as a user meets it: the whole command, start-up included, on at most two cores.
+"""Measure `otdrg score`: the whole command including start-up, on at most two cores.
 
     python benchmarks/scoring.py
     python benchmarks/scoring.py --reports 600 3858 --against
 
-Reports are phantoms', generated and true ones of other states. Everything is scored, METEOR too if there is a Java.
-CPU seconds are those of the command and its Java together, whatever else the machine does.
+The reports are those of phantoms. All scores are computed, including METEOR if Java is installed. CPU seconds include
+those of Java.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from otdrg.studies.phantom import sample_states, write_report
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--reports", type=int, nargs="+", default=[600], help="sizes of the files")
+    parser.add_argument("--reports", type=int, nargs="+", default=[600], help="numbers of reports")
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples")
-    parser.add_argument("--against", action="store_true", help="compare with another system, too")
-    parser.add_argument("--runs", type=int, default=3, help="runs of each size; each has a row")
+    parser.add_argument("--against", action="store_true", help="also compare with a second system")
+    parser.add_argument("--runs", type=int, default=3, help="runs for each number of reports, one row each")
     options = parser.parse_args()
-    print("" if shutil.which("java") else "no java on the PATH: METEOR is left out\n", end="")
+    print("" if shutil.which("java") else "no java on the PATH: METEOR is not computed\n", end="")
     print("| reports | resamples | seconds | CPU seconds |")
     print("|---|---|---|---|")
     for reports in options.reports:
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def measure(reports: int, resamples: int, against: bool) -> tuple[float, float]:
-    """Seconds from the start of the command to its end, on the clock and of the CPU."""
+    """Elapsed seconds and CPU seconds of the command."""
     with tempfile.TemporaryDirectory() as folder:
         names = ["references", "predictions", *(["against"] if against else [])]
         command = [sys.executable, "-m", "otdrg.cli", "score", "--output", str(Path(folder) / "scores.json")]

@@ -1,9 +1,9 @@
-"""Throughput and peak memory of `otdrg prepare`, on phantoms.
+"""Measure the throughput and peak memory of `otdrg prepare` on phantoms.
 
     python benchmarks/studies.py --studies 2000 20000 --num-proc 1 2
 
-Prints a Markdown table. Memory is the peak of what the command and its processes hold together (their resident sets,
-sampled ten times a second, shared pages counted in each), so that of several processes is an upper bound.
+Prints a Markdown table. Memory is the peak of the summed resident sets of the command and its child processes, sampled
+ten times a second. Pages shared by several processes are counted once for each, so the sum is an upper bound.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import psutil
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--studies", type=int, nargs="+", default=[2000, 20000], help="sizes of the dataset")
+    parser.add_argument("--studies", type=int, nargs="+", default=[2000, 20000], help="numbers of studies")
     parser.add_argument("--num-proc", type=int, nargs="+", default=[1, 2], help="numbers of processes")
     parser.add_argument("--image-size", type=int, default=224, help="height and width of a view in pixels")
-    parser.add_argument("--views", nargs="+", default=["frontal"], help="views of a study")
+    parser.add_argument("--views", nargs="+", default=["frontal"], help="views per study")
     options = parser.parse_args()
     print("| processes | studies | seconds | studies/s | peak memory, MiB | memory, ratio to the first |")
     print("|---|---|---|---|---|---|")
@@ -59,7 +59,7 @@ def _resident(process: psutil.Process) -> int:
         for one in (process, *process.children(recursive=True)):
             total += one.memory_info().rss
     except psutil.NoSuchProcess:
-        pass  # it ended between being listed and being asked
+        pass  # the process has just ended
     return total
 
 
