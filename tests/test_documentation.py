@@ -31,7 +31,7 @@ from markdown_it import MarkdownIt
 ROOT = Path(otdrg.__file__).parent
 EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.py")) if path.stem != "quickstart"]
 #: Options that make an example short.
-SHORT = {"train_in_python": "--studies 12 --max-steps 2"}
+SHORT = {"phantom_table": "--studies 4", "train_in_python": "--studies 12 --max-steps 2"}
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SLOW_MARK, SLOW = "<!-- slow -->", "the slow tests"
 NEEDS = re.compile(r"<!-- needs: (\S.*\S) -->\s*")
@@ -298,8 +298,21 @@ def test_documentation_blocks_run_or_are_marked(page, workspace, monkeypatch):
     run_page(page, monkeypatch, slow=False)
 
 
+@pytest.fixture
+def registries():
+    """Removes what an example registers."""
+    from otdrg.metrics import METRICS
+    from otdrg.studies import SOURCES
+
+    before = [(registry, dict(registry)) for registry in (METRICS, SOURCES)]
+    yield
+    for registry, content in before:
+        registry.clear()
+        registry.update(content)
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_example_runs_as_its_docstring_says(example, workspace, monkeypatch):
+def test_example_runs_as_its_docstring_says(example, workspace, registries, monkeypatch):
     docstring = ast.get_docstring(ast.parse(example.read_text(encoding="utf-8")))
     (command,) = re.findall(rf"^python examples/{example.name}.*", docstring, re.M)
     run_command(f"{command} {SHORT.get(example.stem, '')}", monkeypatch)
