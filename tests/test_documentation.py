@@ -14,6 +14,7 @@ import inspect
 import io
 import json
 import os
+import pkgutil
 import re
 import runpy
 import shlex
@@ -367,6 +368,7 @@ def test_documentation_words_in_code_exist(page, known_options):
 
     recipe = load_recipe(ROOT / "recipes" / "phantom_tiny.yaml")
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"runs"}
     for token in inline_tokens(page):
         if token.type != "code_inline" or token.content.startswith("<!--"):
             continue
@@ -377,6 +379,10 @@ def test_documentation_words_in_code_exist(page, known_options):
             assert (ROOT / words[1]).is_file(), token.content
         elif words[0] == "make":
             assert re.search(f"^{words[1]}:", makefile, re.M), token.content
+        elif words[0].startswith("otdrg."):
+            pkgutil.resolve_name(words[0].partition("(")[0])
+        elif words[0].partition("/")[0] in folders and "/" in words[0]:
+            assert list(ROOT.glob(words[0].rstrip("/"))), token.content
         elif RECIPE_FIELD.match(words[0]) and "(" not in words[0]:
             check_recipe_field(recipe, re.split("[=:]", words[0])[0])
         if words[0] != "pip":
