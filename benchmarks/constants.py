@@ -1,4 +1,4 @@
-"""The row "best constant report" of a recipe's results table; no model is needed.
+"""Compute the row "best constant report" of a recipe's results table, without a model.
 
 python benchmarks/constants.py recipes/phantom_tiny.yaml
 OTDRG_IU_XRAY=~/iu_xray python benchmarks/constants.py recipes/iu_xray_small.yaml --metrics bleu_4 meteor rouge_l cider
@@ -19,11 +19,11 @@ from otdrg.training.recipe import load_recipe
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="studies, cleaning, split and labeler are the recipe's")
-    parser.add_argument("--split", help="default: report.evaluation.split of the recipe")
+    parser.add_argument("recipe", help="recipe with the studies, cleaning, split and labeler")
+    parser.add_argument("--split", help="split to score (default: report.evaluation.split of the recipe)")
     parser.add_argument("--metrics", nargs="+", default=["bleu_4", "rouge_l", "cider"])
     parser.add_argument(
-        "--f1", nargs="+", default=["micro_f1_13", "macro_f1_13"], help="columns, uncertain as negative"
+        "--f1", nargs="+", default=["micro_f1_13", "macro_f1_13"], help="F1 columns, with uncertain as negative"
     )
     options = parser.parse_args()
     recipe = load_recipe(options.recipe)

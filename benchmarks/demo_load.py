@@ -1,11 +1,11 @@
-"""`otdrg demo` under many users at once: what is refused, how long each step takes, and the server's memory.
+"""Measure `otdrg demo` with many users at once: refused requests, the time of each step, and memory.
 
     python benchmarks/demo_load.py --users 20 --seconds 60
 
-Each user does what a browser does: opens the page, uploads a view, writes its report, looks at a heatmap, writes again
-from changed states, and clears the form, until the time is over. Prints a Markdown table of the steps, and the server's
-memory (resident set) before, in quarters of the time, at most, and at the end. The model is the tiny preset with random
-weights unless `--model` names another; server and users are on this machine (127.0.0.1).
+Each user does what a browser does: open the page, upload a view, write its report, show a heatmap, write again from
+changed states, and clear the form, until the time is over. Prints a Markdown table of the steps, and the memory of the
+server: before, in each quarter of the time, at its peak, and at the end. The default model is the preset `tiny`
+with random weights. Server and users run on this machine (127.0.0.1).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import psutil
 from otdrg import FINDINGS, OTDRGConfig, OTDRGForReportGeneration, OTDRGProcessor
 from PIL import Image
 
-#: Steps of a user, in order. Those that write wait for the model, one after another.
+#: Steps of a user, in order. Steps that write a report wait for the model, which serves one at a time.
 STEPS = ("upload", "add_views", "show", "write_report", "show_heatmap", "write_again", "start_anew")
 
 _TEXTS = ("The heart is normal in size. The lungs are clear. There is no pleural effusion or pneumothorax.",)
@@ -41,16 +41,16 @@ _STATES = ["negative" if name != "no_finding" else "positive" for name in FINDIN
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="folder of a run or a model (default: a tiny one with random weights)")
-    parser.add_argument("--users", type=int, default=20, help="at once")
-    parser.add_argument("--seconds", type=float, default=60, help="for which users begin new studies")
-    parser.add_argument("--side", type=int, default=2000, help="of a view, in pixels")
-    parser.add_argument("--max-new-tokens", type=int, default=40, help="of a report")
+    parser.add_argument("--users", type=int, default=20, help="number of users at once")
+    parser.add_argument("--seconds", type=float, default=60, help="time during which users start new studies")
+    parser.add_argument("--side", type=int, default=2000, help="side of a view in pixels")
+    parser.add_argument("--max-new-tokens", type=int, default=40, help="tokens of a report")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = options.model or make_model(Path(folder) / "model")
         with serving(model, options.max_new_tokens) as (process, address), Memory(process) as memory:
             load = Load(address)
-            asyncio.run(load.run(1, 0, make_view(options.side)))  # what the first report loads is no growth
+            asyncio.run(load.run(1, 0, make_view(options.side)))  # loads what the first report needs
             memory.mark()
             load.forget()
             asyncio.run(load.run(options.users, options.seconds, make_view(options.side)))
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def make_model(folder: Path) -> str:
-    """Write the tiny preset with random weights."""
+    """Save the preset `tiny` with random weights."""
     config = OTDRGConfig.from_preset("tiny")
     processor = OTDRGProcessor.from_texts(_TEXTS, config=config, vocab_size=400)
     OTDRGForReportGeneration(config).save_pretrained(folder)
@@ -78,7 +78,7 @@ def make_view(side: int) -> bytes:
 
 @contextlib.contextmanager
 def serving(model: str, max_new_tokens: int) -> Iterator[tuple[psutil.Process, str]]:
-    """`otdrg demo` in a process of its own, and its address."""
+    """Start `otdrg demo` in another process; yields the process and its address."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     options = ["--port", str(port), "--max-new-tokens", str(max_new_tokens)]
@@ -96,11 +96,7 @@ def serving(model: str, max_new_tokens: int) -> Iterator[tuple[psutil.Process, s
 
 
 class Memory:
-    """The resident set of a process, sampled ten times a second.
-
-    Args:
-        process: the process.
-    """
+    """The resident memory of a process, sampled ten times a second."""
 
     def __init__(self, process: psutil.Process):
         self.process, self.samples, self.marks = process, [], []
@@ -116,11 +112,11 @@ class Memory:
         self._sampler.join()
 
     def mark(self) -> None:
-        """Begin or end what is measured."""
+        """Mark the start or the end of the measurement."""
         self.marks.append(len(self.samples))
 
     def summary(self) -> str:
-        """The memory between the marks, in MiB."""
+        """The memory between the two marks, in MiB."""
         begin, end = self.marks
         samples = [sample / 2**20 for sample in self.samples[begin:end]]
         quarters = np.array_split(samples, 4)
@@ -137,10 +133,10 @@ class Memory:
 
 
 class Load:
-    """Users, the time that their steps took, and the steps that were refused.
+    """Users of the demo, the times of their steps, and the refused steps.
 
     Args:
-        address: of the demo, such as "http://127.0.0.1:7860/".
+        address: address of the demo, such as "http://127.0.0.1:7860/".
     """
 
     def __init__(self, address: str):
@@ -150,12 +146,12 @@ class Load:
         self.forget()
 
     def forget(self) -> None:
-        """Begin to count anew."""
+        """Reset all counts."""
         self.seconds: dict[str, list[float]] = defaultdict(list)
         self.refused: dict[str, list[str]] = defaultdict(list)
 
     async def run(self, users: int, seconds: float, view: bytes) -> None:
-        """Let users work until the time is over, on one study at least; each ends the study that it is at."""
+        """Run users until the time is over. Each completes at least one study, and the study it has started."""
         end = time.monotonic() + seconds
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(timeout=300, limits=limits, trust_env=False) as client:
@@ -174,7 +170,7 @@ class Load:
     async def _user(self, client: httpx.AsyncClient, end: float, view: bytes) -> None:
         while True:
             session = secrets.token_hex(8)
-            # A page says that it is open for as long as it is.
+            # An open page holds this request open.
             async with client.stream("GET", f"{self.address}/heartbeat/{session}"):
                 await self._study(client, session, view)
             if time.monotonic() >= end:
@@ -229,7 +225,7 @@ class Load:
 
 
 class RefusedError(Exception):
-    """The server did not do what it was asked to."""
+    """The server refused a request."""
 
 
 def _accepted(answer: httpx.Response) -> httpx.Response:
@@ -240,7 +236,7 @@ def _accepted(answer: httpx.Response) -> httpx.Response:
 
 
 def _check(answer: str) -> None:
-    """Raise the problem that the page would show."""
+    """Raise the error that the page would show."""
     if r"role=\"alert\"" in answer:
         raise RefusedError(answer.partition(r"role=\"alert\">")[2].partition("</p>")[0])
 

@@ -1,10 +1,10 @@
-"""Time of a step of the report stage with features read from disk and with views encoded anew, on the tiny preset.
+"""Measure a step of the report stage with cached features and with encoding, with the preset `tiny`.
 
     python benchmarks/features.py
 
-Prints a Markdown table of medians over steps: reading and collating the studies, forward, backward and AdamW. The steps
-of both alternate, on the same studies, so that what else the machine does weighs on both; seconds of the CPU are those
-of all threads. Encoding each view once, before the first step, has a line of its own.
+Prints a Markdown table of medians over steps. A step reads and collates the studies, then runs forward, backward and
+AdamW. Steps with and without the cache alternate on the same studies, so that other load on the machine affects both.
+CPU seconds are summed over threads. Encoding each view once, before the first step, is reported separately.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "phantom_tiny.yaml"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch-size", type=int, default=16, help="studies in a step")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of each")
+    parser.add_argument("--batch-size", type=int, default=16, help="studies per step")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps with and without the cache")
     options = parser.parse_args()
     size, steps = options.batch_size, options.steps + 1  # the first is not timed
     phantoms = f"studies.options={{train: {size * steps}, validation: 0, test: 0}}"
@@ -56,8 +56,8 @@ def main() -> None:
             for name, studies in (("images", images), ("features", features)):
                 places = range(number * size, (number + 1) * size)
                 times[name].append(timed(lambda rows=studies, where=places: step([rows[i] for i in where])))
-    print(f"{len(images)} views encoded once: {encoding[0]:.1f} s, {encoding[1]:.1f} s of the CPU\n")
-    print("| a step | seconds | seconds of the CPU |")
+    print(f"{len(images)} views encoded once: {encoding[0]:.1f} s, {encoding[1]:.1f} CPU seconds\n")
+    print("| step | seconds | CPU seconds |")
     print("|---|---|---|")
     medians = {
         name: [statistics.median(column) for column in zip(*rows[1:], strict=True)] for name, rows in times.items()
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:
-    """Seconds on the clock and of the CPU."""
+    """Elapsed seconds and CPU seconds."""
     start = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - start[0], time.process_time() - start[1]

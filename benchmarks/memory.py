@@ -1,11 +1,11 @@
-"""Memory of the report stage by arithmetic: what a preset's model needs on a GPU, and how many GPUs that takes.
+"""Compute the memory of the report stage: what a preset needs on a GPU, and how many GPUs it needs.
 
     python benchmarks/memory.py
     python benchmarks/memory.py --preset small --batch-size 8 --tokens 200
 
-Weights, gradients and optimizer are counted on the model itself, built without memory (on the device `meta`).
-Activations are what a LLaMA layer keeps for the backward pass under bfloat16 autocast, token by token, with
-scaled-dot-product attention; `tests/test_memory.py` holds both against runs of small models.
+Weights, gradients and optimizer states are counted on the model itself, built on the device `meta`. Activations are
+what a LLaMA layer keeps for the backward pass under bfloat16 autocast, with scaled-dot-product attention.
+`tests/test_memory.py` compares both with runs of small models.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from otdrg.training.build import cast_backbones, set_trained_parts
 from torch import nn
 
 GIB = 2**30
-#: Of a GPU's memory, what CUDA, the allocator's gaps and buffers of communication are given; not measured.
+#: Share of a GPU's memory that is left for CUDA, memory fragmentation and communication buffers; an assumption.
 RESERVED = 0.1
 
-#: Name: how the LLM is trained, bits of its frozen weights, whether processes share the weights out.
+#: Name: how the LLM is trained, bits of its frozen weights, whether the weights are partitioned among processes.
 WAYS: dict[str, tuple[str, int, bool]] = {
     "LoRA, bfloat16, DDP": ("lora", 16, False),
     "LoRA, 8-bit, DDP": ("lora", 8, False),
@@ -39,13 +39,13 @@ class Memory:
     """Bytes that one process needs.
 
     Args:
-        frozen: weights that are not trained.
-        trained: weights that are, in float32.
-        gradients: of those.
-        optimizer: AdamW's two moments of those.
-        copies: bfloat16 copies that autocast makes of them for a step.
-        activations: what is kept for the backward pass, and the head's logits.
-        largest: the LLM's largest layer or embedding, whole, in the type it is gathered in.
+        frozen: frozen weights.
+        trained: trained weights, in float32.
+        gradients: gradients of the trained weights.
+        optimizer: the two moments of AdamW.
+        copies: bfloat16 copies of the trained weights, made by autocast for each step.
+        activations: what is kept for the backward pass, and the logits.
+        largest: the largest layer or embedding of the LLM, in the type in which it is gathered.
     """
 
     frozen: int
@@ -57,7 +57,7 @@ class Memory:
     largest: int
 
     def total(self, processes: int = 1, shared: bool = False) -> float:
-        """On each of `processes`; where they share weights out, a layer and the next are whole at a time."""
+        """Bytes for each process; if weights are partitioned (`shared`), two layers are gathered at a time."""
         states = self.frozen + self.trained + self.gradients + self.optimizer
         if not shared:
             return states + self.copies + self.activations
@@ -65,7 +65,7 @@ class Memory:
 
 
 def build_weightless(config: OTDRGConfig, text: str) -> OTDRGForReportGeneration:
-    """The model as the report stage trains it, on the device `meta`: encoder and predictor frozen, `text` as there."""
+    """The model of the report stage on the device `meta`; only the LLM is trained, as `text` says."""
     if config.finding_text_token_ids is None:
         config.finding_text_token_ids = [[[0]] * len(FINDING_STATES)] * len(FINDINGS)
     lora, config.lora = config.lora, None
@@ -80,7 +80,7 @@ def build_weightless(config: OTDRGConfig, text: str) -> OTDRGForReportGeneration
 
 
 def packed_bytes(linear: nn.Linear, bits: int) -> int:
-    """A frozen weight by bitsandbytes: NF4 quantised twice, in blocks of 64 and of 256 of those; or rows of int8."""
+    """Bytes of a weight in bitsandbytes: NF4 with double quantisation (blocks of 64, then 256), or rows of int8."""
     count = linear.weight.numel()
     if bits == 8:
         return count + 4 * linear.out_features
@@ -92,23 +92,23 @@ def packed_bytes(linear: nn.Linear, bits: int) -> int:
 def activation_bytes(
     config, batch_size: int, tokens: int, report_tokens: int, lora_rank: int | None = None, checkpointing: bool = False
 ) -> int:
-    """What a LLaMA keeps for the backward pass of a batch.
+    """Bytes that a LLaMA keeps for the backward pass of a batch.
 
     Args:
         config: a `LlamaConfig` with as many key-value heads as heads.
-        batch_size: studies.
-        tokens: of each, prompt and report.
-        report_tokens: of them, those whose logits are needed.
-        lora_rank: of adapters on `q_proj` and `v_proj` in an LLM that is frozen but for them; None trains all of it.
-        checkpointing: keep the input of each layer only, and of one layer at a time what it makes of it.
+        batch_size: number of studies.
+        tokens: tokens per study, prompt and report together.
+        report_tokens: tokens per study whose logits are needed.
+        lora_rank: rank of LoRA on `q_proj` and `v_proj` of a frozen LLM; None if the whole LLM is trained.
+        checkpointing: whether only the input of each layer is kept, and the activations of one layer at a time.
     """
     hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
-    # Bytes a token. A frozen linear layer keeps nothing of its own; what it works on is bfloat16 where it is frozen.
+    # Bytes per token. A frozen linear layer keeps nothing for its weights, and the hidden states are then bfloat16.
     if lora_rank is not None:
         layer, stream = 28 * hidden + 6 * inner + 4 * lora_rank, 2
     else:
         layer, stream = 34 * hidden + 8 * inner, 4
-    # Each head's normaliser, the two norms', and a row of the attention mask.
+    # The normaliser of each head, those of the two norms, and a row of the attention mask.
     layer += 4 * heads + 8 + 2 * tokens
     outside = 2 * stream * hidden + (0 if checkpointing else stream * hidden // 2)
     layers = config.num_hidden_layers
@@ -125,13 +125,13 @@ def memory(
     report_tokens: int = 61,
     checkpointing: bool = False,
 ) -> Memory:
-    """Of the report stage on one process, whole.
+    """Memory of the report stage on one process.
 
     Args:
-        config: of a model whose LLM is a LLaMA.
-        text: "lora" or "full", as the recipe has it.
-        bits: of the LLM's frozen linear layers: 16, 8 or 4.
-        batch_size, tokens, report_tokens, checkpointing: as [`activation_bytes`] takes them.
+        config: configuration of a model whose LLM is a LLaMA.
+        text: "lora" or "full", as in a recipe.
+        bits: bits of the frozen linear layers of the LLM: 16, 8 or 4.
+        batch_size, tokens, report_tokens, checkpointing: see [`activation_bytes`].
     """
     model = build_weightless(config, text)
     weights = list(model.parameters())
@@ -144,7 +144,7 @@ def memory(
     llm = config.text_config
     rank = config.lora["r"] if text == "lora" else None
     activations = activation_bytes(llm, batch_size, tokens, report_tokens, rank, checkpointing)
-    # On their way the logits are there in bfloat16 and float32, and so is their gradient.
+    # The logits exist in bfloat16 and in float32, and their gradient in float32.
     activations += batch_size * report_tokens * llm.vocab_size * (2 + 4 + 4)
     parts = [*model.language_model.model.layers[:1], model.get_input_embeddings()]
     largest = max(sum(weight.numel() * 2 for weight in part.parameters()) for part in parts)
@@ -152,7 +152,7 @@ def memory(
 
 
 def gpus_needed(needed: Memory, shared: bool, gib: int, most: int = 64) -> int | None:
-    """The fewest GPUs of `gib` GiB on each of which it fits; None where no number of them does."""
+    """The smallest sufficient number of GPUs with `gib` GiB each; None if no number is enough."""
     room = gib * GIB * (1 - RESERVED)
     if not shared:
         return 1 if needed.total() <= room else None
@@ -160,13 +160,13 @@ def gpus_needed(needed: Memory, shared: bool, gib: int, most: int = 64) -> int |
 
 
 def cache_bytes(config, sequences: int, tokens: int) -> int:
-    """Keys and values of generation in bfloat16."""
+    """Bytes of keys and values during generation, in bfloat16."""
     heads = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
     return sequences * tokens * config.num_hidden_layers * 2 * heads * 2
 
 
 def format_table(preset: str, batch_size: int, tokens: int, report_tokens: int) -> str:
-    """All ways as a Markdown table, in GiB, checkpointing off and on."""
+    """A Markdown table in GiB, one row for each way to train, with and without checkpointing."""
     lines = [
         "| report stage | frozen | trained | gradients, optimizer | checkpointing | activations | on one GPU "
         "| GPUs of 24 GB | of 80 GB |",
@@ -188,10 +188,10 @@ def format_table(preset: str, batch_size: int, tokens: int, report_tokens: int) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default="paper", help="a preset whose LLM is a LLaMA")
+    parser.add_argument("--preset", default="paper", help="preset whose LLM is a LLaMA (default: paper)")
     parser.add_argument("--batch-size", type=int, default=8, help="studies on each GPU")
-    parser.add_argument("--tokens", type=int, default=200, help="of a study, prompt and report")
-    parser.add_argument("--report-tokens", type=int, default=61, help="of them, the report's")
+    parser.add_argument("--tokens", type=int, default=200, help="tokens per study, prompt and report together")
+    parser.add_argument("--report-tokens", type=int, default=61, help="tokens of the report")
     options = parser.parse_args()
     print(format_table(options.preset, options.batch_size, options.tokens, options.report_tokens))
     cached = cache_bytes(OTDRGConfig.from_preset(options.preset).text_config, 3 * 12, options.tokens + 40)

@@ -1,4 +1,7 @@
-"""Second half of `make quickstart`: the trained model as a stranger would load it, on phantoms it has not seen."""
+"""The second half of `make quickstart`: load the trained model as any user would, and test it on new phantoms.
+
+python examples/quickstart.py runs/quickstart
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,13 @@ import sys
 from pathlib import Path
 
 import yaml
+from otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS
+from otdrg.inference.heatmaps import draw_heatmaps
+from otdrg.studies.phantom import SPLIT_STARTS, make_phantom
+from transformers import pipeline
+from transformers.utils.logging import disable_progress_bar
 
-#: The scores the model must beat the best constant report in, and must not when it is shown other studies' images.
+#: The scores in which the model must beat the best constant report, but not with the images of other studies.
 COLUMNS = {
     "bleu_4": "BLEU-4",
     "rouge_l": "ROUGE-L",
@@ -19,25 +27,19 @@ COLUMNS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Show three held-out studies, a heatmap and the table; exit status 1 where the model fails its controls."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of a run of recipes/phantom_tiny.yaml")
-    parser.add_argument("--studies", type=int, default=3, help="held-out studies to show (default: 3)")
+    """Show three new studies, a heatmap and the table of scores; return 1 if the model fails a control."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="run folder of recipes/phantom_tiny.yaml")
+    parser.add_argument("--studies", type=int, default=3, help="number of studies to show (default: 3)")
     options = parser.parse_args(arguments)
     recipe = yaml.safe_load((options.run / "recipe.yaml").read_text(encoding="utf-8"))
     show_studies(options.run, recipe["studies"]["options"], options.studies)
-    evaluation = json.loads((options.run / "results.json").read_text(encoding="utf-8"))["report"]["evaluation"]
-    return check(evaluation)
+    results = json.loads((options.run / "results.json").read_text(encoding="utf-8"))
+    return check(results["report"]["evaluation"])
 
 
 def show_studies(run: Path, phantom_options: dict, count: int) -> None:
-    """Reload the model through `pipeline`, print what it writes of `count` held-out phantoms, draw one heatmap."""
-    from otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS
-    from otdrg.inference.heatmaps import draw_heatmaps
-    from otdrg.studies.phantom import SPLIT_STARTS, make_phantom
-    from transformers import pipeline
-    from transformers.utils.logging import disable_progress_bar
-
+    """Load the model with `pipeline`, print its reports of `count` new phantoms, and draw one heatmap."""
     disable_progress_bar()
     pipe = pipeline("image-to-text", model=str(run / "model"), trust_remote_code=True, device="cpu")
     views = tuple(phantom_options.get("views", ("frontal",)))
@@ -53,19 +55,19 @@ def show_studies(run: Path, phantom_options: dict, count: int) -> None:
                 f"  {FINDING_DISPLAY_NAMES[name]:<27} {finding['state']:<12} {finding['probability']:.2f}  "
                 f"{FINDING_STATES[true]}"
             )
-    # The study with the most true findings has the most to show.
+    # The heatmap is of the study with the most positive findings.
     best = max(range(count), key=lambda index: sum(state == 1 for state in phantoms[index].states[:-1]))
     phantom, (record, *_) = phantoms[best], records[best]
     path = run / "heatmap.png"
     names = draw_heatmaps(phantom.images, record["heatmaps"], record["findings"], path, masks=phantom.masks)
-    print(f"\nheatmap of {phantom.id} ({', '.join(names)}; outlined where the finding truly is): {path}")
+    print(f"\nheatmap of {phantom.id} ({', '.join(names)}; the true findings are outlined): {path}")
 
 
 def check(evaluation: dict) -> int:
-    """Print the table of an evaluation, and say whether the model passes its controls."""
+    """Print the table of an evaluation; return 1 if the model fails a control, else 0."""
     rows = evaluation["rows"]
     width = max(map(len, rows))
-    print(f"\n{evaluation['studies']} held-out studies; states read by the labeler {evaluation['labeler']}\n")
+    print(f"\n{evaluation['studies']} new studies; states read by the labeler {evaluation['labeler']}\n")
     print(" " * width + "".join(f"{name:>15}" for name in COLUMNS.values()))
     for name, scores in rows.items():
         print(f"{name:<{width}}" + "".join(f"{scores[column]:>15.3f}" for column in COLUMNS))
@@ -80,7 +82,8 @@ def check(evaluation: dict) -> int:
     if worse or blind:
         return 1
     print(
-        "The model beats the best constant report in all four columns, with shuffled images in none: it uses the image."
+        "The model uses the image: it beats the best constant report in all four columns, and in none when the images "
+        "are shuffled."
     )
     return 0
 

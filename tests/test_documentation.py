@@ -1,9 +1,9 @@
-"""The README and the pages of `docs/`: each command and program in them runs here, or is marked with what it needs.
+"""The README, `docs/` and `examples/`: each command and program in them runs here, or is marked with what it needs.
 
 A fenced block of `sh` or `python` runs, in the order of its page, in a folder that holds tiny files and models under
 the names that the pages use. A block after the comment `<!-- needs: WHAT -->` does not run; its commands are parsed,
 its recipe is loaded with its overrides, and the names that it imports must exist. `<!-- slow -->` leaves a block to the
-slow tests.
+slow tests. An example runs with the command in its docstring.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import inspect
 import io
 import json
 import os
+import pkgutil
 import re
 import runpy
 import shlex
@@ -29,6 +30,9 @@ import pytest
 from markdown_it import MarkdownIt
 
 ROOT = Path(otdrg.__file__).parent
+EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.py")) if path.stem != "quickstart"]
+#: Options that make an example short.
+SHORT = {"phantom_table": "--studies 4", "train_in_python": "--studies 12 --max-steps 2"}
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SLOW_MARK, SLOW = "<!-- slow -->", "the slow tests"
 NEEDS = re.compile(r"<!-- needs: (\S.*\S) -->\s*")
@@ -201,6 +205,7 @@ def files(trained_run, build_backbones, tmp_path_factory):
         rows.append({"id": phantom.id, "image": name, "report": phantom.report})
         write_dicom(folder / "archive" / phantom.id / "view.dcm", phantom.images[0])
         (folder / "archive" / phantom.id / "report.txt").write_text(f"FINDINGS: {phantom.report}\n")
+        (folder / "images" / name).with_suffix(".txt").write_text(phantom.report)
     write_table(folder / "reports.csv", rows)
     write_table(folder / "theirs.csv", rows)
     for name in ("ours", "test"):
@@ -220,7 +225,13 @@ def files(trained_run, build_backbones, tmp_path_factory):
     for run in ("quickstart", "iu_xray_small"):
         shutil.copytree(trained_run, folder / "runs" / run, ignore=shutil.ignore_patterns("checkpoint-*"))
         write_table(folder / "runs" / run / "predictions.csv", predictions)
+    # `otdrg embed` needs several studies of a finding.
+    recipe = folder / "runs" / "quickstart" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("validation: 5\n", "validation: 80\n"))
     shutil.copytree(trained_run / "model", folder / "org" / "otdrg")
+    backbones = build_backbones(tmp_path_factory.mktemp("backbones"))
+    shutil.copytree(backbones["vision"], folder / "facebook" / "dinov2-small")
+    shutil.copytree(backbones["text"], folder / "HuggingFaceTB" / "SmolLM2-135M-Instruct")
     return folder
 
 
@@ -291,8 +302,39 @@ def test_documentation_blocks_run_or_are_marked(page, workspace, monkeypatch):
     run_page(page, monkeypatch, slow=False)
 
 
+@pytest.fixture
+def registries():
+    """Removes what an example registers."""
+    from otdrg.metrics import METRICS
+    from otdrg.studies import SOURCES
+
+    before = [(registry, dict(registry)) for registry in (METRICS, SOURCES)]
+    yield
+    for registry, content in before:
+        registry.clear()
+        registry.update(content)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs_as_its_docstring_says(example, workspace, registries, monkeypatch):
+    docstring = ast.get_docstring(ast.parse(example.read_text(encoding="utf-8")))
+    (command,) = re.findall(rf"^python examples/{example.name}.*", docstring, re.M)
+    run_command(f"{command} {SHORT.get(example.stem, '')}", monkeypatch)
+
+
+def test_quickstart_shows_reports_and_a_heatmap(workspace, capsys):
+    quickstart = runpy.run_path("examples/quickstart.py")
+    quickstart["show_studies"](Path("runs/quickstart"), {"image_size": 112}, 2)
+    shown = capsys.readouterr().out
+    assert shown.count("generated: ") == 2
+    assert Path("runs/quickstart/heatmap.png").is_file()
+
+
+SLOW_PAGES = [page for page in PAGES if any(block.needs == SLOW for block in read_blocks(page))]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if SLOW_MARK in page.read_text()], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", SLOW_PAGES, ids=lambda page: page.stem)
 def test_documentation_slow_blocks_run(page, workspace, monkeypatch, build_backbones, tmp_path):
     backbones = build_backbones(tmp_path)
     monkeypatch.setenv("OTDRG_DINOV2", backbones["vision"])
@@ -332,6 +374,7 @@ def test_documentation_words_in_code_exist(page, known_options):
 
     recipe = load_recipe(ROOT / "recipes" / "phantom_tiny.yaml")
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"runs"}
     for token in inline_tokens(page):
         if token.type != "code_inline" or token.content.startswith("<!--"):
             continue
@@ -342,6 +385,10 @@ def test_documentation_words_in_code_exist(page, known_options):
             assert (ROOT / words[1]).is_file(), token.content
         elif words[0] == "make":
             assert re.search(f"^{words[1]}:", makefile, re.M), token.content
+        elif words[0].startswith("otdrg."):
+            pkgutil.resolve_name(words[0].partition("(")[0])
+        elif words[0].partition("/")[0] in folders and "/" in words[0]:
+            assert list(ROOT.glob(words[0].rstrip("/"))), token.content
         elif RECIPE_FIELD.match(words[0]) and "(" not in words[0]:
             check_recipe_field(recipe, re.split("[=:]", words[0])[0])
         if words[0] != "pip":
