@@ -9,7 +9,7 @@ import sys
 
 _EXAMPLE = """\
 example:
-  accelerate launch train_hf.py recipes/phantom_tiny.yaml output_dir=runs/short predictor.epochs=2 report.max_steps=100
+  accelerate launch train_hf.py recipes/phantom_tiny.yaml output_dir=runs/short predictor.num_train_epochs=2 report.max_steps=100
 """
 
 

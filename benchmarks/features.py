@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from otdrg.inference.features import cache_features
-from otdrg.training.build import build_model, build_studies, set_trained_parts
+from otdrg.training.model import build_model, build_studies, set_trained_parts
 from otdrg.training.collation import ReportCollator
 from otdrg.training.recipe import load_recipe
 

@@ -117,7 +117,7 @@ def _evaluate(options: argparse.Namespace, output: Path) -> None:
     from ..evaluation.steering import measure_steering
     from ..inference.features import cache_features
     from ..inference.loading import load_published
-    from ..training.description import describe_studies
+    from ..training.data import describe_studies
     from ..training.evaluation_studies import evaluation_studies, run_folder
     from ..training.recipe import load_recipe
 

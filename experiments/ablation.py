@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +19,10 @@ from ..configuration_otdrg import OTDRGConfig
 from ..files_otdrg import write_json, write_text
 from ..runtime.interruptions import PARENT, terminations
 from ..runtime.output_lock import OutputLock
-from ..training.build import build_studies
 from ..training.check import check_recipe, check_studies
-from ..training.kept_stages import FINISHED, STARTED
+from ..training.data import build_studies
 from ..training.recipe import Recipe, load_recipe
-from ..training.recipe_changes import format_changes, recipe_changes
+from ..training.resumption import FINISHED, STARTED, format_changes, recipe_changes
 from ..training.run_folder import read_results
 
 logger = logging.getLogger(__name__)
@@ -257,7 +256,7 @@ def _check_folder(run: Run) -> None:
     path = run.folder / "recipe.yaml"
     if not path.is_file():
         return
-    changes = recipe_changes(asdict(load_recipe(path)), run.recipe)
+    changes = recipe_changes(load_recipe(path).to_dict(), run.recipe)
     told = {name: pair for name, pair in changes.items() if name not in _WITHOUT_EFFECT}
     if told:
         raise ValueError(

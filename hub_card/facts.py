@@ -266,10 +266,10 @@ def stage_facts(files: RunFiles) -> list[str]:
         )
     best = report.get("best")
     if best and best.get("value") is not None:
-        limit = ((files.recipe or {}).get("report", {}).get("selection") or {}).get("limit")
+        limit = (files.recipe or {}).get("report", {}).get("max_eval_samples")
         facts.append(
             f"The checkpoint was chosen on validation{f', its first {limit:,} studies' if limit else ''}: step "
-            f"{best['step']}, `{best['expression']}` = {best['value']:.3f}"
+            f"{best['step']}, `{best['metric']}` = {best['value']:.3f}"
         )
     return facts
 

@@ -13,8 +13,8 @@ from otdrg.modeling_otdrg import OTDRGForReportGeneration
 from otdrg.processing_otdrg import OTDRGProcessor
 from otdrg.studies import load_studies
 from otdrg.train_hf import main
-from otdrg.training.build import load_model, quantization_config, set_trained_parts
 from otdrg.training.collation import ReportCollator
+from otdrg.training.model import load_model, quantization_config, set_trained_parts
 from otdrg.training.recipe import load_recipe
 from safetensors.torch import load_file
 
@@ -163,6 +163,6 @@ def test_what_cannot_be_quantised_is_one_line(tiny_recipe, tmp_path, override, m
 
 
 def test_bitsandbytes_is_named_where_it_lacks(monkeypatch):
-    monkeypatch.setattr("otdrg.training.build.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("otdrg.training.model.is_bitsandbytes_available", lambda: False)
     with pytest.raises(ValueError, match=r"model\.quantization='8bit' needs bitsandbytes: pip install"):
         quantization_config("8bit")
