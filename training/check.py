@@ -49,6 +49,7 @@ def check_recipe(recipe: Recipe) -> None:
             section.best.check(("loss", *FIGURES, *stage.score_names()))
         except ValueError as error:
             raise ValueError(f"{section.name('metric_for_best_model')}={error}") from None
+    quantization_config(recipe.model.quantization)
 
 
 def check_arguments(recipe: Recipe, pending: Collection[str]) -> None:
@@ -142,7 +143,6 @@ def _check_model(model: ModelRecipe) -> OTDRGConfig:
         reason = " ".join(str(error).split())
         raise ValueError(reason if isinstance(error, ValueError) else f"model.overrides: {reason}") from error
     check_backbones(model, config)
-    quantization_config(model.quantization)
     for field in ("lora", "vision_lora"):
         if getattr(config, field) is not None:
             _check_lora(f"model.overrides.{field}", getattr(config, field))

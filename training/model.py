@@ -55,6 +55,8 @@ def build_model(
     vision, text = check_backbones(recipe, config)
     # A stage that trains adapters sets these: a folder without adapters must not have them in its configuration.
     config.lora = config.vision_lora = None
+    if vision is None and quantization is not None:
+        raise ValueError(f"model.quantization={quantization!r}: expected null for a model from scratch")
     if vision is None:
         processor = OTDRGProcessor.from_texts(list(reports), config=config, vocab_size=recipe.vocab_size)
         try:
@@ -92,8 +94,6 @@ def check_backbones(recipe: ModelRecipe, config: OTDRGConfig) -> tuple[str, str]
     if (vision is None) != (text is None):
         absent = "vision" if vision is None else "text"
         raise ValueError(f"model.{absent} is missing: expected backbones for both vision and text, or for neither")
-    if vision is None and recipe.quantization is not None:
-        raise ValueError(f"model.quantization={recipe.quantization!r}: expected null for a model from scratch")
     if vision is None and recipe.label_text_encoder is not None:
         raise ValueError("model.label_text_encoder is given, but no backbones: expected vision and text beside it")
     for part in ("vision_config", "text_config") if vision is not None else ():

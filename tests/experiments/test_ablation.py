@@ -171,7 +171,7 @@ def test_wrong_arguments_are_one_line(recipe, tmp_path, capsys, arguments, messa
         ("model.overrides.dle=false", "each row has its own modules"),
         ("report.evaluation.split=none", "report.evaluation.split='none': expected validation or test"),
         ("report={vision: full, predictor: full}", "would learn from labels in the rows without DLE"),
-        ("report.epoch=1", "unknown key 'epoch' in report: did you mean 'epochs'?"),
+        ("report.learning_rat=1", "unknown key 'learning_rat' in report: did you mean 'learning_rate'?"),
         ("model.overrides.ot_epsilonn=1", "unknown OTDRGConfig field 'ot_epsilonn'"),
     ],
 )
@@ -351,7 +351,10 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(recipe, references, t
         ("studies.options.train=many", "studies.options.train='many': expected an integer"),
         ("labels.csv=nowhere.csv", "nowhere.csv"),
         ("report.evaluation.metrics=[nope]", "report.evaluation.metrics='nope': expected some of bleu_1"),
-        ("report.evaluation.split=test", "report.evaluation.split='test': the studies have train, validation"),
+        (
+            "report.evaluation.split=test",
+            "report.evaluation.split='test': expected one of the splits there are, train, validation",
+        ),
         ("model.overrides.lora.r=0", "expected an r from 1 to 4,096"),
     ],
 )

@@ -72,8 +72,8 @@ def test_a_recipe_trains_all_stages_on_a_stream(prepared, tiny_recipe, tmp_path)
     recipe["stages"] = ["ircp", "predictor", "report"]
     recipe["ircp"] = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "probe_studies": 10}
     # By epochs, which a stream of unknown length could not have; and with and without features kept.
-    recipe["predictor"].update(max_steps=-1, epochs=2, workers=1)
-    recipe["report"].update(max_steps=-1, epochs=1, cache_features=False)
+    recipe["predictor"].update(max_steps=-1, num_train_epochs=2, dataloader_num_workers=1)
+    recipe["report"].update(max_steps=-1, num_train_epochs=1, cache_features=False)
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     assert main([str(path)]) == 0
@@ -88,8 +88,11 @@ def test_a_recipe_trains_all_stages_on_a_stream(prepared, tiny_recipe, tmp_path)
     [
         ({"source": "phantom", "streaming": True}, r"studies\.source='phantom': expected prepared, to be streamed"),
         ({"source": "prepared", "streaming": True}, r"studies\.options=\{\}: expected folder, and no other"),
-        ({"source": "prepared", "sections": "impression"}, r"studies\.sections='impression': expected none of source"),
-        ({"source": "prepared", "shuffle_buffer": 0}, r"studies\.shuffle_buffer=0: expected a positive number"),
+        (
+            {"source": "prepared", "sections": "impression"},
+            r"studies\.sections='impression': expected findings for source",
+        ),
+        ({"source": "prepared", "shuffle_buffer": 0}, r"studies\.shuffle_buffer=0: expected a number of at least 1"),
     ],
 )
 def test_what_cannot_be_streamed_is_said(tmp_path, fields, message):

@@ -138,7 +138,7 @@ def test_the_papers_values(monkeypatch):
         assert recipe.model.vision == "timm/swin_base_patch4_window7_224.ms_in22k_ft_in1k"
         assert recipe.model.text == "meta-llama/Llama-2-7b-chat-hf" and recipe.model.quantization is None
         assert (recipe.ircp.sigma, recipe.ircp.temperature) == (0.1, 0.5)
-        assert (recipe.report.generation.num_beams, recipe.report.generation.repetition_penalty) == (3, 1.0)
+        assert (recipe.report.generation["num_beams"], recipe.report.generation["repetition_penalty"]) == (3, 1.0)
         assert (recipe.report.learning_rate, recipe.report.lr_scheduler_type, recipe.report.text) == (
             1e-4,
             "cosine",

@@ -290,7 +290,8 @@ def test_interrupted_by_ctrl_c(recipe, copied, monkeypatch, capsys):
             assert main([str(recipe), f"output_dir={copied}", "--resume"]) == 130
     finally:
         signal.signal(signal.SIGINT, before)
-    line = f"train_hf.py: interrupted; the last good checkpoint is {copied / 'report' / 'checkpoint-3'}, --resume continues"
+    checkpoint = copied / "report" / "checkpoint-3"
+    line = f"train_hf.py: interrupted; the last good checkpoint is {checkpoint}, --resume continues"
     assert error_lines(capsys).startswith(line)
     assert outcome(copied) == "interrupted"
 
