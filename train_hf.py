@@ -9,7 +9,7 @@ import sys
 
 _EXAMPLE = """\
 example:
-  accelerate launch train_hf.py recipes/phantom_tiny.yaml output_dir=runs/short predictor.epochs=2 report.max_steps=100
+  accelerate launch train_hf.py recipes/phantom_tiny.yaml output_dir=runs/short report.max_steps=100
 """
 
 
@@ -21,19 +21,19 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="train_hf.py",
-        description="Train OTDRG as a recipe says: its stages in order, each from the folder of the one before.",
+        description="Train OTDRG by a recipe: its stages in order, each from the folder of the one before.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", help="YAML file, such as recipes/phantom_tiny.yaml")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.field=value", help="fields of the recipe to be changed, values in YAML"
+        "overrides", nargs="*", metavar="section.field=value", help="fields to change, with values in YAML"
     )
-    parser.add_argument("--resume", action="store_true", help="leave finished stages, go on from the last checkpoint")
+    parser.add_argument("--resume", action="store_true", help="keep finished stages, continue from the last checkpoint")
     parser.add_argument(
-        "--overwrite", action="store_true", help="start an unfinished stage anew, deleting its checkpoints"
+        "--overwrite", action="store_true", help="start an unfinished stage again, deleting its checkpoints"
     )
-    parser.add_argument("--traceback", action="store_true", help="show where in the code an error came up")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.resume and arguments.overwrite:
         parser.error("--resume and --overwrite exclude each other")
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(PrintableFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    # Only the first of several processes speaks.
+    # Only the first of several processes logs.
     is_first = os.environ.get("RANK", "0") == "0"
     logging.getLogger("otdrg").setLevel(logging.INFO if is_first else logging.ERROR)
     return exit_status("train_hf.py", lambda: _run(arguments), speaks=is_first, traceback=arguments.traceback)
@@ -55,11 +55,10 @@ def _run(arguments: argparse.Namespace) -> None:
     from otdrg.training.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    # Behind the recipe's check, because torch and transformers take seconds to import.
     from otdrg.training.run import run_recipe
     from transformers.utils.logging import disable_progress_bar
 
-    # Bars of loading and writing weights, every checkpoint; the Trainer's own stays.
+    # The bars of reading and writing weights at every checkpoint; the Trainer's own stays.
     disable_progress_bar()
     run_recipe(recipe, resume=arguments.resume, overwrite=arguments.overwrite)
 

@@ -13,7 +13,7 @@ import numpy as np
 from otdrg.labelers.as_typed import label_quietly, labeler_of
 from otdrg.metrics import best_constants, score_reports
 from otdrg.studies.loading import uncleaned_reports
-from otdrg.training.build import build_studies
+from otdrg.training.data import build_studies
 from otdrg.training.recipe import load_recipe
 
 

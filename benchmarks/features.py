@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 from otdrg.inference.features import cache_features
-from otdrg.training.build import build_model, build_studies, set_trained_parts
 from otdrg.training.collation import ReportCollator
+from otdrg.training.data import build_studies
+from otdrg.training.model import build_model, set_trained_parts
 from otdrg.training.recipe import load_recipe
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "phantom_tiny.yaml"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from otdrg import OTDRGConfig, OTDRGForReportGeneration
 from otdrg.findings_otdrg import FINDING_STATES, FINDINGS
-from otdrg.training.build import cast_backbones, set_trained_parts
+from otdrg.training.model import cast_backbones, set_trained_parts
 from torch import nn
 
 GIB = 2**30

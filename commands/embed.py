@@ -79,7 +79,7 @@ def _embed(options: argparse.Namespace) -> None:
 
 def _studies(options: argparse.Namespace) -> Dataset:
     from ..studies.loading import load_prepared
-    from ..training.build import build_studies
+    from ..training.data import build_studies
     from ..training.recipe import published_recipe
 
     if options.dataset is not None:

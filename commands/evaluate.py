@@ -96,7 +96,7 @@ def _evaluate(options: argparse.Namespace, output: Path) -> str:
 
     # Imported after the checks, because it takes seconds.
     from ..evaluation.published import evaluate_published
-    from ..training.description import describe_studies
+    from ..training.data import describe_studies
     from ..training.evaluation_studies import evaluation_studies, run_folder
     from ..training.recipe import load_recipe
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..configuration_otdrg import OTDRGConfig
-from ..training.build import build_studies
 from ..training.check import check_recipe, check_studies
-from ..training.kept_stages import FINISHED, STARTED
+from ..training.data import build_studies
 from ..training.recipe import Recipe, load_recipe
-from ..training.recipe_changes import format_changes, recipe_changes
+from ..training.resumption import FINISHED, STARTED, format_changes, recipe_changes
 
 #: The tables, and their titles.
 TABLES: dict[str, str] = {
@@ -242,7 +241,7 @@ def _check_folder(run: Run) -> None:
     path = run.folder / "recipe.yaml"
     if not path.is_file():
         return
-    changes = recipe_changes(asdict(load_recipe(path)), run.recipe)
+    changes = recipe_changes(load_recipe(path).to_dict(), run.recipe)
     changes = {name: pair for name, pair in changes.items() if name not in _WITHOUT_EFFECT}
     if changes:
         raise ValueError(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from ..files_otdrg import write_json, write_text
 from ..runtime.interruptions import PARENT, terminations
 from ..runtime.output_lock import OutputLock
-from ..training.kept_stages import FINISHED
+from ..training.resumption import FINISHED
 from ..training.run_folder import read_results
 from .ablation import Run
 

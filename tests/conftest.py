@@ -303,10 +303,10 @@ TINY_RECIPE = {
             "lora": {"r": 2, "lora_alpha": 2, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]},
         },
     },
-    "predictor": {"max_steps": 2, "batch_size": 4, "learning_rate": 1e-3, "logging_steps": 1},
+    "predictor": {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 1},
     "report": {
         "max_steps": 4,
-        "batch_size": 4,
+        "per_device_train_batch_size": 4,
         "learning_rate": 1e-3,
         "logging_steps": 1,
         "save_strategy": "steps",

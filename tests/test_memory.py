@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from otdrg.training.build import cast_backbones, set_trained_parts
+from otdrg.training.model import cast_backbones, set_trained_parts
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -52,7 +52,7 @@ def test_weights_gradients_and_optimizer_to_the_byte(memory, build_model, views,
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 @pytest.mark.parametrize("bits", [4, 8])
 def test_packed_weights_to_the_byte(memory, bits, tmp_path):
-    from otdrg.training.build import quantization_config
+    from otdrg.training.model import quantization_config
 
     config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=192, num_hidden_layers=1)
     LlamaForCausalLM(config).save_pretrained(tmp_path)

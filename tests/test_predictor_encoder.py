@@ -7,7 +7,7 @@ import pytest
 import torch
 from otdrg import FINDINGS, OTDRGConfig, OTDRGForReportGeneration, focal_loss
 from otdrg.pipeline_otdrg import ReportGenerationPipeline
-from otdrg.training.build import cast_backbones, set_trained_parts
+from otdrg.training.model import cast_backbones, set_trained_parts
 from transformers import AutoModel, AutoModelForCausalLM, Dinov2Config, LlamaConfig
 
 LORA = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.0}

@@ -1,17 +1,23 @@
-"""The callbacks that watch a stage's losses while training, and steer the transport's."""
+"""The callbacks of a stage: figures of its losses, schedules of the transport, and the log of its course."""
 
 from __future__ import annotations
 
+import json
 import logging
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from ..files_otdrg import write_text
+from .curves import CURVES, draw_curves
+
 logger = logging.getLogger(__name__)
 
-#: Figures of the model's output that stand in every log line, as means over the steps since the last.
+#: Figures of the model's output in every log line: means over the steps since the last line.
 FIGURES: tuple[str, ...] = (
     "report_loss",
     "ot_loss",
@@ -25,12 +31,12 @@ FIGURES: tuple[str, ...] = (
     "alignment",
     "uniformity",
 )
-#: Those of them that are losses: told when the loss is not finite.
+#: Those that are losses, named in the error if the loss is not finite.
 LOSSES: tuple[str, ...] = tuple(name for name in FIGURES if name.endswith("_loss"))
 
-#: Label features closer to their mean than this share of their length have collapsed into one.
+#: Label features whose distance to their mean is below this share of their length have collapsed.
 COLLAPSED_SPREAD = 0.02
-#: A plan with more than this share of the greatest entropy says nothing about which token belongs to which label.
+#: A plan with more than this share of the maximum entropy assigns every token to every label.
 UNIFORM_ENTROPY = 0.995
 
 
@@ -41,7 +47,7 @@ class NonFiniteLossError(ArithmeticError):
 class LossCallback(TrainerCallback):
     """Collects the figures of a stage's outputs, and stops a run whose loss or gradient is not finite.
 
-    [`StageTrainer`] hands it every output through [`observe`] and puts [`figures`] into its log lines.
+    [`StageTrainer`] passes every output to [`observe`] and adds [`figures`] to its log lines.
     """
 
     def __init__(self):
@@ -49,10 +55,10 @@ class LossCallback(TrainerCallback):
         self._counts: dict[str, int] = {}
 
     def observe(self, outputs) -> None:
-        """Take in the output of one training batch.
+        """Add the output of one training batch.
 
         Raises:
-            NonFiniteLossError: its loss, on this or any other process, is NaN or infinite.
+            NonFiniteLossError: its loss is NaN or infinite on this or another process.
         """
         for name in FIGURES:
             value = outputs.get(name)
@@ -62,8 +68,8 @@ class LossCallback(TrainerCallback):
         loss = outputs["loss"].detach()
         if not _everywhere(torch.isfinite(loss)):
             parts = {name: float(outputs[name].detach()) for name in LOSSES if outputs.get(name) is not None}
-            told = ", ".join(f"{name} {value:.4g}" for name, value in {"loss": float(loss), **parts}.items())
-            raise NonFiniteLossError(f"the loss is not finite ({told})")
+            values = ", ".join(f"{name} {value:.4g}" for name, value in {"loss": float(loss), **parts}.items())
+            raise NonFiniteLossError(f"the loss is not finite ({values})")
 
     def figures(self) -> dict[str, float]:
         """Means since the last call, over all processes; every process must call it."""
@@ -78,22 +84,21 @@ class LossCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        # Of weights that processes share out, each looks at its own share.
+        # Each process checks its own share of sharded weights.
         gradients = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
         if gradients and not _everywhere(torch.stack([gradient.isfinite().all() for gradient in gradients]).all()):
             raise NonFiniteLossError("a gradient is not finite")
 
 
 class SinkhornLossCallback(LossCallback):
-    """Moves lambda and epsilon along their schedules too, and warns of a transport that has gone wrong.
+    """Also schedules lambda and epsilon, and warns when the transport plan or the label features degenerate.
 
-    lambda and epsilon are moved on the model (`ot_weight`, `ot_epsilon`), never in its configuration, whose values are
-    where both end.
+    lambda and epsilon are set on the model (`ot_weight`, `ot_epsilon`). Its configuration has their final values.
 
     Args:
         ot_weight_warmup: share of the steps over which lambda rises from 0, linearly.
         ot_epsilon_start: epsilon at the first step; None leaves epsilon as it is.
-        ot_epsilon_annealing: share of the steps over which epsilon goes, geometrically, to the configuration's.
+        ot_epsilon_annealing: share of the steps over which epsilon falls geometrically to the configuration's value.
     """
 
     def __init__(
@@ -108,16 +113,14 @@ class SinkhornLossCallback(LossCallback):
         self.ot_epsilon_annealing = ot_epsilon_annealing
         self._warned: set[str] = set()
 
-    # -- schedules ------------------------------------------------------------------------------------------------
-
     def ot_weight(self, progress: float, final: float) -> float:
-        """lambda when `progress`, a share from 0 to 1, of the steps is done."""
+        """lambda after the share `progress` (0 to 1) of the steps."""
         if progress >= self.ot_weight_warmup:
             return final
         return final * progress / self.ot_weight_warmup
 
     def ot_epsilon(self, progress: float, final: float) -> float:
-        """epsilon when `progress` of the steps is done."""
+        """epsilon after the share `progress` of the steps."""
         if self.ot_epsilon_start is None or progress >= self.ot_epsilon_annealing:
             return final
         return self.ot_epsilon_start * (final / self.ot_epsilon_start) ** (progress / self.ot_epsilon_annealing)
@@ -129,8 +132,6 @@ class SinkhornLossCallback(LossCallback):
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         model.ot_weight, model.ot_epsilon = model.config.ot_weight, model.config.ot_epsilon
-
-    # -- warnings -------------------------------------------------------------------------------------------------
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         logs = logs or {}
@@ -144,7 +145,7 @@ class SinkhornLossCallback(LossCallback):
         if logs.get("plan_entropy", 0.0) > UNIFORM_ENTROPY:
             self._warn(
                 "entropy",
-                f"step {state.global_step}: the transport plan is all but uniform (plan_entropy "
+                f"step {state.global_step}: the transport plan is almost uniform (plan_entropy "
                 f"{logs['plan_entropy']:.4f} of 1, epsilon {logs.get('epsilon_to_cost', float('nan')):.2g} of the mean "
                 "cost); a lower ot_epsilon sharpens it",
             )
@@ -167,4 +168,44 @@ def _everywhere(condition: torch.Tensor) -> bool:
     return bool(condition)
 
 
-__all__ = ["LossCallback", "NonFiniteLossError", "SinkhornLossCallback"]
+#: File in a stage's folder with one JSON object for each log line.
+METRICS = "metrics.jsonl"
+
+
+class SaveOnEvaluation(TrainerCallback):
+    """Writes a checkpoint at every evaluation, so that the best one can be loaded at the end."""
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        control.should_save = True
+
+
+class HistoryCallback(TrainerCallback):
+    """Writes log lines to `metrics.jsonl` as they come, and draws `curves.png` at the end; main process only.
+
+    A stage that continues from a checkpoint keeps the lines up to it.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            write_text(Path(args.output_dir) / METRICS, "".join(map(_line, state.log_history)))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        path = Path(args.output_dir) / METRICS
+        # An evaluation before training is not part of the course.
+        if state.is_world_process_zero and path.is_file():
+            with path.open("a", encoding="utf-8") as file:
+                file.write(_line(state.log_history[-1]))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            try:
+                draw_curves(state.log_history, Path(args.output_dir) / CURVES, Path(args.output_dir).name)
+            except ImportError as error:
+                logger.info("%s is not drawn: %s", CURVES, error)
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+__all__ = ["HistoryCallback", "LossCallback", "NonFiniteLossError", "SaveOnEvaluation", "SinkhornLossCallback"]

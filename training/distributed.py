@@ -1,4 +1,4 @@
-"""Training on several processes: what was launched is what runs, and whole models come out of sharded ones."""
+"""Training on several processes: checks that what was launched is what runs, and whole models from sharded ones."""
 
 from __future__ import annotations
 
@@ -19,34 +19,45 @@ _SEVERAL = ("RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def has_accelerator() -> bool:
-    """Whether there is a GPU to train on that `accelerate launch --cpu` has not ruled out."""
+    """Whether there is a GPU to train on, unless `accelerate launch --cpu` excludes it."""
     if parse_flag_from_env("ACCELERATE_USE_CPU"):
         return False
     return torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
 
 
-def device_arguments() -> dict[str, Any]:
-    """The fields of `TrainingArguments` that say on what, and by what, processes work together."""
-    if has_accelerator():
+def device_arguments(use_cpu: bool = False, deepspeed: bool = False) -> dict[str, Any]:
+    """The fields of `TrainingArguments` that choose the device and the backend between processes.
+
+    Args:
+        use_cpu: whether the recipe asks for the CPU.
+        deepspeed: whether the recipe has a DeepSpeed configuration.
+    """
+    if has_accelerator() and not use_cpu:
         return {"use_cpu": False}
-    # On `use_cpu` accelerate forgets that DeepSpeed was asked for, and without the backend that there are others.
-    return {"use_cpu": False, "ddp_backend": "gloo"} if _wants_deepspeed() else {"use_cpu": True}
+    # With `use_cpu` accelerate ignores DeepSpeed, and without a backend the other processes.
+    return {"use_cpu": False, "ddp_backend": "gloo"} if deepspeed or _wants_deepspeed() else {"use_cpu": True}
 
 
-def start_processes() -> PartialState:
+def start_processes(fsdp: bool = False, deepspeed: bool = False) -> PartialState:
     """Join the processes that were launched together.
 
+    Args:
+        fsdp, deepspeed: whether a stage of the recipe asks for them; `accelerate launch` may ask as well.
+
     Raises:
-        ValueError: more processes, FSDP or DeepSpeed were asked for than would run: accelerate goes on with one
-            process, or with DDP, and does not say so.
+        ValueError: more processes, FSDP or DeepSpeed were asked for than would run: accelerate continues with one
+            process, or with DDP, without an error.
     """
-    if _wants_fsdp() and not has_accelerator():
+    if (fsdp or _wants_fsdp()) and not has_accelerator():
         raise ValueError(
-            "FSDP was asked for (ACCELERATE_USE_FSDP) and there is no GPU, where accelerate trains by DDP instead: "
-            "use recipes/accelerate/cpu.yaml, or zero3.yaml, whose sharding works on CPU too"
+            "FSDP was asked for (field fsdp or ACCELERATE_USE_FSDP) and there is no GPU, where accelerate trains by "
+            "DDP instead: use recipes/accelerate/cpu.yaml, or zero3.yaml, whose sharding works on CPU too"
         )
-    if _wants_deepspeed() and not is_deepspeed_available():
-        raise ValueError("DeepSpeed was asked for (ACCELERATE_USE_DEEPSPEED) and is not there: pip install deepspeed")
+    if (deepspeed or _wants_deepspeed()) and not is_deepspeed_available():
+        raise ValueError(
+            "DeepSpeed was asked for (field deepspeed or ACCELERATE_USE_DEEPSPEED) and is not there: pip install "
+            "deepspeed"
+        )
     # `accelerate launch` sets these two for several processes, ACCELERATE_USE_CPU where it starts just one itself.
     asked = "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ
     if asked and not any(name in os.environ for name in _SEVERAL):
@@ -54,7 +65,7 @@ def start_processes() -> PartialState:
             "accelerate launch was asked for several processes and started one, as it does with --cpu and, where there "
             "is no GPU, without --multi_gpu: use --config_file recipes/accelerate/cpu.yaml, or --num_processes 1"
         )
-    arguments = device_arguments()
+    arguments = device_arguments(deepspeed=deepspeed)
     state = PartialState(cpu=arguments["use_cpu"], backend=arguments.get("ddp_backend"))
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != state.num_processes:
@@ -76,7 +87,7 @@ def start_processes() -> PartialState:
 
 
 def wrapper_name(model: nn.Module) -> str | None:
-    """What makes the processes one: `DistributedDataParallel`, `FSDP2`, `DeepSpeed ZeRO-3`...; None for one alone."""
+    """What joins the processes: `DistributedDataParallel`, `FSDP2`, `DeepSpeed ZeRO-3`...; None for one process."""
     model = getattr(model, "_orig_mod", model)
     name = type(model).__name__
     if name == "DeepSpeedEngine":
@@ -86,11 +97,15 @@ def wrapper_name(model: nn.Module) -> str | None:
     return "FSDP2" if any(isinstance(parameter, DTensor) for parameter in model.parameters()) else None
 
 
-def check_wrapper(model: nn.Module) -> str | None:
+def check_wrapper(model: nn.Module, fsdp: bool = False, deepspeed: bool = False) -> str | None:
     """[`wrapper_name`] of the model as it is trained.
 
+    Args:
+        model: the wrapped model.
+        fsdp, deepspeed: whether the stage's section asks for them.
+
     Raises:
-        ValueError: it is not what was asked for, or its weights are not shared out where they should be.
+        ValueError: it is not what was asked for, or its weights are not sharded under ZeRO-3.
     """
     name = wrapper_name(model)
     stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
@@ -99,6 +114,8 @@ def check_wrapper(model: nn.Module) -> str | None:
         wanted = "FSDP2" if os.environ.get("FSDP_VERSION") == "2" else "FullyShardedDataParallel"
     elif _wants_deepspeed() and stage is not None:
         wanted = f"DeepSpeed ZeRO-{stage}"
+    elif fsdp or deepspeed:
+        wanted = name if (name or "").startswith(("FSDP2", "Fully") if fsdp else "DeepSpeed") else "FSDP or DeepSpeed"
     elif PartialState().num_processes > 1 and not _wants_deepspeed():
         wanted = "DistributedDataParallel"
     if wanted is not None and name != wanted:
@@ -109,7 +126,7 @@ def check_wrapper(model: nn.Module) -> str | None:
 
 
 def weightless_copy(model: nn.Module) -> nn.Module:
-    """The model once more, its configuration shared and its weights left out (on the device `meta`)."""
+    """A copy of the model with its weights on the device `meta` and its configuration shared."""
     shared = {id(model.config): model.config}
     for weight in model.parameters():
         shared[id(weight)] = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=weight.requires_grad)
@@ -117,9 +134,10 @@ def weightless_copy(model: nn.Module) -> nn.Module:
 
 
 def fill(model: nn.Module, sharded: nn.Module) -> nn.Module:
-    """A [`weightless_copy`] with the weights of the sharded model it was made of; every process must call it.
+    """Fill a [`weightless_copy`] with the weights of the sharded model it was made from; every process must call it.
 
-    Every process gets the whole, in main memory: beside its share a GPU may have no room for it.
+    Every process gets the whole model in main memory, because a GPU may have no room for it beside its share.
+    (`accelerator.get_state_dict` gives it to the first process only, and under ZeRO-3 in 16 bits.)
     """
     whole: dict[int, nn.Parameter] = {}
     modules = dict(model.named_modules())
@@ -130,7 +148,7 @@ def fill(model: nn.Module, sharded: nn.Module) -> nn.Module:
             modules[place].register_parameter(name, whole[id(weight)])
         for name, buffer in part.named_buffers(recurse=False):
             setattr(modules[place], name, buffer.cpu())
-    # Else transformers would partition, under ZeRO-3, whatever it loads from now on.
+    # Otherwise transformers would partition every model that it loads from now on under ZeRO-3.
     unset_hf_deepspeed_config()
     return model.train(sharded.training)
 

@@ -16,7 +16,7 @@ from ..studies.loading import prepared_column, prepared_splits
 from ..studies.shards import SUMMARY
 from ..studies.streaming import StreamedStudies
 from ..studies.summary import OfficialCheck, SplitCounts
-from .build import StudySplits, build_studies
+from .data import StudySplits, build_studies
 from .recipe import LabelsRecipe, Recipe, StudiesRecipe, load_recipe
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,89 +18,149 @@ from ..evaluation.probe import ViewFeatures, alignment, encode_studies, linear_p
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from ..studies.streaming import StreamedStudies
-from .build import StudySplits, attach_lora, known_states, set_trained_parts
+from .arguments import StageArguments
 from .callbacks import LossCallback
 from .collation import ContrastiveCollator
 from .contrastive import gather, gather_groups, global_mean, info_nce
-from .recipe import IRCPRecipe, Recipe
-from .trainer import StageTrainer, training_arguments
+from .data import StudySplits, known_states
+from .fields import COUNT, NOT_NEGATIVE, POSITIVE, Bounds, need, option
+from .model import attach_lora, set_trained_parts
+from .recipe import Recipe
+from .stages import Stage, StageRun
+from .trainer import StageTrainer
 
 logger = logging.getLogger(__name__)
 
 
-def run(
-    recipe: Recipe,
-    studies: StudySplits,
-    model: OTDRGForReportGeneration,
-    processor: OTDRGProcessor,
-    folder: Path,
-    resume: bool,
-) -> tuple[OTDRGForReportGeneration, dict[str, Any]]:
-    """Train the vision encoder so that the views of a study are told from those of others.
+@dataclass
+class IRCPArguments(StageArguments):
+    """The section `ircp`: `TrainingArguments`, and the fields below."""
 
-    Returns:
-        The model with its new encoder, LoRA merged and the projection heads left behind; and the stage's results, with
-        the figures of [`measure`] under `before` and `after` where there are validation studies with finding states.
-    """
-    stage = recipe.ircp
-    train, validation = studies["train"], studies.get("validation")
-    if len(train) < 2:
-        raise ValueError("stage ircp needs at least 2 training studies: the negatives of one are the others")
-    attach_lora(model, recipe, "ircp")
-    frozen = set_trained_parts(model, vision=stage.vision, text="frozen", predictor="frozen", joining=False)
-    pretraining = ContrastivePretraining(model, stage)
-    args = training_arguments(
-        stage,
-        folder,
-        recipe.seed,
+    place = "ircp"
+    observing = ("probe_studies",)
+    bounds: ClassVar[dict[str, Bounds]] = {
+        **StageArguments.bounds,
+        "sigma": NOT_NEGATIVE,
+        "temperature": POSITIVE,
+        "projection_size": COUNT,
+        "report_weight": NOT_NEGATIVE,
+        "max_report_tokens": COUNT,
+        "probe_studies": NOT_NEGATIVE,
+    }
+
+    vision: Literal["frozen", "lora", "full"] = option(
+        "full", "How the vision encoder, which this stage trains, is trained: full or lora."
+    )
+    cache_features: bool = option(False, "Always false: the features of an encoder that is trained change.")
+    sigma: float = option(0.1, "Standard deviation of the noise that makes an anchor's positive.")
+    noise: Literal["normalized", "raw"] = option(
+        "normalized", "Add the noise to the pooled encoder feature scaled to length 1, or to it as it is (the paper)."
+    )
+    similarity: Literal["cosine", "euclidean"] = option(
+        "cosine", "Of projected features: their cosine, or their negative Euclidean distance."
+    )
+    temperature: float = option(0.5, "By which similarities are divided.")
+    projection_size: int = option(128, "Width of the projected features that are compared.")
+    report_weight: float = option(0.0, "Weight of the loss that contrasts views with reports; 0 leaves it out.")
+    max_report_tokens: int = option(120, "Tokens of a report that are read for that loss.")
+    probe_studies: int = option(
+        2000,
+        "Maximum number of training and of validation studies that are encoded before and after training, to measure "
+        "the encoder; 0 leaves that out.",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        need(self.vision != "frozen", "ircp.vision", self.vision, "full or lora: this stage trains the encoder")
+        need(
+            not self.cache_features,
+            "ircp.cache_features",
+            self.cache_features,
+            "false: features of the encoder that this stage trains change",
+        )
+        batch_size = self.per_device_train_batch_size
+        expected = "at least 2: the negatives are the other studies of the batch"
+        need(batch_size > 1, "ircp.per_device_train_batch_size", batch_size, expected)
+
+
+class IRCPStage(Stage):
+    """Trains the vision encoder so that views of a study are more similar than views of different studies."""
+
+    arguments = IRCPArguments
+    compares_within_batch = True
+
+    def check_studies(self, recipe: Recipe, studies: StudySplits) -> None:
+        if len(studies["train"]) < 2:
+            raise ValueError("stage ircp needs at least 2 training studies: the negatives of one are the others")
+
+    def train(self, run: StageRun) -> tuple[OTDRGForReportGeneration, dict[str, Any]]:
+        """Train the vision encoder.
+
+        Returns:
+            The model with its new encoder, LoRA merged and without the projection heads; and the results, with the
+            figures of [`measure`] under `before` and `after` if there are validation studies with finding states.
+        """
+        section, train, validation = run.recipe.ircp, run.studies["train"], run.studies.get("validation")
+        trainer = ircp_trainer(run)
+        measured = known_states(validation) if validation is not None else []
+        measures = section.probe_studies > 0 and len(measured) > 0
+        settings = (run.processor, train, measured, section.eval_batch())
+        before = measure(trainer.model, *settings) if measures else None
+        trainer.train_stage(run.resume)
+        pretraining = trainer.whole_model().to(trainer.args.device)
+        results = trainer.summary()
+        if measures:
+            after = measure(pretraining, *settings)
+            results |= {"before": before, "after": after}
+            logger.info("ircp on validation:\n%s", format_measures(before, after))
+        pretraining.model.merge_lora()
+        return pretraining.model, results
+
+
+def ircp_trainer(run: StageRun) -> ContrastiveTrainer:
+    """The Trainer of the stage."""
+    section, validation = run.recipe.ircp, run.studies.get("validation")
+    attach_lora(run.model, run.recipe, "ircp")
+    frozen = set_trained_parts(run.model, vision=section.vision, text="frozen", predictor="frozen", joining=False)
+    pretraining = ContrastivePretraining(run.model, section)
+    args = section.prepare(
+        run.folder,
+        run.recipe.seed,
+        run.recipe.report_to,
         evaluates=validation is not None,
-        report_to=recipe.report_to,
         label_names=[],
         prediction_loss_only=True,
     )
     pretraining.to(args.device)
-    collator = ContrastiveCollator(processor, stage.max_report_tokens if stage.report_weight > 0 else None)
-    trainer = ContrastiveTrainer(
+    collator = ContrastiveCollator(run.processor, section.max_report_tokens if section.report_weight > 0 else None)
+    return ContrastiveTrainer(
         pretraining,
         args,
-        processor=processor,
+        processor=run.processor,
         loss_callback=LossCallback(),
         frozen=frozen,
-        vision_learning_rate=stage.vision_learning_rate,
         train_collator=collator,
         eval_collator=collator,
-        train_dataset=train,
+        train_dataset=run.studies["train"],
         eval_dataset=validation,
     )
-    measured = known_states(validation) if validation is not None else []
-    measures = stage.probe_studies > 0 and len(measured) > 0
-    before = measure(pretraining, processor, train, measured, args.per_device_eval_batch_size) if measures else None
-    trainer.train_stage(resume)
-    pretraining = trainer.whole_model().to(args.device)
-    results = trainer.summary()
-    if measures:
-        after = measure(pretraining, processor, train, measured, args.per_device_eval_batch_size)
-        results |= {"before": before, "after": after}
-        logger.info("ircp on validation:\n%s", format_measures(before, after))
-    pretraining.model.merge_lora()
-    return pretraining.model, results
 
 
 class ContrastivePretraining(nn.Module):
-    """A model with the projection heads that its encoder is pre-trained through, and that are not published.
+    """A model with projection heads, through which its encoder is pre-trained and which are not published.
 
     The anchor of a view is its encoder's features, averaged over the image and, with `noise="normalized"`, scaled to
-    length 1; its positive is that plus Gaussian noise. Both go through the head, and there they are compared. (Behind
-    the head, on features of length 1, noise would say nothing: how far it moves a point is the same wherever it lies.)
+    length 1. Its positive is the anchor plus Gaussian noise. Both are projected by the head and then compared. (Noise
+    added after the head would not depend on the encoder: it moves every feature of length 1 by the same amount.)
 
     Args:
-        model: trained are its vision encoder, as set by `set_trained_parts`, and the heads.
+        model: its vision encoder, as set by `set_trained_parts`, and the heads are trained.
         stage: the recipe's section.
     """
 
     accepts_loss_kwargs = False
 
-    def __init__(self, model: OTDRGForReportGeneration, stage: IRCPRecipe):
+    def __init__(self, model: OTDRGForReportGeneration, stage: IRCPArguments):
         super().__init__()
         self.model = model
         self.config = model.config
@@ -164,7 +225,7 @@ class ContrastivePretraining(nn.Module):
         if self.training:
             noise = torch.randn_like(features)
         else:
-            # Always the same, so that evaluations can be compared.
+            # The same noise in every evaluation, so that they can be compared.
             noise = torch.randn(features.shape, generator=torch.Generator().manual_seed(0)).to(features)
         return self.image_head(features), self.image_head(features + self.stage.sigma * noise)
 
@@ -173,12 +234,12 @@ class ContrastivePretraining(nn.Module):
         with torch.no_grad():
             embeddings = self.model.get_input_embeddings()(report_ids).float() * report_mask[:, :, None]
             average = embeddings.sum(dim=1) / report_mask.sum(dim=1, keepdim=True).clamp(min=1)
-            # Embeddings are short and their averages shorter: the head would see little but its own biases.
+            # Averages of embeddings are so short that the head's biases would dominate.
             average = F.layer_norm(average, average.shape[-1:], eps=1e-8)
         return self.report_head(average)
 
     def save_pretrained(self, folder: str | os.PathLike, state_dict: dict | None = None, **kwargs) -> None:
-        """Write what is trained, encoder and heads, by the names it has here; the rest is where the stage began."""
+        """Write the trained weights, encoder and heads, by their names in this module."""
         weights = self.state_dict() if state_dict is None else state_dict
         Path(folder).mkdir(parents=True, exist_ok=True)
         save_file(
@@ -194,24 +255,22 @@ class ContrastivePretraining(nn.Module):
 
 
 class ContrastiveTrainer(StageTrainer):
-    """A [`StageTrainer`] whose checkpoints hold what is trained, all of it and nothing else."""
+    """A [`StageTrainer`] whose checkpoints hold the trained weights only."""
 
-    def _issue_warnings_after_load(self, load_result) -> None:
-        missing = set(self.model.trained_names()) & set(load_result.missing_keys)
-        if missing or load_result.unexpected_keys:
-            names = sorted({*missing, *load_result.unexpected_keys})
+    def check_loaded(self, missing: list[str], unexpected: list[str]) -> list[str]:
+        misfits = sorted({*set(self.model.trained_names()).intersection(missing), *unexpected})
+        if misfits:
             raise ValueError(
-                f"a checkpoint of {self.args.output_dir} does not fit the recipe, {len(names)} weights such as "
-                f"{names[0]}: --overwrite starts the stage anew"
+                f"a checkpoint of {self.args.output_dir} does not fit the recipe, {len(misfits)} weights such as "
+                f"{misfits[0]}: --overwrite starts the stage again"
             )
+        # The other weights are those the stage began with.
+        return []
 
 
 def projection_head(in_features: int, out_features: int) -> nn.Sequential:
-    """Two layers, as wide inside as what comes in."""
+    """Two layers; the hidden one is as wide as the input."""
     return nn.Sequential(nn.Linear(in_features, in_features), nn.GELU(), nn.Linear(in_features, out_features))
-
-
-# --- before and after ------------------------------------------------------------------------------------------------
 
 
 def measure(
@@ -221,7 +280,7 @@ def measure(
     validation: Dataset,
     batch_size: int,
 ) -> dict[str, Any]:
-    """How well the encoder's features of validation views are spread, and what a linear probe reads out of them.
+    """How well the encoder's features of validation views are spread, and how well a linear probe predicts findings.
 
     Args:
         train, validation: studies whose finding states are known, of which the first `probe_studies` are taken.
@@ -263,9 +322,11 @@ def format_measures(before: dict[str, Any], after: dict[str, Any]) -> str:
         rows.append((f"{name} ({row['positives']})", before["probe"]["findings"][name]["auc"], row["auc"]))
     lines = ["| | before | after |", "|---|---|---|"]
     for name, *values in rows:
-        told = " | ".join("–" if value is None else f"{value:.3f}" for value in values)
-        lines.append(f"| {name} | {told} |")
+        cells = " | ".join("–" if value is None else f"{value:.3f}" for value in values)
+        lines.append(f"| {name} | {cells} |")
     return "\n".join(lines)
 
 
-__all__ = ["ContrastivePretraining", "ContrastiveTrainer", "format_measures", "measure", "run"]
+STAGE = IRCPStage()
+
+__all__ = ["STAGE", "ContrastivePretraining", "ContrastiveTrainer", "IRCPArguments", "IRCPStage", "format_measures"]

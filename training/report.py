@@ -1,4 +1,9 @@
-"""Stage `report`: feature integration by optimal transport and fine-tuning of the LLM (3.3, 3.5, eqs. 11 and 12)."""
+"""Stage `report`: feature integration by optimal transport and fine-tuning of the LLM (3.3, 3.5, eqs. 11 and 12).
+
+The stage trains the projections and, as `report.text` says, the LLM on reports and true finding states. During training
+it generates reports for validation studies and scores them; the best checkpoint is published, and the table of controls
+is made with it.
+"""
 
 from __future__ import annotations
 
@@ -6,202 +11,356 @@ import errno
 import logging
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import GenerationConfig, PreTrainedConfig
 
-from ..configuration_otdrg import OTDRGConfig
 from ..evaluation.evaluate import evaluate_model
 from ..evaluation.report import format_table, write_predictions
 from ..findings_otdrg import FINDINGS
 from ..inference.features import CachedStudies
+from ..inference.model_files import read_config
+from ..labelers.as_typed import labeler_of
 from ..metrics import NLG_METRICS, clinical_efficacy_scores
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
-from .build import StudySplits, attach_lora, cached_where_frozen, set_trained_parts
+from .arguments import StageArguments
 from .callbacks import SinkhornLossCallback
 from .collation import ReportCollator
+from .data import StudySplits
+from .fields import COUNT, POSITIVE, Bounds, Section, need, option, unknown_key
+from .model import attach_lora, cached_where_frozen, preset_config, set_trained_parts
 from .predictor import logit_adjustment
-from .recipe import Recipe, ReportRecipe
-from .selection import SelectionExpression
-from .trainer import StageTrainer, training_arguments
+from .recipe import Recipe
+from .resumption import is_finished
+from .stages import Stage, StageRun
+from .trainer import StageTrainer
 
 logger = logging.getLogger(__name__)
 
-#: Scores of every evaluation during training; METEOR, which starts Java, only where the expression names it.
+#: Scores of every evaluation during training. METEOR starts Java and is computed only if the best model depends on it.
 VALIDATION_SCORES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider", "macro_f1_13")
 
-#: The policy of a clinical score that is named without one.
+#: Decoding of generated reports; a recipe's `report.generation` is merged into it.
+GENERATION = {"num_beams": 3, "max_new_tokens": 120}
+
+#: The policy of a clinical score that is named without one: macro_f1_13 is macro_f1_13_uncertain_negative.
 _POLICY = "uncertain_negative"
 
 
-def check(recipe: Recipe) -> None:
-    """Check what only the metrics know of a recipe.
+# --- the section of the recipe ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class EvaluationRecipe(Section):
+    """The table of generated reports at the end of the report stage."""
+
+    place = "report.evaluation"
+    bounds: ClassVar[dict[str, Bounds]] = {"limit": COUNT}
+
+    split: Literal["validation", "test", "none"] = option("validation", "Split that is scored; none skips the table.")
+    limit: int | None = option(None, "Maximum number of studies scored, from the split's start.")
+    controls: list[Literal["shuffled", "retrieval", "constant", "true_states"]] = option(
+        ["shuffled", "retrieval", "constant", "true_states"],
+        "Rows besides the model's own. Retrieval encodes the training views once, unless they are cached.",
+    )
+    labeler: str = option("rules", "Labeler that reads the states from generated and true reports.")
+    metrics: list[str] = option(
+        ["bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider"], "Metrics of `otdrg.metrics.nlg_scores`."
+    )
+
+
+@dataclass
+class ReportArguments(StageArguments):
+    """The section `report`: `TrainingArguments`, and the fields below."""
+
+    place = "report"
+    after_training = ("evaluation",)
+    bounds: ClassVar[dict[str, Bounds]] = {
+        **StageArguments.bounds,
+        "max_report_tokens": COUNT,
+        "ot_weight_warmup": {"least": 0, "most": 1},
+        "ot_epsilon_start": POSITIVE,
+        "ot_epsilon_annealing": {"least": 0, "most": 1},
+        "max_eval_samples": COUNT,
+        "generation_num_beams": COUNT,
+    }
+    renamed: ClassVar[dict[str, str]] = {
+        **StageArguments.renamed,
+        "group_by_length": "train_sampling_strategy: group_by_length",
+        "selection": "metric_for_best_model (selection.expression), early_stopping_patience (selection.patience), "
+        "max_eval_samples (selection.limit) and generation_num_beams (selection.num_beams)",
+    }
+
+    text: Literal["frozen", "lora", "full"] = option("lora", "How the LLM is trained; lora uses model.overrides.lora.")
+    predictor: Literal["frozen", "full"] = option(
+        "frozen", "Whether the label predictor is trained further; it must be if an encoder it shares is trained."
+    )
+    max_report_tokens: int = option(120, "Tokens of a training report that are kept.")
+    indication: bool = option(False, "Put the studies' indication into the prompt.")
+    ot_weight_warmup: float = option(0.0, "Share of the steps over which lambda rises from 0 to the model's ot_weight.")
+    ot_epsilon_start: float | None = option(None, "Epsilon at the first step, annealed to the model's ot_epsilon.")
+    ot_epsilon_annealing: float = option(0.5, "Share of the steps over which epsilon is annealed, geometrically.")
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = option(
+        "random",
+        "Order of the training studies; group_by_length makes batches of reports of similar length: less padding.",
+    )
+    load_best_model_at_end: bool = option(True, "Publish the checkpoint with the best metric_for_best_model.")
+    metric_for_best_model: str | None = option(
+        "0.5 * bleu_4 + 0.5 * cider",
+        "Score of the best checkpoint, or a weighted sum of scores: bleu_4, cider, macro_f1_13, loss...",
+    )
+    max_eval_samples: int | None = option(
+        None, "Maximum number of validation studies that reports are generated for, from the split's start."
+    )
+    generation_num_beams: int = option(1, "Beams of evaluations during training; 1 is greedy search.")
+    generation: dict[str, Any] = option(
+        {}, "How reports are decoded: fields of GenerationConfig, merged into num_beams 3 and max_new_tokens 120."
+    )
+    evaluation: EvaluationRecipe = field(
+        default_factory=EvaluationRecipe, metadata={"help": "The table of generated reports."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.generation = {**GENERATION, **self.generation}
+        check_generation(self.generation)
+
+
+def check_generation(generation: dict[str, Any]) -> None:
+    """Check fields of `GenerationConfig`, which validates their values.
 
     Raises:
-        ValueError: the selection's expression names a score that does not exist, or has no value.
+        ValueError: an unknown field, or a value it refuses.
     """
+    config = GenerationConfig()
+    for name in generation:
+        if not hasattr(config, name) or name.startswith("_"):
+            raise unknown_key(name, "report.generation", config.to_dict(), {})
+    for name in ("num_beams", "max_new_tokens"):
+        value = generation[name]
+        is_count = isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
+        need(is_count, f"report.generation.{name}", value, "a number of at least 1")
     try:
-        expression = SelectionExpression(recipe.report.selection.expression)
-        expression.check_names(list(_full_names()))
-        expression.check_value()
-    except ValueError as error:
-        raise ValueError(f"report.selection.expression={error}") from None
+        config.update(**generation)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"report.generation={generation!r}: {' '.join(str(error).split())}") from None
 
 
-def _full_names() -> dict[str, str]:
-    """The scores an expression can name, and the names the metrics have for them."""
-    blank = np.zeros((1, len(FINDINGS)), dtype=int)
-    clinical = [name for name, value in clinical_efficacy_scores(blank, blank).items() if isinstance(value, float)]
-    short = {name.removesuffix(f"_{_POLICY}"): name for name in clinical if name.endswith(_POLICY)}
-    return {**{name: name for name in (*NLG_METRICS, *clinical)}, **short}
+# --- the stage -------------------------------------------------------------------------------------------------------
 
 
-def run(
-    recipe: Recipe,
-    studies: StudySplits,
-    model: OTDRGForReportGeneration,
-    processor: OTDRGProcessor,
-    folder: Path,
-    resume: bool,
-) -> tuple[OTDRGForReportGeneration, dict[str, Any]]:
-    """Train what joins the backbones, and the LLM as the recipe says, on reports and true states.
+class ReportStage(Stage):
+    """Trains the projections and the LLM."""
 
-    Evaluation during training conditions on predicted states, as generation does: the teacher-forced losses of
-    validation, and scores of the reports that are generated for it, by which the best checkpoint is selected.
+    arguments = ReportArguments
+    first_reads = (
+        "dle",
+        "fiot",
+        "finding_text",
+        "ot_epsilon",
+        "ot_max_iterations",
+        "ot_tolerance",
+        "ot_cost_normalization",
+        "ot_labels",
+        "ot_gradient",
+        "ot_weight",
+        "ot_contrastive_weight",
+        "ot_contrastive_temperature",
+        "predicted_state_ratio",
+        "lora",
+    )
+    publishes = "model"
+    reads_quantization = True
 
-    What was trained on pretrained backbones is kept as their adapter, too, in the folder `adapter` beside the stage's.
+    def check(self, recipe: Recipe) -> None:
+        section, evaluation = recipe.report, recipe.report.evaluation
+        for name in evaluation.metrics:
+            need(name in (*NLG_METRICS, "bleu"), "report.evaluation.metrics", name, f"some of {', '.join(NLG_METRICS)}")
+        is_unique = len(set(evaluation.metrics)) == len(evaluation.metrics)
+        need(is_unique, "report.evaluation.metrics", evaluation.metrics, "each once")
+        try:
+            # Finds out whether the labeler's weights are there.
+            labeler_of(evaluation.labeler, {})
+        except ValueError as error:
+            raise ValueError(f"report.evaluation.labeler={evaluation.labeler!r}: {error}") from None
+        quantization = recipe.model.quantization
+        expected = f"lora or frozen where model.quantization is {quantization}"
+        need(quantization is None or section.text != "full", "report.text", section.text, expected)
+        need(
+            not (section.train_sampling_strategy == "group_by_length" and recipe.studies.streaming),
+            "report.train_sampling_strategy",
+            section.train_sampling_strategy,
+            "random while studies.streaming is true (streamed studies have the order of their shards)",
+        )
+        shared = recipe.model.overrides.get("predictor_encoder", "shared") == "shared"
+        need(
+            section.vision == "frozen" or section.predictor == "full" or not shared,
+            "report.predictor",
+            section.predictor,
+            f"full where report.vision is {section.vision} (the predictor shares the encoder), or "
+            "model.overrides.predictor_encoder own",
+        )
+        config = preset_config(recipe.model)
+        if recipe.model.text is None and config.text_backbone is None:
+            check_positions(recipe, config.text_config)
 
-    Returns:
-        The best model, or the last where nothing is evaluated, LoRA merged and all of it in the recipe's type, as it is
-        published; and the stage's results, with step and value of the selection under `best`.
-    """
-    stage = recipe.report
+    def check_start(self, recipe: Recipe, pending: Collection[str]) -> None:
+        """The stage reads a folder in which the predictor has been trained, on the encoder of the recipe."""
+        if "predictor" in pending or not recipe.model.overrides.get("dle", True):
+            return
+        folder = Path(recipe.output_dir) / "predictor"
+        if not is_finished(folder):
+            raise ValueError(
+                f"stage report needs a trained predictor, and {folder} has none: run stages=[predictor,report]"
+            )
+        trained, wanted = (
+            read_config(folder).predictor_encoder,
+            recipe.model.overrides.get("predictor_encoder", "shared"),
+        )
+        need(
+            trained == wanted,
+            "model.overrides.predictor_encoder",
+            wanted,
+            f"{trained}, as the predictor of {folder} was trained, or stages=[predictor,report]",
+        )
+        if "ircp" in pending:
+            raise ValueError(
+                f"stage report needs a trained predictor, and that of {folder} was trained without the encoder that "
+                "stage ircp trains: run stages=[ircp,predictor,report]"
+            )
+
+    def check_studies(self, recipe: Recipe, studies: StudySplits) -> None:
+        split = recipe.report.evaluation.split
+        expected = f"one of the splits there are, {', '.join(studies)}, or none, for no table"
+        need(split == "none" or split in studies, "report.evaluation.split", split, expected)
+
+    def check_model(self, recipe: Recipe, model: OTDRGForReportGeneration) -> None:
+        check_positions(recipe, model.config.text_config)
+
+    def score_names(self) -> Collection[str]:
+        return score_names()
+
+    def train(self, run: StageRun) -> tuple[OTDRGForReportGeneration, dict[str, Any]]:
+        """Train on reports and true states, and return the best model with LoRA merged, in the recipe's type.
+
+        Evaluations condition on predicted states, as generation does. What was trained on pretrained backbones is also
+        saved as their adapter, in the folder `adapter` of the run.
+        """
+        trainer = report_trainer(run)
+        trainer.train_stage(run.resume)
+        results = trainer.summary()
+        model = trainer.whole_model()
+        model.generation_config.update(**run.recipe.report.generation)
+        # One type, as `from_pretrained` gives: the model that is scored is the model that will be loaded.
+        dtype = getattr(torch, run.recipe.model.dtype)
+        for weight in model.parameters():
+            # Packed weights are integers.
+            if weight.is_floating_point():
+                weight.data = weight.data.to(dtype)
+        if PartialState().is_main_process:
+            save_adapter(model.eval(), run.processor, run.recipe, run.folder.parent / "adapter")
+        model.merge_lora()
+        model.to(trainer.args.device, dtype).eval()
+        return model, results
+
+    def evaluate(self, run: StageRun) -> dict[str, Any]:
+        """The table of controls on the recipe's split; generated reports are written to `predictions.csv`."""
+        wanted, recipe, model = run.recipe.report.evaluation, run.recipe, run.model
+        if wanted.split == "none":
+            return {}
+        rows, training = run.studies[wanted.split], run.studies["train"]
+        rows = rows.select(range(min(wanted.limit or len(rows), len(rows))))
+        rows = cached_where_frozen(model, run.processor, rows, recipe, "report", model.device)
+        if "retrieval" in wanted.controls:
+            training = cached_where_frozen(model, run.processor, training, recipe, "report", model.device)
+        evaluation = evaluate_model(
+            model,
+            run.processor,
+            rows,
+            training=training,
+            batch_size=recipe.report.eval_batch(),
+            generation=recipe.report.generation,
+            controls=wanted.controls,
+            labeler=wanted.labeler,
+            metrics=wanted.metrics,
+            seed=recipe.seed,
+            indication=recipe.report.indication,
+        )
+        write_predictions(evaluation, Path(recipe.output_dir) / "predictions.csv")
+        logger.info("%s, %d studies:\n%s", wanted.split, len(rows), format_table(evaluation))
+        return {"evaluation": {"split": wanted.split, **evaluation.scores()}}
+
+
+def check_positions(recipe: Recipe, text_config: PreTrainedConfig) -> None:
+    """Refuse reports that are longer than the LLM's positions; raises `ValueError`."""
+    most = getattr(text_config, "max_position_embeddings", None)
+    for name, value in (
+        ("report.max_report_tokens", recipe.report.max_report_tokens),
+        ("report.generation.max_new_tokens", recipe.report.generation["max_new_tokens"]),
+    ):
+        if most is not None and value >= most:
+            raise ValueError(f"{name}={value}: expected less than {most}, the positions of the LLM")
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def report_trainer(run: StageRun) -> StageTrainer:
+    """The Trainer of the stage, with the model's parts frozen and unfrozen as the recipe says."""
+    recipe, section, model, processor = run.recipe, run.recipe.report, run.model, run.processor
     attach_lora(model, recipe, "report")
-    frozen = set_trained_parts(model, vision=stage.vision, text=stage.text, predictor=stage.predictor, joining=True)
-    if stage.predictor == "full":
+    frozen = set_trained_parts(
+        model, vision=section.vision, text=section.text, predictor=section.predictor, joining=True
+    )
+    trains_predictor = section.predictor == "full"
+    if trains_predictor:
         tau = recipe.predictor.logit_adjustment
-        model.finding_logit_adjustment = logit_adjustment(studies["train"]["finding_states"], tau)
-    train, validation = studies["train"], studies.get("validation")
-    selects = validation is not None and stage.eval_strategy != "no"
-    args = training_arguments(
-        stage,
-        folder,
+        model.finding_logit_adjustment = logit_adjustment(run.studies["train"]["finding_states"], tau)
+    train, validation = run.studies["train"], run.studies.get("validation")
+    args = section.prepare(
+        run.folder,
         recipe.seed,
+        recipe.report_to,
         evaluates=validation is not None,
-        report_to=recipe.report_to,
         label_names=["labels"],
         prediction_loss_only=True,
-        metric_for_best_model="selection" if selects else None,
-        greater_is_better=True,
     )
-    # Set behind the constructor, which wants checkpoints at the steps of evaluations and at no others: here they may
-    # be more frequent, because `SaveOnEvaluation` sees to it that what is evaluated is also saved.
-    args.load_best_model_at_end = selects
-    callbacks: list[TrainerCallback] = [SaveOnEvaluation()] if selects else []
-    if selects and stage.selection.patience is not None:
-        callbacks.append(EarlyStoppingCallback(stage.selection.patience))
     train, validation = (
-        cached_where_frozen(model, processor, rows, recipe, stage, args.device) for rows in (train, validation)
+        cached_where_frozen(model, processor, rows, recipe, "report", args.device) for rows in (train, validation)
     )
-    sinkhorn = SinkhornLossCallback(
-        ot_weight_warmup=stage.ot_weight_warmup,
-        ot_epsilon_start=stage.ot_epsilon_start,
-        ot_epsilon_annealing=stage.ot_epsilon_annealing,
-    )
-    trainer = ReportTrainer(
+    schedules = SinkhornLossCallback(section.ot_weight_warmup, section.ot_epsilon_start, section.ot_epsilon_annealing)
+    tokens, indication = section.max_report_tokens, section.indication
+    lengths = None
+    if section.train_sampling_strategy == "group_by_length":
+        ids = processor.tokenizer(list(train["report"]), add_special_tokens=False)["input_ids"]
+        lengths = [min(len(row), tokens) for row in ids]
+    generates = validation is not None and args.metric_for_best_model is not None
+    return StageTrainer(
         model,
         args,
         processor=processor,
-        loss_callback=sinkhorn,
+        loss_callback=schedules,
         frozen=frozen,
-        vision_learning_rate=stage.vision_learning_rate,
-        train_collator=ReportCollator(
-            processor, True, stage.max_report_tokens, stage.predictor == "full", stage.indication
-        ),
-        eval_collator=ReportCollator(processor, False, stage.max_report_tokens, indication=stage.indication),
-        train_lengths=_report_lengths(processor, train["report"], stage) if stage.group_by_length else None,
-        callbacks=callbacks,
-        validate=Validation(recipe, model, processor, validation, folder) if selects else None,
+        train_collator=ReportCollator(processor, True, tokens, trains_predictor, indication),
+        eval_collator=ReportCollator(processor, False, tokens, indication=indication),
+        train_lengths=lengths,
+        score=Validation(recipe, model, processor, validation, run.folder) if generates else None,
         train_dataset=train,
         eval_dataset=validation,
     )
-    trainer.train_stage(resume)
-    results = trainer.summary()
-    if selects:
-        best = {"expression": stage.selection.expression, "value": trainer.state.best_metric}
-        results["best"] = {"step": trainer.state.best_global_step, **best}
-        logger.info("best of validation: step %d, %s = %.4f", *(results["best"][k] for k in ("step", *best)))
-    model = trainer.whole_model()
-    model.generation_config.update(**asdict(stage.generation))
-    # One type throughout, because from_pretrained gives one: what is scored is what will be loaded.
-    dtype = getattr(torch, recipe.model.dtype)
-    for weight in model.parameters():
-        # Packed weights are integers.
-        if weight.is_floating_point():
-            weight.data = weight.data.to(dtype)
-    if PartialState().is_main_process:
-        save_adapter(model.eval(), processor, recipe, folder.parent / "adapter")
-    model.merge_lora()
-    model.to(args.device, dtype).eval()
-    return model, results
-
-
-def save_adapter(model: OTDRGForReportGeneration, processor: OTDRGProcessor, recipe: Recipe, folder: Path) -> None:
-    """Write what was trained as an adapter of the recipe's backbones, which are kept as the recipe refers to them.
-
-    Not of a model from scratch, nor of one whose LLM is trained as a whole; an adapter that an earlier run left is
-    deleted in any case. A backbone that cannot be loaded any more is warned of.
-    """
-    # It is of other weights than those that will lie beside it.
-    shutil.rmtree(folder, ignore_errors=True)
-    preset = OTDRGConfig.from_preset(recipe.model.preset)
-    references = {
-        "vision_backbone": recipe.model.vision or preset.vision_backbone,
-        "text_backbone": recipe.model.text or preset.text_backbone,
-    }
-    if recipe.report.text == "full" or None in references.values():
-        return
-    published = {field: getattr(model.config, field) for field in references}
-    for field, reference in references.items():
-        # So that it is found from any folder.
-        setattr(model.config, field, os.path.abspath(reference) if os.path.exists(reference) else reference)
-    try:
-        model.save_pretrained(folder, weights="adapter")
-        processor.save_pretrained(folder)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise
-        logger.warning("no adapter is kept: %s", error)
-    finally:
-        for field, reference in published.items():
-            setattr(model.config, field, reference)
-
-
-class SaveOnEvaluation(TrainerCallback):
-    """A checkpoint at every evaluation, so that the best can be gone back to."""
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        control.should_save = True
 
 
 @dataclass
 class Validation:
-    """Generates reports for validation studies, scores them and writes them to `FOLDER/validation/step-N.csv`.
-
-    Args:
-        recipe: `report.selection` says how, `report.generation` and `report.evaluation` what it does not.
-        model, processor: as they are trained.
-        studies: the validation split.
-        folder: of the stage.
-    """
+    """Generates reports for validation studies, scores them and writes them to `FOLDER/validation/step-N.csv`."""
 
     recipe: Recipe
     model: OTDRGForReportGeneration
@@ -210,82 +369,67 @@ class Validation:
     folder: Path
 
     def __call__(self, step: int) -> dict[str, float]:
-        """`VALIDATION_SCORES`, those the expression names, and its value as `selection`; every process calls it."""
-        stage = self.recipe.report
-        expression = SelectionExpression(stage.selection.expression)
-        names = {name: _full_names()[name] for name in (*VALIDATION_SCORES, *expression.names)}
-        rows = self.studies.select(range(min(stage.selection.limit or len(self.studies), len(self.studies))))
+        """`VALIDATION_SCORES` and the scores of `metric_for_best_model`; every process must call it."""
+        section = self.recipe.report
+        known = score_names()
+        wanted = [name for name in (*VALIDATION_SCORES, *section.best.weights) if name in known]
+        rows = self.studies.select(range(min(section.max_eval_samples or len(self.studies), len(self.studies))))
         evaluation = evaluate_model(
             self.model,
             self.processor,
             rows,
-            batch_size=stage.eval_batch_size or stage.batch_size,
-            generation={**asdict(stage.generation), "num_beams": stage.selection.num_beams},
+            batch_size=section.eval_batch(),
+            generation={**section.generation, "num_beams": section.generation_num_beams},
             controls=(),
-            labeler=stage.evaluation.labeler,
-            metrics=[name for name in NLG_METRICS if name in names],
+            labeler=section.evaluation.labeler,
+            metrics=[name for name in NLG_METRICS if name in wanted],
             seed=self.recipe.seed,
-            indication=stage.indication,
+            indication=section.indication,
         )
         if PartialState().is_main_process:
             write_predictions(evaluation, self.folder / "validation" / f"step-{step:06d}.csv")
         found = evaluation.rows["model"].scores
-        scores = {name: found[full] for name, full in names.items()}
-        return {**scores, "selection": expression(scores)}
+        return {name: found[known[name]] for name in wanted}
 
 
-class ReportTrainer(StageTrainer):
-    """A [`StageTrainer`] whose evaluations generate reports too.
+def score_names() -> dict[str, str]:
+    """The scores of generated reports, and the names that the metrics have for them."""
+    blank = np.zeros((1, len(FINDINGS)), dtype=int)
+    clinical = [name for name, value in clinical_efficacy_scores(blank, blank).items() if isinstance(value, float)]
+    short = {name.removesuffix(f"_{_POLICY}"): name for name in clinical if name.endswith(_POLICY)}
+    return {**{name: name for name in (*NLG_METRICS, *clinical)}, **short}
 
-    Args:
-        validate: gives the scores of an evaluation at a step; None leaves it at the losses.
+
+def save_adapter(model: OTDRGForReportGeneration, processor: OTDRGProcessor, recipe: Recipe, folder: Path) -> None:
+    """Write what was trained as an adapter of the recipe's backbones.
+
+    There is none for a model from scratch or an LLM that is trained completely. An adapter of an earlier run is deleted
+    in any case. If a backbone cannot be loaded any more, a warning says so.
     """
-
-    def __init__(self, *args, validate: Callable[[int], dict[str, float]] | None, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.validate = validate
-
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self.validate is not None:
-            with self.compute_loss_context_manager():
-                scores = self.validate(self.state.global_step)
-            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
-        return output
-
-
-def _report_lengths(processor: OTDRGProcessor, reports: list[str], stage: ReportRecipe) -> list[int]:
-    """Tokens of each report that are learned."""
-    ids = processor.tokenizer(list(reports), add_special_tokens=False)["input_ids"]
-    return [min(len(row), stage.max_report_tokens) for row in ids]
-
-
-def evaluate(
-    recipe: Recipe, studies: StudySplits, model: OTDRGForReportGeneration, processor: OTDRGProcessor, folder: Path
-) -> dict[str, Any]:
-    """The controls table of the published model on the recipe's split; predictions go to `folder/predictions.csv`."""
-    stage, wanted = recipe.report, recipe.report.evaluation
-    rows, training = studies[wanted.split], studies["train"]
-    rows = rows.select(range(min(wanted.limit or len(rows), len(rows))))
-    rows = cached_where_frozen(model, processor, rows, recipe, stage, model.device)
-    if "retrieval" in wanted.controls:
-        training = cached_where_frozen(model, processor, training, recipe, stage, model.device)
-    evaluation = evaluate_model(
-        model,
-        processor,
-        rows,
-        training=training,
-        batch_size=stage.eval_batch_size or stage.batch_size,
-        generation=asdict(stage.generation),
-        controls=wanted.controls,
-        labeler=wanted.labeler,
-        metrics=wanted.metrics,
-        seed=recipe.seed,
-        indication=stage.indication,
-    )
-    write_predictions(evaluation, folder / "predictions.csv")
-    logger.info("%s, %d studies:\n%s", wanted.split, len(rows), format_table(evaluation))
-    return {"split": wanted.split, **evaluation.scores()}
+    shutil.rmtree(folder, ignore_errors=True)
+    preset = preset_config(recipe.model)
+    references = {
+        "vision_backbone": recipe.model.vision or preset.vision_backbone,
+        "text_backbone": recipe.model.text or preset.text_backbone,
+    }
+    if recipe.report.text == "full" or None in references.values():
+        return
+    published = {name: getattr(model.config, name) for name in references}
+    for name, reference in references.items():
+        # An absolute path is found from any folder.
+        setattr(model.config, name, os.path.abspath(reference) if os.path.exists(reference) else reference)
+    try:
+        model.save_pretrained(folder, weights="adapter")
+        processor.save_pretrained(folder)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        logger.warning("no adapter is kept: %s", error)
+    finally:
+        for name, reference in published.items():
+            setattr(model.config, name, reference)
 
 
-__all__ = ["VALIDATION_SCORES", "ReportTrainer", "SaveOnEvaluation", "Validation", "check", "evaluate", "run"]
+STAGE = ReportStage()
+
+__all__ = ["STAGE", "VALIDATION_SCORES", "EvaluationRecipe", "ReportArguments", "ReportStage", "save_adapter"]

@@ -1,4 +1,4 @@
-"""A run: the recipe's stages in order, each from the folder of the one before, and what they leave behind."""
+"""A run: the recipe's stages in order, each from the folder of the one before."""
 
 from __future__ import annotations
 
@@ -6,32 +6,42 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Iterator
-from importlib import import_module
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from huggingface_hub import HfApi
 from transformers import set_seed
 
 from ..files_otdrg import write_json, write_text
-from ..inference.model_files import read_config
-from ..runtime.interruptions import RunInterruptedError
+from ..modeling_otdrg import OTDRGForReportGeneration
+from ..processing_otdrg import OTDRGProcessor
+from ..runtime.interruptions import FULL, RunInterruptedError, ended_by, is_out_of_memory
 from ..runtime.output_lock import OutputLock
 from ..studies.fingerprint import fingerprint
-from . import kept_stages
-from .build import build_model, build_studies, load_model
-from .check import check_model, check_recipe, check_studies
-from .checkpoints import last_checkpoint, remove_partial_checkpoints
-from .description import describe_studies
+from .arguments import StageArguments
+from .check import check_arguments, check_model, check_recipe, check_studies
+from .data import StudySplits, build_studies, describe_studies
 from .distributed import has_accelerator, start_processes
-from .interruptions import interruption
-from .kept_stages import FINISHED, STARTED, stage_start, stages_before
-from .recipe import STAGES, Recipe
+from .model import build_model, load_model
+from .recipe import Recipe
+from .resumption import (
+    FINISHED,
+    STARTED,
+    check_recipe_of,
+    check_studies_of,
+    is_finished,
+    kept_stages,
+    last_checkpoint,
+    remove_partial_checkpoints,
+    stage_start,
+)
 from .run_folder import RunRecord, read_results
-from .trainer import training_arguments
+from .stages import StageRun, earlier_stages, stage_of
 
 logger = logging.getLogger(__name__)
 
@@ -39,150 +49,191 @@ logger = logging.getLogger(__name__)
 def run_recipe(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Run a recipe's stages.
 
-    Leaves in `output_dir`: `recipe.yaml` as resolved; `run.json`, how it came about ([`RunRecord`]); a folder for each
-    stage with its checkpoints, its model, `metrics.jsonl`, `curves.png` and `finished.json`; after the report stage
-    `model`, which is what is published, `adapter`, the same as an adapter of its backbones if it has any, and
-    `predictions.csv`; `results.json`.
+    Writes to `output_dir`: `recipe.yaml`; `run.json` ([`RunRecord`]); a folder for each stage with its checkpoints, its
+    model, `metrics.jsonl`, `curves.png` and `finished.json`; `results.json`; and what the stages publish, which for the
+    report stage is `model`, `adapter` (if it has backbones) and `predictions.csv`.
 
     Args:
         recipe: the run.
-        resume: leave finished stages as they are, go on with an unfinished one from its last whole checkpoint.
-        overwrite: start an unfinished stage anew and delete its checkpoints.
+        resume: keep finished stages, and continue an unfinished one from its last complete checkpoint.
+        overwrite: start an unfinished stage again and delete its checkpoints.
 
     Returns:
-        What `results.json` holds.
+        The content of `results.json`.
 
     Raises:
         OutputLockedError: another process writes to `output_dir`.
-        ValueError: the recipe does not fit the studies or the model, a stage is unfinished and neither `resume` nor
-            `overwrite` says what is to become of it, a stage that is kept was trained with another recipe or on other
-            studies, or it would be trained by fewer processes than were asked for.
+        ValueError: the recipe does not fit the studies or the model; a stage is unfinished and neither `resume` nor
+            `overwrite` is given; a kept stage was trained with another recipe or on other studies; or fewer processes
+            would train than were asked for.
         NonFiniteLossError: the loss became NaN or infinite.
         RunInterruptedError: the disk is full, or a process that loads studies died.
-        KeyboardInterrupt: Ctrl-C or SIGTERM ([`Terminated`]); the message names the last good checkpoint.
+        KeyboardInterrupt: Ctrl-C or SIGTERM ([`Terminated`]); the message names the last complete checkpoint.
     """
     check_recipe(recipe)
-    state = start_processes()
+    sections = [getattr(recipe, stage) for stage in recipe.stages]
+    state = start_processes(any(section.fsdp for section in sections), any(section.deepspeed for section in sections))
     with _locked(recipe.output_dir, state):
         try:
             results = _run_stages(recipe, state, resume, overwrite)
         except KeyboardInterrupt as stop:
             raise type(stop)(str(stop) or f"no training was begun in {recipe.output_dir}") from stop
     logger.info("run: %s", recipe.output_dir)
-    # Left open, its threads may take a process down at the very end, and the launcher would call the run failed.
+    # If the group stays open, its threads may crash the process at exit, and the launcher would report a failed run.
     state.destroy_process_group()
     return results
 
 
 @contextlib.contextmanager
 def _locked(folder: str, state: PartialState) -> Iterator[None]:
-    """Hold the lock on a folder, by the main process for all."""
+    """Hold the lock on a folder; the main process takes it for all."""
     with contextlib.ExitStack() as held:
-        fault = None
-        if state.is_main_process:
-            try:
-                held.enter_context(OutputLock(folder))
-            except (ValueError, OSError) as error:
-                fault = error
-        (fault,) = broadcast_object_list([fault])
-        if fault is not None:
-            raise fault
+        _by_main_process(state, lambda: held.enter_context(OutputLock(folder)))
         yield
 
 
+def _by_main_process(state: PartialState, act: Callable[[], Any]) -> None:
+    """Let the main process act, and raise its error on every process."""
+    fault = None
+    if state.is_main_process:
+        try:
+            act()
+        except (ValueError, OSError) as error:
+            fault = error
+    (fault,) = broadcast_object_list([fault])
+    if fault is not None:
+        raise fault
+
+
 def _run_stages(recipe: Recipe, state: PartialState, resume: bool, overwrite: bool) -> dict[str, Any]:
-    """Check the recipe against studies, model and what is in its folder, then train what is to be trained."""
-    output = Path(recipe.output_dir)
+    """Check the recipe against the studies and the run's folder, then train the pending stages."""
     pending = _pending_stages(recipe, resume, overwrite)
-    _check_predictor(recipe, pending)
-    previous = _previous_folder(recipe, pending)
-    kept = kept_stages.kept_stages(recipe, pending, resume)
-    kept_stages.check_recipe(recipe, kept, pending)
-    _check_arguments(recipe, pending)
+    for stage in pending:
+        stage_of(stage).check_start(recipe, pending)
+    kept = kept_stages(recipe, pending, resume)
+    check_recipe_of(recipe, kept, pending)
+    check_arguments(recipe, pending)
     studies = build_studies(recipe.studies, recipe.labels, recipe.seed)
     check_studies(recipe, studies, pending)
     if not has_accelerator():
-        # `accelerate launch` leaves a process without a GPU one thread unless it is told otherwise.
+        # Without a GPU `accelerate launch` gives each process one thread.
         torch.set_num_threads(recipe.cpu_threads or max(1, (os.cpu_count() or 1) // state.num_processes))
     data = fingerprint(studies) if state.is_main_process else {}
-    kept_stages.check_studies(recipe, kept, data, state)
-    if state.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        for position, stage in enumerate(pending):
-            if resume and position == 0:
-                remove_partial_checkpoints(output / stage)
-            else:
-                _clear(output / stage)
-        write_text(output / "recipe.yaml", recipe.to_yaml())
-    state.wait_for_everyone()
+
+    def prepare_folder() -> None:
+        check_studies_of(recipe, kept, data)
+        _prepare_folder(recipe, pending, resume)
+
+    _by_main_process(state, prepare_folder)
     record = RunRecord(recipe, state, data, describe_studies(studies) if state.is_main_process else {})
-    results = read_results(output)
-    folder = output
+    run = _Run(recipe, state, pending, studies, data, record, read_results(Path(recipe.output_dir)))
     try:
-        for position, stage in enumerate(pending):
-            folder = output / stage
-            goes_on = resume and position == 0
-            logger.info("stage %s: %s, from %s", stage, folder, previous or "the recipe's model")
-            record.begin_stage(stage, last_checkpoint(folder) if goes_on else None)
-            if state.is_main_process:
-                folder.mkdir(parents=True, exist_ok=True)
-            set_seed(recipe.seed)
-            # The other stages do not compute with the LLM, and leave folders that anything can load.
-            quantization = recipe.model.quantization if stage == "report" else None
-            if previous is None:
-                model, processor = build_model(recipe.model, studies["train"]["report"], quantization)
-            else:
-                model, processor = load_model(previous, recipe.model, quantization)
-            if position == 0:
-                check_model(recipe, model, pending)
-            if state.is_main_process:
-                write_json(folder / STARTED, stage_start(recipe, data, state.num_processes, previous))
-            module = import_module(f".{STAGES[stage]}", __package__)
-            model, results[stage] = module.run(recipe, studies, model, processor, folder, goes_on)
-            published = output / "model" if stage == "report" else folder
-            if state.is_main_process:
-                model.save_pretrained(published)
-                processor.save_pretrained(published)
-            state.wait_for_everyone()
-            if stage == "report" and recipe.report.evaluation.split != "none":
-                results[stage]["evaluation"] = module.evaluate(recipe, studies, model, processor, output)
-            record.end_stage(stage, results[stage]["steps"])
-            if state.is_main_process:
-                write_json(output / "results.json", results)
-                ended = record.sitting["stages"][stage]["ended"]
-                write_json(folder / FINISHED, {"steps": results[stage]["steps"], "ended": ended})
-            state.wait_for_everyone()
-            previous = published
+        run.train(resume)
         record.end("finished")
     except BaseException as error:
-        reason = interruption(error, folder)
-        # The disk may be full; what is wrong is said all the same.
+        reason = _interruption(error, run.folder)
+        # If the disk is full, the error is reported all the same.
         with contextlib.suppress(OSError):
             record.end(reason or f"{type(error).__name__}: {' '.join(str(error).split())}")
         if reason is None:
             raise
         if isinstance(error, KeyboardInterrupt):
-            raise type(error)(_where_to_go_on(folder)) from error
-        raise RunInterruptedError(f"{reason}; {_where_to_go_on(folder)}") from error
-    return results
+            raise type(error)(_where_to_continue(run.folder)) from error
+        raise RunInterruptedError(f"{reason}; {_where_to_continue(run.folder)}") from error
+    return run.results
 
 
-def _check_arguments(recipe: Recipe, pending: list[str]) -> None:
-    """Make the `TrainingArguments` of every stage, which refuse what this machine cannot do, such as bfloat16."""
-    for stage in pending:
-        try:
-            training_arguments(
-                getattr(recipe, stage), Path(recipe.output_dir) / stage, recipe.seed, True, recipe.report_to
-            )
-        except ValueError as error:
-            raise ValueError(f"{stage}: {error}") from error
+@dataclass
+class _Run:
+    """The stages that are trained now. `folder` is the folder of the stage that is being trained."""
+
+    recipe: Recipe
+    state: PartialState
+    pending: list[str]
+    studies: StudySplits
+    fingerprint: dict[str, Any]
+    record: RunRecord
+    results: dict[str, Any]
+
+    def __post_init__(self):
+        self.output = self.folder = Path(self.recipe.output_dir)
+
+    def train(self, resume: bool) -> None:
+        """Train the pending stages; `resume`: continue the first from its last checkpoint."""
+        previous = _previous_folder(self.recipe, self.pending)
+        for position, name in enumerate(self.pending):
+            self.folder = self.output / name
+            continues = resume and position == 0
+            logger.info("stage %s: %s, from %s", name, self.folder, previous or "the recipe's model")
+            self.record.begin_stage(name, last_checkpoint(self.folder) if continues else None)
+            if self.state.is_main_process:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            stage = StageRun(self.recipe, self.studies, *self._model(name, previous), self.folder, continues)
+            if position == 0:
+                check_model(self.recipe, stage.model, self.pending)
+            if self.state.is_main_process:
+                start = stage_start(self.recipe, self.fingerprint, self.state.num_processes, previous)
+                write_json(self.folder / STARTED, start)
+            previous = self._train_stage(name, stage)
+
+    def _model(self, name: str, previous: Path | None) -> tuple[OTDRGForReportGeneration, OTDRGProcessor]:
+        seed = getattr(self.recipe, name).seed
+        set_seed(self.recipe.seed if seed is None else seed)
+        # The other stages do not use the LLM, and their folders can be loaded without bitsandbytes.
+        quantization = self.recipe.model.quantization if stage_of(name).reads_quantization else None
+        if previous is None:
+            return build_model(self.recipe.model, self.studies["train"]["report"], quantization)
+        return load_model(previous, self.recipe.model, quantization)
+
+    def _train_stage(self, name: str, run: StageRun) -> Path:
+        """Train a stage, publish and evaluate its model, and return the folder it is published in."""
+        stage = stage_of(name)
+        run.model, results = stage.train(run)
+        published = self.output / stage.publishes if stage.publishes else self.folder
+        if self.state.is_main_process:
+            run.model.save_pretrained(published)
+            run.processor.save_pretrained(published)
+        self.state.wait_for_everyone()
+        results |= stage.evaluate(run)
+        self.results[name] = results
+        self.record.end_stage(name, results["steps"])
+        if self.state.is_main_process:
+            write_json(self.output / "results.json", self.results)
+            ended = self.record.sitting["stages"][name]["ended"]
+            write_json(self.folder / FINISHED, {"steps": results["steps"], "ended": ended})
+        _by_main_process(self.state, lambda: _upload(getattr(self.recipe, name), published))
+        return published
+
+
+def _upload(section: StageArguments, folder: Path) -> None:
+    """Upload a published model, if the stage's section asks for it."""
+    if not section.push_to_hub:
+        return
+    # The model's files only: a stage's own folder also has checkpoints and reports of the studies.
+    files = ["*.safetensors", "*.json", "*.py", "*.jinja", "*.txt", "*.model"]
+    try:
+        url = HfApi().create_repo(section.hub_model_id, private=section.hub_private_repo, exist_ok=True)
+        HfApi().upload_folder(
+            repo_id=url.repo_id,
+            folder_path=folder,
+            allow_patterns=files,
+            ignore_patterns=["checkpoint-*", STARTED, FINISHED],
+            revision=section.hub_revision,
+            commit_message=f"Upload the model of stage {section.place}",
+        )
+    except Exception as error:  # the network, the Hub or its permissions fail in many ways
+        raise ValueError(
+            f"{section.name('push_to_hub')}: the model is trained, but {folder} could not be uploaded to "
+            f"{section.hub_model_id} ({' '.join(str(error).split())}): otdrg push uploads it"
+        ) from error
+    logger.info("uploaded %s to %s; otdrg push also writes a model card", folder, url)
 
 
 def _pending_stages(recipe: Recipe, resume: bool, overwrite: bool) -> list[str]:
     pending = []
     for stage in recipe.stages:
         folder = Path(recipe.output_dir) / stage
-        finished = (folder / FINISHED).is_file()
+        finished = is_finished(folder)
         if resume and finished and not pending:
             logger.info("stage %s is finished: %s", stage, folder)
             continue
@@ -190,58 +241,76 @@ def _pending_stages(recipe: Recipe, resume: bool, overwrite: bool) -> list[str]:
         checkpoint = last_checkpoint(folder)
         if checkpoint is not None and not (finished or resume or overwrite):
             raise ValueError(
-                f"stage {stage} is unfinished, with {checkpoint}: --resume goes on from there, --overwrite starts it "
-                "anew and deletes its checkpoints, another output_dir leaves it alone"
+                f"stage {stage} is unfinished, with {checkpoint}: --resume continues from there, --overwrite starts it "
+                "again and deletes its checkpoints, another output_dir keeps it"
             )
     return pending
 
 
-def _clear(folder: Path) -> None:
-    """Remove an earlier run of a stage, whose checkpoints a later `resume` would otherwise take for this run's."""
-    (folder / FINISHED).unlink(missing_ok=True)
-    for checkpoint in folder.glob("checkpoint-*"):
-        logger.info("removing %s of an earlier run", checkpoint)
-        shutil.rmtree(checkpoint)
+def _prepare_folder(recipe: Recipe, pending: list[str], resume: bool) -> None:
+    """Write the recipe, and remove what a later `resume` would mistake for this run's."""
+    output = Path(recipe.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    for position, stage in enumerate(pending):
+        if resume and position == 0:
+            remove_partial_checkpoints(output / stage)
+            continue
+        (output / stage / FINISHED).unlink(missing_ok=True)
+        for checkpoint in (output / stage).glob("checkpoint-*"):
+            logger.info("removing %s of an earlier run", checkpoint)
+            shutil.rmtree(checkpoint)
+    write_text(output / "recipe.yaml", recipe.to_yaml())
 
 
 def _previous_folder(recipe: Recipe, pending: list[str]) -> Path | None:
-    """The folder the first pending stage reads; None where it starts from the recipe's `model`."""
-    for stage in reversed(stages_before(pending)):
+    """The folder the first pending stage reads; None if it starts from the recipe's `model`."""
+    for stage in reversed(earlier_stages(pending[0]) if pending else []):
         folder = Path(recipe.output_dir) / stage
-        if (folder / FINISHED).is_file():
+        if is_finished(folder):
             return folder
     return None
 
 
-def _check_predictor(recipe: Recipe, pending: list[str]) -> None:
-    """The report stage reads a folder in which the predictor has been trained, on the encoder the recipe says."""
-    if "report" not in pending or "predictor" in pending or not recipe.model.overrides.get("dle", True):
-        return
-    folder = Path(recipe.output_dir) / "predictor"
-    if (folder / FINISHED).is_file():
-        there = read_config(folder).predictor_encoder
-        wanted = recipe.model.overrides.get("predictor_encoder", "shared")
-        if there != wanted:
-            raise ValueError(
-                f"model.overrides.predictor_encoder={wanted!r}: expected {there}, as the predictor of {folder} was "
-                "trained, or stages=[predictor,report]"
-            )
-    else:
-        raise ValueError(
-            f"stage report needs a trained predictor, and {folder} holds none: run stages=[predictor,report]"
-        )
-    if "ircp" in pending:
-        raise ValueError(
-            f"stage report needs a trained predictor, and that of {folder} does not know the encoder that stage ircp "
-            "makes: run stages=[ircp,predictor,report]"
-        )
-
-
-def _where_to_go_on(folder: Path) -> str:
+def _where_to_continue(folder: Path) -> str:
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
-        return f"{folder} has no checkpoint yet, --resume starts the stage anew"
-    return f"the last good checkpoint is {checkpoint}, --resume goes on from there"
+        return f"{folder} has no checkpoint yet, --resume starts the stage again"
+    return f"the last good checkpoint is {checkpoint}, --resume continues from there"
+
+
+def _interruption(error: BaseException, folder: Path) -> str | None:
+    """What ended a run from outside, in a line: a signal, a full disk, memory, a dead process; else None."""
+    if isinstance(error, KeyboardInterrupt):
+        return ended_by(error)
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid"):
+        return (
+            f"a process that loads studies died: {' '.join(str(error).split())}; usually memory ran out, and a smaller "
+            "dataloader_num_workers needs less"
+        )
+    if is_out_of_memory(error):
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        return (
+            f"out of memory ({reason}): a smaller per_device_train_batch_size with more gradient_accumulation_steps "
+            "needs less"
+        )
+    reason = _write_failure(error)
+    if reason is None:
+        return None
+    space = shutil.disk_usage(folder).free / 2**20 if folder.is_dir() else 0.0
+    return f"cannot write to {folder}: {reason}; {space:,.1f} MB are free there"
+
+
+def _write_failure(error: BaseException) -> str | None:
+    if isinstance(error, OSError):
+        return os.strerror(error.errno) if error.errno in FULL else None
+    for number in FULL:
+        # safetensors gives the system's error number in its text only.
+        if type(error).__name__ == "SafetensorError" and f"(os error {number})" in str(error):
+            return os.strerror(number)
+    # torch's archive writer reports that a write failed, and not why.
+    if isinstance(error, RuntimeError) and ("inline_container" in str(error) or "PytorchStreamWriter" in str(error)):
+        return "a file could not be written to its end"
+    return None
 
 
 __all__ = ["run_recipe"]

@@ -36,7 +36,7 @@ class RunRecord:
         recipe: the run.
         state: of the processes; the main one writes.
         studies: [`fingerprint`] of the studies.
-        data: [`otdrg.training.description.describe_studies`] of them.
+        data: [`otdrg.training.data.describe_studies`] of them.
     """
 
     def __init__(self, recipe: Recipe, state: PartialState, studies: dict[str, Any], data: dict[str, Any]):

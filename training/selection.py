@@ -1,76 +1,73 @@
-"""The expression by which the report stage selects a checkpoint: arithmetic over the scores of generated reports."""
+"""`metric_for_best_model` as a weighted sum of scores."""
 
 from __future__ import annotations
 
-import ast
 import difflib
-import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
-_OPERATORS = (ast.BinOp, ast.UnaryOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.USub, ast.UAdd)
-_EXAMPLE = "0.5 * bleu_4 + 0.5 * cider"
+_NUMBER = r"\d+(?:\.\d*)?(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?"
+#: A sign, a weight and the name of a score; sign and weight may be left out.
+_TERM = re.compile(rf"\s*([-+])?\s*(?:({_NUMBER})\s*\*\s*)?([A-Za-z]\w*)\s*")
 
 
-class SelectionExpression:
-    """Numbers and names of scores joined by `+ - * /` and parentheses, the higher the better.
-
-    Args:
-        text: such as "0.5 * bleu_4 + 0.5 * cider".
+@dataclass(frozen=True)
+class WeightedScores:
+    """A weighted sum of scores, such as `bleu_4 + 0.5 * macro_f1_13`, or one score by its name.
 
     Attributes:
-        names: the scores it is made of, in the order they come.
-
-    Raises:
-        ValueError: it is no such expression.
+        text: the sum as it was written.
+        weights: of each score, by name.
     """
 
-    def __init__(self, text: str):
-        self.text = text
-        wrong = ValueError(f"{text!r}: expected scores, numbers and + - * / ( ), such as {_EXAMPLE}")
-        try:
-            tree = ast.parse(text.strip(), mode="eval")
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            raise wrong from None
-        for node in ast.walk(tree):
-            number = isinstance(node, ast.Constant) and type(node.value) in (int, float) and math.isfinite(node.value)
-            if not number and not isinstance(node, (ast.Expression, ast.Name, ast.Load, *_OPERATORS)):
-                raise wrong
-        self.names = tuple(dict.fromkeys(node.id for node in ast.walk(tree) if isinstance(node, ast.Name)))
-        if not self.names:
-            raise wrong
-        self._code = compile(tree, "<selection>", "eval")
+    text: str
+    weights: Mapping[str, float]
 
-    def check_names(self, known: Sequence[str]) -> None:
-        """Raises `ValueError`, with the nearest known one, where a name is none of the `known` scores."""
-        for name in self.names:
-            if name not in known:
-                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-                raise ValueError(f"{self.text!r} names no score {name!r}: did you mean {nearest!r}?")
-
-    def check_value(self) -> None:
-        """Raises `ValueError` where no scores give it a value, as of a division by 0."""
-        # Values that do not cancel each other out.
-        value = self({name: 0.1 + math.sqrt(place + 2) for place, name in enumerate(self.names)})
-        if not math.isfinite(value):
-            raise ValueError(f"{self.text!r} cannot be computed: its value is {value}")
-
-    def __call__(self, scores: Mapping[str, float]) -> float:
-        """Its value.
-
-        Args:
-            scores: has all of `names`.
+    @classmethod
+    def parse(cls, text: str) -> WeightedScores:
+        """Read a sum; a score may bear the prefix `eval_` of transformers' logs.
 
         Raises:
-            ValueError: a score is missing (None), or it divides by 0.
+            ValueError: it is not a weighted sum of scores.
         """
-        values = {name: scores[name] for name in self.names}
-        missing = [name for name, value in values.items() if value is None]
-        if missing:
-            raise ValueError(f"{self.text!r} cannot be computed: there is no {missing[0]} here")
-        try:
-            return float(eval(self._code, {"__builtins__": {}}, values))
-        except ZeroDivisionError:
-            raise ValueError(f"{self.text!r} cannot be computed: it divides by 0") from None
+        weights: dict[str, float] = {}
+        position = 0
+        while position < len(text) or not weights:
+            term = _TERM.match(text, position)
+            if term is None or (weights and term[1] is None) or not _is_finite(term[2]):
+                raise ValueError(f"{text!r}: expected a weighted sum of scores, such as bleu_4 + 0.5 * macro_f1_13")
+            name = term[3].removeprefix("eval_")
+            weights[name] = weights.get(name, 0.0) + (-1 if term[1] == "-" else 1) * float(term[2] or 1)
+            position = term.end()
+        return cls(text, weights)
+
+    @property
+    def trainer_name(self) -> str:
+        """What the Trainer calls it: the score's own name, or `selection` for a sum."""
+        return next(iter(self.weights)) if tuple(self.weights.values()) == (1.0,) else "selection"
+
+    def check(self, known: Collection[str]) -> None:
+        """Raise a `ValueError`, with the nearest known score, if a score is not among the `known` ones."""
+        for name in self.weights:
+            if name not in known:
+                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+                raise ValueError(f"{self.text!r}: unknown score {name!r}, did you mean {nearest!r}?")
+
+    def __call__(self, scores: Mapping[str, float | None]) -> float:
+        """The sum.
+
+        Raises:
+            ValueError: a score is missing or undefined.
+        """
+        for name in self.weights:
+            if scores.get(name) is None:
+                raise ValueError(f"metric_for_best_model={self.text!r}: this evaluation has no score {name!r}")
+        return sum(weight * scores[name] for name, weight in self.weights.items())
 
 
-__all__ = ["SelectionExpression"]
+def _is_finite(number: str | None) -> bool:
+    return number is None or float(number) < float("inf")
+
+
+__all__ = ["WeightedScores"]

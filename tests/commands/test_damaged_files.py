@@ -202,7 +202,7 @@ def test_training_damaged_checkpoint_is_not_resumed_from(tiny_recipe, trained_ru
     (run / "report" / "finished.json").unlink()
     for checkpoint in run.glob("report/checkpoint-*"):
         damage(checkpoint / "trainer_state.json", DAMAGES[how])
-    from otdrg.training.checkpoints import last_checkpoint
+    from otdrg.training.resumption import last_checkpoint
 
     assert last_checkpoint(run / "report") is None
 

@@ -41,7 +41,7 @@ def recipe(tiny_recipe, tmp_path_factory):
     path = tmp_path_factory.mktemp("ablation") / "tiny.yaml"
     tiny = yaml.safe_load(tiny_recipe.read_text(encoding="utf-8"))
     tiny["cpu_threads"] = 1
-    tiny["ircp"] = {"max_steps": 1, "batch_size": 4, "probe_studies": 4}
+    tiny["ircp"] = {"max_steps": 1, "per_device_train_batch_size": 4, "probe_studies": 4}
     tiny["report"]["evaluation"] = {"metrics": METRICS}
     path.write_text(yaml.safe_dump(tiny), encoding="utf-8")
     return path
@@ -177,7 +177,7 @@ def test_wrong_arguments_are_one_line(recipe, tmp_path, capsys, arguments, messa
         ("model.overrides.dle=false", "each row has its own modules"),
         ("report.evaluation.split=none", "report.evaluation.split='none': expected validation or test"),
         ("report={vision: full, predictor: full}", "would learn from labels in the rows without DLE"),
-        ("report.epoch=1", "unknown key 'epoch' in report: did you mean 'epochs'?"),
+        ("report.learning_rat=1", "unknown key 'learning_rat' in report: did you mean 'learning_rate'?"),
         ("model.overrides.ot_epsilonn=1", "unknown OTDRGConfig field 'ot_epsilonn'"),
     ],
 )
@@ -358,7 +358,10 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(recipe, references, t
         ("studies.options.train=many", "studies.options.train='many': expected an integer"),
         ("labels.csv=nowhere.csv", "nowhere.csv"),
         ("report.evaluation.metrics=[nope]", "report.evaluation.metrics='nope': expected some of bleu_1"),
-        ("report.evaluation.split=test", "report.evaluation.split='test': the studies have train, validation"),
+        (
+            "report.evaluation.split=test",
+            "report.evaluation.split='test': expected one of the splits there are, train, validation",
+        ),
         ("model.overrides.lora.r=0", "expected an r from 1 to 4,096"),
     ],
 )

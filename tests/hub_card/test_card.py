@@ -35,13 +35,13 @@ RECIPE = {
         "overrides": {"text_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}},
     },
     "stages": ["predictor", "report"],
-    "predictor": {"max_steps": 2, "batch_size": 4},
+    "predictor": {"max_steps": 2, "per_device_train_batch_size": 4},
     "report": {
         "max_steps": 2,
-        "batch_size": 4,
+        "per_device_train_batch_size": 4,
         "text": "full",
         "generation": {"num_beams": 2, "max_new_tokens": 10},
-        "selection": {"limit": 2},
+        "max_eval_samples": 2,
         "evaluation": {"split": "validation", "limit": 4, "metrics": METRICS},
     },
 }

@@ -19,8 +19,8 @@ from otdrg.processing_otdrg import OTDRGProcessor
 from otdrg.studies import load_studies, prepare_studies
 from otdrg.studies.loading import undecoded, with_column
 from otdrg.studies.streaming import StreamedStudies
-from otdrg.training.build import set_trained_parts
 from otdrg.training.collation import ReportCollator
+from otdrg.training.model import set_trained_parts
 from PIL import Image
 
 PHANTOMS = {"train": 0, "validation": 5, "test": 0, "image_size": 64, "views": ["frontal", "lateral"]}

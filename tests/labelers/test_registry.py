@@ -8,7 +8,7 @@ import yaml
 from otdrg.cli import main
 from otdrg.labelers import LABELERS, read_states
 from otdrg.studies import load_studies, prepare_studies
-from otdrg.training.build import build_studies
+from otdrg.training.data import build_studies
 from otdrg.training.recipe import load_recipe
 
 TOY = """

@@ -14,7 +14,7 @@ from otdrg.studies import load_studies, prepare_studies
 from otdrg.studies.build import BuildOptions
 from otdrg.studies.streaming import StreamedStudies
 from otdrg.train_hf import main
-from otdrg.training.build import build_studies
+from otdrg.training.data import build_studies
 from otdrg.training.recipe import LabelsRecipe, StudiesRecipe, load_recipe
 
 PHANTOMS = {"train": 16, "validation": 5, "test": 0, "image_size": 112, "views": ["frontal"]}
@@ -70,10 +70,10 @@ def test_recipe_streaming_trains_all_stages(prepared, tiny_recipe, tmp_path):
     recipe["studies"] = {"source": "prepared", "options": {"folder": str(prepared)}, "streaming": True}
     recipe["output_dir"] = str(tmp_path / "run")
     recipe["stages"] = ["ircp", "predictor", "report"]
-    recipe["ircp"] = {"epochs": 1, "batch_size": 4, "probe_studies": 10}
+    recipe["ircp"] = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "probe_studies": 10}
     # By epochs, which a stream of unknown length could not have; and with and without features kept.
-    recipe["predictor"].update(max_steps=-1, epochs=2, workers=1)
-    recipe["report"].update(max_steps=-1, epochs=1, cache_features=False)
+    recipe["predictor"].update(max_steps=-1, num_train_epochs=2, dataloader_num_workers=1)
+    recipe["report"].update(max_steps=-1, num_train_epochs=1, cache_features=False)
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     assert main([str(path)]) == 0
@@ -88,8 +88,11 @@ def test_recipe_streaming_trains_all_stages(prepared, tiny_recipe, tmp_path):
     [
         ({"source": "phantom", "streaming": True}, r"studies\.source='phantom': expected prepared, to be streamed"),
         ({"source": "prepared", "streaming": True}, r"studies\.options=\{\}: expected folder, and no other"),
-        ({"source": "prepared", "sections": "impression"}, r"studies\.sections='impression': expected none of source"),
-        ({"source": "prepared", "shuffle_buffer": 0}, r"studies\.shuffle_buffer=0: expected a positive number"),
+        (
+            {"source": "prepared", "sections": "impression"},
+            r"studies\.sections='impression': expected findings for source",
+        ),
+        ({"source": "prepared", "shuffle_buffer": 0}, r"studies\.shuffle_buffer=0: expected a number of at least 1"),
     ],
 )
 def test_recipe_wrong_streaming_options_are_named(tmp_path, fields, message):

@@ -66,7 +66,7 @@ def one_process(tiny_recipe, tmp_path_factory):
 @pytest.fixture(scope="module")
 def two_processes(tiny_recipe, tmp_path_factory, launch):
     run = tmp_path_factory.mktemp("two")
-    batches = ["predictor.batch_size=2", "report.batch_size=2"]
+    batches = ["predictor.per_device_train_batch_size=2", "report.per_device_train_batch_size=2"]
     launch(["-m", "otdrg.train_hf", str(tiny_recipe), f"output_dir={run}", *SAME, *batches], OMP_NUM_THREADS="1")
     return run
 
@@ -86,7 +86,7 @@ def test_two_processes_train_as_one(one_process, two_processes, stage):
 
 def test_accumulated_batches_train_as_one(tiny_recipe, one_process, tmp_path):
     shutil.copytree(one_process / "predictor", tmp_path / "predictor")
-    batches = ["report.batch_size=2", "report.gradient_accumulation=2", "stages=[report]"]
+    batches = ["report.per_device_train_batch_size=2", "report.gradient_accumulation_steps=2", "stages=[report]"]
     assert main([str(tiny_recipe), f"output_dir={tmp_path}", *SAME, *batches]) == 0
     assert_same(one_process, tmp_path, "report", "loss", ("loss", "report_loss", "ot_loss", "grad_norm"))
 
@@ -253,7 +253,7 @@ def test_the_cpu_configuration_gives_two_processes(tiny_recipe, tmp_path):
 @pytest.mark.slow
 @needs_deepspeed
 def test_zero3_trains_saves_and_resumes(tiny_recipe, one_process, tmp_path):
-    batches = ["predictor.batch_size=2", "report.batch_size=2"]
+    batches = ["predictor.per_device_train_batch_size=2", "report.per_device_train_batch_size=2"]
     run = tmp_path / "run"
     arguments = [tiny_recipe, f"output_dir={run}", *SAME, *batches, "--traceback"]
     done = accelerate_launch("zero3", *arguments)
@@ -293,7 +293,7 @@ import torch
 from otdrg.modeling_otdrg import OTDRGForReportGeneration
 from otdrg.processing_otdrg import OTDRGProcessor
 from otdrg.studies import load_studies
-from otdrg.training.build import cast_backbones, set_trained_parts
+from otdrg.training.model import cast_backbones, set_trained_parts
 from otdrg.training.callbacks import LossCallback
 from otdrg.training.collation import ReportCollator
 from otdrg.inference.processes import is_sharded, open_methods

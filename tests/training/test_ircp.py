@@ -15,14 +15,14 @@ from otdrg.modeling_otdrg import OTDRGForReportGeneration
 from otdrg.train_hf import main
 from otdrg.training.collation import ContrastiveCollator
 from otdrg.training.contrastive import info_nce
-from otdrg.training.ircp import ContrastivePretraining
-from otdrg.training.recipe import IRCPRecipe, load_recipe
+from otdrg.training.ircp import ContrastivePretraining, IRCPArguments
+from otdrg.training.recipe import load_recipe
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 IRCP = {
     "max_steps": 4,
-    "batch_size": 4,
+    "per_device_train_batch_size": 4,
     "learning_rate": 1e-3,
     "logging_steps": 1,
     "save_strategy": "steps",
@@ -104,7 +104,7 @@ def test_positives_that_are_the_anchors_have_a_gradient(similarity):
 def pretraining(build_model):
     def build(**fields):
         model, processor = build_model()
-        return ContrastivePretraining(model, IRCPRecipe(**fields)), processor
+        return ContrastivePretraining(model, IRCPArguments(**fields)), processor
 
     return build
 
@@ -334,7 +334,15 @@ def test_two_processes_train_as_one(write_recipe, tmp_path, launch):
     vision = "model.overrides.vision_config.model_args.drop_path_rate=0.0"
     assert main([str(path), "stages=[ircp]", vision]) == 0
     other = tmp_path / "two"
-    arguments = ["-m", "otdrg.train_hf", str(path), "stages=[ircp]", vision, "ircp.batch_size=2", f"output_dir={other}"]
+    arguments = [
+        "-m",
+        "otdrg.train_hf",
+        str(path),
+        "stages=[ircp]",
+        vision,
+        "ircp.per_device_train_batch_size=2",
+        f"output_dir={other}",
+    ]
     launch(arguments, OMP_NUM_THREADS="1")
     one, two = training_lines(tmp_path / "run"), training_lines(other)
     for step in (1, 2, 3):
@@ -356,7 +364,7 @@ def test_the_report_stage_needs_a_predictor_on_the_new_encoder(write_recipe, who
     assert "stage report needs a trained predictor" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert main([str(whole_run), "stages=[ircp,report]"]) == 1
-    assert "does not know the encoder that stage ircp makes" in capsys.readouterr().err
+    assert "was trained without the encoder that stage ircp trains" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -365,12 +373,12 @@ def test_the_report_stage_needs_a_predictor_on_the_new_encoder(write_recipe, who
         ("ircp.noise=gaussian", "ircp.noise='gaussian': expected one of normalized, raw"),
         ("ircp.similarity=dot", "ircp.similarity='dot': expected one of cosine, euclidean"),
         ("ircp.sigma=-0.1", "ircp.sigma=-0.1: expected a number of at least 0"),
-        ("ircp.temperature=0", "ircp.temperature=0.0: expected a number above 0"),
+        ("ircp.temperature=0", "ircp.temperature=0: expected a number above 0"),
         ("ircp.vision=frozen", "ircp.vision='frozen': expected full"),
         ("ircp.cache_features=true", "ircp.cache_features=True: expected false"),
-        ("ircp.batch_size=1", "ircp.batch_size=1: expected at least 2"),
-        ("ircp.report_weight=-1", "ircp.report_weight=-1.0: expected a number of at least 0"),
-        ("ircp.projection_size=0", "ircp.projection_size=0: expected a positive integer"),
+        ("ircp.per_device_train_batch_size=1", "ircp.per_device_train_batch_size=1: expected at least 2"),
+        ("ircp.report_weight=-1", "ircp.report_weight=-1: expected a number of at least 0"),
+        ("ircp.projection_size=0", "ircp.projection_size=0: expected a number of at least 1"),
     ],
 )
 def test_wrong_fields_are_one_line(tiny_recipe, override, message, capsys):

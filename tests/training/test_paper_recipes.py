@@ -85,11 +85,11 @@ def write_r2gen(folder, name, views):
 
 SHORT = [
     "ircp.max_steps=1",
-    "ircp.batch_size=2",
+    "ircp.per_device_train_batch_size=2",
     "predictor.max_steps=1",
-    "predictor.batch_size=2",
+    "predictor.per_device_train_batch_size=2",
     "report.max_steps=2",
-    "report.batch_size=2",
+    "report.per_device_train_batch_size=2",
     "report.generation.max_new_tokens=8",
     "report.evaluation.metrics=[bleu_4, rouge_l]",
     "report.evaluation.controls=[true_states]",
@@ -138,8 +138,20 @@ def test_the_papers_values(monkeypatch):
         assert recipe.model.vision == "timm/swin_base_patch4_window7_224.ms_in22k_ft_in1k"
         assert recipe.model.text == "meta-llama/Llama-2-7b-chat-hf" and recipe.model.quantization is None
         assert (recipe.ircp.sigma, recipe.ircp.temperature) == (0.1, 0.5)
-        assert (recipe.report.generation.num_beams, recipe.report.generation.repetition_penalty) == (3, 1.0)
-        assert (recipe.report.learning_rate, recipe.report.schedule, recipe.report.text) == (1e-4, "cosine", "lora")
-    assert (iu_xray.report.epochs, iu_xray.report.batch_size, iu_xray.report.max_report_tokens) == (15, 16, 60)
-    assert (mimic_cxr.report.epochs, mimic_cxr.report.batch_size, mimic_cxr.report.max_report_tokens) == (5, 6, 100)
+        assert (recipe.report.generation["num_beams"], recipe.report.generation["repetition_penalty"]) == (3, 1.0)
+        assert (recipe.report.learning_rate, recipe.report.lr_scheduler_type, recipe.report.text) == (
+            1e-4,
+            "cosine",
+            "lora",
+        )
+    assert (
+        iu_xray.report.num_train_epochs,
+        iu_xray.report.per_device_train_batch_size,
+        iu_xray.report.max_report_tokens,
+    ) == (15, 16, 60)
+    assert (
+        mimic_cxr.report.num_train_epochs,
+        mimic_cxr.report.per_device_train_batch_size,
+        mimic_cxr.report.max_report_tokens,
+    ) == (5, 6, 100)
     assert (iu_xray.studies.cleaning, mimic_cxr.studies.cleaning) == ("r2gen_iu", "r2gen_mimic")

@@ -13,8 +13,8 @@ from otdrg.modeling_otdrg import OTDRGForReportGeneration
 from otdrg.processing_otdrg import OTDRGProcessor
 from otdrg.studies import load_studies
 from otdrg.train_hf import main
-from otdrg.training.build import load_model, quantization_config, set_trained_parts
 from otdrg.training.collation import ReportCollator
+from otdrg.training.model import load_model, quantization_config, set_trained_parts
 from otdrg.training.recipe import load_recipe
 from safetensors.torch import load_file
 
@@ -149,20 +149,27 @@ def test_a_quantised_backbone_of_its_own(trained_run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("overrides", "message"),
     [
-        ("model.quantization=2bit", "model.quantization='2bit': expected one of 4bit, 8bit or null"),
-        ("report.text=full", "report.text='full': expected lora or frozen where model.quantization is 4bit"),
-        ("stages=[predictor]", "model.quantization='4bit': expected null for a model from scratch"),
+        (["model.quantization=2bit"], "model.quantization='2bit': expected one of 4bit, 8bit or a mapping or null"),
+        (
+            ["model={preset: small, overrides: null}", "report.text=full"],
+            "report.text='full': expected lora or frozen where model.quantization is 4bit",
+        ),
+        pytest.param(
+            ["stages=[report]", "model.overrides.dle=false", "model.overrides.fiot=false"],
+            "model.quantization='4bit': expected null for a model from scratch",
+            marks=needs_bitsandbytes,
+        ),
     ],
 )
-def test_what_cannot_be_quantised_is_one_line(tiny_recipe, tmp_path, override, message, capsys):
-    arguments = [str(tiny_recipe), f"output_dir={tmp_path / 'run'}", "model.quantization=4bit", override]
+def test_check_recipe_what_cannot_be_quantised_is_one_line(tiny_recipe, tmp_path, overrides, message, capsys):
+    arguments = [str(tiny_recipe), f"output_dir={tmp_path / 'run'}", "model.quantization=4bit", *overrides]
     assert main(arguments) == 1
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_bitsandbytes_is_named_where_it_lacks(monkeypatch):
-    monkeypatch.setattr("otdrg.training.build.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("otdrg.training.model.is_bitsandbytes_available", lambda: False)
     with pytest.raises(ValueError, match=r"model\.quantization='8bit' needs bitsandbytes: pip install"):
         quantization_config("8bit")

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 from otdrg.train_hf import main
-from otdrg.training.recipe import Recipe, load_recipe
+from otdrg.training.recipe import load_recipe
+from otdrg.training.stages import stage_of
+from transformers import TrainingArguments
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 MINIMAL = {"output_dir": "runs/x", "studies": {"source": "phantom"}}
@@ -31,7 +33,7 @@ def test_shipped_recipes_load(path, monkeypatch):
 
 
 def test_overrides_win_over_the_file_and_defaults_fill_the_rest(write):
-    path = write({**MINIMAL, "report": {"epochs": 3, "generation": {"num_beams": 2}}})
+    path = write({**MINIMAL, "report": {"num_train_epochs": 3, "generation": {"num_beams": 2}}})
     recipe = load_recipe(
         path,
         [
@@ -44,14 +46,14 @@ def test_overrides_win_over_the_file_and_defaults_fill_the_rest(write):
             "report.save_strategy=steps",
         ],
     )
-    assert (recipe.report.epochs, recipe.report.max_steps) == (3.0, 20)
-    assert (recipe.report.generation.num_beams, recipe.report.generation.max_new_tokens) == (2, 7)
+    assert (recipe.report.num_train_epochs, recipe.report.max_steps) == (3.0, 20)
+    assert recipe.report.generation == {"num_beams": 2, "max_new_tokens": 7}
     assert recipe.stages == ["report"]
     assert recipe.model.overrides == {"text_config": {"hidden_size": 64}}
     assert recipe.studies.options == {"train": 3}
     assert recipe.predictor.learning_rate == 1e-3
     assert recipe.report.save_strategy == "steps"
-    assert recipe.predictor.batch_size == 8
+    assert recipe.predictor.per_device_train_batch_size == 8
 
 
 def test_pre_training_is_asked_for(write):
@@ -79,20 +81,31 @@ def test_environment_variables(write, monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["report.epoch=1"], r"unknown key 'epoch' in report: did you mean 'epochs'\?"),
-        (["reprot.epochs=1"], r"unknown key 'reprot' at the top: did you mean 'report'\?"),
+        (["report.learning_rat=1"], r"unknown key 'learning_rat' in report: did you mean 'learning_rate'\?"),
+        (["reprot.max_steps=1"], r"unknown key 'reprot' at the top: did you mean 'report'\?"),
+        (["sections.report.max_steps=1"], r"unknown key 'sections' at the top"),
         (["report.generation.num_beam=1"], r"unknown key 'num_beam' in report\.generation: did you mean 'num_beams'"),
-        (["report.epochs=many"], r"report\.epochs='many': expected a number"),
-        (["report.batch_size=2.5"], r"report\.batch_size=2\.5: expected an integer"),
+        (
+            ["report.generation.max_new_tokens=0"],
+            r"report\.generation\.max_new_tokens=0: expected a number of at least 1",
+        ),
+        (["report.generation.early_stopping=maybe"], r"report\.generation=.*early_stopping"),
+        (["report.num_train_epochs=many"], r"report\.num_train_epochs='many': expected a number"),
+        (["report.learning_rate=-1"], r"report\.learning_rate=-1: expected a number above 0"),
+        (["report.max_steps=0"], r"report\.max_steps=0: expected a positive integer, or -1"),
+        (["report.per_device_train_batch_size=2.5"], r"report\.per_device_train_batch_size=2\.5: expected an integer"),
+        (["report.per_device_train_batch_size=true"], r"per_device_train_batch_size=True: expected an integer"),
+        (["report.per_device_train_batch_size=0"], r"per_device_train_batch_size=0: expected a number of at least 1"),
         (["report.bf16=1"], r"report\.bf16=1: expected true or false"),
-        (["report.batch_size=true"], r"report\.batch_size=True: expected an integer"),
-        (["report.batch_size=0"], r"report\.batch_size=0: expected a positive integer"),
+        (["report.lr_scheduler_type=cosin"], r"report\.lr_scheduler_type='cosin': expected one of linear, cosine, "),
+        (["report.optim=adam"], r"report\.optim='adam': expected one of adamw_torch, "),
         (["report.text=lorra"], r"report\.text='lorra': expected one of frozen, lora, full"),
-        (["report.vision=full"], r"report\.predictor='frozen': expected full where report\.vision is full"),
-        (["report.vision=lora"], r"report\.predictor='frozen': expected full where report\.vision is lora"),
-        (["predictor.vision=lorra"], r"predictor\.vision='lorra': expected one of frozen, lora, full"),
-        (["predictor.logit_adjustment=-1"], r"predictor\.logit_adjustment=-1\.0: expected a number of at least 0"),
+        (["predictor.logit_adjustment=-1"], r"predictor\.logit_adjustment=-1: expected a number of at least 0"),
         (["predictor.vision_learning_rate=1e-4"], r"vision_learning_rate=0\.0001: expected null while"),
+        (["predictor.train_sampling_strategy=group_by_length"], r"train_sampling_strategy='group_by_length': expected"),
+        (["report.push_to_hub=true"], r"report\.hub_model_id=None: expected a repository"),
+        (["report.output_dir=x"], r"report\.output_dir is set by the run: use the run's own output_dir"),
+        (["report.hub_token=x"], r"report\.hub_token is set by the run: use the environment variable HF_TOKEN"),
         (["stages=report"], r"stages='report': expected a list of strings"),
         (["stages=[pretraining]"], r"stages='pretraining': expected one of ircp, predictor, report"),
         (["stages=[report, predictor]"], r"in this order: ircp, predictor, report"),
@@ -102,13 +115,33 @@ def test_environment_variables(write, monkeypatch):
         (["studies.limit={dev: 3}"], r"studies\.limit='dev': expected train, validation or test"),
     ],
 )
-def test_mistakes_are_named_in_one_line(write, overrides, message, capsys):
+def test_load_recipe_wrong_override_is_named_in_one_line(write, overrides, message, capsys):
     path = write(MINIMAL)
     with pytest.raises(ValueError, match=message):
         load_recipe(path, overrides)
     assert main([str(path), *overrides]) == 1
     error = capsys.readouterr().err
     assert error.startswith("train_hf.py: error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("epochs: 3", "num_train_epochs"),
+        ("batch_size: 8", "per_device_train_batch_size"),
+        ("eval_batch_size: 8", "per_device_eval_batch_size"),
+        ("gradient_accumulation: 2", "gradient_accumulation_steps"),
+        ("schedule: constant", "lr_scheduler_type"),
+        ("warmup_ratio: 0.1", "warmup_steps"),
+        ("workers: 2", "dataloader_num_workers"),
+        ("compile: true", "torch_compile"),
+        ("group_by_length: true", "train_sampling_strategy: group_by_length"),
+        ("selection: {patience: 2}", "early_stopping_patience"),
+    ],
+)
+def test_load_recipe_old_name_names_the_new_one(write, old, new):
+    with pytest.raises(ValueError, match=rf"report\.{old.partition(':')[0]} no longer exists: use .*{new}"):
+        load_recipe(write({**MINIMAL, "report": yaml.safe_load(f"{{{old}}}")}))
 
 
 def test_features_lie_in_the_run_or_where_runs_share_them(write, tmp_path):
@@ -121,7 +154,12 @@ def test_features_lie_in_the_run_or_where_runs_share_them(write, tmp_path):
 
 def test_the_reports_encoder_may_be_trained_beside_a_predictor_with_its_own(write):
     overrides = ["model.overrides.predictor_encoder=own", "report.vision=full"]
-    assert load_recipe(write(MINIMAL), overrides).report.predictor == "frozen"
+    recipe = load_recipe(write(MINIMAL), overrides)
+    assert recipe.report.predictor == "frozen"
+    stage_of("report").check(recipe)
+    shared = load_recipe(write(MINIMAL), ["report.vision=lora"])
+    with pytest.raises(ValueError, match=r"report\.predictor='frozen': expected full where report\.vision is lora"):
+        stage_of("report").check(shared)
 
 
 @pytest.mark.parametrize(
@@ -144,88 +182,112 @@ def test_a_missing_file_is_one_line(tmp_path, capsys):
     assert capsys.readouterr().err.endswith("none.yaml does not exist\n")
 
 
-def test_every_field_says_what_it_is():
-    def check(cls):
-        for item in dataclasses.fields(cls):
-            assert item.metadata.get("help"), f"{cls.__name__}.{item.name}"
-            if dataclasses.is_dataclass(item.default_factory):
-                check(item.default_factory)
-
-    check(Recipe)
-
-
-# --- every field -----------------------------------------------------------------------------------------------------
+def sections(recipe):
+    """The sections of a recipe, by their place."""
+    for item in dataclasses.fields(recipe):
+        value = getattr(recipe, item.name)
+        if dataclasses.is_dataclass(value):
+            yield item.name, value
+    yield from recipe.sections.items()
+    yield "report.evaluation", recipe.report.evaluation
 
 
-def leaves(cls=Recipe, place=()):
-    """Names and types of all fields that are no section."""
-    hints = typing.get_type_hints(cls)
-    for item in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[item.name]):
-            yield from leaves(hints[item.name], (*place, item.name))
-        else:
-            yield ".".join((*place, item.name)), hints[item.name]
+@pytest.fixture
+def minimal(write):
+    return load_recipe(write(MINIMAL))
 
 
-FIELDS = dict(leaves())
-NUMBERS = [
-    name
-    for name, kind in FIELDS.items()
-    if typing.get_origin(kind) not in (list, dict) and {int, float} & set(typing.get_args(kind) or (kind,))
-]
-#: Fields in which a number below 0 has a meaning, which their help says.
-NEGATIVE = {
-    **dict.fromkeys((f"{stage}.max_steps" for stage in ("ircp", "predictor", "report")), "-1 leaves that to epochs"),
-    "report.generation.length_penalty": "below 0 it favours short reports",
-}
+def own_fields(minimal):
+    """Fields of our own, and transformers' fields with bounds or another default of ours: place, field, type."""
+    for place, section in sections(minimal):
+        hints = typing.get_type_hints(type(section))
+        inherited = (
+            {item.name for item in dataclasses.fields(TrainingArguments)} if place in minimal.sections else set()
+        )
+        for item in dataclasses.fields(section):
+            if item.name not in inherited or item.name in section.bounds or item.name in section.written():
+                yield place, item, hints[item.name]
 
 
-def help_of(name):
-    cls = Recipe
-    *sections, last = name.split(".")
-    for section in sections:
-        cls = typing.get_type_hints(cls)[section]
-    return next(item.metadata["help"] for item in dataclasses.fields(cls) if item.name == last)
-
-
-@pytest.mark.parametrize("name", NUMBERS)
-@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1" + "0" * 400, "-1" + "0" * 400])
-def test_recipe_number_that_is_not_finite_is_refused(write, name, value):
-    with pytest.raises(ValueError, match=re.escape(name) + "=.*: expected "):
-        load_recipe(write(MINIMAL), [f"{name}={value}"])
-
-
-@pytest.mark.parametrize("name", NUMBERS)
-@pytest.mark.parametrize("value", ["-1", "-7", "-0.5"])
-def test_recipe_number_below_0_is_refused_or_documented(write, name, value):
+def refused(path, override):
     try:
-        load_recipe(write(MINIMAL), [f"{name}={value}"])
+        load_recipe(path, [override])
     except ValueError as error:
-        assert re.search(re.escape(name) + "=.*: expected ", str(error)) and "\n" not in str(error)
-    else:
-        assert NEGATIVE[name] in help_of(name)
-        assert name.startswith("report.generation") or value == "-1"
+        assert "\n" not in str(error)
+        return str(error)
+    return None
 
 
-@pytest.mark.parametrize(("name", "kind"), FIELDS.items(), ids=list(FIELDS))
-def test_recipe_value_of_another_type_is_refused(write, name, kind):
-    allowed = {*typing.get_args(kind), kind}
-    wrong = ["[[1]]", "2020-01-01"]
-    wrong += [] if typing.get_origin(kind) is dict else ["{a: [b]}"]
-    wrong += [] if str in allowed else ["text"]
-    wrong += [] if bool in allowed else ["true"]
-    wrong += ["'1'"] if {int, float} & allowed else []
-    for value in wrong:
-        with pytest.raises(ValueError) as refused:
-            load_recipe(write(MINIMAL), [f"{name}={value}"])
-        assert name.rpartition(".")[2] in str(refused.value) and "\n" not in str(refused.value)
+def test_recipe_every_own_field_has_a_help_text(minimal):
+    for place, item, _ in own_fields(minimal):
+        assert item.metadata.get("help"), f"{place}.{item.name}"
 
 
-@pytest.mark.parametrize("name", [name for name, kind in FIELDS.items() if typing.get_origin(kind) is dict])
+def test_recipe_every_field_of_training_arguments_is_a_field_of_a_stage(write, minimal):
+    names = {item.name for item in dataclasses.fields(TrainingArguments) if item.init}
+    assert names <= {item.name for item in dataclasses.fields(minimal.report)}
+    given = {"optim": "sgd", "lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"a": 1}, "adam_beta2": 0.9}
+    recipe = load_recipe(write({**MINIMAL, "report": given}))
+    assert {name: getattr(recipe.report, name) for name in given} == given
+    assert given.items() <= yaml.safe_load(recipe.to_yaml())["report"].items()
+
+
+def test_recipe_number_out_of_bounds_is_refused(write, minimal):
+    path = write(MINIMAL)
+    for place, item, kind in own_fields(minimal):
+        if {int, float} & {*typing.get_args(kind), kind} and typing.get_origin(kind) not in (list, dict):
+            for value in (".inf", ".nan", "1" + "0" * 400, "-7"):
+                error = refused(path, f"{place}.{item.name}={value}")
+                assert error and re.search(rf"{item.name}=.*: expected ", error), (place, item.name, value)
+
+
+def test_recipe_value_of_another_type_is_refused(write, minimal):
+    path = write(MINIMAL)
+    for place, item, kind in own_fields(minimal):
+        allowed = {*typing.get_args(kind), kind}
+        is_mapping = dict in allowed or any(typing.get_origin(one) is dict for one in allowed)
+        wrong = ["2020-01-01", "[[1]]"]
+        wrong += [] if is_mapping or dataclasses.is_dataclass(kind) else ["{a: [b]}"]
+        wrong += ["'1'", "true"] if {int, float} & allowed else []
+        for value in wrong:
+            error = refused(path, f"{place}.{item.name}={value}")
+            assert error and item.name in error, (place, item.name, value)
+
+
 @pytest.mark.parametrize("value", [".nan", "[1, .inf]", "{b: -.inf}", "2020-01-01", "{1: 2}"])
-def test_recipe_mapping_holds_what_json_can(write, name, value):
-    with pytest.raises(ValueError, match=re.escape(name)):
-        load_recipe(write(MINIMAL), [f"{name}.train={value}"])
+def test_recipe_mapping_with_what_json_cannot_hold_is_refused(write, value):
+    for name in ("studies.options", "labels.options", "model.overrides", "report.generation"):
+        assert name in refused(write(MINIMAL), f"{name}.train={value}")
+
+
+def test_stage_arguments_prepare_gives_complete_training_arguments(write, tmp_path):
+    overrides = ["report.warmup_steps=0.1", "report.seed=3", "report.per_device_train_batch_size=2", "report_to=[]"]
+    section = load_recipe(write(MINIMAL), overrides).report
+    args = section.prepare(tmp_path / "run" / "report", 42, [], evaluates=True, label_names=["labels"])
+    assert isinstance(args, TrainingArguments) and args.output_dir == str(tmp_path / "run" / "report")
+    assert (args.seed, args.per_device_eval_batch_size, args.run_name) == (3, 2, "run-report")
+    assert args.get_warmup_steps(100) == 10 and args.eval_strategy == "epoch"
+    assert args.load_best_model_at_end and args.metric_for_best_model == "selection" and args.greater_is_better
+    assert section.output_dir is None
+    loss = load_recipe(write(MINIMAL), ["report.metric_for_best_model=eval_loss"]).report
+    args = loss.prepare(tmp_path / "run" / "report", 42, [], evaluates=True)
+    assert args.metric_for_best_model == "loss" and not args.greater_is_better and args.seed == 42
+    assert not loss.prepare(tmp_path / "run", 42, [], evaluates=False).load_best_model_at_end
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("report.dataloader_prefetch_factor=2", "report: --dataloader_prefetch_factor can only be set when"),
+        ("report.accelerator_config=nowhere.json", "report: .*nowhere.json"),
+        ("report.fp16=true", "report: At most one of fp16 and bf16"),
+    ],
+)
+def test_stage_arguments_prepare_what_transformers_refuses_names_the_stage(write, tmp_path, override, message):
+    section = load_recipe(write(MINIMAL), [override, "report.bf16=true"]).report
+    with pytest.raises(ValueError, match=message) as refusal:
+        section.prepare(tmp_path, 42, [], evaluates=True)
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("name", ["output_dir", "feature_cache"])

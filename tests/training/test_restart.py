@@ -29,8 +29,8 @@ PACKAGE = Path(__file__).parents[2]
 #: Both stages: 16 studies in batches of 2, two of them a step, so 4 steps an epoch; checkpoint-3 lies within one.
 STAGE = {
     "max_steps": 6,
-    "batch_size": 2,
-    "gradient_accumulation": 2,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
     "save_strategy": "steps",
     "save_steps": 3,
     "save_total_limit": 2,
@@ -181,7 +181,7 @@ def test_killed_while_a_checkpoint_is_written(recipe, unbroken, tmp_path, caplog
     until_killed("optimizer.pt", 2, recipe, f"output_dir={run}")
     assert (run / "predictor" / "checkpoint-6" / "optimizer.pt").is_file()
     assert main([str(recipe), f"output_dir={run}", "--resume"]) == 0
-    assert f"removing {run / 'predictor' / 'checkpoint-6'}, which was not written to its end" in caplog.text
+    assert f"removing {run / 'predictor' / 'checkpoint-6'}, which is incomplete" in caplog.text
     assert f"resuming from {run / 'predictor' / 'checkpoint-3'}" in caplog.text
     assert "missing keys" not in caplog.text
     assert_as_unbroken(run, unbroken)
@@ -277,7 +277,7 @@ def test_terminated(recipe, unbroken, tmp_path):
     # A progress bar that was cut off in an evaluation may still be wiped away behind it.
     last = [line for line in error.splitlines() if line.startswith("train_hf.py: ")][-1]
     assert last.startswith("train_hf.py: terminated (SIGTERM); the last good checkpoint is ")
-    assert str(run / "predictor" / "checkpoint-") in last and last.endswith("--resume goes on from there")
+    assert str(run / "predictor" / "checkpoint-") in last and last.endswith("--resume continues from there")
     assert outcome(run) == "terminated (SIGTERM)"
 
 
@@ -290,9 +290,8 @@ def test_interrupted_by_ctrl_c(recipe, copied, monkeypatch, capsys):
             assert main([str(recipe), f"output_dir={copied}", "--resume"]) == 130
     finally:
         signal.signal(signal.SIGINT, before)
-    line = (
-        f"train_hf.py: interrupted; the last good checkpoint is {copied / 'report' / 'checkpoint-3'}, --resume goes on"
-    )
+    checkpoint = copied / "report" / "checkpoint-3"
+    line = f"train_hf.py: interrupted; the last good checkpoint is {checkpoint}, --resume continues"
     assert error_lines(capsys).startswith(line)
     assert outcome(copied) == "interrupted"
 
@@ -359,7 +358,7 @@ def test_a_full_disk(recipe, unbroken, tmp_path, monkeypatch, capsys, limited, m
         line = error_lines(capsys)
         assert line.startswith(f"train_hf.py: error: cannot write to {run / 'report'}: {reason}; ")
         assert "MB are free there" in line
-        assert f"the last good checkpoint is {run / 'report' / 'checkpoint-3'}, --resume goes on from there" in line
+        assert f"the last good checkpoint is {run / 'report' / 'checkpoint-3'}, --resume continues from there" in line
 
         monkeypatch.undo()
         make_room()
@@ -376,7 +375,7 @@ def test_the_death_of_a_process_that_loads_studies(recipe, unbroken, copied, mon
         return collate(self, rows)
 
     shutil.rmtree(copied / "report" / "checkpoint-6")
-    arguments = [str(recipe), f"output_dir={copied}", "--resume", "report.workers=1"]
+    arguments = [str(recipe), f"output_dir={copied}", "--resume", "report.dataloader_num_workers=1"]
     with monkeypatch.context() as patch:
         patch.setattr(ReportCollator, "__call__", killed)
         assert main(arguments) == 1
@@ -393,7 +392,7 @@ def test_an_error_in_a_process_that_loads_studies(recipe, copied, monkeypatch, c
 
     monkeypatch.setattr(ReportCollator, "__call__", fail)
     shutil.rmtree(copied / "report" / "checkpoint-6")
-    assert main([str(recipe), f"output_dir={copied}", "--resume", "report.workers=1"]) == 1
+    assert main([str(recipe), f"output_dir={copied}", "--resume", "report.dataloader_num_workers=1"]) == 1
     assert error_lines(capsys) == "train_hf.py: error: study 7: its view is broken"
 
 
@@ -416,22 +415,22 @@ def test_other_errors_are_not_dressed_up(recipe, copied, monkeypatch):
         (
             ["--resume", "predictor.learning_rate=1e-4"],
             "stage predictor of {run} was trained with another recipe: predictor.learning_rate=0.001 then, 0.0001 now; "
-            "put the recipe back, or stages=[predictor,report] --overwrite trains it anew",
+            "restore the recipe, or stages=[predictor,report] --overwrite trains it again",
         ),
         (
             ["--resume", "report.learning_rate=1e-4", "model.overrides.fiot=false"],
             "stage report of {run} was begun with another recipe: model.overrides.fiot=unset then, False now; "
-            "report.learning_rate=0.001 then, 0.0001 now; put the recipe back, or stages=[report] --overwrite",
+            "report.learning_rate=0.001 then, 0.0001 now; restore the recipe, or stages=[report] --overwrite",
         ),
         (
             ["stages=[report]", "--overwrite", "model.overrides.image_tokens=4"],
             "stage predictor of {run} was trained with another recipe: model.overrides.image_tokens=9 then, 4 now; "
-            "put the recipe back, or stages=[predictor,report] --overwrite",
+            "restore the recipe, or stages=[predictor,report] --overwrite",
         ),
         (
             ["--resume", "studies.options.train=15"],
             "stage predictor of {run} was trained on other studies (train 16 then, 15 now; studies.options.train=16 "
-            "then, 15 now): put them back",
+            "then, 15 now): restore them",
         ),
     ],
 )
@@ -450,10 +449,10 @@ def test_a_finished_run_is_not_resumed_with_another_recipe(recipe, unbroken, cap
 
 def test_a_stage_is_watched_differently_and_made_longer(recipe, unbroken, copied, caplog):
     shutil.rmtree(copied / "report" / "checkpoint-6")
-    arguments = ["report.max_steps=7", "report.save_total_limit=3", "report.schedule=cosine"]
+    arguments = ["report.max_steps=7", "report.save_total_limit=3", "report.lr_scheduler_type=cosine"]
     assert main([str(recipe), f"output_dir={copied}", "--resume", *arguments]) == 0
     changed = "report.max_steps=6 then, 7 now; report.save_total_limit=2 then, 3 now"
-    assert f"stage report goes on with another recipe: {changed}" in caplog.text
+    assert f"stage report continues with another recipe: {changed}" in caplog.text
     trained, _ = losses(copied, "report")
     assert list(trained) == [1, 2, 3, 4, 5, 6, 7]
     for step in (1, 2, 3):

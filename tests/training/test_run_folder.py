@@ -17,9 +17,9 @@ from otdrg.studies import prepare_studies
 from otdrg.studies.build import BuildOptions
 from otdrg.studies.fingerprint import fingerprint
 from otdrg.train_hf import main
-from otdrg.training.build import build_studies
-from otdrg.training.history import draw_curves
-from otdrg.training.recipe import LabelsRecipe, Recipe, StudiesRecipe
+from otdrg.training.curves import draw_curves
+from otdrg.training.data import build_studies
+from otdrg.training.recipe import LabelsRecipe, StudiesRecipe, recipe_from
 from otdrg.training.run_folder import commit, differing_splits, hub_dataset
 from PIL import Image
 
@@ -65,7 +65,7 @@ def test_a_sitting(trained_run):
 
 def test_only_a_dataset_that_is_no_folder_is_one_of_the_hubs(tmp_path):
     def named(source, **options):
-        return hub_dataset(Recipe(output_dir="run", studies=StudiesRecipe(source=source, options=options)))
+        return hub_dataset(recipe_from({"output_dir": "run", "studies": {"source": source, "options": options}}))
 
     assert named("hub", dataset="org/radiographs") == "org/radiographs"
     assert named("hub", dataset=str(tmp_path)) is None

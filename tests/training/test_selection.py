@@ -11,47 +11,58 @@ from hypothesis import strategies as st
 from otdrg.modeling_otdrg import OTDRGForReportGeneration
 from otdrg.train_hf import main
 from otdrg.training.recipe import load_recipe
-from otdrg.training.selection import SelectionExpression
-from otdrg.training.trainer import EpochLengthGroupedSampler
+from otdrg.training.resumable_trainer import EpochLengthGroupedSampler
+from otdrg.training.selection import WeightedScores
 from safetensors.torch import load_file
 
 SCORES = st.floats(-10, 10)
 
 
 @given(bleu=SCORES, cider=SCORES, weight=st.floats(0, 5))
-def test_an_expression_is_its_arithmetic(bleu, cider, weight):
-    expression = SelectionExpression(f"{weight!r} * bleu_4 - (cider + 1) / 2")
-    assert expression.names == ("bleu_4", "cider")
-    assert expression({"bleu_4": bleu, "cider": cider, "meteor": 3.0}) == weight * bleu - (cider + 1) / 2
+def test_weighted_scores_sum_is_its_arithmetic(bleu, cider, weight):
+    found = WeightedScores.parse(f"{weight!r} * bleu_4 - cider + 1e-1*eval_bleu_4")
+    assert found.weights.keys() == {"bleu_4", "cider"} and found.trainer_name == "selection"
+    assert found({"bleu_4": bleu, "cider": cider, "meteor": None}) == pytest.approx((weight + 0.1) * bleu - cider)
+
+
+def test_weighted_scores_single_score_keeps_its_name():
+    assert WeightedScores.parse("macro_f1_13").trainer_name == "macro_f1_13"
+    assert WeightedScores.parse("eval_loss").trainer_name == "loss"
+    assert WeightedScores.parse("- loss").trainer_name == "selection"
+    assert WeightedScores.parse("2 * loss")({"loss": 3.0}) == 6.0
 
 
 @pytest.mark.parametrize(
-    "text", ["", "0.5 *", "2 + 3", "__import__('os')", "bleu_4 ** 2", "bleu_4 if cider else 1", "a.b"]
+    "text", ["", "0.5 *", "2 + 3", "__import__('os')", "bleu_4 ** 2", "bleu_4 cider", "a.b", "1e999 * bleu_4", "+"]
 )
-def test_what_is_no_expression_is_refused(text):
-    with pytest.raises(ValueError, match="expected scores, numbers"):
-        SelectionExpression(text)
+def test_weighted_scores_other_text_is_refused(text):
+    with pytest.raises(ValueError, match="expected a weighted sum of scores"):
+        WeightedScores.parse(text)
 
 
-def test_missing_scores_and_division_by_nothing_are_told():
-    with pytest.raises(ValueError, match="there is no meteor here"):
-        SelectionExpression("meteor + cider")({"meteor": None, "cider": 1.0})
-    with pytest.raises(ValueError, match="divides by 0"):
-        SelectionExpression("1 / cider")({"cider": 0.0})
+def test_weighted_scores_undefined_score_is_named():
+    with pytest.raises(ValueError, match="this evaluation has no score 'meteor'"):
+        WeightedScores.parse("meteor + cider")({"meteor": None, "cider": 1.0})
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("report.selection.expression=bleu5", "report.selection.expression='bleu5' names no score 'bleu5': did you"),
-        ("report.selection.expression=cider ** 2", "report.selection.expression='cider ** 2': expected scores"),
-        ("report.selection.patience=0", "report.selection.patience=0: expected a positive integer"),
+        ("report.metric_for_best_model=bleu5", "report.metric_for_best_model='bleu5': unknown score 'bleu5', did you"),
+        (
+            "report.metric_for_best_model=cider ** 2",
+            "report.metric_for_best_model='cider ** 2': expected a weighted sum",
+        ),
+        ("report.early_stopping_patience=0", "report.early_stopping_patience=0: expected a number of at least 1"),
         ("report.save_strategy=no", "report.save_strategy='no': expected steps or epoch"),
         (
             "report.save_total_limit=1",
             "report.save_total_limit=1: expected at least 2, or null: the best checkpoint and",
         ),
-        ("report.group_by_length=1", "report.group_by_length=1: expected true or false"),
+        (
+            "report.train_sampling_strategy=1",
+            "report.train_sampling_strategy=1: expected one of random, sequential, group",
+        ),
     ],
 )
 def test_wrong_fields_are_one_line_before_anything_is_trained(tiny_recipe, tmp_path, override, message, capsys):
@@ -67,12 +78,12 @@ def evaluations(run):
 
 @pytest.fixture(scope="module")
 def selected_run(tiny_recipe, trained_run, tmp_path_factory):
-    """A run whose selection falls the longer it trains, so that its first evaluation is the best."""
+    """A run whose metric never changes, so that its first evaluation is the best."""
     run = tmp_path_factory.mktemp("selected") / "run"
     shutil.copytree(trained_run / "predictor", run / "predictor")
     overrides = ["stages=[report]", "report.eval_strategy=steps", "report.eval_steps=1", "report.save_steps=3"]
-    overrides += ["report.max_steps=6", "report.selection.limit=3", "report.selection.patience=3"]
-    overrides += ["report.selection.expression=0 * macro_f1_13 - 1", "report.learning_rate=1e-2"]
+    overrides += ["report.max_steps=6", "report.max_eval_samples=3", "report.early_stopping_patience=3"]
+    overrides += ["report.metric_for_best_model=0 * macro_f1_13 - 0 * loss", "report.learning_rate=1e-2"]
     assert main([str(tiny_recipe), f"output_dir={run}", *overrides]) == 0
     return run
 
@@ -85,7 +96,7 @@ def test_evaluations_hold_scores_and_reports(selected_run):
         with (selected_run / "report" / "validation" / f"step-{step:06d}.csv").open(encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         assert len(rows) == 3 and {"id", "reference", "report", "cider", "predicted edema"} <= rows[0].keys()
-    assert results["best"] == {"step": 1, "expression": "0 * macro_f1_13 - 1", "value": -1.0}
+    assert results["best"] == {"step": 1, "metric": "0 * macro_f1_13 - 0 * loss", "value": 0.0}
 
 
 def test_the_stage_ends_without_a_new_best(selected_run):
@@ -142,7 +153,7 @@ def train_report(tiny_recipe, trained_run, run, *overrides):
 
 
 def test_grouping_survives_a_resume_in_the_second_epoch(tiny_recipe, trained_run, tmp_path):
-    overrides = ["report.group_by_length=true", "report.max_steps=8"]
+    overrides = ["report.train_sampling_strategy=group_by_length", "report.max_steps=8"]
     unbroken = train_report(tiny_recipe, trained_run, tmp_path / "run", *overrides)
     shutil.rmtree(tmp_path / "run" / "report" / "checkpoint-8")
     (tmp_path / "run" / "report" / "finished.json").unlink()
@@ -159,7 +170,9 @@ def test_checkpointed_gradients_are_the_same(tiny_recipe, trained_run, tmp_path)
 @pytest.mark.slow
 def test_a_compiled_model_trains_alike(tiny_recipe, trained_run, tmp_path):
     plain = train_report(tiny_recipe, trained_run, tmp_path / "plain", "report.max_steps=2")
-    compiled = train_report(tiny_recipe, trained_run, tmp_path / "other", "report.max_steps=2", "report.compile=true")
+    compiled = train_report(
+        tiny_recipe, trained_run, tmp_path / "other", "report.max_steps=2", "report.torch_compile=true"
+    )
     assert compiled == pytest.approx(plain, abs=1e-3)
 
 
@@ -174,3 +187,13 @@ def test_the_recipe_joins_the_model_anew_at_each_stage(tiny_recipe, trained_run,
     predictor = load_file(trained_run / "predictor" / "model.safetensors")
     assert torch.equal(model.finding_predictor.queries.weight, predictor["finding_predictor.queries.weight"])
     assert load_recipe(tmp_path / "run" / "recipe.yaml").model.overrides["fiot"] is False
+
+
+def test_report_stage_metric_for_best_model_loss_selects_the_lowest(tiny_recipe, trained_run, tmp_path):
+    overrides = ["report.eval_strategy=steps", "report.eval_steps=2", "report.metric_for_best_model=loss"]
+    train_report(tiny_recipe, trained_run, tmp_path / "run", *overrides)
+    results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))["report"]
+    losses = {line["step"]: line["eval_loss"] for line in results["log_history"] if "eval_loss" in line}
+    step = min(losses, key=losses.get)
+    assert len(losses) == 2
+    assert results["best"] == {"step": step, "metric": "loss", "value": pytest.approx(losses[step])}

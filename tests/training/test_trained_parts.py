@@ -8,13 +8,19 @@ import torch
 import yaml
 from otdrg.modeling_otdrg import OTDRGForReportGeneration
 from otdrg.train_hf import main
-from otdrg.training.build import build_model
+from otdrg.training.model import build_model
 from otdrg.training.recipe import load_recipe
 from safetensors.torch import load_file
 from transformers import set_seed
 
 VISION_LORA = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.1, "target_modules": ["qkv"]}
-IRCP = {"max_steps": 2, "batch_size": 4, "learning_rate": 1e-3, "probe_studies": 0, "eval_strategy": "no"}
+IRCP = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-3,
+    "probe_studies": 0,
+    "eval_strategy": "no",
+}
 
 
 @pytest.fixture(scope="module")

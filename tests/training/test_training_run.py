@@ -105,7 +105,7 @@ def test_an_unfinished_stage_is_not_run_over(tiny_recipe, copied_run, capsys):
     (copied_run / "report" / "finished.json").unlink()
     arguments = [str(tiny_recipe), f"output_dir={copied_run}", "stages=[report]"]
     assert main(arguments) == 1
-    assert "checkpoint-4: --resume goes on from there, --overwrite starts it anew" in capsys.readouterr().err
+    assert "checkpoint-4: --resume continues from there, --overwrite starts it again" in capsys.readouterr().err
     assert main([*arguments, "--overwrite", "report.max_steps=2"]) == 0
     assert [path.name for path in (copied_run / "report").glob("checkpoint-*")] == ["checkpoint-2"]
 

@@ -3,14 +3,16 @@ import logging
 
 import pytest
 from datasets import DatasetDict
-from otdrg.configuration_otdrg import OTDRGConfig
-from otdrg.findings_otdrg import FINDING_DISPLAY_NAMES
+from otdrg.findings_otdrg import FINDING_DISPLAY_NAMES, FINDINGS, POSITIVE
 from otdrg.labelers import load_labeler
-from otdrg.studies import load_studies
-from otdrg.studies.loading import uncleaned_reports
-from otdrg.training import build
-from otdrg.training.build import build_model, build_studies, lora_fields, set_trained_parts
-from otdrg.training.recipe import LabelsRecipe, ModelRecipe, PredictorRecipe, Recipe, ReportRecipe, StudiesRecipe
+from otdrg.studies import load_studies, prepare_studies
+from otdrg.studies.card import collection_name
+from otdrg.studies.loading import uncleaned_reports, with_column
+from otdrg.studies.r2gen import IU_XRAY_LICENCE, MIMIC_LICENCE
+from otdrg.studies.streaming import StreamedStudies
+from otdrg.training import data
+from otdrg.training.data import build_studies, describe_studies
+from otdrg.training.recipe import LabelsRecipe, StudiesRecipe
 
 OPTIONS = {"train": 5, "validation": 3, "test": 0, "image_size": 32, "views": ["frontal"]}
 
@@ -53,7 +55,7 @@ def test_a_csv_wins_over_the_labeler_and_the_labeler_over_the_studies(phantoms, 
 def test_build_studies_keeps_reports_as_they_were_before_cleaning(phantoms, monkeypatch, cleaning):
     reports = [f"Scarring/atelectasis {number}." for number in range(5)]
     train = phantoms["train"].remove_columns("report").add_column("report", reports)
-    monkeypatch.setattr(build, "load_studies", lambda source, **options: DatasetDict({"train": train}))
+    monkeypatch.setattr(data, "load_studies", lambda source, **options: DatasetDict({"train": train}))
     rows = build_studies(studies_recipe(cleaning=cleaning), LabelsRecipe(labeler="rules"))["train"]
     assert uncleaned_reports(rows) == reports
     assert rows["report"][0] == ("scarringatelectasis 0 ." if cleaning == "r2gen_iu" else reports[0])
@@ -62,7 +64,7 @@ def test_build_studies_keeps_reports_as_they_were_before_cleaning(phantoms, monk
 
 def test_build_studies_placeholder_report_is_skipped(phantoms, monkeypatch, caplog):
     train = phantoms["train"].remove_columns("report").add_column("report", ["nan", "None", ".", "N/A", "Edema."])
-    monkeypatch.setattr(build, "load_studies", lambda source, **options: DatasetDict({"train": train}))
+    monkeypatch.setattr(data, "load_studies", lambda source, **options: DatasetDict({"train": train}))
     with caplog.at_level(logging.WARNING):
         assert len(build_studies(studies_recipe(), LabelsRecipe())["train"]) == 1
     assert "train: 4 of 5 studies skipped: their report is empty" in caplog.text
@@ -77,7 +79,7 @@ def test_a_csv_of_other_studies_is_refused(tmp_path):
 def test_empty_reports_are_skipped_and_counted_and_the_rest_cleaned(phantoms, monkeypatch, caplog):
     reports = ["", "Heart is normal. No effusion.", "  ", "Clear lungs.", "Edema."]
     train = phantoms["train"].remove_columns("report").add_column("report", reports)
-    monkeypatch.setattr(build, "load_studies", lambda source, **options: DatasetDict({"train": train}))
+    monkeypatch.setattr(data, "load_studies", lambda source, **options: DatasetDict({"train": train}))
     with caplog.at_level(logging.WARNING):
         built = build_studies(studies_recipe(cleaning="r2gen_iu", limit={"train": 2}), LabelsRecipe())
     assert built["train"]["report"] == ["heart is normal . no effusion .", "clear lungs ."]
@@ -88,51 +90,61 @@ def test_training_studies_need_states(phantoms, monkeypatch):
     feature = phantoms["train"].features["finding_states"]
     states = [None, *phantoms["train"]["finding_states"][1:]]
     train = phantoms["train"].remove_columns("finding_states").add_column("finding_states", states, feature=feature)
-    monkeypatch.setattr(build, "load_studies", lambda source, **options: DatasetDict({"train": train}))
+    monkeypatch.setattr(data, "load_studies", lambda source, **options: DatasetDict({"train": train}))
     with pytest.raises(ValueError, match=r"1 of 5 training studies have no finding states: set labels\.labeler"):
         build_studies(studies_recipe(), LabelsRecipe())
 
 
-def test_parts_are_trained_as_the_recipe_says():
-    lora = {"r": 2, "target_modules": ["q_proj"]}
-    model, processor = build_model(ModelRecipe(overrides={"lora": lora}), ["the lungs are clear ."])
-    assert model.config.lora is None and model.config.image_token_id == processor.image_token_id
+# --- described -------------------------------------------------------------------------------------------------------
 
-    def trained():
-        return {name.split(".")[0] for name, weight in model.named_parameters() if weight.requires_grad}
-
-    frozen = set_trained_parts(model, vision="frozen", text="frozen", predictor="full", joining=False)
-    assert trained() == {"finding_predictor"}
-    assert model.vision_tower in frozen and model.language_model in frozen
-    set_trained_parts(model, vision="full", text="full", predictor="full", joining=True)
-    assert trained() == {"vision_tower", "language_model", "finding_predictor", "image_projector", "label_projector"}
-    model.config.lora = lora
-    model.add_lora()
-    build.cast_backbones(model, "bfloat16")
-    set_trained_parts(model, vision="frozen", text="lora", predictor="frozen", joining=True)
-    for name, weight in model.named_parameters():
-        assert weight.requires_grad == ("lora_" in name or name.startswith(("image_projector", "label_projector")))
-        is_backbone = name.startswith(("vision_tower", "language_model")) and "lora_" not in name
-        assert str(weight.dtype) == ("torch.bfloat16" if is_backbone else "torch.float32"), name
+PHANTOMS = {"train": 9, "validation": 3, "test": 0, "image_size": 32, "views": ["frontal", "lateral"], "seed": 3}
 
 
-def recipe_of(stage=None, overrides=None, **fields):
-    sections = {} if stage is None else {stage: {"predictor": PredictorRecipe, "report": ReportRecipe}[stage](**fields)}
-    return Recipe(output_dir="run", studies=studies_recipe(), model=ModelRecipe(overrides=overrides or {}), **sections)
+@pytest.fixture(scope="module")
+def described_phantoms():
+    return load_studies("phantom", **PHANTOMS)
 
 
-def test_lora_needs_its_fields():
-    assert OTDRGConfig.from_preset("tiny").lora is None
-    with pytest.raises(ValueError, match=r"report\.text=lora, but the preset tiny has no LoRA of the LLM: set model\."):
-        lora_fields(recipe_of(), "report")
-    message = r"predictor\.vision=lora, but .* set model\.overrides\.vision_lora to r.* or predictor\.vision to full"
-    with pytest.raises(ValueError, match=message):
-        lora_fields(recipe_of("predictor", vision="lora"), "predictor")
+def test_studies_are_counted_and_named(described_phantoms):
+    described = describe_studies(described_phantoms)
+    assert list(described) == ["train", "validation"]
+    train = described["train"]
+    assert (train["studies"], train["labelled"]) == (9, 9)
+    assert (train["collections"], train["licences"]) == (["phantom radiographs"], ["Apache-2.0"])
+    assert train["views"] == {"frontal": 9, "lateral": 9} and train["views_a_study"] == {"2": 9}
+    counts = {name: 0 for name in FINDINGS}
+    for states in described_phantoms["train"]["finding_states"]:
+        for name, state in zip(FINDINGS, states, strict=True):
+            counts[name] += state == POSITIVE
+    assert train["positives"] == counts and sum(counts.values()) > 0
 
 
-def test_a_stage_has_the_adapters_it_trains():
-    lora = {field: {"r": 2, "target_modules": [name]} for field, name in (("lora", "q_proj"), ("vision_lora", "qkv"))}
-    assert lora_fields(recipe_of("predictor", lora, vision="lora"), "predictor") == {"vision_lora": lora["vision_lora"]}
-    assert lora_fields(recipe_of("report", lora), "report") == {"lora": lora["lora"]}
-    assert lora_fields(recipe_of("report", lora, vision="lora", predictor="full"), "report") == lora
-    assert lora_fields(recipe_of("report", lora, text="frozen"), "report") == {}
+def test_states_that_are_not_known_are_not_counted(described_phantoms):
+    rows = described_phantoms["validation"]
+    states = [None, *list(rows["finding_states"])[1:]]
+    described = describe_studies({"validation": with_column(rows, "finding_states", states)})["validation"]
+    assert (described["studies"], described["labelled"]) == (3, 2)
+    none = describe_studies({"validation": with_column(rows, "finding_states", [None] * 3)})["validation"]
+    assert none["labelled"] == 0 and set(none["positives"].values()) == {0}
+
+
+def test_streamed_studies_are_told_of_without_their_views(described_phantoms, tmp_path):
+    prepare_studies("phantom", tmp_path / "built", **PHANTOMS)
+    streamed = describe_studies({"train": StreamedStudies(tmp_path / "built", "train")})["train"]
+    mapped = describe_studies(described_phantoms)["train"]
+    assert streamed == {**mapped, "views": None, "views_a_study": None}
+
+
+@pytest.mark.parametrize(
+    ("source", "licence", "name"),
+    [
+        ("r2gen", IU_XRAY_LICENCE, "IU X-Ray"),
+        ("r2gen", MIMIC_LICENCE, "MIMIC-CXR"),
+        ("r2gen", "", "a collection in R2Gen's layout"),
+        ("open-i", "CC BY-NC-ND 4.0", "IU X-Ray"),
+        ("csv", "CC BY-NC-ND 4.0", "a table of images and reports"),
+        ("elsewhere", "", "studies of source elsewhere"),
+    ],
+)
+def test_collections_are_told_by_source_and_licence(source, licence, name):
+    assert collection_name(source, licence) == name

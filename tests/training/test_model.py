@@ -1,0 +1,82 @@
+from types import SimpleNamespace
+
+import pytest
+from otdrg.configuration_otdrg import OTDRGConfig
+from otdrg.training.model import (
+    build_model,
+    cast_backbones,
+    lora_fields,
+    quantization_config,
+    set_trained_parts,
+)
+from otdrg.training.recipe import ModelRecipe, recipe_from
+
+
+def test_parts_are_trained_as_the_recipe_says():
+    lora = {"r": 2, "target_modules": ["q_proj"]}
+    model, processor = build_model(ModelRecipe(overrides={"lora": lora}), ["the lungs are clear ."])
+    assert model.config.lora is None and model.config.image_token_id == processor.image_token_id
+
+    def trained():
+        return {name.split(".")[0] for name, weight in model.named_parameters() if weight.requires_grad}
+
+    frozen = set_trained_parts(model, vision="frozen", text="frozen", predictor="full", joining=False)
+    assert trained() == {"finding_predictor"}
+    assert model.vision_tower in frozen and model.language_model in frozen
+    set_trained_parts(model, vision="full", text="full", predictor="full", joining=True)
+    assert trained() == {"vision_tower", "language_model", "finding_predictor", "image_projector", "label_projector"}
+    model.config.lora = lora
+    model.add_lora()
+    cast_backbones(model, "bfloat16")
+    set_trained_parts(model, vision="frozen", text="lora", predictor="frozen", joining=True)
+    for name, weight in model.named_parameters():
+        assert weight.requires_grad == ("lora_" in name or name.startswith(("image_projector", "label_projector")))
+        is_backbone = name.startswith(("vision_tower", "language_model")) and "lora_" not in name
+        assert str(weight.dtype) == ("torch.bfloat16" if is_backbone else "torch.float32"), name
+
+
+def recipe_of(stage=None, overrides=None, quantization=None, **fields):
+    model = {"overrides": overrides or {}, "quantization": quantization}
+    sections = {} if stage is None else {stage: fields}
+    return recipe_from({"output_dir": "run", "studies": {"source": "phantom"}, "model": model, **sections})
+
+
+def test_lora_needs_its_fields():
+    assert OTDRGConfig.from_preset("tiny").lora is None
+    with pytest.raises(ValueError, match=r"report\.text=lora, but the preset tiny has no LoRA of the LLM: set model\."):
+        lora_fields(recipe_of(), "report")
+    message = r"predictor\.vision=lora, but .* set model\.overrides\.vision_lora to r.* or predictor\.vision to full"
+    with pytest.raises(ValueError, match=message):
+        lora_fields(recipe_of("predictor", vision="lora"), "predictor")
+
+
+def test_a_stage_has_the_adapters_it_trains():
+    lora = {field: {"r": 2, "target_modules": [name]} for field, name in (("lora", "q_proj"), ("vision_lora", "qkv"))}
+    assert lora_fields(recipe_of("predictor", lora, vision="lora"), "predictor") == {"vision_lora": lora["vision_lora"]}
+    assert lora_fields(recipe_of("report", lora), "report") == {"lora": lora["lora"]}
+    assert lora_fields(recipe_of("report", lora, vision="lora", predictor="full"), "report") == lora
+    assert lora_fields(recipe_of("report", lora, text="frozen"), "report") == {}
+
+
+def test_lora_fields_dora_on_a_quantised_llm_is_refused(monkeypatch):
+    lora = {"r": 2, "target_modules": ["q_proj"], "use_dora": True}
+    config = SimpleNamespace(lora=lora, vision_lora=None)
+    monkeypatch.setattr("otdrg.training.model.preset_config", lambda recipe: config)
+    assert lora_fields(recipe_of("report"), "report") == {"lora": lora}
+    with pytest.raises(ValueError, match=r"lora\.use_dora=True: expected false while model\.quantization is set"):
+        lora_fields(recipe_of("report", quantization="4bit"), "report")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        (
+            {"load_in_4bit": True, "bnb_4bit_quant_typ": "nf4"},
+            r"'bnb_4bit_quant_typ' in model\.quantization: did you mean",
+        ),
+        ({"bnb_4bit_quant_type": "nf4"}, "expected load_in_4bit or load_in_8bit"),
+    ],
+)
+def test_quantization_config_wrong_fields_are_named(quantization, message):
+    with pytest.raises(ValueError, match=message):
+        quantization_config(quantization)

@@ -1,0 +1,279 @@
+"""The section of a stage: `transformers.TrainingArguments`, and the few fields that every stage adds to it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
+
+from .distributed import device_arguments, has_accelerator
+from .fields import COUNT, NOT_NEGATIVE, POSITIVE, Bounds, Section, check_bounds, need, option
+from .selection import WeightedScores
+
+#: Fields of TrainingArguments that a run sets itself, and what to use in their place.
+_SET_BY_THE_RUN = {
+    "output_dir": "the run's own output_dir, at the top of the recipe",
+    "resume_from_checkpoint": "--resume",
+    "do_train": "stages",
+    "do_eval": "eval_strategy",
+    "do_predict": "report.evaluation",
+    "remove_unused_columns": "nothing: the collator reads the studies' columns",
+    "label_names": "nothing: each stage has its own",
+    "prediction_loss_only": "nothing: each stage has its own",
+    "label_smoothing_factor": "nothing: the losses are the paper's",
+    "batch_eval_metrics": "nothing: metrics are computed over the whole split",
+    "eval_do_concat_batches": "nothing: metrics are computed over the whole split",
+    "hub_strategy": "nothing: only the finished model is uploaded, because checkpoint folders hold reports",
+    "hub_token": "the environment variable HF_TOKEN, because recipes are stored and published",
+    "hub_always_push": "nothing: only the finished model is uploaded",
+}
+
+#: Fields of every section that do not change what is learned, and beginnings of such fields.
+_OBSERVING = (
+    "per_device_eval_batch_size",
+    "cache_features",
+    "report_to",
+    "run_name",
+    "project",
+    "push_to_hub",
+    "disable_tqdm",
+    "gradient_checkpointing",
+    "activation_checkpointing",
+    "skip_memory_metrics",
+    "ddp_timeout",
+)
+_OBSERVING_PREFIXES = ("logging_", "log_", "eval_", "save_", "hub_", "trackio_", "torch_compile")
+
+
+@dataclass
+class StageArguments(TrainingArguments):
+    """What every stage has: all fields of `TrainingArguments`, some with another default, and five of our own.
+
+    An instance holds the fields as the recipe gives them. [`prepare`] completes a copy for a Trainer.
+
+    Attributes:
+        place: name of the section in errors.
+        bounds, renamed: as of [`Section`].
+        observing: further fields that change what is logged, kept or computed, and not what is learned.
+        after_training: fields that are read when training is over.
+    """
+
+    place: ClassVar[str] = ""
+    observing: ClassVar[tuple[str, ...]] = ()
+    after_training: ClassVar[tuple[str, ...]] = ()
+    bounds: ClassVar[dict[str, Bounds]] = {
+        "num_train_epochs": POSITIVE,
+        "max_steps": {"least": -1},
+        "per_device_train_batch_size": COUNT,
+        "per_device_eval_batch_size": COUNT,
+        "gradient_accumulation_steps": COUNT,
+        "learning_rate": POSITIVE,
+        "vision_learning_rate": POSITIVE,
+        "warmup_steps": NOT_NEGATIVE,
+        "weight_decay": NOT_NEGATIVE,
+        "max_grad_norm": NOT_NEGATIVE,
+        "adam_beta1": {"least": 0, "below": 1},
+        "adam_beta2": {"least": 0, "below": 1},
+        "adam_epsilon": POSITIVE,
+        "logging_steps": POSITIVE,
+        "eval_steps": POSITIVE,
+        "eval_delay": NOT_NEGATIVE,
+        "eval_accumulation_steps": COUNT,
+        "save_steps": POSITIVE,
+        "save_total_limit": COUNT,
+        "early_stopping_patience": COUNT,
+        "dataloader_num_workers": NOT_NEGATIVE,
+        "dataloader_prefetch_factor": COUNT,
+        "seed": {"least": 0, "most": 2**32 - 1},
+        "data_seed": {"least": 0, "most": 2**32 - 1},
+    }
+    renamed: ClassVar[dict[str, str]] = {
+        "epochs": "num_train_epochs",
+        "batch_size": "per_device_train_batch_size",
+        "eval_batch_size": "per_device_eval_batch_size",
+        "gradient_accumulation": "gradient_accumulation_steps",
+        "schedule": "lr_scheduler_type (constant is now constant_with_warmup)",
+        "warmup_ratio": "warmup_steps, which is a share of the steps where it is below 1",
+        "workers": "dataloader_num_workers",
+        "compile": "torch_compile",
+    }
+
+    num_train_epochs: float = option(1.0, "Passes over the training studies.")
+    per_device_eval_batch_size: int | None = option(
+        None, "Studies in a batch of evaluation on each device; per_device_train_batch_size without it."
+    )
+    learning_rate: float = option(1e-4, "Peak learning rate.")
+    lr_scheduler_type: SchedulerType | str = option("cosine", "Course of the learning rate after warm-up.")
+    weight_decay: float = option(0.01, "Weight decay, of weight matrices only.")
+    logging_first_step: bool = option(True, "Whether to log the first step too.")
+    logging_steps: float = option(10, "Steps between log lines.")
+    logging_nan_inf_filter: bool = option(False, "Whether to log the mean in place of a loss that is not finite.")
+    eval_strategy: Literal["no", "steps", "epoch"] = option("epoch", "When validation is evaluated during training.")
+    save_strategy: Literal["no", "steps", "epoch", "best"] = option("epoch", "When a checkpoint is written.")
+    save_total_limit: int | None = option(2, "Checkpoints that are kept; older ones are deleted.")
+    train_sampling_strategy: Literal["random", "sequential"] = option("random", "Order of the training studies.")
+    restore_callback_states_from_checkpoint: bool = option(
+        True, "Whether --resume restores the count of early stopping."
+    )
+    accelerator_config: dict | str | None = field(
+        # Every process reads the stream and takes its share; batches that one process deals out must have one length.
+        default_factory=lambda: {"dispatch_batches": False},
+        metadata={"help": "Options of accelerate's Accelerator."},
+    )
+    seed: int | None = option(None, "Seed of this stage; the recipe's seed without it.")
+    # HfArgumentParser reads the types of a union in this order.
+    report_to: None | str | list[str] = option(  # noqa: RUF036
+        None, "Where log lines also go; the recipe's report_to without it."
+    )
+    vision: Literal["frozen", "lora", "full"] = option(
+        "frozen", "How the vision encoder is trained; lora uses model.overrides.vision_lora."
+    )
+    vision_learning_rate: float | None = option(
+        None, "Peak learning rate of a trained vision encoder or its adapters; learning_rate without it."
+    )
+    cache_features: bool = option(
+        True, "Encode each view once and keep its features in feature_cache while the vision encoder is frozen."
+    )
+    early_stopping_patience: int | None = option(
+        None, "Evaluations without a better metric_for_best_model after which the stage ends; null: never."
+    )
+
+    def __post_init__(self):
+        """Check the fields by themselves; [`prepare`] calls `TrainingArguments.__post_init__`."""
+        check_bounds(self)
+        need(self.max_steps != 0, self.name("max_steps"), self.max_steps, "a positive integer, or -1")
+        need(
+            self.vision_learning_rate is None or self.vision != "frozen",
+            self.name("vision_learning_rate"),
+            self.vision_learning_rate,
+            f"null while {self.place}.vision is frozen",
+        )
+        need(
+            self.early_stopping_patience is None or self.eval_strategy != "no",
+            self.name("early_stopping_patience"),
+            self.early_stopping_patience,
+            f"null while {self.place}.eval_strategy is no",
+        )
+        evaluates = self.eval_strategy != "no" and self.load_best_model_at_end
+        need(
+            not evaluates or self.save_strategy != "no",
+            self.name("save_strategy"),
+            self.save_strategy,
+            f"steps or epoch while {self.place}.load_best_model_at_end is true",
+        )
+        need(
+            not evaluates or self.save_total_limit != 1,
+            self.name("save_total_limit"),
+            self.save_total_limit,
+            "at least 2, or null: the best checkpoint and the last one",
+        )
+        need(
+            not self.push_to_hub or self.hub_model_id is not None,
+            self.name("hub_model_id"),
+            None,
+            f"a repository such as org/model while {self.place}.push_to_hub is true",
+        )
+        try:
+            #: `metric_for_best_model` as a weighted sum.
+            self.best = WeightedScores.parse(self.metric_for_best_model or "loss")
+        except ValueError as error:
+            raise ValueError(f"{self.name('metric_for_best_model')}={error}") from None
+
+    def name(self, field_name: str) -> str:
+        """A field's name with that of the section."""
+        return f"{self.place}.{field_name}"
+
+    @classmethod
+    def check_given(cls, given: Any) -> None:
+        """Refuse the fields that a run sets itself.
+
+        Raises:
+            ValueError: names the field and what to use in its place.
+        """
+        for key in given if isinstance(given, dict) else ():
+            if key in _SET_BY_THE_RUN:
+                raise ValueError(f"{cls.place}.{key} is set by the run: use {_SET_BY_THE_RUN[key]}")
+
+    def eval_batch(self) -> int:
+        """Studies in a batch of evaluation."""
+        return self.per_device_eval_batch_size or self.per_device_train_batch_size
+
+    def prepare(self, folder: Path, seed: int, report_to: list[str], evaluates: bool, **fixed) -> StageArguments:
+        """A complete copy, for a Trainer.
+
+        Args:
+            folder: the stage's.
+            seed, report_to: the recipe's, for a stage that has none of its own.
+            evaluates: whether there is a split to evaluate on.
+            fixed: fields that the stage sets itself.
+
+        Raises:
+            ValueError: transformers refuses the fields, or this machine cannot do what they ask for.
+        """
+        arguments = copy.copy(self)
+        evaluates = evaluates and self.eval_strategy != "no"
+        selects = evaluates and self.load_best_model_at_end
+        patience = self.early_stopping_patience if evaluates else None
+        values: dict[str, Any] = {
+            "output_dir": str(folder),
+            "seed": seed if self.seed is None else self.seed,
+            "report_to": report_to if self.report_to is None else self.report_to,
+            "per_device_eval_batch_size": self.eval_batch(),
+            "eval_strategy": self.eval_strategy if evaluates else "no",
+            "run_name": self.run_name or f"{folder.parent.name}-{folder.name}",
+            "project": self.project if self.project != "huggingface" else folder.parent.name,
+            "early_stopping_patience": patience,
+            "metric_for_best_model": self.best.trainer_name if selects or patience else None,
+            # Set after `__post_init__`, which requires save_steps to match eval_steps; `SaveOnEvaluation` saves at
+            # every evaluation instead. The Hub gets the finished model only, see `_upload` in run.py.
+            "load_best_model_at_end": False,
+            "push_to_hub": False,
+            "remove_unused_columns": False,
+            **device_arguments(self.use_cpu, bool(self.deepspeed)),
+            **fixed,
+        }
+        if not has_accelerator():
+            values["dataloader_pin_memory"] = False
+        if hasattr(self, "activation_checkpointing") and self.activation_checkpointing is None:
+            # The new name of gradient_checkpointing; passing the old one warns.
+            values["activation_checkpointing"] = self.gradient_checkpointing
+        for name, value in values.items():
+            setattr(arguments, name, value)
+        try:
+            TrainingArguments.__post_init__(arguments)
+        except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
+            raise ValueError(f"{self.place}: {' '.join(str(error).split())}") from error
+        arguments.load_best_model_at_end = selects
+        return arguments
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields ready for JSON, as trackers log them."""
+        values = super().to_dict()
+        return {name: asdict(value) if isinstance(value, Section) else value for name, value in values.items()}
+
+    @classmethod
+    def only_observes(cls, name: str) -> bool:
+        """Whether a field changes what is logged, kept or computed, and not what is learned."""
+        return name in (*_OBSERVING, *cls.observing) or name.startswith(_OBSERVING_PREFIXES)
+
+    def written(self) -> dict[str, Any]:
+        """The fields that `recipe.yaml` keeps: our own, those with a default of ours, and all that were changed."""
+        own_classes = type(self).__mro__[: type(self).__mro__.index(TrainingArguments)]
+        ours = {name for cls in own_classes for name in inspect.get_annotations(cls)}
+        kept = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name in _SET_BY_THE_RUN or not item.init:
+                continue
+            default = item.default if item.default_factory is MISSING else item.default_factory()
+            if item.name in ours or value != default:
+                kept[item.name] = asdict(value) if isinstance(value, Section) else value
+        return kept
+
+
+__all__ = ["StageArguments"]

@@ -1,0 +1,301 @@
+"""The model of a run: built from the recipe or loaded from an earlier stage, with the parts that a stage trains."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+from transformers.utils import is_bitsandbytes_available
+
+from ..configuration_otdrg import OTDRGConfig
+from ..inference.features import cache_features, encoder_is_frozen
+from ..inference.model_files import read_config, read_model, read_processor
+from ..modeling_otdrg import OTDRGForReportGeneration
+from ..processing_otdrg import OTDRGProcessor
+from ..runtime.interruptions import is_out_of_memory
+from .data import Rows
+from .fields import unknown_key
+from .recipe import ModelRecipe, Recipe
+
+#: `model.quantization` as a word: the fields of `BitsAndBytesConfig` that it stands for.
+QUANTIZATIONS: dict[str, dict[str, Any]] = {
+    "4bit": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": "bfloat16",
+    },
+    "8bit": {"load_in_8bit": True},
+}
+
+#: What a recipe says of the quantisation of the LLM: a word, or fields of `BitsAndBytesConfig`.
+Quantization = str | dict[str, Any] | None
+
+
+def build_model(
+    recipe: ModelRecipe, reports: Sequence[str], quantization: Quantization = None
+) -> tuple[OTDRGForReportGeneration, OTDRGProcessor]:
+    """A new model and its processor, without LoRA: on the recipe's or preset's backbones, or else from scratch.
+
+    Args:
+        recipe: the recipe's `model` section.
+        reports: training reports, for the tokenizer of a model from scratch.
+        quantization: as `model.quantization`, of a pretrained LLM's weights.
+
+    Raises:
+        ValueError: an unknown preset or override, one backbone without the other, or a quantised LLM from scratch.
+        OSError: a backbone that cannot be loaded.
+    """
+    config = preset_config(recipe)
+    vision, text = check_backbones(recipe, config)
+    # A stage that trains adapters sets these: a folder without adapters must not have them in its configuration.
+    config.lora = config.vision_lora = None
+    if vision is None and quantization is not None:
+        raise ValueError(f"model.quantization={quantization!r}: expected null for a model from scratch")
+    if vision is None:
+        processor = OTDRGProcessor.from_texts(list(reports), config=config, vocab_size=recipe.vocab_size)
+        try:
+            model = OTDRGForReportGeneration(config)
+        except Exception as error:  # the backbones' own code raises all kinds for sizes that do not fit together
+            if is_out_of_memory(error):
+                raise
+            reason = " ".join(str(error).split())
+            raise ValueError(f"model.overrides: no model can be made of them ({reason})") from error
+    else:
+        fields = {name: getattr(config, name) for name in _joining_fields()}
+        for name, reference in (("vision_backbone", vision), ("text_backbone", text)):
+            # The published configuration must not name a path of this machine.
+            fields[name] = None if os.path.exists(reference) else reference
+        model = OTDRGForReportGeneration.from_backbones(
+            vision=vision,
+            text=text,
+            label_text_encoder=recipe.label_text_encoder,
+            dtype=recipe.dtype,
+            quantization_config=quantization_config(quantization),
+            **fields,
+        )
+        processor = OTDRGProcessor.from_backbones(vision=vision, text=text, config=model.config)
+    cast_backbones(model, recipe.dtype)
+    return model, processor
+
+
+def check_backbones(recipe: ModelRecipe, config: OTDRGConfig) -> tuple[str, str] | tuple[None, None]:
+    """The references of the vision backbone and the LLM, the recipe's or the preset's; None for both from scratch.
+
+    Raises:
+        ValueError: one without the other, or a field that cannot be combined with them.
+    """
+    vision, text = recipe.vision or config.vision_backbone, recipe.text or config.text_backbone
+    if (vision is None) != (text is None):
+        absent = "vision" if vision is None else "text"
+        raise ValueError(f"model.{absent} is missing: expected backbones for both vision and text, or for neither")
+    if vision is None and recipe.label_text_encoder is not None:
+        raise ValueError("model.label_text_encoder is given, but no backbones: expected vision and text beside it")
+    for part in ("vision_config", "text_config") if vision is not None else ():
+        if part in recipe.overrides:
+            raise ValueError(f"model.overrides.{part} is given beside a backbone, which brings its own")
+    return vision, text
+
+
+def preset_config(recipe: ModelRecipe) -> OTDRGConfig:
+    """The configuration of the preset with the recipe's overrides."""
+    # A copy, because from_preset removes the nested configurations from its arguments.
+    return OTDRGConfig.from_preset(recipe.preset, **dict(recipe.overrides))
+
+
+def _joining_fields() -> list[str]:
+    """Fields of the configuration that neither describe a backbone nor depend on a tokenizer."""
+    parameters = inspect.signature(OTDRGConfig.__init__).parameters.values()
+    return [
+        parameter.name
+        for parameter in parameters
+        if parameter.kind is parameter.KEYWORD_ONLY
+        and not parameter.name.endswith(("_token_id", "_token_ids", "_backbone", "_sha256", "_revisions"))
+        and parameter.name not in ("label_encoder_config", "lora", "vision_lora", "weights")
+    ]
+
+
+def lora_fields(recipe: Recipe, stage: str) -> dict[str, dict[str, Any]]:
+    """The fields `lora` and `vision_lora` of the configuration for which a stage trains adapters.
+
+    Raises:
+        ValueError: neither the overrides nor the preset has them, or DoRA on a quantised LLM.
+    """
+    config, section = preset_config(recipe.model), getattr(recipe, stage)
+    wanted = {}
+    for mode, part, field in (("text", "LLM", "lora"), ("vision", "vision encoder", "vision_lora")):
+        if getattr(section, mode, None) != "lora":
+            continue
+        wanted[field] = getattr(config, field)
+        if wanted[field] is None:
+            raise ValueError(
+                f"{stage}.{mode}=lora, but the preset {recipe.model.preset} has no LoRA of the {part}: set "
+                f"model.overrides.{field} to r, lora_alpha, lora_dropout and target_modules, or {stage}.{mode} to full"
+            )
+    if wanted.get("lora", {}).get("use_dora") and recipe.model.quantization is not None:
+        raise ValueError(
+            "model.overrides.lora.use_dora=True: expected false while model.quantization is set: DoRA needs the "
+            "weights themselves"
+        )
+    return wanted
+
+
+def attach_lora(model: OTDRGForReportGeneration, recipe: Recipe, stage: str) -> None:
+    """Add the fresh adapters that a stage trains, configured by [`lora_fields`]."""
+    wanted = lora_fields(recipe, stage)
+    for field, value in wanted.items():
+        setattr(model.config, field, value)
+    if wanted:
+        model.add_lora()
+
+
+def load_model(
+    folder: str | os.PathLike, recipe: ModelRecipe, quantization: Quantization = None
+) -> tuple[OTDRGForReportGeneration, OTDRGProcessor]:
+    """A stage's model and processor from its folder, joined as the recipe now says.
+
+    Backbones have the recipe's `dtype`, the rest is float32. How they are joined (DLE, FIOT, the settings of the
+    transport) is read from the recipe and not from the folder, so that a stage can be run again with other switches;
+    parts that a switch adds start from scratch.
+
+    Args:
+        quantization: as `model.quantization`, of the LLM's weights.
+    """
+    config = read_config(folder)
+    wanted = preset_config(recipe)
+    for name in _joining_fields():
+        # A stage fitted the thresholds, and a text encoder of the labels is stored with its weights.
+        if name != "finding_thresholds" and not (name == "label_encoder" and recipe.label_text_encoder is not None):
+            setattr(config, name, getattr(wanted, name))
+    trained = read_processor(folder)
+    views = trained.image_processor
+    processor = OTDRGProcessor.from_config(config, trained.tokenizer, views.image_mean, views.image_std)
+    # In float32 first: from_pretrained casts all weights to one type and would round those trained in float32.
+    model = read_model(
+        folder, may_lack=True, config=config, dtype=torch.float32, quantization_config=quantization_config(quantization)
+    )
+    cast_backbones(model, recipe.dtype)
+    return model, processor
+
+
+def cast_backbones(model: OTDRGForReportGeneration, dtype: str) -> None:
+    """Cast the backbones' weights to `dtype` and everything between them to float32."""
+    for name, part in model.named_children():
+        wanted = getattr(torch, dtype) if name.endswith(("vision_tower", "language_model")) else torch.float32
+        if not getattr(part, "is_quantized", False):
+            part.to(wanted)
+            continue
+        for weight in part.parameters():
+            # Packed weights are integers.
+            if weight.is_floating_point():
+                weight.data = weight.data.to(wanted)
+
+
+def quantization_config(quantization: Quantization) -> BitsAndBytesConfig | None:
+    """transformers' configuration of the LLM's quantisation.
+
+    Args:
+        quantization: "4bit" (NF4, quantised twice, computed in bfloat16), "8bit", or fields of `BitsAndBytesConfig`.
+
+    Raises:
+        ValueError: fields that `BitsAndBytesConfig` does not have or refuses, or bitsandbytes is not installed.
+    """
+    if quantization is None:
+        return None
+    fields = QUANTIZATIONS[quantization] if isinstance(quantization, str) else quantization
+    known = [
+        name for name in inspect.signature(BitsAndBytesConfig.__init__).parameters if name not in ("self", "kwargs")
+    ]
+    for name in fields:
+        if name not in known:
+            raise unknown_key(name, "model.quantization", known, {})
+    if not (fields.get("load_in_4bit") or fields.get("load_in_8bit")):
+        raise ValueError(f"model.quantization={quantization!r}: expected load_in_4bit or load_in_8bit among its fields")
+    if not is_bitsandbytes_available():
+        raise ValueError(f"model.quantization={quantization!r} needs bitsandbytes: pip install bitsandbytes")
+    try:
+        return BitsAndBytesConfig(**fields)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"model.quantization={quantization!r}: {' '.join(str(error).split())}") from error
+
+
+def set_trained_parts(
+    model: OTDRGForReportGeneration,
+    *,
+    vision: str,
+    text: str,
+    predictor: str,
+    joining: bool,
+    finding_vision: str = "frozen",
+) -> list[nn.Module]:
+    """Freeze and unfreeze the parts of a model; trained weights become float32.
+
+    Args:
+        vision, text: "frozen", "lora" (adapters only) or "full".
+        predictor: "frozen" or "full".
+        joining: whether the projections and a label table are trained.
+        finding_vision: as `vision`, of the predictor's own encoder.
+
+    Returns:
+        The parts that are completely frozen. Keep them in evaluation mode: their dropout would only add noise.
+    """
+    model.requires_grad_(False)
+    frozen = []
+    modes = [(model.vision_tower, vision), (model.language_model, text), (model.finding_predictor, predictor)]
+    if model.config.predictor_encoder == "own":
+        modes.append((model.finding_vision_tower, finding_vision))
+    for part, mode in modes:
+        if mode == "frozen":
+            frozen.append(part)
+        for name, parameter in part.named_parameters():
+            parameter.requires_grad_(mode == "full" or (mode == "lora" and "lora_" in name))
+    if joining:
+        model.image_projector.requires_grad_(True)
+        if model.config.fiot:
+            model.label_projector.requires_grad_(True)
+            if model.config.label_encoder == "table":
+                model.label_encoder.requires_grad_(True)
+            else:
+                frozen.append(model.label_encoder)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return frozen
+
+
+def cached_where_frozen(
+    model: OTDRGForReportGeneration,
+    processor: OTDRGProcessor,
+    studies: Rows | None,
+    recipe: Recipe,
+    stage: str,
+    device: torch.device | str,
+) -> Rows | None:
+    """Studies with features in place of images if a stage caches them and trains no vision encoder.
+
+    Otherwise they are returned unchanged. The model is moved to `device` to encode.
+    """
+    section = getattr(recipe, stage)
+    if studies is None or not (section.cache_features and encoder_is_frozen(model)):
+        return studies
+    return cache_features(model.to(device), processor, studies, recipe.features_folder, section.eval_batch())
+
+
+__all__ = [
+    "QUANTIZATIONS",
+    "attach_lora",
+    "build_model",
+    "cached_where_frozen",
+    "cast_backbones",
+    "check_backbones",
+    "load_model",
+    "lora_fields",
+    "preset_config",
+    "quantization_config",
+    "set_trained_parts",
+]
