@@ -7,10 +7,12 @@ float32 of shape (size, size).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from .phantom_wording import FindingDetail
 
 #: The mask of a finding is where it changes the attenuation by more than this.
 VISIBLE = 0.02
@@ -125,3 +127,35 @@ class Canvas:
         density = self.attenuation + np.float32(0.015) * scatter
         gray = np.float32(base) + (1 - np.exp(np.float32(-gain) * density)) + noise
         return Image.fromarray((np.clip(gray, 0, 1) * 255).astype(np.uint8))
+
+
+class PhantomView:
+    """Draws one view of a phantom.
+
+    Args:
+        canvas: an empty canvas.
+        stream: returns a generator for a name, so that findings do not influence each other.
+        strengths: visibility of each finding: 1 positive, less than 1 unclear, 0 absent.
+        details: side, zone, size and device of each finding.
+
+    Attributes:
+        masks: (size, size) mask of each present and visible finding drawn so far.
+    """
+
+    prefix = ""  # of the names of the generators of findings
+
+    def __init__(
+        self,
+        canvas: Canvas,
+        stream: Callable[[str], np.random.Generator],
+        strengths: Mapping[str, float],
+        details: Mapping[str, FindingDetail],
+    ):
+        self.canvas, self.stream, self.strengths, self.details = canvas, stream, strengths, details
+        self.masks: dict[str, np.ndarray] = {}
+
+    def add(self, finding: str, draw: Callable[[np.random.Generator, FindingDetail], np.ndarray]) -> None:
+        """Draw a finding if it is present."""
+        if self.strengths[finding]:
+            change = draw(self.stream(self.prefix + finding), self.details[finding])
+            self.masks[finding] = self.canvas.add(np.float32(self.strengths[finding]) * change)

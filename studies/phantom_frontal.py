@@ -5,34 +5,21 @@ Longer than three screens because the anatomy and the 13 findings share one geom
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 
-from .phantom_canvas import Canvas, curve, ramp, smooth
+from .phantom_canvas import Canvas, PhantomView, curve, ramp, smooth
 from .phantom_wording import FindingDetail
 
 _RIB_SPACING = 0.165
 
 
-class Frontal:
-    """Draws one frontal view.
+class Frontal(PhantomView):
+    """Draws one frontal view."""
 
-    Args:
-        canvas: an empty canvas.
-        stream: returns a generator for a name, so that findings do not influence each other.
-        strengths: visibility of each finding: 1 positive, less than 1 unclear, 0 absent.
-        details: side, zone, size and device of each finding.
-    """
-
-    def __init__(
-        self,
-        canvas: Canvas,
-        stream: Callable[[str], np.random.Generator],
-        strengths: Mapping[str, float],
-        details: Mapping[str, FindingDetail],
-    ):
-        self.canvas, self.stream, self.strengths, self.details = canvas, stream, strengths, details
+    def __init__(self, canvas: Canvas, stream: Callable[[str], np.random.Generator], *findings):
+        super().__init__(canvas, stream, *findings)
         rng = stream("frontal anatomy")
         self.half_width = rng.uniform(0.70, 0.80)
         self.apex = rng.normal(-0.76, 0.025)
@@ -55,12 +42,11 @@ class Frontal:
 
     def draw(self) -> dict[str, np.ndarray]:
         """Draw the view, and return the mask (size, size) of each present finding."""
-        masks = {}
-        silhouette = self._silhouette(masks)
-        self._bones(masks)
+        silhouette = self._silhouette()
+        self._bones()
         # A finding is fainter where it overlaps the heart.
         self.visible = self.lung * (1 - np.float32(0.55) * silhouette)
-        self._markings(silhouette, masks)
+        self._markings(silhouette)
         for finding, draw in (
             ("lung_opacity", self._opacity),
             ("consolidation", self._consolidation),
@@ -69,16 +55,12 @@ class Frontal:
             ("lung_lesion", self._lesion),
             ("pleural_other", self._thickening),
             ("pleural_effusion", self._effusion),
+            ("support_devices", self._device),
         ):
-            if self.strengths[finding]:
-                masks[finding] = self.canvas.add(
-                    np.float32(self.strengths[finding]) * draw(self.stream(finding), self.details[finding])
-                )
-        if self.strengths["support_devices"]:
-            masks["support_devices"] = self._device()
-        return masks
+            self.add(finding, draw)
+        return self.masks
 
-    def _silhouette(self, masks: dict[str, np.ndarray]) -> np.ndarray:
+    def _silhouette(self) -> np.ndarray:
         """Draw soft tissue, and return the outline of heart and mediastinum."""
         rng, canvas, y = self.stream("frontal silhouette"), self.canvas, self.canvas.y
         shoulder = 0.22 + 1.1 * smooth(y + 0.83, 0.36)
@@ -94,7 +76,7 @@ class Frontal:
         half = half + np.where(self.left, knob, 0) * np.exp(-(((y + 0.3) * np.float32(1 / 0.1)) ** 2))
         column = ramp(half + widening - self.out, 0.03)
         if strength:
-            masks["enlarged_cardiomediastinum"] = (column > 0) & (widening > 0.002)
+            self.masks["enlarged_cardiomediastinum"] = (column > 0) & (widening > 0.002)
 
         # Heart: the cardiothoracic ratio is 0.40 to 0.47 if normal, 0.52 if unclear, above 0.57 if enlarged.
         strength, detail = self.strengths["cardiomegaly"], self.details["cardiomegaly"]
@@ -108,7 +90,7 @@ class Frontal:
         outflow = canvas.ellipse(self.centre + 0.14 * width, heart_y - 0.50 * width, 0.66 * width, 0.66 * width)
         heart = ramp(np.maximum(ventricles, outflow), 0.035)
         if strength:
-            masks["cardiomegaly"] = (heart > 0) & (self.above > -0.0125)
+            self.masks["cardiomegaly"] = (heart > 0) & (self.above > -0.0125)
         silhouette = np.maximum(column, heart)
 
         canvas.add(body * (1 - np.float32(0.74) * self.lung * (1 - silhouette)) + np.float32(0.10) * silhouette * body)
@@ -120,7 +102,7 @@ class Frontal:
         canvas.add(-0.25 * ramp(bubble, 0.05) * (1 - self.lung))
         return silhouette
 
-    def _bones(self, masks: dict[str, np.ndarray]) -> None:
+    def _bones(self) -> None:
         rng, y, out = self.stream("frontal bones"), self.canvas.y, self.out
         vertebrae = 0.11 + 0.035 * np.cos(y * np.float32(2 * np.pi / 0.14))
         bone = vertebrae * ramp(0.075 - out, 0.03)
@@ -137,12 +119,11 @@ class Frontal:
         line = np.abs(y - np.float32(self.apex) - 0.19 + 0.20 * out - 0.10 * out * out)
         bone += 0.16 * ramp(0.022 - line, 0.02) * ramp(out - 0.07, 0.04) * ramp(0.72 - out, 0.1)
         self.canvas.add(bone)
-        if self.strengths["fracture"]:
-            masks["fracture"] = self._fracture(u, start)
+        self.add("fracture", lambda rng, detail: self._fracture(rng, detail, u, start))
 
-    def _fracture(self, u: np.ndarray, start: float) -> np.ndarray:
+    def _fracture(self, rng: np.random.Generator, detail: FindingDetail, u: np.ndarray, start: float) -> np.ndarray:
         """A posterior rib broken in two: a dark gap, the outer end dropped, both ends thick with callus."""
-        rng, detail, y = self.stream("fracture"), self.details["fracture"], self.canvas.y
+        y = self.canvas.y
         rib, broken = rng.integers(2, 6), rng.uniform(0.56, 0.66)
         centre = start - 0.07 * u + 0.34 * u * u + _RIB_SPACING * (rib + 0.5)
         side = ramp(self.side_x * (1 if detail.side == "left" else -1), 0.01)
@@ -154,9 +135,9 @@ class Frontal:
         change += 0.36 * inner * ramp(0.036 - np.abs(y - centre), 0.02)
         change -= 0.14 * gap * ramp(0.045 - np.abs(y - centre), 0.02)
         change -= 0.10 * outer * ramp(0.026 - np.abs(y - centre + 0.01), 0.02)
-        return self.canvas.add(np.float32(self.strengths["fracture"]) * side * change)
+        return side * change
 
-    def _markings(self, silhouette: np.ndarray, masks: dict[str, np.ndarray]) -> None:
+    def _markings(self, silhouette: np.ndarray) -> None:
         """Vessels from the hila; edema thickens and blurs them, and a pneumothorax has none."""
         rng, canvas, y = self.stream("frontal vessels"), self.canvas, self.canvas.y
         hilum_x, hilum_y = rng.uniform(0.15, 0.18), rng.uniform(-0.02, 0.04)
@@ -176,13 +157,12 @@ class Frontal:
             haze = np.exp(-(((across - 0.10) * np.float32(1 / 0.19)) ** 2) - (down * np.float32(1 / 0.34)) ** 2)
             haze *= (0.34 + 0.08 * canvas.texture(16, self.stream("edema"))).astype(np.float32)
             change = (haze + np.float32(0.9) * vessels) * self.visible
-            masks["edema"] = canvas.add(np.float32(amount * self.strengths["edema"]) * change)
-        if self.strengths["pneumothorax"]:
-            masks["pneumothorax"] = self._pneumothorax(vessels)
+            self.masks["edema"] = canvas.add(np.float32(amount * self.strengths["edema"]) * change)
+        self.add("pneumothorax", lambda rng, detail: self._pneumothorax(detail, vessels))
 
-    def _pneumothorax(self, vessels: np.ndarray) -> np.ndarray:
+    def _pneumothorax(self, detail: FindingDetail, vessels: np.ndarray) -> np.ndarray:
         """A thin pleural line, and between it and the chest wall air without vessels."""
-        detail, y = self.details["pneumothorax"], self.canvas.y
+        y = self.canvas.y
         depth = (0.17 if detail.size == "small" else 0.34) * ramp(0.32 - y, 0.5)
         shrunken = np.clip((np.float32(0.45) - y) / (0.45 - self.apex - 0.55 * depth), 0, 1)
         pleura = 0.34 + (self.half_width - 0.34) * np.sqrt(1 - shrunken**2.4) - depth * 0.75
@@ -190,8 +170,7 @@ class Frontal:
         here = self.lung * self._on(detail.side) * ramp(depth - 0.02, 0.04)
         air = ramp(beyond, 0.012) * here
         line = ramp(0.010 - np.abs(beyond), 0.012) * here
-        change = 0.26 * line - air * (vessels + np.float32(0.13))
-        return self.canvas.add(np.float32(self.strengths["pneumothorax"]) * change)
+        return 0.26 * line - air * (vessels + np.float32(0.13))
 
     def _on(self, side: str) -> np.ndarray:
         return self.left if side == "left" else ~self.left
@@ -263,8 +242,8 @@ class Frontal:
         hidden = np.clip(2 * self.visible - self.lung, 0, 1)
         return 0.58 * ramp(self.canvas.y - surface, 0.03) * hidden * self._on(detail.side)
 
-    def _device(self) -> np.ndarray:
-        rng, detail, canvas = self.stream("support_devices"), self.details["support_devices"], self.canvas
+    def _device(self, rng: np.random.Generator, detail: FindingDetail) -> np.ndarray:
+        canvas = self.canvas
         if detail.device == "tube":
             tip = rng.uniform(-0.30, -0.24)
             metal = 0.55 * canvas.lines(
@@ -278,7 +257,7 @@ class Frontal:
             box = ramp(canvas.ellipse(x, y, 0.12, 0.095), 0.015)
             lead = curve([(x - 0.10, y), (0.02, -0.62), (-0.20, -0.12), (0.16, 0.36)])
             metal = np.maximum(0.9 * box, 0.65 * canvas.lines([lead], 0.024))
-        return canvas.add(np.float32(self.strengths["support_devices"]) * metal)
+        return metal
 
 
 def _bars(phase: np.ndarray, half: float) -> np.ndarray:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 
-from .phantom_canvas import Canvas, curve, ramp
+from .phantom_canvas import Canvas, PhantomView, curve, ramp
 from .phantom_wording import FindingDetail
 
 
-class Lateral:
-    """Draws one lateral view; arguments as for `Frontal`. It does not show rib fractures."""
+class Lateral(PhantomView):
+    """Draws one lateral view. It does not show rib fractures."""
 
-    def __init__(
-        self,
-        canvas: Canvas,
-        stream: Callable[[str], np.random.Generator],
-        strengths: Mapping[str, float],
-        details: Mapping[str, FindingDetail],
-    ):
-        self.canvas, self.stream, self.strengths, self.details = canvas, stream, strengths, details
+    prefix = "lateral "
+
+    def __init__(self, canvas: Canvas, stream: Callable[[str], np.random.Generator], *findings):
+        super().__init__(canvas, stream, *findings)
         rng, x, y = stream("lateral anatomy"), canvas.x, canvas.y
         self.depth = rng.uniform(0.52, 0.60)
         self.dome_y = rng.normal(0.42, 0.03)
@@ -34,8 +30,7 @@ class Lateral:
 
     def draw(self) -> dict[str, np.ndarray]:
         """Draw the view, and return the mask (size, size) of each present and visible finding."""
-        masks = {}
-        heart = self._anatomy(masks)
+        heart = self._anatomy()
         self.visible = self.lung * (1 - np.float32(0.5) * heart)
         for finding, draw in (
             ("edema", self._edema),
@@ -49,12 +44,10 @@ class Lateral:
             ("pleural_effusion", self._effusion),
             ("support_devices", self._device),
         ):
-            if self.strengths[finding]:
-                change = draw(self.stream(f"lateral {finding}"), self.details[finding])
-                masks[finding] = self.canvas.add(np.float32(self.strengths[finding]) * change)
-        return masks
+            self.add(finding, draw)
+        return self.masks
 
-    def _anatomy(self, masks: dict[str, np.ndarray]) -> np.ndarray:
+    def _anatomy(self) -> np.ndarray:
         rng, canvas, x, y = self.stream("lateral tissue"), self.canvas, self.canvas.x, self.canvas.y
         body = ramp(np.minimum(x - self.front + 0.14, self.back + 0.26 - x), 0.05)
         body *= np.float32(rng.uniform(0.70, 0.78)) + 0.20 * ramp(y - self.dome, 0.1)
@@ -66,14 +59,14 @@ class Lateral:
         heart_x = -0.46 * self.depth + 0.6 * (width - 0.22)
         heart = ramp(canvas.ellipse(heart_x, self.dome_y - 0.80 * width, 0.90 * width, 1.45 * width, tilt=0.7), 0.05)
         if strength:
-            masks["cardiomegaly"] = (heart > 0) & (self.lung > 0.02)
+            self.masks["cardiomegaly"] = (heart > 0) & (self.lung > 0.02)
         widening = self.strengths["enlarged_cardiomediastinum"]
         great_vessels = ramp(canvas.ellipse(-0.10, -0.28, 0.13, 0.30, tilt=0.15), 0.12)
         canvas.add(body * (1 - np.float32(0.66) * self.lung * (1 - heart)) + np.float32(0.06) * heart * self.lung)
         canvas.add(np.float32(0.14) * great_vessels * self.lung * (1 - heart))
         if widening:
             wide = ramp(canvas.ellipse(-0.16, -0.34, 0.28, 0.32, tilt=0.15), 0.08)
-            masks["enlarged_cardiomediastinum"] = canvas.add(0.30 * np.float32(widening) * wide * self.lung)
+            self.masks["enlarged_cardiomediastinum"] = canvas.add(0.30 * np.float32(widening) * wide * self.lung)
         # Spine along the back, sternum along the front, ribs across, trachea down the middle.
         spine_x = np.abs(x - self.back + 0.02 - 0.10 * y)
         blocks = 0.14 + 0.10 * ramp(np.cos(y * np.float32(2 * np.pi / 0.15)) + 0.4, 0.8)
