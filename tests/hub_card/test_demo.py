@@ -412,7 +412,7 @@ def test_page_works_by_keyboard_alone(visit, pipe, png):
     page, frontal = visit(), png()
 
     def tab_to(locator):
-        for _ in range(40):
+        for _ in range(100):
             page.keyboard.press("Tab")
             if locator.evaluate("element => element === document.activeElement"):
                 outline = locator.evaluate("element => getComputedStyle(element).outlineStyle")
