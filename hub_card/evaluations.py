@@ -153,9 +153,9 @@ class EvaluationFacts:
     # -- tables -------------------------------------------------------------------------------------------------------
 
     @property
-    def fluency_table(self) -> str:
+    def score_table(self) -> str:
         """Every row, every score except clinical efficacy."""
-        return self._table("fluency", score_headings())
+        return self._table("score", score_headings())
 
     @property
     def f1_tables(self) -> dict[str, str]:

@@ -161,14 +161,15 @@ class _Page:
         with gr.Accordion("Change the states and write again", open=False, visible=self.steerable):
             with gr.Row():
                 self.states = [
-                    gr.Dropdown(
+                    # Not `gr.Dropdown`: its lists stay open when the keyboard moves on.
+                    gr.Radio(
                         # No Finding is not a finding: it is positive or unmentioned.
                         FINDING_STATES[:2] if finding == "no_finding" else FINDING_STATES,
                         value=None,
                         label=FINDING_DISPLAY_NAMES[finding],
-                        filterable=False,
                         interactive=True,
-                        min_width=140,
+                        min_width=280,
+                        elem_id=f"state-{finding}",
                     )
                     for finding in FINDINGS
                 ]

@@ -6,7 +6,6 @@ from typing import Any
 
 from ...findings_otdrg import FINDING_DISPLAY_NAMES
 from ...metrics.faithfulness import KINDS
-from ...metrics.tables import markdown_table
 
 _LEGEND = (
     "**State**: the model was conditioned on it; predicted, unless you chose it. **p**: the label predictor's "
@@ -23,7 +22,8 @@ def findings_table(record: dict[str, Any], steerable: bool) -> str:
         steerable: whether the model is conditioned on states.
     """
     disagreements = {each["finding"]: each for each in record.get("contradictions", ())}
-    rows = []
+    # Not `metrics.tables.markdown_table`: a Space does not install the libraries that it imports.
+    rows = [["Finding", "State", "p", "Report says"], ["---"] * 4]
     for finding, found in record["findings"].items():
         cells = [FINDING_DISPLAY_NAMES[finding], found["state"], f"{found['probability']:.2f}"]
         each = disagreements.get(finding)
@@ -35,7 +35,7 @@ def findings_table(record: dict[str, Any], steerable: bool) -> str:
         if each is not None and each["kind"] == "contradicted":
             cells = [f"**{cell}**" for cell in (f"⚠ {cells[0]}", *cells[1:])]
         rows.append(cells)
-    table = markdown_table(["Finding", "State", "p", "Report says"], rows)
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
     return f"{table}\n\n{_LEGEND if steerable else _LEGEND_UNUSED}"
 
 

@@ -126,13 +126,13 @@ def shown(value):
 def test_card_tables_hold_the_figures_of_the_files(made):
     card, result = build_card(made / "run", "org/tiny"), evaluation_of(made / "run/evaluation-validation")
     found, rows = tables(card.text), result["rows"]
-    fluency = named(found, "fluency")[0]
-    assert list(fluency) == ["model", "model, 95 % interval", *list(rows)[1:]]
+    scores_table = named(found, "score")[0]
+    assert list(scores_table) == ["model", "model, 95 % interval", *list(rows)[1:]]
     for name, scores in rows.items():
-        assert fluency[name] == {NLG_NAMES[metric]: shown(scores.get(metric)) for metric in METRICS}
+        assert scores_table[name] == {NLG_NAMES[metric]: shown(scores.get(metric)) for metric in METRICS}
     for metric in METRICS:
         bounds = result["intervals"]["model"][metric]
-        assert fluency["model, 95 % interval"][NLG_NAMES[metric]] == f"{bounds['low']:.3f} to {bounds['high']:.3f}"
+        assert scores_table["model, 95 % interval"][NLG_NAMES[metric]] == f"{bounds['low']:.3f} to {bounds['high']:.3f}"
     for table, policy in zip(named(found, "F1")[:2], ("uncertain_negative", "uncertain_positive"), strict=True):
         for name, scores in rows.items():
             assert list(table[name].values()) == [shown(scores[f"{score}_{policy}"]) for score in F1]
@@ -289,8 +289,8 @@ def test_card_two_protocols_are_kept_apart(made):
         result = evaluation_of(folder if folder.is_dir() else folder.parent)
         (config,) = [name for name in bleu if f"protocol {result['protocol']}" in name and "greedy" in name]
         assert bleu[config] == result["rows"]["model"]["bleu_1"]
-    fluency = named(tables(card.text), "fluency")
-    assert len(fluency) == 3
+    scores_table = named(tables(card.text), "score")
+    assert len(scores_table) == 3
 
 
 def test_card_other_dataset_is_named_without_predictor_auc(copied):
@@ -342,7 +342,7 @@ def test_card_run_without_evaluation_has_stage_figures_only(copied):
     card = build_card(copied, "org/tiny")
     assert "**No measured result.**" in card.text and "Label predictor: macro AUC" in card.text
     assert {found.metric_type for found in card.data.eval_results or []} <= {"roc_auc"}
-    assert not named(tables(card.text), "fluency")
+    assert not named(tables(card.text), "score")
 
 
 def test_card_report_stage_evaluation_has_no_intervals(copied):
@@ -350,7 +350,7 @@ def test_card_report_stage_evaluation_has_no_intervals(copied):
     result = json.loads((copied / "results.json").read_text(encoding="utf-8"))["report"]["evaluation"]
     text = build_card(copied, "org/tiny").text
     assert "no intervals were computed" in text and "judged by scores without intervals" in text
-    table = named(tables(text), "fluency")[0]
+    table = named(tables(text), "score")[0]
     assert "model, 95 % interval" not in table
     assert table["model"]["BLEU-1"] == shown(result["rows"]["model"]["bleu_1"])
 
