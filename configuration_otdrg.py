@@ -369,7 +369,7 @@ def resolve_backbone(reference: str) -> tuple[str, dict[str, str]]:
     return str(reference), {}
 
 
-def _is_int(value, least: int = 0, most: float = math.inf) -> bool:
+def _is_int(value, least: float = 0, most: float = math.inf) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 

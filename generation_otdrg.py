@@ -201,7 +201,7 @@ class OTDRGGenerationMixin(GenerationMixin):
                 match, or arguments of different numbers of studies.
         """
         given = inputs if input_ids is None else input_ids
-        prompt = {
+        prompt: dict[str, Any] = {
             "input_ids": given,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
@@ -360,9 +360,9 @@ def check_batch(**inputs: torch.Tensor | None) -> None:
     first, reference = next(iter(batched.items()))
     for name, value in batched.items():
         if len(value) != len(reference):
-            found, expected = f"{len(value)} rows", len(reference)
+            found, expected = f"{len(value)} rows", f"{len(reference)}"
             if name.startswith("finding_"):
-                found, expected = f"shape {tuple(value.shape)}", (len(reference), len(FINDINGS))
+                found, expected = f"shape {tuple(value.shape)}", f"{(len(reference), len(FINDINGS))}"
             raise ValueError(f"{name} has {found}: expected {expected}, as many rows as {first}")
 
 

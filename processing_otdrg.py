@@ -25,7 +25,9 @@ if find_spec("transformers.image_processing_backends") is not None:
     from transformers import ViTImageProcessor
 else:
     # Earlier versions have a slow and a fast one whose pixels differ slightly, and reload a folder as the fast one.
-    from transformers.models.vit.image_processing_vit_fast import ViTImageProcessorFast as ViTImageProcessor
+    from transformers.models.vit.image_processing_vit_fast import (  # type: ignore[import-not-found]
+        ViTImageProcessorFast as ViTImageProcessor,
+    )
 
 from .chat_templates_otdrg import check_chat_template
 from .configuration_otdrg import (
@@ -83,7 +85,7 @@ _TEXT_ARGUMENTS = {"padding", "padding_side", "truncation", "max_length", "pad_t
 _CHAT_ARGUMENTS = {"return_dict", "sanitize_control_tokens"}
 
 
-class OTDRGProcessorKwargs(ProcessingKwargs, total=False):
+class OTDRGProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     _defaults = {  # noqa: RUF012
         "text_kwargs": {"padding": True},
         "common_kwargs": {"return_tensors": "pt"},
@@ -384,8 +386,8 @@ class OTDRGProcessor(ProcessorMixin):
             raise ValueError("no image: a report is only written from at least one view")
         if not isinstance(images, (list, tuple)):
             images = [images]
-        counts = [prompt.count(self.image_token) for prompt in texts] if texts else []
-        if counts and len(images) != len(texts) and sum(counts) == len(images):
+        counts = [prompt.count(self.image_token) for prompt in texts or ()]
+        if counts and len(images) != len(counts) and sum(counts) == len(images):
             # A flat list of the images of conversations with several images each.
             remaining = iter(images)
             images = [[next(remaining) for _ in range(count)] for count in counts]
@@ -460,10 +462,12 @@ class OTDRGProcessor(ProcessorMixin):
                 target.append(tokenizer.eos_token_id)
             rows.append(ids + target)
             targets.append([-100] * len(ids) + target)
-        padding, truncation = (getattr(strategy, "value", strategy) for strategy in (padding, truncation))
-        if max_length is None and (padding == "max_length" or truncation not in (None, False, "do_not_truncate")):
-            raise ValueError("max_length=None: expected a number of tokens with padding='max_length' or truncation")
-        if truncation not in (None, False, "do_not_truncate"):
+        strategy = getattr(padding, "value", padding)
+        truncates = getattr(truncation, "value", truncation) not in (None, False, "do_not_truncate")
+        if max_length is None:
+            if truncates or strategy == "max_length":
+                raise ValueError("max_length=None: expected a number of tokens with padding='max_length' or truncation")
+        elif truncates:
             rows, targets = self._truncated(rows, targets, max_length)
         # Padding is masked by length and not by its id, which for many LLMs is that of the end of text.
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -471,10 +475,10 @@ class OTDRGProcessor(ProcessorMixin):
         if side not in ("left", "right"):
             raise ValueError(f"padding_side={side!r}: expected 'left' or 'right'")
         lengths = list(map(len, rows))
-        if padding not in (False, "do_not_pad"):
-            longest = max([*lengths, max_length] if padding == "max_length" else lengths)
-            longest = -(-longest // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
-            lengths = [longest] * len(rows)
+        if strategy not in (False, "do_not_pad"):
+            longest = max(*lengths, max_length or 0) if strategy == "max_length" else max(lengths)
+            multiple = pad_to_multiple_of or 1
+            lengths = [-(-longest // multiple) * multiple] * len(rows)
 
         def padded(values: list[list[int]], value: int) -> list[list[int]]:
             sides = [[value] * (length - len(row)) for length, row in zip(lengths, values, strict=True)]
