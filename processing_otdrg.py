@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -36,9 +35,8 @@ from .configuration_otdrg import (
     FINDING_TOKEN,
     HUB_KEYWORDS,
     IMAGE_TOKEN,
-    MAXIMUM_IMAGE_SIZE,
-    MAXIMUM_IMAGE_TOKENS,
     OTDRGConfig,
+    check_fields,
     find_file,
     place_of,
     resolve_backbone,
@@ -128,34 +126,22 @@ class OTDRGProcessor(ProcessorMixin):
         **kwargs,
     ):
         fields = {
-            "image_tokens": (
-                image_tokens,
-                _is_count(image_tokens, MAXIMUM_IMAGE_TOKENS),
-                f"1 to {MAXIMUM_IMAGE_TOKENS:,}",
-            ),
-            "max_image_pixels": (max_image_pixels, _is_count(max_image_pixels), "a positive integer"),
-            "view_fusion": (view_fusion, view_fusion in ("mean", "concat"), "mean or concat"),
-            "finding_text": (finding_text, finding_text in ("mentioned", "all", "none"), "mentioned, all or none"),
-            "dle": (dle, isinstance(dle, bool), "true or false"),
-            "fiot": (fiot, isinstance(fiot, bool), "true or false"),
-            "prompt": (
-                prompt,
-                isinstance(prompt, str) and not any(token in prompt for token in _PLACEHOLDERS),
-                f"a string without {', '.join(_PLACEHOLDERS)}",
-            ),
+            "image_tokens": image_tokens,
+            "view_fusion": view_fusion,
+            "dle": dle,
+            "fiot": fiot,
+            "finding_text": finding_text,
+            "prompt": prompt,
         }
-        for side, size in dict(getattr(image_processor, "size", None) or {}).items():
-            fields[f"size.{side}"] = (size, _is_count(size, MAXIMUM_IMAGE_SIZE), f"1 to {MAXIMUM_IMAGE_SIZE:,}")
-        for name, (value, is_allowed, allowed) in fields.items():
-            if not is_allowed:
-                raise ValueError(f"OTDRGProcessor.{name}={value!r}: expected {allowed}")
+        check_fields("OTDRGProcessor", fields)
+        for size in dict(getattr(image_processor, "size", None) or {}).values():
+            check_fields("OTDRGProcessor", {"image_size": size})
+        if any(token in prompt for token in _PLACEHOLDERS):
+            raise ValueError(f"OTDRGProcessor.prompt={prompt!r}: expected a string without {', '.join(_PLACEHOLDERS)}")
+        if not isinstance(max_image_pixels, int) or max_image_pixels < 1:
+            raise ValueError(f"OTDRGProcessor.max_image_pixels={max_image_pixels!r}: expected a positive integer")
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
-        self.image_tokens = image_tokens
-        self.view_fusion = view_fusion
-        self.dle = dle
-        self.fiot = fiot
-        self.finding_text = finding_text
-        self.prompt = prompt
+        vars(self).update(fields)
         self.max_image_pixels = max_image_pixels
         self.image_token = IMAGE_TOKEN
         for token in _PLACEHOLDERS:
@@ -530,10 +516,6 @@ def _is_there(source: str | os.PathLike, file: str, hub: dict) -> bool:
         return find_file(source, file, **hub) is not None
     except (OSError, ValueError):
         return True  # the Hub's answer is an error of its own
-
-
-def _is_count(value, most: float = math.inf) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
 
 
 def _one_each(name: str, values, studies: int) -> list:
