@@ -230,8 +230,7 @@ class OTDRGConfig(PreTrainedConfig):
             if not condition:
                 raise ValueError(f"OTDRGConfig.{field}={_shown(getattr(self, field))}: expected {allowed}")
 
-        for field, (is_allowed, allowed) in _ALLOWED.items():
-            need(is_allowed(getattr(self, field)), field, allowed)
+        check_fields("OTDRGConfig", {field: getattr(self, field) for field in ALLOWED_VALUES})
         need(round(self.image_tokens**0.5) ** 2 == self.image_tokens, "image_tokens", "a square number, such as 49")
         need(self.dle or not self.fiot, "fiot", "false when dle is false (label tokens need labels)")
         need(
@@ -369,7 +368,7 @@ def resolve_backbone(reference: str) -> tuple[str, dict[str, str]]:
     return str(reference), {}
 
 
-def _is_int(value, least: int = 0, most: float = math.inf) -> bool:
+def _is_int(value, least: float = 0, most: float = math.inf) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
@@ -441,7 +440,7 @@ _TEXT_TABLE = (
     f"{len(FINDINGS)} x {len(FINDING_STATES)} lists of token ids, none empty, of at most {_MAXIMUM_TEXT_TOKENS:,} each",
 )
 #: For each field, the check of its value and what is allowed, in words.
-_ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
+ALLOWED_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "image_size": _count(MAXIMUM_IMAGE_SIZE),
     "image_tokens": _count(MAXIMUM_IMAGE_TOKENS),
     "view_fusion": _one_of("mean", "concat"),
@@ -512,6 +511,18 @@ def _integers(value) -> Iterator[int]:
 
 #: What a part is if its configuration does not say.
 _DEFAULT_PARTS = {"vision_config": "timm_wrapper", "text_config": "llama"}
+
+
+def check_fields(owner: str, fields: Mapping[str, Any]) -> None:
+    """Check values of fields that `ALLOWED_VALUES` knows.
+
+    Raises:
+        ValueError: names the owner, the field, its value and what is allowed.
+    """
+    for name, value in fields.items():
+        is_allowed, allowed = ALLOWED_VALUES[name]
+        if not is_allowed(value):
+            raise ValueError(f"{owner}.{name}={_shown(value)}: expected {allowed}")
 
 
 def _sub_config(field: str, value) -> PreTrainedConfig | None:
@@ -616,6 +627,7 @@ __all__ = [
     "FINDING_STATES",
     "HUB_KEYWORDS",
     "OTDRGConfig",
+    "check_fields",
     "find_file",
     "finding_key",
     "finding_state_id",

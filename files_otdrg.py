@@ -14,7 +14,7 @@ MAXIMUM_BYTES = 2**27
 #: Maximum depth of nested lists and objects.
 MAXIMUM_DEPTH = 100
 
-_KINDS = {dict: "a JSON object", object: "JSON"}
+_KINDS: dict[type, str] = {dict: "a JSON object", object: "JSON"}
 
 
 def read_text(path: str | os.PathLike, what: str = "UTF-8 text", limit: int = MAXIMUM_BYTES) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 
 from .configuration_otdrg import OTDRGConfig
 from .findings_otdrg import FINDINGS, UNMENTIONED, check_finding_states
@@ -25,8 +25,14 @@ CACHE = next(
 )
 
 
-class _SuppressPlaceholders(SuppressTokensLogitsProcessor):
-    """Keeps placeholders out of reports; of a type of its own, beside which `generate` keeps `suppress_tokens`."""
+class _SuppressPlaceholders(LogitsProcessor):
+    """Keeps placeholders out of reports; of a class of its own, so that `suppress_tokens` of callers is kept, too."""
+
+    def __init__(self, token_ids: list[int]):
+        self.token_ids = token_ids
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores.index_fill(1, torch.tensor(self.token_ids, device=scores.device), -torch.inf)
 
 
 class OTDRGGenerationMixin(GenerationMixin):
@@ -201,7 +207,7 @@ class OTDRGGenerationMixin(GenerationMixin):
                 match, or arguments of different numbers of studies.
         """
         given = inputs if input_ids is None else input_ids
-        prompt = {
+        prompt: dict[str, Any] = {
             "input_ids": given,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
@@ -215,7 +221,7 @@ class OTDRGGenerationMixin(GenerationMixin):
                 given = default_prompt(self.config, prompt["view_mask"])["input_ids"]
         else:
             check_batch(input_ids=given, attention_mask=attention_mask, inputs_embeds=inputs_embeds)
-        no_placeholders = _SuppressPlaceholders(self.config.placeholder_token_ids, device=self.device)
+        no_placeholders = _SuppressPlaceholders(self.config.placeholder_token_ids)
         kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or ()), no_placeholders])
         prompt = {name: value for name, value in prompt.items() if value is not None}
         output = super().generate(generation_config=generation_config, **prompt, **kwargs)
@@ -360,9 +366,9 @@ def check_batch(**inputs: torch.Tensor | None) -> None:
     first, reference = next(iter(batched.items()))
     for name, value in batched.items():
         if len(value) != len(reference):
-            found, expected = f"{len(value)} rows", len(reference)
+            found, expected = f"{len(value)} rows", f"{len(reference)}"
             if name.startswith("finding_"):
-                found, expected = f"shape {tuple(value.shape)}", (len(reference), len(FINDINGS))
+                found, expected = f"shape {tuple(value.shape)}", f"{(len(reference), len(FINDINGS))}"
             raise ValueError(f"{name} has {found}: expected {expected}, as many rows as {first}")
 
 

@@ -257,7 +257,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         try:
             port = parts.port or (443 if parts.scheme == "https" else 80)
             found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
-            public = all(ipaddress.ip_address(address[0].partition("%")[0]).is_global for *_, address in found)
+            public = all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_global for *_, address in found)
         except (OSError, ValueError) as error:
             raise _Refusal("redirects to an address that is not known, not followed") from error
         if not public:
@@ -301,7 +301,9 @@ class _TimedHTTP(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
     def _connection(self, kind: type[http.client.HTTPConnection], host: str, **kwargs) -> http.client.HTTPConnection:
         connection = kind(host, **kwargs)
-        connection.response_class = partial(_TimedResponse, until=self._until)
+        connection.response_class = partial(  # type: ignore[assignment]
+            _TimedResponse, until=self._until
+        )
         return connection
 
     def http_open(self, request):
@@ -314,9 +316,9 @@ class _TimedHTTP(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 def _download(url: str, limit: int) -> bytes:
     try:
         scheme, rest = url.split("://", 1)
-        authority, slash, path = re.match(r"([^/?#]*)([/?#]?)(.*)", rest, re.DOTALL).groups()
+        authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
         user, at, host = authority.rpartition("@")
-        request = urllib.request.Request(f"{scheme}://{host}{slash}{path}")
+        request = urllib.request.Request(f"{scheme}://{host}{rest[len(authority) :]}")
         if at:
             # Not sent to the target of a redirect.
             credentials = base64.b64encode(unquote(user).encode()).decode()
@@ -620,7 +622,9 @@ def _scaled(array: np.ndarray, alpha: np.ndarray | None = None) -> Image.Image:
         return picture
 
     picture = _by_value(array, shades)
-    for rows in _blocks(picture) if alpha is not None else ():
+    for rows in _blocks(picture):
+        if alpha is None:
+            break
         opacity = alpha[rows].reshape(alpha[rows].shape + (1,) * (array.ndim - 2))
         picture[rows] = (picture[rows] * opacity).round()
     return Image.fromarray(np.ascontiguousarray(picture)).convert("RGB")

@@ -181,7 +181,7 @@ class OTDRGLabelEncoder(nn.Module):
             self.text_encoder.eval()  # frozen: its features are constants, computed without dropout
         return self
 
-    def forward(self, word_embeddings: nn.Module) -> torch.Tensor:
+    def forward(self, word_embeddings: nn.Embedding) -> torch.Tensor:
         """Features (14, 4, D); `word_embeddings` are the LLM's, taken as constants."""
         if self.kind == "table":
             return self.table.weight.reshape(len(FINDINGS), len(FINDING_STATES), -1)
@@ -384,7 +384,7 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
             supervised = finding_labels is not None
             study = self.read_study(pixel_values, view_mask, view_features, finding_states, reader, supervised)
             output["finding_logits"] = study.finding_logits
-            if supervised:
+            if finding_labels is not None and study.finding_logits is not None:
                 output["predictor_loss"] = self._predictor_loss(study.finding_logits, finding_labels)
         elif finding_labels is not None or needs_views(inputs_embeds, finding_states, cache):
             raise ValueError(NO_IMAGE)
@@ -528,7 +528,7 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
     def _encode(self, tower: PreTrainedModel, pixels: torch.Tensor, **kwargs) -> tuple[torch.Tensor, ModelOutput]:
         """Pixels (A, C, H, W) of A views -> their features (A, image_tokens, D) and the encoder's own output."""
         output = tower(pixels.to(tower.dtype), return_dict=True, **kwargs)
-        grid = _as_grid(output.last_hidden_state, tower, tuple(pixels.shape[-2:]))
+        grid = _as_grid(output.last_hidden_state, tower, (pixels.shape[-2], pixels.shape[-1]))
         return F.adaptive_avg_pool2d(grid, self.config.image_grid).flatten(2).transpose(1, 2), output
 
     def _views(self, pixel_values: torch.Tensor, view_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -647,11 +647,10 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
         self, token_id: int | None, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Positions (B, L) of a placeholder in `input_ids` or, if given, in `inputs_embeds` (B, L, hidden_size)."""
-        prompt = input_ids if inputs_embeds is None else inputs_embeds
-        if token_id is None:
-            return torch.zeros(prompt.shape[:2], dtype=torch.bool, device=prompt.device)
         if inputs_embeds is None:
-            return input_ids == token_id
+            return torch.eq(torch.as_tensor(input_ids), -1 if token_id is None else token_id)
+        if token_id is None:
+            return torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
         placeholder = self.get_input_embeddings()(torch.tensor(token_id, device=inputs_embeds.device))
         return (inputs_embeds == placeholder).all(dim=-1)
 

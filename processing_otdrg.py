@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -25,7 +24,9 @@ if find_spec("transformers.image_processing_backends") is not None:
     from transformers import ViTImageProcessor
 else:
     # Earlier versions have a slow and a fast one whose pixels differ slightly, and reload a folder as the fast one.
-    from transformers.models.vit.image_processing_vit_fast import ViTImageProcessorFast as ViTImageProcessor
+    from transformers.models.vit.image_processing_vit_fast import (  # type: ignore[import-not-found]
+        ViTImageProcessorFast as ViTImageProcessor,
+    )
 
 from .chat_templates_otdrg import check_chat_template
 from .configuration_otdrg import (
@@ -34,9 +35,8 @@ from .configuration_otdrg import (
     FINDING_TOKEN,
     HUB_KEYWORDS,
     IMAGE_TOKEN,
-    MAXIMUM_IMAGE_SIZE,
-    MAXIMUM_IMAGE_TOKENS,
     OTDRGConfig,
+    check_fields,
     find_file,
     place_of,
     resolve_backbone,
@@ -83,7 +83,7 @@ _TEXT_ARGUMENTS = {"padding", "padding_side", "truncation", "max_length", "pad_t
 _CHAT_ARGUMENTS = {"return_dict", "sanitize_control_tokens"}
 
 
-class OTDRGProcessorKwargs(ProcessingKwargs, total=False):
+class OTDRGProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     _defaults = {  # noqa: RUF012
         "text_kwargs": {"padding": True},
         "common_kwargs": {"return_tensors": "pt"},
@@ -126,34 +126,22 @@ class OTDRGProcessor(ProcessorMixin):
         **kwargs,
     ):
         fields = {
-            "image_tokens": (
-                image_tokens,
-                _is_count(image_tokens, MAXIMUM_IMAGE_TOKENS),
-                f"1 to {MAXIMUM_IMAGE_TOKENS:,}",
-            ),
-            "max_image_pixels": (max_image_pixels, _is_count(max_image_pixels), "a positive integer"),
-            "view_fusion": (view_fusion, view_fusion in ("mean", "concat"), "mean or concat"),
-            "finding_text": (finding_text, finding_text in ("mentioned", "all", "none"), "mentioned, all or none"),
-            "dle": (dle, isinstance(dle, bool), "true or false"),
-            "fiot": (fiot, isinstance(fiot, bool), "true or false"),
-            "prompt": (
-                prompt,
-                isinstance(prompt, str) and not any(token in prompt for token in _PLACEHOLDERS),
-                f"a string without {', '.join(_PLACEHOLDERS)}",
-            ),
+            "image_tokens": image_tokens,
+            "view_fusion": view_fusion,
+            "dle": dle,
+            "fiot": fiot,
+            "finding_text": finding_text,
+            "prompt": prompt,
         }
-        for side, size in dict(getattr(image_processor, "size", None) or {}).items():
-            fields[f"size.{side}"] = (size, _is_count(size, MAXIMUM_IMAGE_SIZE), f"1 to {MAXIMUM_IMAGE_SIZE:,}")
-        for name, (value, is_allowed, allowed) in fields.items():
-            if not is_allowed:
-                raise ValueError(f"OTDRGProcessor.{name}={value!r}: expected {allowed}")
+        check_fields("OTDRGProcessor", fields)
+        for size in dict(getattr(image_processor, "size", None) or {}).values():
+            check_fields("OTDRGProcessor", {"image_size": size})
+        if any(token in prompt for token in _PLACEHOLDERS):
+            raise ValueError(f"OTDRGProcessor.prompt={prompt!r}: expected a string without {', '.join(_PLACEHOLDERS)}")
+        if not isinstance(max_image_pixels, int) or max_image_pixels < 1:
+            raise ValueError(f"OTDRGProcessor.max_image_pixels={max_image_pixels!r}: expected a positive integer")
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
-        self.image_tokens = image_tokens
-        self.view_fusion = view_fusion
-        self.dle = dle
-        self.fiot = fiot
-        self.finding_text = finding_text
-        self.prompt = prompt
+        vars(self).update(fields)
         self.max_image_pixels = max_image_pixels
         self.image_token = IMAGE_TOKEN
         for token in _PLACEHOLDERS:
@@ -384,8 +372,8 @@ class OTDRGProcessor(ProcessorMixin):
             raise ValueError("no image: a report is only written from at least one view")
         if not isinstance(images, (list, tuple)):
             images = [images]
-        counts = [prompt.count(self.image_token) for prompt in texts] if texts else []
-        if counts and len(images) != len(texts) and sum(counts) == len(images):
+        counts = [prompt.count(self.image_token) for prompt in texts or ()]
+        if counts and len(images) != len(counts) and sum(counts) == len(images):
             # A flat list of the images of conversations with several images each.
             remaining = iter(images)
             images = [[next(remaining) for _ in range(count)] for count in counts]
@@ -460,10 +448,12 @@ class OTDRGProcessor(ProcessorMixin):
                 target.append(tokenizer.eos_token_id)
             rows.append(ids + target)
             targets.append([-100] * len(ids) + target)
-        padding, truncation = (getattr(strategy, "value", strategy) for strategy in (padding, truncation))
-        if max_length is None and (padding == "max_length" or truncation not in (None, False, "do_not_truncate")):
-            raise ValueError("max_length=None: expected a number of tokens with padding='max_length' or truncation")
-        if truncation not in (None, False, "do_not_truncate"):
+        strategy = getattr(padding, "value", padding)
+        truncates = getattr(truncation, "value", truncation) not in (None, False, "do_not_truncate")
+        if max_length is None:
+            if truncates or strategy == "max_length":
+                raise ValueError("max_length=None: expected a number of tokens with padding='max_length' or truncation")
+        elif truncates:
             rows, targets = self._truncated(rows, targets, max_length)
         # Padding is masked by length and not by its id, which for many LLMs is that of the end of text.
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -471,10 +461,10 @@ class OTDRGProcessor(ProcessorMixin):
         if side not in ("left", "right"):
             raise ValueError(f"padding_side={side!r}: expected 'left' or 'right'")
         lengths = list(map(len, rows))
-        if padding not in (False, "do_not_pad"):
-            longest = max([*lengths, max_length] if padding == "max_length" else lengths)
-            longest = -(-longest // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
-            lengths = [longest] * len(rows)
+        if strategy not in (False, "do_not_pad"):
+            longest = max(*lengths, max_length or 0) if strategy == "max_length" else max(lengths)
+            multiple = pad_to_multiple_of or 1
+            lengths = [-(-longest // multiple) * multiple] * len(rows)
 
         def padded(values: list[list[int]], value: int) -> list[list[int]]:
             sides = [[value] * (length - len(row)) for length, row in zip(lengths, values, strict=True)]
@@ -526,10 +516,6 @@ def _is_there(source: str | os.PathLike, file: str, hub: dict) -> bool:
         return find_file(source, file, **hub) is not None
     except (OSError, ValueError):
         return True  # the Hub's answer is an error of its own
-
-
-def _is_count(value, most: float = math.inf) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
 
 
 def _one_each(name: str, values, studies: int) -> list:

@@ -126,8 +126,9 @@ class OTDRGPreTrainedModel(PreTrainedModel):
         vision_tower = load_backbone("vision", AutoModel, vision, dtype)
         language_model = load_backbone("text", AutoModelForCausalLM, text, dtype, quantization_of(quantization_config))
         tokenizer = load_backbone("text", AutoTokenizer, text)
-        text_encoder = None
+        text_encoder = label_tokenizer = None
         if label_text_encoder is not None:
+            label_tokenizer = load_backbone("label_text_encoder", AutoTokenizer, label_text_encoder)
             text_encoder = load_backbone("label_text_encoder", AutoModel, label_text_encoder, dtype)
             config_fields |= {"label_encoder": "text_encoder", "label_encoder_config": text_encoder.config}
         attention = [(model.config, model.config._attn_implementation) for model in (vision_tower, language_model)]
@@ -136,8 +137,8 @@ class OTDRGPreTrainedModel(PreTrainedModel):
             # A composite configuration resets that of its parts to None, which means eager attention.
             part._attn_implementation = implementation
         config.bind_tokenizer(tokenizer)
-        if text_encoder is not None:
-            config.bind_label_tokenizer(load_backbone("label_text_encoder", AutoTokenizer, label_text_encoder))
+        if label_tokenizer is not None:
+            config.bind_label_tokenizer(label_tokenizer)
         language_model.resize_token_embeddings(config.text_config.vocab_size, mean_resizing=False)
         model = cls(config, vision_tower, language_model, text_encoder)
         # Chat LLMs may end a turn with several tokens, which only their generation configuration names.
@@ -360,7 +361,8 @@ class OTDRGPreTrainedModel(PreTrainedModel):
                 "type": "multimodal",
             }
         }
-        stated = {"weights": weights, "weights_sha256": None, "backbone_sha256": None, "backbone_revisions": None}
+        stated: dict[str, Any] = {"weights": weights, "weights_sha256": None}
+        stated |= {"backbone_sha256": None, "backbone_revisions": None}
         if weights == "adapter" and is_main_process:
             backbones, facts = _backbone_weights(self.config, kwargs.get("token"))
             stated |= facts
@@ -453,9 +455,11 @@ def load_backbone(part: str, auto_class, reference: str, dtype=None, quantizatio
     Raises:
         OSError: it cannot be loaded; the message names the reference.
     """
-    name, kwargs = resolve_backbone(reference)
+    name, located = resolve_backbone(reference)
+    kwargs: dict[str, Any] = {**located, **hub}
     is_gguf, is_model = "gguf_file" in kwargs, auto_class in _AUTO_CLASSES.values()
-    kwargs |= hub
+    if is_gguf and quantization_config is not None:
+        raise ValueError(f"quantization_config: expected None for {reference}, which is dequantised")
     if dtype is not None:
         kwargs["dtype"] = dtype
     if quantization_config is not None:
@@ -491,7 +495,8 @@ def _backbone_weights(
     config: OTDRGConfig, token: str | bool | None = None
 ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, dict[str, Any]]]:
     """State dicts of the backbones "vision" and "text", and the fields `backbone_sha256` and `backbone_revisions`."""
-    weights, facts = {}, {"backbone_sha256": {}, "backbone_revisions": {}}
+    weights: dict[str, dict[str, torch.Tensor]] = {}
+    facts: dict[str, dict[str, Any]] = {"backbone_sha256": {}, "backbone_revisions": {}}
     for part, auto_class in _AUTO_CLASSES.items():
         reference = getattr(config, f"{part}_backbone")
         if reference is None:
@@ -499,7 +504,7 @@ def _backbone_weights(
                 f"OTDRGConfig.{part}_backbone=None: expected the Hub id or folder the {part} backbone was taken from, "
                 "which an adapter refers to"
             )
-        where = {"revision": _revision(config, part), "token": token}
+        where: dict[str, Any] = {"revision": _revision(config, part), "token": token}
         weights[part] = load_backbone(part, auto_class, reference, **where).state_dict()
         files = weight_files(reference, **where)
         facts["backbone_sha256"][part] = {name: sha256(path) for name, path in files.items()}

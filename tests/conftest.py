@@ -343,12 +343,12 @@ def launch_processes(arguments, processes=2, **variables):
         for rank in range(processes)
     ]
     try:
-        told = [process.communicate(timeout=300) for process in running]
+        outputs = [process.communicate(timeout=300) for process in running]
     finally:
         for process in running:
             process.kill()
-    assert all(process.returncode == 0 for process in running), told
-    return [out for out, _ in told]
+    assert all(process.returncode == 0 for process in running), outputs
+    return [out for out, _ in outputs]
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,7 @@ def test_findings_are_chexberts_in_its_order():
 
 
 @pytest.mark.parametrize("name", ["pleural_effusion", "Pleural Effusion", " pleural  EFFUSION ", "Pleural_effusion"])
-def test_finding_names_ignore_case_spaces_and_underscores(name):
+def test_finding_key_ignores_case_spaces_and_underscores(name):
     assert finding_key(name) == "pleural_effusion"
 
 
@@ -50,18 +50,18 @@ def test_finding_names_ignore_case_spaces_and_underscores(name):
     ("state", "expected"),
     [("positive", 1), ("Unclear", 3), ("uncertain", 3), ("not mentioned", 0), ("not_mentioned", 0), (2, 2), (0, 0)],
 )
-def test_states_by_name_alias_and_id(state, expected):
+def test_finding_state_id_takes_name_alias_and_id(state, expected):
     assert finding_state_id(state) == expected
 
 
-def test_unknown_finding_is_named_with_all_that_are_known():
+def test_finding_key_unknown_finding_lists_all():
     with pytest.raises(ValueError, match=r"unknown finding 'Oedema': expected one of enlarged_.*, no_finding") as error:
         finding_key("Oedema")
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("state", ["present", 4, -1, True, 1.0, None])
-def test_unknown_state_is_named_with_all_that_are_known(state):
+def test_finding_state_id_unknown_state_lists_all(state):
     expected = (
         rf"unknown finding state {state!r}: expected one of unmentioned, positive, negative, unclear \(or 0 to 3\)"
     )
@@ -69,7 +69,7 @@ def test_unknown_state_is_named_with_all_that_are_known(state):
         finding_state_id(state)
 
 
-def test_findings_of_a_caller_are_parsed_by_name():
+def test_parse_findings_by_name():
     assert parse_findings({"Edema": "positive", "no_finding": 0, "lung lesion": "uncertain"}) == {4: 1, 13: 0, 3: 3}
 
 
@@ -82,7 +82,7 @@ def test_findings_of_a_caller_are_parsed_by_name():
         ({"no_finding": 3}, "'unclear' is not possible for no_finding: expected positive or unmentioned"),
     ],
 )
-def test_impossible_findings_of_a_caller_are_named(findings, message):
+def test_parse_findings_impossible_state_is_named(findings, message):
     with pytest.raises(ValueError, match=message):
         parse_findings(findings)
 
@@ -91,7 +91,7 @@ def test_impossible_findings_of_a_caller_are_named(findings, message):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_round_trip_through_json(name, tmp_path):
+def test_from_preset_survives_json(name, tmp_path):
     config = OTDRGConfig.from_preset(name, prompt="Describe it.", finding_thresholds=[0.25] * 14)
     config.save_pretrained(tmp_path)
     reloaded = OTDRGConfig.from_pretrained(tmp_path)
@@ -103,7 +103,7 @@ def test_presets_round_trip_through_json(name, tmp_path):
     assert json.loads(OTDRGConfig(**config.to_dict()).to_json_string()) == json.loads(config.to_json_string())
 
 
-def test_a_bound_config_round_trips_through_json(tiny_config, tmp_path):
+def test_config_bound_to_a_tokenizer_survives_json(tiny_config, tmp_path):
     tiny_config.save_pretrained(tmp_path)
     reloaded = OTDRGConfig.from_pretrained(tmp_path)
     for field in ("image_token_id", "finding_token_id", "finding_text_token_id", "prompt_token_ids"):
@@ -112,7 +112,7 @@ def test_a_bound_config_round_trips_through_json(tiny_config, tmp_path):
     assert reloaded.text_config.vocab_size == tiny_config.text_config.vocab_size
 
 
-def test_presets_are_what_they_are_named_after():
+def test_from_preset_has_the_named_backbones():
     tiny, small, paper = (OTDRGConfig.from_preset(name) for name in PRESETS)
     assert (tiny.vision_config.model_type, tiny.text_config.model_type) == ("timm_wrapper", "llama")
     assert small.vision_config.model_type == "dinov2"
@@ -123,12 +123,12 @@ def test_presets_are_what_they_are_named_after():
     assert (paper.focal_gamma, paper.lora["r"], paper.lora["target_modules"]) == (2.0, 16, ["q_proj", "v_proj"])
 
 
-def test_presets_do_not_share_what_is_changed_in_one():
+def test_from_preset_copies_are_independent():
     OTDRGConfig.from_preset("small").lora["r"] = 3
     assert OTDRGConfig.from_preset("small").lora["r"] == 16
 
 
-def test_overrides_win_and_merge_into_the_presets_parts():
+def test_from_preset_overrides_are_merged():
     config = OTDRGConfig.from_preset("tiny", image_tokens=16, text_config={"hidden_size": 64})
     assert config.image_tokens == 16
     assert config.text_config.hidden_size == 64
@@ -139,13 +139,13 @@ def test_overrides_win_and_merge_into_the_presets_parts():
     assert OTDRGConfig.from_preset("tiny", text_config=LlamaConfig(hidden_size=96)).text_config.hidden_size == 96
 
 
-def test_overrides_are_left_as_they_were():
+def test_from_preset_leaves_overrides_unchanged():
     overrides = {"vision_config": {"model_args": {"img_size": 56}}}
     OTDRGConfig.from_preset("tiny", **overrides)
     assert overrides == {"vision_config": {"model_args": {"img_size": 56}}}
 
 
-def test_unknown_preset_and_field_are_named():
+def test_from_preset_unknown_preset_or_field_is_named():
     with pytest.raises(ValueError, match="unknown preset 'large': expected one of tiny, small, paper"):
         OTDRGConfig.from_preset("large")
     with pytest.raises(ValueError, match="unknown OTDRGConfig field 'ot_epsilom'"):
@@ -196,7 +196,7 @@ def test_unknown_preset_and_field_are_named():
         ("prompt_token_ids", [1, 2, 512], "token ids from 0 to 511"),
     ],
 )
-def test_wrong_values_name_field_value_and_what_is_allowed(field, value, allowed):
+def test_config_wrong_value_names_field_value_and_what_is_allowed(field, value, allowed):
     with pytest.raises(ValueError) as error:
         OTDRGConfig.from_preset("tiny", **{field: value})
     message = str(error.value)
@@ -215,24 +215,24 @@ def test_wrong_values_name_field_value_and_what_is_allowed(field, value, allowed
         ({"modules_to_save": ["lm_head"]}, r".modules_to_save=\['lm_head'\]: expected null, only LoRA is supported"),
     ],
 )
-def test_wrong_lora_fields_are_named(field, lora, message):
+def test_config_wrong_lora_field_is_named(field, lora, message):
     with pytest.raises(ValueError, match=rf"^OTDRGConfig.{field}.*{message}"):
         OTDRGConfig.from_preset("tiny", **{field: lora})
 
 
-def test_label_tokens_need_labels():
+def test_config_fiot_without_dle_is_refused():
     with pytest.raises(ValueError, match=r"OTDRGConfig.fiot=True: expected false when dle is false"):
         OTDRGConfig.from_preset("tiny", dle=False)
     assert not OTDRGConfig.from_preset("tiny", dle=False, fiot=False).dle
 
 
 @pytest.mark.parametrize("part", ["vision_config", "text_config", "label_encoder_config"])
-def test_unknown_model_types_are_named(part):
+def test_config_unknown_model_type_is_named(part):
     with pytest.raises(ValueError, match=rf"OTDRGConfig.{part}.model_type='nope': expected a model type"):
         OTDRGConfig.from_preset("tiny", **{part: {"model_type": "nope"}})
 
 
-def test_a_saved_config_whose_ids_do_not_fit_is_refused_on_loading(tiny_config, tmp_path):
+def test_config_from_pretrained_ids_beyond_the_vocabulary_are_refused(tiny_config, tmp_path):
     tiny_config.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "image_token_id": 100_000}))
@@ -240,7 +240,7 @@ def test_a_saved_config_whose_ids_do_not_fit_is_refused_on_loading(tiny_config, 
         OTDRGConfig.from_pretrained(tmp_path)
 
 
-def test_a_model_is_refused_before_the_label_texts_have_ids(build_config):
+def test_model_without_label_text_ids_is_refused(build_config):
     with pytest.raises(ValueError, match=r"finding_text_token_ids=None: .* make the processor first"):
         OTDRGForReportGeneration(build_config())
 
@@ -248,7 +248,7 @@ def test_a_model_is_refused_before_the_label_texts_have_ids(build_config):
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
 
-def test_binding_a_tokenizer_records_placeholders_and_label_texts(tiny_config, processor):
+def test_bind_tokenizer_records_placeholders_and_label_texts(tiny_config, processor):
     tokenizer = processor.tokenizer
     ids = [tiny_config.image_token_id, tiny_config.finding_token_id, tiny_config.finding_text_token_id]
     assert tokenizer.convert_ids_to_tokens(ids) == ["<image>", "<finding>", "<finding_text>"]
@@ -261,7 +261,7 @@ def test_binding_a_tokenizer_records_placeholders_and_label_texts(tiny_config, p
         assert getattr(tiny_config.text_config, name) == getattr(tokenizer, name)
 
 
-def test_binding_twice_changes_nothing(build_model):
+def test_bind_tokenizer_twice_changes_nothing(build_model):
     model, processor = build_model()
     before, size = model.config.to_json_string(), len(processor.tokenizer)
     model.config.bind_tokenizer(processor.tokenizer)

@@ -31,13 +31,13 @@ def placeholders(model):
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_cached_equals_uncached(model, prompts, beams):
+def test_generate_cached_equals_uncached(model, prompts, beams):
     cached = model.generate(**prompts, **GREEDY, num_beams=beams)
     uncached = model.generate(**prompts, **GREEDY, num_beams=beams, use_cache=False)
     assert torch.equal(cached, uncached)
 
 
-def test_generation_is_what_the_forward_pass_says(model, prompts):
+def test_generate_greedy_equals_repeated_forward(model, prompts):
     """Greedy decoding, step by step, with the whole sequence run anew each time."""
     states = model.predict_states(model(**prompts).finding_logits)
     ids, mask = prompts["input_ids"], prompts["attention_mask"]
@@ -52,7 +52,7 @@ def test_generation_is_what_the_forward_pass_says(model, prompts):
 
 @pytest.mark.parametrize("view_fusion", ["mean", "concat"])
 @pytest.mark.parametrize("beams", [1, 3])
-def test_the_batch_gives_what_single_studies_give(build_model, views, view_fusion, beams):
+def test_generate_batch_equals_single_studies(build_model, views, view_fusion, beams):
     model, processor = build_model(view_fusion=view_fusion)
     studies, indications = [views[:3], views[3:4], views[4:6]], ["a cough and fever since Monday", None, "pain"]
     states = torch.full((3, 14), -1)
@@ -67,7 +67,7 @@ def test_the_batch_gives_what_single_studies_give(build_model, views, view_fusio
         assert torch.allclose(batch.scores[0][first], alone.scores[0][:1], atol=1e-4)
 
 
-def test_prompts_stand_before_the_reports_as_they_were_given(model, prompts):
+def test_generate_sequences_begin_with_the_given_prompts(model, prompts):
     length = prompts["input_ids"].shape[1]
     for arguments, each in (
         ({}, 1),
@@ -84,7 +84,7 @@ def test_prompts_stand_before_the_reports_as_they_were_given(model, prompts):
     assert torch.equal(model.generate(prompts.pop("input_ids"), **prompts, **TEN), output.sequences)
 
 
-def test_several_beams_are_ordered_and_differ(model, prompts):
+def test_generate_beams_are_ordered_and_differ(model, prompts):
     output = model.generate(
         **prompts, **TEN, num_beams=3, num_return_sequences=3, return_dict_in_generate=True, output_scores=True
     )
@@ -96,7 +96,7 @@ def test_several_beams_are_ordered_and_differ(model, prompts):
     assert torch.equal(output.sequences[::3], best)
 
 
-def test_sampling_follows_the_seed(model, prompts):
+def test_generate_sampling_follows_the_seed(model, prompts):
     def sample(seed):
         torch.manual_seed(seed)
         return model.generate(**prompts, **TEN, do_sample=True, num_return_sequences=2)
@@ -112,7 +112,7 @@ def test_sampling_follows_the_seed(model, prompts):
     [{}, {"use_cache": False}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}],
     ids=["greedy", "uncached", "beams", "samples"],
 )
-def test_views_are_encoded_once(model, prompts, calls, arguments):
+def test_generate_encodes_views_once(model, prompts, calls, arguments):
     model.generate(**prompts, **TEN, **arguments)
     assert len(calls) == 1
     features = model.encode_views(prompts["pixel_values"], prompts["view_mask"])
@@ -122,7 +122,7 @@ def test_views_are_encoded_once(model, prompts, calls, arguments):
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_states_are_settled_before_decoding(model, prompts, use_cache):
+def test_generate_predicts_states_once_before_decoding(model, prompts, use_cache):
     predicted = model(**prompts).finding_logits
     states = model.predict_states(predicted)
     scored = {**GREEDY, "return_dict_in_generate": True, "output_logits": True}
@@ -143,7 +143,7 @@ def test_states_are_settled_before_decoding(model, prompts, use_cache):
 
 
 @pytest.mark.parametrize("view_fusion", ["mean", "concat"])
-def test_without_a_prompt_the_default_one_is_used(build_model, views, view_fusion):
+def test_generate_without_prompt_uses_the_default(build_model, views, view_fusion):
     model, processor = build_model(view_fusion=view_fusion)
     inputs = processor(images=[views[:3], views[3], views[4:6]])
     with_prompt = model.generate(**inputs, **GREEDY)
@@ -152,7 +152,7 @@ def test_without_a_prompt_the_default_one_is_used(build_model, views, view_fusio
     assert torch.equal(with_prompt, without)
 
 
-def test_a_prompt_without_an_image_is_refused(model, processor, prompts, calls):
+def test_generate_without_an_image_is_refused(model, processor, prompts, calls):
     ids = processor.tokenizer("Describe the heart.", return_tensors="pt")["input_ids"]
     with pytest.raises(ValueError, match="no image: pixel_values is missing, and a report is never written from noth"):
         model.generate(input_ids=ids)
@@ -162,7 +162,7 @@ def test_a_prompt_without_an_image_is_refused(model, processor, prompts, calls):
         model.generate(input_ids=ids, pixel_values=prompts["pixel_values"][:1], max_new_tokens=2)
 
 
-def test_arguments_that_cannot_be_are_named(model, build_model, prompts, views):
+def test_generate_wrong_arguments_are_named(model, build_model, prompts, views):
     with pytest.raises(ValueError, match=r"finding_states has shape \(2, 14\): expected \(3, 14\)"):
         model.generate(**prompts, finding_states=torch.zeros(2, 14, dtype=torch.long))
     with pytest.raises(ValueError, match="findings"):
@@ -174,7 +174,7 @@ def test_arguments_that_cannot_be_are_named(model, build_model, prompts, views):
 
 
 @pytest.mark.parametrize("arguments", [{}, {"use_cache": False}, {"num_beams": 3}, {"suppress_tokens": [7]}])
-def test_placeholders_are_never_written(build_model, prompts, arguments):
+def test_generate_never_writes_placeholders(build_model, prompts, arguments):
     """A new embedding row can be as likely as a word; written, it would be taken for a place of a feature."""
     model, _ = build_model()
 
@@ -200,7 +200,7 @@ class Collector:
         self.ended = True
 
 
-def test_streaming(model, processor, views):
+def test_generate_streamer_receives_every_token(model, processor, views):
     inputs, streamer = processor(images=[views[:2]]), Collector()
     sequence = model.generate(**inputs, **GREEDY, streamer=streamer)[0]
     assert streamer.ended
@@ -210,7 +210,7 @@ def test_streaming(model, processor, views):
     assert len(streamer.pieces) == 11
 
 
-def test_generation_in_bfloat16(build_model, processor, views):
+def test_generate_bfloat16_has_the_right_length(build_model, processor, views):
     model, _ = build_model()
     inputs = processor(images=[views[:2], views[2]])
     assert model.to(torch.bfloat16).generate(**inputs, **TEN).shape == (2, inputs["input_ids"].shape[1] + 10)
@@ -225,10 +225,10 @@ def trained(build_model, views, reports):
     model, processor = build_model()
     states = torch.zeros(2, 14, dtype=torch.long)
     states[1, EDEMA] = 1
-    told = {0: reports[0], 1: reports[1]}
+    expected = {0: reports[0], 1: reports[1]}
     inputs = processor(
         images=[[views[0]], views[1:3], [views[0]], views[1:3]],
-        report=[told[0], told[0], told[1], told[1]],
+        report=[expected[0], expected[0], expected[1], expected[1]],
         finding_states=states[[0, 0, 1, 1]],
     )
     inputs = model.expand_finding_text(**inputs)
@@ -242,7 +242,7 @@ def trained(build_model, views, reports):
         optimizer.step()
         if output.report_loss < 0.02:
             break
-    return model.eval(), processor, states, told
+    return model.eval(), processor, states, expected
 
 
 def written(model, processor, **inputs):
@@ -251,18 +251,18 @@ def written(model, processor, **inputs):
     return processor.batch_decode(sequences[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def test_explicit_states_change_what_is_written(trained, views):
-    model, processor, states, told = trained
+def test_generate_given_states_change_the_report(trained, views):
+    model, processor, states, expected = trained
     for image in ([views[0]], views[1:3]):
         for row in (0, 1):
-            assert written(model, processor, images=[image], finding_states=states[row : row + 1]) == [told[row]]
+            assert written(model, processor, images=[image], finding_states=states[row : row + 1]) == [expected[row]]
     by_name = [{"edema": "unmentioned"}, {"edema": "positive"}]
     calm = {name: "unmentioned" for name in FINDINGS}
     both = written(model, processor, images=views[:2], finding_states=[{**calm, **names} for names in by_name])
-    assert both == [told[0], told[1]]
+    assert both == [expected[0], expected[1]]
 
 
-def test_reports_end_with_the_end_of_text(trained, views):
+def test_generate_report_ends_with_the_end_of_text(trained, views):
     model, processor, states, _ = trained
     prompts = processor(images=views[:2], finding_states=states)
     sequences = model.generate(**prompts, max_new_tokens=200, do_sample=False)
@@ -271,13 +271,13 @@ def test_reports_end_with_the_end_of_text(trained, views):
     assert (sequences[:, prompts["input_ids"].shape[1] :] == eos).sum(dim=1).tolist() == [1, 1]
 
 
-def test_predicted_states_are_those_that_are_written_about(trained, views):
+def test_generate_predicted_states_decide_the_report(trained, views):
     """What the predictor says, and only that, decides where the caller says nothing."""
-    model, processor, states, told = trained
+    model, processor, states, expected = trained
     for row in (0, 1):
         logits = torch.nn.functional.one_hot(states[row : row + 1], 4) * 9.0
         hook = model.finding_predictor.register_forward_hook(lambda *_, logits=logits: logits)
         try:
-            assert written(model, processor, images=[views[0]]) == [told[row]]
+            assert written(model, processor, images=[views[0]]) == [expected[row]]
         finally:
             hook.remove()

@@ -227,8 +227,8 @@ def no_proxy(monkeypatch):
 
 @pytest.mark.parametrize("path", ["to-loopback", "to-name", "to-metadata", "to-file"])
 def test_read_view_follows_no_redirect_to_a_private_address(server, path):
-    told = refused(f"http://{server}/{path}")
-    assert "not followed" in told and "secret" not in told
+    message = refused(f"http://{server}/{path}")
+    assert "not followed" in message and "secret" not in message
 
 
 @pytest.mark.parametrize("path", ["slow-headers", "slow-body"])
@@ -255,9 +255,9 @@ def test_read_view_never_shows_passwords_of_urls(server):
         "http://user:pa-ss@127.0.0.1:port/x.png",
         "http://user:pa-ss@[::1/x.png",
     ):
-        told = refused(url)
-        assert "ss" not in told.replace("address", ""), told
-        assert "user" not in told and "token" not in told
+        message = refused(url)
+        assert "ss" not in message.replace("address", ""), message
+        assert "user" not in message and "token" not in message
 
 
 # --- DICOM -----------------------------------------------------------------------------------------------------------
@@ -283,8 +283,8 @@ def test_read_view_shifts_dicom_whose_high_bit_is_higher(dicom, high, dtype):
 
 
 def test_read_view_refuses_dicom_whose_high_bit_cannot_be(dicom):
-    told = refused(dicom(ramp(0, 4095), BitsStored=12, HighBit=8))
-    assert "HighBit is 8 with 12 of 16 bits stored, expected 11" in told
+    message = refused(dicom(ramp(0, 4095), BitsStored=12, HighBit=8))
+    assert "HighBit is 8 with 12 of 16 bits stored, expected 11" in message
 
 
 @pytest.mark.parametrize(
@@ -405,5 +405,5 @@ def test_read_view_of_12_bit_jpeg_in_dicom_names_codec_and_decoder(dicom, tmp_pa
     dataset.PixelData = pydicom.encaps.encapsulate([bytes(jpeg)])
     dataset["PixelData"].VR = "OB"
     dataset.save_as(tmp_path / "extended.dcm")
-    told = refused(tmp_path / "extended.dcm")
-    assert "JPEG Extended (Process 2 and 4) of 12 bits" in told and "pip install" in told
+    message = refused(tmp_path / "extended.dcm")
+    assert "JPEG Extended (Process 2 and 4) of 12 bits" in message and "pip install" in message

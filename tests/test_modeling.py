@@ -113,7 +113,7 @@ def seed():
 
 
 @pytest.mark.parametrize("vision", VISION_CONFIGS)
-def test_vision_backbones_keep_their_weights_and_give_a_grid(backbones, vision):
+def test_from_backbones_vision_keeps_weights_and_gives_a_grid(backbones, vision):
     source = AutoModel.from_pretrained(backbones[vision]).eval()
     attention = source.config._attn_implementation
     model = OTDRGForReportGeneration.from_backbones(
@@ -146,7 +146,7 @@ def test_vision_backbones_keep_their_weights_and_give_a_grid(backbones, vision):
 
 
 @pytest.mark.parametrize("vision", VISION_CONFIGS)
-def test_a_change_in_a_corner_shows_most_in_its_cell(backbones, vision):
+def test_encode_views_changed_corner_changes_its_cell_most(backbones, vision):
     model = OTDRGForReportGeneration.from_backbones(
         vision=backbones[vision], text=backbones["llama"], image_size=SIZES[vision], image_tokens=4
     ).eval()
@@ -163,7 +163,7 @@ def test_a_change_in_a_corner_shows_most_in_its_cell(backbones, vision):
 
 
 @pytest.mark.parametrize("text", TEXT_CONFIGS)
-def test_llms_keep_their_weights_and_write(backbones, views, text):
+def test_from_backbones_llm_keeps_weights_and_generates(backbones, views, text):
     source = CausalLM.from_pretrained(backbones[text])
     attention = source.config._attn_implementation
     model = OTDRGForReportGeneration.from_backbones(
@@ -195,7 +195,7 @@ def test_llms_keep_their_weights_and_write(backbones, views, text):
         assert torch.equal(single[0, -6:], sequences[row, -6:])
 
 
-def test_a_model_from_backbones_survives_saving(backbones, views, reports, tmp_path):
+def test_from_backbones_saved_model_is_equal(backbones, views, reports, tmp_path):
     model = OTDRGForReportGeneration.from_backbones(
         vision=backbones["dinov2"],
         text=backbones["qwen2"],
@@ -219,7 +219,7 @@ def test_a_model_from_backbones_survives_saving(backbones, views, reports, tmp_p
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.float32])
-def test_backbones_load_in_a_type(backbones, views, dtype):
+def test_from_backbones_dtype_is_used(backbones, views, dtype):
     model = OTDRGForReportGeneration.from_backbones(
         vision=backbones["dinov2"], text=backbones["llama"], image_size=56, image_tokens=4, dtype=dtype
     )
@@ -233,14 +233,14 @@ def test_backbones_load_in_a_type(backbones, views, dtype):
 
 
 @pytest.mark.parametrize("part", ["vision", "text"])
-def test_a_missing_backbone_is_named(backbones, part, tmp_path):
+def test_from_backbones_missing_backbone_is_named(backbones, part, tmp_path):
     references = {"vision": backbones["dinov2"], "text": backbones["llama"], part: str(tmp_path / "nowhere")}
     with pytest.raises(OSError, match=rf"{part} backbone '.*nowhere' could not be loaded: expected a Hub id") as error:
         OTDRGForReportGeneration.from_backbones(**references)
     assert "\n" not in str(error.value)
 
 
-def test_a_wrong_field_beside_backbones_is_named(backbones):
+def test_from_backbones_wrong_field_is_named(backbones):
     with pytest.raises(ValueError, match=r"OTDRGConfig.image_tokens=5: expected a square number"):
         OTDRGForReportGeneration.from_backbones(vision=backbones["dinov2"], text=backbones["llama"], image_tokens=5)
 
@@ -249,7 +249,7 @@ def test_a_wrong_field_beside_backbones_is_named(backbones):
 
 
 @pytest.mark.parametrize("form", ["plain", "bfloat16", "lora", "merged", "table"])
-def test_logits_are_equal_after_saving_and_loading(build_model, study, tmp_path, form):
+def test_save_pretrained_loaded_model_has_equal_logits(build_model, study, tmp_path, form):
     fields = {"lora": {"lora": LORA}, "merged": {"lora": LORA}, "table": {"label_encoder": "table"}}.get(form, {})
     model, _ = build_model(**fields)
     if "lora" in fields:
@@ -280,7 +280,7 @@ def test_logits_are_equal_after_saving_and_loading(build_model, study, tmp_path,
         assert torch.equal(before[name], after[name]), name
 
 
-def test_the_saved_folder_is_complete(model, tmp_path):
+def test_save_pretrained_folder_has_weights_and_code(model, tmp_path):
     model.save_pretrained(tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     code = {f"{part}_otdrg.py" for part in ("configuration", "modeling", "processing", "pipeline")}
@@ -288,7 +288,7 @@ def test_the_saved_folder_is_complete(model, tmp_path):
     assert "adapter_config.json" not in names
 
 
-def test_a_checkpoint_loads_in_bfloat16(model, study, tmp_path):
+def test_from_pretrained_bfloat16_has_a_close_loss(model, study, tmp_path):
     model.save_pretrained(tmp_path)
     half = OTDRGForReportGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
@@ -301,7 +301,7 @@ def test_a_checkpoint_loads_in_bfloat16(model, study, tmp_path):
 # --- LoRA ------------------------------------------------------------------------------------------------------------
 
 
-def test_lora_starts_as_the_identity_and_learns(build_model, study):
+def test_add_lora_starts_as_the_identity_and_learns(build_model, study):
     model, _ = build_model()
     with torch.no_grad():
         before = model(**study).logits
@@ -318,7 +318,7 @@ def test_lora_starts_as_the_identity_and_learns(build_model, study):
     assert all(p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "lora_B" in n)
 
 
-def test_a_fresh_model_with_lora_is_the_one_without(build_model, study):
+def test_new_model_with_lora_equals_the_one_without(build_model, study):
     plain, _ = build_model()
     with_lora, _ = build_model(lora=LORA)
     renamed = {k.replace(".base_layer.", "."): v for k, v in with_lora.state_dict().items() if "lora_" not in k}
@@ -327,7 +327,7 @@ def test_a_fresh_model_with_lora_is_the_one_without(build_model, study):
         assert torch.equal(plain(**study).logits, with_lora(**study).logits)
 
 
-def test_lora_without_a_configuration_or_modules_is_named(build_model):
+def test_add_lora_without_configuration_or_modules_is_named(build_model):
     model, _ = build_model()
     with pytest.raises(ValueError, match=r"OTDRGConfig.lora=None: expected the fields of peft.LoraConfig"):
         model.add_lora()
@@ -340,7 +340,7 @@ def test_lora_without_a_configuration_or_modules_is_named(build_model):
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
-def test_focal_loss_by_hand(gamma):
+def test_focal_loss_equals_the_formula(gamma):
     logits = torch.randn(3, 14, 4, dtype=torch.float64)
     labels = torch.randint(0, 4, (3, 14))
     labels[0, :4], labels[2] = -100, -100
@@ -363,7 +363,7 @@ def test_focal_loss_by_hand(gamma):
 
 
 @pytest.mark.parametrize("reduction", ["finding", "study"])
-def test_focal_loss_is_finite_where_all_is_known_or_nothing(reduction):
+def test_focal_loss_certain_or_no_labels_is_finite(reduction):
     labels = torch.full((2, 14), -100)
     logits = torch.randn(2, 14, 4, requires_grad=True)
     assert focal_loss(logits, labels, reduction=reduction).item() == 0
@@ -378,7 +378,7 @@ def test_focal_loss_is_finite_where_all_is_known_or_nothing(reduction):
         assert value.grad.isfinite().all()
 
 
-def test_losses_add_up(build_model, study):
+def test_forward_losses_add_up(build_model, study):
     model, _ = build_model(ot_weight=0.3)
     labels = torch.randint(0, 4, (3, 14))
     output = model(**study)
@@ -394,7 +394,7 @@ def test_losses_add_up(build_model, study):
     assert model.config.ot_weight == 0.3
 
 
-def test_report_loss_is_the_mean_over_the_reports_tokens(model, study):
+def test_forward_report_loss_is_the_mean_over_report_tokens(model, study):
     expanded = model.expand_finding_text(**study)
     output = model(**expanded)
     ids, mask, labels = (expanded[name] for name in ("input_ids", "attention_mask", "labels"))
@@ -411,7 +411,7 @@ def sum_of_texts(model, states):
     return sum(len(table[f][s]) for row in states.tolist() for f, s in enumerate(row) if s != 0)
 
 
-def test_training_keeps_the_loss_and_drops_the_logits_before_the_report(build_model, study):
+def test_forward_training_drops_the_logits_before_the_report(build_model, study):
     model, _ = build_model()
     evaluated = model(**study)
     trained = model.train()(**study)
@@ -419,7 +419,7 @@ def test_training_keeps_the_loss_and_drops_the_logits_before_the_report(build_mo
     assert trained.logits.shape[1] < evaluated.logits.shape[1]
 
 
-def test_the_predictor_runs_alone(model, study):
+def test_forward_without_prompt_runs_the_predictor_alone(model, study):
     labels = torch.randint(0, 4, (3, 14))
     inputs = {key: study[key] for key in ("pixel_values", "view_mask")}
     output = model(**inputs, finding_labels=labels)
@@ -431,7 +431,7 @@ def test_the_predictor_runs_alone(model, study):
     assert torch.equal(again.finding_logits, output.finding_logits)
 
 
-def test_report_training_does_not_move_the_predictor_and_the_reverse(build_model, study):
+def test_forward_losses_train_report_and_predictor_separately(build_model, study):
     model, _ = build_model()
     model(**study).loss.backward()
     assert all(parameter.grad is None for parameter in model.finding_predictor.parameters())
@@ -472,7 +472,7 @@ def test_gradient_checkpointing_changes_no_gradient(build_model, study):
 
 @pytest.mark.parametrize("view_fusion", ["mean", "concat"])
 @pytest.mark.parametrize("training", [True, False], ids=["reports", "prompts"])
-def test_the_batch_gives_what_single_studies_give(build_model, views, reports, view_fusion, training):
+def test_forward_batch_equals_single_studies(build_model, views, reports, view_fusion, training):
     model, processor = build_model(view_fusion=view_fusion)
 
     def run(inputs):
@@ -508,7 +508,7 @@ def test_the_batch_gives_what_single_studies_give(build_model, views, reports, v
             assert batch.ot_loss is None
 
 
-def test_what_a_masked_view_holds_does_not_matter(model, study):
+def test_forward_masked_view_has_no_effect(model, study):
     changed = {**study, "pixel_values": study["pixel_values"].clone()}
     changed["pixel_values"][~study["view_mask"]] = 7.0
     with torch.no_grad():
@@ -522,7 +522,7 @@ def logits_of(probabilities):
     return torch.tensor(probabilities).clamp(min=1e-9).log()
 
 
-def test_the_likeliest_state_is_predicted(model):
+def test_predict_states_takes_the_most_likely_possible_state(model):
     logits = torch.randn(5, 14, 4)
     logits[:, NO_FINDING] = logits_of([0.1, 0.2, 0.3, 0.4])
     states = model.predict_states(logits)
@@ -533,7 +533,7 @@ def test_the_likeliest_state_is_predicted(model):
     assert torch.allclose(probabilities[0, NO_FINDING], torch.tensor([1 / 3, 2 / 3, 0, 0]))
 
 
-def test_thresholds_decide_what_is_positive(build_model):
+def test_predict_states_thresholds_decide_what_is_positive(build_model):
     thresholds = [0.5] * 14
     thresholds[EDEMA], thresholds[0], thresholds[NO_FINDING] = 0.2, 0.0, 0.9
     model, _ = build_model(finding_thresholds=thresholds)
@@ -545,7 +545,7 @@ def test_thresholds_decide_what_is_positive(build_model):
     assert model.predict_states(logits_of([0.1, 0.5, 0.1, 0.3]).repeat(1, 14, 1))[0, 1] == 1
 
 
-def test_states_below_zero_are_predicted(model, study):
+def test_condition_states_below_zero_are_predicted(model, study):
     logits = model(**study).finding_logits
     predicted = model.predict_states(logits)
     given = torch.full((3, 14), -1)
@@ -559,7 +559,7 @@ def test_states_below_zero_are_predicted(model, study):
     assert torch.equal(model.condition_states(logits, study["finding_states"]), study["finding_states"])
 
 
-def test_no_finding_is_not_predicted_beside_a_finding_that_is_given(model):
+def test_condition_states_given_finding_excludes_no_finding(model):
     logits = torch.zeros(4, 14, 4)
     logits[:, :, 1] = 5.0  # all are predicted to be positive
     given = torch.full((4, 14), -1)
@@ -571,7 +571,7 @@ def test_no_finding_is_not_predicted_beside_a_finding_that_is_given(model):
     assert (states[:, :EDEMA] == 1).all()
 
 
-def test_states_condition_the_report_and_labels_of_the_predictor_do_not(model, study):
+def test_forward_finding_states_condition_the_report_and_labels_do_not(model, study):
     def run(inputs, **more):
         return model(**model.expand_finding_text(**inputs, **more))
 
@@ -587,7 +587,7 @@ def test_states_condition_the_report_and_labels_of_the_predictor_do_not(model, s
     assert torch.equal(predicted.logits, supervised_only.logits)
 
 
-def test_predicted_states_are_mixed_into_training_only(build_model, study):
+def test_predicted_state_ratio_mixes_in_training_only(build_model, study):
     given, none = {}, {}
     for ratio in (0.0, 1.0):
         model, _ = build_model(predicted_state_ratio=ratio)
@@ -616,7 +616,7 @@ def test_predicted_states_are_mixed_into_training_only(build_model, study):
 
 @pytest.mark.parametrize("finding_text", ["mentioned", "all", "none"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_the_label_text_is_written_where_its_placeholder_was(build_model, views, reports, finding_text, side):
+def test_expand_finding_text_replaces_the_placeholder(build_model, views, reports, finding_text, side):
     model, processor = build_model(finding_text=finding_text)
     states = torch.zeros(3, 14, dtype=torch.long)
     states[0, [1, EDEMA]], states[1, :13] = torch.tensor([1, 3]), 2
@@ -643,7 +643,7 @@ def test_the_label_text_is_written_where_its_placeholder_was(build_model, views,
             assert torch.equal(ids[row][labels[row] != -100], labels[row][labels[row] != -100])
 
 
-def test_placeholders_that_do_not_match_quote_both_numbers(model, processor, views):
+def test_forward_placeholder_mismatch_quotes_both_numbers(model, processor, views):
     inputs = processor(images=views[:2])
     image = (inputs["input_ids"][1] == model.config.image_token_id).nonzero().flatten()
     inputs["input_ids"][1, image[0]] = processor.tokenizer.eos_token_id
@@ -659,7 +659,7 @@ def test_placeholders_that_do_not_match_quote_both_numbers(model, processor, vie
         model(**inputs)
 
 
-def test_a_forward_pass_without_an_image_is_refused(model, processor, views):
+def test_forward_without_an_image_is_refused(model, processor, views):
     inputs = processor(images=views[0])
     with pytest.raises(ValueError, match="no image: pixel_values is missing"):
         model(input_ids=inputs["input_ids"])
@@ -674,7 +674,7 @@ def test_a_forward_pass_without_an_image_is_refused(model, processor, views):
     [{"fiot": False}, {"dle": False, "fiot": False}, {"fiot": False, "finding_text": "none"}],
     ids=["label text only", "no labels", "neither"],
 )
-def test_the_switches_of_table_3(build_model, views, reports, fields):
+def test_forward_switches_of_table_3_remove_their_part(build_model, views, reports, fields):
     model, processor = build_model(**fields)
     inputs = processor(images=[views[:2], views[2]], report=reports[:2])
     states = torch.zeros(2, 14, dtype=torch.long)
@@ -686,8 +686,8 @@ def test_the_switches_of_table_3(build_model, views, reports, fields):
     assert output.ot_loss is None
     assert torch.equal(output.loss, output.report_loss)
     # States reach the LLM by the label text alone here.
-    told = fields.get("dle", True) and fields.get("finding_text") != "none"
-    assert (output.report_loss.item() != other.report_loss.item()) == told
+    conditions = fields.get("dle", True) and fields.get("finding_text") != "none"
+    assert (output.report_loss.item() != other.report_loss.item()) == conditions
     prompts = processor(images=[views[:2], views[2]])
     assert model.generate(**prompts, max_new_tokens=3, min_new_tokens=3).shape[1] == prompts["input_ids"].shape[1] + 3
 
@@ -695,7 +695,7 @@ def test_the_switches_of_table_3(build_model, views, reports, fields):
 # --- label encoders --------------------------------------------------------------------------------------------------
 
 
-def test_embeddings_of_the_label_texts_are_centred_means_of_the_llms(model):
+def test_label_encoder_embeddings_are_centred_means(model):
     features = model.label_encoder(model.get_input_embeddings())
     weight = model.get_input_embeddings().weight
     table = model.config.finding_text_token_ids
@@ -705,7 +705,7 @@ def test_embeddings_of_the_label_texts_are_centred_means_of_the_llms(model):
     assert torch.allclose(features.mean(dim=(0, 1)), torch.zeros(32), atol=1e-6)
 
 
-def test_label_features_are_those_of_the_states(model):
+def test_get_label_features_selects_the_states(model):
     states = torch.randint(0, 4, (2, 14))
     features = model.get_label_features(states)
     table = model.label_projector(model.label_encoder(model.get_input_embeddings()))
@@ -714,7 +714,7 @@ def test_label_features_are_those_of_the_states(model):
             assert torch.equal(features[row, finding], table[finding, states[row, finding]])
 
 
-def test_a_learned_table_learns(build_model, study):
+def test_label_encoder_table_learns_used_states(build_model, study):
     model, _ = build_model(label_encoder="table", label_encoder_size=10)
     assert model.label_encoder(model.get_input_embeddings()).shape == (14, 4, 10)
     model(**study).loss.backward()
@@ -726,7 +726,7 @@ def test_a_learned_table_learns(build_model, study):
     assert (gradient[used].norm(dim=-1) > 0).all()
 
 
-def test_a_text_encoder_is_frozen_and_centred(backbones, views, reports):
+def test_label_encoder_text_encoder_is_frozen_and_centred(backbones, views, reports):
     model = OTDRGForReportGeneration.from_backbones(
         vision=backbones["dinov2"],
         text=backbones["llama"],
@@ -763,7 +763,7 @@ def features_of(model, study):
         ("unit", "mentioned", "mean"),
     ],
 )
-def test_the_loss_is_the_transport_of_the_projected_features(
+def test_forward_ot_loss_is_the_transport_of_projected_features(
     build_model, study, processor, views, reports, normalization, labels, view_fusion
 ):
     model, processor = build_model(ot_cost_normalization=normalization, ot_labels=labels, view_fusion=view_fusion)
@@ -791,7 +791,7 @@ def test_the_loss_is_the_transport_of_the_projected_features(
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-def test_the_figures_to_watch(build_model, study):
+def test_forward_transport_figures_equal_their_formulas(build_model, study):
     model, _ = build_model()
     image, _, label = features_of(model, study)
     output = model(**study)
@@ -813,7 +813,7 @@ def test_the_figures_to_watch(build_model, study):
     assert model(**study).label_spread.item() == pytest.approx(0, abs=1e-5)
 
 
-def test_unrolling_changes_the_gradient_and_not_the_value(build_model, study):
+def test_ot_gradient_unroll_changes_the_gradient_and_not_the_value(build_model, study):
     losses, gradients = [], []
     for gradient in ("envelope", "unroll"):
         model, _ = build_model(ot_gradient=gradient)
@@ -825,7 +825,7 @@ def test_unrolling_changes_the_gradient_and_not_the_value(build_model, study):
     assert not torch.allclose(gradients[0], gradients[1], rtol=0.01)
 
 
-def test_the_contrastive_term(build_model, study):
+def test_forward_contrastive_ot_term_equals_the_loop(build_model, study):
     plain, _ = build_model()
     model, _ = build_model(ot_contrastive_weight=0.5, ot_contrastive_temperature=0.2)
     study["finding_states"][2] = study["finding_states"][0]  # the same labels are no negatives
@@ -847,7 +847,7 @@ def test_the_contrastive_term(build_model, study):
     assert torch.equal(model(**one).ot_loss, plain(**one).ot_loss)
 
 
-def test_lift_is_the_plan_over_the_grid(build_model, views):
+def test_transport_lift_is_the_plan_over_the_grid(build_model, views):
     model, processor = build_model(view_fusion="concat", ot_labels="mentioned")
     inputs = processor(images=[views[:2], views[2]])
     states = torch.zeros(2, 14, dtype=torch.long)
@@ -864,7 +864,7 @@ def test_lift_is_the_plan_over_the_grid(build_model, views):
     assert (lift[:, :, 0] == 0).all()
 
 
-def test_the_tiny_preset_has_the_papers_49_tokens():
+def test_from_preset_tiny_has_49_tokens():
     """The tiny preset as it ships: 49 tokens of a 112-pixel view."""
     config = OTDRGConfig.from_preset("tiny")
     OTDRGProcessor.from_texts(["Clear lungs."], config=config, vocab_size=400)
@@ -879,7 +879,7 @@ def test_the_tiny_preset_has_the_papers_49_tokens():
 @pytest.mark.skipif(
     not os.environ.get("OTDRG_LLM", "").endswith(".gguf"), reason="OTDRG_LLM does not name a GGUF file (make llm)"
 )
-def test_a_gguf_llm_is_dequantised_and_can_be_saved(tmp_path, views):
+def test_from_backbones_gguf_is_dequantised_and_can_be_saved(tmp_path, views):
     """SmolLM2 reads a plain sentence as well as a language model should, which packed weights in bfloat16 did not."""
     text = os.environ["OTDRG_LLM"]
     vision = AutoModel.from_config(

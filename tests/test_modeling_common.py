@@ -384,7 +384,7 @@ def test_generate_from_other_embeddings_gives_other_scores(model, inputs):
     assert not any(torch.allclose(one, two) for one, two in zip(plain.scores, other.scores, strict=True))
 
 
-def test_states_without_views_are_refused(model, inputs):
+def test_forward_and_generate_states_without_views_are_refused(model, inputs):
     embeddings = model.get_input_embeddings()(inputs["input_ids"])
     for call in (model, model.generate):
         with pytest.raises(ValueError, match="no image: pixel_values is missing"):
@@ -393,7 +393,7 @@ def test_states_without_views_are_refused(model, inputs):
 
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", sorted({CACHE, "past_key_values"}))
-def test_generate_goes_on_from_a_cache(model, inputs, name):
+def test_generate_continues_from_a_cache(model, inputs, name):
     arguments = {**GREEDY, "output_scores": True, "eos_token_id": -1, "pad_token_id": 0}
     whole = model.generate(**inputs, **arguments)
     first = model.generate(**inputs, **{**arguments, "max_new_tokens": NEW - 1, "min_new_tokens": 0})
@@ -429,7 +429,7 @@ def test_generate_writes_the_same_in_another_way(inputs, way, place):
     assert_same(model.generate(**one, **arguments, **more), model.generate(**one, **arguments))
 
 
-def test_generate_with_positions_moves_them_behind_the_label_text(model, prompts):
+def test_generate_with_positions_moves_them_after_the_label_text(model, prompts):
     mask = prompts["attention_mask"]
     positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
     arguments = {**GREEDY, "output_scores": True}
@@ -486,7 +486,7 @@ STATES = torch.zeros(BATCH, 14, dtype=torch.long)
         ({"finding_states": STATES + 3}, r"finding_states has no_finding unclear \(3\)"),
     ],
 )
-def test_inputs_of_different_studies_or_impossible_states_are_refused(model, inputs, call, changes, message):
+def test_model_inputs_of_different_studies_or_impossible_states_are_refused(model, inputs, call, changes, message):
     for name, change in changes.items():
         inputs[name] = inputs[name][:change] if isinstance(change, int) else change
     inputs = {name: value for name, value in inputs.items() if value is not None}
@@ -504,7 +504,7 @@ def test_inputs_of_different_studies_or_impossible_states_are_refused(model, inp
         (STATES + 4, r"finding_labels has \[4\]"),
     ],
 )
-def test_finding_labels_that_cannot_be_are_refused(model, inputs, labels, message):
+def test_forward_impossible_finding_labels_are_refused(model, inputs, labels, message):
     with pytest.raises(ValueError, match=message):
         model(**inputs, finding_labels=labels)
     with pytest.raises(ValueError, match=message):

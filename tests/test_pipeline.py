@@ -46,7 +46,7 @@ def same(found, expected):
                 )
 
 
-def test_one_study(pipe, model, processor, paths):
+def test_pipeline_one_study_gives_report_and_findings(pipe, model, processor, paths):
     records = pipe(paths[0], **FEW)
     assert len(records) == 1
     assert set(records[0]) == {"generated_text", "complete", "findings"}
@@ -63,13 +63,13 @@ def test_one_study(pipe, model, processor, paths):
         assert found["probability"] == pytest.approx(probability, abs=1e-5)
 
 
-def test_every_form_of_a_view_is_the_same(pipe, paths, views):
+def test_pipeline_every_form_of_a_view_gives_the_same(pipe, paths, views):
     expected = pipe(paths[0], **FEW)
     for form in (Image.open(paths[0]), views[0], torch.from_numpy(views[0])):
         same([pipe(form, **FEW)], [expected])
 
 
-def test_a_list_is_studies_and_an_inner_list_is_one(pipe, paths):
+def test_pipeline_list_is_studies_and_inner_list_is_one(pipe, paths):
     two = pipe(paths[:2], **FEW)
     same(two, [pipe(paths[0], **FEW), pipe(paths[1], **FEW)])
     one = pipe([paths[:2]], **FEW)
@@ -79,13 +79,13 @@ def test_a_list_is_studies_and_an_inner_list_is_one(pipe, paths):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
-def test_batches_of_ragged_studies_give_what_single_ones_give(pipe, paths, singles, batch_size):
+def test_pipeline_ragged_batch_equals_single_studies(pipe, paths, singles, batch_size):
     studies = [paths[:3], paths[3], paths[4:6]]
     same(pipe(studies, batch_size=batch_size, **FEW), singles)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_generators_and_mappings(pipe, paths, singles, batch_size):
+def test_pipeline_generators_and_mappings_are_read(pipe, paths, singles, batch_size):
     studies = [paths[:3], paths[3:4], paths[4:6]]
     same(list(pipe((study for study in studies), batch_size=batch_size, **FEW)), singles)
     mappings = [{"images": study} for study in studies]
@@ -94,7 +94,7 @@ def test_generators_and_mappings(pipe, paths, singles, batch_size):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_datasets(pipe, paths, singles, batch_size):
+def test_pipeline_datasets_are_read(pipe, paths, singles, batch_size):
     features = datasets.Features(
         {
             "id": datasets.Value("string"),
@@ -108,7 +108,7 @@ def test_datasets(pipe, paths, singles, batch_size):
     same(list(pipe(dataset.to_iterable_dataset(), batch_size=batch_size, **FEW)), singles)
 
 
-def test_an_indication_reaches_the_prompt(pipe, model, processor, paths):
+def test_pipeline_indication_reaches_the_prompt(pipe, model, processor, paths):
     inputs = processor(images=[paths[0]], indication="cough")
     sequences = model.generate(**inputs, **FEW)[:, inputs["input_ids"].shape[1] :]
     expected = processor.decode(sequences[0], skip_special_tokens=True).strip()
@@ -119,7 +119,7 @@ def test_an_indication_reaches_the_prompt(pipe, model, processor, paths):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_several_sequences_lengthen_the_inner_list(pipe, paths, batch_size):
+def test_pipeline_several_sequences_lengthen_the_inner_list(pipe, paths, batch_size):
     found = pipe([paths[:2], paths[2], paths[3]], batch_size=batch_size, num_beams=3, num_return_sequences=3, **FEW)
     assert [len(records) for records in found] == [3, 3, 3]
     for records in found:
@@ -129,7 +129,7 @@ def test_several_sequences_lengthen_the_inner_list(pipe, paths, batch_size):
     assert len(pipe(paths[0], num_return_sequences=2, do_sample=True, **FEW)) == 2
 
 
-def test_a_report_that_is_cut_off_is_told_of(build_model, paths):
+def test_pipeline_report_that_is_cut_off_is_not_complete(build_model, paths):
     model, processor = build_model()
     pipe = ReportGenerationPipeline(model=model, processor=processor)
     (record,) = pipe(paths[0], max_new_tokens=6)
@@ -143,14 +143,14 @@ def test_a_report_that_is_cut_off_is_told_of(build_model, paths):
     assert isinstance(second["complete"], bool)
 
 
-def test_a_saved_pipeline_is_a_model_of_its_own(pipe, paths, tmp_path):
+def test_pipeline_save_pretrained_writes_model_and_processor(pipe, paths, tmp_path):
     pipe.save_pretrained(tmp_path)
     again = pipeline("image-to-text", model=str(tmp_path), trust_remote_code=True)
     assert again(paths[0], **FEW) == pipe(paths[0], **FEW)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_findings_steer(pipe, model, processor, paths, batch_size):
+def test_pipeline_findings_steer_the_report(pipe, model, processor, paths, batch_size):
     findings = {"Edema": "positive", "pleural effusion": "uncertain"}
     plain, steered = (pipe(paths[:2], batch_size=batch_size, **more, **FEW) for more in ({}, {"findings": findings}))
     for before, after in zip(plain, steered, strict=True):
@@ -166,7 +166,7 @@ def test_findings_steer(pipe, model, processor, paths, batch_size):
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("view_fusion", ["mean", "concat"])
-def test_heatmaps(build_model, paths, batch_size, view_fusion):
+def test_pipeline_heatmaps_are_the_plan(build_model, paths, batch_size, view_fusion):
     model, processor = build_model(view_fusion=view_fusion)
     pipe = ReportGenerationPipeline(model=model, processor=processor)
     found = pipe([paths[:3], paths[3]], batch_size=batch_size, return_heatmaps=True, **FEW)
@@ -187,19 +187,19 @@ def test_heatmaps(build_model, paths, batch_size, view_fusion):
 
 
 @pytest.mark.parametrize("view_fusion", ["mean", "concat"])
-def test_what_is_not_mentioned_may_be_left_out_of_the_plan(build_model, paths, view_fusion):
+def test_pipeline_heatmaps_of_unmentioned_findings_have_no_mass(build_model, paths, view_fusion):
     model, processor = build_model(ot_labels="mentioned", view_fusion=view_fusion)
     pipe = ReportGenerationPipeline(model=model, processor=processor)
-    told = {name: "unmentioned" for name in FINDINGS} | {"edema": "negative", "fracture": "positive"}
-    heatmaps = pipe([paths[:2]], findings=told, return_heatmaps=True, **FEW)[0][0]["heatmaps"]
+    states = {name: "unmentioned" for name in FINDINGS} | {"edema": "negative", "fracture": "positive"}
+    heatmaps = pipe([paths[:2]], findings=states, return_heatmaps=True, **FEW)[0][0]["heatmaps"]
     for name in FINDINGS:
-        if told[name] == "unmentioned":
+        if states[name] == "unmentioned":
             assert not heatmaps[name].any()
         else:
             assert heatmaps[name].mean() == pytest.approx(1, abs=1e-3)
 
 
-def test_heatmaps_need_a_plan(build_model, paths):
+def test_pipeline_heatmaps_without_fiot_are_refused(build_model, paths):
     model, processor = build_model(fiot=False)
     pipe = ReportGenerationPipeline(model=model, processor=processor)
     with pytest.raises(ValueError, match=r"return_heatmaps=True, but OTDRGConfig.fiot=False"):
@@ -207,7 +207,7 @@ def test_heatmaps_need_a_plan(build_model, paths):
     assert set(pipe(paths[0], **FEW)[0]) == {"generated_text", "complete", "findings"}
 
 
-def test_a_model_that_is_not_told_of_findings_still_predicts_them(build_model, paths):
+def test_pipeline_without_dle_still_predicts_findings(build_model, paths):
     model, processor = build_model(dle=False, fiot=False)
     pipe = ReportGenerationPipeline(model=model, processor=processor)
     assert set(pipe(paths[0], **FEW)[0]["findings"]) == set(FINDINGS)
@@ -216,7 +216,7 @@ def test_a_model_that_is_not_told_of_findings_still_predicts_them(build_model, p
             pipe(paths[0], **more, **FEW)
 
 
-def test_contradictions_are_of_what_the_model_was_told(pipe, paths, reports, monkeypatch):
+def test_pipeline_contradictions_compare_with_the_conditioning_states(pipe, paths, reports, monkeypatch):
     """The model writes what real reports say: its own words are no English."""
     monkeypatch.setattr(pipe.processor, "batch_decode", lambda sequences, **_: reports[: len(sequences)])
     steered = {name: "unmentioned" for name in FINDINGS} | {"pneumothorax": "negative", "edema": "positive"}
@@ -236,7 +236,7 @@ def test_contradictions_are_of_what_the_model_was_told(pipe, paths, reports, mon
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_contradictions_are_of_each_report(pipe, paths, batch_size):
+def test_pipeline_contradictions_are_of_each_report(pipe, paths, batch_size):
     more = {"num_return_sequences": 2, "num_beams": 2, "batch_size": batch_size, **FEW}
     found = pipe([paths[:2], paths[2], paths[3]], return_contradictions=True, **more)
     for records in found:
@@ -245,7 +245,7 @@ def test_contradictions_are_of_each_report(pipe, paths, batch_size):
     assert "contradictions" not in pipe(paths[0], return_contradictions=False, **FEW)[0]
 
 
-def test_contradictions_need_the_package(pipe, paths, monkeypatch):
+def test_pipeline_contradictions_without_the_package_are_refused(pipe, paths, monkeypatch):
     """A folder named otdrg beside a script is imported as a package, of which nothing can be."""
     monkeypatch.setitem(sys.modules, "otdrg.metrics.faithfulness", None)
     with pytest.raises(ImportError, match="with the package otdrg, which is not installed: pip install a clone"):
@@ -289,11 +289,11 @@ def disagreements(record, report):
         (np.eye(32), {"findings": {"no finding": "negative"}}, "not possible for no_finding"),
     ],
 )
-def test_what_cannot_be_is_named(pipe, inputs, arguments, message):
+def test_pipeline_wrong_arguments_are_named(pipe, inputs, arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         pipe(inputs, **arguments, **FEW)
     assert "\n" not in str(error.value)
 
 
-def test_generate_arguments_may_come_together(pipe, paths):
+def test_pipeline_generate_kwargs_are_passed_on(pipe, paths):
     assert pipe(paths[0], generate_kwargs=dict(FEW)) == pipe(paths[0], **FEW)

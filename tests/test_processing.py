@@ -54,7 +54,7 @@ def save(tmp_path):
 # --- studies and views -----------------------------------------------------------------------------------------------
 
 
-def test_a_flat_list_is_studies_and_an_inner_list_is_one_study(processor, views):
+def test_processor_flat_list_is_studies_and_inner_list_is_one(processor, views):
     a, b = views[:2]
     two, one = processor(images=[a, b]), processor(images=[[a, b]])
     assert two["pixel_values"].shape == (2, 1, 3, 56, 56)
@@ -66,7 +66,7 @@ def test_a_flat_list_is_studies_and_an_inner_list_is_one_study(processor, views)
     assert torch.equal(processor(images=a)["pixel_values"][0], two["pixel_values"][0])
 
 
-def test_ragged_studies_are_padded_with_masked_views(processor, views):
+def test_processor_ragged_studies_are_padded_with_masked_views(processor, views):
     a, b, c, d, e, f = views
     inputs = processor(images=[[a, b, c], d, (e, f)])
     assert inputs["pixel_values"].shape == (3, 3, 3, 56, 56)
@@ -79,7 +79,7 @@ def test_ragged_studies_are_padded_with_masked_views(processor, views):
     assert (inputs["pixel_values"][~inputs["view_mask"]] == 0).all()
 
 
-def test_views_are_scaled_and_normalised(processor):
+def test_processor_views_are_scaled_and_normalised(processor):
     gray = np.random.default_rng(0).integers(0, 256, (56, 56), dtype=np.uint8)
     pixels = processor(images=gray)["pixel_values"][0, 0]
     mean, std = (
@@ -93,7 +93,7 @@ def make_wide(gray):
     return np.concatenate((gray, gray, gray), axis=1)
 
 
-def test_every_form_of_a_gray_view_is_the_same(processor, views, save):
+def test_read_view_every_form_of_a_gray_view_gives_the_same(processor, views, save):
     gray = views[0]
     expected = processor(images=gray)["pixel_values"]
     path = save("gray.png", gray)
@@ -116,11 +116,11 @@ def test_every_form_of_a_gray_view_is_the_same(processor, views, save):
         assert torch.allclose(processor(images=[form])["pixel_values"], expected, atol=1e-6), name
 
 
-def test_8_bit_gray_keeps_its_values(views, save):
+def test_read_view_8_bit_gray_keeps_its_values(views, save):
     assert np.array_equal(np.asarray(read_view(save("gray.png", views[0])))[..., 1], views[0])
 
 
-def test_16_bit_gray_is_scaled_from_its_own_range(save):
+def test_read_view_16_bit_gray_is_scaled_from_its_own_range(save):
     gray = np.linspace(1000, 5000, 64 * 64).reshape(64, 64).astype(np.uint16)
     read = np.asarray(read_view(save("deep.png", gray)))[..., 0]
     assert (read.min(), read.max()) == (0, 255)
@@ -130,7 +130,7 @@ def test_16_bit_gray_is_scaled_from_its_own_range(save):
     assert np.array_equal(np.asarray(read_view(Image.fromarray(gray)))[..., 0], read)
 
 
-def test_colour_palette_and_transparency(views, save):
+def test_read_view_colour_palette_and_transparency(views, save):
     gray = views[0]
     colour = np.stack([gray, gray // 2, 255 - gray], axis=-1)
     assert np.array_equal(np.asarray(read_view(save("rgb.png", colour))), colour)
@@ -150,7 +150,7 @@ def test_colour_palette_and_transparency(views, save):
     assert np.array_equal(np.asarray(read_view(save("bits.png", one_bit)))[..., 0], (gray > 100) * np.uint8(255))
 
 
-def test_float_arrays_beyond_one_are_scaled_from_their_own_range():
+def test_read_view_float_array_beyond_one_is_scaled_from_its_own_range():
     array = np.linspace(-1000, 3000, 32 * 32).reshape(32, 32)
     read = np.asarray(read_view(array))[..., 0]
     np.testing.assert_allclose(read, (array + 1000) / 4000 * 255, atol=0.6)
@@ -159,12 +159,12 @@ def test_float_arrays_beyond_one_are_scaled_from_their_own_range():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_tensors(dtype):
+def test_read_view_half_precision_tensors(dtype):
     ramp = torch.linspace(0, 1, 32).repeat(32, 1).to(dtype)
     np.testing.assert_allclose(np.asarray(read_view(ramp))[..., 0], ramp.float().numpy() * 255, atol=0.6)
 
 
-def test_photographs_turned_by_exif_are_turned_back(save, views):
+def test_read_view_exif_orientation_is_undone(save, views):
     image = Image.fromarray(views[0][:, :40])
     exif = image.getexif()
     exif[0x0112] = 6
@@ -205,21 +205,21 @@ def no_proxy(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
 
 
-def test_views_come_from_urls(processor, server):
+def test_read_view_url_is_read(processor, server):
     gray = np.arange(64 * 64, dtype=np.uint32).reshape(64, 64).astype(np.uint8)
     found = processor(images=[f"{server}/view.png"])
     assert torch.equal(found["pixel_values"], processor(images=[gray])["pixel_values"])
 
 
 @pytest.mark.parametrize("path", ["/missing.png", "/short.png", "/a view.png"])
-def test_urls_that_give_no_image_are_named(server, path):
+def test_read_view_url_without_an_image_is_named(server, path):
     with pytest.raises(ValueError) as error:
         read_view(server + path)
     assert str(error.value).startswith(f"{server}{path}: ")
     assert "\n" not in str(error.value)
 
 
-def test_a_server_that_is_not_there_is_named(server):
+def test_read_view_missing_server_is_named(server):
     with pytest.raises(ValueError, match=r"http://127.0.0.1:9/x.png: cannot be read \("):
         read_view("http://127.0.0.1:9/x.png")
 
@@ -231,7 +231,7 @@ def ramp(low, high, dtype=np.uint16):
     return np.linspace(low, high, 48 * 40).reshape(48, 40).astype(dtype)
 
 
-def test_dicom_is_scaled_from_its_own_range_and_monochrome1_inverted(dicom):
+def test_read_view_dicom_is_scaled_and_monochrome1_inverted(dicom):
     pixels = ramp(300, 4000)
     read = np.asarray(read_view(dicom(pixels)))
     assert read.shape == (48, 40, 3)
@@ -240,7 +240,7 @@ def test_dicom_is_scaled_from_its_own_range_and_monochrome1_inverted(dicom):
     np.testing.assert_allclose(inverted[..., 0], 255 - (pixels - 300.0) / 3700 * 255, atol=0.6)
 
 
-def test_dicom_goes_through_rescale_and_window(dicom):
+def test_read_view_dicom_rescale_and_window_are_applied(dicom):
     pixels = ramp(0, 2000, np.int16)
     scaled = {"RescaleSlope": 2, "RescaleIntercept": -1000}
     read = np.asarray(read_view(dicom(pixels, **scaled)))[..., 0]
@@ -257,7 +257,7 @@ def shades(path):
     return read[..., 0]
 
 
-def test_dicom_window_is_the_range_even_where_no_pixel_reaches_its_ends(dicom):
+def test_read_view_dicom_window_is_the_range(dicom):
     pixels = ramp(1000, 1500)
     window = {"WindowCenter": 2048, "WindowWidth": 4096}
     np.testing.assert_allclose(shades(dicom(pixels, **window)), pixels / 4095 * 255, atol=0.6)
@@ -266,7 +266,7 @@ def test_dicom_window_is_the_range_even_where_no_pixel_reaches_its_ends(dicom):
     np.testing.assert_array_equal(shades(dicom(pixels, **several)), shades(dicom(pixels, **window)))
 
 
-def test_dicom_window_functions(dicom):
+def test_read_view_dicom_window_functions(dicom):
     pixels = ramp(0, 4095)
     window = {"WindowCenter": 2000, "WindowWidth": 1000}
     exact = shades(dicom(pixels, **window, VOILUTFunction="LINEAR_EXACT"))
@@ -275,7 +275,7 @@ def test_dicom_window_functions(dicom):
     np.testing.assert_allclose(sigmoid, 255 / (1 + np.exp(-4 * (pixels - 2000.0) / 1000)), atol=0.6)
 
 
-def test_dicom_negative_slope_and_blank_elements(dicom):
+def test_read_view_dicom_negative_slope_and_blank_elements(dicom):
     pixels = ramp(0, 4095)
     negative = {"RescaleSlope": -1, "RescaleIntercept": 4095, "WindowCenter": 2048, "WindowWidth": 4096}
     np.testing.assert_allclose(shades(dicom(pixels, **negative)), 255 - pixels / 4095 * 255, atol=0.6)
@@ -314,13 +314,13 @@ def lookup(table, first=0, bits=16, packed=False):
         ),
     ],
 )
-def test_dicom_tables(dicom, fields, expected):
+def test_read_view_dicom_tables(dicom, fields, expected):
     pixels = ramp(0, 4095)
     np.testing.assert_allclose(shades(dicom(pixels, BitsStored=12, HighBit=11, **fields)), expected(pixels), atol=0.6)
 
 
 @pytest.mark.parametrize("interpretation", ["MONOCHROME1", "MONOCHROME2"])
-def test_dicom_padding_is_black_and_not_in_the_range(dicom, interpretation):
+def test_read_view_dicom_padding_is_black_and_not_in_the_range(dicom, interpretation):
     pixels = ramp(3000, 4000)
     inside = (pixels - 3000.0) / 1000 * 255
     inside = 255 - inside if interpretation == "MONOCHROME1" else inside
@@ -334,7 +334,7 @@ def test_dicom_padding_is_black_and_not_in_the_range(dicom, interpretation):
     assert (read[:8] == 0).all()
 
 
-def test_dicom_signed_values_and_unused_bits(dicom):
+def test_read_view_dicom_signed_values_and_unused_bits(dicom):
     pixels = ramp(0, 4095)
     stored = {"BitsStored": 12, "HighBit": 11}
     expected = shades(dicom(pixels, **stored))
@@ -345,7 +345,7 @@ def test_dicom_signed_values_and_unused_bits(dicom):
     np.testing.assert_allclose(shades(dicom(ramp(0, 65535))), pixels / 4095 * 255, atol=0.6)
 
 
-def test_dicom_without_a_preamble(dicom, tmp_path):
+def test_read_view_dicom_without_a_preamble(dicom, tmp_path):
     import pydicom
 
     path = dicom(ramp(0, 4095))
@@ -378,7 +378,7 @@ def colour_dicom(dicom, tmp_path):
     return write
 
 
-def test_dicom_colours(colour_dicom):
+def test_read_view_dicom_colours(colour_dicom):
     from pydicom.pixels import convert_color_space
     from pydicom.uid import JPEGBaseline8Bit
 
@@ -425,17 +425,17 @@ def transcoded(path, syntax):
     ("low", "high", "dtype", "bits"),
     [(0, 255, np.uint8, 8), (0, 4095, np.uint16, 12), (0, 65535, np.uint16, 16), (-2000, 2000, np.int16, 16)],
 )
-def test_dicom_compressed(dicom, syntax, low, high, dtype, bits):
+def test_read_view_dicom_compressed(dicom, syntax, low, high, dtype, bits):
     path = dicom(ramp(low, high, dtype), BitsStored=bits, HighBit=bits - 1)
     np.testing.assert_allclose(shades(transcoded(path, syntax)), shades(path), atol=2)
 
 
-def test_dicom_jpeg_baseline(dicom):
+def test_read_view_dicom_jpeg_baseline(dicom):
     path = dicom(ramp(0, 255, np.uint8))
     np.testing.assert_allclose(shades(transcoded(path, "JPEGBaselineProcess1")).astype(int), shades(path), atol=4)
 
 
-def test_dicom_rle_needs_no_decoder_beside_pydicom(dicom, tmp_path):
+def test_read_view_dicom_rle_needs_only_pydicom(dicom, tmp_path):
     import pydicom
 
     path = dicom(ramp(0, 4095))
@@ -445,7 +445,7 @@ def test_dicom_rle_needs_no_decoder_beside_pydicom(dicom, tmp_path):
     np.testing.assert_array_equal(shades(str(tmp_path / "rle.dcm")), shades(path))
 
 
-def test_dicom_of_a_syntax_without_decoder_says_what_to_install(dicom, monkeypatch, tmp_path):
+def test_read_view_dicom_without_decoder_says_what_to_install(dicom, monkeypatch, tmp_path):
     import pydicom
 
     dataset = pydicom.dcmread(dicom(ramp(0, 4095)))
@@ -458,13 +458,13 @@ def test_dicom_of_a_syntax_without_decoder_says_what_to_install(dicom, monkeypat
         read_view(str(tmp_path / "lossless.dcm"))
 
 
-def test_dicom_frames_are_counted_before_they_are_decoded(dicom):
+def test_read_view_dicom_frames_are_counted_before_decoding(dicom):
     path = dicom(ramp(0, 9), NumberOfFrames=10_000)
     with pytest.raises(ValueError, match="10000 frames, expected one radiograph"):
         read_view(path)
 
 
-def test_dicom_by_content_dataset_and_batch(dicom, processor, tmp_path):
+def test_read_view_dicom_by_content_dataset_and_batch(dicom, processor, tmp_path):
     import pydicom
 
     path = dicom(ramp(0, 255, np.uint8))
@@ -486,7 +486,7 @@ def test_dicom_by_content_dataset_and_batch(dicom, processor, tmp_path):
         ({"pixels": ramp(0, 9)[:4]}, "40x4 pixels, expected at least 16 a side"),
     ],
 )
-def test_dicom_that_is_no_radiograph_is_named(dicom, fields, message):
+def test_read_view_dicom_that_is_no_radiograph_is_named(dicom, fields, message):
     path = dicom(**fields)
     with pytest.raises(ValueError) as error:
         read_view(path)
@@ -495,13 +495,13 @@ def test_dicom_that_is_no_radiograph_is_named(dicom, fields, message):
     assert "\n" not in str(error.value)
 
 
-def test_dicom_larger_than_allowed_is_refused(dicom):
+def test_read_view_dicom_larger_than_allowed_is_refused(dicom):
     path = dicom(ramp(0, 9))
     with pytest.raises(ValueError, match=r"view\.dcm: 40x48 pixels, expected at most 1000"):
         read_view(path, max_pixels=1000)
 
 
-def test_text_named_dcm_is_refused(tmp_path):
+def test_read_view_text_named_dcm_is_refused(tmp_path):
     path = tmp_path / "note.dcm"
     path.write_text("This is a note about a patient, and no radiograph at all. " * 9)
     with pytest.raises(ValueError, match=r"note\.dcm: .*DICOM"):
@@ -545,7 +545,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_files_that_are_no_radiographs_are_named_in_one_line(processor, tmp_path, name):
+def test_read_view_file_that_is_no_radiograph_is_named_in_one_line(processor, tmp_path, name):
     data, message = BAD_FILES[name]
     path = tmp_path / name
     path.write_bytes(data)
@@ -561,7 +561,7 @@ def test_files_that_are_no_radiographs_are_named_in_one_line(processor, tmp_path
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of what it finds in the TIFF
 @pytest.mark.parametrize("image_format", ["PNG", "JPEG", "TIFF", "WEBP", "BMP"])
-def test_no_truncation_raises_anything_else(image_format):
+def test_read_view_truncated_file_raises_value_error_only(image_format):
     data = encoded(image_format)
     for length in [*range(1, 120, 7), *range(120, len(data) - 1, len(data) // 20)]:
         try:
@@ -570,7 +570,7 @@ def test_no_truncation_raises_anything_else(image_format):
             assert str(error).startswith("image: "), length
 
 
-def test_missing_files_and_folders_are_named(tmp_path):
+def test_read_view_missing_file_or_folder_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere\.png: cannot be read \(No such file or directory\)"):
         read_view(tmp_path / "nowhere.png")
     with pytest.raises(ValueError, match=r"cannot be read \(Is a directory\)"):
@@ -593,18 +593,18 @@ def test_missing_files_and_folders_are_named(tmp_path):
         ({"image": "a.png"}, "a view is a dict: expected a path"),
     ],
 )
-def test_views_that_cannot_be_are_named(processor, view, message):
+def test_read_view_wrong_view_is_named(processor, view, message):
     with pytest.raises(ValueError, match=message):
         processor(images=[view])
 
 
 @pytest.mark.parametrize("images", [None, [], ()])
-def test_no_image_is_refused(processor, images):
+def test_processor_no_image_is_refused(processor, images):
     with pytest.raises(ValueError, match="no image: a report is only written from at least one view"):
         processor(images=images, text="<image> Describe it.")
 
 
-def test_a_study_without_views_is_named(processor, views):
+def test_processor_study_without_views_is_named(processor, views):
     with pytest.raises(ValueError, match="no image: study 1 has no view"):
         processor(images=[views[0], []])
 
@@ -634,7 +634,7 @@ def test_a_study_without_views_is_named(processor, views):
         ({"return_tensors": "tf"}, "return_tensors='tf': expected 'pt', 'np' or None"),
     ],
 )
-def test_arguments_that_do_not_fit_are_named(processor, views, arguments, message):
+def test_processor_wrong_arguments_are_named(processor, views, arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         processor(images=views[:2], **arguments)
     assert "\n" not in str(error.value)
@@ -655,7 +655,7 @@ def test_arguments_that_do_not_fit_are_named(processor, views, arguments, messag
         ({"dle": False, "fiot": False}, 0, 0),
     ],
 )
-def test_prompts_hold_the_placeholders_of_their_study(
+def test_processor_prompt_has_the_placeholders_of_its_study(
     build_config, processor, views, view_fusion, fields, findings, finding_texts
 ):
     processor, config = processor_with(build_config, processor, view_fusion=view_fusion, **fields)
@@ -667,7 +667,7 @@ def test_prompts_hold_the_placeholders_of_their_study(
     assert config.prompt_token_ids == inputs["input_ids"][0][inputs["attention_mask"][0].bool()].tolist()
 
 
-def test_the_plain_prompt_is_the_papers(processor, views):
+def test_default_prompt_plain_is_the_papers(processor, views):
     inputs = processor(images=views[0])
     assert text_of(processor, inputs) == f"<s>\n{DEFAULT_PROMPT}\n"
     # image tokens, label tokens, label text, instruction, as in the paper
@@ -676,7 +676,7 @@ def test_the_plain_prompt_is_the_papers(processor, views):
     assert [token for token in ids if token in markers] == [markers[0]] * 4 + [markers[1]] * 14 + [markers[2]]
 
 
-def test_an_indication_stands_before_the_instruction(processor, views):
+def test_default_prompt_indication_is_before_the_instruction(processor, views):
     inputs = processor(images=views[:2], indication=["  cough and fever ", None])
     assert text_of(processor, inputs, 0) == f"<s>\nIndication: cough and fever\n{DEFAULT_PROMPT}\n"
     assert text_of(processor, inputs, 1) == f"<s>\n{DEFAULT_PROMPT}\n"
@@ -698,7 +698,7 @@ CHAT_WITHOUT_SYSTEM = (
 @pytest.mark.parametrize(
     ("template", "system"), [(CHAT, "[system]"), (CHAT_WITHOUT_SYSTEM, "")], ids=["system", "no system"]
 )
-def test_the_llms_chat_template_is_used_with_an_empty_system_turn(build_config, processor, views, template, system):
+def test_default_prompt_chat_template_has_an_empty_system_turn(build_config, processor, views, template, system):
     processor, _ = processor_with(build_config, processor, template)
     inputs = processor(images=[views[:2]])
     assert text_of(processor, inputs) == f"{system}[user]\n{DEFAULT_PROMPT}[assistant]"
@@ -712,7 +712,7 @@ def test_the_llms_chat_template_is_used_with_an_empty_system_turn(build_config, 
         assert text == "[system]Be brief.[user]<image>Edema?"
 
 
-def test_texts_replace_the_prompt(processor, views):
+def test_processor_text_replaces_the_prompt(processor, views):
     inputs = processor(images=[views[:2], views[2]], text=["Is <image> normal?", "Describe it."])
     assert text_of(processor, inputs, 0) == "Is  normal?"
     assert text_of(processor, inputs, 1) == "\nDescribe it."
@@ -721,7 +721,7 @@ def test_texts_replace_the_prompt(processor, views):
     assert count(processor, each["input_ids"][0]) == (4, 14, 1)
 
 
-def test_a_flat_list_of_images_goes_to_the_conversations_that_name_them(processor, views):
+def test_processor_flat_images_go_to_their_conversations(processor, views):
     inputs = processor(images=views[:3], text=["<image><image> Describe.", "<image> Describe."])
     assert inputs["view_mask"].tolist() == [[True, True], [True, False]]
     assert torch.equal(inputs["pixel_values"][1, 0], processor(images=views[2])["pixel_values"][0, 0])
@@ -730,7 +730,7 @@ def test_a_flat_list_of_images_goes_to_the_conversations_that_name_them(processo
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
 
-def test_prompts_are_padded_left_and_reports_right(processor, views, reports):
+def test_processor_prompts_are_padded_left_and_reports_right(processor, views, reports):
     prompts = processor(images=views[:2], indication=["a long history of cough, and fever since Monday", None])
     assert "labels" not in prompts
     assert prompts["attention_mask"][0].all()
@@ -744,7 +744,7 @@ def test_prompts_are_padded_left_and_reports_right(processor, views, reports):
     assert (training["input_ids"][1, lengths[1] :] == processor.tokenizer.pad_token_id).all()
 
 
-def test_labels_are_the_report_and_the_end_of_text(processor, views, reports):
+def test_processor_labels_are_the_report_and_the_end_of_text(processor, views, reports):
     training = processor(images=views[:2], report=reports[:2])
     prompt = processor(images=views[0])["input_ids"][0]
     for row, report in enumerate(reports[:2]):
@@ -761,7 +761,7 @@ def test_labels_are_the_report_and_the_end_of_text(processor, views, reports):
     ]
 
 
-def test_the_end_of_text_is_learned_where_it_is_also_the_padding(build_config, processor, views, reports):
+def test_processor_end_of_text_is_learned_if_it_is_the_padding(build_config, processor, views, reports):
     tokenizer = copy.deepcopy(processor.tokenizer)
     tokenizer.pad_token = tokenizer.eos_token
     processor = OTDRGProcessor.from_config(build_config(), tokenizer)
@@ -775,7 +775,7 @@ def test_the_end_of_text_is_learned_where_it_is_also_the_padding(build_config, p
     assert training["input_ids"][1, -1] == eos
 
 
-def test_a_tokenizer_without_padding_does(build_config, processor, views, reports):
+def test_processor_tokenizer_without_padding_works(build_config, processor, views, reports):
     tokenizer = copy.deepcopy(processor.tokenizer)
     tokenizer.pad_token = None
     processor = OTDRGProcessor.from_config(build_config(), tokenizer)
@@ -784,13 +784,13 @@ def test_a_tokenizer_without_padding_does(build_config, processor, views, report
     assert (training["labels"][:, -1] == torch.tensor([tokenizer.eos_token_id, -100])).all()
 
 
-def test_reports_are_cut_to_a_number_of_tokens(processor, views, reports):
+def test_processor_max_report_tokens_cuts_reports(processor, views, reports):
     training = processor(images=views[:2], report=[reports[0], ""], max_report_tokens=5)
     assert (training["labels"] != -100).sum(dim=1).tolist() == [6, 1]
     assert training["labels"][1].max() == processor.tokenizer.eos_token_id
 
 
-def test_states_are_given_by_name_or_id(processor, views):
+def test_processor_finding_states_by_name_or_id(processor, views):
     by_name = processor(images=views[:2], finding_states={"Edema": "positive", "pleural_effusion": "uncertain"})
     expected = torch.full((2, 14), -1)
     expected[:, FINDINGS.index("edema")] = 1
@@ -804,7 +804,7 @@ def test_states_are_given_by_name_or_id(processor, views):
     assert ids.tolist() == [[0, 1] * 7] * 2
 
 
-def test_a_tokenizer_without_placeholders_is_refused(processor):
+def test_processor_tokenizer_without_placeholders_is_refused(processor):
     tokenizer = copy.deepcopy(processor.tokenizer)
     tokenizer.get_added_vocab = dict
     with pytest.raises(ValueError, match="the tokenizer has no '<image>'"):
@@ -816,7 +816,9 @@ def test_a_tokenizer_without_placeholders_is_refused(processor):
 
 @pytest.mark.parametrize("template", [None, CHAT], ids=["plain", "chat"])
 @pytest.mark.parametrize("auto", [OTDRGProcessor, AutoProcessor])
-def test_saving_and_loading_keeps_everything(build_config, processor, views, reports, tmp_path, template, auto):
+def test_processor_saving_and_loading_keeps_everything(
+    build_config, processor, views, reports, tmp_path, template, auto
+):
     fields = {"view_fusion": "concat", "finding_text": "all", "fiot": False, "prompt": "Write the report."}
     original, config = processor_with(build_config, processor, template, **fields)
     original.max_image_pixels = 5000

@@ -20,7 +20,7 @@ LONG = ["a long history of cough, fever and pain in the chest", None]
     ],
     ids=["flat", "nested", "both"],
 )
-def test_image_arguments_reach_the_image_processor(processor, views, arguments):
+def test_processor_image_arguments_reach_the_image_processor(processor, views, arguments):
     changed = processor(images=[views[:2], views[2]], **arguments)["pixel_values"]
     expected = processor.image_processor(
         [np.repeat(view[None], 3, 0) for view in views[:3]], return_tensors="pt", rescale_factor=-1.0
@@ -32,7 +32,7 @@ def test_image_arguments_reach_the_image_processor(processor, views, arguments):
     assert (changed[1, 1] == 0).all()
 
 
-def test_images_of_another_size_keep_it(processor, views):
+def test_processor_images_of_another_size_keep_it(processor, views):
     sized = processor(images=views[:2], images_kwargs={"size": {"height": 28, "width": 42}})["pixel_values"]
     assert sized.shape == (2, 1, 3, 28, 42)
 
@@ -46,7 +46,7 @@ def test_images_of_another_size_keep_it(processor, views):
     ],
     ids=["flat", "nested", "common"],
 )
-def test_padding_to_a_length(processor, views, reports, arguments):
+def test_processor_padding_to_a_length(processor, views, reports, arguments):
     prompts = processor(images=views[:2], **arguments)
     assert prompts["input_ids"].shape == prompts["attention_mask"].shape == (2, 150)
     assert not prompts["attention_mask"][:, 0].any() and prompts["attention_mask"][:, -1].all()
@@ -56,7 +56,7 @@ def test_padding_to_a_length(processor, views, reports, arguments):
     assert (training["labels"][:, -1] == -100).all()
 
 
-def test_padding_of_the_tokenizer_is_the_default(processor, views, tmp_path):
+def test_processor_padding_of_the_tokenizer_is_the_default(processor, views, tmp_path):
     processor.save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, max_length=150, padding="max_length")
     padded = OTDRGProcessor(processor.image_processor, tokenizer, processor.chat_template, image_tokens=4)
@@ -65,7 +65,7 @@ def test_padding_of_the_tokenizer_is_the_default(processor, views, tmp_path):
 
 
 @pytest.mark.parametrize("padding", [True, "longest"])
-def test_padding_to_the_longest_ignores_the_most(processor, views, padding):
+def test_processor_padding_to_the_longest_ignores_max_length(processor, views, padding):
     inputs = processor(images=views[:2], indication=LONG, padding=padding, max_length=400)
     assert inputs["attention_mask"].all(dim=1).tolist() == [True, False]
     multiple = processor(images=views[:2], indication=LONG, pad_to_multiple_of=16)["input_ids"]
@@ -74,7 +74,7 @@ def test_padding_to_the_longest_ignores_the_most(processor, views, padding):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("nested", [False, True])
-def test_padding_side_is_the_callers(processor, views, reports, side, nested):
+def test_processor_padding_side_is_the_callers(processor, views, reports, side, nested):
     arguments = {"text_kwargs": {"padding_side": side}} if nested else {"padding_side": side}
     for more in ({}, {"report": [reports[0], "Clear."]}):
         mask = processor(images=views[:2], indication=LONG, **more, **arguments)["attention_mask"][1]
@@ -82,7 +82,7 @@ def test_padding_side_is_the_callers(processor, views, reports, side, nested):
         assert not mask.all()
 
 
-def test_no_padding_gives_ragged_lists(processor, views):
+def test_processor_no_padding_gives_ragged_lists(processor, views):
     ragged = processor(images=views[:2], indication=LONG, padding=False, return_tensors=None)
     lengths = [len(row) for row in ragged["input_ids"]]
     assert lengths[0] > lengths[1] and lengths == [sum(row) for row in ragged["attention_mask"]]
@@ -94,7 +94,7 @@ def test_no_padding_gives_ragged_lists(processor, views):
     assert processor(images=views[:2], padding=False)["input_ids"].shape[0] == 2
 
 
-def test_truncation_cuts_the_end_of_reports_and_never_a_study(processor, views, reports):
+def test_processor_truncation_cuts_reports_and_never_a_study(processor, views, reports):
     whole = processor(images=views[:2], report=[reports[0], reports[3]])
     length = whole["input_ids"].shape[1] - 5
     cut = processor(images=views[:2], report=[reports[0], reports[3]], truncation=True, max_length=length)
@@ -109,7 +109,7 @@ def test_truncation_cuts_the_end_of_reports_and_never_a_study(processor, views, 
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("pt", torch.Tensor), ("np", np.ndarray), (None, list)])
-def test_return_tensors_is_the_kind_of_every_value(processor, views, reports, kind, expected):
+def test_processor_return_tensors_is_the_type_of_every_value(processor, views, reports, kind, expected):
     arguments = {"images": views[:2], "report": reports[:2], "finding_states": {"edema": "positive"}}
     inputs, tensors = processor(**arguments, return_tensors=kind), processor(**arguments)
     assert inputs.keys() == tensors.keys()
@@ -129,7 +129,7 @@ def test_return_tensors_is_the_kind_of_every_value(processor, views, reports, ki
         {"text_kwargs": {"padding": "do_not_pad"}, "padding": "max_length"},
     ],
 )
-def test_arguments_given_twice_are_refused(processor, views, arguments):
+def test_processor_arguments_given_twice_are_refused(processor, views, arguments):
     with pytest.raises(ValueError, match="passed two times"):
         processor(images=views[0], **arguments)
 
@@ -145,17 +145,17 @@ def test_arguments_given_twice_are_refused(processor, views, arguments):
         ({"audio": [0.0]}, "videos and audio were given"),
     ],
 )
-def test_arguments_without_effect_are_refused(processor, views, arguments, message):
+def test_processor_arguments_without_effect_are_refused(processor, views, arguments, message):
     with pytest.raises(ValueError, match=message):
         processor(images=views[0], **arguments)
     processor(images=views[0], videos=None, audio=None, return_offsets_mapping=False, add_special_tokens=True)
 
 
-def test_names_of_the_inputs_are_those_of_a_call(processor, views):
+def test_processor_model_input_names_are_those_of_a_call(processor, views):
     assert set(processor(images=views[0]).keys()) == set(processor.model_input_names)
 
 
-def test_a_saved_processor_is_the_one_that_is_loaded(processor, tmp_path):
+def test_processor_loaded_equals_the_saved_one(processor, tmp_path):
     processor.save_pretrained(tmp_path / "one")
     one = OTDRGProcessor.from_pretrained(tmp_path / "one")
     one.save_pretrained(tmp_path / "two")

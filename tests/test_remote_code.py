@@ -253,7 +253,7 @@ def test_saved_folder_opens_by_every_door_and_again_after_saving(build_model, im
             assert (first / name).read_bytes() == (second / name).read_bytes(), name
 
 
-def test_a_merged_model_needs_no_peft(build_model, image, run, tmp_path):
+def test_merged_model_loads_without_peft(build_model, image, run, tmp_path):
     model, processor = lora_model(build_model)
     adapted, merged = tmp_path / "adapted", tmp_path / "merged"
     model.save_pretrained(adapted)
@@ -271,7 +271,7 @@ def test_a_merged_model_needs_no_peft(build_model, image, run, tmp_path):
 
 
 @pytest.mark.slow
-def test_training_with_the_stock_trainer_is_killed_and_goes_on(build_model, views, run, tmp_path):
+def test_stock_trainer_killed_resumes_to_the_same_losses(build_model, views, run, tmp_path):
     model, processor = build_model(
         lora={**LORA, "lora_dropout": 0.1}, text_config={"hidden_size": 32, "attention_dropout": 0.1}
     )
@@ -288,5 +288,5 @@ def test_training_with_the_stock_trainer_is_killed_and_goes_on(build_model, view
     assert resumed == pytest.approx(unbroken, abs=1e-5) and len(resumed) == 5
 
 
-def test_the_processor_is_one_of_transformers(processor):
+def test_processor_is_a_processor_mixin(processor):
     assert isinstance(processor, ProcessorMixin)

@@ -43,7 +43,7 @@ def pot_plan(cost, epsilon):
 
 @pytest.mark.parametrize("epsilon", [1.0, 0.1])
 @pytest.mark.parametrize("shape", [(49, 14), (6, 14), (1, 5), (5, 1)])
-def test_plan_is_that_of_pot(shape, epsilon):
+def test_sinkhorn_plan_equals_pots(shape, epsilon):
     cost = random_cost(2, *shape)
     output = sinkhorn(cost, epsilon, **EXACT)
     for row in range(len(cost)):
@@ -53,7 +53,7 @@ def test_plan_is_that_of_pot(shape, epsilon):
 
 
 @pytest.mark.parametrize("normalization", ["none", "unit"])
-def test_value_plan_and_gradient_are_those_of_geomloss(normalization):
+def test_sinkhorn_value_plan_and_gradient_equal_geomloss(normalization):
     epsilon, rows, columns = 0.5, 12, 7
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(rows, 5, generator=generator, dtype=torch.float64)
@@ -98,7 +98,7 @@ def verbatim_algorithm_1(x, y, epsilon, t):
     return (plan * cost).sum() - entropy, plan
 
 
-def test_the_papers_algorithm_gives_nan_where_ours_does_not():
+def test_sinkhorn_large_cost_stays_finite_where_algorithm_1_gives_nan():
     torch.manual_seed(0)
     project_image, project_label = torch.nn.Linear(768, 4096), torch.nn.Linear(768, 4096)
     with torch.no_grad():
@@ -126,7 +126,7 @@ def test_the_papers_algorithm_gives_nan_where_ours_does_not():
 
 
 @pytest.mark.parametrize("value", ["distance", "regularized"])
-def test_envelope_gradient_is_the_plan(value):
+def test_sinkhorn_envelope_gradient_is_the_plan(value):
     cost = random_cost(3, 9, 4).requires_grad_()
     output = sinkhorn(cost, 0.1)
     (gradient,) = torch.autograd.grad(getattr(output, value).sum(), cost)
@@ -134,13 +134,13 @@ def test_envelope_gradient_is_the_plan(value):
     assert not output.plan.requires_grad
 
 
-def test_envelope_gradient_of_the_objective_is_its_true_gradient():
+def test_sinkhorn_envelope_gradient_of_the_objective_is_exact():
     cost = random_cost(1, 4, 3).requires_grad_()
     assert torch.autograd.gradcheck(lambda c: sinkhorn(c, 0.3, **EXACT).regularized, cost, atol=1e-6)
 
 
 @pytest.mark.parametrize("value", ["distance", "regularized", "plan"])
-def test_unrolled_gradient_is_that_of_finite_differences(value):
+def test_sinkhorn_unrolled_gradient_equals_finite_differences(value):
     cost = random_cost(2, 4, 3).requires_grad_()
 
     def run(c):
@@ -149,7 +149,7 @@ def test_unrolled_gradient_is_that_of_finite_differences(value):
     assert torch.autograd.gradcheck(run, cost)
 
 
-def test_unrolled_gradient_is_that_through_pot():
+def test_sinkhorn_unrolled_gradient_equals_pots():
     cost = random_cost(1, 6, 4).requires_grad_()
     (ours,) = torch.autograd.grad(sinkhorn(cost, 0.2, gradient="unroll", **EXACT).distance.sum(), cost)
     (theirs,) = torch.autograd.grad((pot_plan(cost[0], 0.2) * cost[0]).sum(), cost)
@@ -160,7 +160,7 @@ def test_unrolled_gradient_is_that_through_pot():
 
 @pytest.mark.parametrize("value", ["distance", "regularized"])
 @pytest.mark.parametrize("gradient", ["envelope", "unroll"])
-def test_gradients_stay_finite_under_masks_and_where_the_plan_underflows(gradient, value):
+def test_sinkhorn_masked_or_underflowing_plan_has_finite_gradients(gradient, value):
     cost = (random_cost(3, 5, 4, torch.float32) * torch.tensor([1.0, 1e3, 1.0])[:, None, None]).requires_grad_()
     rows = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]], dtype=torch.bool)
     columns = torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]], dtype=torch.bool)
@@ -174,14 +174,14 @@ def test_gradients_stay_finite_under_masks_and_where_the_plan_underflows(gradien
 # --- marginals, masks, batches ---------------------------------------------------------------------------------------
 
 
-def test_marginals_are_uniform():
+def test_sinkhorn_marginals_are_uniform():
     plan = sinkhorn(random_cost(4, 49, 14), 0.1, **EXACT).plan
     assert torch.allclose(plan.sum(dim=2), torch.full((4, 49), 1 / 49, dtype=plan.dtype), atol=1e-12)
     assert torch.allclose(plan.sum(dim=1), torch.full((4, 14), 1 / 14, dtype=plan.dtype), atol=1e-12)
     assert (plan > 0).all()
 
 
-def test_permuting_the_cost_permutes_the_plan():
+def test_sinkhorn_permuted_cost_permutes_the_plan():
     cost = random_cost(2, 8, 5)
     rows, columns = torch.randperm(8), torch.randperm(5)
     plan = sinkhorn(cost, 0.1, **EXACT).plan
@@ -190,7 +190,7 @@ def test_permuting_the_cost_permutes_the_plan():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_masked_problems_are_the_reduced_ones(dtype):
+def test_sinkhorn_masked_problem_equals_the_reduced_one(dtype):
     cost = random_cost(3, 8, 6, dtype)
     cost[0, 0], cost[1, :, 5] = torch.nan, torch.inf  # what is masked may hold anything
     rows, columns = torch.rand(3, 8) < 0.6, torch.rand(3, 6) < 0.6
@@ -207,7 +207,7 @@ def test_masked_problems_are_the_reduced_ones(dtype):
     assert (output.plan[~(rows[:, :, None] & columns[:, None, :])] == 0).all()
 
 
-def test_a_problem_without_mass_is_zero_and_does_not_touch_the_others():
+def test_sinkhorn_problem_without_mass_is_zero_and_changes_no_other():
     cost = random_cost(3, 5, 4).requires_grad_()
     rows = torch.ones(3, 5, dtype=torch.bool)
     columns = torch.ones(3, 4, dtype=torch.bool)
@@ -224,7 +224,7 @@ def test_a_problem_without_mass_is_zero_and_does_not_touch_the_others():
 
 
 @pytest.mark.parametrize("tolerance", [1e-3, 1e-7, 0.0])
-def test_the_batch_gives_what_the_loop_gives(tolerance):
+def test_sinkhorn_batch_equals_the_loop(tolerance):
     cost = random_cost(6, 9, 5, torch.float32) * torch.tensor([0.1, 1, 3, 10, 100, 1e-3])[:, None, None]
     batch = sinkhorn(cost, 0.1, tolerance=tolerance)
     for row in range(len(cost)):
@@ -233,7 +233,7 @@ def test_the_batch_gives_what_the_loop_gives(tolerance):
             assert torch.equal(getattr(batch, name)[row], value[0]), name
 
 
-def test_a_problem_stops_once_its_marginals_are_met():
+def test_sinkhorn_stops_once_marginals_are_met():
     cost = random_cost(2, 9, 5) * torch.tensor([0.01, 1.0])[:, None, None]
     output = sinkhorn(cost, 0.1, tolerance=1e-6)
     assert output.iterations[0] < output.iterations[1] < 100
@@ -248,7 +248,7 @@ def test_a_problem_stops_once_its_marginals_are_met():
 # --- scales and types ------------------------------------------------------------------------------------------------
 
 
-def test_epsilon_of_a_hundredth():
+def test_sinkhorn_small_epsilon_equals_pot_in_both_types():
     x, y = torch.randn(2, 2, 8, 16, dtype=torch.float64)
     cost = cost_matrix(x, y[:, :5], "unit")
     double, single = (sinkhorn(c, 0.01, max_iterations=20_000, tolerance=1e-8) for c in (cost, cost.float()))
@@ -260,7 +260,7 @@ def test_epsilon_of_a_hundredth():
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e-6, 1e3, 1e6, 1e20])
-def test_any_scale_of_cost(scale):
+def test_sinkhorn_any_scale_of_cost_is_finite(scale):
     cost = (random_cost(2, 12, 5, torch.float32) * scale).requires_grad_()
     output = sinkhorn(cost, 0.1)
     (gradient,) = torch.autograd.grad(output.distance.sum(), cost)
@@ -271,7 +271,7 @@ def test_any_scale_of_cost(scale):
         assert torch.allclose(output.plan.sum(dim=1), torch.full((2, 5), 0.2), atol=1e-3)
 
 
-def test_cost_of_a_thousand_matches_pot():
+def test_sinkhorn_cost_of_a_thousand_equals_pot():
     cost = random_cost(1, 12, 5) * 300
     assert cost.max() > 1e3
     output = sinkhorn(cost.float(), 30.0, max_iterations=20_000, tolerance=1e-6)
@@ -284,7 +284,7 @@ def test_cost_of_a_thousand_matches_pot():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_half_precision_is_computed_in_float32(dtype, autocast):
+def test_sinkhorn_half_precision_is_computed_in_float32(dtype, autocast):
     cost = random_cost(2, 9, 5, torch.float32).to(dtype).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         output = sinkhorn(cost, 0.1)
@@ -298,7 +298,7 @@ def test_half_precision_is_computed_in_float32(dtype, autocast):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_features_have_a_float32_cost(dtype):
+def test_cost_matrix_half_precision_features_have_a_float32_cost(dtype):
     x, y = torch.randn(1, 6, 64).to(dtype), torch.randn(1, 3, 64).to(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cost = cost_matrix(x, y)
@@ -307,7 +307,7 @@ def test_half_precision_features_have_a_float32_cost(dtype):
 
 
 @pytest.mark.parametrize("normalization", ["none", "unit"])
-def test_coincident_points_have_no_cost_and_no_gradient(normalization):
+def test_cost_matrix_coincident_points_have_no_cost_and_no_gradient(normalization):
     x = torch.randn(1, 4, 8)
     x[0, 1] = x[0, 0]
     y = x[:, :3].clone()
@@ -328,14 +328,14 @@ def test_coincident_points_have_no_cost_and_no_gradient(normalization):
     assert torch.allclose(output.plan, torch.full((1, 4, 3), 1 / 12))
 
 
-def test_cost_is_the_euclidean_distance_of_every_pair():
+def test_cost_matrix_is_the_euclidean_distance_of_every_pair():
     x, y = torch.randn(2, 4, 8), torch.randn(2, 3, 8)
     assert torch.allclose(cost_matrix(x, y), (x[:, :, None] - y[:, None]).norm(dim=-1), atol=1e-6)
     x, y = x / x.norm(dim=-1, keepdim=True), y / y.norm(dim=-1, keepdim=True)
     assert torch.allclose(cost_matrix(3 * x, 0.2 * y, "unit"), (x[:, :, None] - y[:, None]).norm(dim=-1), atol=1e-6)
 
 
-def test_distance_objective_and_entropy_fit_together():
+def test_sinkhorn_objective_is_distance_minus_entropy():
     cost = random_cost(3, 6, 4)
     output = sinkhorn(cost, 0.2)
     entropy = -(output.plan * output.plan.log()).sum(dim=(1, 2))
@@ -361,7 +361,7 @@ def test_distance_objective_and_entropy_fit_together():
         ({"column_mask": torch.ones(3)}, r"column_mask has shape \(3,\): expected \(2, 3\)"),
     ],
 )
-def test_wrong_arguments_are_named(arguments, message):
+def test_sinkhorn_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         sinkhorn(**{"cost": torch.rand(2, 4, 3), **arguments})
 
@@ -379,7 +379,7 @@ PROPERTY = settings(max_examples=30, deadline=None, derandomize=True, database=N
 
 @PROPERTY
 @given(COSTS, EPSILONS)
-def test_every_plan_is_a_plan(cost, epsilon):
+def test_sinkhorn_every_plan_has_its_marginals(cost, epsilon):
     output = sinkhorn(torch.from_numpy(cost), epsilon, **EXACT)
     rows, columns = cost.shape[1:]
     assert (output.plan >= 0).all()
@@ -389,7 +389,7 @@ def test_every_plan_is_a_plan(cost, epsilon):
 
 @PROPERTY
 @given(COSTS, EPSILONS, st.floats(-1e3, 1e3))
-def test_a_constant_moves_the_distance_and_not_the_plan(cost, epsilon, constant):
+def test_sinkhorn_constant_added_to_cost_keeps_the_plan(cost, epsilon, constant):
     before = sinkhorn(torch.from_numpy(cost), epsilon, **EXACT)
     after = sinkhorn(torch.from_numpy(cost) + constant, epsilon, **EXACT)
     np.testing.assert_allclose(after.plan, before.plan, atol=1e-9)
@@ -398,7 +398,7 @@ def test_a_constant_moves_the_distance_and_not_the_plan(cost, epsilon, constant)
 
 @PROPERTY
 @given(COSTS, EPSILONS, st.floats(1e-3, 1e3))
-def test_scaling_cost_and_epsilon_together_keeps_the_plan(cost, epsilon, factor):
+def test_sinkhorn_scaled_cost_and_epsilon_keep_the_plan(cost, epsilon, factor):
     before = sinkhorn(torch.from_numpy(cost), epsilon, **EXACT)
     after = sinkhorn(torch.from_numpy(cost) * factor, epsilon * factor, **EXACT)
     np.testing.assert_allclose(after.plan, before.plan, atol=1e-9)
@@ -407,7 +407,7 @@ def test_scaling_cost_and_epsilon_together_keeps_the_plan(cost, epsilon, factor)
 
 @PROPERTY
 @given(COSTS, EPSILONS)
-def test_no_plan_beats_the_product_plan_by_less(cost, epsilon):
+def test_sinkhorn_plan_is_no_worse_than_the_product_plan(cost, epsilon):
     """The minimum lies between unregularised transport's bound and the objective of the product of the marginals."""
     output = sinkhorn(torch.from_numpy(cost), epsilon, **EXACT)
     cells = cost.shape[1] * cost.shape[2]
@@ -427,7 +427,7 @@ def test_no_plan_beats_the_product_plan_by_less(cost, epsilon):
     st.floats(1e-3, 10),
     st.data(),
 )
-def test_nothing_makes_nan(cost, epsilon, data):
+def test_sinkhorn_random_cost_is_finite(cost, epsilon, data):
     masks = [torch.from_numpy(data.draw(hnp.arrays(bool, (2, size)))) for size in (cost.shape[1], cost.shape[2])]
     cost = torch.from_numpy(cost).requires_grad_()
     output = sinkhorn(cost, epsilon, row_mask=masks[0], column_mask=masks[1])

@@ -51,7 +51,7 @@ def assert_same(model, other, inputs):
     assert torch.equal(model.generate(**inputs, **FEW), other.generate(**inputs, **FEW))
 
 
-def test_an_adapter_is_what_was_trained_and_gives_the_model_back(trained, study, tmp_path):
+def test_adapter_holds_what_was_trained_and_restores_the_model(trained, study, tmp_path):
     model, _ = trained
     model.save_pretrained(tmp_path / "adapter", weights="adapter")
     model.save_pretrained(tmp_path / "full")
@@ -85,7 +85,9 @@ def test_an_adapter_is_what_was_trained_and_gives_the_model_back(trained, study,
     ],
     ids=["untied, biased", "two encoders with adapters", "bfloat16"],
 )
-def test_adapters_of_other_backbones(build_backbones, build_on_backbones, views, tmp_path, made, fields):
+def test_adapter_of_other_backbones_restores_the_model(
+    build_backbones, build_on_backbones, views, tmp_path, made, fields
+):
     backbones = build_backbones(tmp_path, **made)
     model, processor = build_on_backbones(backbones, **fields)
     model.save_pretrained(tmp_path / "adapter", weights="adapter")
@@ -98,7 +100,7 @@ def test_adapters_of_other_backbones(build_backbones, build_on_backbones, views,
     assert stored.keys() == second.keys()
 
 
-def test_a_trained_encoder_is_in_the_adapter(backbones, build_on_backbones, study, tmp_path):
+def test_adapter_holds_a_trained_encoder(backbones, build_on_backbones, study, tmp_path):
     model, _ = build_on_backbones(backbones)
     with torch.no_grad():
         model.vision_tower.layernorm.weight.mul_(1.5)
@@ -108,7 +110,7 @@ def test_a_trained_encoder_is_in_the_adapter(backbones, build_on_backbones, stud
     assert_same(model, OTDRGForReportGeneration.from_pretrained(tmp_path / "adapter"), study)
 
 
-def test_a_loaded_adapter_is_a_whole_model(trained, study, tmp_path):
+def test_adapter_loaded_can_be_merged_and_saved_whole(trained, study, tmp_path):
     trained[0].save_pretrained(tmp_path / "adapter", weights="adapter")
     model = OTDRGForReportGeneration.from_pretrained(tmp_path / "adapter")
     model.merge_lora()
@@ -120,7 +122,7 @@ def test_a_loaded_adapter_is_a_whole_model(trained, study, tmp_path):
     assert torch.allclose(*logits, atol=1e-4)
 
 
-def test_fields_and_keywords_reach_an_adapter(trained, tmp_path):
+def test_adapter_fields_and_keywords_are_used(trained, tmp_path):
     trained[0].save_pretrained(tmp_path / "adapter", weights="adapter")
     model = OTDRGForReportGeneration.from_pretrained(
         tmp_path / "adapter", ot_epsilon=0.05, dtype=torch.bfloat16, device_map="auto", attn_implementation="eager"
@@ -130,13 +132,13 @@ def test_fields_and_keywords_reach_an_adapter(trained, tmp_path):
     assert {weight.dtype for name, weight in model.named_parameters() if "lora_" not in name} == {torch.bfloat16}
 
 
-def test_a_configuration_from_elsewhere_does_not_say_what_the_files_hold(trained, study, tmp_path):
+def test_adapter_with_another_configuration_loads_its_own_files(trained, study, tmp_path):
     trained[0].save_pretrained(tmp_path / "adapter", weights="adapter")
     loaded = OTDRGForReportGeneration.from_pretrained(tmp_path / "adapter")
     assert loaded.config.weights == "full"
     assert_same(trained[0], OTDRGForReportGeneration.from_pretrained(tmp_path / "adapter", config=loaded.config), study)
-    told = json.loads((tmp_path / "adapter" / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**told, "ot_epsilon": 0.7, "weights_sha256": {"other": "0"}}))
+    content = json.loads((tmp_path / "adapter" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**content, "ot_epsilon": 0.7, "weights_sha256": {"other": "0"}}))
     model = OTDRGForReportGeneration.from_pretrained(tmp_path / "adapter", config=tmp_path)
     assert model.ot_epsilon == 0.7
     moved = shutil.copytree(trained[0].config.text_backbone, tmp_path / "moved")
@@ -146,7 +148,7 @@ def test_a_configuration_from_elsewhere_does_not_say_what_the_files_hold(trained
         OTDRGForReportGeneration.from_pretrained(moved)
 
 
-def test_tied_embeddings_that_were_trained_are_in_the_adapter(backbones, build_on_backbones, study, tmp_path):
+def test_adapter_holds_trained_tied_embeddings(backbones, build_on_backbones, study, tmp_path):
     model, _ = build_on_backbones(backbones)
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(1.5)
@@ -157,7 +159,7 @@ def test_tied_embeddings_that_were_trained_are_in_the_adapter(backbones, build_o
     assert_same(model, again, study)
 
 
-def test_an_encoder_of_the_labels_is_in_the_adapter(backbones, build_on_backbones, plain_tokenizer, study, tmp_path):
+def test_adapter_holds_the_label_text_encoder(backbones, build_on_backbones, plain_tokenizer, study, tmp_path):
     config = BertConfig(
         vocab_size=len(plain_tokenizer),
         hidden_size=32,
@@ -180,20 +182,20 @@ def test_an_encoder_of_the_labels_is_in_the_adapter(backbones, build_on_backbone
     assert_same(model, OTDRGForReportGeneration.from_pretrained(tmp_path / "adapter"), study)
 
 
-def test_saving_an_adapter_leaves_the_model_what_it_is(trained, build_model, tmp_path):
+def test_adapter_saving_does_not_change_the_model(trained, build_model, tmp_path):
     model, _ = trained
     model.save_pretrained(tmp_path / "adapter", weights="adapter")
     assert (model.config.weights, model.config.backbone_sha256, model.config.backbone_revisions) == ("full", None, None)
     model.save_pretrained(tmp_path / "full")
-    told = json.loads((tmp_path / "full" / "config.json").read_text())
-    assert (told["weights"], told["backbone_sha256"], told["backbone_revisions"]) == ("full", None, None)
+    content = json.loads((tmp_path / "full" / "config.json").read_text())
+    assert (content["weights"], content["backbone_sha256"], content["backbone_revisions"]) == ("full", None, None)
     scratch, _ = build_model()
     with pytest.raises(ValueError, match="vision_backbone"):
         scratch.save_pretrained(tmp_path / "none", weights="adapter")
     assert scratch.config.weights == "full"
 
 
-def test_another_backbone_is_refused(build_backbones, build_on_backbones, tmp_path):
+def test_adapter_of_another_backbone_is_refused(build_backbones, build_on_backbones, tmp_path):
     backbones = build_backbones(tmp_path)
     model, _ = build_on_backbones(backbones)
     model.save_pretrained(tmp_path / "adapter", weights="adapter")
@@ -208,7 +210,7 @@ def test_another_backbone_is_refused(build_backbones, build_on_backbones, tmp_pa
         OTDRGForReportGeneration.from_pretrained(tmp_path / "adapter")
 
 
-def test_an_adapter_needs_backbones_to_refer_to(build_model, tmp_path):
+def test_adapter_without_backbone_references_is_refused(build_model, tmp_path):
     model, _ = build_model()
     with pytest.raises(ValueError, match=r"OTDRGConfig.vision_backbone=None: expected the Hub id or folder"):
         model.save_pretrained(tmp_path, weights="adapter")
@@ -216,15 +218,15 @@ def test_an_adapter_needs_backbones_to_refer_to(build_model, tmp_path):
         model.save_pretrained(tmp_path, weights="half")
 
 
-def test_an_adapter_that_lacks_weights_is_refused(trained, tmp_path):
+def test_adapter_that_lacks_weights_is_refused(trained, tmp_path):
     """transformers would warn, and draw them at random."""
     trained[0].save_pretrained(tmp_path / "adapter", weights="adapter")
     file, config = tmp_path / "adapter" / "model.safetensors", tmp_path / "adapter" / "config.json"
     weights = load_file(file)
     del weights["image_projector.linear.weight"]
     save_file(weights, file, {"format": "pt"})
-    told = json.loads(config.read_text())
-    config.write_text(json.dumps({**told, "weights_sha256": None}))
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps({**content, "weights_sha256": None}))
     with pytest.raises(OSError, match=r"1 weights are missing, such as image_projector.linear.weight, and 0 are unkn"):
         OTDRGForReportGeneration.from_pretrained(tmp_path / "adapter")
 
@@ -232,7 +234,7 @@ def test_an_adapter_that_lacks_weights_is_refused(trained, tmp_path):
 @needs_bitsandbytes
 @pytest.mark.parametrize("kind", ["4bit", "8bit"])
 @pytest.mark.parametrize("form", ["adapter", "full"])
-def test_a_quantised_llm_under_an_adapter_and_alone(backbones, build_on_backbones, views, tmp_path, kind, form):
+def test_from_pretrained_quantised_llm_is_close(backbones, build_on_backbones, views, tmp_path, kind, form):
     model, processor = build_on_backbones(backbones)
     if form == "full":
         model.merge_lora()
@@ -374,7 +376,7 @@ def test_sha256_of_a_small_or_just_changed_file_is_not_remembered(tmp_path, hash
             assert digests == {hashlib.sha256(b"weights").hexdigest()} and len(hashed) == 2
 
 
-def test_damaged_weights_of_the_right_size_are_refused(model, tmp_path):
+def test_from_pretrained_damaged_weights_of_the_right_size_are_refused(model, tmp_path):
     model.save_pretrained(tmp_path)
     OTDRGForReportGeneration.from_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
@@ -385,15 +387,15 @@ def test_damaged_weights_of_the_right_size_are_refused(model, tmp_path):
         OTDRGForReportGeneration.from_pretrained(tmp_path)
 
 
-def test_shards_are_recorded_and_those_of_old_are_not(model, tmp_path):
+def test_save_pretrained_lists_new_shards_only(model, tmp_path):
     for shards in ("200KB", "400KB", "50GB"):
         model.save_pretrained(tmp_path, max_shard_size=shards)
-        told = json.loads((tmp_path / "config.json").read_text())["weights_sha256"]
-        assert set(told) == {path.name for path in tmp_path.glob("*.safetensors")}
+        content = json.loads((tmp_path / "config.json").read_text())["weights_sha256"]
+        assert set(content) == {path.name for path in tmp_path.glob("*.safetensors")}
         OTDRGForReportGeneration.from_pretrained(tmp_path)
 
 
-def test_weights_of_a_variant_are_listed_beside_the_others(model, tmp_path):
+def test_save_pretrained_lists_weights_of_a_variant(model, tmp_path):
     model.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path, variant="half")
     listed = json.loads((tmp_path / "config.json").read_text())["weights_sha256"]
@@ -407,18 +409,18 @@ def test_weights_of_a_variant_are_listed_beside_the_others(model, tmp_path):
         OTDRGForReportGeneration.from_pretrained(tmp_path, variant="half")
 
 
-def test_a_folder_without_weights_lists_none(model, tmp_path):
+def test_save_pretrained_without_weights_lists_none(model, tmp_path):
     # As DeepSpeed has it where the processes do not gather what they share.
     model.save_pretrained(tmp_path, state_dict={})
     assert json.loads((tmp_path / "config.json").read_text())["weights_sha256"] is None
 
 
-def test_only_one_process_writes(model, tmp_path):
+def test_save_pretrained_other_process_writes_nothing(model, tmp_path):
     model.save_pretrained(tmp_path, is_main_process=False)
     assert not (tmp_path / "config.json").exists()
 
 
-def test_a_configuration_of_another_model_brings_no_sums(model, build_model, tmp_path):
+def test_from_pretrained_configuration_of_another_model_brings_no_sums(model, build_model, tmp_path):
     model.save_pretrained(tmp_path / "first")
     other, _ = build_model(seed=1)
     other.save_pretrained(tmp_path / "second")
@@ -427,16 +429,16 @@ def test_a_configuration_of_another_model_brings_no_sums(model, build_model, tmp
     assert torch.equal(again.image_projector.linear.weight, other.image_projector.linear.weight)
 
 
-def test_a_folder_without_sums_is_taken_as_it_is(model, tmp_path):
+def test_from_pretrained_folder_without_sums_is_loaded(model, tmp_path):
     model.save_pretrained(tmp_path)
     config = tmp_path / "config.json"
-    told = json.loads(config.read_text())
-    del told["weights_sha256"]
-    config.write_text(json.dumps(told))
+    content = json.loads(config.read_text())
+    del content["weights_sha256"]
+    config.write_text(json.dumps(content))
     assert OTDRGForReportGeneration.from_pretrained(tmp_path).config.weights_sha256 is None
 
 
-def test_a_model_that_is_trained_on_is_saved_with_sums_of_its_own(model, tmp_path):
+def test_save_pretrained_changed_model_has_new_sums(model, tmp_path):
     model.save_pretrained(tmp_path / "first")
     again = OTDRGForReportGeneration.from_pretrained(tmp_path / "first")
     with torch.no_grad():
@@ -552,7 +554,7 @@ def test_from_pretrained_transformers_weights_are_refused(saved, name):
         OTDRGForReportGeneration.from_pretrained(saved)
 
 
-def test_weights_that_could_run_code_are_not_loaded(model, tmp_path):
+def test_from_pretrained_weights_that_could_run_code_are_refused(model, tmp_path):
     model.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
@@ -567,7 +569,7 @@ def test_weights_that_could_run_code_are_not_loaded(model, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["vision", "text"])
-def test_backbone_whose_index_leads_to_a_pickle_is_refused(build_backbones, tmp_path, part):
+def test_from_backbones_index_of_a_pickle_is_refused(build_backbones, tmp_path, part):
     backbones = build_backbones(tmp_path)
     folder = tmp_path / part
     weights = load_file(folder / "model.safetensors")
@@ -642,7 +644,7 @@ def test_from_pretrained_subfolder_is_read(trained, study, tmp_path, form):
             name.from_pretrained(tmp_path, subfolder="outer")
 
 
-def test_hub_unlisted_weights_and_subfolders(model, processor, hub_server, tmp_path, hide):
+def test_from_pretrained_hub_repositories_are_checked_as_folders(model, processor, hub_server, tmp_path, hide):
     """What repositories hold is refused or loaded as in folders, by the real client."""
     model.save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
     processor.save_pretrained(tmp_path / "sharded")

@@ -68,7 +68,7 @@ def on_files(studies, paths):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_features_and_columns_are_the_studies_own(build_model, studies, tmp_path, dtype):
+def test_cache_features_rows_are_the_studies(build_model, studies, tmp_path, dtype):
     model, processor = build_model()
     model.vision_tower.to(dtype)
     cached = cache_features(model, processor, studies, tmp_path, batch_size=1)
@@ -87,7 +87,7 @@ def test_features_and_columns_are_the_studies_own(build_model, studies, tmp_path
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_batches_are_those_of_the_images(build_model, studies, tmp_path, training):
+def test_collators_cached_features_equal_images(build_model, studies, tmp_path, training):
     model, processor = build_model()
     cached = cache_features(model, processor, studies, tmp_path, batch_size=4)
     rows, others = list(studies), [cached[position] for position in range(len(cached))]
@@ -108,7 +108,7 @@ def test_batches_are_those_of_the_images(build_model, studies, tmp_path, trainin
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_reports_are_those_of_the_images(build_model, studies, tmp_path, dtype, encoded):
+def test_generate_reports_cached_features_equal_images(build_model, studies, tmp_path, dtype, encoded):
     model, processor = build_model()
     model.to(dtype)
     cached = cache_features(model, processor, studies, tmp_path, batch_size=4)
@@ -123,7 +123,7 @@ def test_reports_are_those_of_the_images(build_model, studies, tmp_path, dtype, 
         encoded.clear()
 
 
-def test_truth_does_not_reach_what_is_generated(model, processor, studies, tmp_path):
+def test_generate_reports_ignores_true_states_and_reports(model, processor, studies, tmp_path):
     cached = cache_features(model, processor, studies, tmp_path, batch_size=4)
     altered = with_column(cached, "report", ["something else altogether ."] * len(cached))
     altered = with_column(altered, "finding_states", [[3] * 13 + [1]] * len(cached))
@@ -134,7 +134,7 @@ def test_truth_does_not_reach_what_is_generated(model, processor, studies, tmp_p
 # --- once ------------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_encoded_twice(model, processor, studies, tmp_path, encoded, caplog):
+def test_cache_features_encodes_nothing_twice(model, processor, studies, tmp_path, encoded, caplog):
     with caplog.at_level(logging.INFO):
         first = cache_features(model, processor, studies, tmp_path, batch_size=4)
         assert encoded == [4, 4, 2]
@@ -145,7 +145,7 @@ def test_nothing_is_encoded_twice(model, processor, studies, tmp_path, encoded, 
     assert rows_equal(first, second)
 
 
-def test_a_view_is_known_by_its_bytes(model, processor, studies, tmp_path, encoded):
+def test_cache_features_identifies_views_by_their_bytes(model, processor, studies, tmp_path, encoded):
     """Neither by its path nor by its study: as a file, embedded, and in another study it is the same."""
     folder = tmp_path / "images"
     folder.mkdir()
@@ -169,7 +169,7 @@ def test_a_view_is_known_by_its_bytes(model, processor, studies, tmp_path, encod
     assert sum(encoded) == 11
 
 
-def test_another_encoder_transform_or_type_is_encoded_anew(build_model, studies, tmp_path, encoded):
+def test_cache_features_other_encoder_transform_or_type_encodes_again(build_model, studies, tmp_path, encoded):
     model, processor = build_model()
 
     def count(model, processor):
@@ -209,7 +209,7 @@ def test_encoder_digest_new_configuration_field_changes_it_unless_declared(build
 
 
 @pytest.mark.parametrize("vision_config", [{}, DINOV2 | {"image_size": 56}], ids=["swin", "dinov2"])
-def test_a_saved_model_finds_the_features_of_the_one_it_was(build_config, reports, tmp_path, vision_config):
+def test_encoder_digest_saved_model_has_the_same(build_config, reports, tmp_path, vision_config):
     config = build_config(**({"vision_config": vision_config} if vision_config else {}))
     processor = OTDRGProcessor.from_texts(reports, config=config, vocab_size=400)
     model = OTDRGForReportGeneration(config)
@@ -220,7 +220,7 @@ def test_a_saved_model_finds_the_features_of_the_one_it_was(build_config, report
     assert encoder_digest(model, processor) == before
 
 
-def test_streamed_studies_become_a_table(model, processor, studies, tmp_path, encoded):
+def test_cache_features_streamed_studies_become_a_table(model, processor, studies, tmp_path, encoded):
     options = PHANTOMS | {"train": 5, "validation": 0}
     prepare_studies("phantom", tmp_path / "built", **options)
     streamed = StreamedStudies(tmp_path / "built", "train").select([3, 0, 2])
@@ -234,7 +234,7 @@ def test_streamed_studies_become_a_table(model, processor, studies, tmp_path, en
         assert cached[name] == expected[name]
 
 
-def test_whether_an_encoder_is_frozen(build_model):
+def test_encoder_is_frozen_follows_the_trained_parts(build_model):
     model, _ = build_model()
     set_trained_parts(model, vision="frozen", text="full", predictor="full", joining=True)
     assert encoder_is_frozen(model)
@@ -245,7 +245,7 @@ def test_whether_an_encoder_is_frozen(build_model):
 # --- on disk ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_run_loses_at_most_a_shard(model, processor, studies, tmp_path, encoded, monkeypatch):
+def test_cache_features_killed_loses_at_most_a_shard(model, processor, studies, tmp_path, encoded, monkeypatch):
     monkeypatch.setattr(features, "SHARD_VIEWS", 4)
     counting = OTDRGForReportGeneration.encode_views
 
@@ -268,7 +268,7 @@ def test_a_killed_run_loses_at_most_a_shard(model, processor, studies, tmp_path,
 
 
 @pytest.mark.parametrize("kept", [0, 5, 200, -1], ids=["empty", "header", "digests", "last byte"])
-def test_a_damaged_file_is_named(model, processor, studies, tmp_path, encoded, kept):
+def test_cache_features_damaged_file_is_named(model, processor, studies, tmp_path, encoded, kept):
     cache_features(model, processor, studies, tmp_path, batch_size=10)
     (shard,) = tmp_path.glob("*/*.safetensors")
     shard.write_bytes(shard.read_bytes()[:kept])
@@ -280,7 +280,7 @@ def test_a_damaged_file_is_named(model, processor, studies, tmp_path, encoded, k
     assert encoded == [10, 10]
 
 
-def test_a_view_that_cannot_be_read_is_named(model, processor, studies, tmp_path):
+def test_cache_features_unreadable_view_is_named(model, processor, studies, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG broken")
     study = studies.select([0])
     broken = on_files(study, [[str(tmp_path / "broken.png")]])
@@ -297,7 +297,7 @@ def test_a_view_that_cannot_be_read_is_named(model, processor, studies, tmp_path
         cache_features(model, processor, small, tmp_path, batch_size=4)
 
 
-def test_cache_features_on_request_leaves_out_what_cannot_be_read(model, processor, studies, tmp_path):
+def test_cache_features_left_out_collects_unreadable_studies(model, processor, studies, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG broken")
     Image.new("L", (8, 8)).save(tmp_path / "small.png")
     studies[0]["images"][0].save(tmp_path / "0.png")
@@ -315,7 +315,7 @@ def test_cache_features_on_request_leaves_out_what_cannot_be_read(model, process
 
 
 @pytest.mark.parametrize("content", [b"\x89PNG broken", None, "small"], ids=["damaged", "gone", "8x8"])
-def test_a_batch_with_a_view_that_cannot_be_read_names_the_study(processor, studies, tmp_path, content):
+def test_collate_views_unreadable_view_names_the_study(processor, studies, tmp_path, content):
     path = tmp_path / "broken.png"
     if content == "small":
         Image.new("L", (8, 8)).save(path)
@@ -328,14 +328,14 @@ def test_a_batch_with_a_view_that_cannot_be_read_names_the_study(processor, stud
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists what is mapped")
-def test_features_are_mapped_and_not_read(model, processor, studies, tmp_path):
+def test_cached_studies_features_are_memory_mapped(model, processor, studies, tmp_path):
     cached = cache_features(model, processor, studies, tmp_path, batch_size=10)
     (shard,) = tmp_path.glob("*/*.safetensors")
     cached[0]
     assert str(shard) in Path("/proc/self/maps").read_text(encoding="utf-8")
 
 
-def test_processes_that_load_data_map_the_files_themselves(model, processor, studies, tmp_path):
+def test_cached_studies_pickled_hold_no_features(model, processor, studies, tmp_path):
     cached = cache_features(model, processor, studies, tmp_path, batch_size=10).select_columns(["id"])
     cached[0]
     (shard,) = tmp_path.glob("*/*.safetensors")
@@ -371,14 +371,14 @@ print("encoded", sum(encoded))
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_work(model, processor, tmp_path, launch):
+def test_cache_features_two_processes_share_the_work(model, processor, tmp_path, launch):
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     prepare_studies("phantom", tmp_path / "built", **PHANTOMS | {"train": 5, "validation": 0})
     arguments = [str(tmp_path / name) for name in ("model", "built", "features")]
-    told = launch(["-c", TWO, *arguments])
-    assert [out.splitlines()[:3] for out in told] == [["True 10", "True 10", "True 6"]] * 2
-    assert sorted(out.splitlines()[3] for out in told) == ["encoded 4", "encoded 6"]
+    printed = launch(["-c", TWO, *arguments])
+    assert [out.splitlines()[:3] for out in printed] == [["True 10", "True 10", "True 6"]] * 2
+    assert sorted(out.splitlines()[3] for out in printed) == ["encoded 4", "encoded 6"]
     table = load_studies("prepared", folder=tmp_path / "built")["train"]
     together, single = (
         cache_features(model, processor, table, tmp_path / name, batch_size=1) for name in ("features", "single")

@@ -54,7 +54,7 @@ def panel(picture, colour):
 
 
 @pytest.mark.parametrize("size", [(112, 112), (30, 51), (64, 9)])
-def test_maps_are_upsampled_as_torch_interpolates(size):
+def test_upsample_lift_equals_torch_interpolation(size):
     lift = np.random.default_rng(0).random((7, 7), dtype=np.float32)
     expected = torch.nn.functional.interpolate(torch.from_numpy(lift)[None, None], size, mode="bilinear")[0, 0]
     np.testing.assert_allclose(upsample_lift(lift, size), expected, atol=1e-5)
@@ -62,21 +62,21 @@ def test_maps_are_upsampled_as_torch_interpolates(size):
 
 @settings(deadline=None, max_examples=50)
 @given(arrays(np.float32, (3, 3), elements=st.floats(0, 1000, width=32)), st.integers(3, 90), st.integers(3, 90))
-def test_nothing_is_overshot(lift, height, width):
+def test_upsample_lift_stays_within_the_range(lift, height, width):
     found = upsample_lift(lift, (height, width))
     assert found.shape == (height, width)
     assert found.min() >= lift.min() and found.max() <= lift.max()
     assert (upsample_lift(np.ones((3, 3)), (height, width)) == 1).all()
 
 
-def test_what_is_no_map_is_refused():
+def test_upsample_lift_wrong_shape_is_refused():
     with pytest.raises(ValueError, match=r"lift has shape \(2, 7, 7\): expected \(rows, columns\)"):
         upsample_lift(np.ones((2, 7, 7)), (64, 64))
 
 
 @pytest.mark.parametrize("size", [(60, 180), (180, 60), (97, 64)])
 @pytest.mark.parametrize("depth", [np.uint8, np.uint16])
-def test_the_grid_lies_over_the_whole_view_whatever_its_shape(processor, size, depth):
+def test_upsample_lift_grid_covers_a_view_of_any_shape(processor, size, depth):
     """What lies in a cell of the view as it was given lies in that cell of the encoder's square."""
     view = np.zeros(size, dtype=depth)
     height, width = size
@@ -92,13 +92,13 @@ def test_the_grid_lies_over_the_whole_view_whatever_its_shape(processor, size, d
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_there_or_may_be_is_drawn(tmp_path):
+def test_draw_heatmaps_draws_positive_and_unclear_findings(tmp_path):
     found = findings(edema="positive", fracture="unclear", no_finding="unmentioned")
     assert draw_heatmaps([GRAY], plans(), found, tmp_path / "a.png") == ["edema", "fracture"]
     assert draw_heatmaps([GRAY], plans(), findings(no_finding="positive"), tmp_path / "b.png") == ["no_finding"]
 
 
-def test_a_uniform_plan_is_one_gray_and_the_view_is_as_it_was(tmp_path):
+def test_draw_heatmaps_uniform_plan_has_one_colour(tmp_path):
     picture = drawn(tmp_path / "a.png")
     for colour in (UNIFORM, (128, 128, 128)):
         rows, columns = panel(picture, colour)
@@ -107,7 +107,7 @@ def test_a_uniform_plan_is_one_gray_and_the_view_is_as_it_was(tmp_path):
         assert (np.abs(inside - colour) <= 2).all()
 
 
-def test_the_scale_is_the_same_whatever_the_data(tmp_path):
+def test_draw_heatmaps_colour_scale_is_fixed(tmp_path):
     """A peak elsewhere changes no colour where the lift is 1, and nothing is above the end of the scale."""
     rows, columns = panel(drawn(tmp_path / "a.png"), UNIFORM)
     peak, higher = plans(), plans()
@@ -122,7 +122,7 @@ def test_the_scale_is_the_same_whatever_the_data(tmp_path):
     assert (reds[0] == reds[1]).all()
 
 
-def test_a_map_is_stretched_over_a_view_that_is_not_square(tmp_path):
+def test_draw_heatmaps_map_covers_a_view_that_is_not_square(tmp_path):
     corner = plans(0.0)
     corner["edema"][0] = 1.0
     corner["edema"][0, 0, -1] = 40.0
@@ -135,7 +135,7 @@ def test_a_map_is_stretched_over_a_view_that_is_not_square(tmp_path):
     assert reddest[:, 1].min() > columns.start + width * 0.6
 
 
-def test_a_finding_without_mass_has_no_colour_and_says_so(tmp_path):
+def test_draw_heatmaps_finding_without_mass_has_a_note(tmp_path):
     """The lowest mass is blue; none at all is not a low one."""
     draw_heatmaps([GRAY], plans(0.0), findings(), tmp_path / "none.png", names=["edema"])
     draw_heatmaps([GRAY], plans(1e-6), findings(), tmp_path / "low.png", names=["edema"])
@@ -145,7 +145,7 @@ def test_a_finding_without_mass_has_no_colour_and_says_so(tmp_path):
     assert black > (pixels(tmp_path / "low.png") < 10).all(axis=2).sum() + 1000
 
 
-def test_views_that_share_a_plan_say_so(tmp_path):
+def test_draw_heatmaps_shared_plan_has_a_note(tmp_path):
     """In the line below the views, which is otherwise the same."""
     own = plans(views=2)
     own["fracture"][1] = 1.001
@@ -158,7 +158,7 @@ def test_views_that_share_a_plan_say_so(tmp_path):
     assert len(differs) and differs[:, 0].min() > shared.shape[0] * 0.95
 
 
-def test_every_view_has_a_row_and_masks_an_outline(tmp_path):
+def test_draw_heatmaps_views_have_rows_and_masks_outlines(tmp_path):
     mask = np.zeros((96, 96), dtype=bool)
     mask[20:60, 20:60] = True
     one = drawn(tmp_path / "one.png")
@@ -171,7 +171,7 @@ def test_every_view_has_a_row_and_masks_an_outline(tmp_path):
     assert len(green) > 50
 
 
-def test_many_findings_go_on_in_rows_and_no_panel_is_cut_off(tmp_path):
+def test_draw_heatmaps_many_findings_wrap_into_rows(tmp_path):
     few = drawn(tmp_path / "few.png", names=FINDINGS[:4])
     many = drawn(tmp_path / "many.png", names=FINDINGS)
     assert many.shape[1] == few.shape[1] and many.shape[0] > 3 * few.shape[0]
@@ -181,12 +181,12 @@ def test_many_findings_go_on_in_rows_and_no_panel_is_cut_off(tmp_path):
         assert (picture[:, -3:] == 255).all() and (picture[-3:] == 255).all()
 
 
-def test_a_report_is_written_above(tmp_path):
+def test_draw_heatmaps_report_is_above(tmp_path):
     plain = drawn(tmp_path / "plain.png")
     draw_heatmaps([GRAY], plans(), findings(), tmp_path / "text.png", names=["edema"], report="No edema. " * 40)
     assert pixels(tmp_path / "text.png").shape[0] > plain.shape[0] + 100
 
 
-def test_maps_of_other_views_are_refused(tmp_path):
+def test_draw_heatmaps_maps_of_other_views_are_refused(tmp_path):
     with pytest.raises(ValueError, match="heatmaps of edema are of 1 views: expected 2"):
         draw_heatmaps([GRAY, GRAY], plans(), findings(), tmp_path / "a.png", names=["edema"])

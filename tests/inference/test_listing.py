@@ -10,13 +10,13 @@ def listed(*lines, indication=None, findings=None):
     return listed_studies(lines, "list.txt", indication, findings or {})
 
 
-def test_tabs_stand_between_views_and_spaces_in_their_names():
+def test_listed_studies_tabs_separate_views():
     one, two = listed("a view.png\tlateral.png\n", "", "other.png\r\n", indication="cough")
     assert one == ListedStudy("a view.png + lateral.png", ("a view.png", "lateral.png"), "cough")
     assert two == ListedStudy("other.png", ("other.png",), "cough")
 
 
-def test_objects_have_what_they_say_and_else_what_is_said_of_all():
+def test_listed_studies_object_fields_have_precedence():
     one, two = listed(
         json.dumps(
             {"id": "s1", "images": ["a.png", "b.png"], "indication": "fall", "findings": {"Edema": "Uncertain"}}
@@ -29,14 +29,14 @@ def test_objects_have_what_they_say_and_else_what_is_said_of_all():
     assert two == ListedStudy("c.png", ("c.png",), "cough", {"edema": "positive", "fracture": "negative"})
 
 
-def test_findings_are_known_however_they_are_spelt():
+def test_typed_findings_any_spelling_is_known():
     typed = typed_findings(["Pleural Effusion=Positive", "LUNG_OPACITY=uncertain"])
     assert typed == {"pleural_effusion": "positive", "lung_opacity": "unclear"}
     with pytest.raises(ValueError, match="--findings edema=negative: edema is given twice"):
         typed_findings(["Edema=positive", "edema=negative"])
 
 
-def test_a_study_typed_twice_is_refused():
+def test_typed_studies_duplicate_is_refused():
     with pytest.raises(ValueError, match=r"--study a.png \+ b.png is given twice"):
         typed_studies([["a.png", "b.png"], ["c.png"], ["a.png", "b.png"]], None, {})
 
@@ -44,7 +44,7 @@ def test_a_study_typed_twice_is_refused():
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["a.png", "", "a.png"], "list.txt, line 3: 'a.png' stands in line 1 too"),
+        (["a.png", "", "a.png"], "list.txt, line 3: 'a.png' is in line 1 too"),
         (['{"images": '], r"list.txt, line 1: no JSON \("),
         (['{"image": "a.png"}'], "unknown key 'image', expected some of id, images, indication, findings"),
         (['{"id": "a"}'], "images: expected the path of a view, or a list of such"),
@@ -58,21 +58,21 @@ def test_a_study_typed_twice_is_refused():
         (['{"images": "a.png", "id": "l\\udce9on"}'], r"line 1: id 'l\\udce9on': not UTF-8"),
     ],
 )
-def test_what_is_no_study_is_named_with_its_line(lines, message):
+def test_listed_studies_wrong_line_is_named(lines, message):
     with pytest.raises(ValueError, match=message) as error:
         listed(*lines)
     assert "\n" not in str(error.value)
 
 
-def test_spaces_between_views_are_told_of(tmp_path, monkeypatch):
+def test_listed_studies_spaces_between_views_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a.png", "b.png"):
         (tmp_path / name).touch()
-    with pytest.raises(ValueError, match=r"line 1: spaces stand between the views, expected tabs"):
+    with pytest.raises(ValueError, match=r"line 1: the views are separated by spaces, expected tabs"):
         listed("a.png b.png")
 
 
-def test_what_is_no_list_is_told_of(tmp_path):
+def test_read_lines_wrong_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"--studies nowhere: cannot be read \(No such file or directory\), expected"):
         read_lines("nowhere")
     (tmp_path / "list").write_bytes(b"a.png\n\xff\xfe")
