@@ -1,7 +1,7 @@
 """Scores of many candidate reports, each written for every study, for the search of the best constant report.
 
-The values are those of `nlg_scores` and `clinical_efficacy_scores`, computed without comparing candidates and references
-pair by pair: sums over references are regrouped by n-gram and length. Only ROUGE-L needs the pairs.
+The values are those of `nlg_scores` and `clinical_efficacy_scores`, computed without comparing all pairs: sums over
+references are regrouped by n-gram and length. Only ROUGE-L needs the pairs.
 """
 
 from __future__ import annotations
