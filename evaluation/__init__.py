@@ -1,1 +1,1 @@
-"""What a model is worth: tables, baselines, controls, steering, localisation, embedding."""
+"""Evaluation: tables with baselines and controls, faithfulness, localisation, embedding, scores of files."""

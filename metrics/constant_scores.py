@@ -1,7 +1,7 @@
-"""Scores of each of many reports, written for every study: what the search for the best constant report maximises.
+"""Scores of many candidate reports, each written for every study, for the search of the best constant report.
 
-The sums over references are regrouped so that candidates and references meet through their n-grams and lengths, not
-pair by pair; only ROUGE-L needs the pairs. The values are those of `nlg_scores` and `clinical_efficacy_scores`.
+The values are those of `nlg_scores` and `clinical_efficacy_scores`, computed without comparing all pairs: sums over
+references are regrouped by n-gram and length. Only ROUGE-L needs the pairs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .rouge_l import rouge_l_matrix
 _ORDERS = 4
 #: pycocoevalcap's sigma of CIDEr's length penalty.
 _CIDER_SIGMA = 6.0
-#: Values of a matrix that are in memory at once.
+#: Values of a matrix in memory at once.
 _BLOCK = 2**22
 
 
@@ -46,10 +46,10 @@ class NGramCounts:
         self._lengths = np.array([len(text.split()) for text in texts])
 
     def bleu_counts(self) -> np.ndarray:
-        """(C, 10) counts that give BLEU, as of `nlg.corpus.bleu_of_counts`, of each candidate written for every study.
+        """(C, 10) counts for `bleu_of_counts`, of each candidate written for every study.
 
-        A corpus's count of matches of an n-gram is the sum over references of min(c, r), and that is the sum over
-        j = 1..c of how many references have it at least j times: one product with a vector a level.
+        A corpus's number of matches of an n-gram is the sum over references of min(c, r), which is the sum over
+        j = 1..c of how many references have it at least j times: one matrix-vector product per level j.
         """
         studies, lengths = self._weights.sum(), self._lengths[self._candidates]
         written = [studies * np.maximum(0, lengths - order) for order in range(_ORDERS)]
@@ -65,10 +65,10 @@ class NGramCounts:
         return np.column_stack(sums)
 
     def cider(self) -> np.ndarray:
-        """CIDEr, (C,), of the corpora in which each candidate is written for every study.
+        """CIDEr, (C,), of each candidate written for every study.
 
-        min(c, r) r / |r| is regrouped over levels as in BLEU; the length penalty depends on the references' lengths
-        only, of which there are few.
+        min(c, r) r / |r| is summed over levels as in BLEU; the length penalty depends only on the references' lengths,
+        of which there are few different ones.
         """
         studies = self._weights.sum()
         bigrams = np.maximum(0, self._lengths - 1)
@@ -111,7 +111,7 @@ class NGramCounts:
         ids = words
         for order in range(1, _ORDERS + 1):
             if order > 1:
-                # An n-gram is an (n - 1)-gram and the word behind it.
+                # An n-gram is an (n - 1)-gram and the next word.
                 inside = place + order - 1 < last[text]
                 place, text = place[inside], text[inside]
                 ids = ids[inside] * len(number) + words[place + order - 1]
@@ -162,7 +162,7 @@ def clinical_scores(candidate_states: np.ndarray, true_states: np.ndarray) -> di
         counts[:, policy] = np.stack([written * support, written * studies, np.tile(support, (candidates, 1))], axis=1)
         for place, names in enumerate(LABEL_SETS.values()):
             columns = [FINDINGS.index(name) for name in names]
-            # Rows repeat: studies differ in what is positive, of which there are few combinations.
+            # Many studies have the same combination of positives.
             rows, row = np.unique(written[:, columns], axis=0, return_inverse=True)
             others, weights = np.unique(true[:, columns], axis=0, return_counts=True)
             rows, others = rows.astype(float), others.astype(float)

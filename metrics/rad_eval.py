@@ -50,7 +50,7 @@ def _radeval_values(
     name: str, needs: str, is_mean: bool, predictions: Sequence[str], references: Sequence[str]
 ) -> tuple[Mapping[str, Sequence[float]], Mapping[str, float]]:
     """RadEval's values of each study, and its aggregates where these are not means."""
-    # RadGraph fails on a report of nothing but spaces; it accepts empty ones.
+    # RadGraph fails on a report of spaces only; it accepts empty ones.
     written, true = ([text if text.strip() else "" for text in texts] for texts in (predictions, references))
     # RadEval prints, and silences every warning of the process.
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):

@@ -1,4 +1,4 @@
-"""Retrieval: the reports of training studies whose images are alike, which a model that writes has to beat."""
+"""Retrieval: the reports of training studies with similar images, a baseline of generation."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ import numpy as np
 
 from .rouge_l import rouge_l_matrix
 
-#: Neighbours among which a consensus is sought.
+#: Neighbours for the consensus.
 NEIGHBOURS = 30
-#: Similarities that are held at once.
+#: Similarities in memory at once.
 _BLOCK = 2**24
 
 
 def nearest_neighbours(queries: np.ndarray, keys: np.ndarray, count: int) -> np.ndarray:
-    """Positions (Q, `count`) of each query's nearest keys by cosine, the nearest first, of equally near ones the first.
+    """Positions (Q, `count`) of each query's nearest keys by cosine, nearest first; of equally near ones the first.
+
+    scikit-learn's `NearestNeighbors` has no fixed order of equally near keys.
 
     Args:
-        queries: (Q, D) features; one of length 0 is equally near to all.
+        queries: (Q, D) features; one of length 0 is equally near to all keys.
         keys: (K, D) features.
         count: at most K.
 
@@ -40,10 +42,9 @@ def nearest_neighbours(queries: np.ndarray, keys: np.ndarray, count: int) -> np.
 
 
 def consensus(reports: Sequence[str]) -> int:
-    """The position of the report that the others are most like: the highest mean ROUGE-L, were each the true one.
+    """The position of the report with the highest mean ROUGE-L against the others; of equally good ones the first.
 
-    ROUGE-L, and not the labels, because it is what a table of fluency holds and no labeler's business; and not CIDEr,
-    whose document frequencies say little among so few. Of equally good ones it is the first.
+    ROUGE-L needs no labeler, and no document frequencies, which CIDEr would have to estimate from a few reports.
 
     Args:
         reports: K of them, cleaned, the nearest first.

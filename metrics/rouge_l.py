@@ -8,7 +8,7 @@ import numpy as np
 
 #: pycocoevalcap's weight of recall.
 _BETA = 1.2
-#: Reports whose bit strings share one integer.
+#: Reports in one integer.
 _BLOCK = 2048
 
 
@@ -29,8 +29,8 @@ def rouge_l_matrix(predictions: Sequence[str], references: Sequence[str]) -> np.
 def longest_common_subsequences(reports: Sequence[str], others: Sequence[str]) -> np.ndarray:
     """Length (N, M) of the longest common subsequence of words of each of N reports with each of M others.
 
-    Bit-parallel (Hyyrö, "Bit-parallel LCS-length computation revisited", AWOCA 2004): one step per word of the other
-    report updates the rows of all reports, because their bit strings are fields of one integer.
+    Bit-parallel (Hyyrö, "Bit-parallel LCS-length computation revisited", AWOCA 2004): the bit strings of all reports
+    are fields of one integer, so that one step per word of the other report updates all of them.
     """
     words = [report.split(" ") for report in reports]
     others = [other.split(" ") for other in others]
@@ -42,7 +42,7 @@ def longest_common_subsequences(reports: Sequence[str], others: Sequence[str]) -
 
 
 def _lengths(reports: list[list[str]], others: list[list[str]]) -> np.ndarray:
-    # A field has a bit for each word and one that catches the carry.
+    # Each report has a field of one bit per word, and one for the carry.
     sizes = np.array([len(report) for report in reports])
     starts = np.concatenate([[0], np.cumsum(sizes + 1)])
     width = (int(starts[-1]) + 7) // 8
@@ -66,7 +66,7 @@ def _lengths(reports: list[list[str]], others: list[list[str]]) -> np.ndarray:
                 kept = row & match
                 row = ((row + kept) | (row ^ kept)) & full
         bits = np.unpackbits(np.frombuffer(row.to_bytes(width, "little"), np.uint8), bitorder="little")
-        # The bits of carries are 0, so the sum up to the next field is that of this one.
+        # The carry bits are 0, so the sum up to the next field is that of this one.
         lengths[:, column] = sizes - np.add.reduceat(bits, starts[:-1], dtype=np.int32)
     return lengths
 

@@ -71,7 +71,7 @@ def result_of(output):
     return json.loads((output / "evaluation.json").read_text(encoding="utf-8"))
 
 
-def test_all_rows_stand_in_the_table_with_intervals(evaluated):
+def test_evaluate_rows_have_intervals_and_differences(evaluated):
     result = result_of(evaluated)
     assert list(result["rows"]) == ROWS and list(result["intervals"]) == ROWS
     assert list(result["differences"]) == ROWS[1:]
@@ -99,7 +99,7 @@ def test_all_rows_stand_in_the_table_with_intervals(evaluated):
     assert described["validation"]["collections"] == ["phantom radiographs"]
 
 
-def test_the_document_says_what_was_compared(evaluated, capsys):
+def test_evaluate_document_names_its_settings(evaluated, capsys):
     document = (evaluated / "evaluation.md").read_text(encoding="utf-8")
     for text in (
         "- 5 studies of split validation of the model's own recipe",
@@ -116,7 +116,7 @@ def test_the_document_says_what_was_compared(evaluated, capsys):
         assert text in document
 
 
-def test_every_study_has_its_scores_of_every_system(evaluated):
+def test_evaluate_writes_scores_per_system_and_study(evaluated):
     scores = table(evaluated / "scores.csv")
     assert len(scores) == 5 * 5 and {row["system"] for row in scores} == set(ROWS) - {"best constant report"}
     result = result_of(evaluated)
@@ -132,7 +132,7 @@ def journal(evaluated, name):
     return told, [row["report"] for row in rows], [row["id"] for row in rows]
 
 
-def test_faithfulness_is_of_what_was_told(evaluated):
+def test_evaluate_faithfulness_is_to_the_conditioning_states(evaluated):
     conditions = result_of(evaluated)["faithfulness"]["conditions"]
     assert list(conditions) == ["predicted", "true_states", "flipped"]
     listed = {(row["states"], row["study"], row["finding"]) for row in table(evaluated / "contradictions.csv")}
@@ -152,7 +152,7 @@ def test_faithfulness_is_of_what_was_told(evaluated):
         assert {study for states, study, _ in listed if states == condition} <= set(ids)
 
 
-def test_a_second_call_goes_on_where_the_first_was_killed(trained_run, evaluated, tmp_path, written, capsys):
+def test_evaluate_killed_continues_with_the_same_command(trained_run, evaluated, tmp_path, written, capsys):
     output = tmp_path / "again"
     shutil.copytree(evaluated, output)
     path = output / "reports" / "model.jsonl"
@@ -177,7 +177,7 @@ def test_a_second_call_goes_on_where_the_first_was_killed(trained_run, evaluated
     assert sum(written) == 3 * 5
 
 
-def test_another_dataset_is_zero_shot_and_cleaned_alike(trained_run, phantoms, tmp_path):
+def test_evaluate_another_dataset_is_zero_shot_and_cleaned(trained_run, phantoms, tmp_path):
     output = tmp_path / "zero"
     arguments = ["evaluate", str(trained_run / "model"), str(phantoms), "--cleaning", "r2gen_iu", *FEW]
     cache = tmp_path / "features"
@@ -196,7 +196,7 @@ def test_another_dataset_is_zero_shot_and_cleaned_alike(trained_run, phantoms, t
     assert "zero-shot: the model was trained on another dataset" in (output / "evaluation.md").read_text("utf-8")
 
 
-def test_a_model_without_its_recipe_has_the_datasets_baselines_and_r2gengpts_protocol(trained_run, phantoms, tmp_path):
+def test_evaluate_model_without_recipe_uses_the_datasets_baselines(trained_run, phantoms, tmp_path):
     shutil.copytree(trained_run / "model", tmp_path / "alone" / "model")
     model = tmp_path / "alone" / "model"
     arguments = ["evaluate", str(model), str(phantoms), *FEW, "--limit", "2", "--bootstrap", "0"]
@@ -221,7 +221,7 @@ def test_a_model_without_its_recipe_has_the_datasets_baselines_and_r2gengpts_pro
         (["--output", "{recipe}"], "this is a file, expected a folder"),
     ],
 )
-def test_wrong_input_is_one_line(trained_run, tiny_recipe, tmp_path, capsys, arguments, message):
+def test_evaluate_wrong_input_is_one_line(trained_run, tiny_recipe, tmp_path, capsys, arguments, message):
     arguments = [word.format(recipe=tiny_recipe) for word in arguments]
     output = [] if "--output" in arguments else ["--output", str(tmp_path / "out")]
     assert main(["evaluate", str(trained_run), *arguments, *output]) == 1
@@ -230,7 +230,7 @@ def test_wrong_input_is_one_line(trained_run, tiny_recipe, tmp_path, capsys, arg
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_no_model_or_has_no_dataset_is_one_line(tiny_recipe, phantoms, tmp_path, capsys):
+def test_evaluate_without_model_or_dataset_is_one_line(tiny_recipe, phantoms, tmp_path, capsys):
     assert main(["evaluate", "org/nothing", str(phantoms)]) == 1
     assert "org/nothing is not a folder here: expected --output" in capsys.readouterr().err
     assert main(["evaluate", str(tmp_path)]) == 1
@@ -243,7 +243,7 @@ def test_what_is_no_model_or_has_no_dataset_is_one_line(tiny_recipe, phantoms, t
     assert "unknown key 'sauce' in studies: did you mean 'source'?" in capsys.readouterr().err
 
 
-def test_help_shows_an_example(capsys):
+def test_evaluate_help_shows_an_example(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["evaluate", "--help"])
     assert ended.value.code == 0
@@ -260,7 +260,7 @@ def test_evaluate_ended_by_sigterm_says_what_is_kept(trained_run, tmp_path, monk
     assert capsys.readouterr().err.splitlines()[-1].startswith("otdrg evaluate: terminated (SIGTERM); ")
 
 
-def test_evaluate_study_that_cannot_be_read_is_left_out_and_named(trained_run, phantoms, tmp_path, capsys):
+def test_evaluate_unreadable_study_is_left_out_and_named(trained_run, phantoms, tmp_path, capsys):
     folder = shutil.copytree(phantoms, tmp_path / "built")
     (file,) = (folder / "data").glob("validation-*")
     table = pq.read_table(file)

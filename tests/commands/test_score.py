@@ -72,7 +72,7 @@ def table_of(files):
         return list(csv.DictReader(file))
 
 
-def test_scores_are_those_of_the_functions_joined_by_id(files, capsys):
+def test_score_equals_the_functions_joined_by_id(files, capsys):
     assert score(files, "--cleaning", "r2gen_iu") == 0
     result, table = result_of(files), table_of(files)
     written, true = ([clean_report(side[i], "r2gen_iu") for i in REFERENCES] for side in (OURS, REFERENCES))
@@ -104,7 +104,7 @@ def test_scores_are_those_of_the_functions_joined_by_id(files, capsys):
     assert "no state is read in 1 of the predictions: d" in shown.err
 
 
-def test_every_score_has_an_interval_and_a_comparison(files):
+def test_score_against_gives_every_score_interval_and_comparison(files):
     assert score(files) == 0
     result = result_of(files)
     averages = [n for n in result["clinical_efficacy"] if not n.startswith("findings_with")]
@@ -125,7 +125,7 @@ def nlg_rouge(written, true):
     return nlg_scores([written], [true], ["rouge_l"])["rouge_l"]
 
 
-def test_the_same_again_is_the_same(files):
+def test_score_is_seeded(files):
     assert score(files) == 0
     first = result_of(files)
     assert score(files, "--overwrite") == 0
@@ -134,7 +134,7 @@ def test_the_same_again_is_the_same(files):
     assert result_of(files)["intervals"] != first["intervals"]
 
 
-def test_a_training_runs_predictions_hold_their_references_and_so_does_what_is_written(tmp_path, files):
+def test_score_of_predictions_csv_uses_its_references(tmp_path, files):
     del files["against"]
     assert score(files) == 0
     first = result_of(files)
@@ -149,7 +149,7 @@ def test_a_training_runs_predictions_hold_their_references_and_so_does_what_is_w
     assert result_of(files)["nlg"] == first["nlg"]
 
 
-def test_fluency_alone_and_without_intervals(files, capsys):
+def test_score_one_metric_without_intervals(files, capsys):
     del files["against"]
     assert score(files, metrics=["--metrics", "bleu_4", "--bootstrap", "0"]) == 0
     result = result_of(files)
@@ -160,7 +160,7 @@ def test_fluency_alone_and_without_intervals(files, capsys):
     assert list(result_of(files)["intervals"]) == ["bleu_4"]
 
 
-def test_without_java_meteor_is_missing_and_the_rest_is_there(files, monkeypatch, tmp_path, capsys):
+def test_score_without_java_has_no_meteor(files, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert score(files, metrics=["--bootstrap", "10"]) == 0
     result = result_of(files)
@@ -170,12 +170,12 @@ def test_without_java_meteor_is_missing_and_the_rest_is_there(files, monkeypatch
     assert "apt-get install" in result["notes"]["meteor"]
 
 
-def test_the_labelers_options_are_taken_and_recorded(files):
+def test_score_labeler_options_are_recorded(files):
     assert score(files, "--labeler", "rules", "--option", "repeat_mistakes=true") == 0
     assert result_of(files)["labeler_options"] == {"repeat_mistakes": True}
 
 
-def test_the_protocol_of_r2gengpt_cuts_references_at_a_token(files, processor, tmp_path):
+def test_score_r2gengpt_cuts_references_at_a_token(files, processor, tmp_path):
     processor.tokenizer.save_pretrained(tmp_path / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     protocol = ["--protocol", "r2gengpt", "--tokenizer", tmp_path / "tokenizer", "--reference-tokens", 5]
@@ -199,7 +199,7 @@ def test_the_protocol_of_r2gengpt_cuts_references_at_a_token(files, processor, t
     assert table_of(files)[0]["reference"] == clean_report(REFERENCES["a"], "r2gen_iu")
 
 
-def test_missing_ids_are_refused_or_listed(files, tmp_path, capsys):
+def test_score_missing_ids_are_refused_or_listed(files, tmp_path, capsys):
     files["predictions"] = write_jsonl(tmp_path / "fewer.jsonl", {"a": OURS["a"], "c": OURS["c"], "x": "clear"})
     assert score(files) == 1
     error = capsys.readouterr().err
@@ -226,7 +226,7 @@ def test_missing_ids_are_refused_or_listed(files, tmp_path, capsys):
         ('{"id": "z", "report": "x"}\n', "no id in common"),
     ],
 )
-def test_wrong_files_are_one_line(files, tmp_path, capsys, content, message):
+def test_score_wrong_files_are_one_line(files, tmp_path, capsys, content, message):
     (tmp_path / "wrong.jsonl").write_text(content)
     files["predictions"] = str(tmp_path / "wrong.jsonl")
     assert score(files) == 1
@@ -234,7 +234,7 @@ def test_wrong_files_are_one_line(files, tmp_path, capsys, content, message):
     assert message in error and "wrong.jsonl" in error and error.count("\n") == 1
 
 
-def test_a_table_without_the_column_is_one_line(files, tmp_path, capsys):
+def test_score_missing_column_is_one_line(files, tmp_path, capsys):
     files["references"] = write_csv(tmp_path / "other.csv", REFERENCES, column="text")
     assert score(files) == 1
     assert "other.csv: 0 columns 'report', expected one; columns: split, ID, text" in capsys.readouterr().err
@@ -262,13 +262,13 @@ def test_a_table_without_the_column_is_one_line(files, tmp_path, capsys):
         (["--references", "nowhere.csv"], "nowhere.csv: cannot be read"),
     ],
 )
-def test_wrong_arguments_are_one_line(files, capsys, arguments, message):
+def test_score_wrong_arguments_are_one_line(files, capsys, arguments, message):
     assert score(files, *arguments) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 
 
-def test_nothing_is_written_over_unasked(files, tmp_path, capsys):
+def test_score_without_overwrite_keeps_files(files, tmp_path, capsys):
     assert score(files) == 0
     assert score(files) == 1
     assert "out.json exists: --overwrite replaces it" in capsys.readouterr().err
@@ -278,14 +278,14 @@ def test_nothing_is_written_over_unasked(files, tmp_path, capsys):
     assert "the predictions themselves" in capsys.readouterr().err
 
 
-def test_help_shows_an_example(capsys):
+def test_score_help_shows_an_example(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["score", "--help"])
     assert ended.value.code == 0
     assert "otdrg score --predictions ours.jsonl --references test.jsonl" in capsys.readouterr().out
 
 
-def test_score_reads_states_before_cleaning_and_its_table_scores_the_same(files):
+def test_score_reads_states_before_cleaning(files):
     references = {**REFERENCES, "d": "Bibasilar scarring/atelectasis."}
     write_csv(Path(files["references"]), references)
     write_jsonl(Path(files["predictions"]), {**OURS, "d": "There is atelectasis/scarring."})

@@ -26,7 +26,7 @@ def clusters(spread, rng, each=20):
     return features, ["edema"] * each + ["fracture"] * each
 
 
-def test_studies_of_one_finding_are_taken_and_the_others_counted():
+def test_single_findings_keeps_studies_with_one_and_counts_the_others():
     both, edema, normal, rare = states(edema=1, fracture=1), states(edema=1), states(no_finding=1), states(fracture=1)
     rows = [None, both, *[edema, normal] * MINIMUM_STUDIES, rare, states(), *[edema] * 3]
     chosen = single_findings(rows, limit=2 * MINIMUM_STUDIES + 2)
@@ -38,7 +38,7 @@ def test_studies_of_one_finding_are_taken_and_the_others_counted():
         single_findings([edema] * 5 + [both], limit=100)
 
 
-def test_silhouettes_are_sklearns_and_intervals_hold_them():
+def test_separation_equals_scikit_learn_within_its_interval():
     rng = np.random.default_rng(0)
     before, findings = clusters(0.8, rng)
     after, _ = clusters(0.2, rng)
@@ -57,13 +57,13 @@ def test_silhouettes_are_sklearns_and_intervals_hold_them():
     assert again == scores
 
 
-def test_without_a_difference_there_is_none():
+def test_separation_of_scaled_features_has_no_difference():
     features, findings = clusters(0.5, np.random.default_rng(2))
     difference = separation(features, 3 * features, findings, resamples=50, permutations=2)["difference"]
     assert difference["low"] == pytest.approx(0, abs=1e-12) and difference["high"] == pytest.approx(0, abs=1e-12)
 
 
-def test_the_plane_keeps_neighbours_and_is_the_same_for_a_seed():
+def test_embed_keeps_clusters_and_is_seeded():
     features, findings = clusters(0.1, np.random.default_rng(3))
     places = embed(features, seed=1)
     assert places.shape == (40, 2) and np.array_equal(places, embed(features, seed=1))
@@ -94,7 +94,7 @@ def embedded(trained_run, phantoms, tmp_path_factory):
     return folder
 
 
-def test_picture_figures_and_a_row_a_study_are_left(embedded, phantoms):
+def test_embed_writes_picture_figures_and_one_row_per_study(embedded, phantoms):
     result = json.loads((embedded / "embedding.json").read_text(encoding="utf-8"))
     assert sum(result["by_finding"].values()) == result["studies"] == 140 - sum(result["left_out"].values())
     with (embedded / "embedding.csv").open(encoding="utf-8") as file:
@@ -108,7 +108,7 @@ def test_picture_figures_and_a_row_a_study_are_left(embedded, phantoms):
         assert picture.width > picture.height > 500
 
 
-def test_features_are_the_models_own(embedded, trained_run, phantoms):
+def test_embed_uses_the_models_features(embedded, trained_run, phantoms):
     from otdrg.studies.loading import load_prepared
 
     with (embedded / "embedding.csv").open(encoding="utf-8") as file:
@@ -130,7 +130,7 @@ def test_features_are_the_models_own(embedded, trained_run, phantoms):
         np.testing.assert_allclose([float(row[f"{space} silhouette"]) for row in rows], expected, atol=1e-3)
 
 
-def test_without_a_dataset_the_recipes_studies_are_taken(trained_run, tmp_path, capsys):
+def test_embed_without_dataset_uses_the_recipes_studies(trained_run, tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()
     shutil.copytree(trained_run / "model", run / "model")
@@ -143,7 +143,7 @@ def test_without_a_dataset_the_recipes_studies_are_taken(trained_run, tmp_path, 
     assert json.loads((tmp_path / "out" / "embedding.json").read_text(encoding="utf-8"))["studies"] < 48
 
 
-def test_wrong_input_ends_in_one_line(trained_run, phantoms, embedded, model, processor, tmp_path, capsys):
+def test_embed_wrong_input_is_one_line(trained_run, phantoms, embedded, model, processor, tmp_path, capsys):
     model.save_pretrained(tmp_path / "bare")
     processor.save_pretrained(tmp_path / "bare")
     for arguments, message in (

@@ -50,13 +50,13 @@ def altered(studies):
     return studies.map(alter, load_from_cache_file=False)
 
 
-def test_truth_does_not_reach_what_is_generated(model, processor, studies):
+def test_generate_reports_do_not_depend_on_the_truth(model, processor, studies):
     before, after = (generate_reports(model, processor, rows, 4, GENERATION) for rows in (studies, altered(studies)))
     assert before.reports == after.reports
     assert (before.finding_states == after.finding_states).all()
 
 
-def test_truth_does_not_reach_evaluation_batches(processor, studies):
+def test_evaluation_batches_do_not_depend_on_the_truth(processor, studies):
     rows, others = list(studies), list(altered(studies))
     for key, value in PromptCollator(processor)(rows).items():
         assert torch.equal(value, PromptCollator(processor)(others)[key])
@@ -80,7 +80,7 @@ def test_training_batches_hold_the_truth(processor, studies):
     assert torch.equal(FindingCollator(processor)(rows)["finding_labels"], truth)
 
 
-def test_given_states_change_the_report(model, processor, studies):
+def test_generate_reports_with_given_states_differ(model, processor, studies):
     rows = len(studies)
     states = [np.full((rows, len(FINDINGS)), state) for state in (1, 2)]
     for given in states:
@@ -114,7 +114,7 @@ def test_generate_reports_with_partly_given_states_conditions_as_the_model_does(
 
 
 @pytest.mark.parametrize("collator", ["prompt", "report"])
-def test_indications_go_into_the_prompt_on_request(processor, studies, collator):
+def test_collators_with_indication_put_it_into_the_prompt(processor, studies, collator):
     def batch(rows, indication):
         if collator == "prompt":
             return PromptCollator(processor, indication)(rows)
@@ -129,7 +129,7 @@ def test_indications_go_into_the_prompt_on_request(processor, studies, collator)
     assert torch.equal(batch(alike, True)["input_ids"], untold)
 
 
-def test_shuffled_images_leave_indications_where_they_are(model, processor, studies):
+def test_evaluate_model_shuffles_images_but_not_indications(model, processor, studies):
     texts = [f"Case {number}. Shortness of breath, fever and cough." for number in range(len(studies))]
     studies = studies.remove_columns("indication").add_column("indication", texts)
     arguments = (None, 4, GENERATION, ["shuffled"])
@@ -143,12 +143,12 @@ def test_shuffled_images_leave_indications_where_they_are(model, processor, stud
     )
 
 
-def test_a_batch_writes_what_single_studies_get(model, processor, studies):
+def test_generate_reports_in_batches_equal_single_studies(model, processor, studies):
     batched, single = (generate_reports(model, processor, studies, size, GENERATION) for size in (4, 1))
     assert batched.reports == single.reports
 
 
-def test_shuffling_moves_every_image():
+def test_derangement_moves_every_image():
     for count in (2, 3, 50):
         order = derangement(count, seed=1)
         assert sorted(order) == list(range(count))
@@ -170,7 +170,7 @@ def evaluation(model, processor, studies, training):
     )
 
 
-def test_the_table_holds_model_and_controls(evaluation, studies, training, tmp_path):
+def test_format_table_has_model_and_controls(evaluation, studies, training, tmp_path):
     lines = format_table(evaluation).splitlines()
     assert lines[0] == "|  | BLEU-4 | ROUGE-L | CIDEr | macro-F1 (13) |"
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:8]] == [
@@ -221,7 +221,7 @@ def test_evaluation_reads_states_of_true_reports_before_cleaning(model, processo
     assert (row["reference"], row["uncleaned reference"]) == texts and "uncleaned report" not in row
 
 
-def test_generated_reports_are_read_before_they_are_cleaned(model, processor, studies, tmp_path):
+def test_evaluation_reads_states_of_generated_reports_before_cleaning(model, processor, studies, tmp_path):
     arguments = (None, 4, GENERATION, [])
     evaluation = evaluate_model(model, processor, studies, *arguments, metrics=["bleu_1"], clean=lambda report: "x .")
     row = evaluation.rows["model"]
@@ -230,7 +230,7 @@ def test_generated_reports_are_read_before_they_are_cleaned(model, processor, st
     assert (row.finding_states == plain.finding_states).all()
 
 
-def test_each_column_has_its_own_constant(evaluation, training):
+def test_evaluation_has_one_constant_per_score(evaluation, training):
     assert evaluation.constants.keys() == {"bleu_1", "bleu_4", "rouge_l", "cider", *F1_COLUMNS}
     assert evaluation.constants["bleu_4"].reports[0] in training["report"]
     told = evaluation.scores()["rows"]["best constant report"]
@@ -238,7 +238,7 @@ def test_each_column_has_its_own_constant(evaluation, training):
         assert len(set(row.reports)) == 1 and told[column] == row.scores[column]
 
 
-def test_retrieval_is_by_the_models_own_features(model, processor, studies, training, evaluation, tmp_path):
+def test_evaluation_retrieves_by_the_models_features(model, processor, studies, training, evaluation, tmp_path):
     def alone(study):
         with torch.no_grad():
             features = model.encode_views(processor(images=[study["images"]])["pixel_values"])
@@ -259,7 +259,7 @@ def test_retrieval_is_by_the_models_own_features(model, processor, studies, trai
     )
 
 
-def test_features_are_the_mean_over_the_views_there_are(model, processor):
+def test_pooled_features_are_means_over_present_views(model, processor):
     options = {"train": 0, "validation": 3, "test": 0, "image_size": 112, "views": ["frontal", "lateral"]}
     two = load_studies("phantom", **options)["validation"]
     rows = [{**row, "images": row["images"][: 1 + place % 2]} for place, row in enumerate(two)]
@@ -271,12 +271,12 @@ def test_features_are_the_mean_over_the_views_there_are(model, processor):
         assert features == pytest.approx(encoded.mean(dim=(0, 1)).numpy(), abs=1e-5)
 
 
-def test_a_baseline_without_training_studies_is_refused(model, processor, studies):
+def test_evaluate_model_without_training_refuses_baselines(model, processor, studies):
     with pytest.raises(ValueError, match="controls retrieval, constant: expected training studies"):
         evaluate_model(model, processor, studies)
 
 
-def test_reports_in_a_journal_are_not_written_again(model, processor, studies, tmp_path):
+def test_generate_reports_keep_those_in_the_journal(model, processor, studies, tmp_path):
     whole = generate_reports(model, processor, studies, 4, GENERATION)
     path = tmp_path / "deep" / "model.jsonl"
     kept = generate_reports(model, processor, studies, 4, GENERATION, journal=ReportJournal(path))

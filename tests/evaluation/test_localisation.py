@@ -27,7 +27,7 @@ def judged(trained_run, tmp_path_factory):
     return folder
 
 
-def test_table_figures_and_a_row_a_map_are_left(judged):
+def test_localise_writes_table_figures_and_one_row_per_map(judged):
     result = json.loads((judged / "localisation.json").read_text(encoding="utf-8"))
     assert (result["split"], result["studies"], result["states"]) == ("test", 40, "true")
     assert (result["image_size"], result["views"], result["image_grid"]) == (112, ["frontal"], 3)
@@ -44,7 +44,7 @@ def test_table_figures_and_a_row_a_map_are_left(judged):
     assert "| Cardiomegaly |" in shown and "40 phantoms of the split test" in shown
 
 
-def test_a_map_is_judged_as_the_pipeline_shows_it(judged, trained_run):
+def test_localise_judges_the_pipelines_heatmap(judged, trained_run):
     with (judged / "localisation.csv").open(encoding="utf-8") as file:
         row = next(csv.DictReader(file))
     phantom = make_phantom(0, int(row["id"].split("-")[2]), 112, ["frontal"])
@@ -59,7 +59,7 @@ def test_a_map_is_judged_as_the_pipeline_shows_it(judged, trained_run):
     assert float(row["soft_iou"]) == pytest.approx(soft_iou(heat, mask).item(), abs=1e-5)
 
 
-def test_predicted_states_change_what_the_plans_are_made_for(trained_run, tmp_path):
+def test_localise_predicted_makes_plans_for_predicted_states(trained_run, tmp_path):
     arguments = ("--studies", "6", "--seed", "3", "--findings", "Cardiomegaly", "pleural_effusion", "edema")
     assert localise(trained_run, tmp_path / "true", *arguments) == 0
     assert (
@@ -95,7 +95,7 @@ class PeakAtMask(torch.nn.Module):
         return torch.from_numpy(taken)
 
 
-def test_a_plan_that_lies_on_the_finding_beats_both_chance_levels(trained_run):
+def test_judge_phantoms_plan_on_the_mask_beats_chance(trained_run):
     pipe = load_pipeline(str(trained_run))
     source = PhantomSource(image_size=112)
     first = SPLIT_STARTS["test"]
@@ -123,18 +123,18 @@ def test_a_plan_that_lies_on_the_finding_beats_both_chance_levels(trained_run):
         (["--seed", "-1"], "option 'seed' is -1"),
     ],
 )
-def test_wrong_input_ends_in_one_line(trained_run, tmp_path, capsys, arguments, message):
+def test_localise_wrong_input_is_one_line(trained_run, tmp_path, capsys, arguments, message):
     assert localise(trained_run, tmp_path / "out", *arguments) == 1
     shown = capsys.readouterr().err.strip()
     assert shown.startswith("otdrg localise: error: ") and message in shown and "\n" not in shown
 
 
-def test_results_are_not_replaced_unasked(judged, trained_run, capsys):
+def test_localise_without_overwrite_keeps_results(judged, trained_run, capsys):
     assert localise(trained_run, judged) == 1
     assert "localisation.md exists: --overwrite replaces it" in capsys.readouterr().err
 
 
-def test_a_model_without_a_plan_is_refused(model, processor, build_model, tmp_path, capsys):
+def test_localise_model_without_plan_is_refused(model, processor, build_model, tmp_path, capsys):
     plain, _ = build_model(fiot=False)
     plain.save_pretrained(tmp_path / "plain")
     processor.save_pretrained(tmp_path / "plain")

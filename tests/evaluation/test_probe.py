@@ -15,7 +15,7 @@ def made_studies(rng, count, size=6):
     return ViewFeatures(torch.from_numpy(views * np.geomspace(0.1, 30, size)).float(), torch.from_numpy(study), states)
 
 
-def test_the_probe_tells_what_shows_from_what_does_not():
+def test_linear_probe_finds_only_what_features_show():
     rng = np.random.default_rng(1)
     train, validation = made_studies(rng, 300), made_studies(rng, 200)
     assert torch.allclose(train.by_study()[7], train.views[train.study == 7].mean(dim=0))
@@ -26,7 +26,7 @@ def test_the_probe_tells_what_shows_from_what_does_not():
     assert probe["auc_findings"] == 13 and probe["macro_auc"] == pytest.approx(np.mean([*areas[:2], *areas[3:]]))
 
 
-def test_alignment_and_uniformity_are_wang_and_isolas():
+def test_alignment_and_uniformity_equal_their_definitions():
     torch.manual_seed(0)
     one, other = torch.randn(6, 4) * 5, torch.randn(6, 4)
     unit, others = (part / part.norm(dim=1, keepdim=True) for part in (one, other))

@@ -107,7 +107,7 @@ def stamps(folder):
 # --- the runs there are ----------------------------------------------------------------------------------------------
 
 
-def test_the_rows_are_the_papers():
+def test_table_rows_are_the_papers():
     rows = table_rows()
     assert [row.modules for row in rows[:5]] == [(), ("ircp",), ("dle",), ("ircp", "dle"), ("ircp", "dle", "fiot")]
     assert [row.value for row in rows if row.table == "epsilon"] == [0.01, 0.05, 0.10, 0.12]
@@ -115,7 +115,7 @@ def test_the_rows_are_the_papers():
     assert {row.modules for row in rows[5:]} == {FULL}
 
 
-def test_each_rows_recipe_has_its_modules_and_no_others(recipe, tmp_path):
+def test_plan_runs_set_only_the_rows_modules(recipe, tmp_path):
     plan = plan_runs(recipe, ["report.max_steps=3"], table_rows(["modules"]), [7], tmp_path)
     for (row, _), run in plan.by_row.items():
         overrides = run.recipe.model.overrides
@@ -128,13 +128,13 @@ def test_each_rows_recipe_has_its_modules_and_no_others(recipe, tmp_path):
         assert overrides["ot_epsilon"] == 0.05
 
 
-def test_iterations_are_not_stopped_early(recipe, tmp_path):
+def test_plan_runs_of_iterations_have_no_tolerance(recipe, tmp_path):
     plan = plan_runs(recipe, [], table_rows(["iterations"], iterations=[3]), [1], tmp_path)
     overrides = plan.runs[-1].recipe.model.overrides
     assert (overrides["ot_max_iterations"], overrides["ot_tolerance"]) == (3, 0.0)
 
 
-def test_what_a_seeds_rows_agree_in_is_trained_once(recipe, tmp_path):
+def test_plan_runs_train_shared_stages_once_per_seed(recipe, tmp_path):
     plan = plan_runs(recipe, [], table_rows(["modules", "epsilon"], epsilons=[0.05, 0.1]), [1, 2], tmp_path)
     names = [str(run.folder.relative_to(tmp_path)) for run in plan.runs if run.recipe.seed == 1]
     # Epsilon 0.05 is the recipe's own: the full model of the first table.
@@ -163,7 +163,7 @@ def test_what_a_seeds_rows_agree_in_is_trained_once(recipe, tmp_path):
         (["--accelerate-config", "nowhere.yaml"], "--accelerate-config nowhere.yaml: no such file"),
     ],
 )
-def test_wrong_arguments_are_one_line(recipe, tmp_path, capsys, arguments, message):
+def test_ablate_wrong_arguments_are_one_line(recipe, tmp_path, capsys, arguments, message):
     assert main(["ablate", str(recipe), "--output", str(tmp_path / "out"), *arguments]) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
@@ -181,18 +181,18 @@ def test_wrong_arguments_are_one_line(recipe, tmp_path, capsys, arguments, messa
         ("model.overrides.ot_epsilonn=1", "unknown OTDRGConfig field 'ot_epsilonn'"),
     ],
 )
-def test_a_recipe_that_is_not_fit_is_one_line(recipe, tmp_path, capsys, override, message):
+def test_ablate_unfit_recipe_is_one_line(recipe, tmp_path, capsys, override, message):
     assert main(["ablate", str(recipe), override, "--output", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 
 
-def test_a_recipe_that_is_not_there_is_one_line(tmp_path, capsys):
+def test_ablate_missing_recipe_is_one_line(tmp_path, capsys):
     assert main(["ablate", str(tmp_path / "none.yaml"), "--output", str(tmp_path / "out")]) == 1
     assert f"recipe {tmp_path / 'none.yaml'} does not exist" in capsys.readouterr().err
 
 
-def test_runs_of_another_recipe_are_not_taken(recipe, references, tmp_path, capsys):
+def test_ablate_refuses_runs_of_another_recipe(recipe, references, tmp_path, capsys):
     finish_all(plan_runs(recipe, [], table_rows(["modules"]), [1], tmp_path), references)
     arguments = ["ablate", str(recipe), "report.max_steps=5", "--tables", "modules", "--seeds", "1"]
     assert main([*arguments, "--output", str(tmp_path)]) == 1
@@ -219,7 +219,7 @@ def summary(finished):
     return summarize(finished[0], resamples=400)
 
 
-def test_finished_runs_are_left_alone_and_tabled(finished, capsys):
+def test_ablate_finished_runs_are_kept_and_tabled(finished, capsys):
     _, arguments, output = finished
     before = stamps(output)
     assert main(arguments) == 0
@@ -233,7 +233,7 @@ def test_finished_runs_are_left_alone_and_tabled(finished, capsys):
         assert len(picture.convert("RGB").getcolors(2**24)) > 50
 
 
-def test_means_and_deviations_are_those_of_the_runs(finished, summary, references):
+def test_summarize_means_and_deviations_are_over_seeds(finished, summary, references):
     plan, _, _ = finished
     for place, row in enumerate(table_rows(["modules"])):
         scores = summary["tables"]["modules"]["rows"][place]["scores"]
@@ -253,7 +253,7 @@ def test_means_and_deviations_are_those_of_the_runs(finished, summary, reference
     assert controls["shuffled"]["cider"]["mean"] < summary["tables"]["modules"]["rows"][-1]["scores"]["cider"]["mean"]
 
 
-def test_contributions_are_said_whatever_their_sign(summary):
+def test_summarize_contributions_are_words_of_any_sign(summary):
     by_name = {row["name"]: row for row in summary["contributions"]}
     rows = {row["label"]: row["scores"] for row in summary["tables"]["modules"]["rows"]}
     macro = "macro_f1_13_uncertain_negative"
@@ -270,7 +270,7 @@ def test_contributions_are_said_whatever_their_sign(summary):
     assert "lowers" in by_name["FIOT"]["sentence"]
 
 
-def test_the_tables_have_the_papers_form(summary, references):
+def test_format_summary_has_the_papers_form(summary, references):
     document = format_summary(summary, "Title", "ablation.png")
     lines = document.splitlines()
     start = lines.index(next(line for line in lines if line.startswith("| IRCP | DLE | FIOT | Pre. | Rec. | F1 |")))
@@ -290,14 +290,14 @@ def test_the_tables_have_the_papers_form(summary, references):
     assert "| ε | Pre." in document and "| iterations | Pre." in document and "![" in document
 
 
-def test_one_seed_has_no_deviation_and_says_so(recipe, references, tmp_path):
+def test_format_summary_of_one_seed_has_no_deviation(recipe, references, tmp_path):
     plan = plan_runs(recipe, [], table_rows(["modules"]), [1], tmp_path)
     finish_all(plan, references)
     document = format_summary(summarize(plan, resamples=50), "Title")
     assert "±" not in document and "not about training them again" in document
 
 
-def test_runs_that_were_scored_on_other_studies_are_not_compared(recipe, references, tmp_path):
+def test_summarize_refuses_runs_scored_on_other_studies(recipe, references, tmp_path):
     plan = plan_runs(recipe, [], [BASELINE, DLE], [1], tmp_path)
     finish(plan.by_row[BASELINE, 1], references, 0.5)
     finish(plan.by_row[DLE, 1], [*references[1:], references[0]], 0.5)
@@ -309,7 +309,7 @@ def test_runs_that_were_scored_on_other_studies_are_not_compared(recipe, referen
 
 
 @pytest.mark.slow
-def test_rows_train_in_processes_behind_the_stages_they_share(recipe, tmp_path):
+def test_train_runs_start_after_their_shared_stages(recipe, tmp_path):
     plan = plan_runs(recipe, [], [BASELINE, DLE], [1], tmp_path, cpu_threads=1)
     train_runs(plan.runs, jobs=2)
     assert [run.error for run in plan.runs] == [None] * 3
@@ -329,7 +329,7 @@ def test_rows_train_in_processes_behind_the_stages_they_share(recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_is_reported_and_the_others_go_on(recipe, references, tmp_path, capsys):
+def test_ablate_failed_run_is_reported_and_others_continue(recipe, references, tmp_path, capsys):
     # Only the predictor's stage can fail by this, and only while it is trained.
     overrides = ["predictor.learning_rate=1e30", "predictor.max_steps=3"]
     rows = table_rows(["modules"])
@@ -409,7 +409,7 @@ def test_ablate_killed_ends_its_runs_and_leaves_no_lock(recipe, tmp_path, capsys
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_an_interrupted_ablation_stops_what_it_started(recipe, tmp_path, how):
+def test_ablate_interrupted_stops_its_processes(recipe, tmp_path, how):
     command = [sys.executable, "-m", "otdrg.cli", "ablate", str(recipe), "--seeds", "1", "--output", str(tmp_path)]
     process = subprocess.Popen(
         command,
@@ -433,7 +433,7 @@ def test_an_interrupted_ablation_stops_what_it_started(recipe, tmp_path, how):
 
 
 @pytest.mark.slow
-def test_an_ablation_from_the_recipe_to_the_tables(recipe, tmp_path):
+def test_ablate_trains_and_tables_a_recipe(recipe, tmp_path):
     arguments = ["ablate", str(recipe), "--tables", "epsilon", "--epsilons", "0.05", "0.1", "--seeds", "1", "2"]
     arguments += ["--output", str(tmp_path), "--jobs", "2"]
     assert main(arguments) == 0

@@ -26,7 +26,7 @@ def made_predictions(rng, count, shift, share=0.3):
 
 
 @pytest.mark.parametrize("decimals", [0, 1, 6])
-def test_area_equals_sklearns_also_with_ties(decimals):
+def test_area_under_curve_with_ties_equals_scikit_learn(decimals):
     rng = np.random.default_rng(0)
     scores, positive = rng.normal(size=200).round(decimals), rng.random(200) < 0.3
     assert area_under_curve(scores, positive) == pytest.approx(
@@ -34,12 +34,12 @@ def test_area_equals_sklearns_also_with_ties(decimals):
     )
 
 
-def test_area_needs_both_classes():
+def test_area_under_curve_of_one_class_is_none():
     assert area_under_curve(np.array([0.1, 0.9]), np.array([True, True])) is None
     assert area_under_curve(np.array([0.1, 0.9]), np.array([False, False])) is None
 
 
-def test_finding_metrics_equal_sklearns_and_leave_out_what_is_not_known():
+def test_finding_metrics_leave_out_unknown_labels_and_equal_scikit_learn():
     rng = np.random.default_rng(1)
     probabilities = rng.random((80, 14))
     predicted, labels = rng.integers(0, 4, (80, 14)), rng.integers(0, 4, (80, 14))
@@ -58,7 +58,7 @@ def test_finding_metrics_equal_sklearns_and_leave_out_what_is_not_known():
     assert metrics["macro_f1_13"] == pytest.approx(np.mean(f1[:-1]), abs=1e-12)
 
 
-def test_thresholds_are_the_best_there_are():
+def test_fit_thresholds_reach_the_best_f1():
     rng = np.random.default_rng(2)
     labels = (rng.random((60, 14)) < 0.3).astype(int)
     labels[:, 5] = 0
@@ -78,7 +78,7 @@ def test_thresholds_are_the_best_there_are():
 
 
 @pytest.mark.parametrize("decimals", [1, 6])
-def test_weighted_areas_equal_sklearns(decimals):
+def test_weighted_areas_equal_scikit_learn(decimals):
     rng = np.random.default_rng(3)
     scores, positive = rng.normal(size=90).round(decimals), rng.random(90) < 0.2
     weights = rng.integers(0, 4, (20, 90))
@@ -91,7 +91,7 @@ def test_weighted_areas_equal_sklearns(decimals):
 
 
 @pytest.mark.parametrize("decimals", [1, 8])
-def test_calibration_error_is_that_of_sklearns_bins(decimals):
+def test_calibration_error_equals_scikit_learns_bins(decimals):
     rng = np.random.default_rng(4)
     probabilities = rng.beta(0.7, 2, 300).round(decimals)
     positive = rng.random(300) < probabilities**2
@@ -112,7 +112,7 @@ def test_calibration_error_is_that_of_sklearns_bins(decimals):
     assert expected_calibration_error(probabilities[:0], positive[:0]) is None
 
 
-def test_intervals_are_those_of_a_bootstrap_study_by_study():
+def test_auc_intervals_equal_a_bootstrap_study_by_study():
     rng = np.random.default_rng(5)
     probabilities, labels = made_predictions(rng, 60, 0.1)
     labels[labels[:, 7] == 1, 7] = 0
@@ -143,7 +143,7 @@ def test_intervals_are_those_of_a_bootstrap_study_by_study():
 
 
 @pytest.mark.parametrize(("shift", "above_half"), [(0.2, True), (0.0, False)])
-def test_the_macro_interval_says_whether_the_predictor_knows_anything(shift, above_half):
+def test_macro_auc_interval_of_random_predictor_includes_half(shift, above_half):
     probabilities, labels = made_predictions(np.random.default_rng(6), 200, shift)
     predicted = (probabilities >= 0.5).astype(int)
     metrics = finding_metrics(probabilities, predicted, labels, resamples=200)
@@ -156,7 +156,7 @@ def test_the_macro_interval_says_whether_the_predictor_knows_anything(shift, abo
     assert "ECE" in lines[0] and " to " in lines[2]
 
 
-def test_without_positives_there_is_no_interval():
+def test_finding_metrics_without_positives_have_no_interval():
     probabilities, labels = made_predictions(np.random.default_rng(7), 20, 0.2, share=0.0)
     metrics = finding_metrics(probabilities, labels.clip(0), labels, resamples=20)
     assert metrics["macro_auc"] is None and metrics["macro_auc_interval"] is None
@@ -173,7 +173,7 @@ def test_logit_adjustment_is_the_log_of_the_smoothed_prior():
     assert logit_adjustment(states.tolist(), tau=0.0) is None
 
 
-def test_adjusted_logits_are_not_pushed_towards_what_is_frequent():
+def test_logit_adjustment_removes_the_gradient_towards_frequent_states():
     states = torch.from_numpy(np.random.default_rng(9).choice(4, (4000, 14), p=[0.7, 0.2, 0.07, 0.03]))
 
     def gradient(adjustment):

@@ -20,7 +20,7 @@ STATES = SIZES.flatmap(lambda size: arrays(np.int64, (size, 14), elements=st.int
 
 @settings(max_examples=40, deadline=None)
 @given(STATES, STATES)
-def test_equals_scikit_learn(predicted, true):
+def test_clinical_efficacy_equals_scikit_learn(predicted, true):
     scores = clinical_efficacy_scores(predicted, true)
     for policy, positives in POLICIES.items():
         for labels, names in LABEL_SETS.items():
@@ -39,13 +39,13 @@ def test_equals_scikit_learn(predicted, true):
         assert support == np.isin(true, positives).sum(axis=0).tolist()
 
 
-def test_label_sets():
+def test_label_sets_have_their_findings():
     assert {name: len(findings) for name, findings in LABEL_SETS.items()} == {"14": 14, "5": 5, "13": 13}
     assert "no_finding" not in LABEL_SETS["13"]
     assert set(LABEL_SETS["5"]) == {"atelectasis", "cardiomegaly", "consolidation", "edema", "pleural_effusion"}
 
 
-def test_writing_normal_always_earns_nothing_without_no_finding():
+def test_clinical_efficacy_of_constant_normal_report_is_zero_without_no_finding():
     true = np.zeros((4, 14), dtype=int)
     true[:3, FINDINGS.index("no_finding")] = true[3, 0] = 1
     normal = np.zeros_like(true)
@@ -66,12 +66,12 @@ def test_writing_normal_always_earns_nothing_without_no_finding():
         (np.full((1, 14), 0.5), np.zeros((1, 14), int), "state 0.5, expected 0 to 3"),
     ],
 )
-def test_faults_are_named(predicted, true, message):
+def test_clinical_efficacy_names_faults(predicted, true, message):
     with pytest.raises(ValueError, match=message):
         clinical_efficacy_scores(predicted, true)
 
 
-def test_what_example_averages_can_reach_is_said():
+def test_example_ceiling_names_the_attainable_f1():
     """Of three studies one has no positive, so a perfect system's example-F1 is 2/3."""
     states = np.zeros((3, 14), int)
     states[0, 1] = states[1, 13] = 1

@@ -33,7 +33,7 @@ TOLD = states(4, edema=[1, 1, 2, 0], fracture=[3, 0, 0, 0], no_finding=[0, 0, 0,
 SAID = states(4, edema=[1, 2, 2, 1], fracture=[0, 0, 0, 3], no_finding=[1, 1, 0, 0])
 
 
-def test_by_hand():
+def test_faithfulness_equals_counts_by_hand():
     found = faithfulness(TOLD, SAID, floor=1)
     assert found.cells["edema"] == {"positive": Cell(2, 1), "negative": Cell(1, 1), "unclear": Cell(0, 0)}
     assert found.cells["fracture"]["unclear"] == Cell(1, 0)
@@ -50,7 +50,7 @@ def test_by_hand():
     ]
 
 
-def test_rare_ones_do_not_count_in_the_macro_average():
+def test_faithfulness_below_floor_does_not_count_in_macro():
     assert faithfulness(TOLD, SAID, floor=2).macro == 0.5
     rare = faithfulness(TOLD, SAID, floor=3)
     assert rare.macro is None and rare.counted == 0 and rare.micro == 0.5
@@ -58,7 +58,7 @@ def test_rare_ones_do_not_count_in_the_macro_average():
     assert nothing.macro is None and nothing.micro is None and nothing.added == 3
 
 
-def test_only_where_it_is_asked():
+def test_faithfulness_within_counts_only_these_findings():
     within = np.zeros(TOLD.shape, bool)
     within[0, EDEMA] = within[0, FRACTURE] = True
     found = faithfulness(TOLD, SAID, floor=1, within=within)
@@ -68,7 +68,7 @@ def test_only_where_it_is_asked():
 
 @settings(deadline=None, max_examples=60)
 @given(STATES, st.integers(0, 2**32 - 1), st.integers(1, 4))
-def test_it_is_the_mean_of_recalls(told, seed, floor):
+def test_faithfulness_equals_scikit_learns_mean_recall(told, seed, floor):
     said = np.random.default_rng(seed).integers(0, 4, told.shape)
     found = faithfulness(told, said, floor)
     recalls, supports = [], []
@@ -85,7 +85,7 @@ def test_it_is_the_mean_of_recalls(told, seed, floor):
 
 @settings(deadline=None, max_examples=60)
 @given(STATES, st.integers(0, 2**32 - 1))
-def test_what_is_said_as_told_is_perfect_and_flips_are_missed(told, seed):
+def test_faithfulness_of_given_states_is_perfect_and_of_flips_zero(told, seed):
     assert faithfulness(told, told, floor=1).macro in (None, 1.0)
     flipped, where = flip_states(told, seed)
     assert faithfulness(flipped, told, floor=1, within=where).macro in (None, 0.0)
@@ -100,7 +100,7 @@ def test_what_is_said_as_told_is_perfect_and_flips_are_missed(told, seed):
     assert (again == flipped).all()
 
 
-def test_a_positive_finding_takes_no_finding_away():
+def test_flip_states_to_positive_clears_no_finding():
     flipped, _ = flip_states(states(2, edema=[2, 1], no_finding=1))
     assert flipped[:, EDEMA].tolist() == [POSITIVE, NEGATIVE]
     assert flipped[:, NO_FINDING].tolist() == [UNMENTIONED, POSITIVE]
@@ -109,7 +109,7 @@ def test_a_positive_finding_takes_no_finding_away():
     assert not flip_states(states(1, edema=UNCLEAR))[1].any()
 
 
-def test_what_does_not_fit_is_refused():
+def test_faithfulness_names_faults():
     with pytest.raises(ValueError, match=r"states have shape \(4, 14\), said ones \(3, 14\): expected \(N, 14\) both"):
         faithfulness(TOLD, SAID[:3])
     with pytest.raises(ValueError, match="said states: expected ids 0 to 3"):
@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_refused():
         faithfulness(TOLD, SAID, within=np.ones((4, 2)))
 
 
-def test_reports_are_checked_against_what_was_told():
+def test_self_check_lists_disagreements_with_given_states():
     told = states(4, edema=[1, 1, 1, 0], pneumothorax=[2, 2, 0, 0], no_finding=[0, 0, 1, 1])
     reports = ["There is edema. No pneumothorax.", "No edema. Small pneumothorax.", "", "Rib fracture."]
     assert self_check(reports, told) == [
@@ -136,7 +136,7 @@ def test_reports_are_checked_against_what_was_told():
 
 @settings(deadline=None, max_examples=30)
 @given(STATES, st.integers(0, 2**32 - 1))
-def test_disagreements_are_counted_as_they_are_listed(told, seed):
+def test_self_check_lists_as_many_as_faithfulness_counts(told, seed):
     said = np.random.default_rng(seed).integers(0, 4, told.shape)
     found = faithfulness(told, said)
     kinds = [one.kind for one in contradictions(told, said, kinds=KINDS)]

@@ -20,7 +20,7 @@ def square(top, left, side=2, size=8):
 
 @settings(deadline=None)
 @given(MASKS)
-def test_a_map_that_is_the_mask_is_perfect_and_a_uniform_one_is_at_chance(mask):
+def test_measures_of_the_mask_are_perfect_and_of_a_uniform_map_at_chance(mask):
     assert pointing_game(0.3 * mask, mask) == pytest.approx(1)
     assert soft_iou(0.3 * mask, mask) == pytest.approx(1)
     for height in (1.0, 1e-6, 40.0):
@@ -31,7 +31,7 @@ def test_a_map_that_is_the_mask_is_perfect_and_a_uniform_one_is_at_chance(mask):
 
 @settings(deadline=None)
 @given(MASKS, arrays(float, (1, 5, 6), elements=st.floats(0, 10)), st.floats(0.01, 100))
-def test_soft_iou_is_minima_over_maxima_whatever_the_scale(mask, heat, scale):
+def test_soft_iou_does_not_depend_on_scale(mask, heat, scale):
     scaled = heat / heat.max() if heat.any() else heat
     expected = np.minimum(scaled, mask).sum() / np.maximum(scaled, mask).sum()
     assert soft_iou(heat, mask) == pytest.approx(expected)
@@ -39,7 +39,7 @@ def test_soft_iou_is_minima_over_maxima_whatever_the_scale(mask, heat, scale):
     assert 0 <= pointing_game(heat, mask) <= 1
 
 
-def test_the_highest_point_decides_and_equal_ones_share():
+def test_pointing_game_with_equal_peaks_shares_the_hit():
     mask, heat = square(2, 2), np.ones((8, 8))
     heat[3, 3] = 2.0
     assert pointing_game(heat[None], mask[None]) == 1
@@ -52,12 +52,12 @@ def test_the_highest_point_decides_and_equal_ones_share():
     assert pointing_game(heat[None], mask[None]) == 0.5
 
 
-def test_a_map_without_mass_points_nowhere():
+def test_measures_of_an_empty_map_are_zero():
     assert pointing_game(np.zeros((1, 8, 8)), square(0, 0)[None]) == 0
     assert soft_iou(np.zeros((1, 8, 8)), square(0, 0)[None]) == 0
 
 
-def test_maps_that_are_none_are_refused():
+def test_measures_name_wrong_maps():
     with pytest.raises(ValueError, match=r"shape \(1, 4, 4\), masks \(1, 8, 8\)"):
         pointing_game(np.ones((1, 4, 4)), square(0, 0)[None])
     for value in (-1.0, np.nan, np.inf):
@@ -65,7 +65,7 @@ def test_maps_that_are_none_are_refused():
             soft_iou(np.full((1, 8, 8), value), square(0, 0)[None])
 
 
-def test_chance_is_what_the_maps_of_other_studies_are_worth():
+def test_judge_maps_others_is_the_mean_of_other_studies_maps():
     masks = np.stack([square(0, 0), square(0, 0), square(4, 4)])
     judged = judge_maps("edema", 1, [5, 7, 8], masks.astype(float), masks)
     assert [one.study for one in judged] == [5, 7, 8]
@@ -84,7 +84,7 @@ def made(finding, hits, uniform=0.1, others=0.2, view=0, first=0):
     ]
 
 
-def test_scores_are_means_over_studies_and_findings():
+def test_localisation_scores_are_means_over_studies_and_findings():
     judged = made("edema", [1.0] * 6 + [0.0] * 6) + made("fracture", [1.0] * 12) + made("pneumonia", [1.0] * 3)
     judged += made("edema", [0.0] * 6, view=1)  # The other view of the first six.
     scores = localisation_scores(judged, studies=20)
@@ -100,7 +100,7 @@ def test_scores_are_means_over_studies_and_findings():
     assert pneumonia["pointing"]["uniform"]["verdict"] is None
 
 
-def test_the_interval_is_that_of_a_bootstrap_over_studies():
+def test_localisation_interval_equals_a_bootstrap_over_studies():
     rng = np.random.default_rng(0)
     hits = (rng.random(80) < 0.3).astype(float)
     score = localisation_scores(made("edema", hits), studies=80, resamples=4000)["findings"]["edema"]["pointing"]
@@ -110,7 +110,7 @@ def test_the_interval_is_that_of_a_bootstrap_over_studies():
     assert score["uniform"]["low"] == pytest.approx(score["low"] - 0.1)
 
 
-def test_verdicts_tell_above_from_at_and_below():
+def test_localisation_verdicts_are_above_at_or_below_chance():
     rng = np.random.default_rng(1)
     judged = made("edema", (rng.random(60) < 0.9).astype(float)) + made("fracture", [0.0] * 60)
     judged += made("pneumonia", (rng.random(60) < 0.5).astype(float), others=0.5)
@@ -140,12 +140,12 @@ def test_verdicts_tell_above_from_at_and_below():
     ("hits", "words"),
     [([1.0] * 20, "beats chance"), ([0.1] * 20, "does not beat chance"), ([0.0] * 20, "is below chance")],
 )
-def test_the_verdict_in_all_is_said_plainly(hits, words):
+def test_localisation_verdict_on_average_is_a_sentence(hits, words):
     scores = localisation_scores(made("edema", hits, others=0.1), studies=20)
     assert localisation_verdicts(scores)[0].startswith(f"On average, the pointing game {words}: ")
 
 
-def test_without_enough_studies_nothing_is_said():
+def test_localisation_scores_of_few_studies_have_no_verdict():
     scores = localisation_scores(made("edema", [1.0]), studies=20)
     assert scores["macro"] is None
     assert localisation_verdicts(scores)[0].startswith("Too few studies")

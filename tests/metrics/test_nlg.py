@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def meteor_directly(true, written):
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(words, words), min_size=1, max_size=6).filter(lambda p: any(r.strip() for _, r in p)))
-def test_equals_pycocoevalcap(pairs):
+def test_nlg_scores_equal_pycocoevalcap(pairs):
     written, true = ({i: [pair[side]] for i, pair in enumerate(pairs)} for side in (0, 1))
     scores = nlg_scores([w for w, _ in pairs], [t for _, t in pairs], metrics=NO_JAVA)
     bleu, by_study = Bleu(4).compute_score(true, written, verbose=0)
@@ -76,22 +77,23 @@ def test_equals_pycocoevalcap(pairs):
 
 
 @needs_java
-def test_meteor_equals_pycocoevalcap_survives_odd_reports_and_ends_its_process(started):
+def test_meteor_of_odd_reports_equals_pycocoevalcap_and_ends_its_process(started):
     odd = ['say "normal"', "two\nlines\r\nand\ttabs", "a ||| b", "|||", "lungs \U0001fac1 clear", " . ", "\u2028 x"]
     written = PREDICTIONS + odd
     true = REFERENCES + ["the lungs ||| are clear .\nno effusion"] * len(odd)
     plain = [[" ".join(text.replace("|||", " ").split()) for text in texts] for texts in (true, written)]
-    value, by_study = meteor_directly(*plain)
-    started.clear()
-    scores = nlg_scores(written, true, metrics=["meteor"])
+    with ThreadPoolExecutor() as pool:
+        direct = pool.submit(meteor_directly, *plain)
+        scores = nlg_scores(written, true, metrics=["meteor"])
+    value, by_study = direct.result()
     assert scores["meteor"] == pytest.approx(value, abs=1e-12)
     assert scores["per_study"]["meteor"] == pytest.approx(by_study, abs=1e-12)
-    assert [process.poll() is not None for process in started] == [True]
+    assert [process.poll() is not None for process in started] == [True, True]
 
 
 @needs_java
 @pytest.mark.slow
-def test_ten_thousand_odd_reports_take_one_process(started):
+def test_meteor_of_ten_thousand_odd_reports_starts_one_process(started):
     rng = random.Random(0)
     odd = [
         '"',
@@ -127,7 +129,7 @@ def test_ten_thousand_odd_reports_take_one_process(started):
 
 @pytest.mark.skipif("OTDRG_IU_XRAY" not in os.environ, reason="OTDRG_IU_XRAY does not name the IU X-Ray folder")
 @pytest.mark.slow
-def test_equals_pycocoevalcap_on_iu_validation_against_retrieved_reports():
+def test_nlg_scores_on_iu_validation_equal_pycocoevalcap():
     folder = Path(os.environ["OTDRG_IU_XRAY"])
     annotation = json.loads((folder / "annotation.json").read_text(encoding="utf-8"))
     true, train = (
@@ -158,7 +160,7 @@ def test_equals_pycocoevalcap_on_iu_validation_against_retrieved_reports():
         assert scores["per_study"][name] == pytest.approx(list(by_study), abs=1e-9)
 
 
-def test_java_that_dies_is_reported_and_gone(monkeypatch, tmp_path):
+def test_meteor_with_dying_java_reports_its_error(monkeypatch, tmp_path):
     java = tmp_path / "java"
     java.write_text("#!/bin/sh\necho 'no JVM in here' >&2\nexit 3\n")
     java.chmod(0o755)
@@ -167,7 +169,7 @@ def test_java_that_dies_is_reported_and_gone(monkeypatch, tmp_path):
         nlg_scores(PREDICTIONS, REFERENCES, metrics=["meteor"])
 
 
-def test_without_java_the_rest_is_computed(monkeypatch, tmp_path):
+def test_nlg_scores_without_java_have_no_meteor(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     scores = nlg_scores(PREDICTIONS, REFERENCES)
     assert scores["meteor"] is None
@@ -175,12 +177,12 @@ def test_without_java_the_rest_is_computed(monkeypatch, tmp_path):
     assert scores["cider"] > 0
 
 
-def test_nothing_is_printed(capsys):
+def test_nlg_scores_print_nothing(capsys):
     nlg_scores(PREDICTIONS, REFERENCES, metrics=NO_JAVA)
     assert capsys.readouterr() == ("", "")
 
 
-def test_chosen_metrics_only():
+def test_nlg_scores_of_chosen_metrics_have_no_others():
     scores = nlg_scores(PREDICTIONS, REFERENCES, metrics=["bleu", "cider"])
     assert set(scores) == {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "cider", "per_study", "notes"}
 
@@ -197,12 +199,12 @@ def test_chosen_metrics_only():
         ((["a"], ["a"], "cider"), ValueError, "expected a list"),
     ],
 )
-def test_faults_are_named(arguments, error, message):
+def test_nlg_scores_name_faults(arguments, error, message):
     with pytest.raises(error, match=message):
         nlg_scores(*arguments)
 
 
-def test_both_load_through_evaluate_offline(tmp_path):
+def test_evaluate_loads_both_modules_offline(tmp_path):
     code = """
 import evaluate
 nlg = evaluate.load("metrics/nlg")

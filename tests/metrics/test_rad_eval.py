@@ -55,7 +55,7 @@ def typed(files, *metrics):
     ]
 
 
-def test_without_radeval_the_rest_is_computed(files, capsys, monkeypatch):
+def test_score_without_radeval_computes_the_rest(files, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "radeval", None)
     assert main(typed(files, "rouge_l", "radgraph")) == 0
     result = json.loads(files["output"].read_text())
@@ -69,12 +69,12 @@ def test_without_radeval_the_rest_is_computed(files, capsys, monkeypatch):
     assert "radgraph: RadEval is not installed" in told and "ratescore: RadEval is not" in told and "\n" not in told
 
 
-def test_unknown_metrics_are_named():
+def test_score_reports_unknown_metric_is_named():
     with pytest.raises(ValueError, match=r"unknown metrics \['radgraf'\]: expected some of bleu, .* radgraph, "):
         score_reports(PREDICTIONS, REFERENCES, metrics=["radgraf"])
 
 
-def test_means_are_resampled_and_other_aggregates_are_not():
+def test_radeval_only_means_have_intervals():
     rng = np.random.default_rng(0)
     made_up = [{"ratescore": rng.random(40).tolist(), "radcliq_v1": rng.random(40).tolist()} for _ in range(2)]
     systems = []
@@ -151,7 +151,7 @@ def both(folder, predictions, references, metrics):
 
 @pytest.mark.slow
 @needs_radeval
-def test_equal_radeval_called_directly(weights):
+def test_radeval_scores_equal_radeval_called_directly(weights):
     ours, directly = both(weights, PREDICTIONS, REFERENCES, list(RADEVAL_METRICS))
     # RaTEScore's spaCy may not fit the NumPy that is installed.
     assert set(directly) >= set(RADEVAL_METRICS) - {"ratescore"}
@@ -170,7 +170,7 @@ def test_equal_radeval_called_directly(weights):
 
 @pytest.mark.slow
 @needs_radeval
-def test_blank_reports_count_nothing_or_are_refused(weights):
+def test_radeval_blank_reports_score_zero_or_are_refused(weights):
     blank = [*PREDICTIONS[:2], " \n", PREDICTIONS[3]]
     ours, directly = both(weights, blank, REFERENCES, ["radgraph", "ratescore"])
     assert ours["per_study"]["radgraph_simple"] == pytest.approx(directly["radgraph"][1]["radgraph_simple"], abs=1e-6)
@@ -182,7 +182,7 @@ def test_blank_reports_count_nothing_or_are_refused(weights):
 
 @pytest.mark.slow
 @needs_radeval
-def test_the_command_writes_tests_and_prints_them(weights, files):
+def test_score_with_radeval_writes_and_prints_its_scores(weights, files):
     code = "import sys; from otdrg.cli import main; sys.exit(main(sys.argv[1:]))"
     told = run(weights, "-c", code, *typed(files, "rouge_l", "radgraph", "radcliq"), "--bootstrap", "100")
     result = json.loads(files["output"].read_text())
@@ -198,7 +198,7 @@ def test_the_command_writes_tests_and_prints_them(weights, files):
 
 
 @needs_radeval
-def test_without_weights_the_note_says_which(tmp_path):
+def test_radeval_without_weights_names_them(tmp_path):
     ours, directly = both(tmp_path, PREDICTIONS, REFERENCES, ["radgraph", "srrbert"])
     assert directly == {} and ours["radgraph_simple"] is ours["srrbert_weighted_f1"] is None
     for name, weights in (("radgraph", "StanfordAIMI/RRG_scorers"), ("srrbert", "StanfordAIMI/SRR-BERT")):
@@ -206,7 +206,7 @@ def test_without_weights_the_note_says_which(tmp_path):
         assert weights in ours["notes"][name] and "\n" not in ours["notes"][name]
 
 
-def test_clinical_efficacy_needs_no_radeval(monkeypatch):
+def test_score_reports_without_radeval_has_clinical_efficacy(monkeypatch):
     monkeypatch.setitem(sys.modules, "radeval", None)
     found = score_reports(PREDICTIONS, REFERENCES, [[0] * 14] * 4, [[0] * 14] * 4, ["srrbert"])
     assert found.section("nlg") == {} and set(found.section("radeval").values()) == {None} and "srrbert" in found.notes

@@ -18,7 +18,7 @@ REPORTS = [
 ]
 
 
-def test_neighbours_are_scikit_learns(monkeypatch):
+def test_nearest_neighbours_equal_scikit_learn(monkeypatch):
     rng = np.random.default_rng(0)
     queries, keys = rng.normal(size=(40, 8)) + 1, rng.normal(size=(70, 8)) + 1
     expected = NearestNeighbors(metric="cosine").fit(keys).kneighbors(queries, 30, return_distance=False)
@@ -27,12 +27,12 @@ def test_neighbours_are_scikit_learns(monkeypatch):
     assert (nearest_neighbours(queries, keys, 30) == expected).all()
 
 
-def test_of_equally_near_ones_the_first_come_first():
+def test_nearest_neighbours_with_ties_keep_the_order():
     keys = np.array([[0.0, 1.0], [2.0, 0.0], [1.0, 0.0], [3.0, 0.0]])
     assert nearest_neighbours(np.array([[1.0, 0.0], [0.0, 0.0]]), keys, 4).tolist() == [[1, 2, 3, 0], [0, 1, 2, 3]]
 
 
-def test_rouge_l_is_pycocoevalcaps():
+def test_rouge_l_matrix_equals_pycocoevalcap():
     rouge = Rouge()
     expected = [[rouge.calc_score([written], [true]) for true in REPORTS] for written in REPORTS]
     assert rouge_l_matrix(REPORTS, REPORTS) == pytest.approx(np.array(expected), abs=1e-12)
@@ -42,13 +42,13 @@ WORDS = st.lists(st.sampled_from("abc"), max_size=90)
 
 
 @given(st.lists(WORDS, min_size=1, max_size=4), WORDS)
-def test_longest_common_subsequences_are_pycocoevalcaps(reports, other):
+def test_longest_common_subsequences_equal_pycocoevalcap(reports, other):
     found = longest_common_subsequences([" ".join(words) for words in reports], [" ".join(other)])
     expected = [my_lcs(" ".join(words).split(" "), " ".join(other).split(" ")) for words in reports]
     assert found[:, 0].tolist() == expected
 
 
-def test_the_consensus_is_most_like_the_others():
+def test_consensus_has_the_highest_mean_rouge_l():
     rng = np.random.default_rng(1)
     rouge = Rouge()
     for _ in range(5):
@@ -69,7 +69,7 @@ def test_the_consensus_is_most_like_the_others():
         ((2, 3), (4, 3), 5, "count is 5: expected 1 to 4"),
     ],
 )
-def test_what_does_not_fit_is_refused(queries, keys, count, message):
+def test_retrieval_names_faults(queries, keys, count, message):
     with pytest.raises(ValueError, match=message):
         nearest_neighbours(np.ones(queries), np.ones(keys), count)
     with pytest.raises(ValueError, match="reports: none given"):

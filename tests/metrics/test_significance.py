@@ -67,7 +67,7 @@ def chosen(weights):
     return np.repeat(np.arange(STUDIES), weights.astype(int))
 
 
-def test_a_resample_scores_what_its_studies_score(truth, runs):
+def test_aggregates_of_a_resample_equal_scores_of_its_studies(truth, runs):
     texts, states, statistics = runs[0]
     (weights,) = resample_weights(STUDIES, 20, seed=5)
     assert weights.shape == (20, STUDIES) and (weights.sum(axis=1) == STUDIES).all()
@@ -84,7 +84,7 @@ def test_a_resample_scores_what_its_studies_score(truth, runs):
         assert scores["rouge_l"][row] == pytest.approx(rouge["rouge_l"], abs=1e-12)
 
 
-def test_all_studies_once_score_what_they_score(truth, runs):
+def test_aggregates_of_all_studies_equal_the_scores(truth, runs):
     for texts, states, statistics in runs:
         scores = statistics.aggregates()
         known = {**nlg_scores(texts, truth[0], FLUENCY), **clinical_efficacy_scores(states, truth[1])}
@@ -96,7 +96,7 @@ def test_all_studies_once_score_what_they_score(truth, runs):
 
 @needs_java
 @pytest.mark.slow
-def test_a_resample_has_the_meteor_that_java_gives_it(truth, runs):
+def test_aggregates_of_a_resample_have_javas_meteor(truth, runs):
     texts, references = list(runs[0][0]), list(truth[0])
     texts[0], texts[1], texts[2] = "", references[1], "hearts are enlarging with sizes beyond the typical"
     scored = score_reports(texts, references, metrics=["meteor"])
@@ -113,7 +113,7 @@ def test_a_resample_has_the_meteor_that_java_gives_it(truth, runs):
         stream.close()
 
 
-def test_intervals_of_means_are_scipys(runs, systems):
+def test_bootstrap_intervals_of_means_equal_scipy(runs, systems):
     name = "example_f1_14_uncertain_negative"
     values = np.array(clinical_efficacy_scores(runs[0][1], runs[1][1])["per_study"]["f1_14_uncertain_negative"])
     statistics = score_reports(runs[0][0], runs[1][0], runs[0][1], runs[1][1], []).statistics
@@ -125,7 +125,7 @@ def test_intervals_of_means_are_scipys(runs, systems):
 
 
 @pytest.mark.parametrize("name", ["rouge_l", "example_f1_13_uncertain_positive"])
-def test_paired_tests_of_means_are_scipys(truth, runs, systems, name):
+def test_paired_tests_of_means_equal_scipy(truth, runs, systems, name):
     def per_study(texts, states):
         if name == "rouge_l":
             return np.array(nlg_scores(texts, truth[0], ["rouge_l"])["per_study"]["rouge_l"])
@@ -151,7 +151,7 @@ def test_paired_tests_of_means_are_scipys(truth, runs, systems, name):
     assert ours.p_bootstrap == pytest.approx(2 * min(below, 1 - below), abs=0.02)
 
 
-def test_a_permuted_score_is_the_score_of_exchanged_reports(truth, runs, systems):
+def test_permutation_of_macro_f1_equals_exchanged_reports(truth, runs, systems):
     """Macro F1, which is no mean, against exchanging reports by hand."""
     name = "macro_f1_13_uncertain_negative"
     (_, mine, _), (_, other, _) = runs[:2]
@@ -168,7 +168,7 @@ def test_a_permuted_score_is_the_score_of_exchanged_reports(truth, runs, systems
     assert paired_permutation(systems[0], systems[1], 5000)[name] == pytest.approx(expected, abs=0.08)
 
 
-def test_runs_of_a_system_are_averaged(systems):
+def test_compare_systems_averages_runs(systems):
     mine, other = systems[:2], systems[2:]
     compared = compare_systems(mine, other)
     (weights,) = resample_weights(STUDIES, 1000, seed=0)
@@ -182,7 +182,7 @@ def test_runs_of_a_system_are_averaged(systems):
         assert bootstrap_intervals(mine)[name].value == pytest.approx(values[0], abs=1e-12)
 
 
-def test_runs_that_are_drawn_too_widen_the_interval(systems):
+def test_bootstrap_intervals_with_resampled_runs_are_wider(systems):
     widths = [
         np.ptp(bootstrap_intervals(systems, resample_runs=drawn)["macro_f1_13_uncertain_negative"][1:])
         for drawn in (False, True)
@@ -193,7 +193,7 @@ def test_runs_that_are_drawn_too_widen_the_interval(systems):
     assert drawn == pytest.approx(fixed, abs=1e-12)
 
 
-def test_a_system_does_not_differ_from_itself_and_differs_from_a_worse_one(truth, systems):
+def test_compare_systems_of_equal_and_worse_systems(truth, systems):
     for comparison in compare_systems(systems[0], systems[0]).values():
         assert comparison[2:] == (0, 0, 0, 1, 1)
     rng = np.random.default_rng(9)
@@ -207,7 +207,7 @@ def test_a_system_does_not_differ_from_itself_and_differs_from_a_worse_one(truth
         assert (turned[name].low, turned[name].high) == pytest.approx((-compared[name].high, -compared[name].low))
 
 
-def test_draws_are_seeded_and_do_not_depend_on_blocks(monkeypatch, systems):
+def test_compare_systems_is_seeded_and_independent_of_blocks(monkeypatch, systems):
     first = compare_systems(systems[0], systems[1], resamples=50, seed=3)
     assert compare_systems(systems[0], systems[1], resamples=50, seed=3) == first
     assert compare_systems(systems[0], systems[1], resamples=50, seed=4) != first
@@ -216,13 +216,13 @@ def test_draws_are_seeded_and_do_not_depend_on_blocks(monkeypatch, systems):
     assert np.array(list(again.values())) == pytest.approx(np.array(list(first.values())), abs=1e-12)
 
 
-def test_scores_both_have_are_compared(truth, runs):
+def test_paired_bootstrap_compares_common_scores(truth, runs):
     texts, _, statistics = runs[0]
     only = score_reports(texts, truth[0], metrics=["cider"]).statistics
     assert list(paired_bootstrap(statistics, only, 10)) == ["cider"]
 
 
-def test_faults_are_named(truth, runs, systems):
+def test_significance_names_faults(truth, runs, systems):
     texts, states, _ = runs[0]
     fewer = score_reports(texts[:-1], truth[0][:-1], states[:-1], truth[1][:-1], []).statistics
     faults = [
