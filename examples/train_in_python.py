@@ -21,7 +21,13 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     # The keys are those of a recipe. The sections of the stages also take every field of TrainingArguments.
-    phantoms = {"train": options.studies, "validation": 20, "test": 0, "image_size": 112, "views": ["frontal"]}
+    phantoms = {
+        "train": options.studies,
+        "validation": max(2, options.studies // 20),
+        "test": 0,
+        "image_size": 112,
+        "views": ["frontal"],
+    }
     stage = {"max_steps": options.max_steps, "per_device_train_batch_size": 16, "learning_rate": 1e-3}
     recipe = recipe_from(
         {
