@@ -35,7 +35,7 @@ def main() -> None:
             "stages": ["predictor", "report"],
             "studies": {"source": "phantom", "options": phantoms},
             "model": {"preset": "tiny", "overrides": {"ot_epsilon": 0.02, "ot_contrastive_weight": 1.0}},
-            "predictor": {**stage, "vision": "full"},
+            "predictor": {**stage, "vision": "full", "eval_strategy": "no"},
             "report": {
                 **stage,
                 "text": "full",
