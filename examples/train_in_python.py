@@ -21,7 +21,13 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     # The keys are those of a recipe. The sections of the stages also take every field of TrainingArguments.
-    phantoms = {"train": options.studies, "validation": 20, "test": 0, "image_size": 112, "views": ["frontal"]}
+    phantoms = {
+        "train": options.studies,
+        "validation": max(2, options.studies // 20),
+        "test": 0,
+        "image_size": 112,
+        "views": ["frontal"],
+    }
     stage = {"max_steps": options.max_steps, "per_device_train_batch_size": 16, "learning_rate": 1e-3}
     recipe = recipe_from(
         {
@@ -29,7 +35,7 @@ def main() -> None:
             "stages": ["predictor", "report"],
             "studies": {"source": "phantom", "options": phantoms},
             "model": {"preset": "tiny", "overrides": {"ot_epsilon": 0.02, "ot_contrastive_weight": 1.0}},
-            "predictor": {**stage, "vision": "full"},
+            "predictor": {**stage, "vision": "full", "eval_strategy": "no"},
             "report": {
                 **stage,
                 "text": "full",

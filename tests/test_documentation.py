@@ -32,7 +32,7 @@ from markdown_it import MarkdownIt
 ROOT = Path(otdrg.__file__).parent
 EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.py")) if path.stem != "quickstart"]
 #: Options that make an example short.
-SHORT = {"phantom_table": "--studies 4", "train_in_python": "--studies 12 --max-steps 2"}
+SHORT = {"phantom_table": "--studies 4", "train_in_python": "--studies 12 --max-steps 1"}
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SLOW_MARK, SLOW = "<!-- slow -->", "the slow tests"
 NEEDS = re.compile(r"<!-- needs: (\S.*\S) -->\s*")
@@ -108,6 +108,10 @@ def run_command(line, monkeypatch):
     if words[:2] == ["otdrg", "prepare"] and "--output" in words:
         # It refuses to write over the folder that other pages read.
         shutil.rmtree(words[words.index("--output") + 1], ignore_errors=True)
+    if words[:2] in (["otdrg", "evaluate"], ["otdrg", "score"]):
+        words += ["--bootstrap", "50"]
+    if words[:2] == ["otdrg", "localise"]:
+        words += ["--studies", "20"]  # the last one counts
     run, arguments = main_of(words)
     monkeypatch.setattr("sys.argv", words)
     try:
