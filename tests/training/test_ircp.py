@@ -292,9 +292,9 @@ def test_only_the_encoder_is_trained_and_it_is_handed_on(whole_run):
     assert changed == {"model", "image_head", "report_head"}
 
 
-@pytest.mark.parametrize("vision", ["swin", "dinov2", "resnet"])
+@pytest.mark.parametrize("vision", ["dinov2", "resnet"])
 def test_resume_gives_what_an_unbroken_run_gives(write_recipe, tmp_path, vision, tiny_dinov2, caplog):
-    path = write_recipe(tmp_path, {"swin": None, "dinov2": tiny_dinov2, "resnet": RESNET}[vision])
+    path = write_recipe(tmp_path, {"dinov2": tiny_dinov2, "resnet": RESNET}[vision])
     run = tmp_path / "run"
     assert main([str(path), "stages=[ircp]"]) == 0
     unbroken, weights = training_lines(run), load_file(run / "ircp" / "model.safetensors")

@@ -89,6 +89,7 @@ def test_environment_variables(write, monkeypatch):
             ["report.generation.max_new_tokens=0"],
             r"report\.generation\.max_new_tokens=0: expected a number of at least 1",
         ),
+        (["report.generation.temperature=0.5"], r"report\.generation=.*temperature"),
         (["report.generation.early_stopping=maybe"], r"report\.generation=.*early_stopping"),
         (["report.num_train_epochs=many"], r"report\.num_train_epochs='many': expected a number"),
         (["report.learning_rate=-1"], r"report\.learning_rate=-1: expected a number above 0"),
