@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from .distributed import device_arguments, has_accelerator
-from .fields import COUNT, NOT_NEGATIVE, POSITIVE, Bounds, Section, check_bounds, need, option
+from .fields import COUNT, NOT_NEGATIVE, POSITIVE, Bounds, Section, check_bounds, option
 from .selection import WeightedScores
 
 #: Fields of TrainingArguments that a run sets itself, and what to use in their place.
@@ -146,38 +146,19 @@ class StageArguments(TrainingArguments):
     def __post_init__(self):
         """Check the fields by themselves; [`prepare`] calls `TrainingArguments.__post_init__`."""
         check_bounds(self)
-        need(self.max_steps != 0, self.name("max_steps"), self.max_steps, "a positive integer, or -1")
-        need(
-            self.vision_learning_rate is None or self.vision != "frozen",
-            self.name("vision_learning_rate"),
-            self.vision_learning_rate,
-            f"null while {self.place}.vision is frozen",
-        )
-        need(
-            self.early_stopping_patience is None or self.eval_strategy != "no",
-            self.name("early_stopping_patience"),
-            self.early_stopping_patience,
-            f"null while {self.place}.eval_strategy is no",
-        )
-        evaluates = self.eval_strategy != "no" and self.load_best_model_at_end
-        need(
-            not evaluates or self.save_strategy != "no",
-            self.name("save_strategy"),
-            self.save_strategy,
-            f"steps or epoch while {self.place}.load_best_model_at_end is true",
-        )
-        need(
-            not evaluates or self.save_total_limit != 1,
-            self.name("save_total_limit"),
-            self.save_total_limit,
-            "at least 2, or null: the best checkpoint and the last one",
-        )
-        need(
-            not self.push_to_hub or self.hub_model_id is not None,
-            self.name("hub_model_id"),
-            None,
-            f"a repository such as org/model while {self.place}.push_to_hub is true",
-        )
+        place, evaluates = self.place, self.eval_strategy != "no"
+        selects = evaluates and self.load_best_model_at_end
+        self.expect(self.max_steps != 0, "max_steps", "a positive integer, or -1")
+        trains_vision = self.vision_learning_rate is None or self.vision != "frozen"
+        self.expect(trains_vision, "vision_learning_rate", f"null while {place}.vision is frozen")
+        stops_late = self.early_stopping_patience is None or evaluates
+        self.expect(stops_late, "early_stopping_patience", f"null while {place}.eval_strategy is no")
+        saves = not selects or self.save_strategy != "no"
+        self.expect(saves, "save_strategy", f"steps or epoch while {place}.load_best_model_at_end is true")
+        keeps_best = not selects or self.save_total_limit != 1
+        self.expect(keeps_best, "save_total_limit", "at least 2, or null: the best checkpoint and the last one")
+        has_repository = not self.push_to_hub or self.hub_model_id is not None
+        self.expect(has_repository, "hub_model_id", f"a repository such as org/model while {place}.push_to_hub is true")
         try:
             #: `metric_for_best_model` as a weighted sum.
             self.best = WeightedScores.parse(self.metric_for_best_model or "loss")
@@ -187,6 +168,8 @@ class StageArguments(TrainingArguments):
     def name(self, field_name: str) -> str:
         """A field's name with that of the section."""
         return f"{self.place}.{field_name}"
+
+    expect = Section.expect
 
     @classmethod
     def check_given(cls, given: Any) -> None:

@@ -1,4 +1,4 @@
-"""Training batches: rows of studies with what they are to learn."""
+"""Training batches: rows of studies with their targets."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ..processing_otdrg import OTDRGProcessor
 class ReportCollator:
     """Batches for the report stage, of rows as [`collate_views`] takes them.
 
-    Training batches hold the reports as targets and the true states that condition the LLM. Evaluation batches never
-    hold true states, so the model conditions on the ones it predicts. The label text is written out afterwards, by the
-    model's `expand_finding_text`, which knows the states it predicts.
+    Training batches have the reports as targets and the true states, which condition the LLM. Evaluation batches have
+    no true states, so the model conditions on the states it predicts. The label text is written out later, by the
+    model's `expand_finding_text`.
 
     Args:
         processor: the model's.
         training: whether batches are for training.
         max_report_tokens: longer reports are cut to this many tokens.
-        supervise_predictor: whether training batches hold the true states a second time, as `finding_labels`.
-        indication: whether prompts hold the studies' indications.
+        supervise_predictor: whether training batches also have the true states as `finding_labels`.
+        indication: whether prompts have the studies' indications.
     """
 
     def __init__(
@@ -55,10 +55,10 @@ class ReportCollator:
 
 
 class ContrastiveCollator:
-    """Batches for contrastive pre-training: views, and by which key to tell studies, and reports, from others.
+    """Batches for contrastive pre-training: views, and keys that identify studies and reports.
 
-    `study_keys` (B,) are equal for one study wherever it is met, on whichever process. Where reports are read,
-    `report_ids` and `report_mask` (B, L) are their tokens and `report_keys` (B,) are equal for reports of one wording.
+    `study_keys` (B,) identify studies on every process. If reports are read, `report_ids` and `report_mask` (B, L) are
+    their tokens, and `report_keys` (B,) are equal for reports with the same wording.
 
     Args:
         processor: the model's.
@@ -86,7 +86,7 @@ class ContrastiveCollator:
 
 
 def _key(text: str) -> int:
-    """A number from 0 to 2^63 - 1 that is the text's own: the same on every process, unlike Python's hash."""
+    """A hash of the text from 0 to 2^63 - 1 that is the same on every process, unlike Python's."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 

@@ -1,4 +1,4 @@
-"""The studies a model is evaluated on: which they are, what the baselines learn from, whether the counts are right."""
+"""The studies a model is evaluated on, the studies of the baselines, and checks of their counts."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class EvaluationStudies:
     """What a model is evaluated on.
 
     Args:
-        rows: the split, cleaned and with states as far as they are known.
-        training: the studies of the baselines, cleaned likewise.
-        dataset: where the split is from, for people.
-        training_from: where those of the baselines are from.
-        zero_shot: whether the model was trained on another dataset; None where that is not known.
-        cleaning: of true reports.
-        counts: by split of the dataset, how many studies there are, and how many were published where that is known.
-        warnings: counts that are not the published ones, and studies that the model knows from training.
+        rows: the split, cleaned, with states if they are known.
+        training: the studies of the baselines, cleaned in the same way.
+        dataset: the dataset of the split, as text.
+        training_from: the dataset of the baselines, as text.
+        zero_shot: whether the model was trained on another dataset; None if that is unknown.
+        cleaning: cleaning of true reports.
+        counts: by split, the number of studies and the published number if it is known.
+        warnings: counts that differ from the published ones, and studies that are also training studies.
     """
 
     rows: Dataset
@@ -46,7 +46,7 @@ class EvaluationStudies:
 
 
 def run_folder(model: str | os.PathLike) -> Path | None:
-    """The folder of the run that a model is of, told by the recipe in it: the model's or the one above; else None."""
+    """The run's folder, which has a `recipe.yaml`: the model's folder or the one above; else None."""
     folder = Path(model)
     return next((run for run in (folder, folder.parent) if folder.is_dir() and (run / "recipe.yaml").is_file()), None)
 
@@ -60,30 +60,27 @@ def evaluation_studies(
     labeler: str = "rules",
     labeler_options: dict[str, Any] | None = None,
 ) -> EvaluationStudies:
-    """The studies of a split, and those that retrieval and constants are from.
+    """The studies of a split, and the studies of the baselines (retrieval and constants).
 
     The dataset is the one the model was trained on if it has the source, options and sections of the model's recipe.
-    If it is not, the evaluation is zero-shot: the baselines are then of the training studies of the model's own recipe,
-    or of `train_from`. Of a model whose recipe is not known they are the dataset's own.
+    Otherwise the evaluation is zero-shot, and the baselines use the training studies of the model's own recipe, or of
+    `train_from`. If the model's recipe is unknown, they use the dataset's own training studies.
 
     Args:
-        dataset: a recipe, of which `studies` and `labels` are read, or a folder of `otdrg prepare`; the model's own
-            recipe without it.
+        dataset: a recipe, whose `studies` and `labels` are read, or a folder of `otdrg prepare`; by default `own`.
         split: "validation" or "test".
         own: the model's recipe.
         train_from: another recipe or folder, for the baselines.
-        cleaning: of all reports; the recipe's without it, of a folder that of the model's own recipe.
-        labeler, labeler_options: read the states of a folder's studies where not all have them.
+        cleaning: cleaning of all reports; by default the recipe's, and for a folder that of `own`.
+        labeler, labeler_options: the labeler that reads the states of a folder's studies if some are missing.
 
     Raises:
         ValueError: neither a dataset nor a recipe of the model's, no such split, or a fault in the studies.
         OSError: a file that is not there.
     """
     if dataset is None and own is None:
-        raise ValueError(
-            "DATASET is missing, and no recipe.yaml lies beside the model: expected a recipe or a folder of otdrg "
-            "prepare"
-        )
+        expected = "expected a recipe or a folder of otdrg prepare"
+        raise ValueError(f"DATASET is missing, and no recipe.yaml lies beside the model: {expected}")
     read_by = LabelsRecipe(labeler=labeler, options=labeler_options or {})
     sections = (own.studies, own.labels) if dataset is None else _sections(dataset, own, split, read_by)
     studies = replace(sections[0], cleaning=cleaning or sections[0].cleaning)
@@ -95,14 +92,12 @@ def evaluation_studies(
         learned, training_from = (own.studies, own.labels), "the model's own recipe"
     else:
         learned, training_from = None, "the dataset"
-    training_from = f"split train of {training_from}"
+    if learned is None and studies.source == PREPARED and "train" not in prepared_splits(studies.options["folder"]):
+        raise ValueError(f"{dataset} has no split 'train' for the baselines: expected --train-from, where they are")
+    splits = build_studies(studies, labels, splits=("train", split) if learned is None else (split,))
     if learned is None:
-        if studies.source == PREPARED and "train" not in prepared_splits(studies.options["folder"]):
-            raise ValueError(f"{dataset} has no split 'train' for the baselines: expected --train-from, where they are")
-        splits = build_studies(studies, labels, splits=("train", split))
         training = splits["train"]
     else:
-        splits = build_studies(studies, labels, splits=(split,))
         training = _training(replace(learned[0], cleaning=studies.cleaning), learned[1], train_from)
     counts, warnings = check_counts(studies, splits)
     known = set(training["id"]).intersection(splits[split]["id"])
@@ -112,7 +107,7 @@ def evaluation_studies(
         rows=splits[split],
         training=training,
         dataset=dataset or "the model's own recipe",
-        training_from=training_from,
+        training_from=f"split train of {training_from}",
         zero_shot=zero_shot,
         cleaning=studies.cleaning,
         counts=counts,
@@ -121,7 +116,7 @@ def evaluation_studies(
 
 
 def _sections(dataset: str, own: Recipe | None, split: str, labels: LabelsRecipe) -> tuple[StudiesRecipe, LabelsRecipe]:
-    """What a recipe or a folder says of studies and labels; of a folder that has not all states, `labels`."""
+    """The sections of a recipe, or those for a folder; `labels` if the folder lacks states."""
     path = Path(dataset)
     if path.is_file():
         recipe = load_recipe(path)
@@ -156,7 +151,7 @@ def _training(studies: StudiesRecipe, labels: LabelsRecipe, train_from: str | No
 
 
 def _same(studies: StudiesRecipe, others: StudiesRecipe) -> bool:
-    """Whether two sections are of the same dataset; paths are compared by where they lead."""
+    """Whether two sections have the same dataset; paths are compared after resolving links."""
 
     def known_by(section: StudiesRecipe) -> tuple:
         options = {
@@ -169,25 +164,25 @@ def _same(studies: StudiesRecipe, others: StudiesRecipe) -> bool:
 
 
 def check_counts(studies: StudiesRecipe, splits: StudySplits) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Counts of the splits, held against the published ones where the source knows them.
+    """Counts of the splits, compared with the published ones if the source knows them.
 
     Args:
         studies: what the splits were built by.
         splits: some or all of them.
 
     Returns:
-        `{split: {"studies", "images", "published", "unit"}}`, None for what is not known, and a line for each split
-        that is not as published, with the ids that lack.
+        `{split: {"studies", "images", "published", "unit"}}`, None for unknown values; and a line for each split that
+        differs from the published one, with the missing ids.
     """
     counts = {split: {"studies": len(rows), "images": _images(rows)} for split, rows in splits.items()}
-    told = {split: {**count, "published": None, "unit": None} for split, count in counts.items()}
+    reported = {split: {**count, "published": None, "unit": None} for split, count in counts.items()}
     if studies.source == PREPARED:
-        return told, _prepared_warnings(Path(studies.options["folder"]), splits)
+        return reported, _prepared_warnings(Path(studies.options["folder"]), splits)
     source = open_source(studies.source, **studies.options)
-    # What was published of these collections are the studies with findings.
+    # The published counts are of studies with findings.
     if not source.official_counts or studies.sections != "findings":
-        return told, []
-    for split, count in told.items():
+        return reported, []
+    for split, count in reported.items():
         count.update(published=source.official_counts.get(split), unit=source.official_unit)
     check, kept = OfficialCheck(source), {split: set(rows["id"]) for split, rows in splits.items()}
     left_out: dict[str, list[str]] = {split: [] for split in splits}
@@ -200,11 +195,11 @@ def check_counts(studies: StudiesRecipe, splits: StudySplits) -> tuple[dict[str,
     for split, limit in studies.limit.items():
         if split in splits:
             warnings.append(f"{split}: the first {limit:,} studies only, as studies.limit says")
-    return told, warnings
+    return reported, warnings
 
 
 def _prepared_warnings(folder: Path, splits: Collection[str]) -> list[str]:
-    """What was found when the folder was built."""
+    """Warnings from when the folder was built."""
     path = folder / SUMMARY
     if not path.is_file():
         return []
@@ -222,7 +217,7 @@ def _split_counts(count: dict[str, int | None]) -> SplitCounts:
 
 
 def _images(rows: Dataset | StreamedStudies) -> int | None:
-    """Views of a split; of streamed studies they are not counted."""
+    """Number of views in a split; None for streamed studies, whose views are not counted."""
     return sum(map(len, rows["views"])) if isinstance(rows, Dataset) else None
 
 

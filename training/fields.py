@@ -51,6 +51,10 @@ class Section:
     def __post_init__(self):
         check_bounds(self)
 
+    def expect(self, condition: bool, name: str, expected: str) -> None:
+        """Raise a `ValueError` that names a field and its value unless `condition` holds."""
+        need(condition, qualified(self.place, name), getattr(self, name), expected)
+
 
 def check_bounds(section: Any) -> None:
     """Check that every number of a section is finite and within its bounds.

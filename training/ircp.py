@@ -23,7 +23,7 @@ from .callbacks import LossCallback
 from .collation import ContrastiveCollator
 from .contrastive import gather, gather_groups, global_mean, info_nce
 from .data import StudySplits, known_states
-from .fields import COUNT, NOT_NEGATIVE, POSITIVE, Bounds, need, option
+from .fields import COUNT, NOT_NEGATIVE, POSITIVE, Bounds, option
 from .model import attach_lora, set_trained_parts
 from .recipe import Recipe
 from .stages import Stage, StageRun
@@ -71,16 +71,11 @@ class IRCPArguments(StageArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        need(self.vision != "frozen", "ircp.vision", self.vision, "full or lora: this stage trains the encoder")
-        need(
-            not self.cache_features,
-            "ircp.cache_features",
-            self.cache_features,
-            "false: features of the encoder that this stage trains change",
-        )
-        batch_size = self.per_device_train_batch_size
-        expected = "at least 2: the negatives are the other studies of the batch"
-        need(batch_size > 1, "ircp.per_device_train_batch_size", batch_size, expected)
+        self.expect(self.vision != "frozen", "vision", "full or lora: this stage trains the encoder")
+        changes = "false: features of the encoder that this stage trains change"
+        self.expect(not self.cache_features, "cache_features", changes)
+        negatives = "at least 2: the negatives are the other studies of the batch"
+        self.expect(self.per_device_train_batch_size > 1, "per_device_train_batch_size", negatives)
 
 
 class IRCPStage(Stage):

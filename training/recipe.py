@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -41,19 +42,10 @@ class StudiesRecipe(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        need(not self.streaming or self.source == "prepared", "studies.source", self.source, "prepared, to be streamed")
-        need(
-            not self.streaming or set(self.options) == {"folder"},
-            "studies.options",
-            self.options,
-            "folder, and no other",
-        )
-        need(
-            self.sections == "findings" or self.source != "prepared",
-            "studies.sections",
-            self.sections,
-            "findings for source prepared: its reports were made by otdrg prepare --sections",
-        )
+        self.expect(not self.streaming or self.source == "prepared", "source", "prepared, to be streamed")
+        self.expect(not self.streaming or set(self.options) == {"folder"}, "options", "folder, and no other")
+        made = "findings for source prepared: its reports were made by otdrg prepare --sections"
+        self.expect(self.sections == "findings" or self.source != "prepared", "sections", made)
         for split, count in self.limit.items():
             need(split in ("train", "validation", "test"), "studies.limit", split, "train, validation or test")
             need(0 < count <= LARGEST, f"studies.limit.{split}", count, "a positive number of studies")
@@ -131,17 +123,13 @@ class Recipe(Section):
             self.sections.setdefault(name, stage_of(name).arguments())
         for name in ("output_dir", "feature_cache"):
             value = getattr(self, name)
-            need(value is None or (bool(value.strip()) and "\0" not in value), name, value, "the path of a folder")
-            need(value is None or not os.path.isfile(value), name, value, "a folder, and this is a file")
-        need(bool(self.stages), "stages", self.stages, f"some of {', '.join(STAGES)}")
+            self.expect(value is None or (value.strip() != "" and "\0" not in value), name, "the path of a folder")
+            self.expect(value is None or not os.path.isfile(value), name, "a folder, and this is a file")
+        self.expect(bool(self.stages), "stages", f"some of {', '.join(STAGES)}")
         for stage in self.stages:
             need(stage in STAGES, "stages", stage, f"one of {', '.join(STAGES)}")
-        need(
-            self.stages == [stage for stage in STAGES if stage in self.stages],
-            "stages",
-            self.stages,
-            f"each once and in this order: {', '.join(STAGES)}",
-        )
+        in_order = [stage for stage in STAGES if stage in self.stages]
+        self.expect(self.stages == in_order, "stages", f"each once and in this order: {', '.join(STAGES)}")
 
     def __getattr__(self, name: str) -> StageArguments:
         sections = self.__dict__.get("sections", {})
@@ -222,8 +210,13 @@ def _section(name: str, values: Any) -> StageArguments:
     arguments = stage_of(name).arguments
     values = {} if values is None else values
     arguments.check_given(values)
-    (section,) = HfArgumentParser(arguments).parse_dict(typed(arguments, values, (name,)))
+    (section,) = _parser(arguments).parse_dict(typed(arguments, values, (name,)))
     return section
+
+
+@lru_cache
+def _parser(arguments: type[StageArguments]) -> HfArgumentParser:
+    return HfArgumentParser(arguments)
 
 
 def published_recipe(model: str) -> Recipe | None:

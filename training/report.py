@@ -150,6 +150,8 @@ def check_generation(generation: dict[str, Any]) -> None:
         need(is_count, f"report.generation.{name}", value, "a number of at least 1")
     try:
         config.update(**generation)
+        # As saving the model does, which would fail when it is trained.
+        config.validate(strict=True)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"report.generation={generation!r}: {' '.join(str(error).split())}") from None
 
@@ -179,74 +181,6 @@ class ReportStage(Stage):
     )
     publishes = "model"
     reads_quantization = True
-
-    def check(self, recipe: Recipe) -> None:
-        section, evaluation = recipe.report, recipe.report.evaluation
-        for name in evaluation.metrics:
-            need(name in (*NLG_METRICS, "bleu"), "report.evaluation.metrics", name, f"some of {', '.join(NLG_METRICS)}")
-        is_unique = len(set(evaluation.metrics)) == len(evaluation.metrics)
-        need(is_unique, "report.evaluation.metrics", evaluation.metrics, "each once")
-        try:
-            # Finds out whether the labeler's weights are there.
-            labeler_of(evaluation.labeler, {})
-        except ValueError as error:
-            raise ValueError(f"report.evaluation.labeler={evaluation.labeler!r}: {error}") from None
-        quantization = recipe.model.quantization
-        expected = f"lora or frozen where model.quantization is {quantization}"
-        need(quantization is None or section.text != "full", "report.text", section.text, expected)
-        need(
-            not (section.train_sampling_strategy == "group_by_length" and recipe.studies.streaming),
-            "report.train_sampling_strategy",
-            section.train_sampling_strategy,
-            "random while studies.streaming is true (streamed studies have the order of their shards)",
-        )
-        shared = recipe.model.overrides.get("predictor_encoder", "shared") == "shared"
-        need(
-            section.vision == "frozen" or section.predictor == "full" or not shared,
-            "report.predictor",
-            section.predictor,
-            f"full where report.vision is {section.vision} (the predictor shares the encoder), or "
-            "model.overrides.predictor_encoder own",
-        )
-        config = preset_config(recipe.model)
-        if recipe.model.text is None and config.text_backbone is None:
-            check_positions(recipe, config.text_config)
-
-    def check_start(self, recipe: Recipe, pending: Collection[str]) -> None:
-        """The stage reads a folder in which the predictor has been trained, on the encoder of the recipe."""
-        if "predictor" in pending or not recipe.model.overrides.get("dle", True):
-            return
-        folder = Path(recipe.output_dir) / "predictor"
-        if not is_finished(folder):
-            raise ValueError(
-                f"stage report needs a trained predictor, and {folder} has none: run stages=[predictor,report]"
-            )
-        trained, wanted = (
-            read_config(folder).predictor_encoder,
-            recipe.model.overrides.get("predictor_encoder", "shared"),
-        )
-        need(
-            trained == wanted,
-            "model.overrides.predictor_encoder",
-            wanted,
-            f"{trained}, as the predictor of {folder} was trained, or stages=[predictor,report]",
-        )
-        if "ircp" in pending:
-            raise ValueError(
-                f"stage report needs a trained predictor, and that of {folder} was trained without the encoder that "
-                "stage ircp trains: run stages=[ircp,predictor,report]"
-            )
-
-    def check_studies(self, recipe: Recipe, studies: StudySplits) -> None:
-        split = recipe.report.evaluation.split
-        expected = f"one of the splits there are, {', '.join(studies)}, or none, for no table"
-        need(split == "none" or split in studies, "report.evaluation.split", split, expected)
-
-    def check_model(self, recipe: Recipe, model: OTDRGForReportGeneration) -> None:
-        check_positions(recipe, model.config.text_config)
-
-    def score_names(self) -> Collection[str]:
-        return score_names()
 
     def train(self, run: StageRun) -> tuple[OTDRGForReportGeneration, dict[str, Any]]:
         """Train on reports and true states, and return the best model with LoRA merged, in the recipe's type.
@@ -297,6 +231,59 @@ class ReportStage(Stage):
         write_predictions(evaluation, Path(recipe.output_dir) / "predictions.csv")
         logger.info("%s, %d studies:\n%s", wanted.split, len(rows), format_table(evaluation))
         return {"evaluation": {"split": wanted.split, **evaluation.scores()}}
+
+    def check(self, recipe: Recipe) -> None:
+        section, evaluation, quantization = recipe.report, recipe.report.evaluation, recipe.model.quantization
+        for name in evaluation.metrics:
+            need(name in (*NLG_METRICS, "bleu"), "report.evaluation.metrics", name, f"some of {', '.join(NLG_METRICS)}")
+        evaluation.expect(len(set(evaluation.metrics)) == len(evaluation.metrics), "metrics", "each once")
+        try:
+            # Finds out whether the labeler's weights are there.
+            labeler_of(evaluation.labeler, {})
+        except ValueError as error:
+            raise ValueError(f"report.evaluation.labeler={evaluation.labeler!r}: {error}") from None
+        packed = f"lora or frozen where model.quantization is {quantization}"
+        section.expect(quantization is None or section.text != "full", "text", packed)
+        ordered = "random while studies.streaming is true (streamed studies have the order of their shards)"
+        groups = section.train_sampling_strategy == "group_by_length"
+        section.expect(not (groups and recipe.studies.streaming), "train_sampling_strategy", ordered)
+        shares = recipe.model.overrides.get("predictor_encoder", "shared") == "shared"
+        follows = section.vision == "frozen" or section.predictor == "full" or not shares
+        both = f"full where report.vision is {section.vision} (the predictor shares the encoder)"
+        section.expect(follows, "predictor", f"{both}, or model.overrides.predictor_encoder own")
+        config = preset_config(recipe.model)
+        if recipe.model.text is None and config.text_backbone is None:
+            check_positions(recipe, config.text_config)
+
+    def check_start(self, recipe: Recipe, pending: Collection[str]) -> None:
+        """The stage reads a folder in which the predictor has been trained, on the encoder of the recipe."""
+        if "predictor" in pending or not recipe.model.overrides.get("dle", True):
+            return
+        folder = Path(recipe.output_dir) / "predictor"
+        if not is_finished(folder):
+            raise ValueError(
+                f"stage report needs a trained predictor, and {folder} has none: run stages=[predictor,report]"
+            )
+        wanted = recipe.model.overrides.get("predictor_encoder", "shared")
+        trained = read_config(folder).predictor_encoder
+        expected = f"{trained}, as the predictor of {folder} was trained, or stages=[predictor,report]"
+        need(trained == wanted, "model.overrides.predictor_encoder", wanted, expected)
+        if "ircp" in pending:
+            raise ValueError(
+                f"stage report needs a trained predictor, and that of {folder} was trained without the encoder that "
+                "stage ircp trains: run stages=[ircp,predictor,report]"
+            )
+
+    def check_studies(self, recipe: Recipe, studies: StudySplits) -> None:
+        split = recipe.report.evaluation.split
+        expected = f"one of the splits there are, {', '.join(studies)}, or none, for no table"
+        need(split == "none" or split in studies, "report.evaluation.split", split, expected)
+
+    def check_model(self, recipe: Recipe, model: OTDRGForReportGeneration) -> None:
+        check_positions(recipe, model.config.text_config)
+
+    def score_names(self) -> Collection[str]:
+        return score_names()
 
 
 def check_positions(recipe: Recipe, text_config: PreTrainedConfig) -> None:

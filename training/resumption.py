@@ -102,11 +102,10 @@ def is_finished(folder: Path) -> bool:
     return (folder / FINISHED).is_file()
 
 
-def stage_start(recipe: Recipe, data: dict[str, Any], processes: int, previous: Path | None) -> dict[str, Any]:
-    """The content of `STARTED` for a stage that begins from the folder `previous`, or from the recipe's model."""
-    origin = None
-    if previous is not None:
-        origin = {"stage": previous.name, "ended": read_json(previous / FINISHED).get("ended")}
+def stage_start(recipe: Recipe, data: dict[str, Any], processes: int, previous: str | None) -> dict[str, Any]:
+    """The content of `STARTED` for a stage that begins from the stage `previous`, or from the recipe's model."""
+    ended = None if previous is None else _ended(Path(recipe.output_dir) / previous)
+    origin = None if previous is None else {"stage": previous, "ended": ended}
     return {"recipe": recipe.to_dict(), "studies": data, "processes": processes, "from": origin}
 
 

@@ -41,7 +41,7 @@ from .resumption import (
     stage_start,
 )
 from .run_folder import RunRecord, read_results
-from .stages import StageRun, earlier_stages, stage_of
+from .stages import StageRun, earlier_stages, published_folder, stage_of
 
 logger = logging.getLogger(__name__)
 
@@ -160,36 +160,39 @@ class _Run:
 
     def train(self, resume: bool) -> None:
         """Train the pending stages; `resume`: continue the first from its last checkpoint."""
-        previous = _previous_folder(self.recipe, self.pending)
+        earlier = earlier_stages(self.pending[0]) if self.pending else []
+        previous = next((stage for stage in reversed(earlier) if is_finished(self.output / stage)), None)
         for position, name in enumerate(self.pending):
             self.folder = self.output / name
             continues = resume and position == 0
-            logger.info("stage %s: %s, from %s", name, self.folder, previous or "the recipe's model")
+            source = None if previous is None else published_folder(self.output, previous)
+            logger.info("stage %s: %s, from %s", name, self.folder, source or "the recipe's model")
             self.record.begin_stage(name, last_checkpoint(self.folder) if continues else None)
             if self.state.is_main_process:
                 self.folder.mkdir(parents=True, exist_ok=True)
-            stage = StageRun(self.recipe, self.studies, *self._model(name, previous), self.folder, continues)
+            stage = StageRun(self.recipe, self.studies, *self._model(name, source), self.folder, continues)
             if position == 0:
                 check_model(self.recipe, stage.model, self.pending)
             if self.state.is_main_process:
                 start = stage_start(self.recipe, self.fingerprint, self.state.num_processes, previous)
                 write_json(self.folder / STARTED, start)
-            previous = self._train_stage(name, stage)
+            self._train_stage(name, stage)
+            previous = name
 
-    def _model(self, name: str, previous: Path | None) -> tuple[OTDRGForReportGeneration, OTDRGProcessor]:
+    def _model(self, name: str, source: Path | None) -> tuple[OTDRGForReportGeneration, OTDRGProcessor]:
         seed = getattr(self.recipe, name).seed
         set_seed(self.recipe.seed if seed is None else seed)
         # The other stages do not use the LLM, and their folders can be loaded without bitsandbytes.
         quantization = self.recipe.model.quantization if stage_of(name).reads_quantization else None
-        if previous is None:
+        if source is None:
             return build_model(self.recipe.model, self.studies["train"]["report"], quantization)
-        return load_model(previous, self.recipe.model, quantization)
+        return load_model(source, self.recipe.model, quantization)
 
-    def _train_stage(self, name: str, run: StageRun) -> Path:
-        """Train a stage, publish and evaluate its model, and return the folder it is published in."""
+    def _train_stage(self, name: str, run: StageRun) -> None:
+        """Train a stage, publish and evaluate its model."""
         stage = stage_of(name)
         run.model, results = stage.train(run)
-        published = self.output / stage.publishes if stage.publishes else self.folder
+        published = published_folder(self.output, name)
         if self.state.is_main_process:
             run.model.save_pretrained(published)
             run.processor.save_pretrained(published)
@@ -202,7 +205,6 @@ class _Run:
             ended = self.record.sitting["stages"][name]["ended"]
             write_json(self.folder / FINISHED, {"steps": results["steps"], "ended": ended})
         _by_main_process(self.state, lambda: _upload(getattr(self.recipe, name), published))
-        return published
 
 
 def _upload(section: StageArguments, folder: Path) -> None:
@@ -260,15 +262,6 @@ def _prepare_folder(recipe: Recipe, pending: list[str], resume: bool) -> None:
             logger.info("removing %s of an earlier run", checkpoint)
             shutil.rmtree(checkpoint)
     write_text(output / "recipe.yaml", recipe.to_yaml())
-
-
-def _previous_folder(recipe: Recipe, pending: list[str]) -> Path | None:
-    """The folder the first pending stage reads; None if it starts from the recipe's `model`."""
-    for stage in reversed(earlier_stages(pending[0]) if pending else []):
-        folder = Path(recipe.output_dir) / stage
-        if is_finished(folder):
-            return folder
-    return None
 
 
 def _where_to_continue(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""What a run's folder tells of how it came about: `run.json`, and on which studies it was trained."""
+"""The record of a run, `run.json`: when, how and on which studies it was trained."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ PACKAGES: tuple[str, ...] = ("torch", "transformers", "peft", "accelerate", "dat
 
 
 class RunRecord:
-    """`run.json` in a run's folder: its sittings in order, of which the last is this one.
+    """`run.json` in a run's folder: its sittings in order; the last one is this.
 
-    Each holds when it began and ended and with what outcome (an `ended` of null: it was killed, or is still running),
-    the command line, seed, versions, the package's git commit, processes, threads, device, processor and cores, the
-    studies of each split with their fingerprint, what is in them and which dataset on the Hub they are, and the stages
-    that were run. The file is replaced as a whole whenever something is added.
+    A sitting has its begin, end and outcome (`ended` is null if it was killed or is still running), the command line,
+    seed, versions, the package's git commit, processes, threads, device, processor and cores, the studies of each split
+    with their fingerprint and description, their dataset on the Hub, and the stages that were run. The file is replaced
+    as a whole at every change.
 
     Args:
         recipe: the run.
@@ -64,7 +64,7 @@ class RunRecord:
         self._write()
 
     def begin_stage(self, stage: str, checkpoint: Path | None) -> None:
-        """A stage begins, or goes on from a checkpoint."""
+        """A stage begins, or continues from a checkpoint."""
         self.sitting["stages"][stage] = {
             "began": _now(),
             "ended": None,
@@ -73,7 +73,7 @@ class RunRecord:
         self._write()
 
     def end_stage(self, stage: str, steps: int) -> None:
-        """A stage has ended after so many steps, those of earlier sittings among them."""
+        """A stage has ended after `steps` steps, including those of earlier sittings."""
         record = self.sitting["stages"][stage]
         record["ended"] = _now()
         record["seconds"] = _seconds(record)
@@ -92,11 +92,11 @@ class RunRecord:
 
 
 def new_results(folder: Path, name: str, suffixes: Sequence[str], overwrite: bool) -> dict[str, Path]:
-    """Where a command's results go in a folder, which is made: paths by suffix.
+    """The paths of a command's results in a folder, by suffix; the folder is created.
 
     Raises:
-        ValueError: one is there already and is not to be overwritten.
-        OSError: the folder cannot be made.
+        ValueError: one exists and `overwrite` is false.
+        OSError: the folder cannot be created.
     """
     paths = {suffix: folder / f"{name}{suffix}" for suffix in suffixes}
     for path in paths.values():
@@ -107,7 +107,7 @@ def new_results(folder: Path, name: str, suffixes: Sequence[str], overwrite: boo
 
 
 def read_sittings(path: Path) -> list[dict[str, Any]]:
-    """The sittings of a `run.json`; none where it is not there.
+    """The sittings of a `run.json`; an empty list if it does not exist.
 
     Raises:
         ValueError: it is damaged.
@@ -123,7 +123,7 @@ def read_sittings(path: Path) -> list[dict[str, Any]]:
 
 
 def read_results(output: Path) -> dict[str, Any]:
-    """What the stages that are not run again left in `results.json`.
+    """The results of the stages in `results.json`; empty if it does not exist.
 
     Raises:
         ValueError: it is damaged.
@@ -147,7 +147,7 @@ def _seconds(record: dict[str, Any]) -> float:
     return (datetime.fromisoformat(record["ended"]) - datetime.fromisoformat(record["began"])).total_seconds()
 
 
-# --- on what it runs -------------------------------------------------------------------------------------------------
+# --- machine and versions --------------------------------------------------------------------------------------------
 
 
 def versions() -> dict[str, str | None]:
@@ -162,10 +162,7 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> dict[str, Any] | None:
-    """`id` of the git commit that the package's folder is a checkout of, and whether tracked files differ (`dirty`).
-
-    None where the folder is not the top of a repository, as when it is installed, or git is not there.
-    """
+    """The package's git commit as `id`, and whether tracked files differ (`dirty`); None outside a repository."""
     package = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:
@@ -184,14 +181,14 @@ def commit() -> dict[str, Any] | None:
 
 
 def device_name(device: torch.device) -> str:
-    """A device with its name, as far as it has one: "cuda (NVIDIA A100-SXM4-80GB)"."""
+    """A device with its name, if it has one: "cuda (NVIDIA A100-SXM4-80GB)"."""
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
     return device.type
 
 
 def processor_name() -> str | None:
-    """The CPU's name as Linux gives it, elsewhere its architecture; None where neither is known."""
+    """The CPU's name on Linux, elsewhere its architecture; None if neither is known."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -200,17 +197,17 @@ def processor_name() -> str | None:
     return next(filter(None, names), None) or platform.processor() or platform.machine() or None
 
 
-# --- on what it is trained -------------------------------------------------------------------------------------------
+# --- studies ---------------------------------------------------------------------------------------------------------
 
 
 def hub_dataset(recipe: Recipe) -> str | None:
-    """Id of the dataset on the Hub that a recipe's studies are read from; None of all others, folders too."""
+    """Id of the dataset on the Hub that a recipe's studies are read from; None for other sources and folders."""
     name = recipe.studies.options.get("dataset") if recipe.studies.source == "hub" else None
     return None if name is None or os.path.isdir(name) else name
 
 
 def differing_splits(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> list[str]:
-    """Splits that two fingerprints tell apart. One of streamed and one of mapped studies differ in text alone."""
+    """Splits in which two fingerprints differ. Streamed and mapped studies are compared by their text only."""
     return [
         split
         for split in sorted({*before, *now})

@@ -96,10 +96,15 @@ def stage_of(name: str) -> Stage:
     return import_module(STAGES[name], __package__).STAGE
 
 
+def published_folder(output: Path, name: str) -> Path:
+    """The folder of a run to which a stage's model is written, and from which the next stage starts."""
+    return output / (stage_of(name).publishes or name)
+
+
 def earlier_stages(name: str) -> list[str]:
     """The stages that run before one."""
     order = list(STAGES)
     return order[: order.index(name)]
 
 
-__all__ = ["DEFAULT_STAGES", "STAGES", "Stage", "StageRun", "earlier_stages", "stage_of"]
+__all__ = ["DEFAULT_STAGES", "STAGES", "Stage", "StageRun", "earlier_stages", "published_folder", "stage_of"]

@@ -80,7 +80,7 @@ def test_check_recipe_stages_that_are_not_run_are_checked_too(tiny_recipe, stage
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
-def test_run_recipe_what_data_or_model_refuse_is_said_before_training(
+def test_run_recipe_unfit_data_or_model_is_refused_before_training(
     tiny_recipe, tmp_path, monkeypatch, capsys, overrides, message
 ):
     monkeypatch.setattr(StageTrainer, "train", None)

@@ -34,12 +34,12 @@ def write_csv(path, states):
         writer.writerows([[study, *(written[state] for state in reversed(row))] for study, row in states.items()])
 
 
-def test_states_are_the_studies_own_without_labels(phantoms):
+def test_build_studies_without_labels_keeps_the_studies_states(phantoms):
     built = build_studies(studies_recipe(), LabelsRecipe())
     assert built["train"]["finding_states"] == phantoms["train"]["finding_states"]
 
 
-def test_a_csv_wins_over_the_labeler_and_the_labeler_over_the_studies(phantoms, tmp_path):
+def test_build_studies_states_come_from_csv_then_labeler(phantoms, tmp_path):
     ids = phantoms["train"]["id"]
     named = {ids[1]: [3] * 12 + [2, 1], ids[3]: [0] * 13 + [1]}
     write_csv(tmp_path / "states.csv", named)
@@ -52,7 +52,7 @@ def test_a_csv_wins_over_the_labeler_and_the_labeler_over_the_studies(phantoms, 
 
 
 @pytest.mark.parametrize("cleaning", ["r2gen_iu", "none"])
-def test_build_studies_keeps_reports_as_they_were_before_cleaning(phantoms, monkeypatch, cleaning):
+def test_build_studies_cleaned_reports_keep_the_originals(phantoms, monkeypatch, cleaning):
     reports = [f"Scarring/atelectasis {number}." for number in range(5)]
     train = phantoms["train"].remove_columns("report").add_column("report", reports)
     monkeypatch.setattr(data, "load_studies", lambda source, **options: DatasetDict({"train": train}))
@@ -70,13 +70,13 @@ def test_build_studies_placeholder_report_is_skipped(phantoms, monkeypatch, capl
     assert "train: 4 of 5 studies skipped: their report is empty" in caplog.text
 
 
-def test_a_csv_of_other_studies_is_refused(tmp_path):
+def test_build_studies_csv_of_other_studies_is_refused(tmp_path):
     write_csv(tmp_path / "states.csv", {"someone": [0] * 14})
     with pytest.raises(ValueError, match=r"labels\.csv=.* names none of the studies"):
         build_studies(studies_recipe(), LabelsRecipe(csv=str(tmp_path / "states.csv")))
 
 
-def test_empty_reports_are_skipped_and_counted_and_the_rest_cleaned(phantoms, monkeypatch, caplog):
+def test_build_studies_empty_reports_are_skipped_and_counted(phantoms, monkeypatch, caplog):
     reports = ["", "Heart is normal. No effusion.", "  ", "Clear lungs.", "Edema."]
     train = phantoms["train"].remove_columns("report").add_column("report", reports)
     monkeypatch.setattr(data, "load_studies", lambda source, **options: DatasetDict({"train": train}))
@@ -86,7 +86,7 @@ def test_empty_reports_are_skipped_and_counted_and_the_rest_cleaned(phantoms, mo
     assert "train: 2 of 5 studies skipped: their report is empty" in caplog.text
 
 
-def test_training_studies_need_states(phantoms, monkeypatch):
+def test_build_studies_training_study_without_states_is_refused(phantoms, monkeypatch):
     feature = phantoms["train"].features["finding_states"]
     states = [None, *phantoms["train"]["finding_states"][1:]]
     train = phantoms["train"].remove_columns("finding_states").add_column("finding_states", states, feature=feature)
@@ -105,7 +105,7 @@ def described_phantoms():
     return load_studies("phantom", **PHANTOMS)
 
 
-def test_studies_are_counted_and_named(described_phantoms):
+def test_describe_studies_counts_and_names(described_phantoms):
     described = describe_studies(described_phantoms)
     assert list(described) == ["train", "validation"]
     train = described["train"]
@@ -119,7 +119,7 @@ def test_studies_are_counted_and_named(described_phantoms):
     assert train["positives"] == counts and sum(counts.values()) > 0
 
 
-def test_states_that_are_not_known_are_not_counted(described_phantoms):
+def test_describe_studies_unknown_states_are_not_counted(described_phantoms):
     rows = described_phantoms["validation"]
     states = [None, *list(rows["finding_states"])[1:]]
     described = describe_studies({"validation": with_column(rows, "finding_states", states)})["validation"]
@@ -128,7 +128,7 @@ def test_states_that_are_not_known_are_not_counted(described_phantoms):
     assert none["labelled"] == 0 and set(none["positives"].values()) == {0}
 
 
-def test_streamed_studies_are_told_of_without_their_views(described_phantoms, tmp_path):
+def test_describe_studies_streamed_has_no_view_counts(described_phantoms, tmp_path):
     prepare_studies("phantom", tmp_path / "built", **PHANTOMS)
     streamed = describe_studies({"train": StreamedStudies(tmp_path / "built", "train")})["train"]
     mapped = describe_studies(described_phantoms)["train"]
@@ -146,5 +146,5 @@ def test_streamed_studies_are_told_of_without_their_views(described_phantoms, tm
         ("elsewhere", "", "studies of source elsewhere"),
     ],
 )
-def test_collections_are_told_by_source_and_licence(source, licence, name):
+def test_describe_studies_names_collections_by_source_and_licence(source, licence, name):
     assert collection_name(source, licence) == name

@@ -78,20 +78,20 @@ def assert_same(one, two, stage, field, names):
 
 
 @pytest.mark.parametrize("stage", ["predictor", "report"])
-def test_two_processes_train_as_one(one_process, two_processes, stage):
+def test_train_two_processes_equal_one(one_process, two_processes, stage):
     for run, told in ((one_process, (1, None)), (two_processes, (2, "DistributedDataParallel"))):
         assert (results(run)[stage]["processes"], results(run)[stage]["wrapper"]) == told
     assert_same(one_process, two_processes, stage, "loss", ("loss", "report_loss", "ot_loss", "grad_norm"))
 
 
-def test_accumulated_batches_train_as_one(tiny_recipe, one_process, tmp_path):
+def test_train_accumulated_batches_equal_one(tiny_recipe, one_process, tmp_path):
     shutil.copytree(one_process / "predictor", tmp_path / "predictor")
     batches = ["report.per_device_train_batch_size=2", "report.gradient_accumulation_steps=2", "stages=[report]"]
     assert main([str(tiny_recipe), f"output_dir={tmp_path}", *SAME, *batches]) == 0
     assert_same(one_process, tmp_path, "report", "loss", ("loss", "report_loss", "ot_loss", "grad_norm"))
 
 
-def test_validation_counts_every_study_once(one_process, two_processes):
+def test_evaluate_two_processes_count_every_study_once(one_process, two_processes):
     """Of 5 studies in batches of 4 and of 2, the last of which two processes fill up with studies seen before."""
     assert_same(one_process, two_processes, "predictor", "eval_loss", ("eval_loss", "eval_macro_auc"))
     assert_same(one_process, two_processes, "report", "eval_loss", ("eval_loss", "eval_report_loss", "eval_ot_loss"))
@@ -102,7 +102,7 @@ def test_validation_counts_every_study_once(one_process, two_processes):
     assert two["macro_ece"] == pytest.approx(one["macro_ece"], abs=1e-5)
 
 
-def test_reports_are_there_once_and_the_same(one_process, two_processes):
+def test_generate_two_processes_write_each_report_once(one_process, two_processes):
     one, two = (predictions(run) for run in (one_process, two_processes))
     assert len({row["id"] for row in two}) == len(two) == 5
     assert one == two and len({row["report"] for row in one}) > 1
@@ -123,7 +123,7 @@ torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_all_processes_may_save_of_which_one_writes(trained_run, launch, tmp_path):
+def test_save_pretrained_by_all_processes_writes_once(trained_run, launch, tmp_path):
     launch(["-c", SAVING, str(trained_run / "model"), str(tmp_path)], OMP_NUM_THREADS="1")
     told = [json.loads((folder / "config.json").read_text()) for folder in (trained_run / "model", tmp_path)]
     assert told[0]["weights_sha256"] == told[1]["weights_sha256"]
@@ -157,7 +157,7 @@ def as_launched(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["ddp", "cpu"])
-def test_configuration_of_plain_processes(name):
+def test_accelerate_config_plain_starts_processes(name):
     arguments = config_arguments(name)
     assert arguments.multi_gpu and not (arguments.use_fsdp or arguments.use_deepspeed or arguments.cpu)
     environment = prepare_multi_gpu_env(arguments)
@@ -165,7 +165,7 @@ def test_configuration_of_plain_processes(name):
     assert environment.get("CUDA_VISIBLE_DEVICES", "").startswith("-1") == (name == "cpu")
 
 
-def test_configuration_of_fsdp2(as_launched):
+def test_accelerate_config_fsdp2_shards_weights(as_launched):
     arguments = config_arguments("fsdp2")
     assert arguments.use_fsdp and not arguments.use_deepspeed
     as_launched(prepare_multi_gpu_env(arguments))
@@ -177,7 +177,7 @@ def test_configuration_of_fsdp2(as_launched):
 
 
 @needs_deepspeed
-def test_configuration_of_zero3(as_launched):
+def test_accelerate_config_zero3_shards_weights(as_launched):
     arguments = config_arguments("zero3")
     arguments.deepspeed_fields_from_accelerate_config = ""
     assert arguments.use_deepspeed and not arguments.use_fsdp
@@ -189,7 +189,7 @@ def test_configuration_of_zero3(as_launched):
     assert not plugin.zero3_init_flag
 
 
-def test_processes_that_were_not_started_are_missed(as_launched, tiny_recipe, tmp_path, capsys):
+def test_start_processes_one_started_of_several_is_refused(as_launched, tiny_recipe, tmp_path, capsys):
     as_launched(prepare_simple_launcher_cmd_env(launch_arguments("--cpu", "--num_processes", "2"))[1])
     assert main([str(tiny_recipe), f"output_dir={tmp_path / 'run'}"]) == 1
     error = capsys.readouterr().err
@@ -199,7 +199,7 @@ def test_processes_that_were_not_started_are_missed(as_launched, tiny_recipe, tm
     assert start_processes().num_processes == 1
 
 
-def test_sharding_that_would_not_happen_is_refused(as_launched):
+def test_start_processes_fsdp_without_gpu_is_refused(as_launched):
     as_launched(prepare_multi_gpu_env(config_arguments("fsdp2")))
     with pytest.raises(ValueError, match=r"FSDP was asked for .* there is no GPU"):
         start_processes()
@@ -207,7 +207,7 @@ def test_sharding_that_would_not_happen_is_refused(as_launched):
         check_wrapper(torch.nn.Linear(2, 2))
 
 
-def test_deepspeed_that_would_not_be_used_is_refused(as_launched, monkeypatch):
+def test_start_processes_unused_deepspeed_is_refused(as_launched, monkeypatch):
     PartialState(cpu=True)
     as_launched({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"})
     monkeypatch.setattr("otdrg.training.distributed.is_deepspeed_available", lambda: True)
@@ -220,7 +220,7 @@ def test_deepspeed_that_would_not_be_used_is_refused(as_launched, monkeypatch):
         start_processes()
 
 
-def test_processes_that_do_not_know_of_each_other_are_refused(as_launched, monkeypatch):
+def test_start_processes_unconnected_processes_are_refused(as_launched, monkeypatch):
     PartialState(cpu=True)
     as_launched({"WORLD_SIZE": "2", "RANK": "0"})
     with pytest.raises(ValueError, match=r"2 processes were launched .* in a world of 1"):
@@ -240,7 +240,7 @@ def accelerate_launch(config, *arguments):
 
 
 @pytest.mark.slow
-def test_the_cpu_configuration_gives_two_processes(tiny_recipe, tmp_path):
+def test_accelerate_config_cpu_trains_two_processes(tiny_recipe, tmp_path):
     done = accelerate_launch("cpu", tiny_recipe, f"output_dir={tmp_path}", "stages=[predictor]", "--traceback")
     assert done.returncode == 0, done.stderr
     stage = results(tmp_path)["predictor"]
@@ -252,7 +252,7 @@ def test_the_cpu_configuration_gives_two_processes(tiny_recipe, tmp_path):
 
 @pytest.mark.slow
 @needs_deepspeed
-def test_zero3_trains_saves_and_resumes(tiny_recipe, one_process, tmp_path):
+def test_train_zero3_saves_and_resumes(tiny_recipe, one_process, tmp_path):
     batches = ["predictor.per_device_train_batch_size=2", "report.per_device_train_batch_size=2"]
     run = tmp_path / "run"
     arguments = [tiny_recipe, f"output_dir={run}", *SAME, *batches, "--traceback"]
@@ -352,7 +352,7 @@ torch.distributed.destroy_process_group()
 @pytest.mark.parametrize(
     ("kind", "name"), [pytest.param("zero3", "DeepSpeed ZeRO-3", marks=needs_deepspeed), ("fsdp2", "FSDP2")]
 )
-def test_a_sharded_model_writes_and_becomes_whole(trained_run, launch, kind, name):
+def test_fill_sharded_model_becomes_whole(trained_run, launch, kind, name):
     """FSDP2 by torch's own `fully_shard`: through accelerate it needs GPUs."""
     variables = {"ACCELERATE_USE_DEEPSPEED": "true"} if kind == "zero3" else {}
     told = launch(["-c", SHARDED, str(trained_run / "model"), kind], OMP_NUM_THREADS="1", **variables)

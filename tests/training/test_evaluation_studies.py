@@ -27,7 +27,7 @@ def iu_xray(tmp_path_factory):
     return StudiesRecipe(source="r2gen", options=options, cleaning="r2gen_iu")
 
 
-def test_counts_are_held_against_the_published_ones(iu_xray):
+def test_check_counts_differs_from_published_warns(iu_xray):
     splits = build_studies(iu_xray, LabelsRecipe(labeler="rules"), splits=("train", "validation"))
     counts, warnings = check_counts(iu_xray, splits)
     assert counts["train"] == {"studies": 2, "images": 4, "published": 2069, "unit": "studies"}
@@ -39,7 +39,7 @@ def test_counts_are_held_against_the_published_ones(iu_xray):
     assert f"left out: {r2gen_split_ids()['validation'][1]}; not in the source: " in warnings[1]
 
 
-def test_a_split_that_the_recipe_limits_is_not_held_against_them(iu_xray):
+def test_check_counts_limited_split_is_not_compared(iu_xray):
     limited = StudiesRecipe(**{**vars(iu_xray), "limit": {"train": 1}})
     splits = build_studies(limited, LabelsRecipe(labeler="rules"), splits=("train", "validation"))
     _, warnings = check_counts(limited, splits)
@@ -47,7 +47,7 @@ def test_a_split_that_the_recipe_limits_is_not_held_against_them(iu_xray):
     assert warnings[1] == "train: the first 1 studies only, as studies.limit says"
 
 
-def test_states_of_training_alone_may_come_from_a_csv(iu_xray, tmp_path):
+def test_evaluation_studies_csv_of_training_states_is_enough(iu_xray, tmp_path):
     train = r2gen_split_ids()["train"][0]
     write_states(tmp_path / "states.csv", [(train, [0] * 14)])
     labels = LabelsRecipe(csv=str(tmp_path / "states.csv"), labeler="rules")
@@ -57,7 +57,7 @@ def test_states_of_training_alone_may_come_from_a_csv(iu_xray, tmp_path):
         build_studies(iu_xray, labels, splits=("validation",))
 
 
-def test_a_recipe_is_the_same_dataset_whatever_the_way_to_it(iu_xray, tmp_path, monkeypatch):
+def test_evaluation_studies_same_dataset_by_another_path_is_recognised(iu_xray, tmp_path, monkeypatch):
     path = tmp_path / "run" / "recipe.yaml"
     path.parent.mkdir()
     path.write_text(
@@ -80,7 +80,7 @@ def test_a_recipe_is_the_same_dataset_whatever_the_way_to_it(iu_xray, tmp_path, 
     assert found.rows["finding_states"][0] is not None and len(found.training) == 2
 
 
-def test_training_studies_that_are_gone_are_asked_for(iu_xray, tmp_path):
+def test_evaluation_studies_missing_training_names_the_option(iu_xray, tmp_path):
     path = tmp_path / "recipe.yaml"
     gone = {**vars(iu_xray), "options": {"annotation": "gone.json", "images": "gone"}}
     path.write_text(json.dumps({"output_dir": "x", "studies": gone}), encoding="utf-8")

@@ -25,7 +25,7 @@ def trained(tmp_path, build_backbones, build_on_backbones, monkeypatch):
     return *build_on_backbones(backbones, vision_backbone=None, text_backbone=None), recipe_with
 
 
-def test_it_is_found_from_any_folder(trained, views, tmp_path, monkeypatch):
+def test_save_adapter_relative_backbones_load_from_any_folder(trained, views, tmp_path, monkeypatch):
     model, processor, recipe_with = trained
     save_adapter(model, processor, recipe_with("backbones/text", "report.text=lora"), tmp_path / "run" / "adapter")
     assert model.config.vision_backbone is None and model.config.text_backbone is None
@@ -41,7 +41,7 @@ def test_it_is_found_from_any_folder(trained, views, tmp_path, monkeypatch):
     [("backbones/text", "full", None), ("backbones/gone", "lora", "no adapter is kept: text backbone .*gone")],
     ids=["a whole LLM", "a backbone that is gone"],
 )
-def test_that_of_an_earlier_run_does_not_stay(trained, tmp_path, caplog, text, mode, told):
+def test_save_adapter_of_an_earlier_run_is_deleted(trained, tmp_path, caplog, text, mode, told):
     model, processor, recipe_with = trained
     folder = tmp_path / "run" / "adapter"
     save_adapter(model, processor, recipe_with("backbones/text", "report.text=lora"), folder)

@@ -12,7 +12,7 @@ from otdrg.training.model import (
 from otdrg.training.recipe import ModelRecipe, recipe_from
 
 
-def test_parts_are_trained_as_the_recipe_says():
+def test_set_trained_parts_modes_freeze_and_unfreeze():
     lora = {"r": 2, "target_modules": ["q_proj"]}
     model, processor = build_model(ModelRecipe(overrides={"lora": lora}), ["the lungs are clear ."])
     assert model.config.lora is None and model.config.image_token_id == processor.image_token_id
@@ -41,7 +41,7 @@ def recipe_of(stage=None, overrides=None, quantization=None, **fields):
     return recipe_from({"output_dir": "run", "studies": {"source": "phantom"}, "model": model, **sections})
 
 
-def test_lora_needs_its_fields():
+def test_lora_fields_without_lora_names_the_field():
     assert OTDRGConfig.from_preset("tiny").lora is None
     with pytest.raises(ValueError, match=r"report\.text=lora, but the preset tiny has no LoRA of the LLM: set model\."):
         lora_fields(recipe_of(), "report")
@@ -50,7 +50,7 @@ def test_lora_needs_its_fields():
         lora_fields(recipe_of("predictor", vision="lora"), "predictor")
 
 
-def test_a_stage_has_the_adapters_it_trains():
+def test_lora_fields_are_those_the_stage_trains():
     lora = {field: {"r": 2, "target_modules": [name]} for field, name in (("lora", "q_proj"), ("vision_lora", "qkv"))}
     assert lora_fields(recipe_of("predictor", lora, vision="lora"), "predictor") == {"vision_lora": lora["vision_lora"]}
     assert lora_fields(recipe_of("report", lora), "report") == {"lora": lora["lora"]}

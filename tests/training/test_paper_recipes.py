@@ -97,7 +97,7 @@ SHORT = [
 
 
 @pytest.mark.parametrize(("name", "views"), [("iu_xray", ["frontal", "lateral"]), ("mimic_cxr", ["frontal"])])
-def test_all_three_stages_run(name, views, backbones, tmp_path, monkeypatch):
+def test_paper_recipe_small_backbones_run_all_stages(name, views, backbones, tmp_path, monkeypatch):
     write_r2gen(tmp_path, name, views)
     monkeypatch.setenv(f"OTDRG_{name.upper()}", str(tmp_path))
     monkeypatch.setenv("OTDRG_SWIN", str(backbones / "swin"))
@@ -127,7 +127,7 @@ def test_all_three_stages_run(name, views, backbones, tmp_path, monkeypatch):
     assert prompt.startswith("<s>") and prompt.count("[INST]") == 1 and "<s><s>" not in prompt.replace(" ", "")
 
 
-def test_the_papers_values(monkeypatch):
+def test_paper_recipe_has_the_papers_values(monkeypatch):
     for name in ("OTDRG_IU_XRAY", "OTDRG_MIMIC_CXR"):
         monkeypatch.setenv(name, "/somewhere")
     for name in ("OTDRG_SWIN", "OTDRG_LLM"):

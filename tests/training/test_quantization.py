@@ -43,7 +43,7 @@ def linears(model):
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_the_llm_is_quantised(trained_run, kind):
+def test_load_model_quantised_packs_the_llm_only(trained_run, kind):
     model, _ = load_model(trained_run / "predictor", in_bfloat16(trained_run), kind)
     assert len(linears(model)) == 7 and all(name.startswith("language_model.model.") for name in linears(model))
     for name, weight in model.named_parameters():
@@ -63,7 +63,7 @@ def test_only_the_llm_is_quantised(trained_run, kind):
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_pass_through_packed_weights(trained_run, kind, batch):
+def test_quantised_llm_gradients_equal_those_of_whole_weights(trained_run, kind, batch):
     """Also behind an evaluation, and as they pass through the same weights in full."""
     model, _ = load_model(trained_run / "predictor", in_bfloat16(trained_run), kind)
     model.config.lora = LORA
@@ -92,7 +92,7 @@ def test_gradients_pass_through_packed_weights(trained_run, kind, batch):
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stage_trains_resumes_and_publishes_without_bitsandbytes(tiny_recipe, tmp_path, kind, caplog):
+def test_report_stage_quantised_publishes_whole_weights(tiny_recipe, tmp_path, kind, caplog):
     run = [str(tiny_recipe), f"output_dir={tmp_path}", "model.dtype=bfloat16"]
     assert main([*run, "stages=[predictor]"]) == 0
     arguments = [*run, "stages=[report]", f"model.quantization={kind}", "report.learning_rate=1e-2"]
@@ -128,7 +128,7 @@ def test_a_stage_trains_resumes_and_publishes_without_bitsandbytes(tiny_recipe, 
 
 
 @needs_bitsandbytes
-def test_a_quantised_backbone_of_its_own(trained_run, tmp_path):
+def test_from_backbones_quantised_saves_after_merging(trained_run, tmp_path):
     model = OTDRGForReportGeneration.from_pretrained(trained_run / "predictor")
     model.language_model.save_pretrained(tmp_path / "text")
     model.vision_tower.save_pretrained(tmp_path / "vision")
@@ -169,7 +169,7 @@ def test_check_recipe_what_cannot_be_quantised_is_one_line(tiny_recipe, tmp_path
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_bitsandbytes_is_named_where_it_lacks(monkeypatch):
+def test_quantization_config_without_bitsandbytes_names_it(monkeypatch):
     monkeypatch.setattr("otdrg.training.model.is_bitsandbytes_available", lambda: False)
     with pytest.raises(ValueError, match=r"model\.quantization='8bit' needs bitsandbytes: pip install"):
         quantization_config("8bit")

@@ -26,13 +26,13 @@ def write(tmp_path):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
-def test_shipped_recipes_load(path, monkeypatch):
+def test_load_recipe_shipped_recipes_load(path, monkeypatch):
     for name in re.findall(r"\$\{(\w+)", path.read_text(encoding="utf-8")):
         monkeypatch.setenv(name, "/somewhere")
     load_recipe(path)
 
 
-def test_overrides_win_over_the_file_and_defaults_fill_the_rest(write):
+def test_load_recipe_overrides_replace_the_file(write):
     path = write({**MINIMAL, "report": {"num_train_epochs": 3, "generation": {"num_beams": 2}}})
     recipe = load_recipe(
         path,
@@ -56,18 +56,18 @@ def test_overrides_win_over_the_file_and_defaults_fill_the_rest(write):
     assert recipe.predictor.per_device_train_batch_size == 8
 
 
-def test_pre_training_is_asked_for(write):
+def test_load_recipe_default_stages_leave_out_ircp(write):
     assert load_recipe(write(MINIMAL)).stages == ["predictor", "report"]
     assert load_recipe(write(MINIMAL), ["stages=[ircp,predictor]"]).stages == ["ircp", "predictor"]
 
 
-def test_a_resolved_recipe_reads_back_as_itself(write):
+def test_recipe_to_yaml_reads_back_as_itself(write):
     recipe = load_recipe(write(MINIMAL), ["model.overrides.ot_epsilon=1e-2", "report.max_steps=5"])
     assert load_recipe(write(recipe.to_yaml())) == recipe
     assert recipe.model.overrides["ot_epsilon"] == 0.01
 
 
-def test_environment_variables(write, monkeypatch):
+def test_load_recipe_environment_variables_are_expanded(write, monkeypatch):
     path = write({**MINIMAL, "model": {"vision": "${OTDRG_TEST_VISION}/v", "text": "${OTDRG_TEST_TEXT:-org/llm}"}})
     monkeypatch.delenv("OTDRG_TEST_VISION", raising=False)
     monkeypatch.delenv("OTDRG_TEST_TEXT", raising=False)
@@ -89,6 +89,7 @@ def test_environment_variables(write, monkeypatch):
             ["report.generation.max_new_tokens=0"],
             r"report\.generation\.max_new_tokens=0: expected a number of at least 1",
         ),
+        (["report.generation.temperature=0.5"], r"report\.generation=.*temperature"),
         (["report.generation.early_stopping=maybe"], r"report\.generation=.*early_stopping"),
         (["report.num_train_epochs=many"], r"report\.num_train_epochs='many': expected a number"),
         (["report.learning_rate=-1"], r"report\.learning_rate=-1: expected a number above 0"),
@@ -144,7 +145,7 @@ def test_load_recipe_old_name_names_the_new_one(write, old, new):
         load_recipe(write({**MINIMAL, "report": yaml.safe_load(f"{{{old}}}")}))
 
 
-def test_features_lie_in_the_run_or_where_runs_share_them(write, tmp_path):
+def test_recipe_features_folder_is_in_the_run_or_shared(write, tmp_path):
     path = write(MINIMAL)
     assert load_recipe(path).features_folder == Path("runs/x/features")
     assert load_recipe(path, [f"feature_cache={tmp_path}"]).features_folder == tmp_path
@@ -152,7 +153,7 @@ def test_features_lie_in_the_run_or_where_runs_share_them(write, tmp_path):
         load_recipe(path, [f"feature_cache={path}"])
 
 
-def test_the_reports_encoder_may_be_trained_beside_a_predictor_with_its_own(write):
+def test_report_stage_trained_encoder_needs_a_trained_or_own_predictor(write):
     overrides = ["model.overrides.predictor_encoder=own", "report.vision=full"]
     recipe = load_recipe(write(MINIMAL), overrides)
     assert recipe.report.predictor == "frozen"
@@ -172,12 +173,12 @@ def test_the_reports_encoder_may_be_trained_beside_a_predictor_with_its_own(writ
         ("seed: 1\nseed: 2", "'seed' is repeated"),
     ],
 )
-def test_broken_files_are_named(write, text, message):
+def test_load_recipe_broken_file_is_named(write, text, message):
     with pytest.raises(ValueError, match=message):
         load_recipe(write(text))
 
 
-def test_a_missing_file_is_one_line(tmp_path, capsys):
+def test_load_recipe_missing_file_is_one_line(tmp_path, capsys):
     assert main([str(tmp_path / "none.yaml")]) == 1
     assert capsys.readouterr().err.endswith("none.yaml does not exist\n")
 
@@ -303,7 +304,7 @@ def test_recipe_byte_order_mark_is_dropped(tmp_path):
     assert load_recipe(path).output_dir == "runs/x"
 
 
-def test_help_shows_an_example(capsys):
+def test_train_hf_help_shows_an_example(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
     assert ended.value.code == 0

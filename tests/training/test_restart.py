@@ -115,9 +115,11 @@ def start(script, *arguments):
 
 
 def until_killed(what, count, *arguments):
+    """Start a run that kills itself; returns what it printed on standard error."""
     process = start(UNTIL_KILLED, what, count, *arguments)
     _, error = process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL, error[-2000:]
+    return error
 
 
 def losses(run, stage):
@@ -157,10 +159,16 @@ def trainable_names(monkeypatch):
 # --- killed ----------------------------------------------------------------------------------------------------------
 
 
-def test_killed_in_the_middle_of_a_step(recipe, unbroken, tmp_path, monkeypatch, caplog):
+def test_run_killed_twice_resumes_to_the_same_losses(recipe, unbroken, tmp_path, monkeypatch, caplog):
+    """While a checkpoint of a trained DINOv2 is written, whose weights have other names on the Hub; then in a step."""
     run = tmp_path / "run"
-    # 12 backward passes of the predictor stage; the 22nd is the second of the report stage's step 5.
-    until_killed("backward", 22, recipe, f"output_dir={run}")
+    until_killed("optimizer.pt", 2, recipe, f"output_dir={run}")
+    assert (run / "predictor" / "checkpoint-6" / "optimizer.pt").is_file()
+    # 6 backward passes of the predictor stage from checkpoint-3; the 16th is the second of the report stage's step 5.
+    error = until_killed("backward", 16, recipe, f"output_dir={run}", "--resume")
+    assert f"removing {run / 'predictor' / 'checkpoint-6'}, which is incomplete" in error
+    assert f"resuming from {run / 'predictor' / 'checkpoint-3'}" in error
+    assert "missing keys" not in error
     assert list(losses(run, "report")[0]) == [1, 2, 3, 4]
     with trainable_names(monkeypatch) as trained:
         assert main([str(recipe), f"output_dir={run}", "--resume"]) == 0
@@ -173,18 +181,6 @@ def test_killed_in_the_middle_of_a_step(recipe, unbroken, tmp_path, monkeypatch,
     for name, weight in before.items():
         if name.startswith(("vision_tower.", "finding_predictor.")):
             assert torch.equal(weight, after[name]), name
-
-
-def test_killed_while_a_checkpoint_is_written(recipe, unbroken, tmp_path, caplog):
-    """Of a trained DINOv2, whose weights have other names on the Hub."""
-    run = tmp_path / "run"
-    until_killed("optimizer.pt", 2, recipe, f"output_dir={run}")
-    assert (run / "predictor" / "checkpoint-6" / "optimizer.pt").is_file()
-    assert main([str(recipe), f"output_dir={run}", "--resume"]) == 0
-    assert f"removing {run / 'predictor' / 'checkpoint-6'}, which is incomplete" in caplog.text
-    assert f"resuming from {run / 'predictor' / 'checkpoint-3'}" in caplog.text
-    assert "missing keys" not in caplog.text
-    assert_as_unbroken(run, unbroken)
 
 
 @pytest.mark.slow
@@ -201,7 +197,9 @@ def test_killed_while_a_checkpoint_is_written(recipe, unbroken, tmp_path, caplog
         ("model.safetensors", 6, "report", 6),
     ],
 )
-def test_killed_while_any_file_is_written(recipe, unbroken, tmp_path, caplog, what, count, stage, checkpoint):
+def test_run_killed_while_any_file_is_written_resumes(
+    recipe, unbroken, tmp_path, caplog, what, count, stage, checkpoint
+):
     run = tmp_path / "run"
     until_killed(what, count, recipe, f"output_dir={run}")
     assert main([str(recipe), f"output_dir={run}", "--resume"]) == 0
@@ -213,7 +211,7 @@ def test_killed_while_any_file_is_written(recipe, unbroken, tmp_path, caplog, wh
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_at_any_time(recipe, unbroken, tmp_path):
+def test_run_killed_at_random_times_resumes(recipe, unbroken, tmp_path):
     run, moments = tmp_path / "run", random.Random(0)
     for _ in range(6):
         process = start(RUN, recipe, f"output_dir={run}", "--resume")
@@ -226,7 +224,7 @@ def test_killed_again_and_again_at_any_time(recipe, unbroken, tmp_path):
     assert_as_unbroken(run, unbroken)
 
 
-def test_killed_between_the_last_checkpoint_and_the_end(recipe, unbroken, copied):
+def test_run_killed_after_the_last_checkpoint_resumes(recipe, unbroken, copied):
     assert main([str(recipe), f"output_dir={copied}", "--resume"]) == 0
     assert_as_unbroken(copied, unbroken)
 
@@ -262,7 +260,7 @@ def error_lines(capsys):
     return lines[0]
 
 
-def test_terminated(recipe, unbroken, tmp_path):
+def test_run_sigterm_names_the_last_checkpoint(recipe, unbroken, tmp_path):
     run = tmp_path / "run"
     # Long enough that it is still running when the checkpoint has been seen.
     process = start(RUN, recipe, f"output_dir={run}", "stages=[predictor]", "predictor.max_steps=2000")
@@ -281,7 +279,7 @@ def test_terminated(recipe, unbroken, tmp_path):
     assert outcome(run) == "terminated (SIGTERM)"
 
 
-def test_interrupted_by_ctrl_c(recipe, copied, monkeypatch, capsys):
+def test_run_ctrl_c_names_the_last_checkpoint(recipe, copied, monkeypatch, capsys):
     shutil.rmtree(copied / "report" / "checkpoint-6")
     # A shell's background jobs, and what they start, ignore Ctrl-C unless told otherwise.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -338,7 +336,9 @@ def small_files(folder):
         ),
     ],
 )
-def test_a_full_disk(recipe, unbroken, tmp_path, monkeypatch, capsys, limited, module, writer, name, reason):
+def test_run_full_disk_names_the_last_checkpoint(
+    recipe, unbroken, tmp_path, monkeypatch, capsys, limited, module, writer, name, reason
+):
     """Full from the moment at which a file of checkpoint-6 is to be written."""
     folder = tmp_path / "disk"
     folder.mkdir()
@@ -366,7 +366,7 @@ def test_a_full_disk(recipe, unbroken, tmp_path, monkeypatch, capsys, limited, m
         assert_as_unbroken(run, unbroken)
 
 
-def test_the_death_of_a_process_that_loads_studies(recipe, unbroken, copied, monkeypatch, capsys):
+def test_run_dead_data_worker_names_the_last_checkpoint(recipe, unbroken, copied, monkeypatch, capsys):
     collate = ReportCollator.__call__
 
     def killed(self, rows):
@@ -386,7 +386,7 @@ def test_the_death_of_a_process_that_loads_studies(recipe, unbroken, copied, mon
     assert_as_unbroken(copied, unbroken)
 
 
-def test_an_error_in_a_process_that_loads_studies(recipe, copied, monkeypatch, capsys):
+def test_run_error_in_data_worker_is_one_line(recipe, copied, monkeypatch, capsys):
     def fail(self, rows):
         raise ValueError("study 7: its view is broken")
 
@@ -396,7 +396,7 @@ def test_an_error_in_a_process_that_loads_studies(recipe, copied, monkeypatch, c
     assert error_lines(capsys) == "train_hf.py: error: study 7: its view is broken"
 
 
-def test_other_errors_are_not_dressed_up(recipe, copied, monkeypatch):
+def test_run_other_error_is_raised_unchanged(recipe, copied, monkeypatch):
     def fail():
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
@@ -434,20 +434,20 @@ def test_other_errors_are_not_dressed_up(recipe, copied, monkeypatch):
         ),
     ],
 )
-def test_another_recipe_is_not_mixed_in(recipe, copied, capsys, arguments, message):
+def test_resume_changed_recipe_is_refused(recipe, copied, capsys, arguments, message):
     before = {path: path.stat().st_mtime_ns for path in copied.rglob("*")}
     assert main([str(recipe), f"output_dir={copied}", *arguments]) == 1
     assert f"train_hf.py: error: {message.format(run=copied)}" in error_lines(capsys)
     assert before == {path: path.stat().st_mtime_ns for path in copied.rglob("*")}
 
 
-def test_a_finished_run_is_not_resumed_with_another_recipe(recipe, unbroken, capsys):
+def test_resume_finished_run_changed_recipe_is_refused(recipe, unbroken, capsys):
     assert main([str(recipe), "--resume", "report.generation.num_beams=2"]) == 1
     assert "report.generation.num_beams=1 then, 2 now" in error_lines(capsys)
     assert main([str(recipe), "--resume", "report.logging_steps=5"]) == 0
 
 
-def test_a_stage_is_watched_differently_and_made_longer(recipe, unbroken, copied, caplog):
+def test_resume_longer_stage_continues(recipe, unbroken, copied, caplog):
     shutil.rmtree(copied / "report" / "checkpoint-6")
     arguments = ["report.max_steps=7", "report.save_total_limit=3", "report.lr_scheduler_type=cosine"]
     assert main([str(recipe), f"output_dir={copied}", "--resume", *arguments]) == 0
@@ -459,7 +459,7 @@ def test_a_stage_is_watched_differently_and_made_longer(recipe, unbroken, copied
         assert trained[step] == losses(unbroken, "report")[0][step]
 
 
-def test_a_stage_is_not_kept_whose_origin_was_trained_again(recipe, copied, capsys):
+def test_resume_origin_trained_again_is_refused(recipe, copied, capsys):
     finished = copied / "predictor" / "finished.json"
     finished.write_text(json.dumps({"steps": 6, "ended": "later"}), encoding="utf-8")
     assert main([str(recipe), f"output_dir={copied}", "--resume"]) == 1

@@ -56,7 +56,7 @@ def course(trainer):
         ({"max_steps": 10}, 10),
     ],
 )
-def test_an_evaluation_behind_the_checkpoint_is_made_up_for(trainer, tmp_path, fields, last):
+def test_resume_evaluation_after_the_checkpoint_is_not_lost(trainer, tmp_path, fields, last):
     unbroken = trainer(**fields)
     unbroken.train()
     for folder in (tmp_path / "run").glob("checkpoint-*"):
@@ -69,7 +69,7 @@ def test_an_evaluation_behind_the_checkpoint_is_made_up_for(trainer, tmp_path, f
     assert torch.allclose(resumed.model.linear.weight, unbroken.model.linear.weight)
 
 
-def test_a_decision_to_stop_early_is_kept(trainer, tmp_path):
+def test_resume_early_stopping_is_kept(trainer, tmp_path):
     fields = {"num_train_epochs": 9, "metric_for_best_model": "loss", "load_best_model_at_end": True}
     fields |= {"save_strategy": "epoch", "greater_is_better": True}
     # What is evaluated falls, so that greater is better never comes true.
@@ -87,7 +87,7 @@ def test_a_decision_to_stop_early_is_kept(trainer, tmp_path):
         assert course(resumed) == pytest.approx(course(unbroken), abs=1e-6)
 
 
-def test_evaluations_do_not_change_what_is_learned(trainer):
+def test_evaluate_does_not_change_training(trainer):
     often, never = trainer(max_steps=6), trainer(max_steps=6, eval_strategy="no")
     for one in (often, never):
         torch.manual_seed(1)

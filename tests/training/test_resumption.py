@@ -27,7 +27,7 @@ def cut(path, share):
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
 
 
-def test_the_newest_whole_checkpoint_is_taken(stage, tmp_path):
+def test_last_checkpoint_is_the_newest_complete_one(stage, tmp_path):
     assert last_checkpoint(stage).name == "checkpoint-4"
     # By number, not by name.
     shutil.copytree(stage / "checkpoint-4", stage / "checkpoint-10")
@@ -39,25 +39,25 @@ def test_the_newest_whole_checkpoint_is_taken(stage, tmp_path):
 
 @pytest.mark.parametrize("share", [0, 0.5, 0.999])
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_a_file_that_was_cut_off_is_noticed(stage, name, share):
+def test_last_checkpoint_truncated_file_is_noticed(stage, name, share):
     cut(stage / "checkpoint-4" / name, share)
     assert last_checkpoint(stage).name == "checkpoint-2"
 
 
 @pytest.mark.parametrize("share", [0, 0.5, 0.99])
-def test_a_state_that_was_cut_off_is_noticed(stage, share):
+def test_last_checkpoint_truncated_state_is_noticed(stage, share):
     cut(stage / "checkpoint-4" / "trainer_state.json", share)
     assert last_checkpoint(stage).name == "checkpoint-2"
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_a_file_that_was_deleted_is_noticed(stage, name):
+def test_is_whole_missing_file_is_noticed(stage, name):
     # As rotation, killed, leaves a checkpoint.
     (stage / "checkpoint-4" / name).unlink()
     assert not is_whole(stage / "checkpoint-4")
 
 
-def test_a_shard_that_is_missing_is_noticed(stage):
+def test_is_whole_missing_shard_is_noticed(stage):
     checkpoint = stage / "checkpoint-4"
     (checkpoint / "model.safetensors").rename(checkpoint / "model-00001-of-00002.safetensors")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
@@ -67,7 +67,7 @@ def test_a_shard_that_is_missing_is_noticed(stage):
     assert is_whole(checkpoint)
 
 
-def test_only_partial_checkpoints_are_removed(stage):
+def test_remove_partial_checkpoints_keeps_complete_ones(stage):
     cut(stage / "checkpoint-4" / "optimizer.pt", 0.5)
     (stage / "checkpoint-of-mine").mkdir()
     remove_partial_checkpoints(stage)
@@ -89,7 +89,7 @@ def changes(tiny_recipe):
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_what_a_stage_learns_from_matters(changes, finished):
+def test_stage_changes_what_a_stage_learns_from_matters(changes, finished):
     for override, stages in (
         ("seed=7", {"ircp", "predictor", "report"}),
         ("model.preset=small", {"ircp", "predictor", "report"}),
@@ -109,7 +109,7 @@ def test_what_a_stage_learns_from_matters(changes, finished):
             assert changes(stage, finished, override)[0] == ({name} if stage in stages else set()), (override, stage)
 
 
-def test_an_unfinished_stage_may_be_watched_differently_and_made_longer(changes):
+def test_stage_changes_logging_and_longer_training_are_harmless(changes):
     watching = [
         "report.logging_steps=5",
         "report.save_total_limit=3",
@@ -136,7 +136,7 @@ def test_an_unfinished_stage_may_be_watched_differently_and_made_longer(changes)
     assert changes("predictor", True, "predictor.fit_thresholds=true")[0] == {"predictor.fit_thresholds"}
 
 
-def test_a_step_may_be_spread_over_processes_if_as_many_studies_make_it(changes):
+def test_stage_changes_same_batch_over_processes_is_harmless(changes):
     halved, accumulated = "report.per_device_train_batch_size=2", "report.gradient_accumulation_steps=2"
     assert changes("report", False, halved)[0] == {"report.per_device_train_batch_size"}
     assert changes("report", False, halved, accumulated)[0] == set()
@@ -149,7 +149,7 @@ def test_a_step_may_be_spread_over_processes_if_as_many_studies_make_it(changes)
     assert changes("ircp", False, "ircp.per_device_train_batch_size=4", processes=(1, 2))[0] == set()
 
 
-def test_changes_in_a_line(tiny_recipe):
+def test_format_changes_is_one_line(tiny_recipe):
     then, now = load_recipe(tiny_recipe).to_dict(), load_recipe(tiny_recipe, ["seed=7", "model.overrides.fiot=false"])
     told, _ = stage_changes(then, now, "report", False, (1, 1))
     assert format_changes(told) == "model.overrides.fiot=unset then, False now; seed=42 then, 7 now"

@@ -41,7 +41,7 @@ def log_history(run, stage):
 # --- run.json --------------------------------------------------------------------------------------------------------
 
 
-def test_a_sitting(trained_run):
+def test_run_record_sitting_is_complete(trained_run):
     (sitting,) = sittings(trained_run)
     assert sitting["outcome"] == "finished"
     assert sitting["command"] == sys.orig_argv and sitting["seed"] == 42
@@ -63,7 +63,7 @@ def test_a_sitting(trained_run):
     assert sitting["seconds"] >= sum(record["seconds"] for record in sitting["stages"].values())
 
 
-def test_only_a_dataset_that_is_no_folder_is_one_of_the_hubs(tmp_path):
+def test_hub_dataset_folder_is_none(tmp_path):
     def named(source, **options):
         return hub_dataset(recipe_from({"output_dir": "run", "studies": {"source": source, "options": options}}))
 
@@ -72,7 +72,7 @@ def test_only_a_dataset_that_is_no_folder_is_one_of_the_hubs(tmp_path):
     assert named("phantom", train=3) is None
 
 
-def test_a_resumed_run_adds_a_sitting(tiny_recipe, trained_run, tmp_path):
+def test_run_record_resumed_run_adds_a_sitting(tiny_recipe, trained_run, tmp_path):
     run = shutil.copytree(trained_run, tmp_path / "run")
     (run / "report" / "finished.json").unlink()
     shutil.rmtree(run / "report" / "checkpoint-4")
@@ -89,7 +89,7 @@ def test_a_resumed_run_adds_a_sitting(tiny_recipe, trained_run, tmp_path):
     assert metrics(run, "report") == log_history(run, "report")
 
 
-def test_the_commit_is_that_of_the_checkout():
+def test_commit_is_the_checkouts():
     root = Path(otdrg.__file__).parent
     if shutil.which("git") is None or not (root / ".git").exists():
         assert commit() is None
@@ -108,7 +108,7 @@ def built(**options):
     return build_studies(StudiesRecipe(source="phantom", options={**PHANTOMS, **options}), LabelsRecipe())
 
 
-def test_a_fingerprint_tells_studies_apart():
+def test_fingerprint_other_studies_differ():
     studies = built()
     there = fingerprint(studies)
     assert there == fingerprint(built()) and {split: row["studies"] for split, row in there.items()} == {
@@ -127,7 +127,7 @@ def test_a_fingerprint_tells_studies_apart():
     assert differing_splits(there, {"train": there["train"]}) == ["validation"]
 
 
-def test_a_fingerprint_is_of_the_studies_wherever_they_are(tmp_path):
+def test_fingerprint_moved_studies_are_equal(tmp_path):
     """Built ones, in memory and streamed, here and moved; with some studies left out between others."""
     build = BuildOptions(studies_per_shard=4)
     prepare_studies("phantom", tmp_path / "built", build=build, **PHANTOMS)
@@ -147,7 +147,7 @@ def test_a_fingerprint_is_of_the_studies_wherever_they_are(tmp_path):
     assert fingerprint(built())["train"]["text"] == mapped["train"]["text"]
 
 
-def test_a_fingerprint_of_files_is_by_their_sizes(tmp_path, views):
+def test_fingerprint_changed_file_size_differs(tmp_path, views):
     paths = []
     for number, view in enumerate(views[:4]):
         paths.append(tmp_path / f"{number}.png")
@@ -169,14 +169,14 @@ def test_a_fingerprint_of_files_is_by_their_sizes(tmp_path, views):
 
 
 @pytest.mark.parametrize("stage", ["predictor", "report"])
-def test_metrics_and_curves_of_a_stage(trained_run, stage):
+def test_history_callback_writes_metrics_and_curves(trained_run, stage):
     assert metrics(trained_run, stage) == log_history(trained_run, stage)
     pytest.importorskip("matplotlib")
     with Image.open(trained_run / stage / "curves.png") as picture:
         assert picture.width > 1000 and len(picture.convert("L").getcolors()) > 20
 
 
-def test_each_figure_is_drawn_once(trained_run, tmp_path):
+def test_draw_curves_draws_each_figure_once(trained_run, tmp_path):
     pytest.importorskip("matplotlib")
     drawn = draw_curves(log_history(trained_run, "report"), tmp_path / "curves.png", "report")
     assert drawn[0] == "loss" and len(set(drawn)) == len(drawn)
@@ -191,7 +191,7 @@ def test_each_figure_is_drawn_once(trained_run, tmp_path):
 # --- elsewhere -------------------------------------------------------------------------------------------------------
 
 
-def test_tensorboard_is_told_the_transports_figures(tiny_recipe, trained_run, tmp_path):
+def test_report_to_tensorboard_has_the_transport_figures(tiny_recipe, trained_run, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -214,7 +214,7 @@ def test_tensorboard_is_told_the_transports_figures(tiny_recipe, trained_run, tm
         ("trackio", "report_to='trackio': the package trackio is not installed"),
     ],
 )
-def test_where_it_cannot_be_reported_is_one_line(tiny_recipe, tmp_path, monkeypatch, name, message, capsys):
+def test_report_to_unavailable_tracker_is_one_line(tiny_recipe, tmp_path, monkeypatch, name, message, capsys):
     monkeypatch.setattr(transformers.integrations.integration_utils, "is_trackio_available", lambda: False)
     assert main([str(tiny_recipe), f"output_dir={tmp_path / 'run'}", f"report_to=[{name}]"]) == 1
     error = capsys.readouterr().err

@@ -65,7 +65,7 @@ def test_weighted_scores_undefined_score_is_named():
         ),
     ],
 )
-def test_wrong_fields_are_one_line_before_anything_is_trained(tiny_recipe, tmp_path, override, message, capsys):
+def test_report_arguments_wrong_field_is_one_line(tiny_recipe, tmp_path, override, message, capsys):
     assert main([str(tiny_recipe), f"output_dir={tmp_path / 'run'}", override]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert message in error and not (tmp_path / "run").exists()
@@ -88,7 +88,7 @@ def selected_run(tiny_recipe, trained_run, tmp_path_factory):
     return run
 
 
-def test_evaluations_hold_scores_and_reports(selected_run):
+def test_report_stage_evaluations_have_scores_and_reports(selected_run):
     results, lines = evaluations(selected_run)
     names = ("bleu_1", "bleu_4", "rouge_l", "cider", "macro_f1_13", "selection", "report_loss", "ot_loss", "loss")
     for step, line in lines.items():
@@ -99,12 +99,12 @@ def test_evaluations_hold_scores_and_reports(selected_run):
     assert results["best"] == {"step": 1, "metric": "0 * macro_f1_13 - 0 * loss", "value": 0.0}
 
 
-def test_the_stage_ends_without_a_new_best(selected_run):
+def test_report_stage_without_a_new_best_stops_early(selected_run):
     results, lines = evaluations(selected_run)
     assert sorted(lines) == [1, 2, 3, 4] and results["steps"] == 4
 
 
-def test_the_best_checkpoint_is_published(selected_run):
+def test_report_stage_publishes_the_best_checkpoint(selected_run):
     report = selected_run / "report"
     # The best and the last are kept, whatever else is saved.
     assert {path.name for path in report.glob("checkpoint-*")} >= {"checkpoint-1", "checkpoint-4"}
@@ -118,7 +118,7 @@ def test_the_best_checkpoint_is_published(selected_run):
         assert torch.allclose(tensor, published[name], atol=1e-6), name
 
 
-def test_batches_of_about_equal_length_in_an_order_of_the_epoch():
+def test_length_sampler_order_depends_on_the_epoch_only():
     lengths = [(37 * position) % 101 for position in range(120)]
     sampler = EpochLengthGroupedSampler(4, lengths, seed=5)
     first = list(sampler)
@@ -152,7 +152,7 @@ def train_report(tiny_recipe, trained_run, run, *overrides):
     return losses(run)
 
 
-def test_grouping_survives_a_resume_in_the_second_epoch(tiny_recipe, trained_run, tmp_path):
+def test_length_sampler_resumed_in_the_second_epoch_equals_unbroken(tiny_recipe, trained_run, tmp_path):
     overrides = ["report.train_sampling_strategy=group_by_length", "report.max_steps=8"]
     unbroken = train_report(tiny_recipe, trained_run, tmp_path / "run", *overrides)
     shutil.rmtree(tmp_path / "run" / "report" / "checkpoint-8")
@@ -161,14 +161,14 @@ def test_grouping_survives_a_resume_in_the_second_epoch(tiny_recipe, trained_run
     assert resumed == pytest.approx(unbroken, abs=1e-5)
 
 
-def test_checkpointed_gradients_are_the_same(tiny_recipe, trained_run, tmp_path):
+def test_gradient_checkpointing_gives_the_same_losses(tiny_recipe, trained_run, tmp_path):
     plain = train_report(tiny_recipe, trained_run, tmp_path / "plain")
     checkpointed = train_report(tiny_recipe, trained_run, tmp_path / "other", "report.gradient_checkpointing=true")
     assert checkpointed == pytest.approx(plain, abs=1e-4)
 
 
 @pytest.mark.slow
-def test_a_compiled_model_trains_alike(tiny_recipe, trained_run, tmp_path):
+def test_torch_compile_gives_the_same_losses(tiny_recipe, trained_run, tmp_path):
     plain = train_report(tiny_recipe, trained_run, tmp_path / "plain", "report.max_steps=2")
     compiled = train_report(
         tiny_recipe, trained_run, tmp_path / "other", "report.max_steps=2", "report.torch_compile=true"
@@ -176,7 +176,7 @@ def test_a_compiled_model_trains_alike(tiny_recipe, trained_run, tmp_path):
     assert compiled == pytest.approx(plain, abs=1e-3)
 
 
-def test_the_recipe_joins_the_model_anew_at_each_stage(tiny_recipe, trained_run, tmp_path):
+def test_load_model_reads_switches_from_the_recipe(tiny_recipe, trained_run, tmp_path):
     overrides = ["model.overrides.fiot=false", "model.overrides.ot_weight=0.3", "report.max_steps=1"]
     train_report(tiny_recipe, trained_run, tmp_path / "run", *overrides)
     model = OTDRGForReportGeneration.from_pretrained(tmp_path / "run" / "model")

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 
 import pytest
+import torch
 import yaml
 from otdrg.train_hf import main
 from otdrg.training.arguments import StageArguments
@@ -72,7 +73,7 @@ def test_stage_registered_by_one_line_is_read_checked_trained_and_published(
     registered, tiny_recipe, tmp_path, capsys, caplog
 ):
     values = yaml.safe_load(tiny_recipe.read_text(encoding="utf-8"))
-    values |= {"stages": ["projector"], "output_dir": str(tmp_path / "run")}
+    values |= {"stages": ["predictor", "projector", "report"], "output_dir": str(tmp_path / "run")}
     values["projector"] = {"max_steps": 2, "per_device_train_batch_size": 4, "scale": 2, "logging_steps": 1}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
@@ -85,7 +86,10 @@ def test_stage_registered_by_one_line_is_read_checked_trained_and_published(
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))["projector"]
     assert (results["steps"], results["scale"]) == (2, 2)
     assert load_recipe(run / "recipe.yaml").projector.scale == 2
-    assert "image_projector.linear.weight" in load_file(run / "projected" / "model.safetensors")
+    before, after = (load_file(run / name / "model.safetensors") for name in ("predictor", "projected"))
+    moved = {name for name in before if name in after and not torch.equal(before[name], after[name])}
+    assert moved and all("projector" in name for name in moved)
+    assert f"stage report: {run / 'report'}, from {run / 'projected'}" in caplog.text
     assert main([str(path), "--resume"]) == 0 and "stage projector is finished" in caplog.text
     assert main([str(path), "--resume", "projector.learning_rate=1"]) == 1
-    assert "stage projector of" in capsys.readouterr().err
+    assert f"stage projector of {run} was trained with another recipe" in capsys.readouterr().err

@@ -71,7 +71,7 @@ def training_losses(run, stage):
     return {line["step"]: line["loss"] for line in results(run)[stage]["log_history"] if "loss" in line}
 
 
-def test_the_predictor_stage_trains_its_own_encoder_from_the_reports(own_run):
+def test_predictor_stage_own_encoder_starts_from_the_reports(own_run):
     recipe = load_recipe(own_run)
     set_seed(recipe.seed)
     model, _ = build_model(recipe.model, ["the lungs are clear ."])
@@ -80,7 +80,7 @@ def test_the_predictor_stage_trains_its_own_encoder_from_the_reports(own_run):
     assert len(moved(given, weights(folder, "finding_vision_tower."))) > 20
 
 
-def test_training_the_reports_encoder_moves_no_logit_of_the_predictor(own_run):
+def test_report_stage_trained_encoder_keeps_predictor_logits(own_run):
     run = own_run.parent / "run"
     assert not moved(weights(run / "predictor", "finding_"), weights(run / "model", "finding_"))
     adapted = moved(weights(run / "predictor", "vision_tower."), weights(run / "model", "vision_tower."))
@@ -99,7 +99,7 @@ def test_training_the_reports_encoder_moves_no_logit_of_the_predictor(own_run):
     assert not torch.allclose(*features, atol=1e-4)
 
 
-def test_a_checkpoint_keeps_its_adapters_and_resumes(own_run, tmp_path):
+def test_report_stage_checkpoint_with_adapters_resumes(own_run, tmp_path):
     run = shutil.copytree(own_run.parent / "run", tmp_path / "run")
     checkpoint = OTDRGForReportGeneration.from_pretrained(run / "report" / "checkpoint-2")
     assert (checkpoint.config.vision_lora, checkpoint.has_lora) == (VISION_LORA, True)
@@ -118,7 +118,7 @@ def test_a_checkpoint_keeps_its_adapters_and_resumes(own_run, tmp_path):
     assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
 
 
-def test_pretraining_by_lora_is_handed_on_to_both_encoders(write_recipe, tmp_path):
+def test_ircp_stage_lora_reaches_both_encoders(write_recipe, tmp_path):
     path = write_recipe(
         tmp_path,
         {"predictor_encoder": "own", "vision_lora": VISION_LORA},
@@ -137,7 +137,7 @@ def test_pretraining_by_lora_is_handed_on_to_both_encoders(write_recipe, tmp_pat
     assert own and all(name.endswith("qkv.weight") for name in own)
 
 
-def test_a_shared_encoder_is_trained_by_lora_for_the_predictor(write_recipe, tmp_path):
+def test_predictor_stage_lora_trains_the_shared_encoder(write_recipe, tmp_path):
     path = write_recipe(
         tmp_path, {"vision_lora": VISION_LORA}, stages=["predictor"], predictor={"vision": "lora", "max_steps": 2}
     )
@@ -149,7 +149,7 @@ def test_a_shared_encoder_is_trained_by_lora_for_the_predictor(write_recipe, tmp
     assert not model.has_lora and not hasattr(model, "finding_vision_tower")
 
 
-def test_frozen_encoders_are_two_of_a_kind_and_features_can_be_kept(write_recipe, tmp_path):
+def test_predictor_stage_frozen_own_encoder_equals_the_reports(write_recipe, tmp_path):
     evaluation = {"split": "validation", "controls": ["shuffled"], "metrics": ["bleu_4"]}
     path = write_recipe(
         tmp_path,
@@ -180,12 +180,12 @@ def test_frozen_encoders_are_two_of_a_kind_and_features_can_be_kept(write_recipe
         ),
     ],
 )
-def test_what_does_not_fit_is_one_line(tiny_recipe, tmp_path, overrides, message, capsys):
+def test_run_recipe_unfit_modes_are_one_line(tiny_recipe, tmp_path, overrides, message, capsys):
     assert main([str(tiny_recipe), f"output_dir={tmp_path / 'run'}", *overrides]) == 1
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_folder_whose_predictor_shares_the_encoder_is_refused(tiny_recipe, trained_run, tmp_path, capsys):
+def test_report_stage_predictor_with_shared_encoder_is_refused(tiny_recipe, trained_run, tmp_path, capsys):
     run = shutil.copytree(trained_run, tmp_path / "run")
     overrides = ["stages=[report]", "report.vision=full", "model.overrides.predictor_encoder=own"]
     assert main([str(tiny_recipe), f"output_dir={run}", *overrides]) == 1

@@ -26,7 +26,7 @@ def copied_run(trained_run, tmp_path):
     return shutil.copytree(trained_run, tmp_path / "run")
 
 
-def test_both_stages_leave_their_folders(trained_run):
+def test_run_recipe_writes_the_folders_of_its_stages(trained_run):
     assert {path.name for path in trained_run.iterdir()} == {
         "features",
         "predictor",
@@ -42,7 +42,7 @@ def test_both_stages_leave_their_folders(trained_run):
     assert load_recipe(trained_run / "recipe.yaml").report.max_steps == 4
 
 
-def test_every_log_line_holds_the_transports_figures(trained_run):
+def test_report_stage_log_lines_have_the_transport_figures(trained_run):
     lines = training_lines(results(trained_run)["report"])
     assert sorted(lines) == [1, 2, 3, 4]
     for line in lines.values():
@@ -54,7 +54,7 @@ def test_every_log_line_holds_the_transports_figures(trained_run):
     assert evaluation["eval_report_loss"] > 0
 
 
-def test_what_is_published_is_whole_and_has_no_adapters(trained_run):
+def test_report_stage_published_model_has_no_adapters(trained_run):
     model = OTDRGForReportGeneration.from_pretrained(trained_run / "model")
     OTDRGProcessor.from_pretrained(trained_run / "model")
     assert model.config.lora is None and not model.has_lora
@@ -62,7 +62,7 @@ def test_what_is_published_is_whole_and_has_no_adapters(trained_run):
     assert model.config.ot_epsilon == 0.05
 
 
-def test_what_is_frozen_stays_as_it_was(trained_run):
+def test_report_stage_frozen_weights_do_not_change(trained_run):
     before = load_file(trained_run / "predictor" / "model.safetensors")
     after = load_file(trained_run / "model" / "model.safetensors")
     for name, weight in before.items():
@@ -72,7 +72,7 @@ def test_what_is_frozen_stays_as_it_was(trained_run):
 
 
 @pytest.mark.parametrize("cached", [True, False], ids=["features", "images"])
-def test_a_stage_reruns_from_the_folder_before(tiny_recipe, copied_run, cached, caplog):
+def test_report_stage_run_again_gives_the_same_losses(tiny_recipe, copied_run, cached, caplog):
     first = training_lines(results(copied_run)["report"])
     overrides = ["stages=[report]", f"report.cache_features={str(cached).lower()}"]
     assert main([str(tiny_recipe), f"output_dir={copied_run}", *overrides]) == 0
@@ -83,7 +83,7 @@ def test_a_stage_reruns_from_the_folder_before(tiny_recipe, copied_run, cached, 
     assert "validation" in results(copied_run)["predictor"]
 
 
-def test_resume_gives_what_an_unbroken_run_gives(tiny_recipe, trained_run, copied_run):
+def test_resume_equals_an_unbroken_run(tiny_recipe, trained_run, copied_run):
     # Killed while writing checkpoint-4: Trainer writes its state last.
     (copied_run / "report" / "finished.json").unlink()
     (copied_run / "report" / "checkpoint-4" / "trainer_state.json").unlink()
@@ -101,7 +101,7 @@ def test_resume_gives_what_an_unbroken_run_gives(tiny_recipe, trained_run, copie
     assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
 
 
-def test_an_unfinished_stage_is_not_run_over(tiny_recipe, copied_run, capsys):
+def test_run_recipe_unfinished_stage_is_not_overwritten(tiny_recipe, copied_run, capsys):
     (copied_run / "report" / "finished.json").unlink()
     arguments = [str(tiny_recipe), f"output_dir={copied_run}", "stages=[report]"]
     assert main(arguments) == 1
@@ -110,7 +110,7 @@ def test_an_unfinished_stage_is_not_run_over(tiny_recipe, copied_run, capsys):
     assert [path.name for path in (copied_run / "report").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tiny_recipe, copied_run, capsys):
+def test_report_stage_non_finite_loss_stops(tiny_recipe, copied_run, capsys):
     shutil.rmtree(copied_run / "report")
     # lambda is 0 in the first step; in the second the loss is beyond float32.
     overrides = ["stages=[report]", "model.overrides.ot_weight=1e41", "report.ot_weight_warmup=1.0"]
@@ -124,7 +124,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_recipe, copied_run, capsys
     assert all(weight.isfinite().all() for weight in load_file(checkpoint / "model.safetensors").values())
 
 
-def test_the_report_stage_needs_a_predictor(tiny_recipe, tmp_path, capsys):
+def test_report_stage_without_predictor_is_refused(tiny_recipe, tmp_path, capsys):
     assert main([str(tiny_recipe), f"output_dir={tmp_path / 'run'}", "stages=[report]"]) == 1
     assert "stage report needs a trained predictor" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -140,6 +140,6 @@ def test_the_report_stage_needs_a_predictor(tiny_recipe, tmp_path, capsys):
         ("studies.limit={test: 3}", "studies.limit names the split test"),
     ],
 )
-def test_what_does_not_fit_is_one_line(tiny_recipe, tmp_path, override, message, capsys):
+def test_run_recipe_unfit_recipe_is_one_line(tiny_recipe, tmp_path, override, message, capsys):
     assert main([str(tiny_recipe), f"output_dir={tmp_path / 'run'}", override]) == 1
     assert message in capsys.readouterr().err.splitlines()[-1]
