@@ -135,9 +135,7 @@ def _run(options: argparse.Namespace) -> None:
         _write(pipe, studies, options, arguments, journal, outcome)
     except KeyboardInterrupt as stop:
         written = f"{outcome.written:,} of {len(studies):,} studies were written"
-        raise type(stop)(
-            written if journal is None else f"{written} to {options.output}; --resume continues"
-        ) from None
+        raise type(stop)(written if journal is None else f"{written} to {options.output}; --resume continues") from None
     if journal is not None:
         existing = f", {kept:,} were there" if options.resume else ""
         counted = f"{outcome.written:,} report{'' if outcome.written == 1 else 's'}"
