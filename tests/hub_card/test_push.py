@@ -339,15 +339,14 @@ def test_push_adapter_backbone_in_another_format_is_refused(push, trained, tmp_p
     arguments = (folder, "org/x", "--adapter", "--dry-run", "--vision-backbone", "base/vision", "--text-backbone")
     done = push(*arguments, "base/text")
     assert done.returncode == 1 and done.stderr.endswith(
-        "an adapter of the text backbone in llm.gguf, not of base/text: --text-backbone ORG/NAME/llm.gguf says where "
-        "on the Hub it is\n"
+        "an adapter of the text backbone as llm.gguf, not of base/text: expected --text-backbone ORG/NAME/llm.gguf\n"
     )
     done = push(*arguments, "base/text/llm.gguf")
     assert done.returncode == 0, done.stderr
 
 
-def test_of_an_adapters_folder_only_the_model_is_pushed(hub, push, backbones_on_hub, trained, tmp_path):
-    """`otdrg evaluate` leaves the reports of studies where the card looks for its results, which may be there."""
+def test_push_adapter_uploads_only_the_models_files(hub, push, backbones_on_hub, trained, tmp_path):
+    """An adapter's folder may hold other files, such as the reports that `otdrg evaluate` writes there."""
     folder = shutil.copytree(trained[2] / "run" / "adapter", tmp_path / "adapter")
     (folder / "notes").mkdir()
     for name in ("notes/predictions.csv", "training_args.bin", "adapter_config.json"):
