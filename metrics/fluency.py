@@ -1,4 +1,9 @@
-"""Fluency of generated reports: BLEU-1..4, METEOR, ROUGE-L and CIDEr (paper, section 4.2), by pycocoevalcap."""
+"""Fluency of generated reports: BLEU-1..4, METEOR, ROUGE-L and CIDEr (paper, section 4.2), by pycocoevalcap.
+
+The strings are scored as they are: clean them first (`otdrg.studies.cleaning.clean_report`). Empty ones count like all
+others. CIDEr weighs n-grams by the references given, so its value belongs to this set of studies; it is 0 for a
+single study.
+"""
 
 from __future__ import annotations
 
@@ -31,43 +36,6 @@ METEOR_NEEDS_JAVA = (
     "METEOR 1.5 runs on Java, and no java is on the PATH: install a Java runtime, 8 or newer "
     "(Debian and Ubuntu: apt-get install default-jre-headless), and score again"
 )
-
-
-def nlg_scores(
-    predictions: Sequence[str], references: Sequence[str], metrics: Sequence[str] = NLG_METRICS
-) -> dict[str, object]:
-    """BLEU-1..4, METEOR, ROUGE-L and CIDEr (paper, section 4.2) of N reports, as pycocoevalcap computes them.
-
-    The strings are taken as they are: clean them first (`otdrg.studies.cleaning.clean_report`). CIDEr weighs n-grams by
-    the references given, so its value belongs to this set of studies; it is 0 for a single study.
-
-    Args:
-        predictions: N generated reports; empty strings are scored like any other.
-        references: N true reports, in the same order.
-        metrics: which of `NLG_METRICS` to compute; "bleu" is short for all four.
-
-    Returns:
-        One float for each metric; `"per_study"`: a list of N floats for each; `"notes"`: `{metric: why it is None}`.
-        METEOR is None when no `java` is on the PATH.
-
-    Raises:
-        ValueError: lengths differ, an unknown metric, or no reference holds a word.
-        TypeError: a report is not a string; the message gives its position.
-        ChildProcessError: Java failed; the message carries what it said, and at which report.
-    """
-    if isinstance(metrics, str):
-        raise ValueError(f"unknown metrics {[metrics]}: expected a list of some of bleu, {', '.join(NLG_METRICS)}")
-    metrics = [name for given in metrics for name in (_BLEU if given == "bleu" else (given,))]
-    unknown = [name for name in metrics if name not in NLG_METRICS]
-    if unknown:
-        raise ValueError(f"unknown metrics {unknown}: expected a list of some of bleu, {', '.join(NLG_METRICS)}")
-    _check(predictions, references)
-    parts = {_BLEU: bleu, ("meteor",): meteor, ("rouge_l",): rouge_l, ("cider",): cider}
-    results = [compute(predictions, references) for names, compute in parts.items() if set(names) & set(metrics)]
-    scores = {name: value for result in results for name, value in result.scores.items() if name in metrics}
-    by_study = {name: values for result in results for name, values in result.per_study.items()}
-    notes = {name: note for result in results for name, note in result.notes.items()}
-    return {**scores, "per_study": {name: by_study.get(name) for name in scores}, "notes": notes}
 
 
 def _check(predictions: Sequence[str], references: Sequence[str]) -> None:
@@ -227,4 +195,4 @@ METEOR = _metric("meteor", ["meteor"], meteor, "meteor", main=[])
 ROUGE_L = _metric("rouge_l", ["rouge_l"], rouge_l, "rouge", main=["rouge_l"])
 CIDER = _metric("cider", ["cider"], cider, "cider", main=["cider"])
 
-__all__ = ["BLEU", "CIDER", "METEOR", "METEOR_NEEDS_JAVA", "NLG_METRICS", "NLG_NAMES", "ROUGE_L", "nlg_scores"]
+__all__ = ["BLEU", "CIDER", "METEOR", "METEOR_NEEDS_JAVA", "NLG_METRICS", "NLG_NAMES", "ROUGE_L"]

@@ -49,9 +49,9 @@ def test_localise_judges_the_pipelines_heatmap(judged, trained_run):
         row = next(csv.DictReader(file))
     phantom = make_phantom(0, int(row["id"].split("-")[2]), 112, ["frontal"])
     assert int(row["id"].split("-")[2]) >= SPLIT_STARTS["test"] and row["state"] == "positive"
-    told = {name: int(state) for name, state in zip(FINDINGS, phantom.states, strict=True)}
+    states = {name: int(state) for name, state in zip(FINDINGS, phantom.states, strict=True)}
     pipe = load_pipeline(str(trained_run))
-    (record,) = pipe(phantom.images[0], findings=told, return_heatmaps=True, max_new_tokens=1)
+    (record,) = pipe(phantom.images[0], findings=states, return_heatmaps=True, max_new_tokens=1)
     heat = upsample_lift(record["heatmaps"][row["finding"]][0], (112, 112))[None]
     mask = phantom.masks[row["finding"]][0][None]
     assert float(row["uniform"]) == pytest.approx(mask.mean(), abs=1e-6)

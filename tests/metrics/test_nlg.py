@@ -224,7 +224,7 @@ def test_nlg_scores_of_chosen_metrics_have_no_others():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((["a"], ["a", "b"]), ValueError, "predictions: 1, references: 2"),
+        ((["a"], ["a", "b"]), ValueError, "'predictions': 1, 'references': 2"),
         ((["a", None], ["a", "b"]), TypeError, r"predictions\[1\] is NoneType"),
         ((["a"], [["a"]]), TypeError, r"references\[0\] is list"),
         ((["a"], [" "]), ValueError, "none of 1 holds a word"),
