@@ -9,28 +9,33 @@ from typing import Any
 from ..evaluation.evaluate import ROWS
 from ..evaluation.report import F1_HEADINGS, difference_table, format_steering
 from ..findings_otdrg import FINDING_DISPLAY_NAMES
-from ..metrics import UNCERTAIN_POLICIES, Interval, PairedDifference
+from ..metrics import METRICS, UNCERTAIN_POLICIES, Interval, PairedDifference, display_name, score_names
 from ..metrics.classification import MINIMUM_INTERVAL_POSITIVES
-from ..metrics.tables import NLG_NAMES, clinical_table, markdown_table, shown_interval, shown_number
+from ..metrics.tables import clinical_table, markdown_table, shown_interval, shown_number
 
-#: F1 scores that the model is compared in with each other row.
-_COMPARED_F1 = {
-    "example_f1_14_uncertain_negative": "example-F1 (14)",
-    "micro_f1_13_uncertain_negative": "micro-F1 (13)",
-    "macro_f1_13_uncertain_negative": "macro-F1 (13)",
-}
+#: Scores that the model is compared in with each other row.
+_COMPARED = (
+    "bleu_4",
+    "meteor",
+    "rouge_l",
+    "cider",
+    "example_f1_14_uncertain_negative",
+    "micro_f1_13_uncertain_negative",
+    "macro_f1_13_uncertain_negative",
+)
 #: Below this number of positive studies, a finding's figures are too uncertain to be used.
 FEW_POSITIVES = 10
 
 
 def score_headings() -> dict[str, str]:
-    """Display names of all scores except clinical efficacy, in the order of the card's columns."""
-    return dict(NLG_NAMES)
+    """Display names of all scores except clinical efficacy, in the order of the registry of metrics."""
+    clinical = METRICS["clinical_efficacy"].scores
+    return {name: display_name(name) for name in score_names() if name not in clinical}
 
 
 def compared_headings() -> dict[str, str]:
     """Display names of the scores that the model is compared in with each other row."""
-    return {name: NLG_NAMES[name] for name in ("bleu_4", "meteor", "rouge_l", "cider")} | _COMPARED_F1
+    return {name: display_name(name) for name in _COMPARED}
 
 
 @dataclass(frozen=True)
