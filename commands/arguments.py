@@ -67,6 +67,27 @@ def reference_tokens(options: argparse.Namespace, cleaning: str) -> int | None:
     return tokens
 
 
+def add_guidance(parser) -> None:
+    """The scale of state guidance ([`check_guidance`] checks it)."""
+    parser.add_argument(
+        "--guidance-scale",
+        type=float,
+        metavar="S",
+        help="2, for example, makes reports state more of the positive findings, at twice the cost (default: model's)",
+    )
+
+
+def check_guidance(options: argparse.Namespace) -> None:
+    """Check the scale of state guidance.
+
+    Raises:
+        ValueError: it is below 1 or not finite.
+    """
+    scale = options.guidance_scale
+    if scale is not None and not 1 <= scale < float("inf"):
+        raise ValueError(f"--guidance-scale is {scale:g}: expected a number of at least 1")
+
+
 def check_least(options: argparse.Namespace, **least: int) -> None:
     """Check that numbers are not below the least that is allowed; None is.
 
@@ -79,4 +100,12 @@ def check_least(options: argparse.Namespace, **least: int) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is {value}: expected {number} or more")
 
 
-__all__ = ["SPLITS", "add_metrics", "add_resamples", "check_least", "reference_tokens"]
+__all__ = [
+    "SPLITS",
+    "add_guidance",
+    "add_metrics",
+    "add_resamples",
+    "check_guidance",
+    "check_least",
+    "reference_tokens",
+]

@@ -106,7 +106,8 @@ class EvaluationFacts:
             return "decoding not recorded"
         beams = "greedy search" if options["num_beams"] == 1 else f"{options['num_beams']} beams"
         prompt = ", with the studies' indication in the prompt" if options.get("indication") else ""
-        return f"{beams}, up to {options['max_new_tokens']} tokens{prompt}"
+        guidance = f", guidance scale {options['guidance_scale']:g}" if options.get("guidance_scale") else ""
+        return f"{beams}, up to {options['max_new_tokens']} tokens{guidance}{prompt}"
 
     def comparison(self, name: str) -> dict[str, list[Difference]]:
         """The model against another row, by [`Difference.place`]."""

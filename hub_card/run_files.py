@@ -123,7 +123,7 @@ def identity(evaluation: dict[str, Any]) -> tuple:
     """What must differ between two evaluations in a card: dataset, split, studies, decoding, scoring."""
     generation = evaluation["generation"]
     names = ("dataset", "split", "studies", "protocol", "tokenizer", "reference_tokens", "cleaning", "labeler")
-    decoding = (generation.get(name) for name in ("num_beams", "max_new_tokens", "indication"))
+    decoding = (generation.get(name) for name in ("num_beams", "max_new_tokens", "guidance_scale", "indication"))
     options = json.dumps(evaluation.get("labeler_options") or {}, sort_keys=True)
     return (*(evaluation.get(name) for name in names), *decoding, options)
 
@@ -135,7 +135,8 @@ def own_evaluation(files: RunFiles) -> dict[str, Any] | None:
         return None
     recipe = files.recipe or {}
     report = recipe.get("report", {})
-    generation = {name: report.get("generation", {}).get(name) for name in ("num_beams", "max_new_tokens")}
+    names = ("num_beams", "max_new_tokens", "guidance_scale")
+    generation = {name: report.get("generation", {}).get(name) for name in names}
     return {
         "dataset": OWN_DATASET,
         "zero_shot": False,
