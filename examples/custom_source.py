@@ -16,7 +16,7 @@ from otdrg.studies.source import SkipStudy, Study, StudyEntry, StudySource, opti
 
 @dataclass
 class TextFileSource(StudySource):
-    """`NAME.png` and `NAME.txt` are a study. Each field is an option."""
+    """Each study is a pair of files, `NAME.png` and `NAME.txt`. Each field of this class is an option."""
 
     name = "text-files"
 
