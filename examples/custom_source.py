@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--output", default="studies", help="folder for the dataset (default: studies)")
     options = parser.parse_args()
     report = prepare_studies("text-files", options.output, folder=options.folder)
-    print(report.format_table() if hasattr(report, "format_table") else report)
+    print(report)
 
 
 if __name__ == "__main__":
