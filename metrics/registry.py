@@ -26,7 +26,7 @@ _POLICY = "_uncertain_negative"
 
 
 def register(metric: Metric) -> None:
-    """Add a metric for this process: `score_reports`, `evaluate_model`, training and the tables then know it.
+    """Add a metric for this process: `score_reports`, `evaluate_model`, selection in training and tables then know it.
 
     Raises:
         ValueError: another metric has its name or one of its scores.
