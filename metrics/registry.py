@@ -42,32 +42,34 @@ def _scores() -> dict[str, Score]:
     return {name: score for metric in METRICS.values() for name, score in metric.scores.items()}
 
 
-def score_names() -> tuple[str, ...]:
-    """Every aggregate score, under the names by which tables, JSON files and `metric_for_best_model` know it."""
-    return tuple(_scores())
+def score_names() -> dict[str, str]:
+    """Every name by which an aggregate score may be given, and the score's full name."""
+    names = list(_scores())
+    return dict(zip(names, names, strict=True)) | {
+        name.removesuffix(_POLICY): name for name in names if name.endswith(_POLICY)
+    }
 
 
 def full_score_name(name: str) -> str:
-    """A score's name; of a clinical score without a policy (`macro_f1_13`), that with unclear states as negative.
+    """The full name of a score that may be given without its policy, such as `macro_f1_13`.
 
     Raises:
         ValueError: there is no such score; the message names the nearest one.
     """
     known = score_names()
-    for full in (name, name + _POLICY):
-        if full in known:
-            return full
-    short = [full.removesuffix(_POLICY) for full in known]
-    raise ValueError(f"unknown score {name!r}: did you mean {difflib.get_close_matches(name, short, 1, 0)[0]!r}?")
+    if name not in known:
+        raise ValueError(f"unknown score {name!r}: did you mean {difflib.get_close_matches(name, known, 1, 0)[0]!r}?")
+    return known[name]
 
 
 def metric_of(score: str) -> Metric:
     """The metric that computes a score."""
-    return next(metric for metric in METRICS.values() if full_score_name(score) in metric.scores)
+    full = full_score_name(score)
+    return next(metric for metric in METRICS.values() if full in metric.scores)
 
 
 def display_name(score: str) -> str:
-    """A score's name in tables; the name itself of what is not a score."""
+    """A score's name in tables; `score` itself if there is no such score."""
     found = _scores().get(score)
     return score if found is None else found.display
 

@@ -18,20 +18,10 @@ from ..inference.model_files import read_config, read_model, read_processor
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from ..runtime.interruptions import is_out_of_memory
+from ..weights_otdrg import QUANTIZATIONS
 from .data import Rows
 from .fields import unknown_key
 from .recipe import ModelRecipe, Recipe
-
-#: `model.quantization` as a word: the fields of `BitsAndBytesConfig` that it stands for.
-QUANTIZATIONS: dict[str, dict[str, Any]] = {
-    "4bit": {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": "bfloat16",
-    },
-    "8bit": {"load_in_8bit": True},
-}
 
 #: What a recipe says of the quantisation of the LLM: a word, or fields of `BitsAndBytesConfig`.
 Quantization = str | dict[str, Any] | None
@@ -287,7 +277,6 @@ def cached_where_frozen(
 
 
 __all__ = [
-    "QUANTIZATIONS",
     "attach_lora",
     "build_model",
     "cached_where_frozen",

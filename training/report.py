@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
@@ -24,11 +23,10 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from ..evaluation.evaluate import evaluate_model
 from ..evaluation.report import format_table, write_predictions
-from ..findings_otdrg import FINDINGS
 from ..inference.features import CachedStudies
 from ..inference.model_files import read_config
 from ..labelers.as_typed import labeler_of
-from ..metrics import NLG_METRICS, clinical_efficacy_scores
+from ..metrics import NLG_METRICS, metric_of, score_names
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from .arguments import StageArguments
@@ -50,9 +48,6 @@ VALIDATION_SCORES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider",
 
 #: Decoding of generated reports; a recipe's `report.generation` is merged into it.
 GENERATION = {"num_beams": 3, "max_new_tokens": 120}
-
-#: The policy of a clinical score that is named without one: macro_f1_13 is macro_f1_13_uncertain_negative.
-_POLICY = "uncertain_negative"
 
 
 # --- the section of the recipe ---------------------------------------------------------------------------------------
@@ -283,7 +278,7 @@ class ReportStage(Stage):
         check_positions(recipe, model.config.text_config)
 
     def score_names(self) -> Collection[str]:
-        return score_names()
+        return [name for name, score in score_names().items() if metric_of(score).default]
 
 
 def check_positions(recipe: Recipe, text_config: PreTrainedConfig) -> None:
@@ -359,7 +354,7 @@ class Validation:
         """`VALIDATION_SCORES` and the scores of `metric_for_best_model`; every process must call it."""
         section = self.recipe.report
         known = score_names()
-        wanted = [name for name in (*VALIDATION_SCORES, *section.best.weights) if name in known]
+        wanted = {name: known[name] for name in (*VALIDATION_SCORES, *section.best.weights) if name in known}
         rows = self.studies.select(range(min(section.max_eval_samples or len(self.studies), len(self.studies))))
         evaluation = evaluate_model(
             self.model,
@@ -369,22 +364,14 @@ class Validation:
             generation={**section.generation, "num_beams": section.generation_num_beams},
             controls=(),
             labeler=section.evaluation.labeler,
-            metrics=[name for name in NLG_METRICS if name in wanted],
+            metrics=wanted.values(),
             seed=self.recipe.seed,
             indication=section.indication,
         )
         if PartialState().is_main_process:
             write_predictions(evaluation, self.folder / "validation" / f"step-{step:06d}.csv")
         found = evaluation.rows["model"].scores
-        return {name: found[known[name]] for name in wanted}
-
-
-def score_names() -> dict[str, str]:
-    """The scores of generated reports, and the names that the metrics have for them."""
-    blank = np.zeros((1, len(FINDINGS)), dtype=int)
-    clinical = [name for name, value in clinical_efficacy_scores(blank, blank).items() if isinstance(value, float)]
-    short = {name.removesuffix(f"_{_POLICY}"): name for name in clinical if name.endswith(_POLICY)}
-    return {**{name: name for name in (*NLG_METRICS, *clinical)}, **short}
+        return {name: found[score] for name, score in wanted.items()}
 
 
 def save_adapter(model: OTDRGForReportGeneration, processor: OTDRGProcessor, recipe: Recipe, folder: Path) -> None:

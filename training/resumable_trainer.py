@@ -1,6 +1,7 @@
 """A Trainer that continues from a checkpoint exactly as it would have continued without a break.
 
-Only this module overrides or calls private methods of transformers' Trainer, which have no public counterpart:
+This module overrides or calls private methods of transformers' Trainer, which have no public counterpart. Outside it,
+only `StageTrainer.prediction_step` calls one, `_prepare_inputs`, as the method it overrides does.
 
 - `_run_epoch` and `_finalize_training`: transformers writes a checkpoint that is due within an epoch before it
   evaluates at the epoch's end. A run that is killed in between and resumed would lose that evaluation, would train one
@@ -10,6 +11,8 @@ Only this module overrides or calls private methods of transformers' Trainer, wh
 - `_save`: a checkpoint must have the names that weights have in memory, and leaves out what does not change.
 - `_issue_warnings_after_load`: a checkpoint that leaves out weights which do not change is loaded with a warning, and a
   checkpoint that does not fit is loaded with a warning too.
+
+`_load_rng_state`, `_maybe_log_save_evaluate` and `_tr_loss` are used by the first two.
 
 If one of them changes, `tests/training/test_resumable_trainer.py` fails.
 """

@@ -109,13 +109,14 @@ class StageTrainer(ResumableTrainer):
             for part in self.frozen:
                 part.eval()
         outputs = model(**self._with_finding_text(inputs))
-        if training and num_items_in_batch is not None:
+        counts_tokens = training and num_items_in_batch is not None
+        if counts_tokens:
             self._weigh_by_tokens(outputs, inputs["labels"], num_items_in_batch)
         if training:
             self.loss_callback.observe(outputs)
         loss = outputs["loss"]
-        if training and num_items_in_batch is not None:
-            # Left to the loss by transformers if the loss takes the number of tokens.
+        if counts_tokens:
+            # transformers leaves this division to a loss that takes the number of tokens.
             loss = loss / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
