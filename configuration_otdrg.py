@@ -142,8 +142,8 @@ class OTDRGConfig(PreTrainedConfig):
     #: so list a new field here if it does not change the features.
     _NOT_IN_VIEW_FEATURES = frozenset(
         {
-            *("text_config", "text_backbone", "vision_backbone", "lora", "view_fusion", "projection_norm", "dle", "fiot"),
-            *("label_encoder", "label_encoder_config", "label_encoder_token_ids", "label_encoder_size"),
+            *("text_config", "text_backbone", "vision_backbone", "lora", "view_fusion", "projection_norm", "dle"),
+            *("fiot", "label_encoder", "label_encoder_config", "label_encoder_token_ids", "label_encoder_size"),
             *("ot_epsilon", "ot_max_iterations", "ot_tolerance", "ot_cost_normalization", "ot_labels", "ot_gradient"),
             *("ot_weight", "ot_contrastive_weight", "ot_contrastive_temperature", "focal_gamma", "focal_reduction"),
             *("predictor_dropout", "predicted_state_ratio", "finding_thresholds", "finding_text", "prompt"),

@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> None:
             show(f"{_evaluate(options, output)}\n\n{output}")
         except KeyboardInterrupt as stop:
             reports = output / "reports"
-            kept = f"reports are kept in {reports}; the same command goes on" if reports.is_dir() else None
+            kept = f"reports are kept in {reports}; the same command continues" if reports.is_dir() else None
             raise type(stop)(kept or "nothing was written") from stop
 
 
