@@ -97,11 +97,10 @@ def _evaluate(options: argparse.Namespace, output: Path) -> str:
     # Imported after the checks, because it takes seconds.
     from ..evaluation.published import evaluate_published
     from ..training.data import describe_studies
-    from ..training.evaluation_studies import evaluation_studies, run_folder
-    from ..training.recipe import load_recipe
+    from ..training.evaluation_studies import evaluation_studies
+    from ..training.recipe import find_run, published_recipe
 
-    folder = run_folder(options.model)
-    own = None if folder is None else load_recipe(folder / "recipe.yaml")
+    folder, own = find_run(options.model), published_recipe(options.model)
     studies = evaluation_studies(
         options.dataset, options.split, own, options.train_from, options.cleaning, options.labeler, labeler_options
     )

@@ -45,13 +45,13 @@ class Row(NamedTuple):
 
     Args:
         reports: N texts, as they are compared with the references.
-        finding_states: (N, 14) states the labeler reads in `uncleaned`.
+        report_states: (N, 14) states the labeler reads in `uncleaned`.
         found: the scores.
         uncleaned: N texts before cleaning.
     """
 
     reports: list[str]
-    finding_states: np.ndarray
+    report_states: np.ndarray
     found: ReportScores
     uncleaned: list[str]
 
@@ -316,7 +316,7 @@ def _add_true_states(
 def _notes_on_states(evaluation: Evaluation) -> list[str]:
     """Reports in which the labeler reads nothing, and the highest example-F1 these studies allow."""
     read = {"true reports": evaluation.true_states}
-    read |= {f"reports, {ROWS[name]}": row.finding_states for name, row in evaluation.rows.items()}
+    read |= {f"reports, {ROWS[name]}": row.report_states for name, row in evaluation.rows.items()}
     blank = {name: int((states == UNMENTIONED).all(axis=1).sum()) for name, states in read.items()}
     notes = [f"the labeler reads no state in {n} of {len(evaluation.ids)} {name}" for name, n in blank.items() if n]
     return [*notes, *filter(None, [example_ceiling(evaluation.true_states)])]

@@ -226,7 +226,7 @@ def _upload(section: StageArguments, folder: Path) -> None:
         )
     except Exception as error:  # the network, the Hub or its permissions fail in many ways
         raise ValueError(
-            f"{section.name('push_to_hub')}: the model is trained, but {folder} could not be uploaded to "
+            f"{section.place}.push_to_hub: the model is trained, but {folder} could not be uploaded to "
             f"{section.hub_model_id} ({' '.join(str(error).split())}): otdrg push uploads it"
         ) from error
     logger.info("uploaded %s to %s; otdrg push also writes a model card", folder, url)

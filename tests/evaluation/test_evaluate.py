@@ -228,7 +228,7 @@ def test_evaluation_reads_states_of_generated_reports_before_cleaning(model, pro
     row = evaluation.rows["model"]
     plain = evaluate_model(model, processor, studies, *arguments, metrics=["bleu_1"]).rows["model"]
     assert row.reports == ["x ."] * len(studies) and row.uncleaned == plain.reports
-    assert (row.finding_states == plain.finding_states).all()
+    assert (row.report_states == plain.report_states).all()
 
 
 def test_evaluation_has_one_constant_per_score(evaluation, training):

@@ -72,7 +72,7 @@ def finish(run, references, right):
         ids=[f"study-{position}" for position in range(60)],
         references=references,
         uncleaned_references=references,
-        true_states=scored(true, true).finding_states,
+        true_states=scored(true, true).report_states,
         finding_states=np.zeros((60, len(FINDINGS)), int),
         labeler="rules",
         rows={"model": scored(reports, true), "shuffled": scored(reports[::-1], true)},
