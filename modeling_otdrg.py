@@ -329,7 +329,8 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
         report_only: bool = False,
         **kwargs,
     ) -> OTDRGOutput:
-        r"""
+        r"""Losses, logits and transport plan of a batch of studies.
+
         Args:
             input_ids, attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
                 The processor's prompt, its label text written out by [`expand_finding_text`]. Without it only the
@@ -787,7 +788,7 @@ def _vision_feature_size(vision_tower: PreTrainedModel) -> int:
 
 
 def _unflatten_views(features: torch.Tensor, view_mask: torch.Tensor) -> torch.Tensor:
-    """Features (A, ...) of the existing views as (B, V, ...), 0 where there is none."""
+    """Features (A, ...) of the A existing views as (B, V, ...), 0 where there is no view."""
     unflattened = features.new_zeros(*view_mask.shape, *features.shape[1:])
     unflattened[view_mask] = features
     return unflattened

@@ -17,7 +17,7 @@ from ..metrics.classification import finding_metrics, fit_thresholds, format_met
 from ..modeling_otdrg import OTDRGForReportGeneration
 from .arguments import StageArguments
 from .callbacks import LossCallback
-from .data import StudySplits, known_states
+from .data import Rows, StudySplits, known_states
 from .fields import Bounds, option
 from .model import attach_lora, cached_where_frozen, set_trained_parts
 from .recipe import Recipe
@@ -96,7 +96,7 @@ class PredictorStage(Stage):
         return model, results
 
 
-def predictor_trainer(run: StageRun, validation) -> tuple[StageTrainer, Any]:
+def predictor_trainer(run: StageRun, validation: Rows | None) -> tuple[StageTrainer, Rows | None]:
     """The Trainer of the stage, and the validation studies as it reads them."""
     recipe, section, model = run.recipe, run.recipe.predictor, run.model
     own = model.config.predictor_encoder == "own"
