@@ -273,7 +273,7 @@ class OTDRGConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
-        """The content of a `config.json`, as in `PreTrainedConfig`, but a missing file is an error."""
+        """The content of a `config.json`, as in `PreTrainedConfig`, but a missing file is an `OSError`."""
         content, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not content.get("model_type"):
             place = place_of(pretrained_model_name_or_path, kwargs)

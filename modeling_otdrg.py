@@ -545,6 +545,7 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
 
     @staticmethod
     def _view_mask(views: torch.Tensor, view_mask: torch.Tensor | None) -> torch.Tensor:
+        """`view_mask` (B, V) of `views` (B, V, ...), all true if it is None; checks that each study has a view."""
         if view_mask is None:
             return torch.ones(views.shape[:2], dtype=torch.bool, device=views.device)
         if view_mask.shape != views.shape[:2]:

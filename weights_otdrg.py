@@ -165,6 +165,7 @@ class OTDRGPreTrainedModel(PreTrainedModel):
         self._inject_lora()
 
     def _inject_lora(self, **changes) -> None:
+        """Attach LoRA to the parts that have none; `changes` replace fields of the `LoraConfig`."""
         for field, parts in (("lora", (self.language_model,)), ("vision_lora", self.vision_towers)):
             fields = getattr(self.config, field)
             if fields is None:
@@ -286,6 +287,7 @@ class OTDRGPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _from_adapter(cls, source, stated: dict, files: dict, hub: dict, *model_args, config=None, **kwargs):
+        """The model of an adapter: the weights of its backbones, then those of its own `files`, then LoRA."""
         kwargs.pop("use_safetensors", None)
         kwargs.pop("variant", None)
         if not isinstance(config, PreTrainedConfig):

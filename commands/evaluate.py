@@ -91,6 +91,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace, output: Path) -> str:
+    """Read the studies, generate and score; returns the content of evaluation.md."""
     labeler_options = parse_options(options.option)
     labeler_of(options.labeler, labeler_options)
 

@@ -173,6 +173,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _studies(options: argparse.Namespace, findings: dict[str, str]) -> list[ListedStudy]:
+    """The studies that were typed, listed in a file, or prepared in a folder."""
     if options.study:
         return typed_studies(options.study, options.indication, findings)
     if options.studies != "-" and Path(options.studies).is_dir():

@@ -235,6 +235,7 @@ _VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)(?::-([^}]*))?\}")
 
 
 def _expand(value: Any, where: tuple[str, ...]) -> Any:
+    """A value with environment variables in place of `${NAME}`; `where` has the names of its sections and its own."""
     if isinstance(value, dict):
         return {key: _expand(item, (*where, str(key))) for key, item in value.items()}
     if isinstance(value, list):
@@ -254,6 +255,7 @@ def _expand(value: Any, where: tuple[str, ...]) -> Any:
 
 
 def _apply(override: str, values: dict) -> None:
+    """Set the field that an override names; changes `values`."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ValueError(f"override {override!r}: expected section.field=value, such as report.max_steps=20")

@@ -259,7 +259,7 @@ class ReportStage(Stage):
             check_positions(recipe, config.text_config)
 
     def check_start(self, recipe: Recipe, pending: Collection[str]) -> None:
-        """The stage reads a folder in which the predictor has been trained, on the encoder of the recipe."""
+        """Raise `ValueError` unless the predictor is or will be trained, on the encoder that the recipe has."""
         if "predictor" in pending or not recipe.model.overrides.get("dle", True):
             return
         folder = Path(recipe.output_dir) / "predictor"

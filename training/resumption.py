@@ -273,6 +273,7 @@ def _stage_defaults() -> dict[str, Any]:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by `section.field`, without empty ones."""
     flat = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:

@@ -79,6 +79,7 @@ class StageTrainer(ResumableTrainer):
             self.data_collator = train_collator
 
     def create_optimizer(self, model=None):
+        """Trainer's optimizer; with `vision_learning_rate`, vision encoders have a learning rate of their own."""
         if self.args.vision_learning_rate is None:
             return super().create_optimizer(model)
         if self.optimizer is None:
@@ -101,6 +102,7 @@ class StageTrainer(ResumableTrainer):
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss of a batch; while training, frozen parts stay in evaluation mode and figures are collected."""
         training = model.training
         if training:
             if not self._checked:
@@ -197,6 +199,7 @@ class StageTrainer(ResumableTrainer):
         return output
 
     def log(self, logs, start_time=None):
+        """Add the figures' means, lambda, epsilon and the value of `metric_for_best_model` to a log line."""
         if "loss" in logs:
             logs.update(self.loss_callback.figures())
             if "ot_loss" in logs and self.model.config.fiot:
@@ -215,7 +218,7 @@ class StageTrainer(ResumableTrainer):
 
     def write_checkpoint(self, folder, state_dict):
         if self._llm_is_quantized():
-            # Its weights are those the stage began with.
+            # Leave out the LLM's packed weights, which are those the stage began with.
             weights = self.model.state_dict()
             state_dict = {name: weight for name, weight in weights.items() if not self._is_left_out(name)}
         # Trainer loads a checkpoint by the names weights have in memory. In their original names those of a trained
@@ -238,6 +241,7 @@ class StageTrainer(ResumableTrainer):
 
         Raises:
             NonFiniteLossError: names the step and the last complete checkpoint.
+            ValueError: a quantised LLM would be sharded.
         """
         if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             if self._llm_is_quantized():
