@@ -145,13 +145,13 @@ def _run_stages(recipe: Recipe, state: PartialState, resume: bool, overwrite: bo
 
 @dataclass
 class _Run:
-    """The stages that are trained now. `folder` is the folder of the stage that is being trained."""
+    """The stages that are trained now. `data` is the studies' fingerprint, `folder` that of the stage being trained."""
 
     recipe: Recipe
     state: PartialState
     pending: list[str]
     studies: StudySplits
-    fingerprint: dict[str, Any]
+    data: dict[str, Any]
     record: RunRecord
     results: dict[str, Any]
 
@@ -174,7 +174,7 @@ class _Run:
             if position == 0:
                 check_model(self.recipe, stage.model, self.pending)
             if self.state.is_main_process:
-                start = stage_start(self.recipe, self.fingerprint, self.state.num_processes, previous)
+                start = stage_start(self.recipe, self.data, self.state.num_processes, previous)
                 write_json(self.folder / STARTED, start)
             self._train_stage(name, stage)
             previous = name
