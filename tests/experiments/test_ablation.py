@@ -362,7 +362,7 @@ def test_ablate_failed_run_is_reported_and_others_continue(recipe, references, t
             "report.evaluation.split=test",
             "report.evaluation.split='test': expected one of the splits there are, train, validation",
         ),
-        ("model.overrides.lora.r=0", "expected an r from 1 to 4,096"),
+        ("model.overrides.lora.r=0", "expected an integer from 1 to 4,096"),
     ],
 )
 def test_ablate_wrong_recipe_starts_no_run(recipe, tmp_path, capsys, override, message):
