@@ -24,9 +24,7 @@ if find_spec("transformers.image_processing_backends") is not None:
     from transformers import ViTImageProcessor
 else:
     # Earlier versions have a slow and a fast one whose pixels differ slightly, and reload a folder as the fast one.
-    from transformers.models.vit.image_processing_vit_fast import (
-        ViTImageProcessorFast as ViTImageProcessor,
-    )
+    from transformers.models.vit.image_processing_vit_fast import ViTImageProcessorFast as ViTImageProcessor
 
 from .chat_templates_otdrg import check_chat_template
 from .configuration_otdrg import (

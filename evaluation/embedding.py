@@ -20,7 +20,7 @@ from ..files_otdrg import write_json
 from ..findings_otdrg import FINDINGS, POSITIVE
 from ..inference.features import encode_batches
 from ..metrics.significance import resample_weights
-from ..metrics.tables import markdown_table, shown_bounds
+from ..metrics.tables import markdown_table
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from ..runtime.csv_files import write_csv
@@ -154,7 +154,7 @@ def separation(
             "silhouette": float(values.mean()),
             **_interval(drawn @ values),
             "chance": {"silhouette": float(np.mean(chance)), **_interval(chance)},
-            "findings": {one: float(values[groups == one].mean()) for one in FINDINGS if one in findings},
+            "findings": {name: float(values[groups == name].mean()) for name in FINDINGS if name in findings},
             "studies": values.tolist(),
         }
     difference = np.subtract(result["after"]["studies"], result["before"]["studies"])
@@ -259,16 +259,18 @@ def _format_embedding(result: Mapping[str, Any]) -> str:
     rows = []
     for space in _SPACES:
         found = result[space]
-        rows.append(
-            [f"{space} alignment", f"{found['silhouette']:.3f}", shown_bounds(found), shown_bounds(found["chance"])]
-        )
+        rows.append([f"{space} alignment", f"{found['silhouette']:.3f}", _bounds(found), _bounds(found["chance"])])
     difference = result["difference"]
-    rows.append(["difference", f"{difference['silhouette']:+.3f}", shown_bounds(difference), ""])
+    rows.append(["difference", f"{difference['silhouette']:+.3f}", _bounds(difference), ""])
     table = markdown_table(["image features", "silhouette, cosine", "95 % interval", "findings permuted"], rows)
     verdict = "The difference of the silhouettes may be chance."
     if difference["low"] > 0 or difference["high"] < 0:
         verdict = f"Findings are {'farther apart' if difference['low'] > 0 else 'closer together'} after alignment."
     return f"{facts}\n\n{table}\n\n{verdict}"
+
+
+def _bounds(row: Mapping[str, float]) -> str:
+    return f"{row['low']:.3f} to {row['high']:.3f}"
 
 
 __all__ = [

@@ -42,24 +42,23 @@ def _scores() -> dict[str, Score]:
     return {name: score for metric in METRICS.values() for name, score in metric.scores.items()}
 
 
-def score_names() -> dict[str, str]:
-    """Every name by which an aggregate score may be given, and the score's full name."""
-    names = list(_scores())
-    return dict(zip(names, names, strict=True)) | {
-        name.removesuffix(_POLICY): name for name in names if name.endswith(_POLICY)
-    }
+def score_names() -> tuple[str, ...]:
+    """All names of aggregate scores that can select a checkpoint, short ones included ([`full_score_name`])."""
+    full = tuple(_scores())
+    return *full, *(name.removesuffix(_POLICY) for name in full if name.endswith(_POLICY))
 
 
 def full_score_name(name: str) -> str:
-    """The full name of a score that may be given without its policy, such as `macro_f1_13`.
+    """A score's name; of a clinical score without a policy (`macro_f1_13`), that with unclear states as negative.
 
     Raises:
         ValueError: there is no such score; the message names the nearest one.
     """
-    known = score_names()
-    if name not in known:
-        raise ValueError(f"unknown score {name!r}: did you mean {difflib.get_close_matches(name, known, 1, 0)[0]!r}?")
-    return known[name]
+    for full in (name, name + _POLICY):
+        if full in _scores():
+            return full
+    nearest = difflib.get_close_matches(name, score_names(), 1, 0)[0]
+    raise ValueError(f"unknown score {name!r}: did you mean {nearest!r}?")
 
 
 def metric_of(score: str) -> Metric:

@@ -88,7 +88,7 @@ def shown_interval(interval: Interval | PairedDifference | Comparison | None) ->
 
 
 def shown_bounds(row: Mapping[str, float | None]) -> str:
-    """[`shown_interval`] of a mapping with `low` and `high`; a dash where they are None."""
+    """[`shown_interval`] of a JSON object with `low` and `high`."""
     return "–" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
 
 

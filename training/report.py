@@ -26,7 +26,7 @@ from ..evaluation.report import format_table, write_predictions
 from ..inference.features import CachedStudies
 from ..inference.model_files import read_config
 from ..labelers.as_typed import labeler_of
-from ..metrics import NLG_METRICS, metric_of, score_names
+from ..metrics import NLG_METRICS, full_score_name, metric_of, score_names
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from .arguments import StageArguments
@@ -286,7 +286,7 @@ class ReportStage(Stage):
         check_positions(recipe, model.config.text_config)
 
     def score_names(self) -> Collection[str]:
-        return [name for name, score in score_names().items() if metric_of(score).default]
+        return [name for name in score_names() if metric_of(name).default]
 
 
 def check_positions(recipe: Recipe, text_config: PreTrainedConfig) -> None:
@@ -362,7 +362,7 @@ class Validation:
         """`VALIDATION_SCORES` and the scores of `metric_for_best_model`; every process must call it."""
         section = self.recipe.report
         known = score_names()
-        wanted = {name: known[name] for name in (*VALIDATION_SCORES, *section.best.weights) if name in known}
+        wanted = {name: full_score_name(name) for name in (*VALIDATION_SCORES, *section.best.weights) if name in known}
         rows = self.studies.select(range(min(section.max_eval_samples or len(self.studies), len(self.studies))))
         evaluation = evaluate_model(
             self.model,

@@ -1,7 +1,6 @@
 """A Trainer that continues from a checkpoint exactly as it would have continued without a break.
 
-This module overrides or calls private methods of transformers' Trainer, which have no public counterpart. Outside it,
-only `StageTrainer.prediction_step` calls one, `_prepare_inputs`, as the method it overrides does.
+Only this module overrides or calls private methods of transformers' Trainer, which have no public counterpart:
 
 - `_run_epoch` and `_finalize_training`: transformers writes a checkpoint that is due within an epoch before it
   evaluates at the epoch's end. A run that is killed in between and resumed would lose that evaluation, would train one
