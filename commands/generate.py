@@ -15,7 +15,7 @@ from ..runtime.interruptions import fault_of_study
 from ..runtime.journal import Journal
 from ..runtime.output_lock import OutputLock
 from ..runtime.printable import one_line, printable
-from .arguments import add_guidance, check_guidance
+from .arguments import add_guidance, check_guidance, check_least
 from .terminal import format_record, terminal_width, wants_colour
 
 DESCRIPTION = """\
@@ -107,6 +107,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    """Load the model, and write or print the reports."""
     findings = typed_findings(options.findings)
     studies = _studies(options, findings)
 
@@ -152,10 +153,8 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name in ("num_beams", "max_new_tokens", "batch_size"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}: expected 1 or more")
+    """Check what was typed; raises `ValueError`, or `ImportError` for a missing package."""
+    check_least(options, num_beams=1, max_new_tokens=1, batch_size=1)
     check_guidance(options)
     if options.output is None and (options.resume or options.overwrite):
         raise ValueError(f"--{'resume' if options.resume else 'overwrite'} goes with --output: expected both")
@@ -178,6 +177,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _studies(options: argparse.Namespace, findings: dict[str, str]) -> list[ListedStudy]:
+    """The studies that were typed, listed in a file, or prepared in a folder."""
     if options.study:
         return typed_studies(options.study, options.indication, findings)
     if options.studies != "-" and Path(options.studies).is_dir():
