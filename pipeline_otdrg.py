@@ -48,7 +48,7 @@ class ReportGenerationPipeline(Pipeline):
     - `heatmaps` (`dict`, with `return_heatmaps=True`): for each of the 14, an array (views, rows, columns) of the
       transport plan over the grid of image tokens, as a multiple of the uniform plan's mass;
     - `contradictions` (`list`, with `return_contradictions=True`): findings whose state in the report differs from the
-      one that conditioned the LLM (No Finding is not compared), as `{"finding", "told", "said", "kind"}` with both
+      one that conditioned the LLM (No Finding is not compared), as `{"finding", "given", "said", "kind"}` with both
       states. The kind is `"contradicted"` (both mention it, in different states), `"omitted"` (the report does not
       mention it) or `"added"` (only the report mentions it). The report is read by the labeler `rules` of the package
       `otdrg`, which must be installed for this.

@@ -78,7 +78,7 @@ def format_record(record: dict[str, Any], width: int, colour: bool = False) -> s
     blocks.append("\n".join(rows))
     if disagreements:
         lines = (
-            f"! {FINDING_DISPLAY_NAMES[name]}: conditioned on {one['told']}, {_said(one)}"
+            f"! {FINDING_DISPLAY_NAMES[name]}: conditioned on {one['given']}, {_said(one)}"
             for name, one in disagreements.items()
         )
         blocks.append(paint("\n".join(_wrapped(line, width, "  ", "    ") for line in lines), _DISAGREEMENT))

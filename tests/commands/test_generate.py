@@ -63,10 +63,10 @@ def test_generate_json_equals_the_pipeline(generate, model, processor, paths, tm
     assert status == 0 and error == ""
     pipe = ReportGenerationPipeline(model=model, processor=processor)
     for record, study in zip(rows_of(shown), (paths[:1], paths[1:]), strict=True):
-        told = {"edema": "positive", "pleural_effusion": "unclear"}
-        expected = pipe([study], findings=told, indication="cough", num_beams=1, max_new_tokens=6)[0][0]
+        given = {"edema": "positive", "pleural_effusion": "unclear"}
+        expected = pipe([study], findings=given, indication="cough", num_beams=1, max_new_tokens=6)[0][0]
         assert record["id"] == " + ".join(study) and record["images"] == study
-        assert (record["indication"], record["steered"]) == ("cough", told)
+        assert (record["indication"], record["steered"]) == ("cough", given)
         assert record["report"] == expected["generated_text"]
         for name in FINDINGS:
             assert record["findings"][name]["state"] == expected["findings"][name]["state"]
@@ -124,7 +124,7 @@ def test_generate_wrong_model_or_image_is_one_line(generate, paths, tmp_path, mo
     note = tmp_path / "note.png"
     note.write_text("not an image")
     monkeypatch.setattr("otdrg.inference.loading.load_published", None)
-    # Told of before the model is loaded.
+    # Printed before the model is loaded.
     status, shown, error = generate("--study", paths[0], "--study", note)
     assert status == 1 and shown == ""
     one_line(error, f"{note}: not an image")
@@ -184,8 +184,8 @@ def test_generate_unreadable_study_is_skipped_and_named(generate, paths, tmp_pat
     status, shown, error = generate("--studies", tmp_path / "list", "--json", "--batch-size", "2")
     assert status == 1
     assert [row["id"] for row in rows_of(shown)] == [paths[0], paths[2]]
-    told, last = error.splitlines()
-    assert told == "left out: nowhere.png: cannot be read (No such file or directory)"
+    fault, last = error.splitlines()
+    assert fault == "left out: nowhere.png: cannot be read (No such file or directory)"
     assert last.startswith("otdrg generate: error: 1 of 3 studies were left out, for the reasons above")
 
 

@@ -395,5 +395,5 @@ def test_label_signal_reports_what_is_kept(built, monkeypatch, capsys, stop, sta
     monkeypatch.setattr("otdrg.labelers.labelling._copy_rest", stopped)
     assert main(["label", str(built)]) == status
     error = capsys.readouterr().err.splitlines()[-1]
-    told = "terminated (SIGTERM)" if stop is Terminated else "interrupted"
-    assert error.startswith(f"otdrg label: {told}; 4 complete shards are kept in {built}.partial; --resume continues")
+    ended = "terminated (SIGTERM)" if stop is Terminated else "interrupted"
+    assert error.startswith(f"otdrg label: {ended}; 4 complete shards are kept in {built}.partial; --resume continues")

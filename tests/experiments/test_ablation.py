@@ -380,8 +380,8 @@ def test_ablate_failure_before_training_starts_no_other_run(recipe, tmp_path):
     train_runs(plan.runs)
     assert "no model can be made of them" in plan.runs[0].error
     first = plan.runs[0].name
-    told = (f"not started: {first} failed before its training began", f"{first}: ")
-    assert all(run.error.startswith(told) for run in plan.runs[1:])
+    expected = (f"not started: {first} failed before its training began", f"{first}: ")
+    assert all(run.error.startswith(expected) for run in plan.runs[1:])
     assert not any(run.log.exists() for run in plan.runs[1:])
 
 
@@ -415,7 +415,7 @@ def test_ablate_interrupted_stops_its_processes(recipe, tmp_path, how):
         command,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        # A shell's background jobs, and what they start, ignore Ctrl-C unless told otherwise.
+        # A shell's background jobs, and what they start, ignore Ctrl-C by default.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 120

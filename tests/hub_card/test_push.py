@@ -485,7 +485,7 @@ def test_pushed_model_interrupted_download_is_continued(hub, pushed, load, tmp_p
 
 
 def test_pushed_model_damaged_weights_are_refused(hub, pushed, load, tmp_path):
-    """The client takes them; the configuration tells of their SHA-256."""
+    """The client accepts them; the configuration has their SHA-256."""
     weights = bytearray(hub.repos["models", "org/otdrg"].files["model.safetensors"])
     weights[-1] ^= 1
     hub.disturb("GET", "^/storage/", content=bytes(weights))

@@ -322,7 +322,7 @@ def test_chexbert_vocabulary_alone_is_accepted(labeler, save, weights, write_voc
 
 @pytest.mark.parametrize("words", [WORDS[:-1], [*WORDS, "more"]])
 def test_chexbert_other_vocabulary_is_refused(save, weights, write_vocabulary, words):
-    """BERT's cased one has fewer tokens than the uncased one: nothing else would tell."""
+    """BERT's cased vocabulary has fewer tokens than the uncased one; nothing else differs."""
     with pytest.raises(ValueError, match=rf"has {5 + len(words)} tokens, .* knows 21: expected its own"):
         load_labeler("chexbert", checkpoint=save(weights), tokenizer=write_vocabulary(*words), attention_heads=4)
 
