@@ -119,14 +119,14 @@ def read_view(view, max_pixels: int = MAX_PIXELS, name: str | None = None) -> Im
         raise ValueError(f"{name}: cannot be read ({_line(error)})") from error
 
 
-def read_file(path: str, max_pixels: int = MAX_PIXELS) -> bytes:
-    """The bytes of an image file, if it is not larger than an image of `max_pixels` can be.
+def read_file(path: str) -> bytes:
+    """The bytes of an image file, if it is not larger than an image of `MAX_PIXELS` can be.
 
     Raises:
         ValueError: it cannot be read, is larger, or is not a regular file; one line, begins with the path.
     """
     try:
-        return _file_bytes(path, _most_bytes(max_pixels))
+        return _file_bytes(path, _most_bytes(MAX_PIXELS))
     except _Refusal as error:
         raise ValueError(f"{shown_name(path)}: {error}") from error
 
@@ -149,7 +149,7 @@ def is_dicom(data: bytes, name: str = "") -> bool:
     return data[128:132] == b"DICM" or path.lower().endswith(_DICOM_NAMES)
 
 
-def reads_alike(path: str, max_pixels: int = MAX_PIXELS) -> bool:
+def reads_alike(path: str) -> bool:
     """Whether Pillow alone reads the same picture from a file as [`read_view`]; judged by the header, without decoding.
 
     Raises:
@@ -160,7 +160,7 @@ def reads_alike(path: str, max_pixels: int = MAX_PIXELS) -> bool:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path, formats=_formats()) as image:
-                _check_image_size(image, min(max_pixels, _MOST_PIXELS))
+                _check_image_size(image, MAX_PIXELS)
                 if image.format == "TIFF":
                     return _tiff_depth(image) == ("unsigned", 8)
                 if image.format == "PNG":

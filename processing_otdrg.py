@@ -477,7 +477,7 @@ class OTDRGProcessor(ProcessorMixin):
         """Rows and their targets, cut to `max_length` tokens on the tokenizer's `truncation_side`."""
         cut = slice(-max_length, None) if self.tokenizer.truncation_side == "left" else slice(max_length)
         for row in rows:
-            for token in (IMAGE_TOKEN, FINDING_TOKEN, FINDING_TEXT_TOKEN):
+            for token in _PLACEHOLDERS:
                 lost = row.count(token_id := self.tokenizer.convert_tokens_to_ids(token)) - row[cut].count(token_id)
                 if lost:
                     raise ValueError(
@@ -524,7 +524,7 @@ def _one_each(name: str, values, studies: int) -> list:
     if len(values) != studies:
         raise ValueError(f"{name} has {len(values)} entries for {studies} studies: expected one each")
     for value in values:
-        for token in (IMAGE_TOKEN, FINDING_TOKEN, FINDING_TEXT_TOKEN):
+        for token in _PLACEHOLDERS:
             if value is not None and token in value:
                 raise ValueError(f"{name} holds {token!r}, which stands for the study in a prompt: take it out")
     return list(values)

@@ -24,7 +24,7 @@ Example: otdrg ablate recipes/phantom_ablation.yaml --tables modules --seeds 1 2
 
 
 def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    """The command's arguments; `arguments`, what was typed, does not change them."""
+    """Add the arguments of the command. `arguments`, those on the command line, are not used."""
     parser.add_argument("recipe", help="YAML file of a training run; each row is the recipe with some fields changed")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.field=value", help="fields of the recipe to change, values in YAML"

@@ -68,11 +68,7 @@ def reference_tokens(options: argparse.Namespace, cleaning: str) -> int | None:
 
 
 def check_least(options: argparse.Namespace, **least: int) -> None:
-    """Check that numbers are not below the least that is allowed; None is.
-
-    Raises:
-        ValueError: one is below.
-    """
+    """Raise a `ValueError` if an option is below its minimum; None is allowed."""
     for name, number in least.items():
         value: Any = getattr(options, name)
         if value is not None and value < number:

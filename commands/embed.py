@@ -28,7 +28,7 @@ Example: otdrg embed runs/quickstart --split train --limit 500 --output runs/qui
 
 
 def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    """The command's arguments; `arguments`, what was typed, does not change them."""
+    """Add the arguments of the command. `arguments`, those on the command line, are not used."""
     parser.add_argument("model", help="folder of a run or a model, or a Hub id")
     parser.add_argument(
         "dataset",

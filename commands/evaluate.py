@@ -27,8 +27,7 @@ Examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    """The command's arguments; `arguments`, what was typed, does not change them."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    """Add the arguments of the command. `arguments`, those on the command line, are not used."""
     parser.add_argument("model", metavar="MODEL", help="folder of a run or a model, or a Hub id")
     parser.add_argument(
         "dataset",

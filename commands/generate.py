@@ -15,6 +15,7 @@ from ..runtime.interruptions import fault_of_study
 from ..runtime.journal import Journal
 from ..runtime.output_lock import OutputLock
 from ..runtime.printable import one_line, printable
+from .arguments import check_least
 from .terminal import format_record, terminal_width, wants_colour
 
 DESCRIPTION = """\
@@ -44,8 +45,7 @@ class _Outcome:
 
 
 def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    """Add the arguments of the command; they do not depend on `arguments`, the typed ones."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    """Add the arguments of the command. `arguments`, those on the command line, are not used."""
     parser.add_argument("model", metavar="MODEL", help="folder of a run or a model, or a Hub id")
     studies = parser.add_argument_group("studies, one of").add_mutually_exclusive_group(required=True)
     studies.add_argument(
@@ -148,10 +148,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name in ("num_beams", "max_new_tokens", "batch_size"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}: expected 1 or more")
+    check_least(options, num_beams=1, max_new_tokens=1, batch_size=1)
     if options.output is None and (options.resume or options.overwrite):
         raise ValueError(f"--{'resume' if options.resume else 'overwrite'} goes with --output: expected both")
     if options.resume and options.overwrite:

@@ -13,11 +13,11 @@ from typing import Any
 
 from ..findings_otdrg import UNMENTIONED
 from ..labelers import LABELERS
-from ..labelers.as_typed import label_quietly, labeler_of, listed, parse_options
+from ..labelers.as_typed import label_quietly, labeler_of, parse_options
 from ..labelers.csv_states import read_states, write_states
 from ..labelers.report_table import read_reports
 from ..runtime.output_lock import OutputLock
-from ..runtime.printable import show
+from ..runtime.printable import listed, show
 
 DESCRIPTION = """\
 Read the states of the 14 findings from reports, in one of three forms:
@@ -39,8 +39,7 @@ _BATCH = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    """Add the arguments of the command; they do not depend on `arguments`, the typed ones."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    """Add the arguments of the command. `arguments`, those on the command line, are not used."""
     what = parser.add_argument_group("input, one of")
     what.add_argument("dataset", nargs="?", metavar="DATASET", help="folder written by otdrg prepare")
     what.add_argument("--reports", metavar="FILE", help="CSV with the columns id and report, or .jsonl with these keys")

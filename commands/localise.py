@@ -22,7 +22,7 @@ Example: otdrg localise runs/quickstart --studies 400 --output runs/quickstart/l
 
 
 def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    """The command's arguments; `arguments`, what was typed, does not change them."""
+    """Add the arguments of the command. `arguments`, those on the command line, are not used."""
     parser.add_argument("model", help="folder of a run or a model, or a Hub id")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the results")
     parser.add_argument("--studies", type=int, default=200, metavar="N", help="phantoms (default: 200)")

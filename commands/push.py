@@ -24,8 +24,7 @@ Examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    """Declare the command's arguments; `arguments`, the command line, is not used."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    """Add the arguments of the command. `arguments`, those on the command line, are not used."""
     parser.add_argument("source", metavar="RUN", help="folder of a run or of a model")
     parser.add_argument("repo", metavar="ORG/NAME", help="the repository, created if missing")
     parser.add_argument("--private", action="store_true", help="make a new repository private")

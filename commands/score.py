@@ -6,10 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..labelers.as_typed import labeler_of, listed, parse_options
+from ..labelers.as_typed import labeler_of, parse_options
 from ..metrics.registry import METRICS, default_metrics, wanted_scores
 from ..runtime.output_lock import OutputLock
-from ..runtime.printable import show
+from ..runtime.printable import listed, show
 from ..studies.cleaning import CLEANING_STYLES
 from .arguments import add_metrics, add_resamples, check_least, reference_tokens
 
@@ -29,8 +29,7 @@ Examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    """The command's arguments; `arguments`, what was typed, does not change them."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    """Add the arguments of the command. `arguments`, those on the command line, are not used."""
     files = parser.add_argument_group("files")
     files.add_argument("--predictions", required=True, metavar="FILE", help="generated reports: id and report")
     files.add_argument("--references", metavar="FILE", help="true reports (default: in the predictions' file)")

@@ -172,7 +172,7 @@ def plan_runs(
         cpu_threads: of each run, instead of the recipe's.
 
     Raises:
-        ValueError: the recipe is wrong or not fit for an ablation, an override is of a field that the ablation sets,
+        ValueError: the recipe is wrong or unsuitable, an override names a field that the ablation sets,
             seeds are not different, or a folder in `output` holds a run of another recipe.
     """
     for override in overrides:

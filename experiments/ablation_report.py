@@ -17,6 +17,7 @@ from ..labelers import load_labeler
 from ..metrics import PairedDifference, StudyStatistics, higher_is_better, main_scores, paired_bootstrap, score_reports
 from ..metrics.tables import markdown_table
 from ..runtime.csv_files import read_csv
+from ..runtime.printable import enumerated
 from ..training.run_folder import read_results
 from .ablation import FULL, TABLES, Plan, Row, Run
 from .ablation_figure import draw_ablation
@@ -77,7 +78,7 @@ class _RowRuns:
             return
         evaluation = read_results(run.folder).get("report", {}).get("evaluation")
         if evaluation is None or not (run.folder / "predictions.csv").is_file():
-            self.errors[seed] = f"{run.folder} is finished, but without results.json or predictions.csv: remove it"
+            self.errors[seed] = f"{run.folder} is finished, but has no results.json or predictions.csv: remove it"
             return
         self.evaluations[seed] = evaluation
 
@@ -108,13 +109,12 @@ class _RowRuns:
         }
 
 
-def summarize(plan: Plan, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
+def summarize(plan: Plan, resamples: int = 1000) -> dict[str, Any]:
     """All figures of the tables, ready for JSON.
 
     Args:
-        plan: whose runs have been trained, or have failed.
-        resamples: of the bootstrap for the contributions' intervals.
-        seed: of its draws.
+        plan: the plan, after its runs were trained or failed.
+        resamples: bootstrap resamples for the intervals of the contributions.
 
     Raises:
         ValueError: runs were scored on different studies, or by different labelers.
@@ -140,7 +140,7 @@ def summarize(plan: Plan, resamples: int = 1000, seed: int = 0) -> dict[str, Any
         **facts,
         "notes": _notes(plan, finished),
         "tables": tables,
-        "contributions": _contributions(by_row, resamples, seed),
+        "contributions": _contributions(by_row, resamples),
         "resamples": resamples,
     }
 
@@ -156,8 +156,8 @@ def _check_alike(rows: Sequence[_RowRuns]) -> None:
             first = first or (path, scored)
             if scored != first[1]:
                 raise ValueError(
-                    f"{path} and {first[0]} are of different studies, or scored by different labelers: expected one "
-                    "recipe's; remove the runs of another"
+                    f"{path} and {first[0]} have different studies or labelers: expected runs of one recipe; "
+                    "remove the others"
                 )
 
 
@@ -177,7 +177,7 @@ def _notes(plan: Plan, evaluation: dict[str, Any] | None) -> list[str]:
 # --- contributions ---------------------------------------------------------------------------------------------------
 
 
-def _contributions(by_row: dict[Row, _RowRuns], resamples: int, seed: int) -> list[dict[str, Any]]:
+def _contributions(by_row: dict[Row, _RowRuns], resamples: int) -> list[dict[str, Any]]:
     """What each module adds to each score: the mean over seeds, and its paired bootstrap interval.
 
     Studies are drawn with replacement, the same ones for both rows, and so are the seeds of each row.
@@ -191,7 +191,7 @@ def _contributions(by_row: dict[Row, _RowRuns], resamples: int, seed: int) -> li
         scores = {}
         if seeds:
             systems = ([read(runs.runs[run_seed]) for run_seed in seeds] for runs in pair)
-            found = paired_bootstrap(*systems, resamples=resamples, seed=seed, resample_runs=len(seeds) > 1)
+            found = paired_bootstrap(*systems, resamples=resamples, seed=0, resample_runs=len(seeds) > 1)
             for column in columns():
                 if column in found:
                     difference, low, high, _ = found[column]
@@ -239,15 +239,11 @@ def _sentence(what: str, scores: Mapping[str, Mapping[str, Any]]) -> str:
     by_verdict: dict[str, list[str]] = {}
     for column, score in scores.items():
         by_verdict.setdefault(score["verdict"], []).append(columns()[column])
-    parts = [f"{verb} {_listed(by_verdict[verb])}" for verb in ("raises", "lowers") if verb in by_verdict]
-    undecided = f"the effect on {_listed(by_verdict.get(_UNDECIDED, ['']))} is {_UNDECIDED}"
+    parts = [f"{verb} {enumerated(by_verdict[verb])}" for verb in ("raises", "lowers") if verb in by_verdict]
+    undecided = f"the effect on {enumerated(by_verdict.get(_UNDECIDED, ['']))} is {_UNDECIDED}"
     if not parts:
         return f"{what}: {undecided}."
     return f"{what} {'; '.join([*parts, undecided] if _UNDECIDED in by_verdict else parts)}."
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def write_summary(plan: Plan, output: Path, recipe: str, overrides: Sequence[str], resamples: int) -> str:
@@ -351,7 +347,7 @@ def _format_contributions(summary: dict[str, Any]) -> str:
         cells = (it and PairedDifference(it["difference"], it["low"], it["high"], np.nan) for it in found)
         rows.append([row["row"], row["against"], *map(shown_difference, cells)])
     several = any(len(row["seeds"]) > 1 for row in contributions)
-    scope = "Of one seed they are about these runs, not about training them again."
+    scope = "With one seed, they describe these runs and do not cover training again."
     if several:
         scope = "They cover training again only as far as so few seeds allow."
     return "\n".join(

@@ -13,24 +13,15 @@ from ..metrics import UNCERTAIN_POLICIES, Interval, PairedDifference
 from ..metrics.classification import MINIMUM_INTERVAL_POSITIVES
 from ..metrics.tables import NLG_NAMES, clinical_table, markdown_table, shown_interval, shown_number
 
-#: F1 scores that the model is compared in with each other row.
-_COMPARED_F1 = {
+#: Display names of the scores in which the model is compared with each other row.
+COMPARED = {
+    **{name: NLG_NAMES[name] for name in ("bleu_4", "meteor", "rouge_l", "cider")},
     "example_f1_14_uncertain_negative": "example-F1 (14)",
     "micro_f1_13_uncertain_negative": "micro-F1 (13)",
     "macro_f1_13_uncertain_negative": "macro-F1 (13)",
 }
 #: Below this number of positive studies, a finding's figures are too uncertain to be used.
 FEW_POSITIVES = 10
-
-
-def score_headings() -> dict[str, str]:
-    """Display names of all scores except clinical efficacy, in the order of the card's columns."""
-    return dict(NLG_NAMES)
-
-
-def compared_headings() -> dict[str, str]:
-    """Display names of the scores that the model is compared in with each other row."""
-    return {name: NLG_NAMES[name] for name in ("bleu_4", "meteor", "rouge_l", "cider")} | _COMPARED_F1
 
 
 @dataclass(frozen=True)
@@ -106,7 +97,7 @@ class EvaluationFacts:
     def comparison(self, name: str) -> dict[str, list[Difference]]:
         """The model against another row, by [`Difference.place`]."""
         places: dict[str, list[Difference]] = {"below": [], "undecided": [], "above": []}
-        for column, heading in compared_headings().items():
+        for column, heading in COMPARED.items():
             model, other = self.model.get(column), self.rows[name].get(column)
             if model is not None and other is not None:
                 found = Difference(heading, model, other, self.differences.get(name, {}).get(column))
@@ -144,10 +135,11 @@ class EvaluationFacts:
     def notes(self) -> list[str]:
         """Warnings, and why a score is missing."""
         notes = [*self.evaluation.get("warnings", []), *self.evaluation.get("notes", [])]
-        names = score_headings()
-        notes += [f"{names.get(name, name)}: {note}" for name, note in self.model.get("notes", {}).items()]
+        notes += [f"{NLG_NAMES.get(name, name)}: {note}" for name, note in self.model.get("notes", {}).items()]
         if self.intervals and self.model.get("cider") is not None:
-            notes.append("CIDEr's intervals: of the studies' mean, with document frequencies from all studies")
+            notes.append(
+                "CIDEr's intervals: those of the mean over studies, with document frequencies from all studies"
+            )
         return notes
 
     # -- tables -------------------------------------------------------------------------------------------------------
@@ -155,7 +147,7 @@ class EvaluationFacts:
     @property
     def score_table(self) -> str:
         """Every row, every score except clinical efficacy."""
-        return self._table("score", score_headings())
+        return self._table("score", NLG_NAMES)
 
     @property
     def f1_tables(self) -> dict[str, str]:
@@ -175,11 +167,11 @@ class EvaluationFacts:
     @property
     def difference_table(self) -> str:
         """The model minus each other row."""
-        return difference_table(self.differences, compared_headings())
+        return difference_table(self.differences, COMPARED)
 
     @property
     def faithfulness_table(self) -> str:
-        """Whether reports say the states they were written from; "" where it was not measured."""
+        """Whether reports state the findings the model was conditioned on; "" if not measured."""
         faithfulness = self.evaluation.get("faithfulness")
         return format_steering(faithfulness) if faithfulness else ""
 
@@ -221,4 +213,4 @@ class EvaluationFacts:
         return markdown_table([corner, *(headings[column] for column in columns)], cells)
 
 
-__all__ = ["FEW_POSITIVES", "Difference", "EvaluationFacts", "compared_headings", "score_headings"]
+__all__ = ["FEW_POSITIVES", "Difference", "EvaluationFacts"]

@@ -58,7 +58,7 @@ def assemble_full(
     digest = model_digest(model, processor)
     model.merge_lora()
     for field in ("vision_backbone", "text_backbone"):
-        # A path of this machine is of no use to others.
+        # A local path is useless on other machines.
         if not _may_be_on_hub(getattr(model.config, field)):
             setattr(model.config, field, None)
     model.save_pretrained(folder)

@@ -73,8 +73,7 @@ def read_run(run: Path, evaluations: Sequence[Path] = ()) -> RunFiles:
             run or the model.
 
     Raises:
-        ValueError: there is no model, a file has the wrong content, or two evaluations differ in nothing the card
-            names.
+        ValueError: there is no model, a file has the wrong content, or two evaluations are the same by [`identity`].
         OSError: an evaluation does not exist.
     """
     run = Path(run).absolute()
@@ -173,10 +172,7 @@ def _read(path: Path) -> dict[str, Any]:
     """A YAML or JSON file; empty where there is none."""
     if not path.is_file():
         return {}
-    try:
-        content = read_yaml(path) if path.suffix == ".yaml" else read_json(path)
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+    content = read_yaml(path) if path.suffix == ".yaml" else read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a mapping: expected a file written by a run")
     return content

@@ -91,7 +91,7 @@ def draw_heatmaps(
         names = [name for name in names if name != "no_finding"] or ["no_finding"]
     for name in names:
         if len(heatmaps[name]) != len(views):
-            raise ValueError(f"heatmaps of {name} are of {len(heatmaps[name])} views: expected {len(views)}")
+            raise ValueError(f"heatmaps of {name} have {len(heatmaps[name])} views: expected {len(views)}")
     notes = ["State: the state that conditioned the report. p: the label predictor's probability of this state."]
     if len(views) > 1 and all(
         np.array_equal(heatmap, heatmap[:1].repeat(len(views), 0)) for heatmap in heatmaps.values()

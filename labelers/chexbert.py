@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..findings_otdrg import FINDINGS, UNMENTIONED, finding_key
+from ..findings_otdrg import FINDINGS, UNMENTIONED
+from ..runtime.printable import listed
 from . import check_reports, warn_of_reports
 
 if TYPE_CHECKING:
@@ -21,29 +22,10 @@ if TYPE_CHECKING:
 #: The file of the public checkpoint.
 CHECKPOINT_FILE = "chexbert.pth"
 
-#: CheXbert's findings, in the order of its heads.
-CONDITIONS: tuple[str, ...] = (
-    "Enlarged Cardiomediastinum",
-    "Cardiomegaly",
-    "Lung Opacity",
-    "Lung Lesion",
-    "Edema",
-    "Consolidation",
-    "Pneumonia",
-    "Atelectasis",
-    "Pneumothorax",
-    "Pleural Effusion",
-    "Pleural Other",
-    "Fracture",
-    "Support Devices",
-    "No Finding",
-)
+#: Number of classes of each head: blank, positive, negative and uncertain; for No Finding blank and positive. The heads
+#: are in the order of `FINDINGS`, and the class is the id of the state.
+HEAD_SIZES: tuple[int, ...] = tuple(2 if name == "no_finding" else 4 for name in FINDINGS)
 
-#: Number of classes of each head: blank, positive, negative and uncertain; for No Finding blank and positive. The class
-#: is the id of the state.
-HEAD_SIZES: tuple[int, ...] = tuple(2 if name == "No Finding" else 4 for name in CONDITIONS)
-
-_COLUMNS = [FINDINGS.index(finding_key(name)) for name in CONDITIONS]
 _HEAD_SIZE = 64  # of BERT's attention heads; their number cannot be derived from the shapes of the weights
 _PREFIX = "module."
 #: Buffers saved by older versions of transformers, and weights of the pooler, which the labeler does not use.
@@ -128,11 +110,11 @@ class CheXbertLabeler:
             places = order[start : start + self.batch_size]
             batch = self.tokenizer.pad({"input_ids": [tokens[place] for place in places]}, return_tensors="pt")
             with torch.inference_mode():
-                states[np.ix_(places, _COLUMNS)] = self._classes(batch.to(self.device)).cpu().numpy()
+                states[places] = self._classes(batch.to(self.device)).cpu().numpy()
         return states
 
     def _classes(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """(B, 14) classes of a batch of tokens, in the order of `CONDITIONS`."""
+        """(B, 14) classes of a batch of tokens, in the order of `FINDINGS`."""
         import torch
 
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
@@ -229,13 +211,10 @@ def _load_weights(path: Path) -> dict[str, torch.Tensor]:
     # Such weights would silently predict the first class, which is blank.
     wrong = [name for name, value in weights.items() if not (value.is_floating_point() and value.isfinite().all())]
     if wrong:
-        raise ValueError(f"checkpoint {path} is damaged: {_listed(wrong)} have values that are not finite numbers")
+        raise ValueError(
+            f"checkpoint {path} is damaged: {listed(wrong, _LISTED)} have values that are not finite numbers"
+        )
     return {name: value.float() for name, value in weights.items()}
-
-
-def _listed(names: Iterable[str]) -> str:
-    first, rest = list(names)[:_LISTED], list(names)[_LISTED:]
-    return ", ".join(first) + (f" and {len(rest)} more" if rest else "")
 
 
 def _network(weights: dict[str, torch.Tensor], attention_heads: int | None, path: Path) -> torch.nn.ModuleDict:
@@ -273,17 +252,17 @@ def _network(weights: dict[str, torch.Tensor], attention_heads: int | None, path
     expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     wrong = []
     if missing := [name for name in expected if name not in weights]:
-        wrong.append(f"missing are {_listed(missing)}")
+        wrong.append(f"missing are {listed(missing, _LISTED)}")
     if unknown := [name for name in weights if name not in expected]:
-        wrong.append(f"unknown are {_listed(unknown)}")
+        wrong.append(f"unknown are {listed(unknown, _LISTED)}")
     shapes = {name: tuple(value.shape) for name, value in weights.items() if name in expected}
     if misfits := [name for name, shape in shapes.items() if shape != expected[name]]:
-        described = (f"{name} {shapes[name]} instead of {expected[name]}" for name in misfits)
-        wrong.append(f"of another shape are {_listed(described)}")
+        described = [f"{name} {shapes[name]} instead of {expected[name]}" for name in misfits]
+        wrong.append(f"of another shape are {listed(described, _LISTED)}")
     if wrong:
         raise ValueError(f"checkpoint {path} is not CheXbert's: {'; '.join(wrong)}")
     network.load_state_dict(weights)
     return network.eval()
 
 
-__all__ = ["CHECKPOINT_FILE", "CONDITIONS", "HEAD_SIZES", "CheXbertLabeler"]
+__all__ = ["CHECKPOINT_FILE", "HEAD_SIZES", "CheXbertLabeler"]

@@ -88,7 +88,7 @@ def label_dataset(
         settings: what identifies the labeler; an interrupted labelling is continued only with the same settings.
         output: folder of the labelled dataset; by default the dataset is replaced.
         relabel: also label the studies that have states.
-        resume: continue an interrupted labelling; a complete one is left as it is.
+        resume: continue an interrupted labelling; a complete one is not changed.
         overwrite: replace a dataset at `output`, and delete an interrupted labelling.
 
     Raises:
@@ -115,7 +115,7 @@ def _label_locked(
 ) -> LabelReport:
     if resume and (finished := _finished(work, overwrite or work.output == folder)):
         return finished
-    files, summary = _files(folder), _read_summary(folder)
+    files, summary = _files(folder), read_json(folder / SUMMARY)
     _check_output(folder, work, overwrite)
     work.enter(resume, overwrite)
     shards: dict[str, _Shard] = {}
@@ -159,13 +159,6 @@ def _files(folder: Path) -> dict[str, Path]:
         if missing := set(STUDY_FEATURES) - set(names):
             raise ValueError(f"{file}: no column {min(missing)!r}, expected those that otdrg prepare writes")
     return files
-
-
-def _read_summary(folder: Path) -> dict[str, Any]:
-    try:
-        return read_json(folder / SUMMARY)
-    except ValueError as error:
-        raise ValueError(f"{folder / SUMMARY} is damaged: {error}") from None
 
 
 def _finished(work: WorkFolder, overwrite: bool) -> LabelReport | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import unicodedata
+from collections.abc import Sequence
 from typing import TextIO
 
 #: Unicode categories that are escaped: controls, formats (invisible, or changing the direction of text), surrogates,
@@ -32,6 +33,17 @@ def one_line(text: object) -> str:
     return printable(" ".join(str(text).split()))
 
 
+def listed(names: Sequence[str], most: int = 20, separator: str = ", ") -> str:
+    """The first names on one line, and how many more there are."""
+    rest = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return one_line(separator.join(names[:most])) + rest
+
+
+def enumerated(names: Sequence[str]) -> str:
+    """Names as "a, b and c"."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
 def show(text: str, file: TextIO | None = None) -> None:
     """Print text escaped by [`printable`]."""
     print(printable(text), file=file)
@@ -44,4 +56,4 @@ class PrintableFormatter(logging.Formatter):
         return printable(super().format(record))
 
 
-__all__ = ["PrintableFormatter", "one_line", "printable", "show"]
+__all__ = ["PrintableFormatter", "enumerated", "listed", "one_line", "printable", "show"]

@@ -51,19 +51,18 @@ _Typed.add_implicit_resolver(
 )
 
 
-def read_yaml(path: str | os.PathLike, as_text: bool = False, limit: int = _MAXIMUM_BYTES) -> Any:
+def read_yaml(path: str | os.PathLike, as_text: bool = False) -> Any:
     """Read a YAML file.
 
     Args:
         path: the file.
         as_text: whether each scalar is a string.
-        limit: most bytes.
 
     Raises:
         ValueError: not YAML in UTF-8, or too large: its bytes, its nesting, or its expanded aliases.
         OSError: the file cannot be read.
     """
-    return parse_yaml(read_text(path, "a YAML text file", limit), str(path), as_text)
+    return parse_yaml(read_text(path, "a YAML text file", _MAXIMUM_BYTES), str(path), as_text)
 
 
 def parse_yaml(text: str, what: str, as_text: bool = False) -> Any:

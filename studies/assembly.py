@@ -12,7 +12,7 @@ import pyarrow as pa
 from ..runtime.interruptions import fault_of_study
 from .placeholders import present_text
 from .schema import STUDY_FEATURES
-from .source import SPLITS, VIEWS, Skipped, SkipStudy, Study, StudyEntry, StudySource
+from .source import SPLITS, TEXTS, VIEWS, Skipped, SkipStudy, Study, StudyEntry, StudySource
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,7 +21,6 @@ Sections = Literal["findings", "impression", "findings+impression"]
 
 #: What the report can consist of.
 SECTIONS: tuple[str, ...] = ("findings", "impression", "findings+impression")
-_TEXTS = ("findings", "impression", "indication", "comparison")
 
 ImageForm = Callable[["str | bytes | Image.Image"], dict]
 
@@ -156,7 +155,7 @@ def assemble_study(
     try:
         study = source.read(entry)
         # Present texts are kept unchanged, with their white space.
-        study = replace(study, **{name: "" for name in _TEXTS if not present_text(getattr(study, name), name)})
+        study = replace(study, **{name: "" for name in TEXTS if not present_text(getattr(study, name), name)})
         report = choose_report(study, sections)
     except SkipStudy as skip:
         return skipped(skip.kind, skip.reason)
@@ -175,7 +174,7 @@ def assemble_study(
         "patient_id": entry.patient_id,
         "images": images,
         "views": views,
-        **{name: getattr(study, name) for name in _TEXTS},
+        **{name: getattr(study, name) for name in TEXTS},
         "report": report,
         "finding_states": study.finding_states,
         "source": source.name,

@@ -13,6 +13,8 @@ from .columns import match_columns
 from .csv_rows import Row, check_encoding, read_rows
 from .placeholders import present_text, shown_value
 from .source import (
+    SPLIT_NAMES,
+    TEXTS,
     Skipped,
     SkipStudy,
     Study,
@@ -26,8 +28,6 @@ from .source import (
 )
 from .views import view_named
 
-_TEXTS = ("findings", "impression", "indication", "comparison")
-
 #: Fields of a row and the names of their columns, the preferred one first.
 _FIELDS: dict[str, tuple[str, ...]] = {
     "image": ("image",),
@@ -35,14 +35,8 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "patient_id": ("patient_id",),
     "view": ("view",),
     "split": ("split",),
-    **{text: (text,) for text in _TEXTS},
+    **{text: (text,) for text in TEXTS},
     "findings": ("findings", "report"),
-}
-
-_SPLIT_NAMES = {
-    "train": "train",
-    **dict.fromkeys(("val", "validate", "validation", "valid", "dev"), "validation"),
-    "test": "test",
 }
 
 #: `surrogateescape` decodes invalid bytes to these.
@@ -118,7 +112,7 @@ class CSVSource(StudySource):
     def read(self, entry: StudyEntry) -> Study:
         texts: dict[str, tuple[str, int]] = {}
         for row in entry.location:
-            for name, value in zip(_TEXTS, row.texts, strict=True):
+            for name, value in zip(TEXTS, row.texts, strict=True):
                 first, line = texts.setdefault(name, (value, row.line)) if value else (value, row.line)
                 if first != value:
                     reason = f"{name} differs from line {line}: expected the same or a blank in all rows of a study"
@@ -185,7 +179,7 @@ class CSVSource(StudySource):
                 for field, cell in cells.items():
                     self._check(field, cell)
                 image = self._image_path(cells["image"])
-                split = _SPLIT_NAMES[cells["split"].casefold()] if "split" in cells else None
+                split = SPLIT_NAMES[cells["split"].casefold()] if "split" in cells else None
         except ValueError as error:
             fault = str(error)
         name = cells.get("study_id", "")
@@ -193,7 +187,7 @@ class CSVSource(StudySource):
             name, fault = name or f"line {row.first}", f"{row.place}: {fault}"
         key = name if "study_id" in self._columns else row.first
         study_id = name or os.path.splitext(os.path.relpath(image, self.images))[0].replace(os.sep, "/")
-        texts = tuple(present_text(cells.get(text, ""), text) for text in _TEXTS)
+        texts = tuple(present_text(cells.get(text, ""), text) for text in TEXTS)
         view = _View(row.first, image, view_named(cells.get("view", "")), texts)
         return key, _Listed(_writable(study_id), _writable(cells.get("patient_id", "")), split, (view,), fault)
 
@@ -208,8 +202,8 @@ class CSVSource(StudySource):
             raise ValueError(
                 f"image {shown_value(cell)} leaves the folder of images: expected a path inside {self.images}"
             )
-        if field == "split" and cell.casefold() not in _SPLIT_NAMES:
-            raise ValueError(f"split is {shown_value(cell)}: expected one of {', '.join(_SPLIT_NAMES)}")
+        if field == "split" and cell.casefold() not in SPLIT_NAMES:
+            raise ValueError(f"split is {shown_value(cell)}: expected one of {', '.join(SPLIT_NAMES)}")
 
     def _image_path(self, path: str) -> str | None:
         """The full path of an image; None if it is outside the folder."""

@@ -12,7 +12,18 @@ from typing import Any, NamedTuple
 
 from .chest import NOT_CHEST, chest_fault, header_value
 from .report_sections import parse_sections, text_without_trailer
-from .source import VIEWS, Skipped, SkipStudy, Study, StudyEntry, StudySource, needed_folder, option, seeded_split
+from .source import (
+    TEXTS,
+    VIEWS,
+    Skipped,
+    SkipStudy,
+    Study,
+    StudyEntry,
+    StudySource,
+    needed_folder,
+    option,
+    seeded_split,
+)
 from .views import view_named
 
 #: Elements of a header that are read. The first three are only used to group the files.
@@ -97,17 +108,14 @@ class DICOMSource(StudySource):
             raise SkipStudy("malformed", reason)
         text = texts.pop()
         sections = parse_sections(text)
-        if not any((sections.findings, sections.impression, sections.indication, sections.comparison)):
+        if not any(getattr(sections, name) for name in TEXTS):
             # One or two words are a title in a text with headers, but a report ("Normal.") in a text without.
             text = text_without_trailer(text)
             sections = sections._replace(findings="" if ":" in text else text)
         return Study(
             images=[os.path.join(self.folder, name) for name, _ in files],
             views=[view for _, view in files],
-            findings=sections.findings,
-            impression=sections.impression,
-            indication=sections.indication,
-            comparison=sections.comparison,
+            **{name: getattr(sections, name) for name in TEXTS},
             licence=self.licence,
         )
 

@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, Features, Image, LargeList, List, Valu
 
 from ..findings_otdrg import FINDING_STATES, FINDINGS, finding_state_id
 from .columns import match_columns
-from .source import VIEWS, SkipStudy
+from .source import TEXTS, VIEWS, SkipStudy
 from .views import view_named
 
 #: Fields of a study and the names of their columns, the preferred one first.
@@ -20,13 +20,10 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "images": ("images", "image"),
     "views": ("views", "view"),
     "findings": ("findings", "report", "text"),
-    "impression": ("impression",),
-    "indication": ("indication",),
-    "comparison": ("comparison",),
+    **{text: (text,) for text in TEXTS[1:]},
     "finding_states": ("finding_states",),
     "licence": ("licence", "license"),
 }
-_TEXTS = ("findings", "impression", "indication", "comparison", "licence")
 
 
 @dataclass
@@ -126,7 +123,7 @@ def _check_types(features: Features, names: dict[str, str], place: str) -> dict[
             types["state_ids"] = _state_ids(item) if nested else []
             if not types["state_ids"]:
                 expected = "lists of 14 states, or --column finding_states= to leave them out"
-        elif nested or not (_is(item, "string") or (field not in _TEXTS and _is(item, "int"))):
+        elif nested or not (_is(item, "string") or (field not in (*TEXTS, "licence") and _is(item, "int"))):
             expected = "text"
         if expected is not None:
             raise ValueError(f"{place}, column {column!r} for {field} holds {feature}: expected {expected}")

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 from .iu_xray_split import IU_XRAY_COUNTS, r2gen_split, r2gen_split_ids
 from .open_i_images import ImageNames, kaggle_name, read_projections
 from .source import (
+    TEXTS,
     Skipped,
     Study,
     StudyEntry,
@@ -28,7 +29,6 @@ from .source import (
 #: Images of a study in R2Gen's annotation: the first ones in its report.
 R2GEN_VIEWS = 2
 
-_SECTIONS = ("FINDINGS", "IMPRESSION", "INDICATION", "COMPARISON")
 #: A report has about 5 kB; larger files are rejected.
 _MOST_BYTES = 1_000_000
 _WHAT_REPORTS = "Open-i's NLMCXR_reports.tgz or the folder of its XML files"
@@ -118,7 +118,7 @@ class OpenISource(StudySource):
 
     def read(self, entry: StudyEntry) -> Study:
         images, views, sections, licence = entry.location
-        texts = {name.lower(): text for name, text in zip(_SECTIONS, sections, strict=True)}
+        texts = dict(zip(TEXTS, sections, strict=True))
         images = [os.path.join(self.images, image) for image in images]
         return Study(images=images, views=views, licence=licence, **texts)
 
@@ -233,12 +233,12 @@ def _parse(data: bytes | None, place: str) -> _Report | Skipped:
     for image in images:
         if not re.fullmatch(number + r"_[A-Za-z0-9_]+(-[A-Za-z0-9]+)+", image):
             return malformed(f"parentImage is {image!r}, expected a name as {number}_IM-0001-1001")
-    texts: dict[str, list[str]] = {label: [] for label in _SECTIONS}
+    texts: dict[str, list[str]] = {name: [] for name in TEXTS}
     for element in root.iter("AbstractText"):
-        label = element.get("Label", "").upper()
+        label = element.get("Label", "").lower()
         if label in texts:
             texts[label].append("".join(element.itertext()))
-    sections = tuple(" ".join(text for text in texts[label] if text) for label in _SECTIONS)
+    sections = tuple(" ".join(text for text in texts[label] if text) for label in TEXTS)
     return _Report(number, images, sections, _licence(root))
 
 

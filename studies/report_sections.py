@@ -29,6 +29,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from .report_trailers import is_metadata, is_signature_line, is_trailer
+from .source import TEXTS
 
 
 class ReportSections(NamedTuple):
@@ -187,7 +188,7 @@ def parse_sections(text: str) -> ReportSections:
         text: the report with its line breaks.
     """
     passages = _passages(text)
-    found = {kind: _joined(passages, kind) for kind in ("findings", "impression", "indication", "comparison")}
+    found = {kind: _joined(passages, kind) for kind in TEXTS}
     if not found["findings"]:
         found["findings"] = _joined([p for p in passages if _content_words(p.text())], _VIEWS)
     labelled = bool(found["findings"])
@@ -331,7 +332,7 @@ def _plain_header(line: str, after_break: bool) -> _Header | None:
         kind = _kind(words) or (_kind(_words(_PARENTHESIS.sub(" ", name))) if colon else None)
         if kind is not None:
             strict = kind != "impression" or _STRICT_IMPRESSION.fullmatch(_phrase(words)) is not None
-            reopens = strict and kind in ("findings", "impression", "indication", "comparison")
+            reopens = strict and kind in TEXTS
             return _Header(kind, rest, reopens)
     if not (in_capitals or after_break) or not name[0].isupper():
         return None
@@ -359,7 +360,7 @@ def _phrase(words: list[str]) -> str:
 
 @lru_cache(4096)
 def _spelt(word: str) -> str:
-    """The known word of which this is a misspelling, or else the word itself."""
+    """The word with its spelling corrected to a word of `_SPELT`, or unchanged."""
     if word in _SPELT or len(word) < 6 or not word.isalpha():
         return word
     for known in _SPELT:

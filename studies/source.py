@@ -19,6 +19,16 @@ SPLITS: tuple[str, ...] = ("train", "validation", "test")
 #: Kinds of view; "unknown" if the source does not say.
 VIEWS: tuple[str, ...] = ("frontal", "lateral", "unknown")
 
+#: Names of splits in tables and datasets, in lower case.
+SPLIT_NAMES: dict[str, str] = {
+    "train": "train",
+    **dict.fromkeys(("val", "validate", "validation", "valid", "dev"), "validation"),
+    "test": "test",
+}
+
+#: Texts of a study besides its report.
+TEXTS: tuple[str, ...] = ("findings", "impression", "indication", "comparison")
+
 #: Reasons for skipping a study.
 SKIP_KINDS: tuple[str, ...] = (
     "malformed",
@@ -236,6 +246,8 @@ def seeded_split(
 __all__ = [
     "SKIP_KINDS",
     "SPLITS",
+    "SPLIT_NAMES",
+    "TEXTS",
     "VIEWS",
     "SkipStudy",
     "Skipped",

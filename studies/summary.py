@@ -6,11 +6,9 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 
+from ..runtime.printable import listed
 from .assembly import Assembled
 from .source import SPLITS, VIEWS, Skipped, StudyEntry, StudySource
-
-#: Ids listed in a warning; all skipped studies are in `skipped.jsonl`.
-LISTED = 20
 
 #: Kinds of fault that have a count.
 _COUNTED = {
@@ -131,10 +129,4 @@ class OfficialCheck:
         return lines
 
 
-def listed(names: list[str], separator: str = ", ") -> str:
-    """The first names, and how many more there are."""
-    rest = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
-    return separator.join(names[:LISTED]) + rest
-
-
-__all__ = ["LISTED", "OfficialCheck", "SplitCounts", "format_counts", "listed"]
+__all__ = ["OfficialCheck", "SplitCounts", "format_counts"]

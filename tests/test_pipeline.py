@@ -223,7 +223,9 @@ def test_pipeline_contradictions_compare_with_the_conditioning_states(pipe, path
     more = {"findings": steered, "return_contradictions": True, **FEW}
     (first, second) = pipe(paths[0], num_return_sequences=2, num_beams=2, **more)
     # The first report: normal heart, clear lungs, no effusion, no pneumothorax.
-    assert {"finding": "edema", "given": "positive", "said": "unmentioned", "kind": "omitted"} in first["contradictions"]
+    assert {"finding": "edema", "given": "positive", "said": "unmentioned", "kind": "omitted"} in first[
+        "contradictions"
+    ]
     added = [one["finding"] for one in first["contradictions"] if one["kind"] == "added"]
     assert "pleural_effusion" in added and "pneumothorax" not in added
     # The second: an enlarged heart and effusions, no word of a pneumothorax.

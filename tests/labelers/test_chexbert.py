@@ -105,7 +105,7 @@ def expected_states(bert, tokenizer, report):
 def test_chexbert_heads_are_matched_by_name():
     from otdrg.labelers import chexbert
 
-    assert list(chexbert.CONDITIONS) == CONDITIONS
+    assert list(FINDING_DISPLAY_NAMES.values()) == CONDITIONS
     assert dict(zip(CONDITIONS, chexbert.HEAD_SIZES, strict=True)) == {**dict.fromkeys(CONDITIONS, 4), "No Finding": 2}
 
 

@@ -66,7 +66,9 @@ def test_score_without_radeval_computes_the_rest(files, capsys, monkeypatch):
     files["output"] = files["output"].with_name("alone.json")
     assert main(typed(files, "radgraph", "ratescore")) != 0
     output = capsys.readouterr().err.strip()
-    assert "radgraph: RadEval is not installed" in output and "ratescore: RadEval is not" in output and "\n" not in output
+    assert (
+        "radgraph: RadEval is not installed" in output and "ratescore: RadEval is not" in output and "\n" not in output
+    )
 
 
 def test_score_reports_unknown_metric_is_named():

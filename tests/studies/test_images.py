@@ -24,7 +24,7 @@ from PIL.PngImagePlugin import PngInfo
 
 
 def png(array, gray, orientation=1, key=None):
-    """A PNG of values (H, W) or (H, W, C) of 8 or 16 bits, with every kind of filter; `gray` makes it LA instead of RGB."""
+    """A PNG of values (H, W) or (H, W, C) of 8 or 16 bits, with every kind of filter; LA if `gray`, else RGB."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
