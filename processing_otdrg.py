@@ -24,9 +24,7 @@ if find_spec("transformers.image_processing_backends") is not None:
     from transformers import ViTImageProcessor
 else:
     # Earlier versions have a slow and a fast one whose pixels differ slightly, and reload a folder as the fast one.
-    from transformers.models.vit.image_processing_vit_fast import (  # type: ignore[import-not-found]
-        ViTImageProcessorFast as ViTImageProcessor,
-    )
+    from transformers.models.vit.image_processing_vit_fast import ViTImageProcessorFast as ViTImageProcessor
 
 from .chat_templates_otdrg import check_chat_template
 from .configuration_otdrg import (
@@ -141,7 +139,8 @@ class OTDRGProcessor(ProcessorMixin):
         if not isinstance(max_image_pixels, int) or max_image_pixels < 1:
             raise ValueError(f"OTDRGProcessor.max_image_pixels={max_image_pixels!r}: expected a positive integer")
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
-        vars(self).update(fields)
+        for name, value in fields.items():
+            setattr(self, name, value)
         self.max_image_pixels = max_image_pixels
         self.image_token = IMAGE_TOKEN
         for token in _PLACEHOLDERS:

@@ -66,6 +66,7 @@ def sha256(path: str | os.PathLike) -> str:
     if is_settled and _file_state(path) == state:
         entries = {name: entry for name, entry in _remembered().items() if os.path.isfile(name)}
         with suppress(OSError):  # a read-only cache only costs time
+            _memory().parent.mkdir(parents=True, exist_ok=True)
             write_json(_memory(), {**entries, path: {**state, "sha256": digest}})
     return digest
 

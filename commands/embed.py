@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _embed(options: argparse.Namespace) -> None:
     # Imported here, because torch, transformers and scikit-learn take seconds.
-    from ..evaluation.embedding import embed_studies, single_findings, write_embedding
+    from ..evaluation.embedding import aligned_features, single_findings, write_embedding
     from ..inference.loading import load_published
     from ..training.run_folder import new_results
 
@@ -65,7 +65,8 @@ def _embed(options: argparse.Namespace) -> None:
     studies = _studies(options)
     chosen = single_findings(studies["finding_states"], options.limit)
     model, processor = load_published(options.model)
-    embedded = embed_studies(model, processor, studies, chosen, options.batch_size, options.resamples, options.seed)
+    rows = studies.select(chosen.positions)
+    features = aligned_features(model, processor, rows, options.batch_size)
     settings = {
         "model": options.model,
         "dataset": options.dataset or "the recipe's",
@@ -73,7 +74,7 @@ def _embed(options: argparse.Namespace) -> None:
         "seed": options.seed,
         "resamples": options.resamples,
     }
-    summary = write_embedding(paths, settings, embedded)
+    summary = write_embedding(paths, settings, chosen, list(rows["id"]), features)
     show(f"{summary}\n\nwritten: {paths['.png']}, embedding.json, embedding.csv")
 
 

@@ -20,7 +20,7 @@ from ..files_otdrg import write_json
 from ..findings_otdrg import FINDINGS, POSITIVE
 from ..inference.features import encode_batches
 from ..metrics.significance import resample_weights
-from ..metrics.tables import markdown_table
+from ..metrics.tables import markdown_table, shown_bounds
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from ..runtime.csv_files import write_csv
@@ -175,76 +175,46 @@ def embed(features: np.ndarray, seed: int) -> np.ndarray:
         return TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=seed).fit_transform(features)
 
 
-@dataclass
-class EmbeddedStudies:
-    """What [`embed_studies`] found.
-
-    Args:
-        chosen: the studies of one finding each.
-        ids: their ids.
-        scores: of [`separation`].
-        places: for `before` and `after`, the studies' places (S, 2) in the plane.
-        labels: by finding the place (2,) of its label feature in the plane of `after`.
-    """
-
-    chosen: SingleFindings
-    ids: list[str]
-    scores: dict[str, Any]
-    places: dict[str, np.ndarray]
-    labels: dict[str, np.ndarray]
-
-
-def embed_studies(
-    model: OTDRGForReportGeneration,
-    processor: OTDRGProcessor,
-    studies: Dataset,
+def write_embedding(
+    paths: Mapping[str, Path],
+    settings: Mapping[str, Any],
     chosen: SingleFindings,
-    batch_size: int,
-    resamples: int,
-    seed: int,
-) -> EmbeddedStudies:
-    """Features of the chosen studies before and after alignment: how far findings are apart, and a map of them."""
-    rows = studies.select(chosen.positions)
-    features = aligned_features(model, processor, rows, batch_size)
-    scores = separation(features.before, features.after, chosen.findings, resamples, seed=seed)
-    labels = {name: feature for name, feature in features.labels.items() if name in chosen.findings}
-    after = embed(np.concatenate([features.after, *(feature[None] for feature in labels.values())]), seed)
-    places = {"before": embed(features.before, seed), "after": after[: len(rows)]}
-    return EmbeddedStudies(chosen, list(rows["id"]), scores, places, dict(zip(labels, after[len(rows) :], strict=True)))
-
-
-def write_embedding(paths: Mapping[str, Path], settings: Mapping[str, Any], embedded: EmbeddedStudies) -> str:
+    ids: Sequence[str],
+    features: AlignedFeatures,
+) -> str:
     """Write the picture (`.png`), the figures (`.json`), and one row per study (`.csv`).
 
     Args:
         paths: by suffix.
-        settings: how it was made, for the JSON.
-        embedded: what was found.
+        settings: how it was made, for the JSON; `seed` and `resamples` among it.
+        chosen: the studies, S of them.
+        ids: their ids.
+        features: of [`aligned_features`].
 
     Returns:
         The figures as Markdown.
     """
-    findings, places, scores = embedded.chosen.findings, embedded.places, embedded.scores
-    draw_embedding(places["before"], places["after"], embedded.labels, findings, scores, paths[".png"])
-    columns = [
-        column
-        for space in _SPACES
-        for column in (*places[space].T.tolist(), [float(value) for value in scores[space]["studies"]])
-    ]
-    header = ["id", "finding", *(f"{space} {column}" for space in _SPACES for column in ("x", "y", "silhouette"))]
+    seed, findings = settings["seed"], chosen.findings
+    scores = separation(features.before, features.after, findings, settings["resamples"], seed=seed)
+    labels = {name: feature for name, feature in features.labels.items() if name in findings}
+    after = embed(np.concatenate([features.after, *(feature[None] for feature in labels.values())]), seed)
+    stars = dict(zip(labels, after[len(ids) :], strict=True))
+    places = {"before": embed(features.before, seed), "after": after[: len(ids)]}
+    draw_embedding(places["before"], places["after"], stars, findings, scores, paths[".png"])
+    numbers = np.column_stack([values for space in _SPACES for values in (places[space], scores[space].pop("studies"))])
     rows = (
-        [study, finding, *(f"{number:.6f}" for number in numbers)]
-        for study, finding, *numbers in zip(embedded.ids, findings, *columns, strict=True)
+        [study, finding, *(f"{number:.6f}" for number in row)]
+        for study, finding, row in zip(ids, findings, numbers, strict=True)
     )
+    header = ["id", "finding", *(f"{space} {column}" for space in _SPACES for column in ("x", "y", "silhouette"))]
     write_csv(paths[".csv"], header, rows)
     result = {
         **settings,
-        "studies": len(embedded.ids),
+        "studies": len(ids),
         "by_finding": {name: findings.count(name) for name in FINDINGS if name in findings},
-        "left_out": embedded.chosen.left_out,
+        "left_out": chosen.left_out,
         "distance": "cosine",
-        **{space: {key: value for key, value in scores[space].items() if key != "studies"} for space in _SPACES},
-        "difference": scores["difference"],
+        **scores,
     }
     write_json(paths[".json"], result)
     return _format_embedding(result)
@@ -259,9 +229,10 @@ def _format_embedding(result: Mapping[str, Any]) -> str:
     rows = []
     for space in _SPACES:
         found = result[space]
-        rows.append([f"{space} alignment", f"{found['silhouette']:.3f}", _bounds(found), _bounds(found["chance"])])
+        intervals = shown_bounds(found), shown_bounds(found["chance"])
+        rows.append([f"{space} alignment", f"{found['silhouette']:.3f}", *intervals])
     difference = result["difference"]
-    rows.append(["difference", f"{difference['silhouette']:+.3f}", _bounds(difference), ""])
+    rows.append(["difference", f"{difference['silhouette']:+.3f}", shown_bounds(difference), ""])
     table = markdown_table(["image features", "silhouette, cosine", "95 % interval", "findings permuted"], rows)
     verdict = "The difference of the silhouettes may be chance."
     if difference["low"] > 0 or difference["high"] < 0:
@@ -269,18 +240,12 @@ def _format_embedding(result: Mapping[str, Any]) -> str:
     return f"{facts}\n\n{table}\n\n{verdict}"
 
 
-def _bounds(row: Mapping[str, float]) -> str:
-    return f"{row['low']:.3f} to {row['high']:.3f}"
-
-
 __all__ = [
     "MINIMUM_STUDIES",
     "AlignedFeatures",
-    "EmbeddedStudies",
     "SingleFindings",
     "aligned_features",
     "embed",
-    "embed_studies",
     "separation",
     "single_findings",
     "write_embedding",

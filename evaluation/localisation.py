@@ -15,7 +15,7 @@ from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, PO
 from ..inference.features import encode_batches
 from ..inference.heatmaps import upsample_lift
 from ..metrics.localisation import CHANCES, LARGEST_MASK, MEASURES, MINIMUM_STUDIES, JudgedMap, judge_maps
-from ..metrics.tables import markdown_table, shown_number
+from ..metrics.tables import markdown_table, shown_bounds, shown_number
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from ..runtime.csv_files import write_csv
@@ -206,7 +206,7 @@ def localisation_table(scores: Mapping[str, Any]) -> str:
         for measure in MEASURES:
             score = row[measure]
             level = shown_number(score["others"]["level"])
-            cells[-1] += [shown_number(score["value"]), _bounds(score), level, _beats(score)]
+            cells[-1] += [shown_number(score["value"]), shown_bounds(score), level, _beats(score)]
     return markdown_table(header, cells)
 
 
@@ -221,7 +221,7 @@ def localisation_verdicts(scores: Mapping[str, Any]) -> list[str]:
         score = macro[measure]
         levels = " and ".join(
             f"{_VERDICTS[score[chance]['verdict']]} {shown} ({shown_number(score[chance]['level'])}; "
-            f"difference {score[chance]['difference']:+.3f}, {_bounds(score[chance])})"
+            f"difference {score[chance]['difference']:+.3f}, {shown_bounds(score[chance])})"
             for chance, shown in _CHANCES.items()
         )
         beats = words.get(_beats(score), "beats one of two chance levels")
@@ -246,10 +246,6 @@ def _beats(score: Mapping[str, Any]) -> str:
     if set(verdicts.values()) == {"below"}:
         return "no, below it"
     return f"only {above[0]}" if above else "no"
-
-
-def _bounds(score: Mapping[str, float | None]) -> str:
-    return "–" if score["low"] is None else f"{score['low']:.3f} to {score['high']:.3f}"
 
 
 __all__ = [

@@ -160,8 +160,8 @@ def plan_runs(
 ) -> Plan:
     """Plan one run for each row and seed.
 
-    The stages before `report` depend only on the stages before them, not on the other fields that rows set. For each
-    seed they are trained once, with all modules on, in `output/shared`, and copied into the rows' own folders.
+    The stages before `report` depend only on the stages before them. For each seed they are trained once, with all
+    modules on, in `output/shared`, and copied into the rows' own folders.
 
     Args:
         recipe: YAML file; each row is the recipe with overrides.
@@ -172,8 +172,7 @@ def plan_runs(
         cpu_threads: of each run, instead of the recipe's.
 
     Raises:
-        ValueError: the recipe is wrong or unsuitable, an override names a field that the ablation sets,
-            seeds are not different, or a folder in `output` holds a run of another recipe.
+        ValueError: a wrong argument, a recipe not fit for an ablation, or a run of another recipe in `output`.
     """
     for override in overrides:
         key = override.partition("=")[0]

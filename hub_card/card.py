@@ -19,10 +19,9 @@ from jinja2 import Environment, StrictUndefined, Template, TemplateError
 from ..evaluation.evaluate import F1_COLUMNS, ROWS
 from ..files_otdrg import describe
 from ..metrics.classification import MINIMUM_INTERVAL_POSITIVES
-from ..metrics.tables import NLG_NAMES
 from ..runtime.printable import enumerated
 from ..studies.card import HUB_LICENCES
-from .evaluations import FEW_POSITIVES, EvaluationFacts
+from .evaluations import FEW_POSITIVES, EvaluationFacts, score_headings
 from .facts import FEW_TRAINING_POSITIVES, Facts, gather
 from .run_files import OWN_DATASET, RunFiles, own_evaluation, read_run
 
@@ -180,7 +179,7 @@ def _metadata(
 def _report_results(found: EvaluationFacts, facts: Facts) -> Iterator[EvalResult]:
     """Every score and every F1 of the model's reports."""
     labeler, studies = f"labeler {found.labeler}", f"{found.evaluation['studies']:,} studies"
-    names = {name: (heading, [found.protocol]) for name, heading in NLG_NAMES.items()}
+    names = {name: (heading, [found.protocol]) for name, heading in score_headings().items()}
     for name in F1_COLUMNS:
         average, _, labels, policy = name.split("_", 3)
         qualified = [_LABEL_WORDS[labels], policy.replace("_", " as "), labeler, found.protocol]

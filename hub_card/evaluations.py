@@ -9,19 +9,26 @@ from typing import Any
 from ..evaluation.evaluate import ROWS
 from ..evaluation.report import F1_HEADINGS, difference_table, format_steering
 from ..findings_otdrg import FINDING_DISPLAY_NAMES
-from ..metrics import UNCERTAIN_POLICIES, Interval, PairedDifference
+from ..metrics import METRICS, UNCERTAIN_POLICIES, Interval, PairedDifference, display_name, score_names
 from ..metrics.classification import MINIMUM_INTERVAL_POSITIVES
-from ..metrics.tables import NLG_NAMES, clinical_table, markdown_table, shown_interval, shown_number
+from ..metrics.tables import clinical_table, markdown_table, shown_interval, shown_number
 
-#: Display names of the scores in which the model is compared with each other row.
+#: Scores in which the model is compared with each other row, by their display names.
 COMPARED = {
-    **{name: NLG_NAMES[name] for name in ("bleu_4", "meteor", "rouge_l", "cider")},
-    "example_f1_14_uncertain_negative": "example-F1 (14)",
-    "micro_f1_13_uncertain_negative": "micro-F1 (13)",
-    "macro_f1_13_uncertain_negative": "macro-F1 (13)",
+    score: display_name(score)
+    for score in (
+        *("bleu_4", "meteor", "rouge_l", "cider"),
+        *("example_f1_14_uncertain_negative", "micro_f1_13_uncertain_negative", "macro_f1_13_uncertain_negative"),
+    )
 }
 #: Below this number of positive studies, a finding's figures are too uncertain to be used.
 FEW_POSITIVES = 10
+
+
+def score_headings() -> dict[str, str]:
+    """Display names of all scores except clinical efficacy, in the order of the registry of metrics."""
+    clinical = METRICS["clinical_efficacy"].scores
+    return {name: display_name(name) for name in score_names() if name not in clinical}
 
 
 @dataclass(frozen=True)
@@ -135,7 +142,8 @@ class EvaluationFacts:
     def notes(self) -> list[str]:
         """Warnings, and why a score is missing."""
         notes = [*self.evaluation.get("warnings", []), *self.evaluation.get("notes", [])]
-        notes += [f"{NLG_NAMES.get(name, name)}: {note}" for name, note in self.model.get("notes", {}).items()]
+        names = score_headings()
+        notes += [f"{names.get(name, name)}: {note}" for name, note in self.model.get("notes", {}).items()]
         if self.intervals and self.model.get("cider") is not None:
             notes.append(
                 "CIDEr's intervals: those of the mean over studies, with document frequencies from all studies"
@@ -147,7 +155,7 @@ class EvaluationFacts:
     @property
     def score_table(self) -> str:
         """Every row, every score except clinical efficacy."""
-        return self._table("score", NLG_NAMES)
+        return self._table("score", score_headings())
 
     @property
     def f1_tables(self) -> dict[str, str]:
@@ -213,4 +221,4 @@ class EvaluationFacts:
         return markdown_table([corner, *(headings[column] for column in columns)], cells)
 
 
-__all__ = ["FEW_POSITIVES", "Difference", "EvaluationFacts"]
+__all__ = ["FEW_POSITIVES", "Difference", "EvaluationFacts", "score_headings"]

@@ -1,10 +1,19 @@
-"""Fluency of generated reports: BLEU-1..4, METEOR, ROUGE-L and CIDEr (paper, section 4.2), by pycocoevalcap."""
+"""Fluency of generated reports: BLEU-1..4, METEOR, ROUGE-L and CIDEr (paper, section 4.2), by pycocoevalcap.
+
+The strings are scored as they are: clean them first (`otdrg.studies.cleaning.clean_report`). Empty ones count like all
+others. CIDEr weighs n-grams by the references given, so its value belongs to this set of studies; it is 0 for a
+single study.
+"""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import os
 import shutil
+import threading
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import numpy as np
 
@@ -27,43 +36,6 @@ METEOR_NEEDS_JAVA = (
     "METEOR 1.5 runs on Java, and no java is on the PATH: install a Java runtime, 8 or newer "
     "(Debian and Ubuntu: apt-get install default-jre-headless), and score again"
 )
-
-
-def nlg_scores(
-    predictions: Sequence[str], references: Sequence[str], metrics: Sequence[str] = NLG_METRICS
-) -> dict[str, object]:
-    """BLEU-1..4, METEOR, ROUGE-L and CIDEr (paper, section 4.2) of N reports, as pycocoevalcap computes them.
-
-    The strings are taken as they are: clean them first (`otdrg.studies.cleaning.clean_report`). CIDEr weighs n-grams by
-    the references given, so its value belongs to this set of studies; it is 0 for a single study.
-
-    Args:
-        predictions: N generated reports; empty strings are scored like any other.
-        references: N true reports, in the same order.
-        metrics: which of `NLG_METRICS` to compute; "bleu" is short for all four.
-
-    Returns:
-        One float for each metric; `"per_study"`: a list of N floats for each; `"notes"`: `{metric: why it is None}`.
-        METEOR is None when no `java` is on the PATH.
-
-    Raises:
-        ValueError: lengths differ, an unknown metric, or no reference holds a word.
-        TypeError: a report is not a string; the message gives its position.
-        ChildProcessError: Java failed; the message carries what it said, and at which report.
-    """
-    if isinstance(metrics, str):
-        raise ValueError(f"unknown metrics {[metrics]}: expected a list of some of bleu, {', '.join(NLG_METRICS)}")
-    metrics = [name for given in metrics for name in (_BLEU if given == "bleu" else (given,))]
-    unknown = [name for name in metrics if name not in NLG_METRICS]
-    if unknown:
-        raise ValueError(f"unknown metrics {unknown}: expected a list of some of bleu, {', '.join(NLG_METRICS)}")
-    _check(predictions, references)
-    parts = {_BLEU: bleu, ("meteor",): meteor, ("rouge_l",): rouge_l, ("cider",): cider}
-    results = [compute(predictions, references) for names, compute in parts.items() if set(names) & set(metrics)]
-    scores = {name: value for result in results for name, value in result.scores.items() if name in metrics}
-    by_study = {name: values for result in results for name, values in result.per_study.items()}
-    notes = {name: note for result in results for name, note in result.notes.items()}
-    return {**scores, "per_study": {name: by_study.get(name) for name in scores}, "notes": notes}
 
 
 def _check(predictions: Sequence[str], references: Sequence[str]) -> None:
@@ -143,21 +115,14 @@ def meteor(predictions: Sequence[str], references: Sequence[str]) -> MetricResul
     )
 
 
+_meteor_lock = threading.Lock()
+
+
 def _run_meteor(
     references: dict[int, list[str]], predictions: dict[int, list[str]]
 ) -> tuple[float, list[float], np.ndarray]:
-    """METEOR, of each report too, and its counts (N, 23), from one Java process that has ended on return."""
-    from pycocoevalcap.meteor.meteor import Meteor
-
+    """METEOR, of each report too, and its counts (N, 23)."""
     from .corpus import meteor_counts
-
-    counts: list[str] = []
-
-    class CountingMeteor(Meteor):
-        # `_stat` is the only place where pycocoevalcap has the counts; it does not return them.
-        def _stat(self, hypothesis_str, reference_list):
-            counts.append(super()._stat(hypothesis_str, reference_list))
-            return counts[-1]
 
     # Its protocol is one line of UTF-8 per study with "|||" between the fields.
     def plain(studies: Mapping[int, list[str]]) -> dict[int, list[str]]:
@@ -166,25 +131,58 @@ def _run_meteor(
             for study, texts in studies.items()
         }
 
+    with _meteor_lock:
+        scorer = _meteor_scorer(shutil.which("java"), os.getpid())
+        scorer.counts = []
+        try:
+            value, by_study = scorer.compute_score(plain(references), plain(predictions))
+            return value, by_study, meteor_counts(scorer.counts)
+        except BaseException as error:
+            # After an interruption, too, its answers would belong to other reports.
+            _meteor_scorer.cache_clear()
+            said = scorer.end()
+            if not isinstance(error, (ValueError, OSError)):
+                raise
+            # Java's answer was no number, or the pipe is broken: Java has ended.
+            where = f" at predictions[{scorer.counts.index('')}]" if "" in scorer.counts else ""
+            raise ChildProcessError(f"METEOR's Java process failed{where}: {said or error}") from None
+
+
+@cache
+def _meteor_scorer(java: str, process: int):
+    """pycocoevalcap's METEOR. Its Java takes seconds to start, so it runs until this process ends.
+
+    Args:
+        java: the program.
+        process: id of this process; another one, such as a worker, must not use the same Java.
+    """
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    class CountingMeteor(Meteor):
+        counts: list[str]
+
+        # `_stat` is the only place where pycocoevalcap has the counts; it does not return them.
+        def _stat(self, hypothesis_str, reference_list):
+            self.counts.append(super()._stat(hypothesis_str, reference_list))
+            return self.counts[-1]
+
+        def end(self) -> str:
+            """End Java; returns the first line of its error messages."""
+            atexit.unregister(self.end)
+            if self.lock.locked():  # compute_score keeps it when it raises, and __del__ waits for it
+                self.lock.release()
+            self.meteor_p.kill()
+            self.meteor_p.wait()
+            said = "" if self.meteor_p.stderr.closed else self.meteor_p.stderr.read().decode(errors="replace").strip()
+            with contextlib.suppress(BrokenPipeError):  # __del__ would flush what Java has not read
+                self.meteor_p.stdin.close()
+            for stream in (self.meteor_p.stdout, self.meteor_p.stderr):
+                stream.close()
+            return said.partition("\n")[0]
+
     scorer = CountingMeteor()
-    process = scorer.meteor_p
-    try:
-        value, by_study = scorer.compute_score(plain(references), plain(predictions))
-        return value, by_study, meteor_counts(counts)
-    except (ValueError, OSError) as error:  # Java's answer was no number, or the pipe is broken: Java has ended
-        process.kill()
-        said = process.stderr.read().decode(errors="replace").strip().splitlines()
-        where = f" at predictions[{counts.index('')}]" if "" in counts else ""
-        raise ChildProcessError(f"METEOR's Java process failed{where}: {said[0] if said else error}") from None
-    finally:
-        if scorer.lock.locked():  # compute_score keeps it when it raises, and the scorer's __del__ waits for it
-            scorer.lock.release()
-        process.kill()
-        process.wait()
-        with contextlib.suppress(BrokenPipeError):  # __del__ would flush what Java has not read
-            process.stdin.close()
-        for stream in (process.stdout, process.stderr):
-            stream.close()
+    atexit.register(scorer.end)
+    return scorer
 
 
 def _metric(name: str, scores: Sequence[str], compute, hub_type: str, main: Sequence[str]) -> Metric:
@@ -197,4 +195,4 @@ METEOR = _metric("meteor", ["meteor"], meteor, "meteor", main=[])
 ROUGE_L = _metric("rouge_l", ["rouge_l"], rouge_l, "rouge", main=["rouge_l"])
 CIDER = _metric("cider", ["cider"], cider, "cider", main=["cider"])
 
-__all__ = ["BLEU", "CIDER", "METEOR", "METEOR_NEEDS_JAVA", "NLG_METRICS", "NLG_NAMES", "ROUGE_L", "nlg_scores"]
+__all__ = ["BLEU", "CIDER", "METEOR", "METEOR_NEEDS_JAVA", "NLG_METRICS", "NLG_NAMES", "ROUGE_L"]

@@ -43,8 +43,9 @@ def _scores() -> dict[str, Score]:
 
 
 def score_names() -> tuple[str, ...]:
-    """Every aggregate score, under the names by which tables, JSON files and `metric_for_best_model` know it."""
-    return tuple(_scores())
+    """All names of aggregate scores that can select a checkpoint, short ones included ([`full_score_name`])."""
+    full = tuple(_scores())
+    return *full, *(name.removesuffix(_POLICY) for name in full if name.endswith(_POLICY))
 
 
 def full_score_name(name: str) -> str:
@@ -53,12 +54,11 @@ def full_score_name(name: str) -> str:
     Raises:
         ValueError: there is no such score; the message names the nearest one.
     """
-    known = score_names()
     for full in (name, name + _POLICY):
-        if full in known:
+        if full in _scores():
             return full
-    short = [full.removesuffix(_POLICY) for full in known]
-    raise ValueError(f"unknown score {name!r}: did you mean {difflib.get_close_matches(name, short, 1, 0)[0]!r}?")
+    nearest = difflib.get_close_matches(name, score_names(), 1, 0)[0]
+    raise ValueError(f"unknown score {name!r}: did you mean {nearest!r}?")
 
 
 def metric_of(score: str) -> Metric:
@@ -80,6 +80,12 @@ def higher_is_better(score: str) -> bool:
 def main_scores() -> dict[str, str]:
     """The scores of the short tables, and their names there."""
     return {name: score.display for name, score in _scores().items() if score.main}
+
+
+def report_scores() -> dict[str, str]:
+    """The scores that are computed from texts, without a labeler, and their names."""
+    metrics = (metric for metric in METRICS.values() if metric.reads == "reports")
+    return {name: score.display for metric in metrics for name, score in metric.scores.items()}
 
 
 def score_tables() -> dict[str, dict[str, str]]:
@@ -105,8 +111,6 @@ def wanted_scores(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     Raises:
         ValueError: an unknown name.
     """
-    if isinstance(names, str):
-        raise ValueError(f"metrics are {names!r}: expected a list of names")
     names = list(names)
     unknown = [name for name in names if name not in METRICS and name not in _scores()]
     if unknown:
@@ -139,6 +143,7 @@ __all__ = [
     "metric_choices",
     "metric_of",
     "register",
+    "report_scores",
     "score_names",
     "score_tables",
     "wanted_scores",

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .fluency import NLG_METRICS
 from .metric import MetricResult
 from .registry import METRICS, default_metrics, wanted_scores
 from .significance import StudyStatistics
@@ -86,6 +87,8 @@ def score_reports(
     """
     if (predicted_states is None) != (true_states is None):
         raise ValueError("predicted_states and true_states: one is given without the other, expected both or neither")
+    if isinstance(metrics, str):
+        raise ValueError(f"metrics are {metrics!r}: expected a list of names")
     names = list(default_metrics() if metrics is None else metrics)
     names += [name for name, metric in METRICS.items() if metric.default and metric.reads == "states"]
     wanted = {
@@ -107,4 +110,12 @@ def score_reports(
     return scored
 
 
-__all__ = ["ReportScores", "score_reports"]
+def nlg_scores(
+    predictions: Sequence[str], references: Sequence[str], metrics: Iterable[str] = NLG_METRICS
+) -> dict[str, Any]:
+    """[`score_reports`] of texts as one dictionary: a float for each score, `"per_study"` and `"notes"`."""
+    found = score_reports(predictions, references, metrics=metrics)
+    return {**found.scores, "per_study": found.per_study, "notes": found.notes}
+
+
+__all__ = ["ReportScores", "nlg_scores", "score_reports"]

@@ -87,6 +87,11 @@ def shown_interval(interval: Interval | PairedDifference | Comparison | None) ->
     return "–" if interval is None else f"{interval.low:.3f} to {interval.high:.3f}"
 
 
+def shown_bounds(row: Mapping[str, float | None]) -> str:
+    """[`shown_interval`] of a JSON object with `low` and `high`."""
+    return "–" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
+
+
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     """Rows of cells below a header, with line breaks and column separators in cells escaped."""
     header, *rows = ([" ".join(cell.replace("|", "\\|").split()) for cell in cells] for cells in (header, *rows))
@@ -101,6 +106,7 @@ __all__ = [
     "finding_table",
     "markdown_table",
     "score_table",
+    "shown_bounds",
     "shown_interval",
     "shown_number",
 ]

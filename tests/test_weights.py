@@ -342,12 +342,12 @@ def test_from_pretrained_of_an_adapter_hashes_backbones_once(
 ):
     model, _ = build_on_backbones(build_backbones(tmp_path))
     model.save_pretrained(tmp_path / "adapter", weights="adapter")
-    (tmp_path / "home").mkdir(exist_ok=True)
+    shutil.rmtree(tmp_path / "home", ignore_errors=True)
     memory = tmp_path / "home" / "otdrg_sha256.json"
-    memory.unlink(missing_ok=True)
     if home == "not writable":
-        memory.mkdir()
+        memory.mkdir(parents=True)
     elif home == "damaged":
+        memory.parent.mkdir()
         memory.write_text("{")
     counts = []
     for _ in range(2):

@@ -23,7 +23,7 @@ from ..studies import PREPARED, open_source, source_class
 from ..studies.loading import prepared_splits
 from .callbacks import FIGURES
 from .data import StudySplits
-from .fields import convert
+from .fields import convert, need
 from .model import check_backbones, lora_fields, preset_config, quantization_config
 from .recipe import LabelsRecipe, ModelRecipe, Recipe, StudiesRecipe
 from .stages import STAGES, stage_of
@@ -150,25 +150,19 @@ def _check_model(model: ModelRecipe) -> OTDRGConfig:
 
 
 def _check_lora(where: str, lora: dict[str, Any]) -> None:
-    """Check the fields of `LoraConfig`, strictly where peft accepts values that fail or train nothing."""
-    kinds = typing.get_type_hints(LoraConfig)
+    """Check types and bounds of LoRA fields, where peft accepts values that fail later or train nothing."""
+    kinds = {**typing.get_type_hints(LoraConfig), "lora_alpha": float}
     for name, value in lora.items():
-        if name in kinds and name != "target_modules":
+        if kinds.get(name) in (bool, float) or name in ("r", "target_modules", "bias"):
             convert(value, kinds[name], (*where.split("."), name))
-    ranges = {"r": lora.get("r", 8) > 0, "lora_alpha": lora.get("lora_alpha", 8) > 0}
-    for name, is_within in ranges.items():
-        if not is_within:
-            raise ValueError(f"{where}.{name}={lora[name]!r}: expected a number above 0")
-    if not 0 <= lora.get("lora_dropout", 0.0) < 1:
-        raise ValueError(f"{where}.lora_dropout={lora['lora_dropout']!r}: expected a number of at least 0 and below 1")
-    targets = lora["target_modules"]
-    names = [targets] if isinstance(targets, str) else targets
-    if not (isinstance(names, list) and names and all(isinstance(name, str) and name for name in names)):
-        raise ValueError(f"{where}.target_modules={targets!r}: expected names of modules, such as [q_proj, v_proj]")
-    try:
-        LoraConfig(**lora)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
+    for name in ("r", "lora_alpha"):
+        need(lora.get(name, 8) > 0, f"{where}.{name}", lora.get(name), "a number above 0")
+    dropout = lora.get("lora_dropout", 0.0)
+    need(0 <= dropout < 1, f"{where}.lora_dropout", dropout, "a number of at least 0 and below 1")
+    targets = lora.get("target_modules")
+    need(
+        bool(targets) and all(targets), f"{where}.target_modules", targets, "names of modules, such as [q_proj, v_proj]"
+    )
 
 
 def _layer_names(tower: nn.Module) -> list[str]:

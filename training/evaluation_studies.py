@@ -83,8 +83,7 @@ def evaluation_studies(
         raise ValueError(f"DATASET is missing, and no recipe.yaml lies beside the model: {expected}")
     read_by = LabelsRecipe(labeler=labeler, options=labeler_options or {})
     sections = (own.studies, own.labels) if dataset is None else _sections(dataset, own, split, read_by)
-    studies = replace(sections[0], cleaning=cleaning or sections[0].cleaning)
-    labels = sections[1]
+    studies, labels = replace(sections[0], cleaning=cleaning or sections[0].cleaning), sections[1]
     zero_shot = None if own is None else not _same(studies, own.studies)
     if train_from is not None:
         learned, training_from = _sections(train_from, own, "train", read_by), train_from
@@ -95,10 +94,7 @@ def evaluation_studies(
     if learned is None and studies.source == PREPARED and "train" not in prepared_splits(studies.options["folder"]):
         raise ValueError(f"{dataset} has no split 'train' for the baselines: expected --train-from, where they are")
     splits = build_studies(studies, labels, splits=("train", split) if learned is None else (split,))
-    if learned is None:
-        training = splits["train"]
-    else:
-        training = _training(replace(learned[0], cleaning=studies.cleaning), learned[1], train_from)
+    training = splits["train"] if learned is None else _training(*learned, studies.cleaning, train_from)
     counts, warnings = check_counts(studies, splits)
     known = set(training["id"]).intersection(splits[split]["id"])
     if known:
@@ -138,9 +134,11 @@ def _sections(dataset: str, own: Recipe | None, split: str, labels: LabelsRecipe
     )
 
 
-def _training(studies: StudiesRecipe, labels: LabelsRecipe, train_from: str | None) -> Dataset | StreamedStudies:
+def _training(
+    studies: StudiesRecipe, labels: LabelsRecipe, cleaning: str, train_from: str | None
+) -> Dataset | StreamedStudies:
     try:
-        return build_studies(studies, labels, splits=("train",))["train"]
+        return build_studies(replace(studies, cleaning=cleaning), labels, splits=("train",))["train"]
     except (OSError, ValueError) as error:
         if train_from is not None:
             raise

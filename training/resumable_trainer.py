@@ -7,6 +7,7 @@ Only this module overrides or calls private methods of transformers' Trainer, wh
   step too many after the last step, and would forget that training had been stopped early.
 - `_get_train_sampler`: transformers' length-grouped sampler draws from the global generator, whose state differs in a
   resumed run.
+- `_prepare_inputs`: `prediction_step` has to place its batch on the device.
 - `_save`: a checkpoint must have the names that weights have in memory, and leaves out what does not change.
 - `_issue_warnings_after_load`: a checkpoint that leaves out weights which do not change is loaded with a warning, and a
   checkpoint that does not fit is loaded with a warning too.
@@ -73,6 +74,10 @@ class ResumableTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return EpochLengthGroupedSampler(batch_size, self.train_lengths, self.args.seed)
+
+    def on_device(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A batch on the model's device, in the type that DeepSpeed computes in."""
+        return self._prepare_inputs(inputs)
 
     def write_checkpoint(self, folder: str, state_dict: dict[str, torch.Tensor] | None) -> None:
         """Write the model of a checkpoint; `state_dict` has its weights if processes share them."""

@@ -148,7 +148,7 @@ class StageTrainer(ResumableTrainer):
 
         The LLM's logits and the transport plans are not returned: gathered over a split they would fill the memory.
         """
-        inputs = self._prepare_inputs(inputs)
+        inputs = self.on_device(inputs)
         rows = len(next(iter(inputs.values())))
         own = self._own_rows(rows)
         # A process without a row of its own computes one all the same: under ZeRO-3 and FSDP the others wait for it.

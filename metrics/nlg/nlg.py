@@ -2,7 +2,7 @@
 
 import datasets
 import evaluate
-from otdrg.metrics.fluency import NLG_METRICS, nlg_scores
+from otdrg.metrics import NLG_METRICS, nlg_scores
 
 _DESCRIPTION = """\
 BLEU-1..4, METEOR 1.5, ROUGE-L and CIDEr of generated radiology reports, one reference each, computed by pycocoevalcap

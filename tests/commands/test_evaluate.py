@@ -126,10 +126,10 @@ def test_evaluate_writes_scores_per_system_and_study(evaluated):
 
 
 def journal(evaluated, name):
-    """Given states (N, 14), reports and ids of a journal."""
+    """Conditioning states (N, 14) and reports of a journal."""
     rows = [json.loads(line) for line in (evaluated / "reports" / f"{name}.jsonl").read_text("utf-8").splitlines()]
-    given = np.array([[FINDING_STATES.index(row[finding]) for finding in FINDINGS] for row in rows])
-    return given, [row["report"] for row in rows], [row["id"] for row in rows]
+    conditioning = np.array([[FINDING_STATES.index(row[finding]) for finding in FINDINGS] for row in rows])
+    return conditioning, [row["report"] for row in rows], [row["id"] for row in rows]
 
 
 def test_evaluate_faithfulness_is_to_the_conditioning_states(evaluated):
@@ -139,13 +139,13 @@ def test_evaluate_faithfulness_is_to_the_conditioning_states(evaluated):
     labeler = load_labeler("rules")
     true, *_ = journal(evaluated, "true_states")
     for condition, name in (("predicted", "model"), ("true_states", "true_states"), ("flipped", "flipped")):
-        given, reports, ids = journal(evaluated, name)
-        within = given != true if condition == "flipped" else None
+        conditioning, reports, ids = journal(evaluated, name)
+        within = conditioning != true if condition == "flipped" else None
         if within is not None:
             within[:, FINDINGS.index("no_finding")] = False
             assert (within.sum(axis=1) == 1).all()
         said = labeler.label(reports)
-        found = faithfulness(given, said, 1, within)
+        found = faithfulness(conditioning, said, 1, within)
         for key in ("macro", "micro", "counted", "contradicted", "omitted", "added"):
             assert conditions[condition]["model"][key] == pytest.approx(getattr(found, key))
         assert sum(states == condition for states, *_ in listed) == found.contradicted

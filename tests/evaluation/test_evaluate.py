@@ -121,8 +121,8 @@ def test_collators_with_indication_put_it_into_the_prompt(processor, studies, co
         return ReportCollator(processor, training=False, indication=indication)(rows)
 
     rows = [{**row, "indication": text} for row, text in zip(studies, ("Cough.", "", " ", None), strict=False)]
-    with_indication, without = (batch(rows, indication)["input_ids"] for indication in (True, False))
-    texts, plain = (processor.batch_decode(ids, skip_special_tokens=False) for ids in (with_indication, without))
+    given, without = (batch(rows, indication)["input_ids"] for indication in (True, False))
+    texts, plain = (processor.batch_decode(ids, skip_special_tokens=False) for ids in (given, without))
     assert ["Indication: Cough." in text for text in texts] == [True, False, False, False]
     assert not any("Indication" in text for text in plain)
     alike = [{**row, "indication": None} for row in rows]
@@ -233,9 +233,9 @@ def test_evaluation_reads_states_of_generated_reports_before_cleaning(model, pro
 def test_evaluation_has_one_constant_per_score(evaluation, training):
     assert evaluation.constants.keys() == {"bleu_1", "bleu_4", "rouge_l", "cider", *F1_COLUMNS}
     assert evaluation.constants["bleu_4"].reports[0] in training["report"]
-    best = evaluation.scores()["rows"]["best constant report"]
+    constants = evaluation.scores()["rows"]["best constant report"]
     for column, row in evaluation.constants.items():
-        assert len(set(row.reports)) == 1 and best[column] == row.scores[column]
+        assert len(set(row.reports)) == 1 and constants[column] == row.scores[column]
 
 
 def test_evaluation_retrieves_by_the_models_features(model, processor, studies, training, evaluation, tmp_path):

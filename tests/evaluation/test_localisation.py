@@ -49,9 +49,9 @@ def test_localise_judges_the_pipelines_heatmap(judged, trained_run):
         row = next(csv.DictReader(file))
     phantom = make_phantom(0, int(row["id"].split("-")[2]), 112, ["frontal"])
     assert int(row["id"].split("-")[2]) >= SPLIT_STARTS["test"] and row["state"] == "positive"
-    given = {name: int(state) for name, state in zip(FINDINGS, phantom.states, strict=True)}
+    states = {name: int(state) for name, state in zip(FINDINGS, phantom.states, strict=True)}
     pipe = load_pipeline(str(trained_run))
-    (record,) = pipe(phantom.images[0], findings=given, return_heatmaps=True, max_new_tokens=1)
+    (record,) = pipe(phantom.images[0], findings=states, return_heatmaps=True, max_new_tokens=1)
     heat = upsample_lift(record["heatmaps"][row["finding"]][0], (112, 112))[None]
     mask = phantom.masks[row["finding"]][0][None]
     assert float(row["uniform"]) == pytest.approx(mask.mean(), abs=1e-6)
@@ -73,7 +73,7 @@ def test_localise_predicted_makes_plans_for_predicted_states(trained_run, tmp_pa
     assert predicted["states"] == "predicted" and predicted["views"] == ["frontal", "lateral"] and true["seed"] == 3
     positives = [sum(counts["positive"] for counts in result["counts"].values()) for result in (true, predicted)]
     assert positives[0] == positives[1] > 0
-    assert sum(counts["given_positive"] for counts in true["counts"].values()) == positives[0]
+    assert sum(counts["told_positive"] for counts in true["counts"].values()) == positives[0]
     for counts in predicted["counts"].values():
         assert counts["judged"] + counts["unseen"] + counts["covering"] == 2 * counts["positive"]
 

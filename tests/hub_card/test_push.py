@@ -89,7 +89,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def hub(make_hub_server):
-    """A Hub for all tests here; each has repositories of its own, and leaves no disturbance behind."""
+    """A Hub shared by the tests of this module; each uses its own repositories."""
     server = make_hub_server(token="hf_not_to_be_seen")
     yield server
     server.stop()
@@ -150,7 +150,7 @@ def load(start_loader):
 
 @pytest.fixture(scope="module")
 def otdrg(converse, tmp_path_factory):
-    """Runs commands as they are typed, one after another in one process, and gives what they printed."""
+    """Runs commands one after another in one process, and returns what they printed."""
     # The package that is tested, whichever is installed.
     found_in = os.pathsep.join([str(Path(package.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     with converse(COMMANDS, tmp_path_factory.mktemp("pusher"), PYTHONPATH=found_in) as ask:
@@ -339,15 +339,14 @@ def test_push_adapter_backbone_in_another_format_is_refused(push, trained, tmp_p
     arguments = (folder, "org/x", "--adapter", "--dry-run", "--vision-backbone", "base/vision", "--text-backbone")
     done = push(*arguments, "base/text")
     assert done.returncode == 1 and done.stderr.endswith(
-        "an adapter of the text backbone in llm.gguf, not of base/text: --text-backbone ORG/NAME/llm.gguf says where "
-        "on the Hub it is\n"
+        "an adapter of the text backbone as llm.gguf, not of base/text: expected --text-backbone ORG/NAME/llm.gguf\n"
     )
     done = push(*arguments, "base/text/llm.gguf")
     assert done.returncode == 0, done.stderr
 
 
-def test_of_an_adapters_folder_only_the_model_is_pushed(hub, push, backbones_on_hub, trained, tmp_path):
-    """`otdrg evaluate` leaves the reports of studies where the card looks for its results, which may be there."""
+def test_push_adapter_uploads_only_the_models_files(hub, push, backbones_on_hub, trained, tmp_path):
+    """An adapter's folder may hold other files, such as the reports that `otdrg evaluate` writes there."""
     folder = shutil.copytree(trained[2] / "run" / "adapter", tmp_path / "adapter")
     (folder / "notes").mkdir()
     for name in ("notes/predictions.csv", "training_args.bin", "adapter_config.json"):
@@ -485,7 +484,7 @@ def test_pushed_model_interrupted_download_is_continued(hub, pushed, load, tmp_p
 
 
 def test_pushed_model_damaged_weights_are_refused(hub, pushed, load, tmp_path):
-    """The client accepts them; the configuration has their SHA-256."""
+    """The client compares only sizes; `config.json` stores the SHA-256."""
     weights = bytearray(hub.repos["models", "org/otdrg"].files["model.safetensors"])
     weights[-1] ^= 1
     hub.disturb("GET", "^/storage/", content=bytes(weights))
@@ -516,7 +515,7 @@ def test_pushed_model_missing_or_gated_is_named(hub, pushed, load, tmp_path):
 
 
 def test_generate_hub_error_states_the_answer(hub, pushed, image, otdrg):
-    """transformers says that it could not connect where the Hub did answer."""
+    """transformers reports "could not connect" although the Hub answered."""
     hub.disturb("HEAD", "/org/otdrg/resolve/", times=50, status=500, Retry_After="0")
     done = otdrg("generate", "org/otdrg", "--study", image)
     hub.calm()

@@ -1,4 +1,4 @@
-"""Whether reports state the given findings: on arrays made by hand, and properties of all arrays."""
+"""Faithfulness on arrays made by hand, and properties of any arrays."""
 
 import numpy as np
 import pytest
@@ -68,35 +68,35 @@ def test_faithfulness_within_counts_only_these_findings():
 
 @settings(deadline=None, max_examples=60)
 @given(STATES, st.integers(0, 2**32 - 1), st.integers(1, 4))
-def test_faithfulness_equals_scikit_learns_mean_recall(stated, seed, floor):
-    said = np.random.default_rng(seed).integers(0, 4, stated.shape)
-    found = faithfulness(stated, said, floor)
+def test_faithfulness_equals_scikit_learns_mean_recall(wanted, seed, floor):
+    said = np.random.default_rng(seed).integers(0, 4, wanted.shape)
+    found = faithfulness(wanted, said, floor)
     recalls, supports = [], []
     for place in range(NO_FINDING):
-        recalls += list(recall_score(stated[:, place], said[:, place], labels=[1, 2, 3], average=None, zero_division=0))
-        supports += [int((stated[:, place] == state).sum()) for state in (1, 2, 3)]
+        recalls += list(recall_score(wanted[:, place], said[:, place], labels=[1, 2, 3], average=None, zero_division=0))
+        supports += [int((wanted[:, place] == state).sum()) for state in (1, 2, 3)]
     kept = [recall for recall, support in zip(recalls, supports, strict=True) if support >= floor]
     assert found.counted == len(kept)
     assert found.macro == (pytest.approx(np.mean(kept)) if kept else None)
-    assert found.contradicted == len(list(contradictions(stated, said)))
+    assert found.contradicted == len(list(contradictions(wanted, said)))
     followed = sum(cell.followed for row in found.cells.values() for cell in row.values())
-    assert followed + found.contradicted + found.omitted == (stated[:, :NO_FINDING] != UNMENTIONED).sum()
+    assert followed + found.contradicted + found.omitted == (wanted[:, :NO_FINDING] != UNMENTIONED).sum()
 
 
 @settings(deadline=None, max_examples=60)
 @given(STATES, st.integers(0, 2**32 - 1))
-def test_faithfulness_of_given_states_is_perfect_and_of_flips_zero(stated, seed):
-    assert faithfulness(stated, stated, floor=1).macro in (None, 1.0)
-    flipped, where = flip_states(stated, seed)
-    assert faithfulness(flipped, stated, floor=1, within=where).macro in (None, 0.0)
+def test_faithfulness_of_given_states_is_perfect_and_of_flips_zero(wanted, seed):
+    assert faithfulness(wanted, wanted, floor=1).macro in (None, 1.0)
+    flipped, where = flip_states(wanted, seed)
+    assert faithfulness(flipped, wanted, floor=1, within=where).macro in (None, 0.0)
     assert faithfulness(flipped, flipped, floor=1, within=where).contradicted == 0
-    can = np.isin(stated[:, :NO_FINDING], (POSITIVE, NEGATIVE)).any(axis=1)
+    can = np.isin(wanted[:, :NO_FINDING], (POSITIVE, NEGATIVE)).any(axis=1)
     assert (where.sum(axis=1) == can).all() and not where[:, NO_FINDING].any()
     # One pair is left in place of the other, and all else but No Finding is as it was.
-    assert (flipped[where] + stated[where] == POSITIVE + NEGATIVE).all()
+    assert (flipped[where] + wanted[where] == POSITIVE + NEGATIVE).all()
     where[:, NO_FINDING] = True
-    assert (flipped[~where] == stated[~where]).all()
-    again, _ = flip_states(stated, seed)
+    assert (flipped[~where] == wanted[~where]).all()
+    again, _ = flip_states(wanted, seed)
     assert (again == flipped).all()
 
 
@@ -121,9 +121,9 @@ def test_faithfulness_names_faults():
 
 
 def test_self_check_lists_disagreements_with_given_states():
-    stated = states(4, edema=[1, 1, 1, 0], pneumothorax=[2, 2, 0, 0], no_finding=[0, 0, 1, 1])
+    wanted = states(4, edema=[1, 1, 1, 0], pneumothorax=[2, 2, 0, 0], no_finding=[0, 0, 1, 1])
     reports = ["There is edema. No pneumothorax.", "No edema. Small pneumothorax.", "", "Rib fracture."]
-    assert self_check(reports, stated) == [
+    assert self_check(reports, wanted) == [
         [],
         [
             {"finding": "edema", "given": "positive", "said": "negative", "kind": "contradicted"},
@@ -136,8 +136,8 @@ def test_self_check_lists_disagreements_with_given_states():
 
 @settings(deadline=None, max_examples=30)
 @given(STATES, st.integers(0, 2**32 - 1))
-def test_self_check_lists_as_many_as_faithfulness_counts(stated, seed):
-    said = np.random.default_rng(seed).integers(0, 4, stated.shape)
-    found = faithfulness(stated, said)
-    kinds = [one.kind for one in contradictions(stated, said, kinds=KINDS)]
+def test_self_check_lists_as_many_as_faithfulness_counts(wanted, seed):
+    said = np.random.default_rng(seed).integers(0, 4, wanted.shape)
+    found = faithfulness(wanted, said)
+    kinds = [one.kind for one in contradictions(wanted, said, kinds=KINDS)]
     assert [kinds.count(kind) for kind in KINDS] == [found.contradicted, found.omitted, found.added]

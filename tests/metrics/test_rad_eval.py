@@ -65,10 +65,8 @@ def test_score_without_radeval_computes_the_rest(files, capsys, monkeypatch):
     assert "| RadGraph-F1, simple | – | – |" in capsys.readouterr().out
     files["output"] = files["output"].with_name("alone.json")
     assert main(typed(files, "radgraph", "ratescore")) != 0
-    output = capsys.readouterr().err.strip()
-    assert (
-        "radgraph: RadEval is not installed" in output and "ratescore: RadEval is not" in output and "\n" not in output
-    )
+    error = capsys.readouterr().err.strip()
+    assert "radgraph: RadEval is not installed" in error and "ratescore: RadEval is not" in error and "\n" not in error
 
 
 def test_score_reports_unknown_metric_is_named():
@@ -147,8 +145,8 @@ print("\\n" + json.dumps([ours, directly]))
 
 def both(folder, predictions, references, metrics):
     """Our scores and RadEval's own, aggregates and studies' values by metric, of those it can compute here."""
-    output = run(folder, "-c", _BOTH, json.dumps([predictions, references, metrics]))
-    return json.loads(output.splitlines()[-1])
+    printed = run(folder, "-c", _BOTH, json.dumps([predictions, references, metrics]))
+    return json.loads(printed.splitlines()[-1])
 
 
 @pytest.mark.slow
@@ -186,7 +184,7 @@ def test_radeval_blank_reports_score_zero_or_are_refused(weights):
 @needs_radeval
 def test_score_with_radeval_writes_and_prints_its_scores(weights, files):
     code = "import sys; from otdrg.cli import main; sys.exit(main(sys.argv[1:]))"
-    output = run(weights, "-c", code, *typed(files, "rouge_l", "radgraph", "radcliq"), "--bootstrap", "100")
+    printed = run(weights, "-c", code, *typed(files, "rouge_l", "radgraph", "radcliq"), "--bootstrap", "100")
     result = json.loads(files["output"].read_text())
     table = list(csv.DictReader(files["output"].with_suffix(".csv").open()))
     assert set(result["radeval"]) == {*RADEVAL_METRICS["radgraph"].scores, "radcliq_v1"}
@@ -196,7 +194,7 @@ def test_score_with_radeval_writes_and_prints_its_scores(weights, files):
         assert (score in result["intervals"]) == (score in result["comparison"]) == (score != "radcliq_v1")
         assert f"{score}, against" in table[0]
     assert "lower ones are better" in result["notes"]["radcliq"]
-    assert output.startswith("4 studies") and output.count("RadGraph-F1, complete") == 2
+    assert printed.startswith("4 studies") and printed.count("RadGraph-F1, complete") == 2
 
 
 @needs_radeval

@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,3 +144,18 @@ def test_report_stage_without_predictor_is_refused(tiny_recipe, tmp_path, capsys
 def test_run_recipe_unfit_recipe_is_one_line(tiny_recipe, tmp_path, override, message, capsys):
     assert main([str(tiny_recipe), f"output_dir={tmp_path / 'run'}", override]) == 1
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_run_recipe_phantom_tiny_losses_are_those_of_its_earlier_fields(tmp_path):
+    """Computed before recipes had the names and defaults of TrainingArguments."""
+    expected = {"ircp": [10.8620, 10.7853], "predictor": [0.79865, 0.81286], "report": [6.41546, 6.62753, 5.66627]}
+    batches = {"ircp": 8, "predictor": 8, "report": 4}
+    overrides = ["studies.options={train: 16, validation: 0, test: 0}", "predictor.fit_thresholds=false"]
+    for stage, losses in expected.items():
+        overrides += [f"{stage}.max_steps={len(losses)}", f"{stage}.per_device_train_batch_size={batches[stage]}"]
+        overrides += [f"{stage}.logging_steps=1"]
+    recipe = Path(__file__).parents[2] / "recipes" / "phantom_tiny.yaml"
+    assert main([str(recipe), f"output_dir={tmp_path}", "report.evaluation.split=none", *overrides]) == 0
+    for stage, losses in expected.items():
+        lines = training_lines(results(tmp_path)[stage])
+        assert [line["loss"] for line in lines.values()] == pytest.approx(losses, rel=1e-3), stage
