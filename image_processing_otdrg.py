@@ -599,11 +599,7 @@ def _check_finite(array: np.ndarray) -> None:
 
 
 def _scaled(array: np.ndarray, alpha: np.ndarray | None = None) -> Image.Image:
-    """An array (H, W) or (H, W, 3) of any numbers as a picture, blended with black.
-
-    Its range from black to white is that of the values where alpha (H, W), from 0 to 1, is above 0; or 0 to 1 if all of
-    them are inside.
-    """
+    """An array (H, W) or (H, W, 3), scaled from 0 to 1 or else from its range where alpha > 0, blended with black."""
     _check_finite(array)
     low, high = array.min(), array.max()
     if alpha is not None and (alpha > 0).any():

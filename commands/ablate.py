@@ -88,6 +88,3 @@ def run(options: argparse.Namespace) -> None:
             f"{len(failed)} of {len(plan.runs)} runs failed, the first: {failed[0].name}: {failed[0].error}; "
             "the same command tries them again"
         )
-
-
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]

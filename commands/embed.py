@@ -99,6 +99,3 @@ def _studies(options: argparse.Namespace) -> Dataset:
             f"{whose}: no study of {options.split} has finding states, expected some: otdrg label fills them"
         )
     return studies
-
-
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]

@@ -133,6 +133,3 @@ def _evaluate(options: argparse.Namespace, output: Path) -> str:
         reference_tokens=reference_tokens(options, studies.cleaning),
         overwrite=options.overwrite,
     )
-
-
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]

@@ -216,6 +216,3 @@ def _write(pipe, studies: list[ListedStudy], options, arguments: dict[str, int],
     finally:
         for fault in faults:
             print(f"left out: {one_line(fault)}", file=sys.stderr)
-
-
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]

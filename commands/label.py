@@ -231,6 +231,3 @@ def _measure_agreement(options: argparse.Namespace, folder: Path | None) -> None
         result["only_in_reference"], result["only_in_candidate"] = only
         write_agreement(folder, result, ids, reference, candidate)
         show(f"\nagreement.json, agreement.csv and disagreements.csv: {folder}")
-
-
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]

@@ -90,6 +90,3 @@ def _localise(options: argparse.Namespace, findings: list[str]) -> None:
     }
     document = write_localisation(paths, settings, judged, scores)
     show(f"{document}\n\nwritten: {paths['.md']}, localisation.json, localisation.csv")
-
-
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]

@@ -68,6 +68,3 @@ def _required(cls: type) -> str:
     required = [option for option in fields(cls) if option.default is option.default_factory is MISSING]
     options = (f"--{option.name.replace('_', '-')} {option.metadata['metavar'] or 'VALUE'}" for option in required)
     return " ".join([*options, "--output studies"])
-
-
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]

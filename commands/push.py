@@ -121,6 +121,3 @@ def _list(repo: str, sizes: dict[str, int]) -> None:
     for name, size in sorted(sizes.items()):
         show(f"  {size:>15,}  {name}")
     show(f"  {sum(sizes.values()):>15,}  bytes in {len(sizes)} files\n")
-
-
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]

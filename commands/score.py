@@ -107,6 +107,3 @@ def _check_files(options: argparse.Namespace, output: Path) -> None:
                 raise ValueError(f"{path} would be written over, and is --{name}: expected another --output")
         if path.exists() and not options.overwrite:
             raise ValueError(f"{path} exists: --overwrite replaces it")
-
-
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]

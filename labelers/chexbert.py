@@ -249,19 +249,10 @@ def _network(weights: dict[str, torch.Tensor], attention_heads: int | None, path
     with torch.random.fork_rng(devices=[]):
         heads = torch.nn.ModuleList(torch.nn.Linear(hidden, classes) for classes in HEAD_SIZES)
         network = torch.nn.ModuleDict({"bert": BertModel(config, add_pooling_layer=False), "linear_heads": heads})
-    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-    wrong = []
-    if missing := [name for name in expected if name not in weights]:
-        wrong.append(f"missing are {listed(missing, _LISTED)}")
-    if unknown := [name for name in weights if name not in expected]:
-        wrong.append(f"unknown are {listed(unknown, _LISTED)}")
-    shapes = {name: tuple(value.shape) for name, value in weights.items() if name in expected}
-    if misfits := [name for name, shape in shapes.items() if shape != expected[name]]:
-        described = [f"{name} {shapes[name]} instead of {expected[name]}" for name in misfits]
-        wrong.append(f"of another shape are {listed(described, _LISTED)}")
-    if wrong:
-        raise ValueError(f"checkpoint {path} is not CheXbert's: {'; '.join(wrong)}")
-    network.load_state_dict(weights)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"checkpoint {path} is not CheXbert's: {_reason(error)}") from None
     return network.eval()
 
 

@@ -84,14 +84,7 @@ def parse_yaml(text: str, what: str, as_text: bool = False) -> Any:
 
 
 def _fault_of_size(text: str) -> yaml.YAMLError | None:
-    """Count values and levels, with expanded aliases, without constructing objects.
-
-    Returns:
-        The error of the fast parser, if any: the other parser's error is more precise.
-
-    Raises:
-        ValueError: there are too many.
-    """
+    """Check the size; returns an error of the fast parser, because the other parser's message is more precise."""
     try:
         _check_size(text)
     except yaml.YAMLError as error:

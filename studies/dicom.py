@@ -298,13 +298,7 @@ def _texts(folder: str) -> dict[str, dict[str, str]]:
 
 
 def _reports(files: Iterable[str], alone: list[str], texts: dict[str, dict[str, str]]) -> list[str]:
-    """The reports of a study; several must have the same content.
-
-    Args:
-        files: files of the study.
-        alone: the innermost common folder of the files and those above it, as far as they hold no other study.
-        texts: result of [`_texts`].
-    """
+    """The reports of a study; `alone` are the folders around its files that hold no other study, innermost first."""
     stems = (os.path.splitext(name)[0] for name in files)
     named = [texts.get(os.path.dirname(stem), {}).get(os.path.basename(stem)) for stem in stems]
     if any(named):
