@@ -42,9 +42,12 @@ def add_metrics(parser, default: str, labeler: str | None) -> None:
     parser.add_argument(
         "--protocol", choices=PROTOCOLS, default="full", help="r2gengpt truncates the true reports (default: full)"
     )
-    parser.add_argument("--tokenizer", metavar="NAME", help="for r2gengpt: Hub id or folder")
+    parser.add_argument("--tokenizer", metavar="NAME", help="tokenizer that truncates, for r2gengpt: Hub id or folder")
     parser.add_argument(
-        "--reference-tokens", type=int, metavar="N", help="for r2gengpt (default: 60 for r2gen_iu, 100 for r2gen_mimic)"
+        "--reference-tokens",
+        type=int,
+        metavar="N",
+        help="tokens of a true report, for r2gengpt (default: 60 for r2gen_iu, 100 for r2gen_mimic)",
     )
 
 

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
     )
     parser.add_argument("--port", type=int, default=7860, metavar="N", help="port to listen on (default: 7860)")
     parser.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="most tokens of a report (default: the model's)"
+        "--max-new-tokens", type=int, metavar="N", help="maximum number of tokens of a report (default: the model's)"
     )
 
 

@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="folder of the picture and the figures"
     )
-    parser.add_argument("--split", choices=SPLITS, default="test", help="whose studies are used (default: test)")
-    parser.add_argument("--limit", type=int, default=500, metavar="N", help="most studies (default: 500)")
-    parser.add_argument("--seed", type=int, default=0, help="of t-SNE, bootstrap and permutations (default: 0)")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="split of the studies (default: test)")
+    parser.add_argument("--limit", type=int, default=500, metavar="N", help="maximum number of studies (default: 500)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of t-SNE, bootstrap and permutations (default: 0)")
     add_resamples(parser)
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="studies in a batch (default: 16)")
     parser.add_argument("--overwrite", action="store_true", help="replace the results in --output")

@@ -37,8 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
     )
     studies = parser.add_argument_group("studies")
     studies.add_argument("--split", choices=SPLITS[1:], default="validation", help="default: validation")
-    studies.add_argument("--limit", type=int, metavar="N", help="most studies, from the split's start")
-    studies.add_argument("--cleaning", choices=CLEANING_STYLES, help="of all reports (default: the recipe's)")
+    studies.add_argument(
+        "--limit", type=int, metavar="N", help="maximum number of studies, from the start of the split"
+    )
+    studies.add_argument("--cleaning", choices=CLEANING_STYLES, help="cleaning of all reports (default: the recipe's)")
     studies.add_argument(
         "--train-from",
         metavar="DATASET",
@@ -60,20 +62,22 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
         type=int,
         default=10,
         metavar="N",
-        help="faithfulness: least times a finding is given in a state for the two to count (default: 10)",
+        help="faithfulness: fewest studies given a finding in a state for this pair to count (default: 10)",
     )
     add_resamples(scores, "--bootstrap")
-    scores.add_argument("--seed", type=int, default=0, help="of shuffling, flips and resamples (default: 0)")
+    scores.add_argument("--seed", type=int, default=0, help="seed of shuffling, flips and resamples (default: 0)")
     files = parser.add_argument_group("files")
     files.add_argument("--output", type=Path, metavar="DIR", help="default: evaluation-SPLIT in the model's folder")
     files.add_argument("--overwrite", action="store_true", help="generate all reports again")
     files.add_argument(
-        "--feature-cache", metavar="DIR", help="features of views (default: the run's, or features in the output)"
+        "--feature-cache",
+        metavar="DIR",
+        help="folder of cached image features (default: the run's, or features in the output)",
     )
 
 
 def run(options: argparse.Namespace) -> None:
-    """Check what was typed, then generate, score, write and print."""
+    """Check the options, then generate, score, write and print."""
     check_least(options, limit=1, num_beams=1, max_new_tokens=1, batch_size=1, floor=1, bootstrap=0, seed=0)
     if options.output is None and not Path(options.model).is_dir():
         raise ValueError(f"{options.model} is not a folder here: expected --output, the folder of the evaluation")

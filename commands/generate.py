@@ -20,7 +20,8 @@ from .terminal import format_record, terminal_width, wants_colour
 
 DESCRIPTION = """\
 Write the report of each study from its views. The output also has the states of the 14 findings that the report is
-conditioned on, the predictor's probability of each, and where the report, read by the labeler "rules", differs.
+conditioned on, the predictor's probability of each, and the findings whose state in the report, as read by the labeler
+"rules", differs.
 """
 EPILOG = """\
 A list of studies has a line for each: the paths of the views separated by tabs, or a JSON object
@@ -75,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
         "--num-beams", type=int, metavar="N", help="beams; 1 is greedy search (default: the model's)"
     )
     conditions.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="most tokens of a report (default: the model's)"
+        "--max-new-tokens", type=int, metavar="N", help="maximum number of tokens of a report (default: the model's)"
     )
     conditions.add_argument("--batch-size", type=int, default=1, metavar="N", help="studies in a batch (default: 1)")
     output = parser.add_argument_group("output")

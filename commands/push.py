@@ -13,7 +13,7 @@ from ..runtime.printable import show
 DESCRIPTION = """\
 Publish a trained model in one commit: weights (safetensors, LoRA merged), the code that loads them, processor,
 generation configuration, a model card with the measured results, metrics and licence. transformers then loads it by its
-name, without this package. Log in with `hf auth login` or HF_TOKEN.
+id, without this package. Log in with `hf auth login` or HF_TOKEN.
 """
 EPILOG = """\
 Examples:
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
         metavar="PATH",
         help="folder written by otdrg evaluate; repeatable (default: those in the run's folder)",
     )
-    card.add_argument("--license", metavar="NAME", help="licence of the weights, by the Hub's name")
+    card.add_argument("--license", metavar="NAME", help="licence of the weights, as the Hub names it")
     parser.add_argument("--space", metavar="ORG/NAME", help="also push the demo, as a Space of this name")
     parser.add_argument("--dry-run", action="store_true", help="list files and sizes without pushing")
     parser.add_argument("--output", type=Path, metavar="DIR", help="also write the pushed files to this folder")

@@ -45,10 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
         "--allow-missing", action="store_true", help="score the ids that all files have, and list the others"
     )
     scores = parser.add_argument_group("scores")
-    scores.add_argument("--cleaning", choices=CLEANING_STYLES, default="none", help="of all reports (default: none)")
+    scores.add_argument(
+        "--cleaning", choices=CLEANING_STYLES, default="none", help="cleaning of all reports (default: none)"
+    )
     add_metrics(scores, "all but RadEval's", labeler=None)
     add_resamples(scores, "--bootstrap")
-    scores.add_argument("--seed", type=int, default=0, help="of the resamples (default: 0)")
+    scores.add_argument("--seed", type=int, default=0, help="seed of the resamples (default: 0)")
 
 
 def run(options: argparse.Namespace) -> None:

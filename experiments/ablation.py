@@ -106,10 +106,10 @@ class Run:
     """A training run of the ablation.
 
     Args:
-        name: in messages.
-        recipe: of the run, with an `output_dir` of its own.
-        shared: the run whose stages come before its own.
-        error: why it failed, in one line.
+        name: its name in messages.
+        recipe: its recipe, with its own `output_dir`.
+        shared: the run that trains the stages before its own.
+        error: the reason of a failure, in one line.
     """
 
     name: str

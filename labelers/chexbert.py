@@ -158,7 +158,7 @@ def _load_tokenizer(name: str | os.PathLike, vocabulary: int, checkpoint: Path) 
     # The ids of another BERT's tokenizer have other meanings.
     if len(tokenizer) != vocabulary:
         raise ValueError(
-            f"tokenizer {name} has {len(tokenizer)} tokens, {checkpoint} knows {vocabulary}: expected its own"
+            f"tokenizer {name} has {len(tokenizer)} tokens, {checkpoint} has {vocabulary}: expected its own"
         )
     ends = [tokenizer.cls_token_id, tokenizer.sep_token_id]
     if None in [*ends, tokenizer.pad_token_id] or tokenizer("")["input_ids"] != ends:

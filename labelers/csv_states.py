@@ -29,7 +29,7 @@ def _columns(path: Path, header: list[str], id_column: str) -> tuple[int, list[i
         if not found:
             raise ValueError(f"{path}: no {what}, expected a column {name!r}; columns: {', '.join(header) or 'none'}")
         if len(found) > 1:
-            raise ValueError(f"{path}: {len(found)} columns {name!r} (case and spaces aside), expected one")
+            raise ValueError(f"{path}: {len(found)} columns {name!r} (ignoring case and spaces), expected one")
         return found[0]
 
     missing = [shown for shown in FINDING_DISPLAY_NAMES.values() if fold_name(shown) not in places]

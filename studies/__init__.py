@@ -87,7 +87,7 @@ def load_studies(source: str, *, sections: str = "findings", **options: Any) -> 
     loading = import_module(".loading", __name__)
     if source == PREPARED:
         if set(options) != {"folder"}:
-            raise ValueError(f"source {PREPARED!r} has one option, 'folder', which it needs: {list(options)} given")
+            raise ValueError(f"source {PREPARED!r} has one option, 'folder', which is required: {list(options)} given")
         return loading.load_prepared(options["folder"])
     return loading.load_in_memory(open_source(source, **options), sections)
 

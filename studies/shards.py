@@ -164,7 +164,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     """Raise a `ValueError` if something at `output` may not be replaced by a dataset."""
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         if not (output / SUMMARY).is_file():
-            raise ValueError(f"{output} exists and is no dataset of studies: expected a folder that does not exist yet")
+            raise ValueError(f"{output} exists and is no dataset of studies: expected a new folder")
         if not overwrite:
             raise ValueError(f"{output} exists: --overwrite replaces it, another --output keeps it")
 

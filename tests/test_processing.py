@@ -600,7 +600,7 @@ def test_read_view_wrong_view_is_named(processor, view, message):
 
 @pytest.mark.parametrize("images", [None, [], ()])
 def test_processor_no_image_is_refused(processor, images):
-    with pytest.raises(ValueError, match="no image: a report is only written from at least one view"):
+    with pytest.raises(ValueError, match="no image: expected at least one view"):
         processor(images=images, text="<image> Describe it.")
 
 

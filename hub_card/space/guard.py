@@ -1,4 +1,4 @@
-"""Which requests reach the page: from its own visitors, to its own routes, within its limits of size."""
+"""Refuse requests that come from other sites, ask for unused routes or are too large."""
 
 from __future__ import annotations
 

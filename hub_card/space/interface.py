@@ -1,4 +1,4 @@
-"""The page: a study goes in, its report streams out; finding states can be changed, and each finding has a heatmap."""
+"""The page: upload a study, stream its report, change finding states, show the heatmap of a finding."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class _Page:
         self.pipe, self.max_new_tokens = pipe, max_new_tokens
         self.steerable, self.has_plan = pipe.model.config.dle, pipe.model.config.fiot
         self.examples = phantom_examples(max(pipe.model.config.image_size, 256))
-        # Reading a view takes up to 1 GB, and matplotlib is not thread-safe: one thread for each, whoever asks.
+        # Reading a view takes up to 1 GB, and matplotlib is not thread-safe: one thread for each, for all visitors.
         self.reader, self.painter = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def lay_out_study(self) -> None:

@@ -47,7 +47,7 @@ def test_typed_studies_duplicate_is_refused():
         (["a.png", "", "a.png"], "list.txt, line 3: 'a.png' is in line 1 too"),
         (['{"images": '], r"list.txt, line 1: no JSON \("),
         (['{"image": "a.png"}'], "unknown key 'image', expected some of id, images, indication, findings"),
-        (['{"id": "a"}'], "images: expected the path of a view, or a list of such"),
+        (['{"id": "a"}'], "images: expected the path of a view, or a list of paths"),
         (['{"images": []}'], "images: expected the path"),
         (['{"images": ["a.png", 3]}'], "images: expected the path"),
         (['{"images": "a.png", "id": 3}'], "id is 3, expected a string"),
