@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -198,11 +198,8 @@ def _dataset_ids(options: argparse.Namespace, known: dict) -> list[str]:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    if options.output is None:
-        _measure_agreement(options, None)
-        return
-    with OutputLock(options.output):
-        _measure_agreement(options, Path(options.output))
+    with nullcontext() if options.output is None else OutputLock(options.output):
+        _measure_agreement(options, None if options.output is None else Path(options.output))
 
 
 def _measure_agreement(options: argparse.Namespace, folder: Path | None) -> None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PureWindowsPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .columns import match_columns
 from .csv_rows import Row, check_encoding, read_rows
@@ -15,11 +15,11 @@ from .placeholders import present_text, shown_value
 from .source import (
     SPLIT_NAMES,
     TEXTS,
+    ListedSource,
     Skipped,
     SkipStudy,
     Study,
     StudyEntry,
-    StudySource,
     needed_file,
     needed_folder,
     option,
@@ -52,7 +52,7 @@ _OTHER_FILES = {
 
 
 @dataclass
-class CSVSource(StudySource):
+class CSVSource(ListedSource):
     """Studies from a table with the columns `image` and `report`, or `findings` and/or `impression` for `report`.
 
     Optional columns are `study_id` (or `id`), `patient_id`, `view` (frontal, lateral, unknown; PA, AP, LL, RL, LAT),
@@ -95,19 +95,9 @@ class CSVSource(StudySource):
         seeded_split((), self.seed, self.split_shares)
         self.encoding = "utf-8" if self.encoding.lower() in ("utf-8-sig", "utf_8_sig") else self.encoding
         check_encoding(self.encoding)
-        self._listing: list[StudyEntry | Skipped] | None = None
         header, _ = self._read()
         columns = match_columns(header, _FIELDS, self.column, self.table, image="image")
         self._width, self._columns = len(header), {field: header.index(name) for field, name in columns.items()}
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Entries hold everything that is read.
-        return {**self.__dict__, "_listing": None}
-
-    def entries(self) -> Iterator[StudyEntry | Skipped]:
-        if self._listing is None:
-            self._listing = self._list()
-        yield from self._listing
 
     def read(self, entry: StudyEntry) -> Study:
         texts: dict[str, tuple[str, int]] = {}

@@ -15,11 +15,11 @@ from .report_sections import parse_sections, text_without_trailer
 from .source import (
     TEXTS,
     VIEWS,
+    ListedSource,
     Skipped,
     SkipStudy,
     Study,
     StudyEntry,
-    StudySource,
     needed_folder,
     option,
     seeded_split,
@@ -46,7 +46,7 @@ _NO_IMAGES = tuple(f"1.2.840.10008.5.1.4.1.1.{branch}" for branch in ("11.", "66
 
 
 @dataclass
-class DICOMSource(StudySource):
+class DICOMSource(ListedSource):
     """Studies from DICOM files in a folder, at any depth; a file is recognised by its suffix (.dcm, .dicom) or content.
 
     Files with the same StudyInstanceUID are a study, frontal views first. Its report is the first that exists of: the
@@ -90,15 +90,6 @@ class DICOMSource(StudySource):
             raise ValueError(f"option 'encoding' is {self.encoding!r}: expected a text encoding, as utf-8") from None
         if find_spec("pydicom") is None:
             raise ImportError("the source 'dicom' needs pydicom: pip install 'otdrg[dicom]'")
-        self._listing: list[StudyEntry | Skipped] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_listing": None}
-
-    def entries(self) -> Iterator[StudyEntry | Skipped]:
-        if self._listing is None:
-            self._listing = self._list()
-        yield from self._listing
 
     def read(self, entry: StudyEntry) -> Study:
         reports, files = entry.location

@@ -10,16 +10,16 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from .iu_xray_split import IU_XRAY_COUNTS, r2gen_split, r2gen_split_ids
 from .open_i_images import ImageNames, kaggle_name, read_projections
 from .source import (
     TEXTS,
+    ListedSource,
     Skipped,
     Study,
     StudyEntry,
-    StudySource,
     needed_file,
     needed_folder,
     option,
@@ -49,7 +49,7 @@ class _Report(NamedTuple):
 
 
 @dataclass
-class OpenISource(StudySource):
+class OpenISource(ListedSource):
     """The Indiana University collection: its XML reports, and its images under any of their common names.
 
     The images are Open-i's PNG files (`CXR1_1_IM-0001-3001.png`), Kaggle's (`1_IM-0001-3001.dcm.png`), or R2Gen's
@@ -97,11 +97,6 @@ class OpenISource(StudySource):
         if self.projections is not None:
             what = "Kaggle's indiana_projections.csv"
             self.projections = os.path.abspath(needed_file(self.projections, "projections", what))
-        self._listed: list[StudyEntry | Skipped] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Entries hold everything that is read of the reports.
-        return {**self.__dict__, "_listed": None}
 
     @property
     def official_counts(self) -> dict[str, int] | None:
@@ -109,12 +104,6 @@ class OpenISource(StudySource):
 
     def official_ids(self, split: str) -> Iterable[str] | None:
         return r2gen_split_ids().get(split) if self.split == "r2gen" else None
-
-    def entries(self) -> Iterator[StudyEntry | Skipped]:
-        # Kept, because listing again means parsing 20 MB of XML; the texts have about 2 MB.
-        if self._listed is None:
-            self._listed = self._list()
-        return iter(self._listed)
 
     def read(self, entry: StudyEntry) -> Study:
         images, views, sections, licence = entry.location

@@ -156,6 +156,24 @@ class StudySource(ABC):
         return cls.collection or f"studies of source {cls.name}"
 
 
+class ListedSource(StudySource):
+    """A source that makes its listing once, in `_list`, and keeps it; copies in other processes do not get it."""
+
+    _listing: list[StudyEntry | Skipped] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_listing": None}
+
+    def entries(self) -> Iterator[StudyEntry | Skipped]:
+        if self._listing is None:
+            self._listing = self._list()
+        return iter(self._listing)
+
+    @abstractmethod
+    def _list(self) -> list[StudyEntry | Skipped]:
+        """The listing."""
+
+
 def option(help: str, default: Any = MISSING, metavar: str | None = None) -> Any:
     """A field of a source, which becomes an option of `load_studies`, of recipes and of `otdrg prepare`.
 
@@ -249,6 +267,7 @@ __all__ = [
     "SPLIT_NAMES",
     "TEXTS",
     "VIEWS",
+    "ListedSource",
     "SkipStudy",
     "Skipped",
     "Study",
