@@ -15,9 +15,8 @@ from ..evaluation.report import shown_difference
 from ..files_otdrg import write_json, write_text
 from ..labelers import load_labeler
 from ..metrics import PairedDifference, StudyStatistics, higher_is_better, main_scores, paired_bootstrap, score_reports
-from ..metrics.tables import markdown_table
 from ..runtime.csv_files import read_csv
-from ..runtime.printable import enumerated
+from ..runtime.printable import enumerated, markdown_table
 from ..training.run_folder import read_results
 from .ablation import FULL, TABLES, Plan, Row, Run
 from .ablation_figure import draw_ablation

@@ -10,6 +10,7 @@ import numpy as np
 from ..files_otdrg import write_json
 from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, UNMENTIONED
 from ..runtime.csv_files import write_csv
+from ..runtime.printable import markdown_table
 
 #: Findings that the reference mentions less often are excluded from the macro average.
 MINIMUM_MENTIONS = 20
@@ -88,15 +89,17 @@ def _kappa(true: np.ndarray, said: np.ndarray) -> float | None:
 
 def format_agreement(result: dict[str, Any]) -> str:
     """The result of [`measure_agreement`] as a Markdown table, with the overall figures below it."""
-    lines = ["| finding | mentions | mention F1 | positive F1 | negative F1 | unclear F1 | kappa |", "|---" * 7 + "|"]
+    header = ["finding", "mentions", "mention F1", "positive F1", "negative F1", "unclear F1", "kappa"]
+    table = []
     for name, row in result["findings"].items():
         states = (row["states"][state] for state in ("positive", "negative", "unclear"))
         cells = [f"{_shown(rates['f1'])} ({rates['support']})" for rates in states]
         mention = row["mention"]
         shown = [FINDING_DISPLAY_NAMES[name], str(mention["support"]), _shown(mention["f1"]), *cells]
-        lines.append(f"| {' | '.join([*shown, _shown(row['kappa'])])} |")
+        table.append([*shown, _shown(row["kappa"])])
     mention, state = result["mention_f1"], result["state_f1"]
-    lines += [
+    lines = [
+        markdown_table(header, table),
         "",
         f"{result['reports']:,} reports, {_shown(result['accuracy'])} of the cells equal; in brackets, how often the "
         "reference has the state",

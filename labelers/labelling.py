@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from ..files_otdrg import interpret, read_json, write_json, write_text
 from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, UNMENTIONED
 from ..runtime.output_lock import OutputLock
+from ..runtime.printable import markdown_table
 from ..studies.schema import STUDY_FEATURES
 from ..studies.shards import SUMMARY, WorkFolder, check_output, write_shard
 from ..studies.source import SPLITS
@@ -48,11 +49,10 @@ class LabelReport:
     unlabelled: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = ["| split | studies | labelled | kept | unknown |", "|---" * 5 + "|"]
-        lines += [f"| {split} | {' | '.join(f'{n:,}' for n in row.values())} |" for split, row in self.studies.items()]
-        lines += ["", f"| finding | {' | '.join(FINDING_STATES)} |", "|---" * 5 + "|"]
-        for name, row in self.states.items():
-            lines.append(f"| {FINDING_DISPLAY_NAMES[name]} | {' | '.join(f'{n:,}' for n in row.values())} |")
+        splits = [[split, *(f"{n:,}" for n in row.values())] for split, row in self.studies.items()]
+        states = [[FINDING_DISPLAY_NAMES[name], *(f"{n:,}" for n in row.values())] for name, row in self.states.items()]
+        lines = [markdown_table(["split", "studies", "labelled", "kept", "unknown"], splits)]
+        lines += ["", markdown_table(["finding", *FINDING_STATES], states)]
         if self.unlabelled:
             listed = self.folder / UNLABELLED
             lines += ["", f"{len(self.unlabelled):,} studies without a state, or with nothing mentioned: {listed}"]

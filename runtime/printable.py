@@ -1,11 +1,11 @@
-"""Make foreign text safe for a terminal."""
+"""Text for people: escaped for a terminal, as a list, as a Markdown table."""
 
 from __future__ import annotations
 
 import json
 import logging
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TextIO
 
 #: Unicode categories that are escaped: controls, formats (invisible, or changing the direction of text), surrogates,
@@ -44,6 +44,12 @@ def enumerated(names: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Rows of cells below a header, with line breaks and column separators in cells escaped."""
+    header, *rows = ([" ".join(cell.replace("|", "\\|").split()) for cell in cells] for cells in (header, *rows))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
+
+
 def show(text: str, file: TextIO | None = None) -> None:
     """Print text escaped by [`printable`]."""
     print(printable(text), file=file)
@@ -56,4 +62,4 @@ class PrintableFormatter(logging.Formatter):
         return printable(super().format(record))
 
 
-__all__ = ["PrintableFormatter", "enumerated", "listed", "one_line", "printable", "show"]
+__all__ = ["PrintableFormatter", "enumerated", "listed", "markdown_table", "one_line", "printable", "show"]

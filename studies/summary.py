@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 
-from ..runtime.printable import listed
+from ..runtime.printable import listed, markdown_table
 from .assembly import Assembled
 from .source import SPLITS, VIEWS, Skipped, StudyEntry, StudySource
 
@@ -74,15 +74,14 @@ class SplitCounts:
 def format_counts(counts: dict[str | None, SplitCounts]) -> str:
     """A Markdown table with a row for each split, for studies with an unknown split ("none"), and for the total."""
     names = [field.name for field in fields(SplitCounts)]
-    header = " | ".join(name.replace("_", " ") for name in names)
-    lines = [f"| split | {header} |", "|---" * (len(names) + 1) + "|"]
     rows = {split or "none": counts[split] for split in (*SPLITS, None) if split in counts}
     total = SplitCounts()
     for row in rows.values():
         total.merge(row)
-    for name, row in {**rows, "total": total}.items():
-        lines.append(f"| {name} | " + " | ".join(f"{value:,}" for value in asdict(row).values()) + " |")
-    return "\n".join(lines)
+    cells = [
+        [name, *(f"{value:,}" for value in asdict(row).values())] for name, row in {**rows, "total": total}.items()
+    ]
+    return markdown_table(["split", *(name.replace("_", " ") for name in names)], cells)
 
 
 class OfficialCheck:

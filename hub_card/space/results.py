@@ -6,6 +6,7 @@ from typing import Any
 
 from ...findings_otdrg import FINDING_DISPLAY_NAMES
 from ...metrics.faithfulness import KINDS
+from ...runtime.printable import markdown_table
 
 _LEGEND = (
     "**State**: the model was conditioned on it; predicted, unless you chose it. **p**: the label predictor's "
@@ -22,8 +23,7 @@ def findings_table(record: dict[str, Any], steerable: bool) -> str:
         steerable: whether the model is conditioned on states.
     """
     disagreements = {each["finding"]: each for each in record.get("contradictions", ())}
-    # Not `metrics.tables.markdown_table`: a Space does not install the libraries that it imports.
-    rows = [["Finding", "State", "p", "Report says"], ["---"] * 4]
+    rows = []
     for finding, found in record["findings"].items():
         cells = [FINDING_DISPLAY_NAMES[finding], found["state"], f"{found['probability']:.2f}"]
         each = disagreements.get(finding)
@@ -35,7 +35,7 @@ def findings_table(record: dict[str, Any], steerable: bool) -> str:
         if each is not None and each["kind"] == "contradicted":
             cells = [f"**{cell}**" for cell in (f"⚠ {cells[0]}", *cells[1:])]
         rows.append(cells)
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+    table = markdown_table(["Finding", "State", "p", "Report says"], rows)
     return f"{table}\n\n{_LEGEND if steerable else _LEGEND_UNUSED}"
 
 
