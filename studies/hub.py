@@ -238,7 +238,7 @@ class HubSource(StudySource):
         if self._folder:
             return f"the folder {self._folder}"
         offline = ", only in its cache because HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else ""
-        return f"{os.path.abspath(self.dataset)}, which does not exist, and the Hub{offline}"
+        return f"the folder {os.path.abspath(self.dataset)}, which does not exist, and the Hub{offline}"
 
 
 def _place(split: str, row: int) -> str:

@@ -148,15 +148,12 @@ class OpenISource(ListedSource):
                 f"{self.images} holds no image of the collection: expected CXR1_1_IM-0001-3001.png, "
                 "1_IM-0001-3001.dcm.png or CXR1_1_IM-0001/0.png (option 'images')"
             )
-        if projections and not any(kaggle_name(name) in projections for name in _image_names(reports)):
+        names = (name for report in reports if isinstance(report, _Report) for name in report.images)
+        if projections and not any(kaggle_name(name) in projections for name in names):
             raise ValueError(
                 f"{self.projections} names no image of the collection: expected names as 1_IM-0001-3001.dcm.png"
             )
         return listed
-
-
-def _image_names(reports: Iterable[_Report | Skipped]) -> Iterator[str]:
-    return (name for report in reports if isinstance(report, _Report) for name in report.images)
 
 
 def _order(report: _Report | Skipped) -> tuple[int, str]:

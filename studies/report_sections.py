@@ -25,7 +25,6 @@ import html
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -93,8 +92,6 @@ _SPELT = (
     *("FINDINGS", "IMPRESSION", "IMPRESSIONS", "CONCLUSION", "CONCLUSIONS", "INDICATION", "INDICATIONS", "HISTORY"),
     *("COMPARISON", "COMPARISONS", "TECHNIQUE", "RECOMMENDATION", "RECOMMENDATIONS"),
 )
-#: Least similarity of a misspelt word (`difflib`): one wrong letter of seven is 0.857.
-_LIKENESS = 0.85
 
 #: Words of a line that names views: it has at least one of the first set, and only words of the second.
 _VIEW_NAMES = _word_set(
@@ -361,7 +358,24 @@ def _spelt(word: str) -> str:
     """The word with its spelling corrected to a word of `_SPELT`, or unchanged."""
     if word in _SPELT or len(word) < 6 or not word.isalpha():
         return word
-    return next(iter(get_close_matches(word, _SPELT, 1, _LIKENESS)), word)
+    for known in _SPELT:
+        most = 2 if min(len(word), len(known)) >= 9 and word[:2] == known[:2] else 1
+        if abs(len(word) - len(known)) <= most and _edits(word, known) <= most:
+            return known
+    return word
+
+
+def _edits(word: str, other: str) -> int:
+    """Optimal string alignment distance: letters to insert, delete, substitute or swap with the next one."""
+    before, row = [], list(range(len(other) + 1))
+    for place, letter in enumerate(word, 1):
+        last, before, row = before, row, [place]
+        for column, other_letter in enumerate(other, 1):
+            least = min(before[column] + 1, row[-1] + 1, before[column - 1] + (letter != other_letter))
+            if place > 1 and column > 1 and letter == other[column - 2] and word[place - 2] == other_letter:
+                least = min(least, last[column - 2] + 1)
+            row.append(least)
+    return row[-1]
 
 
 def _words(name: str) -> list[str]:

@@ -73,7 +73,6 @@ class SplitCounts:
 
 def format_counts(counts: dict[str | None, SplitCounts]) -> str:
     """A Markdown table with a row for each split, for studies with an unknown split ("none"), and for the total."""
-    names = [field.name for field in fields(SplitCounts)]
     rows = {split or "none": counts[split] for split in (*SPLITS, None) if split in counts}
     total = SplitCounts()
     for row in rows.values():
@@ -81,7 +80,7 @@ def format_counts(counts: dict[str | None, SplitCounts]) -> str:
     cells = [
         [name, *(f"{value:,}" for value in asdict(row).values())] for name, row in {**rows, "total": total}.items()
     ]
-    return markdown_table(["split", *(name.replace("_", " ") for name in names)], cells)
+    return markdown_table(["split", *(count.name.replace("_", " ") for count in fields(SplitCounts))], cells)
 
 
 class OfficialCheck:

@@ -239,7 +239,7 @@ WORD = "module.bert.embeddings.word_embeddings.weight"
         ),
         (
             lambda w: w.update({"module.bert.encoder.layer.x.new": torch.zeros(1), "module.cnn": torch.zeros(1)}),
-            r'Unexpected key\(s\).* "bert\.encoder\.layer\.x\.new", "cnn"\.',
+            r'Unexpected key\(s\).* "cnn"',
         ),
         (
             lambda w: w.update({"module.linear_heads.14.weight": torch.zeros(4, 32)}),
@@ -326,7 +326,7 @@ def test_chexbert_vocabulary_alone_is_accepted(labeler, save, weights, write_voc
 @pytest.mark.parametrize("words", [WORDS[:-1], [*WORDS, "more"]])
 def test_chexbert_other_vocabulary_is_refused(save, weights, write_vocabulary, words):
     """BERT's cased vocabulary has fewer tokens than the uncased one; nothing else differs."""
-    with pytest.raises(ValueError, match=rf"has {5 + len(words)} tokens, .* knows 21: expected its own"):
+    with pytest.raises(ValueError, match=rf"has {5 + len(words)} tokens, .* has 21: expected its own"):
         load_labeler("chexbert", checkpoint=save(weights), tokenizer=write_vocabulary(*words), attention_heads=4)
 
 
