@@ -21,12 +21,9 @@ def add_resamples(parser, flag: str = "--resamples") -> None:
 
 
 def add_metrics(parser, default: str, labeler: str | None) -> None:
-    """Metrics, the labeler with its options, and the reference protocol ([`reference_tokens`] reads it).
+    """Add metrics, the labeler with its options, and the protocol of true reports ([`reference_tokens`] reads it).
 
-    Args:
-        parser: a parser or a group of one.
-        default: what is computed by default, for the help text.
-        labeler: the default of `--labeler`.
+    `default` names the default metrics in the help, `labeler` is the default of `--labeler`.
     """
     parser.add_argument(
         "--metrics",
@@ -52,11 +49,7 @@ def add_metrics(parser, default: str, labeler: str | None) -> None:
 
 
 def reference_tokens(options: argparse.Namespace, cleaning: str) -> int | None:
-    """The number of tokens to which the protocol cuts true reports; None for protocol `full`.
-
-    Raises:
-        ValueError: an argument is missing, or does not belong to the protocol.
-    """
+    """The number of tokens to which the protocol cuts true reports, None for `full`; raises for wrong options."""
     if options.protocol == "full":
         for name in ("tokenizer", "reference_tokens"):
             if getattr(options, name) is not None:

@@ -18,12 +18,7 @@ EPILOG = "Example: otdrg prepare csv --table reports.csv --images images --outpu
 
 
 def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    """Add a subcommand for each source, with the options of the source and of the build.
-
-    Args:
-        parser: parser of the command.
-        arguments: the arguments typed after it. Only the source named there is imported and gets options.
-    """
+    """Add a subcommand for each source; only the one in `arguments` is imported and gets its options."""
     sources = parser.add_subparsers(
         dest="source", metavar="SOURCE", title="sources", required=True, parser_class=HfArgumentParser
     )

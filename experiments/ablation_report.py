@@ -259,13 +259,7 @@ def write_summary(plan: Plan, output: Path, recipe: str, overrides: Sequence[str
 
 
 def format_summary(summary: dict[str, Any], title: str, picture: str | None = None) -> str:
-    """A summary's tables and sentences as Markdown.
-
-    Args:
-        summary: of [`summarize`].
-        title: of the document.
-        picture: path of the figure, for a link.
-    """
+    """A summary's tables and sentences as Markdown; `picture` is the path of the figure, for a link."""
     blocks = [f"# {title}", _preamble(summary)]
     for name, table in summary["tables"].items():
         blocks += [f"## {TABLES[name]}", _format_table(name, table)]

@@ -187,7 +187,7 @@ def pin_backbones(folder: Path) -> None:
 
 
 def upload_model(folder: Path, repo_id: str, private: bool, revision: str | None, message: str) -> str:
-    """Upload an assembled folder; files that are already there, also from an interrupted upload, are not sent again.
+    """Upload an assembled folder and return its address; files that are already there are not sent again.
 
     Args:
         folder: written by [`assemble_full`] or [`assemble_adapter`].
@@ -195,9 +195,6 @@ def upload_model(folder: Path, repo_id: str, private: bool, revision: str | None
         private: whether a new repository is private; otherwise it has its owner's default.
         revision: branch, created if missing; by default `main`.
         message: commit message.
-
-    Returns:
-        The address.
 
     Raises:
         ValueError: `private`, but the repository exists and is public.
@@ -219,16 +216,7 @@ def upload_model(folder: Path, repo_id: str, private: bool, revision: str | None
 
 
 def upload_space(model_id: str, space_id: str, private: bool) -> str:
-    """Upload the demo of a model that is on the Hub, and return its address.
-
-    Args:
-        model_id: id of the model.
-        space_id: "org/name"; created if missing.
-        private: whether a new Space is private.
-
-    Raises:
-        ValueError, OSError: as in [`upload_model`].
-    """
+    """Upload the demo of a model that is on the Hub, and return its address; errors as in [`upload_model`]."""
     hub = HfApi()
     with hub_errors(f"{space_id} was not pushed to {hub.endpoint}"):
         space_id = _create_repo(hub, space_id, "space", private, space_sdk="gradio")

@@ -22,21 +22,15 @@ _PANEL, _TALLEST, _TITLE, _LINE = 2.8, 5.6, 0.5, 0.19
 
 
 def upsample_lift(lift: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize a map over the grid of image tokens to a view's resolution.
+    """Resize a map over the grid of image tokens (rows, columns) to a view's resolution (height, width), in float32.
 
     The grid covers the whole view, because the processor resizes views without cropping or padding. Values are
     interpolated bilinearly between the centres of the cells and constant beyond the outer ones, so that they stay
     within the range of the grid, and a uniform plan stays exactly 1.
 
     Args:
-        lift: (rows, columns), one view of an array in the pipeline's `heatmaps`.
+        lift: one view of an array in the pipeline's `heatmaps`.
         size: (height, width) of the view.
-
-    Returns:
-        (height, width) in float32.
-
-    Raises:
-        ValueError: `lift` is not of two dimensions.
     """
     lift = np.asarray(lift, dtype=np.float32)
     if lift.ndim != 2:

@@ -167,9 +167,8 @@ def prepared_studies(
     Args:
         folder: folder of the dataset.
         split: its split; optional if there is only one.
-        indication: indication of all studies.
+        indication, findings: for all studies.
         indications: whether the studies' own indications are used if `indication` is None.
-        findings: states for all studies.
 
     Raises:
         ValueError: the folder is not a prepared dataset, it has no such split, or several to choose from.

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..files_otdrg import write_json
-from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, UNMENTIONED
+from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, UNMENTIONED, check_finding_states
 from ..runtime.csv_files import write_csv
 from ..runtime.printable import markdown_table
 
@@ -34,12 +34,7 @@ def measure_agreement(reference: np.ndarray, candidate: np.ndarray) -> dict[str,
     """
     reference, candidate = np.asarray(reference), np.asarray(candidate)
     for name, states in (("reference", reference), ("candidate", candidate)):
-        if states.ndim != 2 or states.shape[1] != len(FINDINGS):
-            raise ValueError(f"{name} has shape {states.shape}: expected (reports, {len(FINDINGS)})")
-        if states.size and not np.isin(states, range(len(FINDING_STATES))).all():
-            raise ValueError(f"{name} has state ids {np.unique(states).tolist()}: expected 0 to 3")
-    if reference.shape != candidate.shape:
-        raise ValueError(f"reference has {len(reference)} reports and candidate {len(candidate)}: expected as many")
+        check_finding_states(states, len(reference), UNMENTIONED, name)
     findings = {}
     for column, name in enumerate(FINDINGS):
         true, said = reference[:, column], candidate[:, column]

@@ -1,4 +1,4 @@
-"""Labelers on the command line: parsing their options, and messages about the labelled reports."""
+"""Labelers on the command line: parse their options, and label without warnings."""
 
 from __future__ import annotations
 

@@ -65,9 +65,6 @@ def write_states(path: str | Path, rows: Iterable[tuple[str, Sequence[int]]]) ->
     Args:
         path: the file; an existing one is replaced.
         rows: ids with 14 state ids in the order of `FINDINGS`.
-
-    Raises:
-        OSError: the file cannot be written.
     """
     path = Path(path)
     if not path.parent.is_dir():

@@ -30,16 +30,7 @@ def unescape_cell(cell: str) -> str:
 
 
 def write_csv(path: str | os.PathLike, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Write a CSV file in UTF-8 with escaped cells ([`escape_cell`]). The file is complete or not written.
-
-    Args:
-        path: the file; an existing one is replaced.
-        header: names of the columns.
-        rows: cells of each row.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Write a CSV file in UTF-8 with escaped cells ([`escape_cell`]). The file is complete or not written."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow([escape_cell(name) for name in header])

@@ -127,12 +127,8 @@ def is_system_fault(error: BaseException) -> bool:
 def fault_of_study(error: Exception, quotes: bool = True) -> str:
     """The type and the first line of an error in one study, for the list of skipped studies.
 
-    Args:
-        error: error raised when the study was read.
-        quotes: whether to keep quoted text, which may be from a report.
-
-    Raises:
-        Exception: the error itself if it does not depend on the study: the disk is full, a package is missing...
+    Quoted text, which may be from a report, is removed unless `quotes`. An error that does not depend on the study (the
+    disk is full, a package is missing...) is raised again.
     """
     if isinstance(error, ImportError) or is_system_fault(error):
         raise error

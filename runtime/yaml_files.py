@@ -52,11 +52,7 @@ _Typed.add_implicit_resolver(
 
 
 def read_yaml(path: str | os.PathLike, as_text: bool = False) -> Any:
-    """Read a YAML file.
-
-    Args:
-        path: the file.
-        as_text: whether each scalar is a string.
+    """Read a YAML file; with `as_text` each scalar is a string.
 
     Raises:
         ValueError: not YAML in UTF-8, or too large: its bytes, its nesting, or its expanded aliases.

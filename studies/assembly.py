@@ -141,12 +141,7 @@ def assemble_study(
 ) -> Assembled:
     """Read a study and convert it to a row.
 
-    Args:
-        source: the source that listed it.
-        entry: the study.
-        image_form: converts a view to `{"bytes", "path"}`.
-        sections: what the report consists of.
-        keep_incomplete: keep a study if at least one view can be read; otherwise all views must be readable.
+    `image_form` converts a view to `{"bytes", "path"}`. With `keep_incomplete`, one readable view is enough.
     """
 
     def skipped(kind: str, reason: str) -> Assembled:

@@ -18,14 +18,7 @@ def collection_name(source: str, licence: str) -> str:
 
 
 def dataset_card(source: StudySource, counts: dict[str | None, SplitCounts], sections: str, licences: list[str]) -> str:
-    """The Markdown card of a dataset.
-
-    Args:
-        source: source of the studies.
-        counts: counts by split.
-        sections: what the reports consist of.
-        licences: licences of the studies.
-    """
+    """The Markdown card of a dataset; `sections` is what the reports consist of."""
     splits = [split for split in SPLITS if split in counts and counts[split].studies]
     known = [HUB_LICENCES.get(licence, "other") for licence in licences]
     files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]

@@ -82,15 +82,10 @@ class HubSplit:
 
 
 def study_columns(dataset: Dataset, pairs: Sequence[str], place: str) -> HubSplit:
-    """Select and rename the columns of a dataset that hold the fields of a study.
-
-    Args:
-        dataset: one split.
-        pairs: "FIELD=COLUMN" from the user; an empty column leaves the field out.
-        place: name of the dataset for errors.
+    """Select and rename the columns of a dataset that hold the fields of a study; `place` names it in errors.
 
     Raises:
-        ValueError: as [`match_columns`], or a column of the wrong type.
+        ValueError: as [`match_columns`], or a column has the wrong type.
     """
     features = dataset.features
     names = match_columns(list(features), _FIELDS, pairs, place, image="images")

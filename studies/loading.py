@@ -50,13 +50,9 @@ def load_in_memory(source: StudySource, sections: Sections = "findings") -> Data
 
 
 def load_prepared(folder: str | os.PathLike, leave_out: Sequence[str] = ()) -> DatasetDict:
-    """Load the splits of a prepared dataset, memory-mapped from disk.
+    """Load the splits of a prepared dataset except `leave_out`, memory-mapped from disk.
 
     If the folder has no Arrow files, `datasets` converts the Parquet files in its cache.
-
-    Args:
-        folder: the dataset.
-        leave_out: splits that are not loaded.
 
     Raises:
         ValueError: the folder is not a prepared dataset.

@@ -124,10 +124,7 @@ class WorkFolder:
     def publish(self, shards: Sequence[tuple[str, Path]], summary: dict[str, Any], arrow: bool) -> None:
         """Move finished shards to `data/SPLIT-I-of-N.parquet`, write the summary and put the dataset in its place.
 
-        Args:
-            shards: split and Parquet file of each shard, in order.
-            summary: content of `summary.json`.
-            arrow: whether to write the dataset in the format of `load_from_disk`, too.
+        `shards` are the split and the Parquet file of each; `arrow` adds the format of `load_from_disk`.
         """
         splits: dict[str, list[Path]] = {}
         for split, file in shards:

@@ -104,12 +104,7 @@ class OfficialCheck:
             self._absent[entry.split].pop(entry.id, None)
 
     def warnings(self, counts: dict[str | None, SplitCounts], skipped: dict[str, Iterable[str]]) -> list[str]:
-        """One line for each split with another count than the published one, with the missing ids if known.
-
-        Args:
-            counts: studies kept.
-            skipped: `{split: ids}` of skipped studies.
-        """
+        """One line for each split whose count of kept studies differs from the published one, with the missing ids."""
         lines = []
         for split, official in (self.source.official_counts or {}).items():
             unit = self.source.official_unit

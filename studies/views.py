@@ -11,8 +11,7 @@ _LATERAL = {"LATERAL", "LAT", "LL", "RL", "LATEROLATERAL"}
 def view_named(text: str) -> str:
     """The view that a text such as DICOM's ViewPosition names: "PA", "AP AXIAL", "LL", "XTABLE LATERAL"...
 
-    Returns:
-        "frontal", "lateral", or "unknown" if the text names neither or both. Case, hyphens and underscores are ignored.
+    "unknown" if the text names neither or both. Case, hyphens and underscores are ignored.
     """
     words = set(re.findall(r"[A-Z]+", text.upper().replace("-", "")))
     # In "lateral decubitus", "lateral" is the patient's position and not the view.

@@ -74,13 +74,7 @@ class Hosts:
 
 
 class Guard:
-    """ASGI middleware in front of Gradio's application.
-
-    Args:
-        app: Gradio's application.
-        hosts: names of this server.
-        uploads: folder where the application writes uploads.
-    """
+    """ASGI middleware in front of Gradio's application, which writes uploads to the folder `uploads`."""
 
     def __init__(self, app: ASGIApp, hosts: Hosts, uploads: UploadFolder):
         self.app, self.hosts, self.uploads = app, hosts, uploads

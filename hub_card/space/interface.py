@@ -86,13 +86,7 @@ class Visitor:
 
 
 def build_demo(pipe: ReportGenerationPipeline, name: str, max_new_tokens: int | None = None) -> gr.Blocks:
-    """Build the page of one model; [`serving.serve`] shows it.
-
-    Args:
-        pipe: the model's pipeline.
-        name: the model's name, for the heading.
-        max_new_tokens: maximum number of tokens of a report; by default the model's.
-    """
+    """Build the page of one model, which [`serving.serve`] shows; `name` is its heading."""
     page = _Page(pipe, max_new_tokens)
     with gr.Blocks(title="OTDRG", analytics_enabled=False) as demo:
         gr.Markdown(f"# Radiology report generation\nModel: {escape(printable(name))}")

@@ -25,16 +25,7 @@ def preview(views: Sequence[View]) -> str:
 
 
 def heatmap(views: Sequence[View], record: dict[str, Any], finding: str) -> str:
-    """The transport plan of one finding over the views of a study.
-
-    Args:
-        views: of the study.
-        record: of the pipeline, with `heatmaps` and `findings`.
-        finding: one of the 14.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """The transport plan of one finding over the views of a study; `record` is the pipeline's, with heatmaps."""
     data = io.BytesIO()
     draw_heatmaps([view.image for view in views], record["heatmaps"], record["findings"], data, names=[finding])
     found, name = record["findings"][finding], FINDING_DISPLAY_NAMES[finding]

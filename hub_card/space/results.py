@@ -16,12 +16,7 @@ _LEGEND_UNUSED = "**State**: as predicted; this model is not conditioned on stat
 
 
 def findings_table(record: dict[str, Any], steerable: bool) -> str:
-    """The 14 findings of a record of the pipeline, a row each; rows that the report contradicts are bold.
-
-    Args:
-        record: with `findings` and, for a model conditioned on states, `contradictions`.
-        steerable: whether the model is conditioned on states.
-    """
+    """The 14 findings of a record of the pipeline, a row each; rows that the report contradicts are bold."""
     disagreements = {each["finding"]: each for each in record.get("contradictions", ())}
     rows = []
     for finding, found in record["findings"].items():
