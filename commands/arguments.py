@@ -69,6 +69,3 @@ def check_least(options: argparse.Namespace, **least: int) -> None:
         value: Any = getattr(options, name)
         if value is not None and value < number:
             raise ValueError(f"--{name.replace('_', '-')} is {value}: expected {number} or more")
-
-
-__all__ = ["SPLITS", "add_metrics", "add_resamples", "check_least", "reference_tokens"]

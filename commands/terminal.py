@@ -96,6 +96,3 @@ def _wrapped(text: str, width: int, first: str = "  ", later: str = "  ") -> str
     return textwrap.fill(
         text, width, initial_indent=first, subsequent_indent=later, break_long_words=False, break_on_hyphens=False
     )
-
-
-__all__ = ["format_record", "terminal_width", "wants_colour"]

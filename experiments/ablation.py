@@ -266,18 +266,3 @@ def check_plan(plan: Plan) -> None:
         studies = build_studies(recipe.studies, recipe.labels, recipe.seed)
         for run in pending:
             check_studies(run.recipe, studies, run.recipe.stages)
-
-
-__all__ = [
-    "EPSILONS",
-    "FULL",
-    "ITERATIONS",
-    "MODULE_ROWS",
-    "TABLES",
-    "Plan",
-    "Row",
-    "Run",
-    "check_plan",
-    "plan_runs",
-    "table_rows",
-]

@@ -77,6 +77,3 @@ def _draw_table(panel: Axes, name: str, table: dict[str, Any]) -> None:
     panel.grid(axis="y", color="#E5E5E5", linewidth=0.8)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
-
-
-__all__ = ["draw_ablation"]

@@ -359,6 +359,3 @@ def _number(score: dict[str, Any] | None) -> str:
     if score is None:
         return "–"
     return f"{score['mean']:.3f}" + ("" if score["sd"] is None else f" ± {score['sd']:.3f}")
-
-
-__all__ = ["CONTRIBUTIONS", "PAPER_COLUMNS", "columns", "format_summary", "summarize", "write_summary"]

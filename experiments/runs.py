@@ -165,6 +165,3 @@ def _last_error(started: _Started, status: int) -> str:
         return errors[-1]
     ended = f"ended by signal {-status}" if status < 0 else f"exit status {status}"
     return f"{ended}, {started.run.log} ends with: {lines[-1]}" if lines else ended
-
-
-__all__ = ["train_runs"]

@@ -231,6 +231,3 @@ def _dataset_fields(name: str, evaluation: dict, facts: Facts) -> dict[str, str]
         "dataset_name": f"{name}, split {evaluation['split']}, {evaluation['studies']:,} studies",
         "dataset_split": evaluation["split"],
     }
-
-
-__all__ = ["FORMS", "TERMS", "build_card"]

@@ -219,6 +219,3 @@ class EvaluationFacts:
             bounds = [shown_interval(self.intervals.get(column)) for column in columns]
             cells.insert(1, ["model, 95 % interval", *bounds])
         return markdown_table([corner, *(headings[column] for column in columns)], cells)
-
-
-__all__ = ["FEW_POSITIVES", "Difference", "EvaluationFacts", "score_headings"]

@@ -108,6 +108,3 @@ def _evaluations(files: RunFiles, dataset: str) -> list[EvaluationFacts]:
         if titles.count(found.title) > 1:
             found.title += f", {found.decoding}, {found.evaluation['studies']:,} studies"
     return facts
-
-
-__all__ = ["FEW_TRAINING_POSITIVES", "Facts", "gather"]

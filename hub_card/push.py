@@ -231,6 +231,3 @@ def _create_repo(hub: HfApi, repo_id: str, repo_type: str, private: bool, **more
     if private and not is_private:
         raise ValueError(f"{repo_id} is public: leave out --private, or choose another name")
     return repo_id
-
-
-__all__ = ["assemble_adapter", "assemble_full", "pin_backbones", "upload_model", "upload_space"]

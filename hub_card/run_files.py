@@ -228,6 +228,3 @@ def _texts(content: Any) -> Iterable[str]:
             yield from _texts(value)
     elif isinstance(content, str):
         yield content
-
-
-__all__ = ["EVALUATION", "OWN_DATASET", "RunFiles", "identity", "own_evaluation", "read_run"]

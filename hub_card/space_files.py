@@ -35,6 +35,3 @@ def space_files(model_id: str) -> dict[str, bytes | Path]:
         if path.suffix in _KINDS and path.name not in _SCRIPTS:
             files[f"otdrg/{path.relative_to(_PACKAGE).as_posix()}"] = path
     return files
-
-
-__all__ = ["space_files"]

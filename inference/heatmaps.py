@@ -137,6 +137,3 @@ def draw_heatmaps(
     figure.supxlabel(" ".join(notes), fontsize=8, x=0.01, ha="left")
     figure.savefig(path, dpi=110)
     return list(names)
-
-
-__all__ = ["LIFT_RANGE", "draw_heatmaps", "upsample_lift"]

@@ -246,6 +246,3 @@ def read_lines(name: str) -> list[str]:
         raise ValueError(
             f"--studies {name}, line {line}: not UTF-8 text ({error.reason}), expected a list of studies"
         ) from error
-
-
-__all__ = ["ListedStudy", "listed_studies", "prepared_studies", "read_lines", "typed_findings", "typed_studies"]

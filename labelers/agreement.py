@@ -127,6 +127,3 @@ def write_agreement(
 
 def _shown(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
-
-
-__all__ = ["MINIMUM_MENTIONS", "format_agreement", "measure_agreement", "write_agreement"]

@@ -44,6 +44,3 @@ def label_quietly(labeler, reports: list[str]):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnreadReportsWarning)
         return labeler.label(reports)
-
-
-__all__ = ["label_quietly", "labeler_of", "parse_options"]

@@ -254,6 +254,3 @@ def _network(weights: dict[str, torch.Tensor], attention_heads: int | None, path
     except RuntimeError as error:
         raise ValueError(f"checkpoint {path} is not CheXbert's: {_reason(error)}") from None
     return network.eval()
-
-
-__all__ = ["CHECKPOINT_FILE", "HEAD_SIZES", "CheXbertLabeler"]

@@ -590,6 +590,3 @@ class Sentence:
             self.comma = False
             item += 1
         return self.close()
-
-
-__all__ = ["Meaning", "Sentence", "bit"]

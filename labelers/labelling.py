@@ -254,6 +254,3 @@ def _copy_rest(folder: Path, work: Path) -> None:
             shutil.copytree(path, work / path.name, symlinks=True)
         else:
             shutil.copy2(path, work / path.name, follow_symlinks=False)
-
-
-__all__ = ["UNLABELLED", "LabelReport", "StateReader", "label_dataset"]

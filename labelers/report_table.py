@@ -140,6 +140,3 @@ def check_id(path: Path, row: int, column: str, study: str, lines: dict[str, int
             "expected one row for each study"
         )
     lines[study] = row
-
-
-__all__ = ["check_id", "csv_rows", "fold_name", "has_column", "read_reports"]

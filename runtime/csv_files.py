@@ -62,6 +62,3 @@ def longest_cell(characters: int) -> Iterator[None]:
         yield
     finally:
         csv.field_size_limit(before)
-
-
-__all__ = ["escape_cell", "longest_cell", "read_csv", "unescape_cell", "write_csv"]

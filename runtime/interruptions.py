@@ -172,18 +172,3 @@ def _is_running(process: int) -> bool:
     except PermissionError:
         pass
     return True
-
-
-__all__ = [
-    "FULL",
-    "PARENT",
-    "RunInterruptedError",
-    "Terminated",
-    "end_with_parent",
-    "ended_by",
-    "exit_status",
-    "fault_of_study",
-    "is_out_of_memory",
-    "is_system_fault",
-    "terminations",
-]

@@ -94,6 +94,3 @@ class WorkSettings:
             self.check(read_json(path))
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_json(path, self.settings)
-
-
-__all__ = ["Journal", "WorkSettings"]

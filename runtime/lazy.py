@@ -24,6 +24,3 @@ def lazy_names(package: str, homes: dict[str, str]) -> tuple[Callable[[str], Any
         return sorted(homes)
 
     return get, names
-
-
-__all__ = ["lazy_names"]

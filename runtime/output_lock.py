@@ -110,6 +110,3 @@ def _inode(path: Path) -> int | None:
         return os.stat(path).st_ino
     except FileNotFoundError:
         return None
-
-
-__all__ = ["OutputLock", "OutputLockedError"]

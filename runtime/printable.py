@@ -60,6 +60,3 @@ class PrintableFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
-
-
-__all__ = ["PrintableFormatter", "enumerated", "listed", "markdown_table", "one_line", "printable", "show"]

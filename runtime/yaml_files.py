@@ -115,6 +115,3 @@ def _check_size(text: str) -> None:
             raise ValueError(f"nested more than {MAXIMUM_DEPTH} levels deep")
         if count > _MAXIMUM_VALUES:
             raise ValueError(f"more than {_MAXIMUM_VALUES:,} values with expanded aliases")
-
-
-__all__ = ["parse_yaml", "read_yaml"]

@@ -204,6 +204,3 @@ def _check_row(row: dict[str, Any]) -> None:
     """Raise an error if a row cannot be written: text that is not UTF-8, a number in place of a text..."""
     names = [{"bytes": b"", "path": image["path"]} for image in row["images"]]
     pa.RecordBatch.from_pylist([{**row, "images": names}], schema=STUDY_FEATURES.arrow_schema)
-
-
-__all__ = ["SECTIONS", "Assembled", "Sections", "StudyListing", "assemble_study", "choose_report"]

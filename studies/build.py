@@ -373,6 +373,3 @@ def _nothing_left(source: StudySource, shards: list[_Shard]) -> str:
         f"no study is left: all {len(faults):,} were skipped, the first ({first['id']}) for {first['kind']}: "
         f"{first['reason']}"
     )
-
-
-__all__ = ["SKIPPED", "BuildOptions", "BuildReport", "build_studies_dataset"]

@@ -39,6 +39,3 @@ consists of: {sections}. Licence of the studies: {", ".join(licence or "not stat
 
 {format_counts({split: counts[split] for split in splits})}
 """
-
-
-__all__ = ["HUB_LICENCES", "collection_name", "dataset_card"]

@@ -87,6 +87,3 @@ def check_encoding(encoding: str) -> None:
         raise ValueError(f"option 'encoding' is {encoding!r}: expected a text encoding, as utf-8 or cp1252") from None
     if not plain:
         raise ValueError(f"option 'encoding' is {encoding!r}: expected one that contains ASCII, or UTF-8")
-
-
-__all__ = ["Row", "check_encoding", "read_columns", "read_rows"]

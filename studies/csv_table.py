@@ -233,6 +233,3 @@ class _Listed(NamedTuple):
 def _writable(text: str) -> str:
     """Text with invalid bytes replaced by question marks."""
     return text.encode("utf-8", "replace").decode("utf-8")
-
-
-__all__ = ["CSVSource"]

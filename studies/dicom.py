@@ -302,6 +302,3 @@ def _reports(files: Iterable[str], alone: list[str], texts: dict[str, dict[str, 
         if candidates or beside:
             return candidates or [beside]
     return []
-
-
-__all__ = ["DICOMSource"]

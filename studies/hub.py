@@ -250,6 +250,3 @@ def _first_line(error: Exception) -> str:
         error = error.__cause__  # the reason why a file could not be converted
     lines = str(error).splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
-
-
-__all__ = ["HubSource"]

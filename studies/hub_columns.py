@@ -137,6 +137,3 @@ def _state_ids(item: Any) -> list[int]:
         return [finding_state_id(name) for name in item.names]
     except ValueError:
         return []
-
-
-__all__ = ["HubSplit", "study_columns"]

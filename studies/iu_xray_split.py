@@ -39,6 +39,3 @@ def _listed() -> dict[str, list[str]]:
 def _split_of_number() -> dict[int, str | None]:
     names = {"train": "train", "validation": "validation", "left_out": None}
     return {int(_NUMBER.match(study)[1]): split for name, split in names.items() for study in _listed()[name]}
-
-
-__all__ = ["IU_XRAY_COUNTS", "r2gen_split", "r2gen_split_ids"]

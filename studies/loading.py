@@ -151,16 +151,3 @@ def with_column(rows, name: str, values: list):
 def uncleaned_reports(rows) -> list[str]:
     """The reports before cleaning, for labelers: cleaning joins words ("scarring/atelectasis")."""
     return list(rows[UNCLEANED if UNCLEANED in rows.column_names else "report"])
-
-
-__all__ = [
-    "load_in_memory",
-    "load_prepared",
-    "prepared_column",
-    "prepared_shards",
-    "prepared_splits",
-    "stream_prepared",
-    "uncleaned_reports",
-    "undecoded",
-    "with_column",
-]

@@ -73,6 +73,3 @@ def _png(data: bytes) -> bytes | None:
         if kind == b"IEND":
             return b"".join(kept)
         place = end
-
-
-__all__ = ["without_metadata"]

@@ -189,6 +189,3 @@ def _read_report(path: str) -> str:
         raise SkipStudy("malformed", f"report {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise SkipStudy("malformed", f"report {path} is not UTF-8 text (byte {error.start})") from None
-
-
-__all__ = ["MimicCXRSource"]

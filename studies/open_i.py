@@ -237,6 +237,3 @@ def _licence(root: ElementTree.Element) -> str:
     if root.findtext("ccLicense", "").strip() == "byncnd":
         return "CC BY-NC-ND 4.0"
     return url or root.findtext("licenseType", "").strip()
-
-
-__all__ = ["R2GEN_VIEWS", "OpenISource"]

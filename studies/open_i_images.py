@@ -81,6 +81,3 @@ def read_projections(path: str) -> dict[str, str]:
             raise ValueError(f"{path}, line {line}: projection is {projection!r}, expected Frontal or Lateral")
         found[name] = views[projection.lower()]
     return found
-
-
-__all__ = ["ImageNames", "kaggle_name", "read_projections"]

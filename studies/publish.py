@@ -99,6 +99,3 @@ def _licences(folder: Path) -> list[str]:
         raise ValueError(
             f"{folder} is not a prepared dataset ({error}): expected a folder written by otdrg prepare"
         ) from None
-
-
-__all__ = ["hub_errors", "make_repo", "push_studies"]

@@ -123,6 +123,3 @@ def _entry(study: Any, split: str, root: str, place: str) -> StudyEntry | Skippe
 
 def _shown_paths(paths: Any) -> str:
     return f"[{', '.join(map(shown_value, paths))}]" if isinstance(paths, list) else shown_value(paths)
-
-
-__all__ = ["IU_XRAY_LICENCE", "MIMIC_COUNTS", "MIMIC_LICENCE", "R2GenSource"]

@@ -421,6 +421,3 @@ def text_without_trailer(text: str) -> str:
     """The text of a report without headers, up to its trailer, with single spaces."""
     passages = _passages(text)
     return " ".join(text for passage in passages if passage.kind == _TITLE and (text := passage.text()))
-
-
-__all__ = ["ReportSections", "parse_sections", "text_without_trailer"]

@@ -175,6 +175,3 @@ def _no_progress_bars() -> Iterator[None]:
     finally:
         if enabled:
             enable_progress_bars()
-
-
-__all__ = ["SUMMARY", "WorkFolder", "check_output", "row_batches", "write_shard"]

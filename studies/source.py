@@ -259,24 +259,3 @@ def seeded_split(
     counts[largest] += len(patients) - sum(counts)
     splits = (split for split, count in zip(SPLITS, counts, strict=True) for _ in range(count))
     return dict(zip(patients, splits, strict=True))
-
-
-__all__ = [
-    "SKIP_KINDS",
-    "SPLITS",
-    "SPLIT_NAMES",
-    "TEXTS",
-    "VIEWS",
-    "ListedSource",
-    "SkipStudy",
-    "Skipped",
-    "Study",
-    "StudyEntry",
-    "StudySource",
-    "needed_file",
-    "needed_folder",
-    "option",
-    "parse_pairs",
-    "path_inside",
-    "seeded_split",
-]

@@ -81,6 +81,3 @@ class StreamedStudies(torch.utils.data.IterableDataset):
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch that determines the order; called by the Trainer."""
         self._stream.set_epoch(epoch)
-
-
-__all__ = ["StreamedStudies"]

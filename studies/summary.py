@@ -120,6 +120,3 @@ class OfficialCheck:
                         line += f"; {what}: {listed(list(ids))}"
             lines.append(line)
         return lines
-
-
-__all__ = ["OfficialCheck", "SplitCounts", "format_counts"]

@@ -18,6 +18,3 @@ def view_named(text: str) -> str:
     lateral = bool(words & _LATERAL) and not any(word.startswith("DECUB") for word in words)
     frontal = bool(words & _FRONTAL)
     return "unknown" if lateral == frontal else "lateral" if lateral else "frontal"
-
-
-__all__ = ["view_named"]

@@ -214,6 +214,3 @@ def _is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-__all__ = ["HOSTS_VARIABLE", "MAX_JSON", "Guard", "Hosts"]

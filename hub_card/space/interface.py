@@ -391,6 +391,3 @@ def _one_line(error: Exception | str) -> str:
 
 def _alert(problem: str) -> dict:
     return _visible(f'<p role="alert">⚠ {escape(problem)}</p>' if problem else "")
-
-
-__all__ = ["WARNING", "build_demo"]

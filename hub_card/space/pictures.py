@@ -44,6 +44,3 @@ def _figure(data: io.BytesIO, form: str, alternative: str, caption: str) -> str:
     encoded = base64.b64encode(data.getvalue()).decode()
     image = f'<img src="data:image/{form};base64,{encoded}" alt="{escape(alternative)}">'
     return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-__all__ = ["heatmap", "preview", "printable"]

@@ -48,6 +48,3 @@ def contradiction_list(record: dict[str, Any]) -> str:
         line = f"{name}, {each['kind']}: state {state}, {said}"
         lines.append(f"- **{line}**" if each["kind"] == "contradicted" else f"- {line}")
     return "\n".join(lines)
-
-
-__all__ = ["contradiction_list", "findings_table"]

@@ -60,6 +60,3 @@ def serve(demo: gr.Blocks, server_name: str | None = None, port: int | None = No
         css=_CSS,
     )
     return address
-
-
-__all__ = ["serve"]

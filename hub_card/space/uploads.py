@@ -176,18 +176,3 @@ def _delete(path: Path, root: Path | None = None) -> None:
         path.unlink()
         if path.parent != root:
             path.parent.rmdir()
-
-
-__all__ = [
-    "KEPT_UNREAD",
-    "MAX_FILE_SIZE",
-    "MAX_REQUEST",
-    "MAX_UPLOADS",
-    "MAX_VIEWS",
-    "UPLOAD_SECONDS",
-    "NoRoomError",
-    "UploadFolder",
-    "View",
-    "phantom_examples",
-    "read_uploads",
-]

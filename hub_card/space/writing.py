@@ -82,6 +82,3 @@ class _Left(StoppingCriteria):
 
     def __call__(self, input_ids, scores, **kwargs) -> bool:
         return self.left.is_set()
-
-
-__all__ = ["stream_report"]
