@@ -1,4 +1,4 @@
-"""`otdrg ablate`: the paper's ablation tables over a recipe."""
+"""`otdrg ablate`: train the paper's ablations of a recipe and tabulate them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train what is not finished, then write the tables; an error at the end if runs failed."""
+    """Train the unfinished runs, then write the tables; raise an error at the end if runs failed."""
     check_least(options, jobs=1, resamples=1)
     if options.accelerate_config is not None and not Path(options.accelerate_config).is_file():
         raise FileNotFoundError(f"--accelerate-config {options.accelerate_config}: no such file")

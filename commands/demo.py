@@ -1,4 +1,4 @@
-"""`otdrg demo`: a model in a browser, on this machine."""
+"""`otdrg demo`: try a model in a browser on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`otdrg embed`: image features before and after alignment (paper, Figure 1b), and how far findings are apart."""
+"""`otdrg embed`: plot image features before and after alignment (paper, Figure 1b), and measure their separation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DESCRIPTION = """\
 Picture the image features of studies before alignment (the vision encoder's) and after it (projected into the LLM's
 embedding space, with the label features there as stars), coloured by finding: means over a study's image tokens, in the
 plane by t-SNE on cosine distances. Only studies with exactly one positive finding are used, so that each has one
-colour. Silhouettes of the features themselves, with their chance level, measure how far findings are apart. Writes
+colour. Silhouettes of the features themselves, with their chance level, measure how well findings are separated. Writes
 embedding.png, embedding.json and embedding.csv, one row per study.
 """
 EPILOG = """\

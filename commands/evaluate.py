@@ -1,4 +1,4 @@
-"""`otdrg evaluate`: a model's reports of a dataset, scored beside baselines and controls."""
+"""`otdrg evaluate`: score a model's reports of a dataset, compared with baselines and controls."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..studies.cleaning import CLEANING_STYLES
 from .arguments import SPLITS, add_metrics, add_resamples, check_least, reference_tokens
 
 DESCRIPTION = """\
-Let a model write the report of every study of a split, and score the reports beside baselines (best constant, nearest
+Let a model write the report of every study of a split, and compare their scores with baselines (best constant, nearest
 neighbour, consensus of 30 neighbours) and controls (shuffled images, true states), with bootstrap intervals; measure
 whether the reports state the findings they were conditioned on. Reports are saved as they are generated: the same
 command continues an interrupted evaluation, and computes scores anew from reports that are complete. Writes

@@ -1,4 +1,4 @@
-"""`otdrg generate`: write the reports of studies, with their finding states and a check against these."""
+"""`otdrg generate`: write the reports of studies, with their finding states and a comparison of both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`otdrg localise`: whether a model's heatmaps lie on the findings of phantoms."""
+"""`otdrg localise`: measure whether a model's heatmaps lie on the findings of phantoms."""
 
 from __future__ import annotations
 

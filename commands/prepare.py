@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _required(cls: type) -> str:
-    """The required options of a source, for a source without an example."""
+    """Example options of a source that has no example: its required options."""
     required = [option for option in fields(cls) if option.default is option.default_factory is MISSING]
     options = (f"--{option.name.replace('_', '-')} {option.metadata['metavar'] or 'VALUE'}" for option in required)
     return " ".join([*options, "--output studies"])

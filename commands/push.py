@@ -1,4 +1,4 @@
-"""`otdrg push`: a trained model on the Hub, with its card, and its demo as a Space."""
+"""`otdrg push`: publish a trained model on the Hub, with its card, and its demo as a Space."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`otdrg score`: any system's reports against the true ones, and against another system's."""
+"""`otdrg score`: score the reports of any system, and test two systems against each other."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
     metrics = wanted_scores(default_metrics() if options.metrics is None else options.metrics)
     reads_states = any(METRICS[name].reads == "states" for name in metrics)
     if not reads_states and (options.labeler or options.option):
-        raise ValueError("--labeler and --option go with clinical_efficacy, which --metrics leaves out")
+        raise ValueError("--labeler and --option need clinical_efficacy, which --metrics does not name")
     if options.against and options.bootstrap < 1:
         raise ValueError(f"--bootstrap is {options.bootstrap}: expected at least 1 with --against")
     check_least(options, bootstrap=0, seed=0)

@@ -96,7 +96,7 @@ class _RowRuns:
         return table
 
     def summary(self) -> dict[str, Any]:
-        """The row, ready for JSON."""
+        """The row as JSON values."""
         return {
             "name": self.row.name,
             "label": self.label,
@@ -109,7 +109,7 @@ class _RowRuns:
 
 
 def summarize(plan: Plan, resamples: int = 1000) -> dict[str, Any]:
-    """All figures of the tables, ready for JSON.
+    """All figures of the tables as JSON values.
 
     Args:
         plan: the plan, after its runs were trained or failed.
@@ -205,7 +205,7 @@ def _contributions(by_row: dict[Row, _RowRuns], resamples: int) -> list[dict[str
 
 
 class _StatisticsReader:
-    """Computes a run's study statistics from its predictions.csv, each once."""
+    """Computes the study statistics of runs from their predictions.csv; keeps the result of each run."""
 
     def __init__(self):
         self._true_states: np.ndarray | None = None
@@ -232,7 +232,7 @@ class _StatisticsReader:
 
 
 def _sentence(what: str, scores: Mapping[str, Mapping[str, Any]]) -> str:
-    """What a module does, in words."""
+    """The effect of a module on the scores, as a sentence."""
     if not scores:
         return f"{what}: {_UNDECIDED}, no seed finished in both rows."
     by_verdict: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""Training the runs of an ablation, each in a process of its own."""
+"""Train the runs of an ablation, each in its own process."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def build_card(
 
 
 def _file_at_fault(files: RunFiles, *arguments) -> Path:
-    """The file of a run without which its card can be built."""
+    """The damaged file of a run: the card can be built without it."""
     own = own_evaluation(files)
     others = [found for found in files.evaluations if found != own]
     for name, absent in (

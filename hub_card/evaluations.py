@@ -102,7 +102,7 @@ class EvaluationFacts:
         return f"{beams}, up to {options['max_new_tokens']} tokens{prompt}"
 
     def comparison(self, name: str) -> dict[str, list[Difference]]:
-        """The model against another row, by [`Difference.place`]."""
+        """The differences between the model and another row, grouped by [`Difference.place`]."""
         places: dict[str, list[Difference]] = {"below": [], "undecided": [], "above": []}
         for column, heading in COMPARED.items():
             model, other = self.model.get(column), self.rows[name].get(column)
@@ -140,7 +140,7 @@ class EvaluationFacts:
 
     @property
     def notes(self) -> list[str]:
-        """Warnings, and why a score is missing."""
+        """Warnings, and reasons for missing scores."""
         notes = [*self.evaluation.get("warnings", []), *self.evaluation.get("notes", [])]
         names = score_headings()
         notes += [f"{names.get(name, name)}: {note}" for name, note in self.model.get("notes", {}).items()]
@@ -154,12 +154,12 @@ class EvaluationFacts:
 
     @property
     def score_table(self) -> str:
-        """Every row, every score except clinical efficacy."""
+        """All scores except clinical efficacy, for every row."""
         return self._table("score", score_headings())
 
     @property
     def f1_tables(self) -> dict[str, str]:
-        """Every row, every F1, by policy in words."""
+        """All F1 scores for every row, by the name of the uncertainty policy."""
         return {
             policy.replace("_", " as "): self._table(
                 "F1", {name.replace("uncertain_negative", policy): shown for name, shown in F1_HEADINGS.items()}
@@ -210,7 +210,7 @@ class EvaluationFacts:
         return markdown_table(header, rows)
 
     def _table(self, corner: str, headings: Mapping[str, str]) -> str:
-        """Every row, the model's followed by its intervals; a dash where a row has no score."""
+        """A table of all rows, the model's followed by its intervals; a dash for a missing score."""
         columns = [column for column in headings if column in self.model]
         cells = [
             [name, *(shown_number(scores.get(column)) for column in columns)] for name, scores in self.rows.items()

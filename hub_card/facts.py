@@ -19,7 +19,7 @@ FEW_TRAINING_POSITIVES = 50
 
 @dataclass(frozen=True)
 class Facts:
-    """What is derived from more than one of a run's files; the template reads the rest from the files themselves.
+    """Facts derived from several files of a run; the template reads all others from the files.
 
     Args:
         dataset: display name of the training dataset.

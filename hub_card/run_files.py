@@ -1,4 +1,4 @@
-"""What a run's folder and its evaluations hold, in the form in which it may be published.
+"""The content of a run's folder and its evaluations, reduced to what may be published.
 
 All published files are read here. Reading reduces paths to file names and leaves out reports of the dataset, which some
 licences do not allow to be passed on.
@@ -55,7 +55,7 @@ class RunFiles:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
 
     def metrics(self) -> dict[str, Any]:
-        """All measured values and how they came about, as pushed in `metrics.json`."""
+        """The content of `metrics.json`: all measured values, and the recipe and runs they come from."""
         return {name: getattr(self, name) for name in ("recipe", "sittings", "results", "evaluations")}
 
     @property
@@ -119,7 +119,7 @@ def read_run(run: Path, evaluations: Sequence[Path] = ()) -> RunFiles:
 
 
 def identity(evaluation: dict[str, Any]) -> tuple:
-    """What must differ between two evaluations in a card: dataset, split, studies, decoding, scoring."""
+    """The key of an evaluation in a card: dataset, split, studies, decoding, scoring."""
     generation = evaluation["generation"]
     names = ("dataset", "split", "studies", "protocol", "tokenizer", "reference_tokens", "cleaning", "labeler")
     decoding = (generation.get(name) for name in ("num_beams", "max_new_tokens", "indication"))

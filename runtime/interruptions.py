@@ -1,4 +1,4 @@
-"""The exit of a command: its status, one line for errors and signals, and no process that outlives its parent."""
+"""The exit of a command: status, one line for errors and signals, and the end of its child processes."""
 
 from __future__ import annotations
 

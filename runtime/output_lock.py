@@ -1,4 +1,4 @@
-"""Locks on outputs, so that two processes never write one file or folder at the same time."""
+"""Lock outputs, so that two processes never write the same file or folder at the same time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the studies of a source to the rows of a dataset: which studies are kept, and why the others are skipped."""
+"""Convert the studies of a source to the rows of a dataset, and record why studies are skipped."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ HUB_LICENCES = {"CC BY-NC-ND 4.0": "cc-by-nc-nd-4.0", "Apache-2.0": "apache-2.0"
 
 
 def collection_name(source: str, licence: str) -> str:
-    """What studies are, by their columns `source` and `licence`: a published collection or a description."""
+    """The collection of studies with these values in `source` and `licence`: a published one or a description."""
     return source_class(source).collection_of(licence) if source in SOURCES else f"studies of source {source}"
 
 

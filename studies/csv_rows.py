@@ -1,4 +1,4 @@
-"""Read the rows of a CSV with their lines: all of a table, or some columns of a published file."""
+"""Read the rows of a CSV with their line numbers: a whole table, or some columns of a published file."""
 
 from __future__ import annotations
 

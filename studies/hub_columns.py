@@ -99,7 +99,7 @@ def study_columns(dataset: Dataset, pairs: Sequence[str], place: str) -> HubSpli
 
 
 def _check_types(features: Features, names: dict[str, str], place: str) -> dict[str, Any]:
-    """Check the types of the columns, and return those arguments of `HubSplit` that follow from them."""
+    """Check the types of the columns, and return the arguments of `HubSplit` that depend on them."""
     types: dict[str, Any] = {}
     for field, column in names.items():
         feature = features[column]

@@ -1,4 +1,4 @@
-"""Lines that are not text of a report: its end, codes, its authors, patient and order."""
+"""Recognise lines that are not part of a report's text: its end, codes, authors, patient and order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a dataset is written to a folder: in shards, so that an interrupted command can continue."""
+"""Write a dataset to a folder in shards, so that an interrupted command can continue."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ class StudySource(ABC):
 
     @classmethod
     def collection_of(cls, licence: str) -> str:
-        """What studies with this licence are, for model cards."""
+        """The collection that studies with this licence belong to, for model cards."""
         return cls.collection or f"studies of source {cls.name}"
 
 
@@ -171,7 +171,7 @@ class ListedSource(StudySource):
 
     @abstractmethod
     def _list(self) -> list[StudyEntry | Skipped]:
-        """The listing."""
+        """List the studies."""
 
 
 def option(help: str, default: Any = MISSING, metavar: str | None = None) -> Any:

@@ -1,4 +1,4 @@
-"""Training studies that are read from disk when they are needed, for collections larger than memory."""
+"""Stream training studies from disk, for collections larger than memory."""
 
 from __future__ import annotations
 

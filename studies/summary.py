@@ -99,7 +99,7 @@ class OfficialCheck:
                 self._absent[split] = dict.fromkeys(ids)
 
     def see(self, entry: StudyEntry | Skipped) -> None:
-        """Note that a study is listed."""
+        """Record a listed study."""
         if entry.split in self._absent:
             self._absent[entry.split].pop(entry.id, None)
 

@@ -1,4 +1,4 @@
-"""The kind of a view from its name in a header or table."""
+"""Recognise a view by its name in a header or table."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Hosts:
         self.on_the_hub = "SPACE_ID" in os.environ
 
     def __contains__(self, header: str | None) -> bool:
-        """Whether a `Host` header names this server, with any port: ssh forwards from any."""
+        """Whether a `Host` header names this server; any port is allowed, because ssh may forward any."""
         name = _host_name(header)
         if name is None:
             return False
@@ -65,7 +65,7 @@ class Hosts:
         return self.any_address and _is_address(name)
 
     def same_site(self, headers: Headers) -> bool:
-        """Whether a request comes from this page, or from no page."""
+        """Whether a request comes from this page or not from a web page."""
         origin = headers.get("origin")
         if origin is None:
             return headers.get("sec-fetch-site", "none") in ("none", "same-origin")

@@ -56,7 +56,7 @@ _QUICK = {**_PRIVATE, "queue": False}
 
 
 class Written(NamedTuple):
-    """A report with the views it was written from, which may differ from those in the form by now."""
+    """A report and its views; the form may show other views in the meantime."""
 
     views: list[View]
     record: dict[str, Any]
@@ -241,7 +241,7 @@ class _Page:
             visitor.problem = _one_line(error)
 
     def _resize(self, view: Image.Image) -> Image.Image:
-        """Resize a view as the model's image processor does, so that the report is that of the full view."""
+        """Resize a view as the model's image processor does, which gives the same report as the full view."""
         pixels = self.pipe.processor.image_processor(view, do_rescale=False, do_normalize=False, return_tensors="np")
         return Image.fromarray(np.moveaxis(pixels["pixel_values"][0], 0, -1).astype(np.uint8))
 
@@ -273,7 +273,7 @@ class _Page:
         yield from self._write(visitor, indication)
 
     def write_again(self, indication: str | None, finding: str, *inputs: Any) -> Iterator[dict]:
-        """Write it from the chosen states, and keep showing the heatmap of `finding`."""
+        """Write the report from the chosen states, and keep the heatmap of `finding`."""
         *states, visitor = inputs
         if None in states:
             yield self._fail(visitor, "there are no states yet: write a report first")

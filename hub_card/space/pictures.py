@@ -35,7 +35,7 @@ def heatmap(views: Sequence[View], record: dict[str, Any], finding: str) -> str:
 
 
 def printable(text: str, length: int = 80) -> str:
-    """Text of a visitor on one line, shortened, without control characters and marks that change its direction."""
+    """Text of a visitor, shortened, without control characters and direction marks."""
     text = "".join(character if character.isprintable() else "�" for character in text)
     return text if len(text) <= length else f"{text[: length - 1]}…"
 

@@ -1,4 +1,4 @@
-"""A report's findings as Markdown: the states it was written from, and where it disagrees with them."""
+"""A report's findings as Markdown: the conditioning states, and where the report disagrees with them."""
 
 from __future__ import annotations
 

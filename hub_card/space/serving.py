@@ -1,4 +1,4 @@
-"""How the page is served: addresses, limits, and what is not kept."""
+"""Serve the page: address, limits and privacy settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Streaming of a report: its text as it grows, then the pipeline's record."""
+"""Stream a report: first its growing text, then the pipeline's record."""
 
 from __future__ import annotations
 
