@@ -151,11 +151,11 @@ def _run(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace) -> None:
     check_least(options, num_beams=1, max_new_tokens=1, batch_size=1)
     if options.output is None and (options.resume or options.overwrite):
-        raise ValueError(f"--{'resume' if options.resume else 'overwrite'} goes with --output: expected both")
+        raise ValueError(f"--{'resume' if options.resume else 'overwrite'} needs --output: expected both")
     if options.resume and options.overwrite:
         raise ValueError("--resume and --overwrite were both given: expected one")
     if options.split is not None and not (options.studies and Path(options.studies).is_dir()):
-        raise ValueError("--split goes with --studies and a folder of otdrg prepare: expected both")
+        raise ValueError("--split needs --studies with a folder of otdrg prepare: expected both")
     if options.output is not None:
         if options.output.is_dir() or options.output.suffix != ".jsonl":
             # `otdrg score` and `otdrg label` recognise it by its suffix.

@@ -74,25 +74,20 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _check_form(options: argparse.Namespace, form: str) -> None:
-    allowed = {
-        "dataset": {"labeler", "option", "csv", "id_column", "relabel", "resume"},
-        "reports": {"labeler", "option"},
-        "compare": set(),
-    }[form]
-    for name in ("labeler", "option", "csv", "id_column", "relabel", "resume"):
-        if getattr(options, name) and name not in allowed:
-            shown = "DATASET" if form == "dataset" else f"--{form}"
-            raise ValueError(f"--{name.replace('_', '-')} does not go with {shown}: remove it")
+    refused = {"dataset": (), "reports": ("csv", "id_column", "relabel", "resume")}
+    for name in refused.get(form, ("labeler", "option", *refused["reports"])):
+        if getattr(options, name):
+            raise ValueError(f"--{name.replace('_', '-')} cannot be used with --{form}: remove it")
     if form != "compare" and options.labeler is None:
         options.labeler = "rules" if options.csv is None else "csv"
     if form != "dataset" and options.labeler == "csv":
         raise ValueError("--labeler csv joins states to studies by id: expected a DATASET")
     if (options.labeler == "csv") != (options.csv is not None):
-        raise ValueError("--labeler csv and --csv FILE go together: expected both or neither")
+        raise ValueError("--labeler csv needs --csv FILE and the reverse: expected both or neither")
     if options.id_column and options.csv is None:
         raise ValueError("--id-column is a column of --csv: expected both or neither")
     if options.option and options.labeler == "csv":
-        raise ValueError("--option does not go with --labeler csv: remove it")
+        raise ValueError("--option cannot be used with --labeler csv: remove it")
 
 
 # --- a table of reports ----------------------------------------------------------------------------------------------
