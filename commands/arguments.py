@@ -53,7 +53,7 @@ def reference_tokens(options: argparse.Namespace, cleaning: str) -> int | None:
     if options.protocol == "full":
         for name in ("tokenizer", "reference_tokens"):
             if getattr(options, name) is not None:
-                raise ValueError(f"--{name.replace('_', '-')} needs --protocol r2gengpt: remove it")
+                raise ValueError(f"--{name.replace('_', '-')} needs --protocol r2gengpt: expected both or neither")
         return None
     if options.tokenizer is None:
         raise ValueError("--protocol r2gengpt truncates by a tokenizer: expected --tokenizer, a Hub id or a folder")

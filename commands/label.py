@@ -83,7 +83,7 @@ def _check_form(options: argparse.Namespace, form: str) -> None:
     if form != "dataset" and options.labeler == "csv":
         raise ValueError("--labeler csv joins states to studies by id: expected a DATASET")
     if (options.labeler == "csv") != (options.csv is not None):
-        raise ValueError("--labeler csv needs --csv FILE and the reverse: expected both or neither")
+        raise ValueError("--labeler csv and --csv FILE: expected both or neither")
     if options.id_column and options.csv is None:
         raise ValueError("--id-column is a column of --csv: expected both or neither")
     if options.option and options.labeler == "csv":

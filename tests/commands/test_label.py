@@ -320,7 +320,7 @@ def test_label_help_shows_each_form(capsys):
         (["--reports", "r.csv", "--labeler", "csv", "--output", "o"], "--labeler csv joins states to studies by id"),
         (["--reports", "r.csv", "--labeler", "rules", "--output", "o", "--relabel"], "--relabel cannot be used with"),
         (["--compare", "a.csv", "b.csv", "--labeler", "rules"], "--labeler cannot be used with --compare"),
-        (["studies", "--labeler", "csv"], "--labeler csv needs --csv FILE and the reverse"),
+        (["studies", "--labeler", "csv"], "--labeler csv and --csv FILE: expected both or neither"),
         (["studies", "--labeler", "rules", "--option", "x"], "--option x: expected NAME=VALUE"),
         (["studies", "--labeler", "rules", "--option", "size=3"], "unknown option 'size' of labeler 'rules'"),
         (["studies", "--labeler", "rules", "--option", "vocabulary=["], "--option vocabulary=[: the value is not YAML"),
