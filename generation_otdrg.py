@@ -14,6 +14,7 @@ from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 
 from .configuration_otdrg import OTDRGConfig
 from .findings_otdrg import FINDINGS, UNMENTIONED, check_finding_states
+from .guidance_otdrg import StateGuidanceLogitsProcessor, without_positives
 
 NO_IMAGE = "no image: pixel_values is missing, and a report is never written from nothing"
 
@@ -182,6 +183,7 @@ class OTDRGGenerationMixin(GenerationMixin):
         view_mask: torch.Tensor | None = None,
         view_features: torch.Tensor | None = None,
         finding_states: torch.Tensor | None = None,
+        guidance_scale: float | None = None,
         **kwargs,
     ):
         """Write reports; all other arguments are those of `GenerationMixin.generate`.
@@ -196,6 +198,10 @@ class OTDRGGenerationMixin(GenerationMixin):
                 unchanged.
             pixel_values, view_mask, view_features, finding_states: as in [`forward`]; given states steer the report.
                 With a key-value cache of the prompt they are not needed.
+            guidance_scale (`float`, *optional*):
+                Above 1, reports state more of the positive findings that they are conditioned on
+                ([`StateGuidanceLogitsProcessor`]); decoding takes about twice as long. By default that of the
+                generation config, else 1.
 
         Returns:
             `torch.Tensor` of shape `(B * num_return_sequences, L + new tokens)`: prompts, as given, and reports. From
@@ -204,8 +210,10 @@ class OTDRGGenerationMixin(GenerationMixin):
 
         Raises:
             ValueError: no image, states for a model that does not use them, impossible states, placeholders that do not
-                match, or arguments of different numbers of studies.
+                match, arguments of different numbers of studies, or guidance that is impossible.
         """
+        guidance_scale = self._guidance_scale(generation_config, guidance_scale)
+        processors = list(kwargs.get("logits_processor") or ())
         given = inputs if input_ids is None else input_ids
         prompt: dict[str, Any] = {
             "input_ids": given,
@@ -216,15 +224,20 @@ class OTDRGGenerationMixin(GenerationMixin):
         has_views = pixel_values is not None or view_features is not None
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         if has_views or needs_views(inputs_embeds, finding_states, cache):
-            prompt = self._read_prompt(prompt, pixel_values, view_mask, view_features, finding_states)
+            unread = prompt
+            prompt = self._read_prompt(unread, pixel_values, view_mask, view_features, finding_states)
+            if guidance_scale != 1:
+                processors.insert(0, self._state_guidance(unread, prompt, guidance_scale))
             if given is None and inputs_embeds is None:
                 given = default_prompt(self.config, prompt["view_mask"])["input_ids"]
+        elif guidance_scale != 1:
+            raise ValueError(f"guidance_scale={guidance_scale}: expected 1 where a prompt is given without views")
         else:
             check_batch(input_ids=given, attention_mask=attention_mask, inputs_embeds=inputs_embeds)
         no_placeholders = _SuppressPlaceholders(self.config.placeholder_token_ids)
-        kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or ()), no_placeholders])
+        kwargs["logits_processor"] = LogitsProcessorList([*processors, no_placeholders])
         prompt = {name: value for name, value in prompt.items() if value is not None}
-        output = super().generate(generation_config=generation_config, **prompt, **kwargs)
+        output = super().generate(generation_config=generation_config, guidance_scale=1.0, **prompt, **kwargs)
         if given is None:
             return output
         # Callers cut the prompt off by its length, which for them is the length without the label text.
@@ -235,6 +248,32 @@ class OTDRGGenerationMixin(GenerationMixin):
             return sequences
         output.sequences = sequences
         return output
+
+    def _guidance_scale(self, generation_config, guidance_scale: float | None) -> float:
+        """The scale that was asked for, by argument or by a generation config.
+
+        Raises:
+            ValueError: it is below 1 or infinite, or the model does not use finding states.
+        """
+        for source in (generation_config, self.generation_config):
+            if guidance_scale is None:
+                guidance_scale = getattr(source, "guidance_scale", None)
+        if guidance_scale is None:
+            return 1.0
+        if not 1 <= guidance_scale < float("inf"):
+            raise ValueError(f"guidance_scale={guidance_scale}: expected a number of at least 1")
+        if guidance_scale != 1 and not self.config.dle:
+            raise ValueError(
+                f"guidance_scale={guidance_scale}: expected 1, this model does not use finding states (dle=False)"
+            )
+        return guidance_scale
+
+    def _state_guidance(self, unread: dict, prompt: dict[str, Any], guidance_scale: float):
+        """The logits processor that reads `unread`, the prompt before its label text, without positive states."""
+        states = without_positives(prompt["finding_states"])
+        guided = (states != prompt["finding_states"]).any(dim=1)
+        second = self._read_prompt(unread, None, prompt["view_mask"], prompt["view_features"], states)
+        return StateGuidanceLogitsProcessor(self.forward, second, guided, guidance_scale, CACHE)
 
     def prepare_inputs_for_generation(
         self,

@@ -63,6 +63,23 @@ def reference_tokens(options: argparse.Namespace, cleaning: str) -> int | None:
     return tokens
 
 
+def add_guidance(parser) -> None:
+    """The scale of state guidance ([`check_guidance`] checks it)."""
+    parser.add_argument(
+        "--guidance-scale",
+        type=float,
+        metavar="S",
+        help="2, for example, makes reports state more of the positive findings, at twice the cost (default: model's)",
+    )
+
+
+def check_guidance(options: argparse.Namespace) -> None:
+    """Raise a `ValueError` if the scale of state guidance is below 1 or not finite."""
+    scale = options.guidance_scale
+    if scale is not None and not 1 <= scale < float("inf"):
+        raise ValueError(f"--guidance-scale is {scale:g}: expected a number of at least 1")
+
+
 def check_least(options: argparse.Namespace, **least: int) -> None:
     """Raise a `ValueError` if an option is below its minimum; None is allowed."""
     for name, number in least.items():

@@ -9,7 +9,15 @@ from ..labelers.as_typed import labeler_of, parse_options
 from ..runtime.output_lock import OutputLock
 from ..runtime.printable import show
 from ..studies.cleaning import CLEANING_STYLES
-from .arguments import SPLITS, add_metrics, add_resamples, check_least, reference_tokens
+from .arguments import (
+    SPLITS,
+    add_guidance,
+    add_metrics,
+    add_resamples,
+    check_guidance,
+    check_least,
+    reference_tokens,
+)
 
 DESCRIPTION = """\
 Let a model write the report of every study of a split, and compare their scores with baselines (best constant, nearest
@@ -49,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
     reports = parser.add_argument_group("reports")
     reports.add_argument("--num-beams", type=int, metavar="N", help="beams; 1 is greedy search (default: the model's)")
     reports.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens of a report (default: the model's)")
+    add_guidance(reports)
     reports.add_argument("--batch-size", type=int, default=8, metavar="N", help="studies in a batch (default: 8)")
     reports.add_argument(
         "--indication",
@@ -79,6 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
 def run(options: argparse.Namespace) -> None:
     """Check the options, then generate, score, write and print."""
     check_least(options, limit=1, num_beams=1, max_new_tokens=1, batch_size=1, floor=1, bootstrap=0, seed=0)
+    check_guidance(options)
     if options.output is None and not Path(options.model).is_dir():
         raise ValueError(f"{options.model} is not a folder here: expected --output, the folder of the evaluation")
     output = options.output or Path(options.model) / f"evaluation-{options.split}"

@@ -15,7 +15,7 @@ from ..runtime.interruptions import fault_of_study
 from ..runtime.journal import Journal
 from ..runtime.output_lock import OutputLock
 from ..runtime.printable import one_line, printable
-from .arguments import check_least
+from .arguments import add_guidance, check_guidance, check_least
 from .terminal import format_record, terminal_width, wants_colour
 
 DESCRIPTION = """\
@@ -78,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
     conditions.add_argument(
         "--max-new-tokens", type=int, metavar="N", help="maximum number of tokens of a report (default: the model's)"
     )
+    add_guidance(conditions)
     conditions.add_argument("--batch-size", type=int, default=1, metavar="N", help="studies in a batch (default: 1)")
     output = parser.add_argument_group("output")
     form = output.add_mutually_exclusive_group()
@@ -125,7 +126,9 @@ def _run(options: argparse.Namespace) -> None:
 
     pipe = load_pipeline(options.model)
     options.batch_size = min(options.batch_size, len(studies))
-    arguments = decoding(pipe.model, options.num_beams, options.max_new_tokens, options.batch_size)
+    arguments = decoding(
+        pipe.model, options.num_beams, options.max_new_tokens, options.batch_size, options.guidance_scale
+    )
     journal, kept = None, 0
     if options.output is not None:
         settings = settings_of(pipe, studies, arguments, options.heatmap)
@@ -150,6 +153,7 @@ def _run(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     check_least(options, num_beams=1, max_new_tokens=1, batch_size=1)
+    check_guidance(options)
     if options.output is None and (options.resume or options.overwrite):
         raise ValueError(f"--{'resume' if options.resume else 'overwrite'} needs --output: expected both")
     if options.resume and options.overwrite:

@@ -47,8 +47,8 @@ def evaluate_published(
         output: folder that is written to.
         facts: what the JSON says of the studies, `split`, `cleaning`, `warnings` and `counts` among it.
         cache: folder of the views' features.
-        options: `num_beams` and `max_new_tokens` (None: the model's), `batch_size`, `indication`, `seed`, `metrics`,
-            `labeler`, `labeler_options`, `floor`, `bootstrap`.
+        options: `num_beams`, `max_new_tokens` and `guidance_scale` (None: the model's), `batch_size`, `indication`,
+            `seed`, `metrics`, `labeler`, `labeler_options`, `floor`, `bootstrap`.
         clean_generated: clean generated reports too, for a model trained on reports that were cleaned otherwise.
         tokenizer, reference_tokens: protocol `r2gengpt`, in which true reports are cut to so many tokens.
         overwrite: generate all reports again.
@@ -65,10 +65,11 @@ def evaluate_published(
     references = dict(zip(rows["id"], texts, strict=True))
     model, processor = load_published(model_name)
     batch_size = min(options["batch_size"], len(rows))
+    decoded_by = decoding(model, options["num_beams"], options["max_new_tokens"], batch_size, options["guidance_scale"])
     settings = {
         "model": model_digest(model, processor),
         "studies": fingerprint({facts["split"]: rows}),
-        **decoding(model, options["num_beams"], options["max_new_tokens"], batch_size),
+        **decoded_by,
         "indication": options["indication"],
         "seed": options["seed"],
     }
@@ -87,7 +88,7 @@ def evaluate_published(
         rows,
         training,
         batch_size=batch_size,
-        generation={name: settings[name] for name in ("num_beams", "max_new_tokens")},
+        generation=decoded_by,
         controls=(*CONTROLS, "flipped"),
         labeler=options["labeler"],
         metrics=options["metrics"],

@@ -92,6 +92,8 @@ def _preamble(settings: Mapping[str, Any], studies: int) -> str:
         counts.append(f"{split} {count[unit]:,} {unit}{published}")
     decoding = settings["generation"]
     beams = "greedy search" if decoding["num_beams"] == 1 else f"{decoding['num_beams']} beams"
+    indication = ", with indication" * decoding["indication"]
+    guidance = f", guidance scale {decoding['guidance_scale']:g}" if decoding.get("guidance_scale") else ""
     lines = [
         f"{studies:,} studies of split {settings['split']} of {settings['dataset']}",
         _ZERO_SHOT[settings["zero_shot"]],
@@ -99,7 +101,7 @@ def _preamble(settings: Mapping[str, Any], studies: int) -> str:
         f"constants and neighbours from {settings['training_from']}",
         f"cleaning {settings['cleaning']}" + (", also of generated reports" * settings["generated_reports_cleaned"]),
         f"protocol {protocol}",
-        f"{beams}, up to {decoding['max_new_tokens']} tokens" + (", with indication" * decoding["indication"]),
+        f"{beams}, up to {decoding['max_new_tokens']} tokens{guidance}{indication}",
     ]
     return "\n".join(f"- {line}" for line in lines)
 

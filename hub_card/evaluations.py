@@ -9,7 +9,7 @@ from typing import Any
 from ..evaluation.evaluate import ROWS
 from ..evaluation.report import F1_HEADINGS, difference_table, format_steering
 from ..findings_otdrg import FINDING_DISPLAY_NAMES
-from ..metrics import METRICS, UNCERTAIN_POLICIES, Interval, PairedDifference, display_name, score_names
+from ..metrics import METRICS, UNCERTAIN_POLICIES, Interval, PairedDifference, display_name
 from ..metrics.classification import MINIMUM_INTERVAL_POSITIVES
 from ..metrics.tables import clinical_table, markdown_table, shown_interval, shown_number
 
@@ -27,8 +27,8 @@ FEW_POSITIVES = 10
 
 def score_headings() -> dict[str, str]:
     """Display names of all scores except clinical efficacy, in the order of the registry of metrics."""
-    clinical = METRICS["clinical_efficacy"].scores
-    return {name: display_name(name) for name in score_names() if name not in clinical}
+    metrics = (metric for metric in METRICS.values() if metric.name != "clinical_efficacy")
+    return {name: score.display for metric in metrics for name, score in metric.scores.items()}
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ class EvaluationFacts:
             return "decoding not recorded"
         beams = "greedy search" if options["num_beams"] == 1 else f"{options['num_beams']} beams"
         prompt = ", with the studies' indication in the prompt" if options.get("indication") else ""
-        return f"{beams}, up to {options['max_new_tokens']} tokens{prompt}"
+        guidance = f", guidance scale {options['guidance_scale']:g}" if options.get("guidance_scale") else ""
+        return f"{beams}, up to {options['max_new_tokens']} tokens{guidance}{prompt}"
 
     def comparison(self, name: str) -> dict[str, list[Difference]]:
         """The differences between the model and another row, grouped by [`Difference.place`]."""

@@ -122,7 +122,7 @@ def identity(evaluation: dict[str, Any]) -> tuple:
     """The key of an evaluation in a card: dataset, split, studies, decoding, scoring."""
     generation = evaluation["generation"]
     names = ("dataset", "split", "studies", "protocol", "tokenizer", "reference_tokens", "cleaning", "labeler")
-    decoding = (generation.get(name) for name in ("num_beams", "max_new_tokens", "indication"))
+    decoding = (generation.get(name) for name in ("num_beams", "max_new_tokens", "guidance_scale", "indication"))
     options = json.dumps(evaluation.get("labeler_options") or {}, sort_keys=True)
     return (*(evaluation.get(name) for name in names), *decoding, options)
 
@@ -134,7 +134,8 @@ def own_evaluation(files: RunFiles) -> dict[str, Any] | None:
         return None
     recipe = files.recipe or {}
     report = recipe.get("report", {})
-    generation = {name: report.get("generation", {}).get(name) for name in ("num_beams", "max_new_tokens")}
+    names = ("num_beams", "max_new_tokens", "guidance_scale")
+    generation = {name: report.get("generation", {}).get(name) for name in names}
     return {
         "dataset": OWN_DATASET,
         "zero_shot": False,

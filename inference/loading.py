@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils.logging import disable_progress_bar
@@ -83,17 +84,22 @@ def decoding(
     num_beams: int | None = None,
     max_new_tokens: int | None = None,
     batch_size: int = 1,
-) -> dict[str, int]:
+    guidance_scale: float | None = None,
+) -> dict[str, Any]:
     """Arguments of `generate`: the given ones, or those of the model's generation configuration.
 
     Args:
         model: on its device.
-        num_beams, max_new_tokens: given by the user, or None.
+        num_beams, max_new_tokens, guidance_scale: given by the user, or None.
         batch_size: studies per batch.
 
+    Returns:
+        `num_beams`, `max_new_tokens` and, with state guidance, `guidance_scale`.
+
     Raises:
-        ValueError: more tokens than the LLM has positions, more beams than its vocabulary has tokens, or a batch whose
-            views, keys and values do not fit into the memory of the device.
+        ValueError: guidance of a model that does not use finding states, more tokens than the LLM has positions, more
+            beams than its vocabulary has tokens, or a batch whose views, keys and values do not fit into the memory of
+            the device.
     """
     asked, text = model.generation_config, model.config.text_config
     beams = num_beams or asked.num_beams or _BEAMS
@@ -111,7 +117,14 @@ def decoding(
             f"--batch-size {batch_size} with {beams} beams and {tokens} new tokens needs {needed / 2**30:,.1f} GB for "
             f"views, keys and values, and the device has {there / 2**30:,.1f} GB: expected less of one of them"
         )
-    return {"num_beams": beams, "max_new_tokens": tokens}
+    guidance_scale = guidance_scale or getattr(asked, "guidance_scale", None) or 1.0
+    if guidance_scale == 1:
+        return {"num_beams": beams, "max_new_tokens": tokens}
+    if not model.config.dle:
+        raise ValueError(
+            f"--guidance-scale is {guidance_scale:g}: expected 1, this model does not use finding states (dle=False)"
+        )
+    return {"num_beams": beams, "max_new_tokens": tokens, "guidance_scale": guidance_scale}
 
 
 def _bytes_a_token(model: OTDRGForReportGeneration) -> int:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
-from transformers.utils import is_bitsandbytes_available
 
 from ..configuration_otdrg import OTDRGConfig
 from ..inference.features import cache_features, encoder_is_frozen
@@ -18,20 +17,10 @@ from ..inference.model_files import read_config, read_model, read_processor
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from ..runtime.interruptions import is_out_of_memory
+from ..weights_otdrg import quantization_of
 from .data import Rows
 from .fields import unknown_key
 from .recipe import ModelRecipe, Recipe
-
-#: `model.quantization` as a word: the fields of `BitsAndBytesConfig` that it stands for.
-QUANTIZATIONS: dict[str, dict[str, Any]] = {
-    "4bit": {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": "bfloat16",
-    },
-    "8bit": {"load_in_8bit": True},
-}
 
 #: What a recipe says of the quantisation of the LLM: a word, or fields of `BitsAndBytesConfig`.
 Quantization = str | dict[str, Any] | None
@@ -205,21 +194,17 @@ def quantization_config(quantization: Quantization) -> BitsAndBytesConfig | None
     Raises:
         ValueError: fields that `BitsAndBytesConfig` does not have or refuses, or bitsandbytes is not installed.
     """
-    if quantization is None:
-        return None
-    fields = QUANTIZATIONS[quantization] if isinstance(quantization, str) else quantization
-    known = [
-        name for name in inspect.signature(BitsAndBytesConfig.__init__).parameters if name not in ("self", "kwargs")
-    ]
-    for name in fields:
-        if name not in known:
-            raise unknown_key(name, "model.quantization", known, {})
-    if not (fields.get("load_in_4bit") or fields.get("load_in_8bit")):
-        raise ValueError(f"model.quantization={quantization!r}: expected load_in_4bit or load_in_8bit among its fields")
-    if not is_bitsandbytes_available():
-        raise ValueError(f"model.quantization={quantization!r} needs bitsandbytes: pip install bitsandbytes")
+    if isinstance(quantization, dict):
+        known = inspect.signature(BitsAndBytesConfig).parameters.keys() - {"kwargs"}
+        for name in quantization:
+            if name not in known:
+                raise unknown_key(name, "model.quantization", known, {})
+        if not (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
+            raise ValueError(f"model.quantization={quantization!r}: expected load_in_4bit or load_in_8bit in it")
     try:
-        return BitsAndBytesConfig(**fields)
+        return quantization_of(quantization)
+    except ImportError:
+        raise ValueError(f"model.quantization={quantization!r} needs bitsandbytes: pip install bitsandbytes") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"model.quantization={quantization!r}: {' '.join(str(error).split())}") from error
 
@@ -287,7 +272,6 @@ def cached_where_frozen(
 
 
 __all__ = [
-    "QUANTIZATIONS",
     "attach_lora",
     "build_model",
     "cached_where_frozen",

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
@@ -24,11 +23,10 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from ..evaluation.evaluate import evaluate_model
 from ..evaluation.report import format_table, write_predictions
-from ..findings_otdrg import FINDINGS
 from ..inference.features import CachedStudies
 from ..inference.model_files import read_config
 from ..labelers.as_typed import labeler_of
-from ..metrics import NLG_METRICS, clinical_efficacy_scores
+from ..metrics import full_score_name, metric_choices, metric_of, score_names
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from .arguments import StageArguments
@@ -51,9 +49,6 @@ VALIDATION_SCORES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider",
 #: Decoding of generated reports; a recipe's `report.generation` is merged into it.
 GENERATION = {"num_beams": 3, "max_new_tokens": 120}
 
-#: The policy of a clinical score that is named without one: macro_f1_13 is macro_f1_13_uncertain_negative.
-_POLICY = "uncertain_negative"
-
 
 # --- the section of the recipe ---------------------------------------------------------------------------------------
 
@@ -73,7 +68,7 @@ class EvaluationRecipe(Section):
     )
     labeler: str = option("rules", "Labeler that reads the states from generated and true reports.")
     metrics: list[str] = option(
-        ["bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider"], "Metrics of `otdrg.metrics.nlg_scores`."
+        ["bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider"], "Metrics of `otdrg.metrics.registry`."
     )
 
 
@@ -235,7 +230,7 @@ class ReportStage(Stage):
     def check(self, recipe: Recipe) -> None:
         section, evaluation, quantization = recipe.report, recipe.report.evaluation, recipe.model.quantization
         for name in evaluation.metrics:
-            need(name in (*NLG_METRICS, "bleu"), "report.evaluation.metrics", name, f"some of {', '.join(NLG_METRICS)}")
+            need(name in metric_choices(), "report.evaluation.metrics", name, f"some of {', '.join(metric_choices())}")
         evaluation.expect(len(set(evaluation.metrics)) == len(evaluation.metrics), "metrics", "each once")
         try:
             # Finds out whether the labeler's weights are there.
@@ -358,8 +353,8 @@ class Validation:
     def __call__(self, step: int) -> dict[str, float]:
         """`VALIDATION_SCORES` and the scores of `metric_for_best_model`; every process must call it."""
         section = self.recipe.report
-        known = score_names()
-        wanted = [name for name in (*VALIDATION_SCORES, *section.best.weights) if name in known]
+        names = (name for name in (*VALIDATION_SCORES, *section.best.weights) if name in score_names())
+        wanted = {name: full_score_name(name) for name in names}
         rows = self.studies.select(range(min(section.max_eval_samples or len(self.studies), len(self.studies))))
         evaluation = evaluate_model(
             self.model,
@@ -369,22 +364,14 @@ class Validation:
             generation={**section.generation, "num_beams": section.generation_num_beams},
             controls=(),
             labeler=section.evaluation.labeler,
-            metrics=[name for name in NLG_METRICS if name in wanted],
+            metrics=[name for name in wanted.values() if metric_of(name).reads == "reports"],
             seed=self.recipe.seed,
             indication=section.indication,
         )
         if PartialState().is_main_process:
             write_predictions(evaluation, self.folder / "validation" / f"step-{step:06d}.csv")
         found = evaluation.rows["model"].scores
-        return {name: found[known[name]] for name in wanted}
-
-
-def score_names() -> dict[str, str]:
-    """The scores of generated reports, and the names that the metrics have for them."""
-    blank = np.zeros((1, len(FINDINGS)), dtype=int)
-    clinical = [name for name, value in clinical_efficacy_scores(blank, blank).items() if isinstance(value, float)]
-    short = {name.removesuffix(f"_{_POLICY}"): name for name in clinical if name.endswith(_POLICY)}
-    return {**{name: name for name in (*NLG_METRICS, *clinical)}, **short}
+        return {name: found[full] for name, full in wanted.items()}
 
 
 def save_adapter(model: OTDRGForReportGeneration, processor: OTDRGProcessor, recipe: Recipe, folder: Path) -> None:

@@ -89,9 +89,22 @@ def test_generate_without_dle_has_no_contradictions(generate, build_model, paths
     status, _, error = generate("--study", paths[0], "--findings", "edema=positive", model=tmp_path)
     assert status == 1
     one_line(error, "OTDRGConfig.dle=False: this model does not use finding states")
+    status, _, error = generate("--study", paths[0], "--guidance-scale", "2", model=tmp_path)
+    assert status == 1
+    one_line(error, "--guidance-scale is 2: expected 1, this model does not use finding states (dle=False)")
     status, _, error = generate("--study", paths[0], "--heatmap", tmp_path / "maps", model=tmp_path)
     assert status == 1
     one_line(error, "OTDRGConfig.fiot=False: this model has no transport plan")
+
+
+def test_generate_guidance_scale_is_that_of_the_pipeline(generate, model, processor, paths):
+    arguments = ("--study", paths[0], "--findings", "edema=positive", "--guidance-scale", "9", "--json")
+    status, shown, error = generate(*arguments)
+    assert status == 0 and error == ""
+    pipe = ReportGenerationPipeline(model=model, processor=processor)
+    options = {"findings": {"edema": "positive"}, "num_beams": 1, "max_new_tokens": 6}
+    guided = pipe(paths[0], **options, guidance_scale=9.0)[0]["generated_text"]
+    assert rows_of(shown)[0]["report"] == guided != pipe(paths[0], **options)[0]["generated_text"]
 
 
 @pytest.mark.parametrize(
@@ -101,6 +114,7 @@ def test_generate_without_dle_has_no_contradictions(generate, build_model, paths
         (["--findings", "oedema=positive"], "--findings oedema=positive: unknown finding 'oedema'"),
         (["--findings", "edema=maybe"], "--findings edema=maybe: unknown finding state 'maybe'"),
         (["--batch-size", "0"], "--batch-size is 0: expected 1 or more"),
+        (["--guidance-scale", "0.5"], "--guidance-scale is 0.5: expected a number of at least 1"),
         (["--resume"], "--resume needs --output: expected both"),
         (["--split", "test"], "--split needs --studies with a folder of otdrg prepare"),
         (["--output", "."], "--output .: this is a folder"),

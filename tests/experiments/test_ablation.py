@@ -357,7 +357,7 @@ def test_ablate_failed_run_is_reported_and_others_continue(recipe, references, t
         ("studies.source=nope", "studies.source='nope': unknown source of studies 'nope'"),
         ("studies.options.train=many", "studies.options.train='many': expected an integer"),
         ("labels.csv=nowhere.csv", "nowhere.csv"),
-        ("report.evaluation.metrics=[nope]", "report.evaluation.metrics='nope': expected some of bleu_1"),
+        ("report.evaluation.metrics=[nope]", "report.evaluation.metrics='nope': expected some of bleu, bleu_1"),
         (
             "report.evaluation.split=test",
             "report.evaluation.split='test': expected one of the splits there are, train, validation",

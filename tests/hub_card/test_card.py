@@ -20,6 +20,8 @@ from otdrg.cli import main as otdrg
 from otdrg.findings_otdrg import FINDING_DISPLAY_NAMES, FINDINGS
 from otdrg.hub_card.card import TERMS, build_card
 from otdrg.hub_card.run_files import read_run
+from otdrg.metrics import Metric, MetricResult, Score, register
+from otdrg.metrics.registry import METRICS as REGISTRY
 from otdrg.metrics.tables import NLG_NAMES, markdown_table
 from otdrg.train_hf import main as train
 
@@ -529,3 +531,19 @@ def test_card_wrong_input_is_one_clear_error(copied, tmp_path):
         build_card(copied, "org/tiny", model_digest="0" * 32)
     digest = copy.copy(evaluation_of(good)["generation"]["model"])
     assert build_card(copied, "org/tiny", model_digest=digest).data.eval_results
+
+
+def test_build_card_shows_a_registered_metric(copied):
+    def add(evaluation):
+        for row in evaluation["rows"].values():
+            row["mean_words"] = 7.25
+
+    change(copied / "evaluation-validation/evaluation.json", add)
+    score = Score("mean words", main=True)
+    register(Metric("words", {"mean_words": score}, lambda *_: MetricResult.from_means({"mean_words": [7.25]})))
+    try:
+        card = build_card(copied, "org/tiny")
+    finally:
+        del REGISTRY["words"]
+    assert "| fluency | BLEU-1 | BLEU-4 | ROUGE-L | CIDEr | mean words |" in card.text
+    assert {result.metric_type: result.metric_value for result in card.data.eval_results}["mean_words"] == 7.25

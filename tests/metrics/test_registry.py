@@ -25,6 +25,8 @@ from otdrg.metrics import (
     score_tables,
 )
 from otdrg.studies import load_studies
+from otdrg.training.check import check_recipe
+from otdrg.training.recipe import load_recipe
 
 PREDICTIONS, REFERENCES = ["the heart is normal", "clear lungs"], ["the heart is large", "the lungs are clear"]
 
@@ -48,6 +50,12 @@ def test_registered_metric_can_select_and_has_names(toy):
     assert score_tables()["other metrics"] == {"mean_words": "mean words"}
     # The columns of the ablation's tables.
     assert columns()["mean_words"] == "mean words"
+
+
+def test_registered_metric_selects_the_best_checkpoint(toy, tiny_recipe):
+    check_recipe(load_recipe(tiny_recipe, ["report.metric_for_best_model=mean_words"]))
+    with pytest.raises(ValueError, match="unknown score 'mean_word', did you mean 'mean_words'"):
+        check_recipe(load_recipe(tiny_recipe, ["report.metric_for_best_model=mean_word"]))
 
 
 def test_registered_metric_is_scored_with_per_study_values(toy):

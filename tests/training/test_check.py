@@ -30,7 +30,7 @@ WRONG = [
     ("model.overrides.lora.lora_alpha=-1", "model.overrides.lora.lora_alpha=-1: expected a number above 0"),
     ("model.overrides.lora.target_modules=[]", "model.overrides.lora.target_modules=[]: expected names of modules"),
     ("model.overrides.lora=null", "report.text=lora, but the preset tiny has no LoRA"),
-    ("report.evaluation.metrics=[nope]", "report.evaluation.metrics='nope': expected some of bleu_1"),
+    ("report.evaluation.metrics=[nope]", "report.evaluation.metrics='nope': expected some of bleu, bleu_1"),
     ("report.evaluation.metrics=[cider, cider]", "expected each once"),
     ("report.evaluation.labeler=nope", "report.evaluation.labeler='nope': unknown labeler"),
     ("report.evaluation.labeler=llm", "report.evaluation.labeler='llm': labeler 'llm' needs the option 'model'"),

@@ -74,7 +74,7 @@ def test_lora_fields_dora_on_a_quantised_llm_is_refused(monkeypatch):
             {"load_in_4bit": True, "bnb_4bit_quant_typ": "nf4"},
             r"'bnb_4bit_quant_typ' in model\.quantization: did you mean",
         ),
-        ({"bnb_4bit_quant_type": "nf4"}, "expected load_in_4bit or load_in_8bit"),
+        ({"bnb_4bit_quant_type": "nf4"}, "expected load_in_4bit or load_in_8bit in it"),
     ],
 )
 def test_quantization_config_wrong_fields_are_named(quantization, message):

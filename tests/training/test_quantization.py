@@ -170,6 +170,6 @@ def test_check_recipe_what_cannot_be_quantised_is_one_line(tiny_recipe, tmp_path
 
 
 def test_quantization_config_without_bitsandbytes_names_it(monkeypatch):
-    monkeypatch.setattr("otdrg.training.model.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("otdrg.weights_otdrg.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"model\.quantization='8bit' needs bitsandbytes: pip install"):
         quantization_config("8bit")
