@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import cached_file, is_peft_available
 
-from .findings_otdrg import (
-    FINDING_DISPLAY_NAMES,
-    FINDING_STATES,
-    FINDINGS,
-    finding_key,
-    finding_state_id,
-    parse_findings,
-)
+from .findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS
 
 DEFAULT_PROMPT = (
     "Generate a comprehensive diagnosis report for this radiology image. ###Focus on diagnostic accuracy###"
@@ -145,24 +138,17 @@ class OTDRGConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ("cache", "past_key_values", "hidden_states", "attentions", "image_outputs")
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig, "label_encoder_config": AutoConfig}  # noqa: RUF012
 
-    #: Fields that do not reach `encode_views`. Cached features are valid for one set of values of all the others, so a
-    #: new field that does not change the features is to be listed here.
+    #: Fields that `encode_views` does not depend on. Cached features are valid for one set of values of all the others,
+    #: so list a new field here if it does not change the features.
     _NOT_IN_VIEW_FEATURES = frozenset(
         {
-            *("text_config", "view_fusion", "projection_norm", "dle", "fiot", "label_encoder", "label_encoder_config"),
-            *("label_encoder_token_ids", "label_encoder_size", "finding_text", "ot_epsilon", "ot_max_iterations"),
-            *(
-                "ot_tolerance",
-                "ot_cost_normalization",
-                "ot_labels",
-                "ot_gradient",
-                "ot_weight",
-                "ot_contrastive_weight",
-            ),
-            *("ot_contrastive_temperature", "focal_gamma", "focal_reduction", "predictor_dropout"),
-            *("predicted_state_ratio", "finding_thresholds", "lora", "prompt", "image_token_id", "finding_token_id"),
-            *("finding_text_token_id", "prompt_token_ids", "finding_text_token_ids", "vision_backbone"),
-            *("text_backbone", "weights", "weights_sha256", "backbone_sha256", "backbone_revisions"),
+            *("text_config", "text_backbone", "vision_backbone", "lora", "view_fusion", "projection_norm", "dle"),
+            *("fiot", "label_encoder", "label_encoder_config", "label_encoder_token_ids", "label_encoder_size"),
+            *("ot_epsilon", "ot_max_iterations", "ot_tolerance", "ot_cost_normalization", "ot_labels", "ot_gradient"),
+            *("ot_weight", "ot_contrastive_weight", "ot_contrastive_temperature", "focal_gamma", "focal_reduction"),
+            *("predictor_dropout", "predicted_state_ratio", "finding_thresholds", "finding_text", "prompt"),
+            *("image_token_id", "finding_token_id", "finding_text_token_id", "prompt_token_ids"),
+            *("finding_text_token_ids", "weights", "weights_sha256", "backbone_sha256", "backbone_revisions"),
             # Written by transformers or `save_pretrained`.
             *("auto_map", "custom_pipelines", "processor_class", "tie_word_embeddings"),
         }
@@ -230,7 +216,7 @@ class OTDRGConfig(PreTrainedConfig):
             if not condition:
                 raise ValueError(f"OTDRGConfig.{field}={_shown(getattr(self, field))}: expected {allowed}")
 
-        check_fields("OTDRGConfig", {field: getattr(self, field) for field in ALLOWED_VALUES})
+        check_values("OTDRGConfig", {field: getattr(self, field) for field in ALLOWED_VALUES})
         need(round(self.image_tokens**0.5) ** 2 == self.image_tokens, "image_tokens", "a square number, such as 49")
         need(self.dle or not self.fiot, "fiot", "false when dle is false (label tokens need labels)")
         need(
@@ -249,9 +235,9 @@ class OTDRGConfig(PreTrainedConfig):
             ("finding_text_token_ids", [token for row in texts or () for text in row for token in text]),
             ("prompt_token_ids", prompt or ()),
         ):
-            is_right = isinstance(tokens, (list, tuple)) and all(_is_int(token, 0, size - 1) for token in tokens)
+            is_valid = isinstance(tokens, (list, tuple)) and all(_is_int(token, 0, size - 1) for token in tokens)
             what = "a token id" if field in _PLACEHOLDER_FIELDS else "token ids"
-            need(is_right, field, f"{what} from 0 to {size - 1} (the LLM's vocab_size is {size})")
+            need(is_valid, field, f"{what} from 0 to {size - 1} (the LLM's vocab_size is {size})")
         need(
             prompt is None or (0 < len(prompt) <= _MAXIMUM_PROMPT_TOKENS and self.image_token_id in prompt),
             "prompt_token_ids",
@@ -287,7 +273,7 @@ class OTDRGConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
-        """The content of a `config.json`, as in `PreTrainedConfig`, but a missing file is an error."""
+        """The content of a `config.json`, as in `PreTrainedConfig`, but a missing file is an `OSError`."""
         content, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not content.get("model_type"):
             place = place_of(pretrained_model_name_or_path, kwargs)
@@ -499,21 +485,12 @@ def _check_counts(place: str, fields: dict) -> None:
             continue
         for pattern, most in _MAXIMUM_COUNTS.items():
             if pattern.search(str(name)):
-                for count in _integers(value):
-                    if not 0 <= count <= most:
+                for count in value if isinstance(value, (list, tuple)) else [value]:
+                    if _is_int(count, -math.inf) and not 0 <= count <= most:
                         raise ValueError(f"OTDRGConfig.{place}{name}={_shown(value)}: expected 0 to {most:,}")
 
 
-def _integers(value) -> Iterator[int]:
-    values = value if isinstance(value, (list, tuple)) else [value]
-    yield from (count for count in values if _is_int(count, -math.inf))
-
-
-#: What a part is if its configuration does not say.
-_DEFAULT_PARTS = {"vision_config": "timm_wrapper", "text_config": "llama"}
-
-
-def check_fields(owner: str, fields: Mapping[str, Any]) -> None:
+def check_values(owner: str, fields: Mapping[str, Any]) -> None:
     """Check values of fields that `ALLOWED_VALUES` knows.
 
     Raises:
@@ -525,7 +502,12 @@ def check_fields(owner: str, fields: Mapping[str, Any]) -> None:
             raise ValueError(f"{owner}.{name}={_shown(value)}: expected {allowed}")
 
 
+#: `model_type` of a part whose configuration has none.
+_DEFAULT_PARTS = {"vision_config": "timm_wrapper", "text_config": "llama"}
+
+
 def _sub_config(field: str, value) -> PreTrainedConfig | None:
+    """The configuration of a part, given as such, as a dictionary or as None."""
     default = _DEFAULT_PARTS.get(field)
     if value is None and default is not None:
         return CONFIG_MAPPING[default]()
@@ -622,16 +604,10 @@ if __name__ == "otdrg.configuration_otdrg":  # the installed package, not a copy
 
 __all__ = [
     "DEFAULT_PROMPT",
-    "FINDINGS",
-    "FINDING_DISPLAY_NAMES",
-    "FINDING_STATES",
     "HUB_KEYWORDS",
     "OTDRGConfig",
-    "check_fields",
+    "check_values",
     "find_file",
-    "finding_key",
-    "finding_state_id",
-    "parse_findings",
     "place_of",
     "resolve_backbone",
 ]

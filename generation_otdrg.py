@@ -27,7 +27,7 @@ CACHE = next(
 
 
 class _SuppressPlaceholders(LogitsProcessor):
-    """Keeps placeholders out of reports; of a class of its own, so that `suppress_tokens` of callers is kept, too."""
+    """Keeps placeholders out of reports; transformers' own class would replace that of a caller's `suppress_tokens`."""
 
     def __init__(self, token_ids: list[int]):
         self.token_ids = token_ids
@@ -353,6 +353,7 @@ def insert_finding_text(
     mask, labels, embeds = inputs["attention_mask"].bool(), inputs["labels"], inputs["inputs_embeds"]
     rows: dict[str, list[torch.Tensor]] = defaultdict(list)
     for row, states in enumerate(finding_states.tolist()):
+        # The 0 at the end is never written: it keeps the indices below valid where the text is empty.
         text = torch.tensor([*_finding_text(config, states), 0], device=mask.device)
         # How many tokens each position becomes; for each new position, the one it comes from and the token written.
         counts = torch.where(places[row], len(text) - 1, 1).masked_fill(~mask[row], 0)

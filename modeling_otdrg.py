@@ -329,7 +329,8 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
         report_only: bool = False,
         **kwargs,
     ) -> OTDRGOutput:
-        r"""
+        r"""Losses, logits and transport plan of a batch of studies.
+
         Args:
             input_ids, attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
                 The processor's prompt, its label text written out by [`expand_finding_text`]. Without it only the
@@ -380,7 +381,7 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
 
         # 1. Encode the views (eq. 1) and predict the findings (3.4)
         if pixel_values is not None or view_features is not None:
-            reader = self._reader(has_prompt, finding_states, finding_labels, report_only)
+            reader = self._select_reader(has_prompt, finding_states, finding_labels, report_only)
             supervised = finding_labels is not None
             study = self.read_study(pixel_values, view_mask, view_features, finding_states, reader, supervised)
             output["finding_logits"] = study.finding_logits
@@ -401,16 +402,17 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
                 inputs_embeds = self._place_study(input_ids, inputs_embeds, image_features, image_mask, label_features)
                 # 3. Align them by optimal transport (3.3.2)
                 if label_features is not None and (targets is not None or not report_only):
-                    features = image_features, image_mask, label_features, study.finding_states
-                    output |= self._align(*features, with_loss=targets is not None)
+                    output |= self._align(
+                        image_features, image_mask, label_features, study.finding_states, with_loss=targets is not None
+                    )
                 if not report_only:
                     output["image_outputs"] = BaseModelOutputWithPooling(
                         last_hidden_state=self._report_features(study.view_features),
-                        pooler_output=_of_each_study(image_features, image_mask),
+                        pooler_output=_split_by_study(image_features, image_mask),
                     )
             # 4. Run the LLM (3.5)
             if targets is not None and self.training:
-                # The head is most of a small LLM's cost, and nothing is learned before the report.
+                # Skip the head, most of a small LLM's cost, before the first target: those positions have no loss.
                 logits_to_keep = targets.shape[1] - int((targets != -100).any(dim=0).int().argmax())
             text_output = self.language_model(
                 inputs_embeds=inputs_embeds,
@@ -432,7 +434,7 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
         losses = [weight * output[name] for name, weight in weights.items() if name in output]
         return OTDRGOutput(loss=sum(losses) if losses else None, **output)
 
-    def _reader(self, has_prompt: bool, finding_states, finding_labels, report_only: bool) -> str:
+    def _select_reader(self, has_prompt: bool, finding_states, finding_labels, report_only: bool) -> str:
         """Which of [`encode_views`]' readers a forward pass needs features for."""
         if not has_prompt:
             return "predictor"
@@ -543,6 +545,7 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
 
     @staticmethod
     def _view_mask(views: torch.Tensor, view_mask: torch.Tensor | None) -> torch.Tensor:
+        """`view_mask` (B, V) of `views` (B, V, ...), all true if it is None; checks that each study has a view."""
         if view_mask is None:
             return torch.ones(views.shape[:2], dtype=torch.bool, device=views.device)
         if view_mask.shape != views.shape[:2]:
@@ -570,7 +573,7 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
         view_features = _unflatten_views(features, view_mask)
         return BaseModelOutputWithPooling(
             last_hidden_state=view_features,
-            pooler_output=_of_each_study(*self.project_views(view_features, view_mask)),
+            pooler_output=_split_by_study(*self.project_views(view_features, view_mask)),
             hidden_states=output.get("hidden_states"),
             attentions=output.get("attentions"),
         )
@@ -710,6 +713,7 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
         return transport, cost
 
     def _label_mask(self, finding_states: torch.Tensor) -> torch.Tensor:
+        """The labels (B, 14) that take part in the transport."""
         if self.config.ot_labels == "mentioned":
             return finding_states != UNMENTIONED
         return torch.ones_like(finding_states, dtype=torch.bool)
@@ -729,18 +733,18 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
     def _contrastive_ot_loss(self, image_features, image_mask, label_features, finding_states) -> torch.Tensor:
         """InfoNCE over -d_OT of each study's image with its own labels against other studies' different labels."""
         batch = len(finding_states)
-        images, labels = torch.meshgrid(*2 * [torch.arange(batch, device=finding_states.device)], indexing="ij")
-        images, labels = images.flatten(), labels.flatten()
+        studies = torch.arange(batch, device=finding_states.device)
+        images, labels = torch.cartesian_prod(studies, studies).unbind(dim=1)
         pairs = image_features[images], image_mask[images], label_features[labels], finding_states[labels]
         distance = self.transport(*pairs)[0].distance.reshape(batch, batch)
         same = (finding_states[:, None] == finding_states[None]).all(dim=-1)
         same = same & ~torch.eye(batch, dtype=torch.bool, device=same.device)
         scale = self.config.ot_contrastive_temperature * distance.detach().mean().clamp(min=1e-6)
-        target = torch.arange(batch, device=same.device)
-        return F.cross_entropy((-distance / scale).masked_fill(same, -torch.inf), target)
+        return F.cross_entropy((-distance / scale).masked_fill(same, -torch.inf), studies)
 
     @torch.no_grad()
     def _transport_figures(self, transport, cost, image_mask, label_features, states) -> dict[str, torch.Tensor]:
+        """The figures to watch while training (see [`OTDRGOutput`])."""
         mass = image_mask[:, :, None] & self._label_mask(states)[:, None, :]
         cells = mass.sum(dim=(1, 2)).clamp(min=2).float()
         label_features = label_features.float()
@@ -785,13 +789,13 @@ def _vision_feature_size(vision_tower: PreTrainedModel) -> int:
 
 
 def _unflatten_views(features: torch.Tensor, view_mask: torch.Tensor) -> torch.Tensor:
-    """Features (A, ...) of the existing views as (B, V, ...), 0 where there is none."""
+    """Features (A, ...) of the A existing views as (B, V, ...), 0 where there is no view."""
     unflattened = features.new_zeros(*view_mask.shape, *features.shape[1:])
     unflattened[view_mask] = features
     return unflattened
 
 
-def _of_each_study(image_features: torch.Tensor, image_mask: torch.Tensor) -> list[torch.Tensor]:
+def _split_by_study(image_features: torch.Tensor, image_mask: torch.Tensor) -> list[torch.Tensor]:
     """Image tokens (B, M, D) as a list of B tensors without those that the mask (B, M) excludes."""
     return list(image_features[image_mask].split(image_mask.sum(dim=1).tolist()))
 

@@ -34,7 +34,7 @@ from .configuration_otdrg import (
     HUB_KEYWORDS,
     IMAGE_TOKEN,
     OTDRGConfig,
-    check_fields,
+    check_values,
     find_file,
     place_of,
     resolve_backbone,
@@ -131,9 +131,9 @@ class OTDRGProcessor(ProcessorMixin):
             "finding_text": finding_text,
             "prompt": prompt,
         }
-        check_fields("OTDRGProcessor", fields)
+        check_values("OTDRGProcessor", fields)
         for size in dict(getattr(image_processor, "size", None) or {}).values():
-            check_fields("OTDRGProcessor", {"image_size": size})
+            check_values("OTDRGProcessor", {"image_size": size})
         if any(token in prompt for token in _PLACEHOLDERS):
             raise ValueError(f"OTDRGProcessor.prompt={prompt!r}: expected a string without {', '.join(_PLACEHOLDERS)}")
         if not isinstance(max_image_pixels, int) or max_image_pixels < 1:

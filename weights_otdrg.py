@@ -49,7 +49,7 @@ _AUTO_CLASSES = {"vision": AutoModel, "text": AutoModelForCausalLM}
 _BACKBONE_PARTS = {"vision_tower": "vision", "finding_vision_tower": "vision", "language_model": "text"}
 #: Suffix of the rows that a matrix has in addition to the backbone's, such as those of added tokens.
 _ADDED_ROWS = ".added_rows"
-#: Only the LLM is quantised, and not its head: the other parts are small, trained, and need their weights as numbers.
+#: Only the LLM is quantised, without its head: the other parts are small and are trained.
 _NEVER_QUANTIZED = (
     "vision_tower",
     "finding_vision_tower",
@@ -59,7 +59,8 @@ _NEVER_QUANTIZED = (
     "finding_predictor",
     "lm_head",
 )
-_QUANTIZATION = {
+#: The fields of `BitsAndBytesConfig` that a word stands for.
+QUANTIZATIONS: dict[str, dict[str, Any]] = {
     "4bit": {
         "load_in_4bit": True,
         "bnb_4bit_quant_type": "nf4",
@@ -164,6 +165,7 @@ class OTDRGPreTrainedModel(PreTrainedModel):
         self._inject_lora()
 
     def _inject_lora(self, **changes) -> None:
+        """Attach LoRA to the parts that have none; `changes` replace fields of the `LoraConfig`."""
         for field, parts in (("lora", (self.language_model,)), ("vision_lora", self.vision_towers)):
             fields = getattr(self.config, field)
             if fields is None:
@@ -257,7 +259,7 @@ class OTDRGPreTrainedModel(PreTrainedModel):
             raise ValueError("use_safetensors=False: expected True, the other format can run code when it is loaded")
         check_other_weights(source, stated.get("weights_sha256"), **hub)
         files = check_weights(source, stated.get("weights_sha256"), kwargs.get("variant"), **hub)
-        hub.pop("force_download", None)  # done
+        hub.pop("force_download", None)  # the files have been downloaded again
         kwargs = {name: value for name, value in kwargs.items() if name not in HUB_KEYWORDS}
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = _restricted_to_llm(quantization_of(kwargs["quantization_config"]))
@@ -285,6 +287,7 @@ class OTDRGPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _from_adapter(cls, source, stated: dict, files: dict, hub: dict, *model_args, config=None, **kwargs):
+        """The model of an adapter: the weights of its backbones, then those of its own `files`, then LoRA."""
         kwargs.pop("use_safetensors", None)
         kwargs.pop("variant", None)
         if not isinstance(config, PreTrainedConfig):
@@ -394,6 +397,7 @@ class OTDRGPreTrainedModel(PreTrainedModel):
 
 
 def _is_another_rank() -> bool:
+    """Whether this is a process of a distributed run other than the first."""
     return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0
 
 
@@ -413,12 +417,12 @@ def quantization_of(quantization):
         ImportError: bitsandbytes is not installed.
     """
     if isinstance(quantization, str):
-        if quantization not in _QUANTIZATION:
+        if quantization not in QUANTIZATIONS:
             raise ValueError(
-                f"quantization_config={quantization!r}: expected {', '.join(map(repr, _QUANTIZATION))} or the fields "
+                f"quantization_config={quantization!r}: expected {', '.join(map(repr, QUANTIZATIONS))} or the fields "
                 "of BitsAndBytesConfig"
             )
-        quantization = _QUANTIZATION[quantization]
+        quantization = QUANTIZATIONS[quantization]
     if not isinstance(quantization, dict):
         return quantization
     known = {"quant_method", *inspect.signature(BitsAndBytesConfig).parameters} - {"kwargs"}
@@ -454,6 +458,7 @@ def load_backbone(part: str, auto_class, reference: str, dtype=None, quantizatio
 
     Raises:
         OSError: it cannot be loaded; the message names the reference.
+        ValueError: a GGUF file with `quantization_config`.
     """
     name, located = resolve_backbone(reference)
     kwargs: dict[str, Any] = {**located, **hub}
@@ -611,4 +616,4 @@ def _revision(config: OTDRGConfig, part: str) -> str:
     return (config.backbone_revisions or {}).get(part) or "main"
 
 
-__all__ = ["OTDRGPreTrainedModel", "load_backbone", "quantization_of"]
+__all__ = ["QUANTIZATIONS", "OTDRGPreTrainedModel", "load_backbone", "quantization_of"]

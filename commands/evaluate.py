@@ -99,22 +99,22 @@ def run(options: argparse.Namespace) -> None:
             show(f"{_evaluate(options, output)}\n\n{output}")
         except KeyboardInterrupt as stop:
             reports = output / "reports"
-            kept = f"reports are kept in {reports}; the same command goes on" if reports.is_dir() else None
+            kept = f"reports are kept in {reports}; the same command continues" if reports.is_dir() else None
             raise type(stop)(kept or "nothing was written") from stop
 
 
 def _evaluate(options: argparse.Namespace, output: Path) -> str:
+    """Read the studies, generate and score; returns the content of evaluation.md."""
     labeler_options = parse_options(options.option)
     labeler_of(options.labeler, labeler_options)
 
     # Imported after the checks, because it takes seconds.
     from ..evaluation.published import evaluate_published
     from ..training.data import describe_studies
-    from ..training.evaluation_studies import evaluation_studies, run_folder
-    from ..training.recipe import load_recipe
+    from ..training.evaluation_studies import evaluation_studies
+    from ..training.recipe import find_run, published_recipe
 
-    folder = run_folder(options.model)
-    own = None if folder is None else load_recipe(folder / "recipe.yaml")
+    folder, own = find_run(options.model), published_recipe(options.model)
     studies = evaluation_studies(
         options.dataset, options.split, own, options.train_from, options.cleaning, options.labeler, labeler_options
     )

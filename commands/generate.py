@@ -107,6 +107,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    """Load the model, and write or print the reports."""
     findings = typed_findings(options.findings)
     studies = _studies(options, findings)
 
@@ -175,6 +176,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _studies(options: argparse.Namespace, findings: dict[str, str]) -> list[ListedStudy]:
+    """The studies that were typed, listed in a file, or prepared in a folder."""
     if options.study:
         return typed_studies(options.study, options.indication, findings)
     if options.studies != "-" and Path(options.studies).is_dir():

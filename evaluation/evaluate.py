@@ -17,7 +17,6 @@ from ..inference.retrieval import retrieve_reports
 from ..labelers.as_typed import label_quietly, labeler_of
 from ..metrics import ReportScores, best_constants, display_name, score_reports, score_tables
 from ..metrics.baselines import SEARCHED_SCORES
-from ..metrics.efficacy import F1_SCORES as F1_COLUMNS
 from ..metrics.efficacy import example_ceiling
 from ..metrics.faithfulness import flip_states
 from ..metrics.retrieval import NEIGHBOURS
@@ -46,13 +45,13 @@ class Row(NamedTuple):
 
     Args:
         reports: N texts, as they are compared with the references.
-        finding_states: (N, 14) states the labeler reads in `uncleaned`.
+        report_states: (N, 14) states the labeler reads in `uncleaned`.
         found: the scores.
         uncleaned: N texts before cleaning.
     """
 
     reports: list[str]
-    finding_states: np.ndarray
+    report_states: np.ndarray
     found: ReportScores
     uncleaned: list[str]
 
@@ -188,13 +187,13 @@ def evaluate_model(
         true_states=scorer.true_states,
         finding_states=generated.finding_states,
         labeler=scorer.labeler.name,
-        rows={"model": scorer.generated(generated.reports)},
+        rows={"model": scorer.score_generated(generated.reports)},
     )
     if "shuffled" in controls:
         _add_shuffled(evaluation, scorer, studies, generate if indication else None, seed)
     if "retrieval" in controls:
         retrieved = retrieve_reports(model, processor, studies, training, batch_size)
-        evaluation.rows |= {name: scorer.training(getattr(retrieved, name)) for name in ("nearest", "consensus")}
+        evaluation.rows |= {name: scorer.score_training(getattr(retrieved, name)) for name in ("nearest", "consensus")}
         if retrieved.neighbours < NEIGHBOURS:
             evaluation.notes.append(f"the consensus is of {retrieved.neighbours} neighbours: training has no more")
     if "constant" in controls:
@@ -224,25 +223,25 @@ class _Scorer:
     def __init__(self, labeler, labeler_options, references: list[str], compared: list[str], metrics, clean):
         self.labeler = labeler_of(labeler, dict(labeler_options or {}))
         self.references, self.compared, self.metrics, self.clean = references, compared, metrics, clean
-        self.true_states = self.read(references)
+        self.true_states = self.read_states(references)
 
-    def read(self, reports: list[str]) -> np.ndarray:
+    def read_states(self, reports: list[str]) -> np.ndarray:
         """(N, 14) states of reports."""
         return label_quietly(self.labeler, reports)
 
-    def generated(self, reports: list[str]) -> Row:
+    def score_generated(self, reports: list[str]) -> Row:
         """The row of generated reports: states are read before cleaning, fluency is scored after it."""
         cleaned = reports if self.clean is None else [self.clean(report) for report in reports]
-        return self._row(cleaned, self.read(reports), reports)
+        return self._row(cleaned, self.read_states(reports), reports)
 
-    def training(self, reports: list[str]) -> Row:
+    def score_training(self, reports: list[str]) -> Row:
         """The row of training reports, which are cleaned as the references are."""
-        return self._row(reports, self.read(reports), reports)
+        return self._row(reports, self.read_states(reports), reports)
 
-    def constant(self, report: str) -> Row:
+    def score_constant(self, report: str) -> Row:
         """The row of one report written for every study."""
         reports = [report] * len(self.compared)
-        return self._row(reports, np.tile(self.read([report]), (len(reports), 1)), reports)
+        return self._row(reports, np.tile(self.read_states([report]), (len(reports), 1)), reports)
 
     def _row(self, reports: list[str], states: np.ndarray, uncleaned: list[str]) -> Row:
         found = score_reports(reports, self.compared, states, self.true_states, self.metrics)
@@ -264,13 +263,13 @@ def _add_shuffled(
     if generate is None:
         # The prompts are equal, so the report of another study's images is the report of that study.
         model = evaluation.rows["model"].uncleaned
-        evaluation.rows["shuffled"] = scorer.generated([model[other] for other in order])
+        evaluation.rows["shuffled"] = scorer.score_generated([model[other] for other in order])
         return
     shuffled = studies.select(order.tolist())
     # In the journal a report has the id of the study it is compared with.
     for column in ("id", "indication"):
         shuffled = with_column(shuffled, column, list(studies[column]))
-    evaluation.rows["shuffled"] = scorer.generated(generate("shuffled", shuffled).reports)
+    evaluation.rows["shuffled"] = scorer.score_generated(generate("shuffled", shuffled).reports)
 
 
 def _add_constants(
@@ -278,9 +277,9 @@ def _add_constants(
 ) -> None:
     """For each score the row of its own best constant, chosen on training."""
     scores = [name for name in evaluation.rows["model"].found.scores if name in SEARCHED_SCORES]
-    states = scorer.read(uncleaned_reports(training))
+    states = scorer.read_states(uncleaned_reports(training))
     best = best_constants(list(training["report"]), states, scorer.labeler, scores, seed)
-    rows = {report: scorer.constant(report) for report in dict.fromkeys(best.reports.values())}
+    rows = {report: scorer.score_constant(report) for report in dict.fromkeys(best.reports.values())}
     evaluation.constants = {score: rows[report] for score, report in best.reports.items()}
     evaluation.notes += best.notes
     tabled = {name for headings in score_tables().values() for name in headings}
@@ -308,7 +307,7 @@ def _add_true_states(
         return
     for name in given:
         states, within = flip_states(np.array(known), seed) if name == "flipped" else (np.array(known), None)
-        row = scorer.generated(generate(name, states=states).reports)
+        row = scorer.score_generated(generate(name, states=states).reports)
         evaluation.steered[name] = Steered(row, states, within)
         if name in ROWS:
             evaluation.rows[name] = row
@@ -317,10 +316,10 @@ def _add_true_states(
 def _notes_on_states(evaluation: Evaluation) -> list[str]:
     """Reports in which the labeler reads nothing, and the highest example-F1 these studies allow."""
     read = {"true reports": evaluation.true_states}
-    read |= {f"reports, {ROWS[name]}": row.finding_states for name, row in evaluation.rows.items()}
+    read |= {f"reports, {ROWS[name]}": row.report_states for name, row in evaluation.rows.items()}
     blank = {name: int((states == UNMENTIONED).all(axis=1).sum()) for name, states in read.items()}
     notes = [f"the labeler reads no state in {n} of {len(evaluation.ids)} {name}" for name, n in blank.items() if n]
     return [*notes, *filter(None, [example_ceiling(evaluation.true_states)])]
 
 
-__all__ = ["CONTROLS", "F1_COLUMNS", "ROWS", "Evaluation", "Row", "Steered", "evaluate_model"]
+__all__ = ["CONTROLS", "ROWS", "Evaluation", "Row", "Steered", "evaluate_model"]

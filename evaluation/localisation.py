@@ -237,6 +237,7 @@ def localisation_verdicts(scores: Mapping[str, Any]) -> list[str]:
 
 
 def _beats(score: Mapping[str, Any]) -> str:
+    """Whether a score beats both chance levels, in a table's cell."""
     verdicts = {chance: score[chance]["verdict"] for chance in CHANCES}
     above = [_CHANCES[chance] for chance, verdict in verdicts.items() if verdict == "above"]
     if None in verdicts.values():

@@ -71,7 +71,7 @@ def measure_steering(
     training_states = np.asarray(training_states)
 
     def agreement(row) -> tuple[float, float]:
-        found = faithfulness(training_states, np.tile(row.finding_states[0], (len(training_states), 1)), floor)
+        found = faithfulness(training_states, np.tile(row.report_states[0], (len(training_states), 1)), floor)
         return found.macro or 0.0, found.micro or 0.0
 
     constant = max({row.reports[0]: row for row in evaluation.constants.values()}.values(), key=agreement)
@@ -79,9 +79,9 @@ def measure_steering(
     for name, (row, states, within) in evaluation.steered.items():
         conditions[name] = SteeredReports(
             studies=len(states) if within is None else int(within.any(axis=1).sum()),
-            model=faithfulness(states, row.finding_states, floor, within),
-            constant=faithfulness(states, constant.finding_states, floor, within),
-            contradicted=list(contradictions(states, row.finding_states, within)),
+            model=faithfulness(states, row.report_states, floor, within),
+            constant=faithfulness(states, constant.report_states, floor, within),
+            contradicted=list(contradictions(states, row.report_states, within)),
         )
     return Steering(conditions, constant.reports[0])
 

@@ -2,7 +2,7 @@
 
 python examples/custom_metric.py runs/quickstart/predictions.csv
 
-The table has the columns id, report and reference, as predictions.csv in a run folder.
+The table has the columns id, report and reference, like predictions.csv in a run folder.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from otdrg.studies.source import SkipStudy, Study, StudyEntry, StudySource, opti
 
 @dataclass
 class TextFileSource(StudySource):
-    """`NAME.png` and `NAME.txt` are a study. Each field is an option."""
+    """Each study is a pair of files, `NAME.png` and `NAME.txt`. Each field of this class is an option."""
 
     name = "text-files"
 
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--output", default="studies", help="folder for the dataset (default: studies)")
     options = parser.parse_args()
     report = prepare_studies("text-files", options.output, folder=options.folder)
-    print(report.format_table() if hasattr(report, "format_table") else report)
+    print(report)
 
 
 if __name__ == "__main__":

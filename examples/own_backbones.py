@@ -24,7 +24,7 @@ def main() -> None:
 
     phantom = make_phantom(seed=0, index=0)
     batch = processor(images=[phantom.images], report=[phantom.report], finding_states=[phantom.states])
-    # The text of the findings has a different length for each study; it is inserted before `forward`.
+    # The text of the finding states, whose length differs between studies, is inserted before `forward`.
     output = model(**model.expand_finding_text(**batch), finding_labels=batch["finding_states"])
     print(f"loss {output.loss:.3f}: report {output.report_loss:.3f}, transport {output.ot_loss:.3f}")
     print(f"transport plan: {tuple(output.transport_plan.shape)} (study, image token, finding)")

@@ -73,7 +73,7 @@ def train_runs(runs: Sequence[Run], jobs: int = 1, accelerate_config: str | None
                 time.sleep(0.1)
         except KeyboardInterrupt as stop:
             finished = sum(run.finished for run in runs)
-            kept = f"{finished} of {len(runs)} runs are finished; the same command goes on with the others"
+            kept = f"{finished} of {len(runs)} runs are finished; the same command continues with the others"
             raise type(stop)(kept) from stop
         finally:
             for started in running:

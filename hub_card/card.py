@@ -16,9 +16,10 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 from jinja2 import Environment, StrictUndefined, Template, TemplateError
 
-from ..evaluation.evaluate import F1_COLUMNS, ROWS
+from ..evaluation.evaluate import ROWS
 from ..files_otdrg import describe
 from ..metrics.classification import MINIMUM_INTERVAL_POSITIVES
+from ..metrics.efficacy import F1_SCORES
 from ..runtime.printable import enumerated
 from ..studies.card import HUB_LICENCES
 from .evaluations import FEW_POSITIVES, EvaluationFacts, score_headings
@@ -180,7 +181,7 @@ def _report_results(found: EvaluationFacts, facts: Facts) -> Iterator[EvalResult
     """Every score and every F1 of the model's reports."""
     labeler, studies = f"labeler {found.labeler}", f"{found.evaluation['studies']:,} studies"
     names = {name: (heading, [found.protocol]) for name, heading in score_headings().items()}
-    for name in F1_COLUMNS:
+    for name in F1_SCORES:
         average, _, labels, policy = name.split("_", 3)
         qualified = [_LABEL_WORDS[labels], policy.replace("_", " as "), labeler, found.protocol]
         names[name] = f"{average}-F1", qualified
@@ -193,7 +194,7 @@ def _report_results(found: EvaluationFacts, facts: Facts) -> Iterator[EvalResult
             task_name="Radiology report generation",
             # Names everything in which two evaluations differ; otherwise the Hub would merge them.
             dataset_config=f"{found.protocol}, {labeler}, {found.decoding}, {studies}",
-            metric_type="f1" if name in F1_COLUMNS else _METRIC_TYPES.get(kind, name),
+            metric_type="f1" if name in F1_SCORES else _METRIC_TYPES.get(kind, name),
             metric_value=found.model[name],
             metric_name=f"{heading} ({'; '.join(qualified)})",
             **_dataset_fields(found.dataset, found.evaluation, facts),

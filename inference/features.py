@@ -167,9 +167,9 @@ def cache_features(
     state = PartialState()
     store = FeatureStore(Path(folder) / encoder_digest(model, processor))
     ids = list(studies["id"])
+    # Digests of the views of each study, by the study's position: first those of this process, then all.
     mine = {place: [_digest(file) for file in files] for place, files in _image_files(studies, left_out=left_out)}
-    everyones = list(mine.items())
-    views = dict(gather_object(everyones) if state.num_processes > 1 else everyones)
+    views = dict(gather_object(list(mine.items()))) if state.num_processes > 1 else mine
     for place, study in enumerate(ids):
         if not views.get(place) and study not in (left_out or ()):
             _leave_out(study, f"study {study!r} has no view: a report is only written from at least one", left_out)

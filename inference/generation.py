@@ -88,7 +88,7 @@ def generate_reports(
     indication: bool = False,
     journal: ReportJournal | None = None,
 ) -> GeneratedReports:
-    """Generate reports for studies, in their order, from nothing but the images and, if requested, the indications.
+    """Generate reports for studies, in their order, from the images and, if requested, the indications only.
 
     Every process of a distributed run must call this function; each generates its share, and all get all reports.
 
@@ -151,8 +151,9 @@ def generate_reports(
         written += rows
         if journal is not None:
             journal.add([(studies["id"][position], report, states) for position, report, states in rows])
-    everyones = gather_object(written) if state.num_processes > 1 else written
-    written = sorted({row[0]: row for row in everyones}.values())
+    written = gather_object(written) if state.num_processes > 1 else written
+    # Shares of processes may overlap.
+    written = sorted({row[0]: row for row in written}.values())
     return GeneratedReports(
         reports=[text for _, text, _ in written],
         finding_states=np.array([row for _, _, row in written], dtype=np.int64).reshape(len(studies), len(FINDINGS)),

@@ -11,9 +11,8 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
-from transformers.utils import cached_file
 
-from ..configuration_otdrg import OTDRGConfig
+from ..configuration_otdrg import OTDRGConfig, find_file
 from ..files_otdrg import describe, read_json, read_text
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
@@ -232,18 +231,8 @@ def _is_tokenizer(path: str) -> bool:
 
 def _path(name: str | os.PathLike, hub: dict[str, Any], file: str) -> str | None:
     """The path of a file in a folder or downloaded repository; None if it is missing."""
-    if os.path.isdir(name):
-        path = os.path.join(name, hub.get("subfolder") or "", file)
-        return path if os.path.isfile(path) else None
     try:
-        return cached_file(
-            name,
-            file,
-            local_files_only=True,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            **hub,
-        )
+        return find_file(name, file, local_files_only=True, **hub)
     except (OSError, ValueError):
         return None
 

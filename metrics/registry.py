@@ -26,7 +26,7 @@ _POLICY = "_uncertain_negative"
 
 
 def register(metric: Metric) -> None:
-    """Add a metric for this process: `score_reports`, `evaluate_model`, training and the tables then know it.
+    """Add a metric for this process: `score_reports`, `evaluate_model`, selection in training and tables then know it.
 
     Raises:
         ValueError: another metric has its name or one of its scores.
@@ -63,11 +63,12 @@ def full_score_name(name: str) -> str:
 
 def metric_of(score: str) -> Metric:
     """The metric that computes a score."""
-    return next(metric for metric in METRICS.values() if full_score_name(score) in metric.scores)
+    full = full_score_name(score)
+    return next(metric for metric in METRICS.values() if full in metric.scores)
 
 
 def display_name(score: str) -> str:
-    """A score's name in tables; the name itself of what is not a score."""
+    """A score's name in tables; `score` itself if there is no such score."""
     found = _scores().get(score)
     return score if found is None else found.display
 

@@ -15,22 +15,22 @@ from .distributed import device_arguments, has_accelerator
 from .fields import COUNT, NOT_NEGATIVE, POSITIVE, Bounds, Section, check_bounds, option
 from .selection import WeightedScores
 
-#: Fields of TrainingArguments that a run sets itself, and what to use in their place.
+#: Fields of TrainingArguments that a run sets itself, and what to use in their place or why there is nothing.
 _SET_BY_THE_RUN = {
-    "output_dir": "the run's own output_dir, at the top of the recipe",
-    "resume_from_checkpoint": "--resume",
-    "do_train": "stages",
-    "do_eval": "eval_strategy",
-    "do_predict": "report.evaluation",
-    "remove_unused_columns": "nothing: the collator reads the studies' columns",
-    "label_names": "nothing: each stage has its own",
-    "prediction_loss_only": "nothing: each stage has its own",
-    "label_smoothing_factor": "nothing: the losses are the paper's",
-    "batch_eval_metrics": "nothing: metrics are computed over the whole split",
-    "eval_do_concat_batches": "nothing: metrics are computed over the whole split",
-    "hub_strategy": "nothing: only the finished model is uploaded, because checkpoint folders hold reports",
-    "hub_token": "the environment variable HF_TOKEN, because recipes are stored and published",
-    "hub_always_push": "nothing: only the finished model is uploaded",
+    "output_dir": "use the run's own output_dir, at the top of the recipe",
+    "resume_from_checkpoint": "use --resume",
+    "do_train": "use stages",
+    "do_eval": "use eval_strategy",
+    "do_predict": "use report.evaluation",
+    "remove_unused_columns": "the collator reads the studies' columns",
+    "label_names": "each stage has its own",
+    "prediction_loss_only": "each stage has its own",
+    "label_smoothing_factor": "the losses are the paper's",
+    "batch_eval_metrics": "metrics are computed over the whole split",
+    "eval_do_concat_batches": "metrics are computed over the whole split",
+    "hub_strategy": "only the finished model is uploaded, because checkpoint folders hold reports",
+    "hub_token": "use the environment variable HF_TOKEN, because recipes are stored and published",
+    "hub_always_push": "only the finished model is uploaded",
 }
 
 #: Fields of every section that do not change what is learned, and beginnings of such fields.
@@ -160,15 +160,12 @@ class StageArguments(TrainingArguments):
         has_repository = not self.push_to_hub or self.hub_model_id is not None
         self.expect(has_repository, "hub_model_id", f"a repository such as org/model while {place}.push_to_hub is true")
         try:
-            #: `metric_for_best_model` as a weighted sum.
+            # `metric_for_best_model` as a weighted sum.
             self.best = WeightedScores.parse(self.metric_for_best_model or "loss")
         except ValueError as error:
-            raise ValueError(f"{self.name('metric_for_best_model')}={error}") from None
+            raise ValueError(f"{place}.metric_for_best_model={error}") from None
 
-    def name(self, field_name: str) -> str:
-        """A field's name with that of the section."""
-        return f"{self.place}.{field_name}"
-
+    #: As in [`Section`], from which this class cannot inherit besides `TrainingArguments`.
     expect = Section.expect
 
     @classmethod
@@ -180,7 +177,7 @@ class StageArguments(TrainingArguments):
         """
         for key in given if isinstance(given, dict) else ():
             if key in _SET_BY_THE_RUN:
-                raise ValueError(f"{cls.place}.{key} is set by the run: use {_SET_BY_THE_RUN[key]}")
+                raise ValueError(f"{cls.place}.{key} is set by the run: {_SET_BY_THE_RUN[key]}")
 
     def eval_batch(self) -> int:
         """Studies in a batch of evaluation."""

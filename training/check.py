@@ -48,7 +48,7 @@ def check_recipe(recipe: Recipe) -> None:
         try:
             section.best.check(("loss", *FIGURES, *stage.score_names()))
         except ValueError as error:
-            raise ValueError(f"{section.name('metric_for_best_model')}={error}") from None
+            raise ValueError(f"{name}.metric_for_best_model={error}") from None
     quantization_config(recipe.model.quantization)
 
 

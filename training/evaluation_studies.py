@@ -45,12 +45,6 @@ class EvaluationStudies:
     warnings: list[str] = field(default_factory=list)
 
 
-def run_folder(model: str | os.PathLike) -> Path | None:
-    """The run's folder, which has a `recipe.yaml`: the model's folder or the one above; else None."""
-    folder = Path(model)
-    return next((run for run in (folder, folder.parent) if folder.is_dir() and (run / "recipe.yaml").is_file()), None)
-
-
 def evaluation_studies(
     dataset: str | None,
     split: str,
@@ -219,4 +213,4 @@ def _images(rows: Dataset | StreamedStudies) -> int | None:
     return sum(map(len, rows["views"])) if isinstance(rows, Dataset) else None
 
 
-__all__ = ["EvaluationStudies", "check_counts", "evaluation_studies", "run_folder"]
+__all__ = ["EvaluationStudies", "check_counts", "evaluation_studies"]

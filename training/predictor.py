@@ -16,8 +16,8 @@ from ..inference.collation import FindingCollator
 from ..metrics.classification import finding_metrics, fit_thresholds, format_metrics
 from ..modeling_otdrg import OTDRGForReportGeneration
 from .arguments import StageArguments
-from .callbacks import SinkhornLossCallback
-from .data import StudySplits, known_states
+from .callbacks import LossCallback
+from .data import Rows, StudySplits, known_states
 from .fields import Bounds, option
 from .model import attach_lora, cached_where_frozen, set_trained_parts
 from .recipe import Recipe
@@ -82,22 +82,21 @@ class PredictorStage(Stage):
             `validation_default_threshold`.
         """
         validation = run.studies.get("validation")
-        validation = None if validation is None else known_states(validation)
         # A split without known states is no validation.
-        validation = validation or None
+        validation = None if validation is None else known_states(validation) or None
         trainer, validation = predictor_trainer(run, validation)
         trainer.train_stage(run.resume)
         results = trainer.summary()
         if validation is not None:
             prediction = trainer.predict(validation, metric_key_prefix="validation")
-            results |= measure(run, prediction)
+            results |= fit_and_measure(run, prediction)
             logger.info("predictor on validation:\n%s", format_metrics(results["validation"]))
         model = trainer.whole_model()
         model.merge_lora()
         return model, results
 
 
-def predictor_trainer(run: StageRun, validation) -> tuple[StageTrainer, Any]:
+def predictor_trainer(run: StageRun, validation: Rows | None) -> tuple[StageTrainer, Rows | None]:
     """The Trainer of the stage, and the validation studies as it reads them."""
     recipe, section, model = run.recipe, run.recipe.predictor, run.model
     own = model.config.predictor_encoder == "own"
@@ -130,7 +129,7 @@ def predictor_trainer(run: StageRun, validation) -> tuple[StageTrainer, Any]:
         model,
         args,
         processor=run.processor,
-        loss_callback=SinkhornLossCallback(),
+        loss_callback=LossCallback(),
         frozen=frozen,
         train_collator=collator,
         eval_collator=collator,
@@ -141,8 +140,8 @@ def predictor_trainer(run: StageRun, validation) -> tuple[StageTrainer, Any]:
     return trainer, validation
 
 
-def measure(run: StageRun, prediction: PredictionOutput) -> dict[str, Any]:
-    """Metrics of the predictions on validation; also fits the thresholds if the recipe says so."""
+def fit_and_measure(run: StageRun, prediction: PredictionOutput) -> dict[str, Any]:
+    """Fit the thresholds if the recipe says so, and return the metrics of the predictions on validation."""
     model, fits = run.model, run.recipe.predictor.fit_thresholds
     logits, labels = torch.from_numpy(prediction.predictions), prediction.label_ids
     results: dict[str, Any] = {}

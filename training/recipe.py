@@ -219,21 +219,23 @@ def _parser(arguments: type[StageArguments]) -> HfArgumentParser:
     return HfArgumentParser(arguments)
 
 
-def published_recipe(model: str) -> Recipe | None:
-    """The recipe by which a model was trained, from its run's folder; None where there is none.
-
-    Args:
-        model: as in [`load_published`]; for `model` or `adapter` in a run's folder, the run's recipe.
-    """
+def find_run(model: str | os.PathLike) -> Path | None:
+    """The folder of a model's run, which has a `recipe.yaml`: the model's folder or the one above; else None."""
     folder = Path(model).absolute()
-    run = folder.parent if folder.name in ("model", "adapter") else folder
-    return load_recipe(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else None
+    return next((run for run in (folder, folder.parent) if folder.is_dir() and (run / "recipe.yaml").is_file()), None)
+
+
+def published_recipe(model: str) -> Recipe | None:
+    """The recipe by which a model, given as in [`load_published`], was trained; None where there is none."""
+    run = find_run(model)
+    return None if run is None else load_recipe(run / "recipe.yaml")
 
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)(?::-([^}]*))?\}")
 
 
 def _expand(value: Any, where: tuple[str, ...]) -> Any:
+    """A value with environment variables in place of `${NAME}`; `where` has the names of its sections and its own."""
     if isinstance(value, dict):
         return {key: _expand(item, (*where, str(key))) for key, item in value.items()}
     if isinstance(value, list):
@@ -253,6 +255,7 @@ def _expand(value: Any, where: tuple[str, ...]) -> Any:
 
 
 def _apply(override: str, values: dict) -> None:
+    """Set the field that an override names; changes `values`."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ValueError(f"override {override!r}: expected section.field=value, such as report.max_steps=20")
@@ -270,4 +273,13 @@ def _apply(override: str, values: dict) -> None:
         target[last] = value
 
 
-__all__ = ["LabelsRecipe", "ModelRecipe", "Recipe", "StudiesRecipe", "load_recipe", "published_recipe", "recipe_from"]
+__all__ = [
+    "LabelsRecipe",
+    "ModelRecipe",
+    "Recipe",
+    "StudiesRecipe",
+    "find_run",
+    "load_recipe",
+    "published_recipe",
+    "recipe_from",
+]

@@ -237,21 +237,29 @@ class ReportStage(Stage):
             labeler_of(evaluation.labeler, {})
         except ValueError as error:
             raise ValueError(f"report.evaluation.labeler={evaluation.labeler!r}: {error}") from None
-        packed = f"lora or frozen where model.quantization is {quantization}"
-        section.expect(quantization is None or section.text != "full", "text", packed)
-        ordered = "random while studies.streaming is true (streamed studies have the order of their shards)"
-        groups = section.train_sampling_strategy == "group_by_length"
-        section.expect(not (groups and recipe.studies.streaming), "train_sampling_strategy", ordered)
-        shares = recipe.model.overrides.get("predictor_encoder", "shared") == "shared"
-        follows = section.vision == "frozen" or section.predictor == "full" or not shares
-        both = f"full where report.vision is {section.vision} (the predictor shares the encoder)"
-        section.expect(follows, "predictor", f"{both}, or model.overrides.predictor_encoder own")
+        section.expect(
+            quantization is None or section.text != "full",
+            "text",
+            f"lora or frozen where model.quantization is {quantization}",
+        )
+        section.expect(
+            section.train_sampling_strategy != "group_by_length" or not recipe.studies.streaming,
+            "train_sampling_strategy",
+            "random while studies.streaming is true (streamed studies have the order of their shards)",
+        )
+        shares_encoder = recipe.model.overrides.get("predictor_encoder", "shared") == "shared"
+        section.expect(
+            section.vision == "frozen" or section.predictor == "full" or not shares_encoder,
+            "predictor",
+            f"full where report.vision is {section.vision} (the predictor shares the encoder), "
+            "or model.overrides.predictor_encoder own",
+        )
         config = preset_config(recipe.model)
         if recipe.model.text is None and config.text_backbone is None:
             check_positions(recipe, config.text_config)
 
     def check_start(self, recipe: Recipe, pending: Collection[str]) -> None:
-        """The stage reads a folder in which the predictor has been trained, on the encoder of the recipe."""
+        """Raise `ValueError` unless the predictor is or will be trained, on the encoder that the recipe has."""
         if "predictor" in pending or not recipe.model.overrides.get("dle", True):
             return
         folder = Path(recipe.output_dir) / "predictor"
@@ -278,7 +286,7 @@ class ReportStage(Stage):
         check_positions(recipe, model.config.text_config)
 
     def score_names(self) -> Collection[str]:
-        return score_names()
+        return [name for name in score_names() if metric_of(name).default]
 
 
 def check_positions(recipe: Recipe, text_config: PreTrainedConfig) -> None:
@@ -364,7 +372,7 @@ class Validation:
             generation={**section.generation, "num_beams": section.generation_num_beams},
             controls=(),
             labeler=section.evaluation.labeler,
-            metrics=[name for name in wanted.values() if metric_of(name).reads == "reports"],
+            metrics=wanted.values(),
             seed=self.recipe.seed,
             indication=section.indication,
         )

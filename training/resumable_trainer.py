@@ -12,6 +12,8 @@ Only this module overrides or calls private methods of transformers' Trainer, wh
 - `_issue_warnings_after_load`: a checkpoint that leaves out weights which do not change is loaded with a warning, and a
   checkpoint that does not fit is loaded with a warning too.
 
+`_load_rng_state`, `_maybe_log_save_evaluate` and `_tr_loss` are used by the first two.
+
 If one of them changes, `tests/training/test_resumable_trainer.py` fails.
 """
 

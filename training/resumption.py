@@ -136,10 +136,11 @@ def kept_stages(recipe: Recipe, pending: list[str], resume: bool) -> dict[str, d
 
 
 def _ended(folder: Path) -> str | None:
+    """When a stage ended, which identifies its run; None if it is not finished."""
     return read_json(folder / FINISHED).get("ended") if is_finished(folder) else None
 
 
-def check_recipe_of(recipe: Recipe, kept: dict[str, dict[str, Any]], pending: Collection[str]) -> None:
+def check_kept_recipes(recipe: Recipe, kept: dict[str, dict[str, Any]], pending: Collection[str]) -> None:
     """Check that the kept stages were trained with the recipe as it is now.
 
     Raises:
@@ -159,7 +160,7 @@ def check_recipe_of(recipe: Recipe, kept: dict[str, dict[str, Any]], pending: Co
             logger.info("stage %s continues with another recipe: %s", stage, format_changes(harmless))
 
 
-def check_studies_of(recipe: Recipe, kept: dict[str, dict[str, Any]], data: dict[str, Any]) -> None:
+def check_kept_studies(recipe: Recipe, kept: dict[str, dict[str, Any]], data: dict[str, Any]) -> None:
     """Check that the kept stages were trained on the studies as they are now.
 
     Args:
@@ -272,6 +273,7 @@ def _stage_defaults() -> dict[str, Any]:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by `section.field`, without empty ones."""
     flat = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:
@@ -312,8 +314,8 @@ __all__ = [
     "FINISHED",
     "STARTED",
     "Changes",
-    "check_recipe_of",
-    "check_studies_of",
+    "check_kept_recipes",
+    "check_kept_studies",
     "format_changes",
     "is_finished",
     "is_whole",

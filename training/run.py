@@ -32,8 +32,8 @@ from .recipe import Recipe
 from .resumption import (
     FINISHED,
     STARTED,
-    check_recipe_of,
-    check_studies_of,
+    check_kept_recipes,
+    check_kept_studies,
     is_finished,
     kept_stages,
     last_checkpoint,
@@ -111,7 +111,7 @@ def _run_stages(recipe: Recipe, state: PartialState, resume: bool, overwrite: bo
     for stage in pending:
         stage_of(stage).check_start(recipe, pending)
     kept = kept_stages(recipe, pending, resume)
-    check_recipe_of(recipe, kept, pending)
+    check_kept_recipes(recipe, kept, pending)
     check_arguments(recipe, pending)
     studies = build_studies(recipe.studies, recipe.labels, recipe.seed)
     check_studies(recipe, studies, pending)
@@ -121,7 +121,7 @@ def _run_stages(recipe: Recipe, state: PartialState, resume: bool, overwrite: bo
     data = fingerprint(studies) if state.is_main_process else {}
 
     def prepare_folder() -> None:
-        check_studies_of(recipe, kept, data)
+        check_kept_studies(recipe, kept, data)
         _prepare_folder(recipe, pending, resume)
 
     _by_main_process(state, prepare_folder)
@@ -145,13 +145,13 @@ def _run_stages(recipe: Recipe, state: PartialState, resume: bool, overwrite: bo
 
 @dataclass
 class _Run:
-    """The stages that are trained now. `folder` is the folder of the stage that is being trained."""
+    """The stages that are trained now. `data` is the studies' fingerprint, `folder` that of the stage being trained."""
 
     recipe: Recipe
     state: PartialState
     pending: list[str]
     studies: StudySplits
-    fingerprint: dict[str, Any]
+    data: dict[str, Any]
     record: RunRecord
     results: dict[str, Any]
 
@@ -174,12 +174,13 @@ class _Run:
             if position == 0:
                 check_model(self.recipe, stage.model, self.pending)
             if self.state.is_main_process:
-                start = stage_start(self.recipe, self.fingerprint, self.state.num_processes, previous)
+                start = stage_start(self.recipe, self.data, self.state.num_processes, previous)
                 write_json(self.folder / STARTED, start)
             self._train_stage(name, stage)
             previous = name
 
     def _model(self, name: str, source: Path | None) -> tuple[OTDRGForReportGeneration, OTDRGProcessor]:
+        """The model and processor that a stage starts from."""
         seed = getattr(self.recipe, name).seed
         set_seed(self.recipe.seed if seed is None else seed)
         # The other stages do not use the LLM, and their folders can be loaded without bitsandbytes.
@@ -225,13 +226,14 @@ def _upload(section: StageArguments, folder: Path) -> None:
         )
     except Exception as error:  # the network, the Hub or its permissions fail in many ways
         raise ValueError(
-            f"{section.name('push_to_hub')}: the model is trained, but {folder} could not be uploaded to "
+            f"{section.place}.push_to_hub: the model is trained, but {folder} could not be uploaded to "
             f"{section.hub_model_id} ({' '.join(str(error).split())}): otdrg push uploads it"
         ) from error
     logger.info("uploaded %s to %s; otdrg push also writes a model card", folder, url)
 
 
 def _pending_stages(recipe: Recipe, resume: bool, overwrite: bool) -> list[str]:
+    """The recipe's stages that are trained now; raises `ValueError` if an unfinished one must not be overwritten."""
     pending = []
     for stage in recipe.stages:
         folder = Path(recipe.output_dir) / stage
@@ -294,6 +296,7 @@ def _interruption(error: BaseException, folder: Path) -> str | None:
 
 
 def _write_failure(error: BaseException) -> str | None:
+    """Why a file could not be written; None for an error of another kind."""
     if isinstance(error, OSError):
         return os.strerror(error.errno) if error.errno in FULL else None
     for number in FULL:

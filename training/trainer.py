@@ -79,6 +79,7 @@ class StageTrainer(ResumableTrainer):
             self.data_collator = train_collator
 
     def create_optimizer(self, model=None):
+        """Trainer's optimizer; with `vision_learning_rate`, vision encoders have a learning rate of their own."""
         if self.args.vision_learning_rate is None:
             return super().create_optimizer(model)
         if self.optimizer is None:
@@ -101,6 +102,7 @@ class StageTrainer(ResumableTrainer):
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss of a batch; while training, frozen parts stay in evaluation mode and figures are collected."""
         training = model.training
         if training:
             if not self._checked:
@@ -109,13 +111,14 @@ class StageTrainer(ResumableTrainer):
             for part in self.frozen:
                 part.eval()
         outputs = model(**self._with_finding_text(inputs))
-        if training and num_items_in_batch is not None:
+        counts_tokens = training and num_items_in_batch is not None
+        if counts_tokens:
             self._weigh_by_tokens(outputs, inputs["labels"], num_items_in_batch)
         if training:
             self.loss_callback.observe(outputs)
         loss = outputs["loss"]
-        if training and num_items_in_batch is not None:
-            # Left to the loss by transformers if the loss takes the number of tokens.
+        if counts_tokens:
+            # transformers leaves this division to a loss that takes the number of tokens.
             loss = loss / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
@@ -196,6 +199,7 @@ class StageTrainer(ResumableTrainer):
         return output
 
     def log(self, logs, start_time=None):
+        """Add the figures' means, lambda, epsilon and the value of `metric_for_best_model` to a log line."""
         if "loss" in logs:
             logs.update(self.loss_callback.figures())
             if "ot_loss" in logs and self.model.config.fiot:
@@ -214,7 +218,7 @@ class StageTrainer(ResumableTrainer):
 
     def write_checkpoint(self, folder, state_dict):
         if self._llm_is_quantized():
-            # Its weights are those the stage began with.
+            # Leave out the LLM's packed weights, which are those the stage began with.
             weights = self.model.state_dict()
             state_dict = {name: weight for name, weight in weights.items() if not self._is_left_out(name)}
         # Trainer loads a checkpoint by the names weights have in memory. In their original names those of a trained
@@ -237,6 +241,7 @@ class StageTrainer(ResumableTrainer):
 
         Raises:
             NonFiniteLossError: names the step and the last complete checkpoint.
+            ValueError: a quantised LLM would be sharded.
         """
         if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             if self._llm_is_quantized():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from otdrg.evaluation.evaluate import F1_COLUMNS, evaluate_model
+from otdrg.evaluation.evaluate import evaluate_model
 from otdrg.evaluation.report import format_table, write_predictions
 from otdrg.findings_otdrg import FINDINGS
 from otdrg.inference.collation import FindingCollator, PromptCollator
@@ -13,6 +13,7 @@ from otdrg.inference.features import cache_features
 from otdrg.inference.generation import ReportJournal, derangement, generate_reports
 from otdrg.inference.retrieval import pooled_features, retrieve_reports
 from otdrg.labelers import load_labeler
+from otdrg.metrics.efficacy import F1_SCORES
 from otdrg.metrics.retrieval import consensus
 from otdrg.modeling_otdrg import OTDRGForReportGeneration
 from otdrg.processing_otdrg import OTDRGProcessor
@@ -227,11 +228,11 @@ def test_evaluation_reads_states_of_generated_reports_before_cleaning(model, pro
     row = evaluation.rows["model"]
     plain = evaluate_model(model, processor, studies, *arguments, metrics=["bleu_1"]).rows["model"]
     assert row.reports == ["x ."] * len(studies) and row.uncleaned == plain.reports
-    assert (row.finding_states == plain.finding_states).all()
+    assert (row.report_states == plain.report_states).all()
 
 
 def test_evaluation_has_one_constant_per_score(evaluation, training):
-    assert evaluation.constants.keys() == {"bleu_1", "bleu_4", "rouge_l", "cider", *F1_COLUMNS}
+    assert evaluation.constants.keys() == {"bleu_1", "bleu_4", "rouge_l", "cider", *F1_SCORES}
     assert evaluation.constants["bleu_4"].reports[0] in training["report"]
     constants = evaluation.scores()["rows"]["best constant report"]
     for column, row in evaluation.constants.items():

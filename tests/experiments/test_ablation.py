@@ -72,7 +72,7 @@ def finish(run, references, right):
         ids=[f"study-{position}" for position in range(60)],
         references=references,
         uncleaned_references=references,
-        true_states=scored(true, true).finding_states,
+        true_states=scored(true, true).report_states,
         finding_states=np.zeros((60, len(FINDINGS)), int),
         labeler="rules",
         rows={"model": scored(reports, true), "shuffled": scored(reports[::-1], true)},
@@ -362,7 +362,7 @@ def test_ablate_failed_run_is_reported_and_others_continue(recipe, references, t
             "report.evaluation.split=test",
             "report.evaluation.split='test': expected one of the splits there are, train, validation",
         ),
-        ("model.overrides.lora.r=0", "expected an r from 1 to 4,096"),
+        ("model.overrides.lora.r=0", "expected an integer from 1 to 4,096"),
     ],
 )
 def test_ablate_wrong_recipe_starts_no_run(recipe, tmp_path, capsys, override, message):

@@ -204,7 +204,7 @@ def test_card_model_below_baselines_says_so_first(copied):
 
     change(copied / "evaluation-validation/evaluation.json", edit)
     first = words(build_card(copied, "org/tiny")).partition("## How it works")[0]
-    assert re.search(r"\*\*The model is above the best constant report \(.*\) in none of BLEU-4, ", first)
+    assert re.search(r"\*\*The model is not above the best constant report \(.*\) in any of BLEU-4, ", first)
     assert "does not show that the model uses the image" in first
 
 

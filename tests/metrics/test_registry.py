@@ -27,6 +27,7 @@ from otdrg.metrics import (
 from otdrg.studies import load_studies
 from otdrg.training.check import check_recipe
 from otdrg.training.recipe import load_recipe
+from otdrg.training.stages import stage_of
 
 PREDICTIONS, REFERENCES = ["the heart is normal", "clear lungs"], ["the heart is large", "the lungs are clear"]
 
@@ -45,6 +46,7 @@ def toy():
 
 def test_registered_metric_can_select_and_has_names(toy):
     assert "mean_words" in score_names() and metric_of("mean_words").name == "words"
+    assert "mean_words" in stage_of("report").score_names()
     assert display_name("mean_words") == "mean words" and not higher_is_better("mean_words")
     assert main_scores()["mean_words"] == "mean words"
     assert score_tables()["other metrics"] == {"mean_words": "mean words"}

@@ -25,7 +25,7 @@ WRONG = [
     ("model.overrides.ot_epsilon=.nan", "model.overrides.ot_epsilon=nan: expected a finite number"),
     ("model.overrides.text_config.hidden_size=many", "hidden_size"),
     ("model.overrides.text_config.num_attention_heads=5", "is not a multiple of the number of attention heads"),
-    ("model.overrides.lora.r=0", "expected an r from 1 to 4,096"),
+    ("model.overrides.lora.r=0", "expected an integer from 1 to 4,096"),
     ("model.overrides.lora.lora_dropout=1.5", "model.overrides.lora.lora_dropout=1.5: expected"),
     ("model.overrides.lora.lora_alpha=-1", "model.overrides.lora.lora_alpha=-1: expected a number above 0"),
     ("model.overrides.lora.target_modules=[]", "model.overrides.lora.target_modules=[]: expected names of modules"),

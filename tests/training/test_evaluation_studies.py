@@ -6,8 +6,8 @@ import pytest
 from otdrg.labelers import write_states
 from otdrg.studies.iu_xray_split import r2gen_split_ids
 from otdrg.training.data import build_studies
-from otdrg.training.evaluation_studies import check_counts, evaluation_studies, run_folder
-from otdrg.training.recipe import LabelsRecipe, StudiesRecipe, load_recipe
+from otdrg.training.evaluation_studies import check_counts, evaluation_studies
+from otdrg.training.recipe import LabelsRecipe, StudiesRecipe, find_run, load_recipe
 from PIL import Image
 
 
@@ -65,8 +65,8 @@ def test_evaluation_studies_same_dataset_by_another_path_is_recognised(iu_xray, 
     )
     own = load_recipe(path)
     (tmp_path / "run" / "model").mkdir()
-    assert run_folder(tmp_path / "run") == run_folder(tmp_path / "run" / "model") == tmp_path / "run"
-    assert run_folder(tmp_path) is None and run_folder("org/otdrg") is None
+    assert find_run(tmp_path / "run") == find_run(tmp_path / "run" / "model") == tmp_path / "run"
+    assert find_run(tmp_path) is None and find_run("org/otdrg") is None
     other = tmp_path / "other.yaml"
     moved = {**vars(iu_xray), "options": {**iu_xray.options, "images": "linked"}, "cleaning": "none"}
     other.write_text(
