@@ -50,7 +50,8 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
     for name, summary in _COMMANDS.items():
         command = import_module(f".commands.{name}", __package__) if arguments[:1] == [name] else None
         texts = {"description": command.DESCRIPTION, "epilog": command.EPILOG} if command else {}
-        subparser = commands.add_parser(name, help=summary, **texts)
+        form = argparse.RawDescriptionHelpFormatter
+        subparser = commands.add_parser(name, help=summary, formatter_class=form, **texts)
         if command:
             command.add_arguments(subparser, arguments[1:])
             subparser.set_defaults(run=command.run)

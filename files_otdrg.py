@@ -18,15 +18,10 @@ _KINDS: dict[type, str] = {dict: "a JSON object", object: "JSON"}
 
 
 def read_text(path: str | os.PathLike, what: str = "UTF-8 text", limit: int = MAXIMUM_BYTES) -> str:
-    """The text of a file in UTF-8.
-
-    Args:
-        path: of the file.
-        what: the expected content, for the error message.
-        limit (`int`): maximum size in bytes.
+    """The text of a file in UTF-8; `what` names the expected content in errors.
 
     Raises:
-        ValueError: the file is larger or not UTF-8.
+        ValueError: the file has more than `limit` bytes, or is not UTF-8.
         OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
@@ -42,13 +37,7 @@ def read_text(path: str | os.PathLike, what: str = "UTF-8 text", limit: int = MA
 def read_json(
     path: str | os.PathLike, kind: type = dict, parse: Callable[[Any], Any] | None = None, limit: int = MAXIMUM_BYTES
 ) -> Any:
-    """The content of a JSON file.
-
-    Args:
-        path: of the file.
-        kind (`type`): type of the content.
-        parse (*optional*): converts the content; its errors become errors that name the file.
-        limit (`int`): maximum size in bytes.
+    """The content of a JSON file, which must be of the type `kind`, converted by `parse`.
 
     Raises:
         ValueError: the file is not JSON of this kind, is too large or nested too deeply, or `parse` failed.

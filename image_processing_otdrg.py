@@ -104,7 +104,7 @@ def read_view(view, max_pixels: int = MAX_PIXELS, name: str | None = None) -> Im
     name = shown_name(name or (kind if path is None else path))
     try:
         with warnings.catch_warnings():
-            # Those of Pillow and pydicom quote the content of a file.
+            # Warnings of Pillow and pydicom quote the content of a file.
             warnings.simplefilter("ignore")
             picture = read(view, name if path is None else path, min(max_pixels, _MOST_PIXELS))
         if picture.getcolors(1) is not None:
@@ -119,14 +119,14 @@ def read_view(view, max_pixels: int = MAX_PIXELS, name: str | None = None) -> Im
         raise ValueError(f"{name}: cannot be read ({_line(error)})") from error
 
 
-def read_file(path: str, max_pixels: int = MAX_PIXELS) -> bytes:
-    """The bytes of an image file, if it is not larger than an image of `max_pixels` can be.
+def read_file(path: str) -> bytes:
+    """The bytes of an image file, if it is not larger than an image of `MAX_PIXELS` can be.
 
     Raises:
         ValueError: it cannot be read, is larger, or is not a regular file; one line, begins with the path.
     """
     try:
-        return _file_bytes(path, _most_bytes(max_pixels))
+        return _file_bytes(path, _most_bytes(MAX_PIXELS))
     except _Refusal as error:
         raise ValueError(f"{shown_name(path)}: {error}") from error
 
@@ -149,8 +149,8 @@ def is_dicom(data: bytes, name: str = "") -> bool:
     return data[128:132] == b"DICM" or path.lower().endswith(_DICOM_NAMES)
 
 
-def reads_alike(path: str, max_pixels: int = MAX_PIXELS) -> bool:
-    """Whether Pillow alone reads the same picture from a file as [`read_view`]; judged by the header, without decoding.
+def reads_alike(path: str) -> bool:
+    """Whether Pillow decodes a file to the same picture as [`read_view`], judged by its header.
 
     Raises:
         ValueError: the file is no image that [`read_view`] reads; one line, begins with the path.
@@ -160,7 +160,7 @@ def reads_alike(path: str, max_pixels: int = MAX_PIXELS) -> bool:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path, formats=_formats()) as image:
-                _check_image_size(image, min(max_pixels, _MOST_PIXELS))
+                _check_image_size(image, MAX_PIXELS)
                 if image.format == "TIFF":
                     return _tiff_depth(image) == ("unsigned", 8)
                 if image.format == "PNG":
@@ -174,7 +174,7 @@ def reads_alike(path: str, max_pixels: int = MAX_PIXELS) -> bool:
 
 
 def _reader(view) -> tuple[str, Callable[..., Image.Image]]:
-    """The name of a view without one in error messages, and the function that reads this kind of view."""
+    """The name for views of this kind in error messages, and the function that reads them."""
     torch, pydicom = sys.modules.get("torch"), sys.modules.get("pydicom")  # without them there is no such view
     if isinstance(view, (str, os.PathLike)):
         return "file", _from_path
@@ -191,9 +191,9 @@ def _reader(view) -> tuple[str, Callable[..., Image.Image]]:
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise _Refusal(f"{width}x{height} pixels, expected at most {max_pixels} in all")
+        raise _Refusal(f"{width}x{height} pixels, expected at most {max_pixels} in total")
     if min(width, height) < MINIMUM_SIDE:
-        raise _Refusal(f"{width}x{height} pixels, expected at least {MINIMUM_SIDE} a side")
+        raise _Refusal(f"{width}x{height} pixels, expected at least {MINIMUM_SIDE} on each side")
 
 
 def _line(error: Exception | str) -> str:
@@ -243,7 +243,7 @@ def _file_bytes(path: str, limit: int) -> bytes:
             raise
         raise _Refusal(f"cannot be read ({_line(error)})") from error
     if max(size, len(data)) > limit:
-        raise _Refusal(f"the file has more than {limit:,} bytes, expected an image of fewer")
+        raise _Refusal(f"the file has more than {limit:,} bytes, expected a smaller image")
     return data
 
 
@@ -259,9 +259,9 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
             found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
             public = all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_global for *_, address in found)
         except (OSError, ValueError) as error:
-            raise _Refusal("redirects to an address that is not known, not followed") from error
+            raise _Refusal("redirects to an unknown address, which is not followed") from error
         if not public:
-            raise _Refusal("redirects to a private address, not followed")
+            raise _Refusal("redirects to a private address, which is not followed")
         return super().redirect_request(request, response, code, message, headers, url)
 
 
@@ -331,14 +331,14 @@ def _download(url: str, limit: int) -> bytes:
         raise
     except urllib.error.HTTPError as error:
         if 300 <= error.code < 400:
-            raise _Refusal("redirects to what is not an http(s) URL, or too often, not followed") from error
+            raise _Refusal("redirects too often, or to an address other than an http(s) URL, not followed") from error
         # The error's own text may contain a URL with a password.
         status = http.client.responses.get(error.code, "")
         raise _Refusal(f"cannot be read (HTTP status {error.code} {status})".replace(" )", ")")) from error
     except http.client.InvalidURL as error:
-        raise _Refusal("cannot be read (not a URL: it holds spaces or control characters, or a wrong port)") from error
+        raise _Refusal("cannot be read (not a URL: spaces, control characters or a wrong port)") from error
     except TimeoutError as error:
-        raise _Refusal(f"cannot be read (not there within {_URL_SECONDS:g} seconds)") from error
+        raise _Refusal(f"cannot be read (not downloaded within {_URL_SECONDS:g} seconds)") from error
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         text = _line(getattr(reason, "strerror", None) or reason)
@@ -348,7 +348,7 @@ def _download(url: str, limit: int) -> bytes:
     except Exception as error:
         raise _Refusal(f"cannot be read (not a URL: {type(error).__name__})") from error
     if len(data) > limit or expected > limit:
-        raise _Refusal(f"the file has more than {limit:,} bytes, expected an image of fewer")
+        raise _Refusal(f"the file has more than {limit:,} bytes, expected a smaller image")
     if len(data) < expected:
         raise _Refusal(f"cannot be read (it ends after {len(data):,} of {expected:,} bytes)")
     return data
@@ -364,7 +364,7 @@ def _from_bytes(view, name: str, max_pixels: int) -> Image.Image:
     if is_dicom(data, name):
         kind = _kind(data)
         if data[128:132] != b"DICM" and kind:
-            raise _Refusal(f"a {kind} file called DICOM, expected DICOM: rename it")
+            raise _Refusal(f"a {kind} file with the name of a DICOM file: rename it")
         return _from_dicom(_dicom_dataset(data, max_pixels), name, max_pixels)
     try:
         return _decoded(_opened(data), data, max_pixels)
@@ -429,7 +429,7 @@ def _check_image_size(image: Image.Image, max_pixels: int) -> None:
     tags = getattr(image, "tag_v2", {})
     tile = [tags.get(322, 0), tags.get(323, 0)]  # of a TIFF in tiles, which are decoded whole
     if all(isinstance(side, int) for side in tile) and tile[0] * tile[1] > max_pixels:
-        raise _Refusal(f"tiles of {tile[0]}x{tile[1]} pixels, expected at most {max_pixels} in all")
+        raise _Refusal(f"tiles of {tile[0]}x{tile[1]} pixels, expected at most {max_pixels} in total")
 
 
 def _decoded(image: Image.Image, data: bytes | None, max_pixels: int) -> Image.Image:
@@ -599,11 +599,7 @@ def _check_finite(array: np.ndarray) -> None:
 
 
 def _scaled(array: np.ndarray, alpha: np.ndarray | None = None) -> Image.Image:
-    """An array (H, W) or (H, W, 3) of any numbers as a picture, blended with black.
-
-    Its range from black to white is that of the values where alpha (H, W), from 0 to 1, is above 0; or 0 to 1 if all of
-    them are inside.
-    """
+    """An array (H, W) or (H, W, 3), scaled from 0 to 1 or else from its range where alpha > 0, blended with black."""
     _check_finite(array)
     low, high = array.min(), array.max()
     if alpha is not None and (alpha > 0).any():
@@ -762,7 +758,7 @@ def _dicom_values(dataset, pixels, max_pixels: int) -> np.ndarray:
         return pixels.pixel_array(dataset, bits_stored=stored + unused) >> unused if unused else dataset.pixel_array
     except _Refusal:
         raise
-    except Exception as error:  # a decoder that is missing or fails, each with errors of its own
+    except Exception as error:  # decoders raise errors of any type
         text = _line(error)
         if codec and dataset.file_meta.TransferSyntaxUID.is_encapsulated:
             bits = f" of {frame.bits} bits" if frame is not None else ""

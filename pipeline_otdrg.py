@@ -48,7 +48,7 @@ class ReportGenerationPipeline(Pipeline):
     - `heatmaps` (`dict`, with `return_heatmaps=True`): for each of the 14, an array (views, rows, columns) of the
       transport plan over the grid of image tokens, as a multiple of the uniform plan's mass;
     - `contradictions` (`list`, with `return_contradictions=True`): findings whose state in the report differs from the
-      one that conditioned the LLM (No Finding is not compared), as `{"finding", "told", "said", "kind"}` with both
+      one that conditioned the LLM (No Finding is not compared), as `{"finding", "given", "said", "kind"}` with both
       states. The kind is `"contradicted"` (both mention it, in different states), `"omitted"` (the report does not
       mention it) or `"added"` (only the report mentions it). The report is read by the labeler `rules` of the package
       `otdrg`, which must be installed for this.
@@ -94,7 +94,7 @@ class ReportGenerationPipeline(Pipeline):
         forward |= generate_kwargs
         postprocess = {}
         if return_contradictions is not None:
-            # Before anything is generated, so that a missing package is an error at once.
+            # Loaded before generation, so that a missing package is an immediate error.
             postprocess["self_check"] = self._self_check() if return_contradictions else None
         return ({} if indication is None else {"indication": indication}), forward, postprocess
 
@@ -107,7 +107,7 @@ class ReportGenerationPipeline(Pipeline):
         try:
             return import_module("otdrg.metrics.faithfulness").self_check
         except ModuleNotFoundError as error:
-            # A folder called otdrg beside the script counts as a package without metrics.
+            # A folder named otdrg next to the script is imported as a package without metrics.
             if error.name is None or error.name.partition(".")[0] != "otdrg":
                 raise
             raise ImportError(
@@ -147,7 +147,7 @@ class ReportGenerationPipeline(Pipeline):
             images = inputs
         views = list(images) if isinstance(images, (list, tuple)) else [images]
         if not views:
-            raise ValueError("no image: a study has no view, and a report needs at least one")
+            raise ValueError("no image: a study has no view, expected at least one")
         return {"views": [read_view(view, self.processor.max_image_pixels) for view in views], "indication": indication}
 
     def _forward(self, model_inputs, findings=None, return_heatmaps=False, **generate_kwargs):

@@ -309,7 +309,9 @@ class OTDRGProcessor(ProcessorMixin):
             if name not in _CHAT_ARGUMENTS | {"add_special_tokens", "return_tensors"} and (
                 name not in {*TextKwargs.__annotations__, *ProcessingKwargs.__annotations__} or value
             ):
-                raise ValueError(f"unknown argument {name!r}: see OTDRGProcessor.__call__ for those there are")
+                raise ValueError(
+                    f"unknown argument {name!r}: expected one of those in the documentation of OTDRGProcessor.__call__"
+                )
 
     def encode_text(
         self,
@@ -369,7 +371,7 @@ class OTDRGProcessor(ProcessorMixin):
 
     def _studies(self, images, texts: list[str] | None) -> list[list]:
         if images is None or (isinstance(images, (list, tuple)) and len(images) == 0):
-            raise ValueError("no image: a report is only written from at least one view")
+            raise ValueError("no image: expected at least one view")
         if not isinstance(images, (list, tuple)):
             images = [images]
         counts = [prompt.count(self.image_token) for prompt in texts or ()]
@@ -380,7 +382,7 @@ class OTDRGProcessor(ProcessorMixin):
         studies = [list(study) if isinstance(study, (list, tuple)) else [study] for study in images]
         for position, study in enumerate(studies):
             if not study:
-                raise ValueError(f"no image: study {position} has no view, and a report needs at least one")
+                raise ValueError(f"no image: study {position} has no view, expected at least one")
         return studies
 
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
@@ -455,7 +457,7 @@ class OTDRGProcessor(ProcessorMixin):
                 raise ValueError("max_length=None: expected a number of tokens with padding='max_length' or truncation")
         elif truncates:
             rows, targets = self._truncated(rows, targets, max_length)
-        # Padding is masked by length and not by its id, which for many LLMs is that of the end of text.
+        # Padding is masked by length: many LLMs pad with the end-of-text token.
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         side = padding_side or ("right" if training else "left")
         if side not in ("left", "right"):
@@ -477,7 +479,7 @@ class OTDRGProcessor(ProcessorMixin):
         """Rows and their targets, cut to `max_length` tokens on the tokenizer's `truncation_side`."""
         cut = slice(-max_length, None) if self.tokenizer.truncation_side == "left" else slice(max_length)
         for row in rows:
-            for token in (IMAGE_TOKEN, FINDING_TOKEN, FINDING_TEXT_TOKEN):
+            for token in _PLACEHOLDERS:
                 lost = row.count(token_id := self.tokenizer.convert_tokens_to_ids(token)) - row[cut].count(token_id)
                 if lost:
                     raise ValueError(
@@ -502,7 +504,7 @@ class OTDRGProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory, **kwargs):
         saved = super().save_pretrained(save_directory, **kwargs)
-        # auto_map describes the files; on the object it would make it differ from one loaded from them.
+        # `auto_map` is only for the saved files: a loaded processor does not have it.
         self.__dict__.pop("auto_map", None)
         return saved
 
@@ -515,7 +517,7 @@ def _is_there(source: str | os.PathLike, file: str, hub: dict) -> bool:
     try:
         return find_file(source, file, **hub) is not None
     except (OSError, ValueError):
-        return True  # the Hub's answer is an error of its own
+        return True  # the error of the Hub is shown instead
 
 
 def _one_each(name: str, values, studies: int) -> list:
@@ -524,9 +526,9 @@ def _one_each(name: str, values, studies: int) -> list:
     if len(values) != studies:
         raise ValueError(f"{name} has {len(values)} entries for {studies} studies: expected one each")
     for value in values:
-        for token in (IMAGE_TOKEN, FINDING_TOKEN, FINDING_TEXT_TOKEN):
+        for token in _PLACEHOLDERS:
             if value is not None and token in value:
-                raise ValueError(f"{name} holds {token!r}, which stands for the study in a prompt: take it out")
+                raise ValueError(f"{name} holds {token!r}, the placeholder of the study in a prompt: remove it")
     return list(values)
 
 
@@ -556,7 +558,7 @@ def _chat_template(tokenizer) -> str:
         check_chat_template(template, tokenizer.apply_chat_template)
         tokenizer.apply_chat_template([{"role": "user", "content": ""}], chat_template=template, tokenize=False)
     except Exception as error:
-        # Templates without a system turn raise an error for one, and do not add their own.
+        # A template that does not support system turns raises an error; it does not need the empty one.
         if type(error).__module__.partition(".")[0] != "jinja2":
             raise
         return _FLATTEN_MESSAGES + tokenizer.chat_template

@@ -1,1 +1,1 @@
-"""One module a command: its arguments, and what it prints."""
+"""The commands: one module for each, with its arguments and output."""

@@ -1,4 +1,4 @@
-"""`otdrg ablate`: the paper's ablation tables over a recipe."""
+"""`otdrg ablate`: train the paper's ablations of a recipe and tabulate them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Example: otdrg ablate recipes/phantom_ablation.yaml --tables modules --seeds 1 2
 
 
 def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    """The command's arguments; `arguments`, what was typed, does not change them."""
+    """Add the arguments of the command. `arguments`, those on the command line, are not used."""
     parser.add_argument("recipe", help="YAML file of a training run; each row is the recipe with some fields changed")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.field=value", help="fields of the recipe to change, values in YAML"
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train what is not finished, then write the tables; an error at the end if runs failed."""
+    """Train the unfinished runs, then write the tables; raise an error at the end if runs failed."""
     check_least(options, jobs=1, resamples=1)
     if options.accelerate_config is not None and not Path(options.accelerate_config).is_file():
         raise FileNotFoundError(f"--accelerate-config {options.accelerate_config}: no such file")
@@ -88,6 +88,3 @@ def run(options: argparse.Namespace) -> None:
             f"{len(failed)} of {len(plan.runs)} runs failed, the first: {failed[0].name}: {failed[0].error}; "
             "the same command tries them again"
         )
-
-
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]

@@ -21,12 +21,9 @@ def add_resamples(parser, flag: str = "--resamples") -> None:
 
 
 def add_metrics(parser, default: str, labeler: str | None) -> None:
-    """Metrics, the labeler with its options, and the reference protocol ([`reference_tokens`] reads it).
+    """Add metrics, the labeler with its options, and the protocol of true reports ([`reference_tokens`] reads it).
 
-    Args:
-        parser: a parser or a group of one.
-        default: what is computed by default, for the help text.
-        labeler: the default of `--labeler`.
+    `default` names the default metrics in the help, `labeler` is the default of `--labeler`.
     """
     parser.add_argument(
         "--metrics",
@@ -42,22 +39,21 @@ def add_metrics(parser, default: str, labeler: str | None) -> None:
     parser.add_argument(
         "--protocol", choices=PROTOCOLS, default="full", help="r2gengpt truncates the true reports (default: full)"
     )
-    parser.add_argument("--tokenizer", metavar="NAME", help="for r2gengpt: Hub id or folder")
+    parser.add_argument("--tokenizer", metavar="NAME", help="tokenizer that truncates, for r2gengpt: Hub id or folder")
     parser.add_argument(
-        "--reference-tokens", type=int, metavar="N", help="for r2gengpt (default: 60 for r2gen_iu, 100 for r2gen_mimic)"
+        "--reference-tokens",
+        type=int,
+        metavar="N",
+        help="tokens of a true report, for r2gengpt (default: 60 for r2gen_iu, 100 for r2gen_mimic)",
     )
 
 
 def reference_tokens(options: argparse.Namespace, cleaning: str) -> int | None:
-    """The number of tokens to which the protocol cuts true reports; None for protocol `full`.
-
-    Raises:
-        ValueError: an argument is missing, or does not belong to the protocol.
-    """
+    """The number of tokens to which the protocol cuts true reports, None for `full`; raises for wrong options."""
     if options.protocol == "full":
         for name in ("tokenizer", "reference_tokens"):
             if getattr(options, name) is not None:
-                raise ValueError(f"--{name.replace('_', '-')} goes with --protocol r2gengpt: leave it out")
+                raise ValueError(f"--{name.replace('_', '-')} needs --protocol r2gengpt: expected both or neither")
         return None
     if options.tokenizer is None:
         raise ValueError("--protocol r2gengpt truncates by a tokenizer: expected --tokenizer, a Hub id or a folder")
@@ -78,34 +74,15 @@ def add_guidance(parser) -> None:
 
 
 def check_guidance(options: argparse.Namespace) -> None:
-    """Check the scale of state guidance.
-
-    Raises:
-        ValueError: it is below 1 or not finite.
-    """
+    """Raise a `ValueError` if the scale of state guidance is below 1 or not finite."""
     scale = options.guidance_scale
     if scale is not None and not 1 <= scale < float("inf"):
         raise ValueError(f"--guidance-scale is {scale:g}: expected a number of at least 1")
 
 
 def check_least(options: argparse.Namespace, **least: int) -> None:
-    """Check that numbers are not below the least that is allowed; None is.
-
-    Raises:
-        ValueError: one is below.
-    """
+    """Raise a `ValueError` if an option is below its minimum; None is allowed."""
     for name, number in least.items():
         value: Any = getattr(options, name)
         if value is not None and value < number:
             raise ValueError(f"--{name.replace('_', '-')} is {value}: expected {number} or more")
-
-
-__all__ = [
-    "SPLITS",
-    "add_guidance",
-    "add_metrics",
-    "add_resamples",
-    "check_guidance",
-    "check_least",
-    "reference_tokens",
-]

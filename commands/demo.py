@@ -1,4 +1,4 @@
-"""`otdrg demo`: a model in a browser, on this machine."""
+"""`otdrg demo`: try a model in a browser on this machine."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import threading
 from importlib.util import find_spec
 
 from ..runtime.interruptions import terminations
+from .arguments import check_least
 
 DESCRIPTION = """\
 Try a model in a browser: upload a study, watch its report being written, change the states of the findings and write
@@ -31,8 +32,7 @@ Requests under other host names are refused; OTDRG_ALLOWED_HOSTS=demo.example.or
 
 
 def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    """Declare the command's arguments; `arguments`, the command line, is not used."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    """Add the arguments of the command. `arguments`, those on the command line, are not used."""
     parser.add_argument("model", metavar="MODEL", help="folder of a run or a model, or a Hub id")
     parser.add_argument(
         "--server-name",
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
     )
     parser.add_argument("--port", type=int, default=7860, metavar="N", help="port to listen on (default: 7860)")
     parser.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="most tokens of a report (default: the model's)"
+        "--max-new-tokens", type=int, metavar="N", help="maximum number of tokens of a report (default: the model's)"
     )
 
 
@@ -51,8 +51,7 @@ def run(options: argparse.Namespace) -> None:
     for library in ("gradio", "matplotlib"):
         if find_spec(library) is None:
             raise ImportError(f"the demo needs {library}: pip install 'otdrg[demo]'")
-    if options.max_new_tokens is not None and options.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens is {options.max_new_tokens}: expected 1 or more")
+    check_least(options, max_new_tokens=1)
     _check_address(options.server_name, options.port)  # before a large model is loaded
     from ..hub_card.space.temporary import upload_folder
 

@@ -1,4 +1,4 @@
-"""`otdrg embed`: image features before and after alignment (paper, Figure 1b), and how far findings are apart."""
+"""`otdrg embed`: plot image features before and after alignment (paper, Figure 1b), and measure their separation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DESCRIPTION = """\
 Picture the image features of studies before alignment (the vision encoder's) and after it (projected into the LLM's
 embedding space, with the label features there as stars), coloured by finding: means over a study's image tokens, in the
 plane by t-SNE on cosine distances. Only studies with exactly one positive finding are used, so that each has one
-colour. Silhouettes of the features themselves, with their chance level, measure how far findings are apart. Writes
+colour. Silhouettes of the features themselves, with their chance level, measure how well findings are separated. Writes
 embedding.png, embedding.json and embedding.csv, one row per study.
 """
 EPILOG = """\
@@ -28,7 +28,7 @@ Example: otdrg embed runs/quickstart --split train --limit 500 --output runs/qui
 
 
 def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    """The command's arguments; `arguments`, what was typed, does not change them."""
+    """Add the arguments of the command. `arguments`, those on the command line, are not used."""
     parser.add_argument("model", help="folder of a run or a model, or a Hub id")
     parser.add_argument(
         "dataset",
@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="folder of the picture and the figures"
     )
-    parser.add_argument("--split", choices=SPLITS, default="test", help="whose studies are used (default: test)")
-    parser.add_argument("--limit", type=int, default=500, metavar="N", help="most studies (default: 500)")
-    parser.add_argument("--seed", type=int, default=0, help="of t-SNE, bootstrap and permutations (default: 0)")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="split of the studies (default: test)")
+    parser.add_argument("--limit", type=int, default=500, metavar="N", help="maximum number of studies (default: 500)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of t-SNE, bootstrap and permutations (default: 0)")
     add_resamples(parser)
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="studies in a batch (default: 16)")
     parser.add_argument("--overwrite", action="store_true", help="replace the results in --output")
@@ -99,6 +99,3 @@ def _studies(options: argparse.Namespace) -> Dataset:
             f"{whose}: no study of {options.split} has finding states, expected some: otdrg label fills them"
         )
     return studies
-
-
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]

@@ -1,4 +1,4 @@
-"""`otdrg evaluate`: a model's reports of a dataset, scored beside baselines and controls."""
+"""`otdrg evaluate`: score a model's reports of a dataset, compared with baselines and controls."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .arguments import (
 )
 
 DESCRIPTION = """\
-Let a model write the report of every study of a split, and score the reports beside baselines (best constant, nearest
+Let a model write the report of every study of a split, and compare their scores with baselines (best constant, nearest
 neighbour, consensus of 30 neighbours) and controls (shuffled images, true states), with bootstrap intervals; measure
 whether the reports state the findings they were conditioned on. Reports are saved as they are generated: the same
 command continues an interrupted evaluation, and computes scores anew from reports that are complete. Writes
@@ -35,8 +35,7 @@ Examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    """The command's arguments; `arguments`, what was typed, does not change them."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    """Add the arguments of the command. `arguments`, those on the command line, are not used."""
     parser.add_argument("model", metavar="MODEL", help="folder of a run or a model, or a Hub id")
     parser.add_argument(
         "dataset",
@@ -46,8 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
     )
     studies = parser.add_argument_group("studies")
     studies.add_argument("--split", choices=SPLITS[1:], default="validation", help="default: validation")
-    studies.add_argument("--limit", type=int, metavar="N", help="most studies, from the split's start")
-    studies.add_argument("--cleaning", choices=CLEANING_STYLES, help="of all reports (default: the recipe's)")
+    studies.add_argument(
+        "--limit", type=int, metavar="N", help="maximum number of studies, from the start of the split"
+    )
+    studies.add_argument("--cleaning", choices=CLEANING_STYLES, help="cleaning of all reports (default: the recipe's)")
     studies.add_argument(
         "--train-from",
         metavar="DATASET",
@@ -70,20 +71,22 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
         type=int,
         default=10,
         metavar="N",
-        help="faithfulness: least times a finding is given in a state for the two to count (default: 10)",
+        help="faithfulness: fewest studies given a finding in a state for this pair to count (default: 10)",
     )
     add_resamples(scores, "--bootstrap")
-    scores.add_argument("--seed", type=int, default=0, help="of shuffling, flips and resamples (default: 0)")
+    scores.add_argument("--seed", type=int, default=0, help="seed of shuffling, flips and resamples (default: 0)")
     files = parser.add_argument_group("files")
     files.add_argument("--output", type=Path, metavar="DIR", help="default: evaluation-SPLIT in the model's folder")
     files.add_argument("--overwrite", action="store_true", help="generate all reports again")
     files.add_argument(
-        "--feature-cache", metavar="DIR", help="features of views (default: the run's, or features in the output)"
+        "--feature-cache",
+        metavar="DIR",
+        help="folder of cached image features (default: the run's, or features in the output)",
     )
 
 
 def run(options: argparse.Namespace) -> None:
-    """Check what was typed, then generate, score, write and print."""
+    """Check the options, then generate, score, write and print."""
     check_least(options, limit=1, num_beams=1, max_new_tokens=1, batch_size=1, floor=1, bootstrap=0, seed=0)
     check_guidance(options)
     if options.output is None and not Path(options.model).is_dir():
@@ -144,6 +147,3 @@ def _evaluate(options: argparse.Namespace, output: Path) -> str:
         reference_tokens=reference_tokens(options, studies.cleaning),
         overwrite=options.overwrite,
     )
-
-
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]

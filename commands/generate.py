@@ -1,4 +1,4 @@
-"""`otdrg generate`: write the reports of studies, with their finding states and a check against these."""
+"""`otdrg generate`: write the reports of studies, with their finding states and a comparison of both."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from .terminal import format_record, terminal_width, wants_colour
 
 DESCRIPTION = """\
 Write the report of each study from its views. The output also has the states of the 14 findings that the report is
-conditioned on, the predictor's probability of each, and where the report, read by the labeler "rules", differs.
+conditioned on, the predictor's probability of each, and the findings whose state in the report, as read by the labeler
+"rules", differs.
 """
 EPILOG = """\
 A list of studies has a line for each: the paths of the views separated by tabs, or a JSON object
@@ -45,8 +46,7 @@ class _Outcome:
 
 
 def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    """Add the arguments of the command; they do not depend on `arguments`, the typed ones."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    """Add the arguments of the command. `arguments`, those on the command line, are not used."""
     parser.add_argument("model", metavar="MODEL", help="folder of a run or a model, or a Hub id")
     studies = parser.add_argument_group("studies, one of").add_mutually_exclusive_group(required=True)
     studies.add_argument(
@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
         "--num-beams", type=int, metavar="N", help="beams; 1 is greedy search (default: the model's)"
     )
     conditions.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="most tokens of a report (default: the model's)"
+        "--max-new-tokens", type=int, metavar="N", help="maximum number of tokens of a report (default: the model's)"
     )
     add_guidance(conditions)
     conditions.add_argument("--batch-size", type=int, default=1, metavar="N", help="studies in a batch (default: 1)")
@@ -153,15 +153,14 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Check what was typed; raises `ValueError`, or `ImportError` for a missing package."""
     check_least(options, num_beams=1, max_new_tokens=1, batch_size=1)
     check_guidance(options)
     if options.output is None and (options.resume or options.overwrite):
-        raise ValueError(f"--{'resume' if options.resume else 'overwrite'} goes with --output: expected both")
+        raise ValueError(f"--{'resume' if options.resume else 'overwrite'} needs --output: expected both")
     if options.resume and options.overwrite:
         raise ValueError("--resume and --overwrite were both given: expected one")
     if options.split is not None and not (options.studies and Path(options.studies).is_dir()):
-        raise ValueError("--split goes with --studies and a folder of otdrg prepare: expected both")
+        raise ValueError("--split needs --studies with a folder of otdrg prepare: expected both")
     if options.output is not None:
         if options.output.is_dir() or options.output.suffix != ".jsonl":
             # `otdrg score` and `otdrg label` recognise it by its suffix.
@@ -224,6 +223,3 @@ def _write(pipe, studies: list[ListedStudy], options, arguments: dict[str, int],
     finally:
         for fault in faults:
             print(f"left out: {one_line(fault)}", file=sys.stderr)
-
-
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]

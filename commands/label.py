@@ -6,18 +6,18 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..findings_otdrg import UNMENTIONED
 from ..labelers import LABELERS
-from ..labelers.as_typed import label_quietly, labeler_of, listed, parse_options
+from ..labelers.as_typed import label_quietly, labeler_of, parse_options
 from ..labelers.csv_states import read_states, write_states
 from ..labelers.report_table import read_reports
 from ..runtime.output_lock import OutputLock
-from ..runtime.printable import show
+from ..runtime.printable import listed, show
 
 DESCRIPTION = """\
 Read the states of the 14 findings from reports, in one of three forms:
@@ -39,8 +39,7 @@ _BATCH = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    """Add the arguments of the command; they do not depend on `arguments`, the typed ones."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    """Add the arguments of the command. `arguments`, those on the command line, are not used."""
     what = parser.add_argument_group("input, one of")
     what.add_argument("dataset", nargs="?", metavar="DATASET", help="folder written by otdrg prepare")
     what.add_argument("--reports", metavar="FILE", help="CSV with the columns id and report, or .jsonl with these keys")
@@ -75,25 +74,20 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _check_form(options: argparse.Namespace, form: str) -> None:
-    allowed = {
-        "dataset": {"labeler", "option", "csv", "id_column", "relabel", "resume"},
-        "reports": {"labeler", "option"},
-        "compare": set(),
-    }[form]
-    for name in ("labeler", "option", "csv", "id_column", "relabel", "resume"):
-        if getattr(options, name) and name not in allowed:
-            shown = "DATASET" if form == "dataset" else f"--{form}"
-            raise ValueError(f"--{name.replace('_', '-')} does not go with {shown}: remove it")
+    refused = {"dataset": (), "reports": ("csv", "id_column", "relabel", "resume")}
+    for name in refused.get(form, ("labeler", "option", *refused["reports"])):
+        if getattr(options, name):
+            raise ValueError(f"--{name.replace('_', '-')} cannot be used with --{form}: remove it")
     if form != "compare" and options.labeler is None:
         options.labeler = "rules" if options.csv is None else "csv"
     if form != "dataset" and options.labeler == "csv":
         raise ValueError("--labeler csv joins states to studies by id: expected a DATASET")
     if (options.labeler == "csv") != (options.csv is not None):
-        raise ValueError("--labeler csv and --csv FILE go together: expected both or neither")
+        raise ValueError("--labeler csv and --csv FILE: expected both or neither")
     if options.id_column and options.csv is None:
         raise ValueError("--id-column is a column of --csv: expected both or neither")
     if options.option and options.labeler == "csv":
-        raise ValueError("--option does not go with --labeler csv: remove it")
+        raise ValueError("--option cannot be used with --labeler csv: remove it")
 
 
 # --- a table of reports ----------------------------------------------------------------------------------------------
@@ -199,11 +193,8 @@ def _dataset_ids(options: argparse.Namespace, known: dict) -> list[str]:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    if options.output is None:
-        _measure_agreement(options, None)
-        return
-    with OutputLock(options.output):
-        _measure_agreement(options, Path(options.output))
+    with nullcontext() if options.output is None else OutputLock(options.output):
+        _measure_agreement(options, None if options.output is None else Path(options.output))
 
 
 def _measure_agreement(options: argparse.Namespace, folder: Path | None) -> None:
@@ -232,6 +223,3 @@ def _measure_agreement(options: argparse.Namespace, folder: Path | None) -> None
         result["only_in_reference"], result["only_in_candidate"] = only
         write_agreement(folder, result, ids, reference, candidate)
         show(f"\nagreement.json, agreement.csv and disagreements.csv: {folder}")
-
-
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]

@@ -1,4 +1,4 @@
-"""`otdrg localise`: whether a model's heatmaps lie on the findings of phantoms."""
+"""`otdrg localise`: measure whether a model's heatmaps lie on the findings of phantoms."""
 
 from __future__ import annotations
 
@@ -22,16 +22,18 @@ Example: otdrg localise runs/quickstart --studies 400 --output runs/quickstart/l
 
 
 def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    """The command's arguments; `arguments`, what was typed, does not change them."""
+    """Add the arguments of the command. `arguments`, those on the command line, are not used."""
     parser.add_argument("model", help="folder of a run or a model, or a Hub id")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the results")
-    parser.add_argument("--studies", type=int, default=200, metavar="N", help="phantoms (default: 200)")
-    parser.add_argument("--split", choices=SPLITS, default="test", help="of the phantoms (default: test)")
-    parser.add_argument("--seed", type=int, help="of the phantoms (default: the recipe's, else 0)")
+    parser.add_argument("--studies", type=int, default=200, metavar="N", help="number of phantoms (default: 200)")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="split of the phantoms (default: test)")
+    parser.add_argument("--seed", type=int, help="seed of the phantoms (default: the recipe's, else 0)")
     parser.add_argument(
-        "--views", nargs="+", metavar="VIEW", help="frontal, lateral (default: the recipe's, else frontal)"
+        "--views", nargs="+", metavar="VIEW", help="frontal, lateral or both (default: the recipe's, else frontal)"
     )
-    parser.add_argument("--findings", nargs="+", metavar="FINDING", help="which (default: all but No Finding)")
+    parser.add_argument(
+        "--findings", nargs="+", metavar="FINDING", help="findings to judge (default: all but No Finding)"
+    )
     parser.add_argument(
         "--predicted", action="store_true", help="make the plans for the states the model predicts, not the true ones"
     )
@@ -90,6 +92,3 @@ def _localise(options: argparse.Namespace, findings: list[str]) -> None:
     }
     document = write_localisation(paths, settings, judged, scores)
     show(f"{document}\n\nwritten: {paths['.md']}, localisation.json, localisation.csv")
-
-
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]

@@ -18,12 +18,7 @@ EPILOG = "Example: otdrg prepare csv --table reports.csv --images images --outpu
 
 
 def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    """Add a subcommand for each source, with the options of the source and of the build.
-
-    Args:
-        parser: parser of the command.
-        arguments: the arguments typed after it. Only the source named there is imported and gets options.
-    """
+    """Add a subcommand for each source; only the one in `arguments` is imported and gets its options."""
     sources = parser.add_subparsers(
         dest="source", metavar="SOURCE", title="sources", required=True, parser_class=HfArgumentParser
     )
@@ -64,10 +59,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _required(cls: type) -> str:
-    """The required options of a source, for a source without an example."""
+    """Example options of a source that has no example: its required options."""
     required = [option for option in fields(cls) if option.default is option.default_factory is MISSING]
     options = (f"--{option.name.replace('_', '-')} {option.metadata['metavar'] or 'VALUE'}" for option in required)
     return " ".join([*options, "--output studies"])
-
-
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]

@@ -1,4 +1,4 @@
-"""`otdrg push`: a trained model on the Hub, with its card, and its demo as a Space."""
+"""`otdrg push`: publish a trained model on the Hub, with its card, and its demo as a Space."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..runtime.printable import show
 DESCRIPTION = """\
 Publish a trained model in one commit: weights (safetensors, LoRA merged), the code that loads them, processor,
 generation configuration, a model card with the measured results, metrics and licence. transformers then loads it by its
-name, without this package. Log in with `hf auth login` or HF_TOKEN.
+id, without this package. Log in with `hf auth login` or HF_TOKEN.
 """
 EPILOG = """\
 Examples:
@@ -24,8 +24,7 @@ Examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    """Declare the command's arguments; `arguments`, the command line, is not used."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    """Add the arguments of the command. `arguments`, those on the command line, are not used."""
     parser.add_argument("source", metavar="RUN", help="folder of a run or of a model")
     parser.add_argument("repo", metavar="ORG/NAME", help="the repository, created if missing")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
@@ -55,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
         metavar="PATH",
         help="folder written by otdrg evaluate; repeatable (default: those in the run's folder)",
     )
-    card.add_argument("--license", metavar="NAME", help="licence of the weights, by the Hub's name")
+    card.add_argument("--license", metavar="NAME", help="licence of the weights, as the Hub names it")
     parser.add_argument("--space", metavar="ORG/NAME", help="also push the demo, as a Space of this name")
     parser.add_argument("--dry-run", action="store_true", help="list files and sizes without pushing")
     parser.add_argument("--output", type=Path, metavar="DIR", help="also write the pushed files to this folder")
@@ -122,6 +121,3 @@ def _list(repo: str, sizes: dict[str, int]) -> None:
     for name, size in sorted(sizes.items()):
         show(f"  {size:>15,}  {name}")
     show(f"  {sum(sizes.values()):>15,}  bytes in {len(sizes)} files\n")
-
-
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]

@@ -1,4 +1,4 @@
-"""`otdrg score`: any system's reports against the true ones, and against another system's."""
+"""`otdrg score`: score the reports of any system, and test two systems against each other."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..labelers.as_typed import labeler_of, listed, parse_options
+from ..labelers.as_typed import labeler_of, parse_options
 from ..metrics.registry import METRICS, default_metrics, wanted_scores
 from ..runtime.output_lock import OutputLock
-from ..runtime.printable import show
+from ..runtime.printable import listed, show
 from ..studies.cleaning import CLEANING_STYLES
 from .arguments import add_metrics, add_resamples, check_least, reference_tokens
 
@@ -29,8 +29,7 @@ Examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    """The command's arguments; `arguments`, what was typed, does not change them."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    """Add the arguments of the command. `arguments`, those on the command line, are not used."""
     files = parser.add_argument_group("files")
     files.add_argument("--predictions", required=True, metavar="FILE", help="generated reports: id and report")
     files.add_argument("--references", metavar="FILE", help="true reports (default: in the predictions' file)")
@@ -46,10 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
         "--allow-missing", action="store_true", help="score the ids that all files have, and list the others"
     )
     scores = parser.add_argument_group("scores")
-    scores.add_argument("--cleaning", choices=CLEANING_STYLES, default="none", help="of all reports (default: none)")
+    scores.add_argument(
+        "--cleaning", choices=CLEANING_STYLES, default="none", help="cleaning of all reports (default: none)"
+    )
     add_metrics(scores, "all but RadEval's", labeler=None)
     add_resamples(scores, "--bootstrap")
-    scores.add_argument("--seed", type=int, default=0, help="of the resamples (default: 0)")
+    scores.add_argument("--seed", type=int, default=0, help="seed of the resamples (default: 0)")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -57,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
     metrics = wanted_scores(default_metrics() if options.metrics is None else options.metrics)
     reads_states = any(METRICS[name].reads == "states" for name in metrics)
     if not reads_states and (options.labeler or options.option):
-        raise ValueError("--labeler and --option go with clinical_efficacy, which --metrics leaves out")
+        raise ValueError("--labeler and --option need clinical_efficacy, which --metrics does not name")
     if options.against and options.bootstrap < 1:
         raise ValueError(f"--bootstrap is {options.bootstrap}: expected at least 1 with --against")
     check_least(options, bootstrap=0, seed=0)
@@ -108,6 +109,3 @@ def _check_files(options: argparse.Namespace, output: Path) -> None:
                 raise ValueError(f"{path} would be written over, and is --{name}: expected another --output")
         if path.exists() and not options.overwrite:
             raise ValueError(f"{path} exists: --overwrite replaces it")
-
-
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]

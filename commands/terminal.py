@@ -78,7 +78,7 @@ def format_record(record: dict[str, Any], width: int, colour: bool = False) -> s
     blocks.append("\n".join(rows))
     if disagreements:
         lines = (
-            f"! {FINDING_DISPLAY_NAMES[name]}: conditioned on {one['told']}, {_said(one)}"
+            f"! {FINDING_DISPLAY_NAMES[name]}: conditioned on {one['given']}, {_said(one)}"
             for name, one in disagreements.items()
         )
         blocks.append(paint("\n".join(_wrapped(line, width, "  ", "    ") for line in lines), _DISAGREEMENT))
@@ -96,6 +96,3 @@ def _wrapped(text: str, width: int, first: str = "  ", later: str = "  ") -> str
     return textwrap.fill(
         text, width, initial_indent=first, subsequent_indent=later, break_long_words=False, break_on_hyphens=False
     )
-
-
-__all__ = ["format_record", "terminal_width", "wants_colour"]

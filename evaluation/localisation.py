@@ -28,7 +28,7 @@ class FindingCounts:
 
     Args:
         positive: studies that have it.
-        told_positive: of these, the studies whose plan was made for the state positive.
+        given_positive: of these, the studies whose plan was made for the state positive.
         judged: views whose map was judged.
         unseen: views left out because the mask is empty.
         covering: views left out because the mask covers most of the view.
@@ -36,7 +36,7 @@ class FindingCounts:
     """
 
     positive: int = 0
-    told_positive: int = 0
+    given_positive: int = 0
     judged: int = 0
     unseen: int = 0
     covering: int = 0
@@ -95,7 +95,7 @@ def judge_phantoms(
             for finding in counts.keys() & phantom.masks.keys():
                 column, count = FINDINGS.index(finding), counts[finding]
                 count.positive += 1
-                count.told_positive += int(row[column] == POSITIVE)
+                count.given_positive += int(row[column] == POSITIVE)
                 for view, mask in enumerate(phantom.masks[finding]):
                     if not mask.any():
                         count.unseen += 1
@@ -185,7 +185,7 @@ def _heading(settings: Mapping[str, Any]) -> str:
 def _left_out(counts: Mapping[str, Mapping[str, int]]) -> str:
     totals = {name: sum(count[name] for count in counts.values()) for name in asdict(FindingCounts())}
     return (
-        f"The plan was made for the state positive for {totals['told_positive']} of {totals['positive']} positive "
+        f"The plan was made for the state positive for {totals['given_positive']} of {totals['positive']} positive "
         f"findings. {totals['judged']} masks were judged; left out were {totals['unseen']} views that do not show the "
         f"finding and {totals['covering']} whose mask covers more than half of the view. {totals['without_mass']} maps "
         "without any mass count as 0."

@@ -281,7 +281,7 @@ def write_contradictions(steering: Steering, evaluation: Evaluation, path: Path)
         for name, found in steering.conditions.items()
         for one in found.contradicted
     )
-    write_csv(path, ["states", "study", "finding", "told", "said"], rows)
+    write_csv(path, ["states", "study", "finding", "given", "said"], rows)
 
 
 __all__ = [

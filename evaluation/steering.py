@@ -88,7 +88,7 @@ def measure_steering(
 
 def _plain(found: Faithfulness) -> dict[str, Any]:
     cells = {
-        finding: {state: {"told": cell.given, "followed": cell.followed} for state, cell in states.items()}
+        finding: {state: {"given": cell.given, "followed": cell.followed} for state, cell in states.items()}
         for finding, states in found.cells.items()
     }
     return {**asdict(found), "cells": cells}

@@ -1,1 +1,1 @@
-"""Ablations: tables over many runs."""
+"""Ablations: train many runs and tabulate their scores."""

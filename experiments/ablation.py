@@ -106,10 +106,10 @@ class Run:
     """A training run of the ablation.
 
     Args:
-        name: in messages.
-        recipe: of the run, with an `output_dir` of its own.
-        shared: the run whose stages come before its own.
-        error: why it failed, in one line.
+        name: its name in messages.
+        recipe: its recipe, with its own `output_dir`.
+        shared: the run that trains the stages before its own.
+        error: the reason of a failure, in one line.
     """
 
     name: str
@@ -266,18 +266,3 @@ def check_plan(plan: Plan) -> None:
         studies = build_studies(recipe.studies, recipe.labels, recipe.seed)
         for run in pending:
             check_studies(run.recipe, studies, run.recipe.stages)
-
-
-__all__ = [
-    "EPSILONS",
-    "FULL",
-    "ITERATIONS",
-    "MODULE_ROWS",
-    "TABLES",
-    "Plan",
-    "Row",
-    "Run",
-    "check_plan",
-    "plan_runs",
-    "table_rows",
-]

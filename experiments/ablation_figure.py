@@ -25,13 +25,9 @@ _TITLES = {
 
 
 def draw_ablation(summary: dict[str, Any], path: str | Path) -> None:
-    """Draw the tables of a summary: means over seeds, with error bars of one standard deviation.
+    """Draw the tables of a summary as a PNG: means over seeds, with error bars of one standard deviation.
 
     Dotted lines are the scores of the best constant report.
-
-    Args:
-        summary: of [`summarize`].
-        path: the PNG to write.
     """
     tables = summary["tables"]
     widths = [1.5 if name == "modules" else 1.0 for name in tables]
@@ -81,6 +77,3 @@ def _draw_table(panel: Axes, name: str, table: dict[str, Any]) -> None:
     panel.grid(axis="y", color="#E5E5E5", linewidth=0.8)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
-
-
-__all__ = ["draw_ablation"]

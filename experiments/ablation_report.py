@@ -15,8 +15,8 @@ from ..evaluation.report import shown_difference
 from ..files_otdrg import write_json, write_text
 from ..labelers import load_labeler
 from ..metrics import PairedDifference, StudyStatistics, higher_is_better, main_scores, paired_bootstrap, score_reports
-from ..metrics.tables import markdown_table
 from ..runtime.csv_files import read_csv
+from ..runtime.printable import enumerated, markdown_table
 from ..training.run_folder import read_results
 from .ablation import FULL, TABLES, Plan, Row, Run
 from .ablation_figure import draw_ablation
@@ -77,7 +77,7 @@ class _RowRuns:
             return
         evaluation = read_results(run.folder).get("report", {}).get("evaluation")
         if evaluation is None or not (run.folder / "predictions.csv").is_file():
-            self.errors[seed] = f"{run.folder} is finished, but without results.json or predictions.csv: remove it"
+            self.errors[seed] = f"{run.folder} is finished, but has no results.json or predictions.csv: remove it"
             return
         self.evaluations[seed] = evaluation
 
@@ -96,7 +96,7 @@ class _RowRuns:
         return table
 
     def summary(self) -> dict[str, Any]:
-        """The row, ready for JSON."""
+        """The row as JSON values."""
         return {
             "name": self.row.name,
             "label": self.label,
@@ -108,13 +108,12 @@ class _RowRuns:
         }
 
 
-def summarize(plan: Plan, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """All figures of the tables, ready for JSON.
+def summarize(plan: Plan, resamples: int = 1000) -> dict[str, Any]:
+    """All figures of the tables as JSON values.
 
     Args:
-        plan: whose runs have been trained, or have failed.
-        resamples: of the bootstrap for the contributions' intervals.
-        seed: of its draws.
+        plan: the plan, after its runs were trained or failed.
+        resamples: bootstrap resamples for the intervals of the contributions.
 
     Raises:
         ValueError: runs were scored on different studies, or by different labelers.
@@ -140,7 +139,7 @@ def summarize(plan: Plan, resamples: int = 1000, seed: int = 0) -> dict[str, Any
         **facts,
         "notes": _notes(plan, finished),
         "tables": tables,
-        "contributions": _contributions(by_row, resamples, seed),
+        "contributions": _contributions(by_row, resamples),
         "resamples": resamples,
     }
 
@@ -156,8 +155,8 @@ def _check_alike(rows: Sequence[_RowRuns]) -> None:
             first = first or (path, scored)
             if scored != first[1]:
                 raise ValueError(
-                    f"{path} and {first[0]} are of different studies, or scored by different labelers: expected one "
-                    "recipe's; remove the runs of another"
+                    f"{path} and {first[0]} have different studies or labelers: expected runs of one recipe; "
+                    "remove the others"
                 )
 
 
@@ -177,7 +176,7 @@ def _notes(plan: Plan, evaluation: dict[str, Any] | None) -> list[str]:
 # --- contributions ---------------------------------------------------------------------------------------------------
 
 
-def _contributions(by_row: dict[Row, _RowRuns], resamples: int, seed: int) -> list[dict[str, Any]]:
+def _contributions(by_row: dict[Row, _RowRuns], resamples: int) -> list[dict[str, Any]]:
     """What each module adds to each score: the mean over seeds, and its paired bootstrap interval.
 
     Studies are drawn with replacement, the same ones for both rows, and so are the seeds of each row.
@@ -191,7 +190,7 @@ def _contributions(by_row: dict[Row, _RowRuns], resamples: int, seed: int) -> li
         scores = {}
         if seeds:
             systems = ([read(runs.runs[run_seed]) for run_seed in seeds] for runs in pair)
-            found = paired_bootstrap(*systems, resamples=resamples, seed=seed, resample_runs=len(seeds) > 1)
+            found = paired_bootstrap(*systems, resamples=resamples, seed=0, resample_runs=len(seeds) > 1)
             for column in columns():
                 if column in found:
                     difference, low, high, _ = found[column]
@@ -206,7 +205,7 @@ def _contributions(by_row: dict[Row, _RowRuns], resamples: int, seed: int) -> li
 
 
 class _StatisticsReader:
-    """Computes a run's study statistics from its predictions.csv, each once."""
+    """Computes the study statistics of runs from their predictions.csv; keeps the result of each run."""
 
     def __init__(self):
         self._true_states: np.ndarray | None = None
@@ -233,21 +232,17 @@ class _StatisticsReader:
 
 
 def _sentence(what: str, scores: Mapping[str, Mapping[str, Any]]) -> str:
-    """What a module does, in words."""
+    """The effect of a module on the scores, as a sentence."""
     if not scores:
         return f"{what}: {_UNDECIDED}, no seed finished in both rows."
     by_verdict: dict[str, list[str]] = {}
     for column, score in scores.items():
         by_verdict.setdefault(score["verdict"], []).append(columns()[column])
-    parts = [f"{verb} {_listed(by_verdict[verb])}" for verb in ("raises", "lowers") if verb in by_verdict]
-    undecided = f"the effect on {_listed(by_verdict.get(_UNDECIDED, ['']))} is {_UNDECIDED}"
+    parts = [f"{verb} {enumerated(by_verdict[verb])}" for verb in ("raises", "lowers") if verb in by_verdict]
+    undecided = f"the effect on {enumerated(by_verdict.get(_UNDECIDED, ['']))} is {_UNDECIDED}"
     if not parts:
         return f"{what}: {undecided}."
     return f"{what} {'; '.join([*parts, undecided] if _UNDECIDED in by_verdict else parts)}."
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def write_summary(plan: Plan, output: Path, recipe: str, overrides: Sequence[str], resamples: int) -> str:
@@ -264,13 +259,7 @@ def write_summary(plan: Plan, output: Path, recipe: str, overrides: Sequence[str
 
 
 def format_summary(summary: dict[str, Any], title: str, picture: str | None = None) -> str:
-    """A summary's tables and sentences as Markdown.
-
-    Args:
-        summary: of [`summarize`].
-        title: of the document.
-        picture: path of the figure, for a link.
-    """
+    """A summary's tables and sentences as Markdown; `picture` is the path of the figure, for a link."""
     blocks = [f"# {title}", _preamble(summary)]
     for name, table in summary["tables"].items():
         blocks += [f"## {TABLES[name]}", _format_table(name, table)]
@@ -351,7 +340,7 @@ def _format_contributions(summary: dict[str, Any]) -> str:
         cells = (it and PairedDifference(it["difference"], it["low"], it["high"], np.nan) for it in found)
         rows.append([row["row"], row["against"], *map(shown_difference, cells)])
     several = any(len(row["seeds"]) > 1 for row in contributions)
-    scope = "Of one seed they are about these runs, not about training them again."
+    scope = "With one seed, they describe these runs and do not cover training again."
     if several:
         scope = "They cover training again only as far as so few seeds allow."
     return "\n".join(
@@ -370,6 +359,3 @@ def _number(score: dict[str, Any] | None) -> str:
     if score is None:
         return "–"
     return f"{score['mean']:.3f}" + ("" if score["sd"] is None else f" ± {score['sd']:.3f}")
-
-
-__all__ = ["CONTRIBUTIONS", "PAPER_COLUMNS", "columns", "format_summary", "summarize", "write_summary"]

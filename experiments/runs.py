@@ -1,4 +1,4 @@
-"""Training the runs of an ablation, each in a process of its own."""
+"""Train the runs of an ablation, each in its own process."""
 
 from __future__ import annotations
 
@@ -165,6 +165,3 @@ def _last_error(started: _Started, status: int) -> str:
         return errors[-1]
     ended = f"ended by signal {-status}" if status < 0 else f"exit status {status}"
     return f"{ended}, {started.run.log} ends with: {lines[-1]}" if lines else ended
-
-
-__all__ = ["train_runs"]

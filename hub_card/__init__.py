@@ -1,1 +1,1 @@
-"""The Hub: a model's card, its Space and how they get there."""
+"""Publishing on the Hub: a model's card, its Space, and their upload."""

@@ -20,6 +20,7 @@ from ..evaluation.evaluate import ROWS
 from ..files_otdrg import describe
 from ..metrics.classification import MINIMUM_INTERVAL_POSITIVES
 from ..metrics.efficacy import F1_SCORES
+from ..runtime.printable import enumerated
 from ..studies.card import HUB_LICENCES
 from .evaluations import FEW_POSITIVES, EvaluationFacts, score_headings
 from .facts import FEW_TRAINING_POSITIVES, Facts, gather
@@ -61,10 +62,10 @@ def build_card(
         form: form of the weights, one of `FORMS`.
         base_models: Hub ids of the models it was initialised from; by default those in the configuration.
         license: licence of the weights, by the Hub's name; by default as described above.
-        model_digest: [`otdrg.inference.features.model_digest`] of the model; evaluations of another are refused.
+        model_digest: [`otdrg.inference.features.model_digest`] of the model; evaluations of another model are refused.
 
     Raises:
-        ValueError: the form is unknown, an evaluation is of another model, or a file has the wrong content.
+        ValueError: the form is unknown, an evaluation belongs to another model, or a file has the wrong content.
         OSError: an evaluation does not exist.
     """
     if form not in FORMS:
@@ -73,8 +74,8 @@ def build_card(
     for evaluation in files.evaluations:
         if model_digest and evaluation["generation"].get("model") not in (None, model_digest):
             raise ValueError(
-                f"the evaluation of split {evaluation['split']} is of another model than {files.name}: expected one "
-                "that otdrg evaluate made of these weights, with this version of the package"
+                f"the evaluation of split {evaluation['split']} belongs to another model than {files.name}: expected "
+                "one that otdrg evaluate made from these weights, with this version of the package"
             )
     try:
         return _card(files, repo_id, form, base_models, license)
@@ -84,7 +85,7 @@ def build_card(
 
 
 def _file_at_fault(files: RunFiles, *arguments) -> Path:
-    """The file of a run without which its card can be built."""
+    """The damaged file of a run: the card can be built without it."""
     own = own_evaluation(files)
     others = [found for found in files.evaluations if found != own]
     for name, absent in (
@@ -127,15 +128,11 @@ def _card(files: RunFiles, repo_id: str, form: str, base_models: Sequence[str], 
 def _template() -> Template:
     # Not `ModelCard.from_template`: it prints an undefined value as nothing, where a card must fail.
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(listed=_listed, duration=_duration, counted=_counted)
+    environment.filters.update(listed=enumerated, duration=_duration, counted=_counted)
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
 
 
 # --- filters of the template -----------------------------------------------------------------------------------------
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _duration(seconds: float) -> str:
@@ -195,7 +192,7 @@ def _report_results(found: EvaluationFacts, facts: Facts) -> Iterator[EvalResult
         yield EvalResult(
             task_type=_TASK,
             task_name="Radiology report generation",
-            # Contains all that differs between two evaluations, or the Hub would show both as one system's.
+            # Names everything in which two evaluations differ; otherwise the Hub would merge them.
             dataset_config=f"{found.protocol}, {labeler}, {found.decoding}, {studies}",
             metric_type="f1" if name in F1_SCORES else _METRIC_TYPES.get(kind, name),
             metric_value=found.model[name],
@@ -228,13 +225,10 @@ def _predictor_results(files: RunFiles, facts: Facts) -> Iterator[EvalResult]:
 def _dataset_fields(name: str, evaluation: dict, facts: Facts) -> dict[str, str]:
     name = name.replace("`", "")
     hub_id = facts.hub_dataset if evaluation["dataset"] == OWN_DATASET else None
-    # A dataset without an id on the Hub gets a name that cannot be one of another's.
+    # A dataset without an id on the Hub gets a name that is not an id.
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "not-on-the-hub"
     return {
         "dataset_type": hub_id or slug,
         "dataset_name": f"{name}, split {evaluation['split']}, {evaluation['studies']:,} studies",
         "dataset_split": evaluation["split"],
     }
-
-
-__all__ = ["FORMS", "TERMS", "build_card"]

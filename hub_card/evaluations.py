@@ -13,16 +13,14 @@ from ..metrics import METRICS, UNCERTAIN_POLICIES, Interval, PairedDifference, d
 from ..metrics.classification import MINIMUM_INTERVAL_POSITIVES
 from ..metrics.tables import clinical_table, markdown_table, shown_interval, shown_number
 
-#: Scores that the model is compared in with each other row.
-_COMPARED = (
-    "bleu_4",
-    "meteor",
-    "rouge_l",
-    "cider",
-    "example_f1_14_uncertain_negative",
-    "micro_f1_13_uncertain_negative",
-    "macro_f1_13_uncertain_negative",
-)
+#: Scores in which the model is compared with each other row, by their display names.
+COMPARED = {
+    score: display_name(score)
+    for score in (
+        *("bleu_4", "meteor", "rouge_l", "cider"),
+        *("example_f1_14_uncertain_negative", "micro_f1_13_uncertain_negative", "macro_f1_13_uncertain_negative"),
+    )
+}
 #: Below this number of positive studies, a finding's figures are too uncertain to be used.
 FEW_POSITIVES = 10
 
@@ -31,11 +29,6 @@ def score_headings() -> dict[str, str]:
     """Display names of all scores except clinical efficacy, in the order of the registry of metrics."""
     metrics = (metric for metric in METRICS.values() if metric.name != "clinical_efficacy")
     return {name: score.display for metric in metrics for name, score in metric.scores.items()}
-
-
-def compared_headings() -> dict[str, str]:
-    """Display names of the scores that the model is compared in with each other row."""
-    return {name: display_name(name) for name in _COMPARED}
 
 
 @dataclass(frozen=True)
@@ -110,9 +103,9 @@ class EvaluationFacts:
         return f"{beams}, up to {options['max_new_tokens']} tokens{guidance}{prompt}"
 
     def comparison(self, name: str) -> dict[str, list[Difference]]:
-        """The model against another row, by [`Difference.place`]."""
+        """The differences between the model and another row, grouped by [`Difference.place`]."""
         places: dict[str, list[Difference]] = {"below": [], "undecided": [], "above": []}
-        for column, heading in compared_headings().items():
+        for column, heading in COMPARED.items():
             model, other = self.model.get(column), self.rows[name].get(column)
             if model is not None and other is not None:
                 found = Difference(heading, model, other, self.differences.get(name, {}).get(column))
@@ -148,24 +141,26 @@ class EvaluationFacts:
 
     @property
     def notes(self) -> list[str]:
-        """Warnings, and why a score is missing."""
+        """Warnings, and reasons for missing scores."""
         notes = [*self.evaluation.get("warnings", []), *self.evaluation.get("notes", [])]
         names = score_headings()
         notes += [f"{names.get(name, name)}: {note}" for name, note in self.model.get("notes", {}).items()]
         if self.intervals and self.model.get("cider") is not None:
-            notes.append("CIDEr's intervals: of the studies' mean, with document frequencies from all studies")
+            notes.append(
+                "CIDEr's intervals: those of the mean over studies, with document frequencies from all studies"
+            )
         return notes
 
     # -- tables -------------------------------------------------------------------------------------------------------
 
     @property
     def score_table(self) -> str:
-        """Every row, every score except clinical efficacy."""
+        """All scores except clinical efficacy, for every row."""
         return self._table("score", score_headings())
 
     @property
     def f1_tables(self) -> dict[str, str]:
-        """Every row, every F1, by policy in words."""
+        """All F1 scores for every row, by the name of the uncertainty policy."""
         return {
             policy.replace("_", " as "): self._table(
                 "F1", {name.replace("uncertain_negative", policy): shown for name, shown in F1_HEADINGS.items()}
@@ -181,11 +176,11 @@ class EvaluationFacts:
     @property
     def difference_table(self) -> str:
         """The model minus each other row."""
-        return difference_table(self.differences, compared_headings())
+        return difference_table(self.differences, COMPARED)
 
     @property
     def faithfulness_table(self) -> str:
-        """Whether reports say the states they were written from; "" where it was not measured."""
+        """Whether reports state the findings the model was conditioned on; "" if not measured."""
         faithfulness = self.evaluation.get("faithfulness")
         return format_steering(faithfulness) if faithfulness else ""
 
@@ -216,7 +211,7 @@ class EvaluationFacts:
         return markdown_table(header, rows)
 
     def _table(self, corner: str, headings: Mapping[str, str]) -> str:
-        """Every row, the model's followed by its intervals; a dash where a row has no score."""
+        """A table of all rows, the model's followed by its intervals; a dash for a missing score."""
         columns = [column for column in headings if column in self.model]
         cells = [
             [name, *(shown_number(scores.get(column)) for column in columns)] for name, scores in self.rows.items()
@@ -225,6 +220,3 @@ class EvaluationFacts:
             bounds = [shown_interval(self.intervals.get(column)) for column in columns]
             cells.insert(1, ["model, 95 % interval", *bounds])
         return markdown_table([corner, *(headings[column] for column in columns)], cells)
-
-
-__all__ = ["FEW_POSITIVES", "Difference", "EvaluationFacts", "compared_headings", "score_headings"]

@@ -19,7 +19,7 @@ FEW_TRAINING_POSITIVES = 50
 
 @dataclass(frozen=True)
 class Facts:
-    """What is derived from more than one of a run's files; the template reads the rest from the files themselves.
+    """Facts derived from several files of a run; the template reads all others from the files.
 
     Args:
         dataset: display name of the training dataset.
@@ -108,6 +108,3 @@ def _evaluations(files: RunFiles, dataset: str) -> list[EvaluationFacts]:
         if titles.count(found.title) > 1:
             found.title += f", {found.decoding}, {found.evaluation['studies']:,} studies"
     return facts
-
-
-__all__ = ["FEW_TRAINING_POSITIVES", "Facts", "gather"]

@@ -58,7 +58,7 @@ def assemble_full(
     digest = model_digest(model, processor)
     model.merge_lora()
     for field in ("vision_backbone", "text_backbone"):
-        # A path of this machine is of no use to others.
+        # A local path is useless on other machines.
         if not _may_be_on_hub(getattr(model.config, field)):
             setattr(model.config, field, None)
     model.save_pretrained(folder)
@@ -187,7 +187,7 @@ def pin_backbones(folder: Path) -> None:
 
 
 def upload_model(folder: Path, repo_id: str, private: bool, revision: str | None, message: str) -> str:
-    """Upload an assembled folder; files that are already there, also from an interrupted upload, are not sent again.
+    """Upload an assembled folder and return its address; files that are already there are not sent again.
 
     Args:
         folder: written by [`assemble_full`] or [`assemble_adapter`].
@@ -195,9 +195,6 @@ def upload_model(folder: Path, repo_id: str, private: bool, revision: str | None
         private: whether a new repository is private; otherwise it has its owner's default.
         revision: branch, created if missing; by default `main`.
         message: commit message.
-
-    Returns:
-        The address.
 
     Raises:
         ValueError: `private`, but the repository exists and is public.
@@ -219,16 +216,7 @@ def upload_model(folder: Path, repo_id: str, private: bool, revision: str | None
 
 
 def upload_space(model_id: str, space_id: str, private: bool) -> str:
-    """Upload the demo of a model that is on the Hub, and return its address.
-
-    Args:
-        model_id: id of the model.
-        space_id: "org/name"; created if missing.
-        private: whether a new Space is private.
-
-    Raises:
-        ValueError, OSError: as in [`upload_model`].
-    """
+    """Upload the demo of a model that is on the Hub, and return its address; errors as in [`upload_model`]."""
     hub = HfApi()
     with hub_errors(f"{space_id} was not pushed to {hub.endpoint}"):
         space_id = _create_repo(hub, space_id, "space", private, space_sdk="gradio")
@@ -243,6 +231,3 @@ def _create_repo(hub: HfApi, repo_id: str, repo_type: str, private: bool, **more
     if private and not is_private:
         raise ValueError(f"{repo_id} is public: leave out --private, or choose another name")
     return repo_id
-
-
-__all__ = ["assemble_adapter", "assemble_full", "pin_backbones", "upload_model", "upload_space"]

@@ -1,4 +1,4 @@
-"""What a run's folder and its evaluations hold, in the form in which it may be published.
+"""The content of a run's folder and its evaluations, reduced to what may be published.
 
 All published files are read here. Reading reduces paths to file names and leaves out reports of the dataset, which some
 licences do not allow to be passed on.
@@ -55,7 +55,7 @@ class RunFiles:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
 
     def metrics(self) -> dict[str, Any]:
-        """All measured values and how they came about, as pushed in `metrics.json`."""
+        """The content of `metrics.json`: all measured values, and the recipe and runs they come from."""
         return {name: getattr(self, name) for name in ("recipe", "sittings", "results", "evaluations")}
 
     @property
@@ -73,8 +73,7 @@ def read_run(run: Path, evaluations: Sequence[Path] = ()) -> RunFiles:
             run or the model.
 
     Raises:
-        ValueError: there is no model, a file has the wrong content, or two evaluations differ in nothing the card
-            names.
+        ValueError: there is no model, a file has the wrong content, or two evaluations are the same by [`identity`].
         OSError: an evaluation does not exist.
     """
     run = Path(run).absolute()
@@ -120,7 +119,7 @@ def read_run(run: Path, evaluations: Sequence[Path] = ()) -> RunFiles:
 
 
 def identity(evaluation: dict[str, Any]) -> tuple:
-    """What must differ between two evaluations in a card: dataset, split, studies, decoding, scoring."""
+    """The key of an evaluation in a card: dataset, split, studies, decoding, scoring."""
     generation = evaluation["generation"]
     names = ("dataset", "split", "studies", "protocol", "tokenizer", "reference_tokens", "cleaning", "labeler")
     decoding = (generation.get(name) for name in ("num_beams", "max_new_tokens", "guidance_scale", "indication"))
@@ -174,10 +173,7 @@ def _read(path: Path) -> dict[str, Any]:
     """A YAML or JSON file; empty where there is none."""
     if not path.is_file():
         return {}
-    try:
-        content = read_yaml(path) if path.suffix == ".yaml" else read_json(path)
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+    content = read_yaml(path) if path.suffix == ".yaml" else read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a mapping: expected a file written by a run")
     return content
@@ -233,6 +229,3 @@ def _texts(content: Any) -> Iterable[str]:
             yield from _texts(value)
     elif isinstance(content, str):
         yield content
-
-
-__all__ = ["EVALUATION", "OWN_DATASET", "RunFiles", "identity", "own_evaluation", "read_run"]

@@ -19,15 +19,12 @@ _PLACEHOLDER = "org/otdrg"
 def space_files(model_id: str) -> dict[str, bytes | Path]:
     """Collect the files of a Space that shows a model.
 
-    Args:
-        model_id: the model's id on the Hub, such as "org/otdrg".
-
     Returns:
         For each path in the Space its content, or the file that holds it: app.py, requirements.txt, README.md and, in
         the folder otdrg, the package without tests and documentation.
 
     Raises:
-        ValueError: `model_id` is not an id.
+        ValueError: `model_id` is not an id such as "org/otdrg".
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model_id):
         raise ValueError(f"model id {model_id!r}: expected an id on the Hub, such as {_PLACEHOLDER}")
@@ -38,6 +35,3 @@ def space_files(model_id: str) -> dict[str, bytes | Path]:
         if path.suffix in _KINDS and path.name not in _SCRIPTS:
             files[f"otdrg/{path.relative_to(_PACKAGE).as_posix()}"] = path
     return files
-
-
-__all__ = ["space_files"]

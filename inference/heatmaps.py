@@ -22,21 +22,15 @@ _PANEL, _TALLEST, _TITLE, _LINE = 2.8, 5.6, 0.5, 0.19
 
 
 def upsample_lift(lift: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize a map over the grid of image tokens to a view's resolution.
+    """Resize a map over the grid of image tokens (rows, columns) to a view's resolution (height, width), in float32.
 
     The grid covers the whole view, because the processor resizes views without cropping or padding. Values are
     interpolated bilinearly between the centres of the cells and constant beyond the outer ones, so that they stay
     within the range of the grid, and a uniform plan stays exactly 1.
 
     Args:
-        lift: (rows, columns), one view of an array in the pipeline's `heatmaps`.
+        lift: one view of an array in the pipeline's `heatmaps`.
         size: (height, width) of the view.
-
-    Returns:
-        (height, width) in float32.
-
-    Raises:
-        ValueError: `lift` is not of two dimensions.
     """
     lift = np.asarray(lift, dtype=np.float32)
     if lift.ndim != 2:
@@ -91,7 +85,7 @@ def draw_heatmaps(
         names = [name for name in names if name != "no_finding"] or ["no_finding"]
     for name in names:
         if len(heatmaps[name]) != len(views):
-            raise ValueError(f"heatmaps of {name} are of {len(heatmaps[name])} views: expected {len(views)}")
+            raise ValueError(f"heatmaps of {name} have {len(heatmaps[name])} views: expected {len(views)}")
     notes = ["State: the state that conditioned the report. p: the label predictor's probability of this state."]
     if len(views) > 1 and all(
         np.array_equal(heatmap, heatmap[:1].repeat(len(views), 0)) for heatmap in heatmaps.values()
@@ -143,6 +137,3 @@ def draw_heatmaps(
     figure.supxlabel(" ".join(notes), fontsize=8, x=0.01, ha="left")
     figure.savefig(path, dpi=110)
     return list(names)
-
-
-__all__ = ["LIFT_RANGE", "draw_heatmaps", "upsample_lift"]

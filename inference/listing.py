@@ -1,4 +1,4 @@
-"""The studies to write reports for: from the command line, a list with one per line, or a prepared dataset."""
+"""The studies of `otdrg generate`: from the command line, a list with one on each line, or a prepared dataset."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ListedStudy:
                 try:
                     text.encode()
                 except UnicodeEncodeError as error:
-                    raise ValueError(f"{name} {text!a}: not UTF-8, in which reports are kept") from error
+                    raise ValueError(f"{name} {text!a}: cannot be encoded as UTF-8") from error
 
     def asked(self) -> dict[str, Any]:
         """The study's inputs, as they are recorded beside its report."""
@@ -71,7 +71,7 @@ class ListedStudy:
         if self.rows is not None:
             images = [image["bytes"] or image["path"] for image in self.rows[self.place]["images"]]
         if not images:
-            raise ValueError("it has no view: a report is only written from at least one")
+            raise ValueError("the study has no view: expected at least one")
         return [read_view(image, max_pixels) for image in images]
 
 
@@ -122,9 +122,9 @@ def listed_studies(
     directory.
 
     Args:
-        lines: of the list.
-        name: of the list, for error messages.
-        indication, findings: for all studies; a study's own have precedence, finding by finding.
+        lines: lines of the list.
+        name: name of the list, for error messages.
+        indication, findings: defaults for all studies; a study's own values replace them, finding by finding.
 
     Raises:
         ValueError: a line has another form, an id or a study occurs twice, or the list is empty; the message names the
@@ -155,7 +155,7 @@ def listed_studies(
         seen[study.id] = number
         listed.append(study)
     if not listed:
-        raise ValueError(f"{name} lists no study: expected a line each")
+        raise ValueError(f"{name} lists no study: expected one study on each line")
     return listed
 
 
@@ -165,11 +165,10 @@ def prepared_studies(
     """The studies of a split of a dataset from `otdrg prepare`.
 
     Args:
-        folder: of the dataset.
-        split: optional if there is only one.
-        indication: for all studies.
+        folder: folder of the dataset.
+        split: its split; optional if there is only one.
+        indication, findings: for all studies.
         indications: whether the studies' own indications are used if `indication` is None.
-        findings: for all studies.
 
     Raises:
         ValueError: the folder is not a prepared dataset, it has no such split, or several to choose from.
@@ -182,7 +181,7 @@ def prepared_studies(
     if split is not None and split not in splits:
         raise ValueError(f"{folder} has no split {split!r}: it has {', '.join(splits)}")
     rows = load_prepared(folder)[split or splits[0]]
-    # Not decoded by datasets, so that views are read in the same way as those of other lists.
+    # Not decoded by `datasets`, so that [`read_view`] reads all views.
     rows = undecoded(rows)
     own = rows["indication"] if indications and indication is None else [indication] * len(rows)
     return [
@@ -212,7 +211,7 @@ def _json_fields(line: str) -> dict[str, Any]:
     images = fields.get("images")
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not images or not all(isinstance(image, str) and image for image in images):
-        raise ValueError("images: expected the path of a view, or a list of such")
+        raise ValueError("images: expected the path of a view, or a list of paths")
     for key in ("id", "indication"):
         if key in fields and not isinstance(fields[key], str):
             raise ValueError(f"{key} is {fields[key]!r}, expected a string")
@@ -247,6 +246,3 @@ def read_lines(name: str) -> list[str]:
         raise ValueError(
             f"--studies {name}, line {line}: not UTF-8 text ({error.reason}), expected a list of studies"
         ) from error
-
-
-__all__ = ["ListedStudy", "listed_studies", "prepared_studies", "read_lines", "typed_findings", "typed_studies"]

@@ -2,8 +2,7 @@
 
 A labeler is an object with `.name` (str) and `.label(reports: list[str])`, which returns an (N, 14) int64 array of
 state ids (`FINDING_STATES`) with columns in the order of `FINDINGS`. To add one, write a module with its class and add
-one line to `LABELERS`. The module is imported when the labeler is first used. States that another tool wrote to a CSV
-are joined by study id instead: `join_states`.
+one line to `LABELERS`. The module is imported when the labeler is first used. [`read_states`] reads a CSV of states.
 """
 
 import inspect
@@ -22,7 +21,6 @@ LABELERS: dict[str, tuple[str, str]] = {
 _HOMES = {
     "format_agreement": "agreement",
     "measure_agreement": "agreement",
-    "join_states": "csv_states",
     "read_states": "csv_states",
     "write_states": "csv_states",
     "load_vocabulary": "phrases",
@@ -44,7 +42,7 @@ def labeler_class(name: str, **options):
         ValueError: no labeler has this name, an option is unknown or missing, or a switch is neither true nor false.
     """
     if name not in LABELERS:
-        hint = " (states in a CSV are joined by study id: join_states)" if name == "csv" else ""
+        hint = " (read_states reads states from a CSV)" if name == "csv" else ""
         raise ValueError(f"unknown labeler {name!r}: expected one of {', '.join(LABELERS)}{hint}")
     module, cls = LABELERS[name]
     labeler = getattr(import_module(module, __name__), cls)

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from ..files_otdrg import write_json
-from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, UNMENTIONED
+from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, UNMENTIONED, check_finding_states
 from ..runtime.csv_files import write_csv
+from ..runtime.printable import markdown_table
 
 #: Findings that the reference mentions less often are excluded from the macro average.
 MINIMUM_MENTIONS = 20
@@ -33,12 +34,7 @@ def measure_agreement(reference: np.ndarray, candidate: np.ndarray) -> dict[str,
     """
     reference, candidate = np.asarray(reference), np.asarray(candidate)
     for name, states in (("reference", reference), ("candidate", candidate)):
-        if states.ndim != 2 or states.shape[1] != len(FINDINGS):
-            raise ValueError(f"{name} has shape {states.shape}: expected (reports, {len(FINDINGS)})")
-        if states.size and not np.isin(states, range(len(FINDING_STATES))).all():
-            raise ValueError(f"{name} has state ids {np.unique(states).tolist()}: expected 0 to 3")
-    if reference.shape != candidate.shape:
-        raise ValueError(f"reference has {len(reference)} reports and candidate {len(candidate)}: expected as many")
+        check_finding_states(states, len(reference), UNMENTIONED, name)
     findings = {}
     for column, name in enumerate(FINDINGS):
         true, said = reference[:, column], candidate[:, column]
@@ -88,15 +84,17 @@ def _kappa(true: np.ndarray, said: np.ndarray) -> float | None:
 
 def format_agreement(result: dict[str, Any]) -> str:
     """The result of [`measure_agreement`] as a Markdown table, with the overall figures below it."""
-    lines = ["| finding | mentions | mention F1 | positive F1 | negative F1 | unclear F1 | kappa |", "|---" * 7 + "|"]
+    header = ["finding", "mentions", "mention F1", "positive F1", "negative F1", "unclear F1", "kappa"]
+    table = []
     for name, row in result["findings"].items():
         states = (row["states"][state] for state in ("positive", "negative", "unclear"))
         cells = [f"{_shown(rates['f1'])} ({rates['support']})" for rates in states]
         mention = row["mention"]
         shown = [FINDING_DISPLAY_NAMES[name], str(mention["support"]), _shown(mention["f1"]), *cells]
-        lines.append(f"| {' | '.join([*shown, _shown(row['kappa'])])} |")
+        table.append([*shown, _shown(row["kappa"])])
     mention, state = result["mention_f1"], result["state_f1"]
-    lines += [
+    lines = [
+        markdown_table(header, table),
         "",
         f"{result['reports']:,} reports, {_shown(result['accuracy'])} of the cells equal; in brackets, how often the "
         "reference has the state",
@@ -129,6 +127,3 @@ def write_agreement(
 
 def _shown(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
-
-
-__all__ = ["MINIMUM_MENTIONS", "format_agreement", "measure_agreement", "write_agreement"]

@@ -1,15 +1,11 @@
-"""Labelers on the command line: parsing their options, and messages about the labelled reports."""
+"""Labelers on the command line: parse their options, and label without warnings."""
 
 from __future__ import annotations
 
 import warnings
 from typing import Any
 
-from ..runtime.printable import one_line
 from . import UnreadReportsWarning, load_labeler
-
-#: Ids listed in a message.
-_LISTED = 20
 
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:
@@ -48,12 +44,3 @@ def label_quietly(labeler, reports: list[str]):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnreadReportsWarning)
         return labeler.label(reports)
-
-
-def listed(ids: list[str]) -> str:
-    """The first ids, and how many more there are."""
-    rest = f" and {len(ids) - _LISTED:,} more" if len(ids) > _LISTED else ""
-    return one_line(", ".join(ids[:_LISTED])) + rest
-
-
-__all__ = ["label_quietly", "labeler_of", "listed", "parse_options"]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..findings_otdrg import FINDINGS, UNMENTIONED, finding_key
+from ..findings_otdrg import FINDINGS, UNMENTIONED
+from ..runtime.printable import listed
 from . import check_reports, warn_of_reports
 
 if TYPE_CHECKING:
@@ -21,29 +22,10 @@ if TYPE_CHECKING:
 #: The file of the public checkpoint.
 CHECKPOINT_FILE = "chexbert.pth"
 
-#: CheXbert's findings, in the order of its heads.
-CONDITIONS: tuple[str, ...] = (
-    "Enlarged Cardiomediastinum",
-    "Cardiomegaly",
-    "Lung Opacity",
-    "Lung Lesion",
-    "Edema",
-    "Consolidation",
-    "Pneumonia",
-    "Atelectasis",
-    "Pneumothorax",
-    "Pleural Effusion",
-    "Pleural Other",
-    "Fracture",
-    "Support Devices",
-    "No Finding",
-)
+#: Number of classes of each head: blank, positive, negative and uncertain; for No Finding blank and positive. The heads
+#: are in the order of `FINDINGS`, and the class is the id of the state.
+HEAD_SIZES: tuple[int, ...] = tuple(2 if name == "no_finding" else 4 for name in FINDINGS)
 
-#: Number of classes of each head: blank, positive, negative and uncertain; for No Finding blank and positive. The class
-#: is the id of the state.
-HEAD_SIZES: tuple[int, ...] = tuple(2 if name == "No Finding" else 4 for name in CONDITIONS)
-
-_COLUMNS = [FINDINGS.index(finding_key(name)) for name in CONDITIONS]
 _HEAD_SIZE = 64  # of BERT's attention heads; their number cannot be derived from the shapes of the weights
 _PREFIX = "module."
 #: Buffers saved by older versions of transformers, and weights of the pooler, which the labeler does not use.
@@ -128,11 +110,11 @@ class CheXbertLabeler:
             places = order[start : start + self.batch_size]
             batch = self.tokenizer.pad({"input_ids": [tokens[place] for place in places]}, return_tensors="pt")
             with torch.inference_mode():
-                states[np.ix_(places, _COLUMNS)] = self._classes(batch.to(self.device)).cpu().numpy()
+                states[places] = self._classes(batch.to(self.device)).cpu().numpy()
         return states
 
     def _classes(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """(B, 14) classes of a batch of tokens, in the order of `CONDITIONS`."""
+        """(B, 14) classes of a batch of tokens, in the order of `FINDINGS`."""
         import torch
 
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
@@ -176,7 +158,7 @@ def _load_tokenizer(name: str | os.PathLike, vocabulary: int, checkpoint: Path) 
     # The ids of another BERT's tokenizer have other meanings.
     if len(tokenizer) != vocabulary:
         raise ValueError(
-            f"tokenizer {name} has {len(tokenizer)} tokens, {checkpoint} knows {vocabulary}: expected its own"
+            f"tokenizer {name} has {len(tokenizer)} tokens, {checkpoint} has {vocabulary}: expected its own"
         )
     ends = [tokenizer.cls_token_id, tokenizer.sep_token_id]
     if None in [*ends, tokenizer.pad_token_id] or tokenizer("")["input_ids"] != ends:
@@ -229,13 +211,10 @@ def _load_weights(path: Path) -> dict[str, torch.Tensor]:
     # Such weights would silently predict the first class, which is blank.
     wrong = [name for name, value in weights.items() if not (value.is_floating_point() and value.isfinite().all())]
     if wrong:
-        raise ValueError(f"checkpoint {path} is damaged: {_listed(wrong)} have values that are not finite numbers")
+        raise ValueError(
+            f"checkpoint {path} is damaged: {listed(wrong, _LISTED)} have values that are not finite numbers"
+        )
     return {name: value.float() for name, value in weights.items()}
-
-
-def _listed(names: Iterable[str]) -> str:
-    first, rest = list(names)[:_LISTED], list(names)[_LISTED:]
-    return ", ".join(first) + (f" and {len(rest)} more" if rest else "")
 
 
 def _network(weights: dict[str, torch.Tensor], attention_heads: int | None, path: Path) -> torch.nn.ModuleDict:
@@ -270,20 +249,8 @@ def _network(weights: dict[str, torch.Tensor], attention_heads: int | None, path
     with torch.random.fork_rng(devices=[]):
         heads = torch.nn.ModuleList(torch.nn.Linear(hidden, classes) for classes in HEAD_SIZES)
         network = torch.nn.ModuleDict({"bert": BertModel(config, add_pooling_layer=False), "linear_heads": heads})
-    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-    wrong = []
-    if missing := [name for name in expected if name not in weights]:
-        wrong.append(f"missing are {_listed(missing)}")
-    if unknown := [name for name in weights if name not in expected]:
-        wrong.append(f"unknown are {_listed(unknown)}")
-    shapes = {name: tuple(value.shape) for name, value in weights.items() if name in expected}
-    if misfits := [name for name, shape in shapes.items() if shape != expected[name]]:
-        described = (f"{name} {shapes[name]} instead of {expected[name]}" for name in misfits)
-        wrong.append(f"of another shape are {_listed(described)}")
-    if wrong:
-        raise ValueError(f"checkpoint {path} is not CheXbert's: {'; '.join(wrong)}")
-    network.load_state_dict(weights)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"checkpoint {path} is not CheXbert's: {_reason(error)}") from None
     return network.eval()
-
-
-__all__ = ["CHECKPOINT_FILE", "CONDITIONS", "HEAD_SIZES", "CheXbertLabeler"]

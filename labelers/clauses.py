@@ -419,10 +419,6 @@ class Sentence:
         else:
             self.doubt_before()
 
-    def mention_follows(self, item: int) -> bool:
-        """Whether a finding is mentioned after item `item` in its segment."""
-        return self.segment(item + 1).noun
-
     def cue(self, role: str, item: int) -> None:
         start, end, _ = self.items[item]
         if role in _FORWARD:
@@ -483,7 +479,7 @@ class Sentence:
             self.doubt_before()
             self.end_clause(end)
         elif role == "uncertainty_either":
-            if (self.before() or self.structures) and not self.mention_follows(item):
+            if (self.before() or self.structures) and not self.segment(item + 1).noun:
                 self.doubt_before()
             else:
                 self.doubted = True
@@ -594,6 +590,3 @@ class Sentence:
             self.comma = False
             item += 1
         return self.close()
-
-
-__all__ = ["Meaning", "Sentence", "bit"]

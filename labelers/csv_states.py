@@ -1,23 +1,16 @@
-"""Tables of finding states in chexpert-labeler's format: 1, 0, -1 or blank in a column for each finding.
-
-States are joined to studies by id and to findings by column name.
-"""
+"""Tables of finding states in chexpert-labeler's format: 1, 0, -1 or blank in a column for each finding."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDINGS, NEGATIVE, POSITIVE, UNCLEAR, UNMENTIONED, finding_key
+from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDINGS, NEGATIVE, POSITIVE, UNCLEAR, UNMENTIONED
 from ..runtime.csv_files import write_csv
 from .report_table import check_id, csv_rows, fold_name
-
-if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
 
 #: The values of the format; other spellings of the same number are accepted ("1", "1.0").
 _VALUES = {1.0: POSITIVE, 0.0: NEGATIVE, -1.0: UNCLEAR}
@@ -36,14 +29,14 @@ def _columns(path: Path, header: list[str], id_column: str) -> tuple[int, list[i
         if not found:
             raise ValueError(f"{path}: no {what}, expected a column {name!r}; columns: {', '.join(header) or 'none'}")
         if len(found) > 1:
-            raise ValueError(f"{path}: {len(found)} columns {name!r} (case and spaces aside), expected one")
+            raise ValueError(f"{path}: {len(found)} columns {name!r} (ignoring case and spaces), expected one")
         return found[0]
 
     missing = [shown for shown in FINDING_DISPLAY_NAMES.values() if fold_name(shown) not in places]
     id_place = place(id_column, "column of study ids")
     if missing:
         raise ValueError(f"{path}: columns missing: {', '.join(missing)}; expected all 14 findings of CheXpert")
-    return id_place, [place(FINDING_DISPLAY_NAMES[finding_key(name)], "finding") for name in FINDINGS]
+    return id_place, [place(FINDING_DISPLAY_NAMES[name], "finding") for name in FINDINGS]
 
 
 def _state(path: Path, row: int, finding: str, text: str) -> int:
@@ -60,20 +53,8 @@ def _state(path: Path, row: int, finding: str, text: str) -> int:
 
 #: The order of chexpert-labeler's columns.
 CSV_FINDINGS: tuple[str, ...] = (
-    "no_finding",
-    "enlarged_cardiomediastinum",
-    "cardiomegaly",
-    "lung_lesion",
-    "lung_opacity",
-    "edema",
-    "consolidation",
-    "pneumonia",
-    "atelectasis",
-    "pneumothorax",
-    "pleural_effusion",
-    "pleural_other",
-    "fracture",
-    "support_devices",
+    *("no_finding", "enlarged_cardiomediastinum", "cardiomegaly", "lung_lesion", "lung_opacity"),
+    *FINDINGS[4:-1],
 )
 _WRITTEN = {POSITIVE: "1", NEGATIVE: "0", UNCLEAR: "-1", UNMENTIONED: ""}
 
@@ -84,9 +65,6 @@ def write_states(path: str | Path, rows: Iterable[tuple[str, Sequence[int]]]) ->
     Args:
         path: the file; an existing one is replaced.
         rows: ids with 14 state ids in the order of `FINDINGS`.
-
-    Raises:
-        OSError: the file cannot be written.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -130,44 +108,3 @@ def read_states(path: str | Path, id_column: str = "id") -> dict[str, np.ndarray
                 values[_NO_FINDING] = UNMENTIONED
             states[study] = np.array(values, dtype=np.int64)
     return states
-
-
-def join_states(
-    dataset: Dataset | DatasetDict, path: str | Path, id_column: str = "id"
-) -> tuple[Dataset | DatasetDict, list[str]]:
-    """Fill `finding_states` of studies from a CSV (see [`read_states`]) by their `id`.
-
-    Args:
-        dataset: studies in `STUDY_FEATURES`, one split or several.
-        path: the CSV.
-        id_column: its column of study ids.
-
-    Returns:
-        The dataset, and the ids of the studies that are not in the CSV, in the order of the dataset; their states do
-        not change.
-
-    Raises:
-        ValueError: as `read_states`, or no study of the dataset is in the CSV.
-    """
-    from datasets import DatasetDict
-
-    from ..studies.loading import with_column
-
-    states = read_states(path, id_column)
-    splits = dataset if isinstance(dataset, DatasetDict) else DatasetDict({"all": dataset})
-    ids = [study for split in splits.values() for study in split["id"]]
-    unmatched = [study for study in ids if study not in states]
-    if ids and len(unmatched) == len(ids):
-        example = next(iter(states), "none")
-        raise ValueError(
-            f"{path}: none of the {len(ids)} studies is in column {id_column!r} "
-            f"(studies: {ids[0]!r}, file: {example!r}), expected the studies' own ids"
-        )
-
-    def fill(split: Dataset) -> Dataset:
-        known = zip(split["id"], split["finding_states"], strict=True)
-        filled = [states[study].tolist() if study in states else old for study, old in known]
-        return with_column(split, "finding_states", filled)
-
-    joined = DatasetDict({name: fill(split) for name, split in splits.items()})
-    return (joined if isinstance(dataset, DatasetDict) else joined["all"]), unmatched

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from ..files_otdrg import interpret, read_json, write_json, write_text
 from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, UNMENTIONED
 from ..runtime.output_lock import OutputLock
+from ..runtime.printable import markdown_table
 from ..studies.schema import STUDY_FEATURES
 from ..studies.shards import SUMMARY, WorkFolder, check_output, write_shard
 from ..studies.source import SPLITS
@@ -48,11 +49,10 @@ class LabelReport:
     unlabelled: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = ["| split | studies | labelled | kept | unknown |", "|---" * 5 + "|"]
-        lines += [f"| {split} | {' | '.join(f'{n:,}' for n in row.values())} |" for split, row in self.studies.items()]
-        lines += ["", f"| finding | {' | '.join(FINDING_STATES)} |", "|---" * 5 + "|"]
-        for name, row in self.states.items():
-            lines.append(f"| {FINDING_DISPLAY_NAMES[name]} | {' | '.join(f'{n:,}' for n in row.values())} |")
+        splits = [[split, *(f"{n:,}" for n in row.values())] for split, row in self.studies.items()]
+        states = [[FINDING_DISPLAY_NAMES[name], *(f"{n:,}" for n in row.values())] for name, row in self.states.items()]
+        lines = [markdown_table(["split", "studies", "labelled", "kept", "unknown"], splits)]
+        lines += ["", markdown_table(["finding", *FINDING_STATES], states)]
         if self.unlabelled:
             listed = self.folder / UNLABELLED
             lines += ["", f"{len(self.unlabelled):,} studies without a state, or with nothing mentioned: {listed}"]
@@ -88,7 +88,7 @@ def label_dataset(
         settings: what identifies the labeler; an interrupted labelling is continued only with the same settings.
         output: folder of the labelled dataset; by default the dataset is replaced.
         relabel: also label the studies that have states.
-        resume: continue an interrupted labelling; a complete one is left as it is.
+        resume: continue an interrupted labelling; a complete one is not changed.
         overwrite: replace a dataset at `output`, and delete an interrupted labelling.
 
     Raises:
@@ -115,7 +115,7 @@ def _label_locked(
 ) -> LabelReport:
     if resume and (finished := _finished(work, overwrite or work.output == folder)):
         return finished
-    files, summary = _files(folder), _read_summary(folder)
+    files, summary = _files(folder), read_json(folder / SUMMARY)
     _check_output(folder, work, overwrite)
     work.enter(resume, overwrite)
     shards: dict[str, _Shard] = {}
@@ -159,13 +159,6 @@ def _files(folder: Path) -> dict[str, Path]:
         if missing := set(STUDY_FEATURES) - set(names):
             raise ValueError(f"{file}: no column {min(missing)!r}, expected those that otdrg prepare writes")
     return files
-
-
-def _read_summary(folder: Path) -> dict[str, Any]:
-    try:
-        return read_json(folder / SUMMARY)
-    except ValueError as error:
-        raise ValueError(f"{folder / SUMMARY} is damaged: {error}") from None
 
 
 def _finished(work: WorkFolder, overwrite: bool) -> LabelReport | None:
@@ -261,6 +254,3 @@ def _copy_rest(folder: Path, work: Path) -> None:
             shutil.copytree(path, work / path.name, symlinks=True)
         else:
             shutil.copy2(path, work / path.name, follow_symlinks=False)
-
-
-__all__ = ["UNLABELLED", "LabelReport", "StateReader", "label_dataset"]

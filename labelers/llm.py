@@ -396,6 +396,3 @@ class _Cache:
         self._states[row["report"]] = states
         if self._journal is not None:
             self._journal.add([row])
-
-
-__all__ = ["LLMLabeler"]

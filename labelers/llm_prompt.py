@@ -108,6 +108,3 @@ def load_prompt(path: str | Path = PROMPT) -> Prompt:
         raise ValueError(f"prompt {path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"prompt {path}: {' '.join(str(error).split())}, expected the keys of {PROMPT.name}") from None
-
-
-__all__ = ["ASKED", "PROMPT", "Prompt", "load_prompt"]

@@ -109,12 +109,9 @@ def _add(meanings: dict[str, set], path: Path, phrases: object, role: str, meani
 
 
 def load_vocabulary(folder: str | Path = VOCABULARY) -> dict[str, set[tuple[str, int]]]:
-    """Read the phrases of the vocabulary as `{plain phrase: {(role, row)}}`.
+    """Read findings.yaml, cues.yaml and other_abnormalities.yaml as `{plain phrase: {(role, row)}}`.
 
     The row is the position of a finding, 14 for other abnormalities and -1 for cues.
-
-    Args:
-        folder: contains findings.yaml, cues.yaml and other_abnormalities.yaml, which describe their format.
 
     Raises:
         ValueError: a missing file, an unknown key or a wrong phrase; the message names the file.

@@ -20,11 +20,7 @@ def fold_name(name: str) -> str:
 
 
 def read_reports(path: str | Path, column: str = "report") -> Iterator[tuple[str, str]]:
-    """Iterate over the ids and reports of a table; other columns are ignored.
-
-    Args:
-        path: a CSV with the columns `id` and `column`, or a .jsonl file with these keys on each line.
-        column: column of the reports.
+    """Iterate over the ids and reports of a table: a CSV, or a .jsonl file with these keys; other columns are ignored.
 
     Raises:
         ValueError: the file is missing, not UTF-8 or no such table, a column is missing or repeated, a row has another
@@ -144,6 +140,3 @@ def check_id(path: Path, row: int, column: str, study: str, lines: dict[str, int
             "expected one row for each study"
         )
     lines[study] = row
-
-
-__all__ = ["check_id", "csv_rows", "fold_name", "has_column", "read_reports"]

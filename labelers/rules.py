@@ -16,7 +16,6 @@ from .phrases import (
     WORD_KINDS,
     WORDS,
     Phrases,
-    expand_phrase,
     load_mistakes,
     load_spelling,
     load_vocabulary,
@@ -148,6 +147,3 @@ class RulesLabeler:
             if state != UNMENTIONED:
                 found |= bit(row, state)
         return found
-
-
-__all__ = ["RulesLabeler", "expand_phrase", "load_vocabulary"]

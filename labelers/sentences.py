@@ -157,6 +157,3 @@ class _Forms:
 
     def __call__(self, text: str) -> str:
         return self._pattern.sub(lambda found: self.texts[found[0]], text)
-
-
-__all__ = ["Spelling", "split_sentences"]

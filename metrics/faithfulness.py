@@ -150,16 +150,16 @@ def self_check(reports: Sequence[str], given: np.ndarray) -> list[list[dict[str,
         given: (N, 14) state ids the model was conditioned on.
 
     Returns:
-        For each report a list, in the order of `FINDINGS` and without No Finding, of `{"finding", "told", "said",
-        "kind"}`, where `told` is the given state; the kinds are `KINDS`. A report that the labeler cannot read omits
-        all given findings.
+        For each report a list, in the order of `FINDINGS` and without No Finding, of `{"finding", "given", "said",
+        "kind"}`, where `given` is the state that conditioned the LLM; the kinds are `KINDS`. A report that the labeler
+        cannot read omits all given findings.
 
     Raises:
         ValueError: states of another shape, or other than 0 to 3.
     """
     found: list[list[dict[str, str]]] = [[] for _ in reports]
     for one in contradictions(given, label_quietly(_labeler(), list(reports)), kinds=KINDS):
-        found[one.study].append({"finding": one.finding, "told": one.given, "said": one.said, "kind": one.kind})
+        found[one.study].append({"finding": one.finding, "given": one.given, "said": one.said, "kind": one.kind})
     return found
 
 

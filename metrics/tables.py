@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..findings_otdrg import FINDING_DISPLAY_NAMES
+from ..runtime.printable import markdown_table
 from .efficacy import AVERAGES, LABEL_SETS, MEASURES, UNCERTAIN_POLICIES
 from .fluency import NLG_NAMES
 from .registry import display_name, score_tables
@@ -90,12 +91,6 @@ def shown_interval(interval: Interval | PairedDifference | Comparison | None) ->
 def shown_bounds(row: Mapping[str, float | None]) -> str:
     """[`shown_interval`] of a JSON object with `low` and `high`."""
     return "–" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
-
-
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """Rows of cells below a header, with line breaks and column separators in cells escaped."""
-    header, *rows = ([" ".join(cell.replace("|", "\\|").split()) for cell in cells] for cells in (header, *rows))
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
 
 
 __all__ = [

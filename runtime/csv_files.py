@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
+
+from ..files_otdrg import write_text
 
 #: Cells that a spreadsheet executes as formulas, and such cells after escaping.
 _FORMULA = re.compile(r"'*[=+\-@\t\r＝＋－＠]")
@@ -28,28 +30,13 @@ def unescape_cell(cell: str) -> str:
 
 
 def write_csv(path: str | os.PathLike, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Write a CSV file in UTF-8 with escaped cells ([`escape_cell`]). The file is complete or not written.
-
-    Args:
-        path: the file; an existing one is replaced.
-        header: names of the columns.
-        rows: cells of each row.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # File names from another system may not be valid text.
-        with unfinished.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow([escape_cell(name) for name in header])
-            for row in rows:
-                writer.writerow([escape_cell(cell) for cell in row])
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    """Write a CSV file in UTF-8 with escaped cells ([`escape_cell`]). The file is complete or not written."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow([escape_cell(name) for name in header])
+    writer.writerows([escape_cell(cell) for cell in row] for row in rows)
+    # File names from another system may not be valid text.
+    write_text(path, file.getvalue().encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def read_csv(path: str | os.PathLike) -> list[dict[str, str]]:
@@ -75,6 +62,3 @@ def longest_cell(characters: int) -> Iterator[None]:
         yield
     finally:
         csv.field_size_limit(before)
-
-
-__all__ = ["escape_cell", "longest_cell", "read_csv", "unescape_cell", "write_csv"]

@@ -1,4 +1,4 @@
-"""The exit of a command: its status, one line for errors and signals, and no process that outlives its parent."""
+"""The exit of a command: status, one line for errors and signals, and the end of its child processes."""
 
 from __future__ import annotations
 
@@ -127,12 +127,8 @@ def is_system_fault(error: BaseException) -> bool:
 def fault_of_study(error: Exception, quotes: bool = True) -> str:
     """The type and the first line of an error in one study, for the list of skipped studies.
 
-    Args:
-        error: error raised when the study was read.
-        quotes: whether to keep quoted text, which may be from a report.
-
-    Raises:
-        Exception: the error itself if it does not depend on the study: the disk is full, a package is missing...
+    Quoted text, which may be from a report, is removed unless `quotes`. An error that does not depend on the study (the
+    disk is full, a package is missing...) is raised again.
     """
     if isinstance(error, ImportError) or is_system_fault(error):
         raise error
@@ -176,18 +172,3 @@ def _is_running(process: int) -> bool:
     except PermissionError:
         pass
     return True
-
-
-__all__ = [
-    "FULL",
-    "PARENT",
-    "RunInterruptedError",
-    "Terminated",
-    "end_with_parent",
-    "ended_by",
-    "exit_status",
-    "fault_of_study",
-    "is_out_of_memory",
-    "is_system_fault",
-    "terminations",
-]

@@ -37,7 +37,7 @@ class Journal:
             except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict):
-                raise ValueError(f"{self.path}, line {number}: no JSON object; delete the file to begin anew")
+                raise ValueError(f"{self.path}, line {number}: no JSON object; delete the file to start again")
             self.rows.append(row)
         if cut_off:
             os.truncate(self.path, self.path.stat().st_size - len(cut_off))
@@ -57,7 +57,7 @@ class WorkSettings:
     Args:
         work: file or folder of the work, for error messages.
         settings: values that JSON can hold; others are converted to text.
-        digests: names of settings whose values mean nothing to people.
+        digests: names of settings whose values are digests, which errors do not show.
     """
 
     def __init__(self, work: str | os.PathLike, settings: dict[str, Any], digests: Collection[str] = ()):
@@ -94,6 +94,3 @@ class WorkSettings:
             self.check(read_json(path))
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_json(path, self.settings)
-
-
-__all__ = ["Journal", "WorkSettings"]

@@ -1,4 +1,4 @@
-"""Packages whose names are imported on first use, so that importing them does not import torch."""
+"""Import the names of a package on first use, so that importing the package does not import torch."""
 
 from __future__ import annotations
 
@@ -24,6 +24,3 @@ def lazy_names(package: str, homes: dict[str, str]) -> tuple[Callable[[str], Any
         return sorted(homes)
 
     return get, names
-
-
-__all__ = ["lazy_names"]

@@ -1,4 +1,4 @@
-"""Locks on outputs, so that two processes never write one file or folder at the same time."""
+"""Lock outputs, so that two processes never write the same file or folder at the same time."""
 
 from __future__ import annotations
 
@@ -110,6 +110,3 @@ def _inode(path: Path) -> int | None:
         return os.stat(path).st_ino
     except FileNotFoundError:
         return None
-
-
-__all__ = ["OutputLock", "OutputLockedError"]

@@ -51,19 +51,14 @@ _Typed.add_implicit_resolver(
 )
 
 
-def read_yaml(path: str | os.PathLike, as_text: bool = False, limit: int = _MAXIMUM_BYTES) -> Any:
-    """Read a YAML file.
-
-    Args:
-        path: the file.
-        as_text: whether each scalar is a string.
-        limit: most bytes.
+def read_yaml(path: str | os.PathLike, as_text: bool = False) -> Any:
+    """Read a YAML file; with `as_text` each scalar is a string.
 
     Raises:
         ValueError: not YAML in UTF-8, or too large: its bytes, its nesting, or its expanded aliases.
         OSError: the file cannot be read.
     """
-    return parse_yaml(read_text(path, "a YAML text file", limit), str(path), as_text)
+    return parse_yaml(read_text(path, "a YAML text file", _MAXIMUM_BYTES), str(path), as_text)
 
 
 def parse_yaml(text: str, what: str, as_text: bool = False) -> Any:
@@ -85,14 +80,7 @@ def parse_yaml(text: str, what: str, as_text: bool = False) -> Any:
 
 
 def _fault_of_size(text: str) -> yaml.YAMLError | None:
-    """Count values and levels, with expanded aliases, without constructing objects.
-
-    Returns:
-        The error of the fast parser, if any: the other parser's error is more precise.
-
-    Raises:
-        ValueError: there are too many.
-    """
+    """Check the size; returns an error of the fast parser, because the other parser's message is more precise."""
     try:
         _check_size(text)
     except yaml.YAMLError as error:
@@ -127,6 +115,3 @@ def _check_size(text: str) -> None:
             raise ValueError(f"nested more than {MAXIMUM_DEPTH} levels deep")
         if count > _MAXIMUM_VALUES:
             raise ValueError(f"more than {_MAXIMUM_VALUES:,} values with expanded aliases")
-
-
-__all__ = ["parse_yaml", "read_yaml"]

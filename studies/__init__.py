@@ -45,11 +45,7 @@ def source_class(source: str) -> type[StudySource]:
 
 
 def open_source(source: str, **options: Any) -> StudySource:
-    """Create a source.
-
-    Args:
-        source: one of `SOURCES`.
-        options: fields of the source's class.
+    """Create a source of `SOURCES`; `options` are the fields of its class.
 
     Raises:
         ValueError: an unknown source, an unknown or missing option, or a value the source refuses.
@@ -87,7 +83,7 @@ def load_studies(source: str, *, sections: str = "findings", **options: Any) -> 
     loading = import_module(".loading", __name__)
     if source == PREPARED:
         if set(options) != {"folder"}:
-            raise ValueError(f"source {PREPARED!r} has one option, 'folder', which it needs: {list(options)} given")
+            raise ValueError(f"source {PREPARED!r} has one option, 'folder', which is required: {list(options)} given")
         return loading.load_prepared(options["folder"])
     return loading.load_in_memory(open_source(source, **options), sections)
 
@@ -101,14 +97,9 @@ def prepare_studies(
     overwrite: bool = False,
     **options: Any,
 ) -> BuildReport:
-    """Write the studies of a source to a folder, as `otdrg prepare` does. See [`build.build_studies_dataset`].
+    """Write the studies of a source to a folder, as `otdrg prepare` does; `options` are those of the source.
 
-    Args:
-        source: one of `SOURCES`.
-        output: the folder to create.
-        build: options of the build.
-        resume, overwrite: continue or replace an interrupted build.
-        options: options of the source.
+    See [`build.build_studies_dataset`] for the other arguments.
     """
     build_studies_dataset = import_module(".build", __name__).build_studies_dataset
     return build_studies_dataset(open_source(source, **options), output, build, resume=resume, overwrite=overwrite)

@@ -1,4 +1,4 @@
-"""From the studies of a source to the rows of a dataset: which studies are kept, and why the others are skipped."""
+"""Convert the studies of a source to the rows of a dataset, and record why studies are skipped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 from ..runtime.interruptions import fault_of_study
 from .placeholders import present_text
 from .schema import STUDY_FEATURES
-from .source import SPLITS, VIEWS, Skipped, SkipStudy, Study, StudyEntry, StudySource
+from .source import SPLITS, TEXTS, VIEWS, Skipped, SkipStudy, Study, StudyEntry, StudySource
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,7 +21,6 @@ Sections = Literal["findings", "impression", "findings+impression"]
 
 #: What the report can consist of.
 SECTIONS: tuple[str, ...] = ("findings", "impression", "findings+impression")
-_TEXTS = ("findings", "impression", "indication", "comparison")
 
 ImageForm = Callable[["str | bytes | Image.Image"], dict]
 
@@ -142,12 +141,7 @@ def assemble_study(
 ) -> Assembled:
     """Read a study and convert it to a row.
 
-    Args:
-        source: the source that listed it.
-        entry: the study.
-        image_form: converts a view to `{"bytes", "path"}`.
-        sections: what the report consists of.
-        keep_incomplete: keep a study if at least one view can be read; otherwise all views must be readable.
+    `image_form` converts a view to `{"bytes", "path"}`. With `keep_incomplete`, one readable view is enough.
     """
 
     def skipped(kind: str, reason: str) -> Assembled:
@@ -156,7 +150,7 @@ def assemble_study(
     try:
         study = source.read(entry)
         # Present texts are kept unchanged, with their white space.
-        study = replace(study, **{name: "" for name in _TEXTS if not present_text(getattr(study, name), name)})
+        study = replace(study, **{name: "" for name in TEXTS if not present_text(getattr(study, name), name)})
         report = choose_report(study, sections)
     except SkipStudy as skip:
         return skipped(skip.kind, skip.reason)
@@ -175,7 +169,7 @@ def assemble_study(
         "patient_id": entry.patient_id,
         "images": images,
         "views": views,
-        **{name: getattr(study, name) for name in _TEXTS},
+        **{name: getattr(study, name) for name in TEXTS},
         "report": report,
         "finding_states": study.finding_states,
         "source": source.name,
@@ -210,6 +204,3 @@ def _check_row(row: dict[str, Any]) -> None:
     """Raise an error if a row cannot be written: text that is not UTF-8, a number in place of a text..."""
     names = [{"bytes": b"", "path": image["path"]} for image in row["images"]]
     pa.RecordBatch.from_pylist([{**row, "images": names}], schema=STUDY_FEATURES.arrow_schema)
-
-
-__all__ = ["SECTIONS", "Assembled", "Sections", "StudyListing", "assemble_study", "choose_report"]

@@ -150,7 +150,7 @@ def build_studies_dataset(
         output: the folder. Until the build is complete only `OUTPUT.partial` exists.
         options: options of the build.
         resume: continue an interrupted build: shards whose listed studies have not changed are kept, and a complete
-            build is left as it is.
+            build is not changed.
         overwrite: replace an existing dataset, and delete an interrupted build.
 
     Raises:
@@ -190,7 +190,7 @@ def _build_locked(
     check_output(work.output, overwrite)
     # Listed first: an error of the source leaves no files.
     listing = StudyListing(source, options.limit)
-    # The published counts are of the studies with findings.
+    # The published counts include only studies with findings.
     comparable = options.limit is None and options.sections == "findings"
     official = OfficialCheck(source) if comparable else None
     work.enter(resume, overwrite)
@@ -373,6 +373,3 @@ def _nothing_left(source: StudySource, shards: list[_Shard]) -> str:
         f"no study is left: all {len(faults):,} were skipped, the first ({first['id']}) for {first['kind']}: "
         f"{first['reason']}"
     )
-
-
-__all__ = ["SKIPPED", "BuildOptions", "BuildReport", "build_studies_dataset"]

@@ -13,19 +13,12 @@ HUB_LICENCES = {"CC BY-NC-ND 4.0": "cc-by-nc-nd-4.0", "Apache-2.0": "apache-2.0"
 
 
 def collection_name(source: str, licence: str) -> str:
-    """What studies are, by their columns `source` and `licence`: a published collection or a description."""
+    """The collection of studies with these values in `source` and `licence`: a published one or a description."""
     return source_class(source).collection_of(licence) if source in SOURCES else f"studies of source {source}"
 
 
 def dataset_card(source: StudySource, counts: dict[str | None, SplitCounts], sections: str, licences: list[str]) -> str:
-    """The Markdown card of a dataset.
-
-    Args:
-        source: source of the studies.
-        counts: counts by split.
-        sections: what the reports consist of.
-        licences: licences of the studies.
-    """
+    """The Markdown card of a dataset; `sections` is what the reports consist of."""
     splits = [split for split in SPLITS if split in counts and counts[split].studies]
     known = [HUB_LICENCES.get(licence, "other") for licence in licences]
     files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
@@ -46,6 +39,3 @@ consists of: {sections}. Licence of the studies: {", ".join(licence or "not stat
 
 {format_counts({split: counts[split] for split in splits})}
 """
-
-
-__all__ = ["HUB_LICENCES", "collection_name", "dataset_card"]

@@ -94,6 +94,3 @@ def _words(value: Any) -> str:
     text = " ".join(str(text) for text in texts if text is not None)
     text = "".join(char for char in unicodedata.normalize("NFKD", text) if not unicodedata.combining(char))
     return " ".join(re.findall(r"\w+", text.upper().replace("_", " ")))
-
-
-__all__ = ["CHEST_TAGS", "NOT_CHEST", "chest_fault", "dicom_chest_fault", "header_value"]

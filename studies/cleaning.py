@@ -40,12 +40,6 @@ def clean_report(text: str, style: str) -> str:
         text: the report.
         style: "r2gen_iu" (R2Gen's cleaner for IU X-Ray), "r2gen_mimic" (for MIMIC-CXR) or "none" (unchanged).
 
-    Returns:
-        The cleaned report.
-
-    Raises:
-        ValueError: an unknown style.
-
     Source: `clean_report_iu_xray` and `clean_report_mimic_cxr` in R2Gen's `modules/tokenizers.py`
     (Chen et al., "Generating Radiology Reports via Memory-driven Transformer", EMNLP 2020).
     """

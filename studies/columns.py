@@ -59,6 +59,3 @@ def match_columns(
 
 def _fold(name: str) -> str:
     return "".join(name.replace("_", " ").split()).casefold()
-
-
-__all__ = ["match_columns"]

@@ -1,4 +1,4 @@
-"""Read the rows of a CSV with their lines: all of a table, or some columns of a published file."""
+"""Read the rows of a CSV with their line numbers: a whole table, or some columns of a published file."""
 
 from __future__ import annotations
 
@@ -87,6 +87,3 @@ def check_encoding(encoding: str) -> None:
         raise ValueError(f"option 'encoding' is {encoding!r}: expected a text encoding, as utf-8 or cp1252") from None
     if not plain:
         raise ValueError(f"option 'encoding' is {encoding!r}: expected one that contains ASCII, or UTF-8")
-
-
-__all__ = ["Row", "check_encoding", "read_columns", "read_rows"]

@@ -7,17 +7,19 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PureWindowsPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .columns import match_columns
 from .csv_rows import Row, check_encoding, read_rows
 from .placeholders import present_text, shown_value
 from .source import (
+    SPLIT_NAMES,
+    TEXTS,
+    ListedSource,
     Skipped,
     SkipStudy,
     Study,
     StudyEntry,
-    StudySource,
     needed_file,
     needed_folder,
     option,
@@ -26,8 +28,6 @@ from .source import (
 )
 from .views import view_named
 
-_TEXTS = ("findings", "impression", "indication", "comparison")
-
 #: Fields of a row and the names of their columns, the preferred one first.
 _FIELDS: dict[str, tuple[str, ...]] = {
     "image": ("image",),
@@ -35,14 +35,8 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "patient_id": ("patient_id",),
     "view": ("view",),
     "split": ("split",),
-    **{text: (text,) for text in _TEXTS},
+    **{text: (text,) for text in TEXTS},
     "findings": ("findings", "report"),
-}
-
-_SPLIT_NAMES = {
-    "train": "train",
-    **dict.fromkeys(("val", "validate", "validation", "valid", "dev"), "validation"),
-    "test": "test",
 }
 
 #: `surrogateescape` decodes invalid bytes to these.
@@ -58,7 +52,7 @@ _OTHER_FILES = {
 
 
 @dataclass
-class CSVSource(StudySource):
+class CSVSource(ListedSource):
     """Studies from a table with the columns `image` and `report`, or `findings` and/or `impression` for `report`.
 
     Optional columns are `study_id` (or `id`), `patient_id`, `view` (frontal, lateral, unknown; PA, AP, LL, RL, LAT),
@@ -101,24 +95,14 @@ class CSVSource(StudySource):
         seeded_split((), self.seed, self.split_shares)
         self.encoding = "utf-8" if self.encoding.lower() in ("utf-8-sig", "utf_8_sig") else self.encoding
         check_encoding(self.encoding)
-        self._listing: list[StudyEntry | Skipped] | None = None
         header, _ = self._read()
         columns = match_columns(header, _FIELDS, self.column, self.table, image="image")
         self._width, self._columns = len(header), {field: header.index(name) for field, name in columns.items()}
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Entries hold everything that is read.
-        return {**self.__dict__, "_listing": None}
-
-    def entries(self) -> Iterator[StudyEntry | Skipped]:
-        if self._listing is None:
-            self._listing = self._list()
-        yield from self._listing
-
     def read(self, entry: StudyEntry) -> Study:
         texts: dict[str, tuple[str, int]] = {}
         for row in entry.location:
-            for name, value in zip(_TEXTS, row.texts, strict=True):
+            for name, value in zip(TEXTS, row.texts, strict=True):
                 first, line = texts.setdefault(name, (value, row.line)) if value else (value, row.line)
                 if first != value:
                     reason = f"{name} differs from line {line}: expected the same or a blank in all rows of a study"
@@ -185,7 +169,7 @@ class CSVSource(StudySource):
                 for field, cell in cells.items():
                     self._check(field, cell)
                 image = self._image_path(cells["image"])
-                split = _SPLIT_NAMES[cells["split"].casefold()] if "split" in cells else None
+                split = SPLIT_NAMES[cells["split"].casefold()] if "split" in cells else None
         except ValueError as error:
             fault = str(error)
         name = cells.get("study_id", "")
@@ -193,7 +177,7 @@ class CSVSource(StudySource):
             name, fault = name or f"line {row.first}", f"{row.place}: {fault}"
         key = name if "study_id" in self._columns else row.first
         study_id = name or os.path.splitext(os.path.relpath(image, self.images))[0].replace(os.sep, "/")
-        texts = tuple(present_text(cells.get(text, ""), text) for text in _TEXTS)
+        texts = tuple(present_text(cells.get(text, ""), text) for text in TEXTS)
         view = _View(row.first, image, view_named(cells.get("view", "")), texts)
         return key, _Listed(_writable(study_id), _writable(cells.get("patient_id", "")), split, (view,), fault)
 
@@ -208,8 +192,8 @@ class CSVSource(StudySource):
             raise ValueError(
                 f"image {shown_value(cell)} leaves the folder of images: expected a path inside {self.images}"
             )
-        if field == "split" and cell.casefold() not in _SPLIT_NAMES:
-            raise ValueError(f"split is {shown_value(cell)}: expected one of {', '.join(_SPLIT_NAMES)}")
+        if field == "split" and cell.casefold() not in SPLIT_NAMES:
+            raise ValueError(f"split is {shown_value(cell)}: expected one of {', '.join(SPLIT_NAMES)}")
 
     def _image_path(self, path: str) -> str | None:
         """The full path of an image; None if it is outside the folder."""
@@ -249,6 +233,3 @@ class _Listed(NamedTuple):
 def _writable(text: str) -> str:
     """Text with invalid bytes replaced by question marks."""
     return text.encode("utf-8", "replace").decode("utf-8")
-
-
-__all__ = ["CSVSource"]

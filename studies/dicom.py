@@ -12,7 +12,18 @@ from typing import Any, NamedTuple
 
 from .chest import NOT_CHEST, chest_fault, header_value
 from .report_sections import parse_sections, text_without_trailer
-from .source import VIEWS, Skipped, SkipStudy, Study, StudyEntry, StudySource, needed_folder, option, seeded_split
+from .source import (
+    TEXTS,
+    VIEWS,
+    ListedSource,
+    Skipped,
+    SkipStudy,
+    Study,
+    StudyEntry,
+    needed_folder,
+    option,
+    seeded_split,
+)
 from .views import view_named
 
 #: Elements of a header that are read. The first three are only used to group the files.
@@ -35,7 +46,7 @@ _NO_IMAGES = tuple(f"1.2.840.10008.5.1.4.1.1.{branch}" for branch in ("11.", "66
 
 
 @dataclass
-class DICOMSource(StudySource):
+class DICOMSource(ListedSource):
     """Studies from DICOM files in a folder, at any depth; a file is recognised by its suffix (.dcm, .dicom) or content.
 
     Files with the same StudyInstanceUID are a study, frontal views first. Its report is the first that exists of: the
@@ -79,15 +90,6 @@ class DICOMSource(StudySource):
             raise ValueError(f"option 'encoding' is {self.encoding!r}: expected a text encoding, as utf-8") from None
         if find_spec("pydicom") is None:
             raise ImportError("the source 'dicom' needs pydicom: pip install 'otdrg[dicom]'")
-        self._listing: list[StudyEntry | Skipped] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_listing": None}
-
-    def entries(self) -> Iterator[StudyEntry | Skipped]:
-        if self._listing is None:
-            self._listing = self._list()
-        yield from self._listing
 
     def read(self, entry: StudyEntry) -> Study:
         reports, files = entry.location
@@ -97,17 +99,14 @@ class DICOMSource(StudySource):
             raise SkipStudy("malformed", reason)
         text = texts.pop()
         sections = parse_sections(text)
-        if not any((sections.findings, sections.impression, sections.indication, sections.comparison)):
+        if not any(getattr(sections, name) for name in TEXTS):
             # One or two words are a title in a text with headers, but a report ("Normal.") in a text without.
             text = text_without_trailer(text)
             sections = sections._replace(findings="" if ":" in text else text)
         return Study(
             images=[os.path.join(self.folder, name) for name, _ in files],
             views=[view for _, view in files],
-            findings=sections.findings,
-            impression=sections.impression,
-            indication=sections.indication,
-            comparison=sections.comparison,
+            **{name: getattr(sections, name) for name in TEXTS},
             licence=self.licence,
         )
 
@@ -290,13 +289,7 @@ def _texts(folder: str) -> dict[str, dict[str, str]]:
 
 
 def _reports(files: Iterable[str], alone: list[str], texts: dict[str, dict[str, str]]) -> list[str]:
-    """The reports of a study; several must have the same content.
-
-    Args:
-        files: files of the study.
-        alone: the innermost common folder of the files and those above it, as far as they hold no other study.
-        texts: result of [`_texts`].
-    """
+    """The reports of a study; `alone` are the folders around its files that hold no other study, innermost first."""
     stems = (os.path.splitext(name)[0] for name in files)
     named = [texts.get(os.path.dirname(stem), {}).get(os.path.basename(stem)) for stem in stems]
     if any(named):
@@ -309,6 +302,3 @@ def _reports(files: Iterable[str], alone: list[str], texts: dict[str, dict[str, 
         if candidates or beside:
             return candidates or [beside]
     return []
-
-
-__all__ = ["DICOMSource"]

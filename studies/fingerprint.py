@@ -68,6 +68,3 @@ def _file_size(path: str) -> int:
         return os.path.getsize(path)
     except (OSError, ValueError):
         return -1
-
-
-__all__ = ["fingerprint"]

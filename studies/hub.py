@@ -14,7 +14,9 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 from .hub_columns import HubSplit, study_columns
 from .placeholders import shown_value
 from .source import (
+    SPLIT_NAMES,
     SPLITS,
+    TEXTS,
     Skipped,
     SkipStudy,
     Study,
@@ -27,12 +29,6 @@ from .source import (
     seeded_split,
 )
 
-_SPLIT_NAMES = {
-    "train": "train",
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
-    "test": "test",
-}
-_TEXTS = ("findings", "impression", "indication", "comparison")
 _BATCH = 1_000
 
 
@@ -126,7 +122,7 @@ class HubSource(StudySource):
         return Study(
             images=images,
             views=split.views(row.get("views"), len(images), place),
-            **{text: row.get(text) or "" for text in _TEXTS},
+            **{text: row.get(text) or "" for text in TEXTS},
             finding_states=split.states(row.get("finding_states"), place),
             licence=self.licence or row.get("licence") or "",
         )
@@ -188,11 +184,11 @@ class HubSource(StudySource):
         elif len(opened) == 1:
             return None
         else:
-            pairs = [(_SPLIT_NAMES.get(name.lower()), name) for name in opened]
+            pairs = [(SPLIT_NAMES.get(name.lower()), name) for name in opened]
             unknown = [name for split, name in pairs if split is None]
             if unknown:
                 raise ValueError(
-                    f"dataset {self.dataset!r} has a split {unknown[0]!r}, which is none of {', '.join(_SPLIT_NAMES)}: "
+                    f"dataset {self.dataset!r} has a split {unknown[0]!r}, which is none of {', '.join(SPLIT_NAMES)}: "
                     f"expected --split-map SPLIT=NAME (its splits: {', '.join(opened)})"
                 )
         return sorted(pairs, key=lambda pair: SPLITS.index(pair[0]))
@@ -232,7 +228,7 @@ class HubSource(StudySource):
                 loaded = datasets.load_dataset(self._folder or self.dataset, self.config, revision=self.revision)
         except Exception as error:  # every format has its own errors
             raise ValueError(
-                f"dataset {self.dataset!r} cannot be loaded: {_first_line(error)}; looked {self._where()}"
+                f"dataset {self.dataset!r} cannot be loaded: {_first_line(error)}; searched {self._where()}"
             ) from error
         if isinstance(loaded, datasets.Dataset):
             return {str(loaded.split or "train"): loaded}
@@ -240,9 +236,9 @@ class HubSource(StudySource):
 
     def _where(self) -> str:
         if self._folder:
-            return f"in the folder {self._folder}"
+            return f"the folder {self._folder}"
         offline = ", only in its cache because HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else ""
-        return f"for a folder {os.path.abspath(self.dataset)}, which does not exist, and on the Hub{offline}"
+        return f"the folder {os.path.abspath(self.dataset)}, which does not exist, and the Hub{offline}"
 
 
 def _place(split: str, row: int) -> str:
@@ -254,6 +250,3 @@ def _first_line(error: Exception) -> str:
         error = error.__cause__  # the reason why a file could not be converted
     lines = str(error).splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
-
-
-__all__ = ["HubSource"]

@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, Features, Image, LargeList, List, Valu
 
 from ..findings_otdrg import FINDING_STATES, FINDINGS, finding_state_id
 from .columns import match_columns
-from .source import VIEWS, SkipStudy
+from .source import TEXTS, VIEWS, SkipStudy
 from .views import view_named
 
 #: Fields of a study and the names of their columns, the preferred one first.
@@ -20,13 +20,10 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "images": ("images", "image"),
     "views": ("views", "view"),
     "findings": ("findings", "report", "text"),
-    "impression": ("impression",),
-    "indication": ("indication",),
-    "comparison": ("comparison",),
+    **{text: (text,) for text in TEXTS[1:]},
     "finding_states": ("finding_states",),
     "licence": ("licence", "license"),
 }
-_TEXTS = ("findings", "impression", "indication", "comparison", "licence")
 
 
 @dataclass
@@ -85,15 +82,10 @@ class HubSplit:
 
 
 def study_columns(dataset: Dataset, pairs: Sequence[str], place: str) -> HubSplit:
-    """Select and rename the columns of a dataset that hold the fields of a study.
-
-    Args:
-        dataset: one split.
-        pairs: "FIELD=COLUMN" from the user; an empty column leaves the field out.
-        place: name of the dataset for errors.
+    """Select and rename the columns of a dataset that hold the fields of a study; `place` names it in errors.
 
     Raises:
-        ValueError: as [`match_columns`], or a column of the wrong type.
+        ValueError: as [`match_columns`], or a column has the wrong type.
     """
     features = dataset.features
     names = match_columns(list(features), _FIELDS, pairs, place, image="images")
@@ -107,7 +99,7 @@ def study_columns(dataset: Dataset, pairs: Sequence[str], place: str) -> HubSpli
 
 
 def _check_types(features: Features, names: dict[str, str], place: str) -> dict[str, Any]:
-    """Check the types of the columns, and return those arguments of `HubSplit` that follow from them."""
+    """Check the types of the columns, and return the arguments of `HubSplit` that depend on them."""
     types: dict[str, Any] = {}
     for field, column in names.items():
         feature = features[column]
@@ -126,7 +118,7 @@ def _check_types(features: Features, names: dict[str, str], place: str) -> dict[
             types["state_ids"] = _state_ids(item) if nested else []
             if not types["state_ids"]:
                 expected = "lists of 14 states, or --column finding_states= to leave them out"
-        elif nested or not (_is(item, "string") or (field not in _TEXTS and _is(item, "int"))):
+        elif nested or not (_is(item, "string") or (field not in (*TEXTS, "licence") and _is(item, "int"))):
             expected = "text"
         if expected is not None:
             raise ValueError(f"{place}, column {column!r} for {field} holds {feature}: expected {expected}")
@@ -145,6 +137,3 @@ def _state_ids(item: Any) -> list[int]:
         return [finding_state_id(name) for name in item.names]
     except ValueError:
         return []
-
-
-__all__ = ["HubSplit", "study_columns"]

@@ -111,6 +111,3 @@ def _encoded(image: Image.Image, kind: str) -> bytes:
         # Noise hardly compresses: level 1 is 4 times as fast as the default.
         image.save(file, format=kind, compress_level=1)
     return file.getvalue()
-
-
-__all__ = ["referenced_image", "stored_image"]

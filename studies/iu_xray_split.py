@@ -20,12 +20,9 @@ def r2gen_split_ids() -> dict[str, list[str]]:
 
 
 def r2gen_split(study: str) -> str | None:
-    """The split of a study of IU X-Ray in R2Gen; None if R2Gen does not use the study.
+    """The split of a study of IU X-Ray ("CXR2384" or its whole id) in R2Gen; None if R2Gen does not use the study.
 
     The file lists train, validation and the 1,000 studies that R2Gen does not use; all others are the test split.
-
-    Args:
-        study: id of the study, or its part before the image number ("CXR2384").
     """
     number = _NUMBER.match(study)
     if number is None or int(number[1]) not in IU_XRAY_NUMBERS:
@@ -42,6 +39,3 @@ def _listed() -> dict[str, list[str]]:
 def _split_of_number() -> dict[int, str | None]:
     names = {"train": "train", "validation": "validation", "left_out": None}
     return {int(_NUMBER.match(study)[1]): split for name, split in names.items() for study in _listed()[name]}
-
-
-__all__ = ["IU_XRAY_COUNTS", "r2gen_split", "r2gen_split_ids"]

@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, List, Value, load_dataset, load_from_disk
 
 from ..files_otdrg import interpret, read_json
+from ..runtime.printable import listed
 from .assembly import Sections, StudyListing, assemble_study
 from .images import referenced_image
 from .schema import STUDY_FEATURES, UNCLEANED
 from .source import SPLITS, Skipped, StudySource
-from .summary import listed
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def load_in_memory(source: StudySource, sections: Sections = "findings") -> Data
         reason = f": all {skipped} were skipped, the first for {faults[0].kind}: {faults[0].reason}" if faults else ""
         raise ValueError(f"source {source.name!r} holds no studies{reason}")
     if faults:
-        reasons = listed([f"{fault.id} ({fault.kind}: {fault.reason})" for fault in faults], "; ")
+        reasons = listed([f"{fault.id} ({fault.kind}: {fault.reason})" for fault in faults], separator="; ")
         logger.warning("%s: %d studies left out: %s", source.name, skipped, reasons)
     return DatasetDict(
         {split: Dataset.from_list(kept, features=STUDY_FEATURES) for split, kept in rows.items() if kept}
@@ -50,13 +50,9 @@ def load_in_memory(source: StudySource, sections: Sections = "findings") -> Data
 
 
 def load_prepared(folder: str | os.PathLike, leave_out: Sequence[str] = ()) -> DatasetDict:
-    """Load the splits of a prepared dataset, memory-mapped from disk.
+    """Load the splits of a prepared dataset except `leave_out`, memory-mapped from disk.
 
     If the folder has no Arrow files, `datasets` converts the Parquet files in its cache.
-
-    Args:
-        folder: the dataset.
-        leave_out: splits that are not loaded.
 
     Raises:
         ValueError: the folder is not a prepared dataset.
@@ -155,16 +151,3 @@ def with_column(rows, name: str, values: list):
 def uncleaned_reports(rows) -> list[str]:
     """The reports before cleaning, for labelers: cleaning joins words ("scarring/atelectasis")."""
     return list(rows[UNCLEANED if UNCLEANED in rows.column_names else "report"])
-
-
-__all__ = [
-    "load_in_memory",
-    "load_prepared",
-    "prepared_column",
-    "prepared_shards",
-    "prepared_splits",
-    "stream_prepared",
-    "uncleaned_reports",
-    "undecoded",
-    "with_column",
-]

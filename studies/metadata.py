@@ -18,10 +18,9 @@ _PNG_NEEDED = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
 
 
 def without_metadata(data: bytes) -> bytes | None:
-    """A JPEG or PNG file, or the first image of an MPO file, with only what is needed to decode it.
+    """A JPEG or PNG file, or the first image of an MPO file, without anything that decoding does not need.
 
-    Returns:
-        The file, or None if it has another format or is damaged.
+    None if the file has another format or is damaged.
     """
     try:
         if data[:2] == b"\xff\xd8":
@@ -74,6 +73,3 @@ def _png(data: bytes) -> bytes | None:
         if kind == b"IEND":
             return b"".join(kept)
         place = end
-
-
-__all__ = ["without_metadata"]

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .csv_rows import read_columns
+from .r2gen import MIMIC_COUNTS, MIMIC_LICENCE
 from .report_sections import parse_sections
-from .source import VIEWS, Skipped, SkipStudy, Study, StudyEntry, StudySource, needed_file, needed_folder, option
+from .source import TEXTS, VIEWS, Skipped, SkipStudy, Study, StudyEntry, StudySource, needed_file, needed_folder, option
 from .views import view_named
 
-_LICENCE = "PhysioNet Credentialed Health Data License 1.5.0"
 _SPLITS = {"train": "train", "validate": "validation", "test": "test"}
 _NUMBER = re.compile(r"[0-9]{8}")
 _DICOM_ID = re.compile(r"\w[\w.-]*", re.ASCII)
@@ -46,7 +46,7 @@ class MimicCXRSource(StudySource):
     name = "mimic-cxr"
     example = "--root mimic-cxr --images mimic-cxr-jpg --shorter-side 512 --num-proc 8 --output mimic_cxr"
     collection = "MIMIC-CXR"
-    official_counts = {"train": 270790, "validation": 2130, "test": 3858}  # noqa: RUF012
+    official_counts = MIMIC_COUNTS
     official_unit = "images"
 
     root: str = option("Folder of MIMIC-CXR, which contains files/p10/p10000032/s50414267.txt.", metavar="DIR")
@@ -133,15 +133,13 @@ class MimicCXRSource(StudySource):
     def read(self, entry: StudyEntry) -> Study:
         folder = os.path.join(f"p{entry.patient_id[:2]}", f"p{entry.patient_id}", f"s{entry.id}")
         sections = parse_sections(_read_report(os.path.join(self._reports, f"{folder}.txt")))
-        kept = sections.findings_labelled or not self.labelled_findings
+        if self.labelled_findings and not sections.findings_labelled:
+            sections = sections._replace(findings="")
         return Study(
             images=[os.path.join(self._images, folder, dicom_id + self.image_suffix) for dicom_id, _ in entry.location],
             views=[view for _, view in entry.location],
-            findings=sections.findings if kept else "",
-            impression=sections.impression,
-            indication=sections.indication,
-            comparison=sections.comparison,
-            licence=_LICENCE,
+            **{name: getattr(sections, name) for name in TEXTS},
+            licence=MIMIC_LICENCE,
         )
 
 
@@ -165,8 +163,8 @@ def _find_csv(folders: Iterable[Path], name: str) -> Path:
                 )
             if found:
                 return found[0]
-    looked = ", ".join(map(str, folders))
-    raise ValueError(f"no mimic-cxr-*-{name}.csv or .csv.gz in {looked}: option {name!r} names the {name} CSV")
+    searched = ", ".join(map(str, folders))
+    raise ValueError(f"no mimic-cxr-*-{name}.csv or .csv.gz in {searched}: option {name!r} names the {name} CSV")
 
 
 def _read_views(path: Path) -> dict[str, int]:
@@ -191,6 +189,3 @@ def _read_report(path: str) -> str:
         raise SkipStudy("malformed", f"report {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise SkipStudy("malformed", f"report {path} is not UTF-8 text (byte {error.start})") from None
-
-
-__all__ = ["MimicCXRSource"]

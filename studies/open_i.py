@@ -10,15 +10,16 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from .iu_xray_split import IU_XRAY_COUNTS, r2gen_split, r2gen_split_ids
 from .open_i_images import ImageNames, kaggle_name, read_projections
 from .source import (
+    TEXTS,
+    ListedSource,
     Skipped,
     Study,
     StudyEntry,
-    StudySource,
     needed_file,
     needed_folder,
     option,
@@ -28,7 +29,6 @@ from .source import (
 #: Images of a study in R2Gen's annotation: the first ones in its report.
 R2GEN_VIEWS = 2
 
-_SECTIONS = ("FINDINGS", "IMPRESSION", "INDICATION", "COMPARISON")
 #: A report has about 5 kB; larger files are rejected.
 _MOST_BYTES = 1_000_000
 _WHAT_REPORTS = "Open-i's NLMCXR_reports.tgz or the folder of its XML files"
@@ -49,7 +49,7 @@ class _Report(NamedTuple):
 
 
 @dataclass
-class OpenISource(StudySource):
+class OpenISource(ListedSource):
     """The Indiana University collection: its XML reports, and its images under any of their common names.
 
     The images are Open-i's PNG files (`CXR1_1_IM-0001-3001.png`), Kaggle's (`1_IM-0001-3001.dcm.png`), or R2Gen's
@@ -97,11 +97,6 @@ class OpenISource(StudySource):
         if self.projections is not None:
             what = "Kaggle's indiana_projections.csv"
             self.projections = os.path.abspath(needed_file(self.projections, "projections", what))
-        self._listed: list[StudyEntry | Skipped] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Entries hold everything that is read of the reports.
-        return {**self.__dict__, "_listed": None}
 
     @property
     def official_counts(self) -> dict[str, int] | None:
@@ -110,15 +105,9 @@ class OpenISource(StudySource):
     def official_ids(self, split: str) -> Iterable[str] | None:
         return r2gen_split_ids().get(split) if self.split == "r2gen" else None
 
-    def entries(self) -> Iterator[StudyEntry | Skipped]:
-        # Kept, because listing again means parsing 20 MB of XML; the texts have about 2 MB.
-        if self._listed is None:
-            self._listed = self._list()
-        return iter(self._listed)
-
     def read(self, entry: StudyEntry) -> Study:
         images, views, sections, licence = entry.location
-        texts = {name.lower(): text for name, text in zip(_SECTIONS, sections, strict=True)}
+        texts = dict(zip(TEXTS, sections, strict=True))
         images = [os.path.join(self.images, image) for image in images]
         return Study(images=images, views=views, licence=licence, **texts)
 
@@ -159,15 +148,12 @@ class OpenISource(StudySource):
                 f"{self.images} holds no image of the collection: expected CXR1_1_IM-0001-3001.png, "
                 "1_IM-0001-3001.dcm.png or CXR1_1_IM-0001/0.png (option 'images')"
             )
-        if projections and not any(kaggle_name(name) in projections for name in _image_names(reports)):
+        names = (name for report in reports if isinstance(report, _Report) for name in report.images)
+        if projections and not any(kaggle_name(name) in projections for name in names):
             raise ValueError(
                 f"{self.projections} names no image of the collection: expected names as 1_IM-0001-3001.dcm.png"
             )
         return listed
-
-
-def _image_names(reports: Iterable[_Report | Skipped]) -> Iterator[str]:
-    return (name for report in reports if isinstance(report, _Report) for name in report.images)
 
 
 def _order(report: _Report | Skipped) -> tuple[int, str]:
@@ -233,12 +219,12 @@ def _parse(data: bytes | None, place: str) -> _Report | Skipped:
     for image in images:
         if not re.fullmatch(number + r"_[A-Za-z0-9_]+(-[A-Za-z0-9]+)+", image):
             return malformed(f"parentImage is {image!r}, expected a name as {number}_IM-0001-1001")
-    texts: dict[str, list[str]] = {label: [] for label in _SECTIONS}
+    texts: dict[str, list[str]] = {name: [] for name in TEXTS}
     for element in root.iter("AbstractText"):
-        label = element.get("Label", "").upper()
+        label = element.get("Label", "").lower()
         if label in texts:
             texts[label].append("".join(element.itertext()))
-    sections = tuple(" ".join(text for text in texts[label] if text) for label in _SECTIONS)
+    sections = tuple(" ".join(text for text in texts[label] if text) for label in TEXTS)
     return _Report(number, images, sections, _licence(root))
 
 
@@ -251,6 +237,3 @@ def _licence(root: ElementTree.Element) -> str:
     if root.findtext("ccLicense", "").strip() == "byncnd":
         return "CC BY-NC-ND 4.0"
     return url or root.findtext("licenseType", "").strip()
-
-
-__all__ = ["R2GEN_VIEWS", "OpenISource"]

@@ -33,10 +33,7 @@ class ImageNames:
     def find(self, study: str, image: str, place: int) -> str:
         """The path of an image in the folder; if it is missing, the expected path.
 
-        Args:
-            study: id of the study.
-            image: name in the report ("CXR1_1_IM-0001-3001").
-            place: position in the report's list, from 0.
+        `image` is its name in the report ("CXR1_1_IM-0001-3001"), `place` its position in the report's list, from 0.
         """
         for name in (*(image + extension for extension in _EXTENSIONS), kaggle_name(image)):
             if name in self.names:
@@ -84,6 +81,3 @@ def read_projections(path: str) -> dict[str, str]:
             raise ValueError(f"{path}, line {line}: projection is {projection!r}, expected Frontal or Lateral")
         found[name] = views[projection.lower()]
     return found
-
-
-__all__ = ["ImageNames", "kaggle_name", "read_projections"]

@@ -229,15 +229,3 @@ def _checked_views(views: Sequence[str]) -> tuple[str, ...]:
     if not names or any(name not in _DRAWINGS for name in names):
         raise ValueError(f"option 'views' is {views!r}: expected one or more of {', '.join(_DRAWINGS)}")
     return names
-
-
-__all__ = [
-    "SPLIT_STARTS",
-    "Phantom",
-    "PhantomSource",
-    "FindingDetail",
-    "complete_states",
-    "make_phantom",
-    "sample_states",
-    "write_report",
-]

@@ -18,7 +18,7 @@ from ..findings_otdrg import (
     POSITIVE,
     UNCLEAR,
     UNMENTIONED,
-    finding_state_id,
+    parse_findings,
 )
 
 SIDES: tuple[str, ...] = ("left", "right")
@@ -186,15 +186,9 @@ _NOTHING_SAID = "A radiograph of the chest was obtained."
 
 
 def complete_states(states: Sequence[int | str]) -> np.ndarray:
-    """Complete 13 states with no_finding, or replace it in 14 states.
+    """Complete 13 states with no_finding, or replace it in 14 states; returns (14,) int64 state ids.
 
     "No Finding" is positive if and only if nothing but support devices is positive or unclear (CheXpert's rule).
-
-    Args:
-        states: state ids or names of the first 13 findings, or of all 14.
-
-    Returns:
-        (14,) int64 state ids.
 
     Raises:
         ValueError: another number of states, or an unknown state.
@@ -211,15 +205,12 @@ def write_report(
     rng: np.random.Generator | int,
     details: Mapping[str, FindingDetail] | None = None,
 ) -> str:
-    """Write a findings section with these states: a sentence for each mentioned finding.
+    """Write a findings section: a sentence for each mentioned finding, in anatomical order.
 
     Args:
         states: state ids or names of the 14 findings, in the order of `FINDINGS`.
         rng: generator (or its seed) of the wordings, and of details that are not given.
         details: place and size by finding; missing ones are drawn.
-
-    Returns:
-        The sentences in anatomical order; a sentence without findings if none is mentioned.
 
     Raises:
         ValueError: not 14 states, an unknown state, or no_finding in contradiction to another finding.
@@ -229,7 +220,10 @@ def write_report(
     rng = np.random.default_rng(rng)
     details = {**sample_details(rng), **(details or {})}
     ids = _state_ids(FINDINGS, states)
-    _check_no_finding(ids)
+    for finding in FINDINGS[:-2] if ids["no_finding"] == POSITIVE else ():
+        if ids[finding] in (POSITIVE, UNCLEAR):
+            state = FINDING_STATES[ids[finding]]
+            raise ValueError(f"no_finding is positive although {finding} is {state}: expected unmentioned")
     sentences = []
     for finding, wordings in _SENTENCES.items():
         # One draw for each finding, mentioned or not, so that the other wordings do not depend on it.
@@ -243,9 +237,7 @@ def write_report(
 def sample_question(states: Sequence[int], rng: np.random.Generator) -> str:
     """Choose one of the mentioned findings for the indication; "" for a study without an indication.
 
-    Args:
-        states: state ids of the 14 findings.
-        rng: generator of the choice. The order in which findings are tried does not depend on the states.
+    The order in which findings are tried does not depend on the states.
     """
     carries, order = rng.random() < _ASKED, rng.permutation(len(_QUESTIONS))
     mentioned = [FINDINGS[i] for i in order if states[i] != UNMENTIONED]
@@ -253,12 +245,7 @@ def sample_question(states: Sequence[int], rng: np.random.Generator) -> str:
 
 
 def write_indication(question: str, rng: np.random.Generator) -> str:
-    """Write an indication: a symptom and the finding in question, without its state.
-
-    Args:
-        question: one of the first 13 findings, or "" for no indication.
-        rng: generator of the wording.
-    """
+    """Write an indication: a symptom and the finding in question, without its state; "" without a question."""
     if not question:
         return ""
     symptoms, asked = _QUESTIONS[question]
@@ -273,11 +260,7 @@ def write_impression(
 ) -> str:
     """Write an impression: the positive and unclear findings by name and side, or that there are none.
 
-    Args:
-        states: state ids of the 14 findings.
-        details: place and size by finding.
-        question: the finding in question, which is answered first; "" for none.
-        rng: generator (or its seed) of the wording of the answer.
+    The finding in question, if there is one, is answered first.
     """
     items = []
     if question:
@@ -314,22 +297,8 @@ def _item(finding: str, state: int, detail: FindingDetail, sized: bool = False) 
 
 def _state_ids(findings: Sequence[str], states: Sequence[int | str]) -> dict[str, int]:
     named = zip(findings, states, strict=True)
-    return {finding: finding_state_id(state if isinstance(state, str) else int(state)) for finding, state in named}
-
-
-def _check_no_finding(ids: Mapping[str, int]) -> None:
-    if ids["no_finding"] == UNMENTIONED:
-        return
-    if ids["no_finding"] != POSITIVE:
-        raise ValueError(
-            f"finding state {FINDING_STATES[ids['no_finding']]!r} is not possible for no_finding: "
-            "expected positive or unmentioned"
-        )
-    for finding, state in ids.items():
-        if state in (POSITIVE, UNCLEAR) and finding not in ("no_finding", "support_devices"):
-            raise ValueError(
-                f"no_finding is positive although {finding} is {FINDING_STATES[state]}: expected unmentioned"
-            )
+    parsed = parse_findings({name: state if isinstance(state, str) else int(state) for name, state in named})
+    return {FINDINGS[place]: state for place, state in parsed.items()}
 
 
 def _mass(detail: FindingDetail) -> str:

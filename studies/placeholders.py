@@ -66,6 +66,3 @@ def shown_value(value: object) -> str:
     if not isinstance(value, str):
         return "None" if value is None else f"of type {type(value).__name__}"
     return repr(value) if len(value) <= 60 and not re.search(r"\s", value) else f"a text of {len(value):,} characters"
-
-
-__all__ = ["present_text", "shown_value"]

@@ -28,13 +28,7 @@ _NOT_PUBLIC = {"nd", "noderivatives", "noderivs", "physionet", "credentialed"}
 def push_studies(folder: str | os.PathLike, repo_id: str, public: bool = False) -> str:
     """Upload the card and the Parquet files of a prepared dataset, so that `load_dataset(repo_id)` reads them.
 
-    Args:
-        folder: the dataset.
-        repo_id: "org/name"; the repository is created if needed, and existing shards are replaced.
-        public: whether the repository is public.
-
-    Returns:
-        The URL of the dataset.
+    The repository is created if needed, existing shards are replaced. Returns the URL of the dataset.
 
     Raises:
         ValueError: the folder is not a prepared dataset, its licence forbids publishing, `repo_id` is invalid, or the
@@ -81,12 +75,7 @@ def hub_errors(what: str, remedy: str | None = None) -> Iterator[None]:
 def make_repo(hub: HfApi, repo_id: str, repo_type: str, private: bool | None, **more) -> tuple[str, bool]:
     """Create a repository if it does not exist; an existing one is not changed.
 
-    Args:
-        hub: the client.
-        repo_id: "org/name".
-        repo_type: "model", "dataset" or "space".
-        private: visibility of a new repository; None uses the owner's default.
-        more: arguments of `create_repo`.
+    `private=None` uses the owner's default; `more` are arguments of `create_repo`.
 
     Returns:
         The id with its owner, which `repo_id` may omit, and whether the repository is private.
@@ -110,6 +99,3 @@ def _licences(folder: Path) -> list[str]:
         raise ValueError(
             f"{folder} is not a prepared dataset ({error}): expected a folder written by otdrg prepare"
         ) from None
-
-
-__all__ = ["hub_errors", "make_repo", "push_studies"]

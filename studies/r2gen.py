@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from ..files_otdrg import read_json
 from .iu_xray_split import IU_XRAY_COUNTS, r2gen_split_ids
 from .placeholders import shown_value
-from .source import Skipped, Study, StudyEntry, StudySource, needed_file, needed_folder, option, path_inside
+from .source import ListedSource, Skipped, Study, StudyEntry, needed_file, needed_folder, option, path_inside
 
 _SPLITS = {"train": "train", "val": "validation", "test": "test"}
 _IU_XRAY_ID = re.compile(r"CXR\d+(?=_)")
@@ -22,7 +22,7 @@ IU_XRAY_LICENCE = "CC BY-NC-ND 4.0"
 
 
 @dataclass
-class R2GenSource(StudySource):
+class R2GenSource(ListedSource):
     """Studies of an R2Gen annotation, `{"train": [{"id", "report", "image_path": [...]}, ...], "val", "test"}`.
 
     R2Gen's reports are the FINDINGS section. Views are "unknown", because the annotation does not have them.
@@ -38,17 +38,7 @@ class R2GenSource(StudySource):
     def __post_init__(self):
         self.annotation = str(needed_file(self.annotation, "annotation", "R2Gen's JSON file"))
         self.images = str(needed_folder(self.images, "images", "the folder of R2Gen's images"))
-        self._content: dict[str, list] | None = None
         self._collection: str | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Entries hold everything that is read.
-        return {**self.__dict__, "_content": None}
-
-    def entries(self) -> Iterator[StudyEntry | Skipped]:
-        for name, studies in self._annotated().items():
-            for position, study in enumerate(studies):
-                yield _entry(study, _SPLITS[name], self.images, f"{self.annotation}, {name}[{position}]")
 
     def read(self, entry: StudyEntry) -> Study:
         report, images, licence = entry.location
@@ -72,16 +62,20 @@ class R2GenSource(StudySource):
     def _which(self) -> str:
         """The annotated collection, recognised by its first study: "iu_xray", "mimic_cxr" or ""."""
         if self._collection is None:
-            first = next((study for studies in self._annotated().values() for study in studies), {})
-            first = first if isinstance(first, dict) else {}
-            is_iu_xray = _IU_XRAY_ID.match(str(first.get("id", "")))
-            self._collection = "mimic_cxr" if "subject_id" in first else "iu_xray" if is_iu_xray else ""
-        return self._collection
+            self.entries()
+        return self._collection or ""
 
-    def _annotated(self) -> dict[str, list]:
-        if self._content is None:
-            self._content = _read_annotation(self.annotation)
-        return self._content
+    def _list(self) -> list[StudyEntry | Skipped]:
+        annotated = _read_annotation(self.annotation)
+        first = next((study for studies in annotated.values() for study in studies), {})
+        first = first if isinstance(first, dict) else {}
+        is_iu_xray = _IU_XRAY_ID.match(str(first.get("id", "")))
+        self._collection = "mimic_cxr" if "subject_id" in first else "iu_xray" if is_iu_xray else ""
+        return [
+            _entry(study, _SPLITS[name], self.images, f"{self.annotation}, {name}[{position}]")
+            for name, studies in annotated.items()
+            for position, study in enumerate(studies)
+        ]
 
 
 def _read_annotation(path: str) -> dict[str, list]:
@@ -129,6 +123,3 @@ def _entry(study: Any, split: str, root: str, place: str) -> StudyEntry | Skippe
 
 def _shown_paths(paths: Any) -> str:
     return f"[{', '.join(map(shown_value, paths))}]" if isinstance(paths, list) else shown_value(paths)
-
-
-__all__ = ["IU_XRAY_LICENCE", "MIMIC_COUNTS", "MIMIC_LICENCE", "R2GenSource"]

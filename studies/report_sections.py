@@ -29,6 +29,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from .report_trailers import is_metadata, is_signature_line, is_trailer
+from .source import TEXTS
 
 
 class ReportSections(NamedTuple):
@@ -187,7 +188,7 @@ def parse_sections(text: str) -> ReportSections:
         text: the report with its line breaks.
     """
     passages = _passages(text)
-    found = {kind: _joined(passages, kind) for kind in ("findings", "impression", "indication", "comparison")}
+    found = {kind: _joined(passages, kind) for kind in TEXTS}
     if not found["findings"]:
         found["findings"] = _joined([p for p in passages if _content_words(p.text())], _VIEWS)
     labelled = bool(found["findings"])
@@ -294,12 +295,7 @@ def _opens(header: _Header, current: _Passage, has_ended: bool) -> bool:
 
 
 def _header(line: str, after_break: bool) -> _Header | None:
-    """The header at the beginning of a line.
-
-    Args:
-        line: a line without white space at its ends.
-        after_break: whether the previous line is blank or ends a sentence.
-    """
+    """The header at the beginning of a line; `after_break`: the previous line is blank or ends a sentence."""
     bullet = _BULLET.match(line)
     if bullet is None or not (line[bullet.end() : bullet.end() + 1].isupper() or line[0] in "*#"):
         return _plain_header(line, after_break)
@@ -331,7 +327,7 @@ def _plain_header(line: str, after_break: bool) -> _Header | None:
         kind = _kind(words) or (_kind(_words(_PARENTHESIS.sub(" ", name))) if colon else None)
         if kind is not None:
             strict = kind != "impression" or _STRICT_IMPRESSION.fullmatch(_phrase(words)) is not None
-            reopens = strict and kind in ("findings", "impression", "indication", "comparison")
+            reopens = strict and kind in TEXTS
             return _Header(kind, rest, reopens)
     if not (in_capitals or after_break) or not name[0].isupper():
         return None
@@ -359,7 +355,7 @@ def _phrase(words: list[str]) -> str:
 
 @lru_cache(4096)
 def _spelt(word: str) -> str:
-    """The known word of which this is a misspelling, or else the word itself."""
+    """The word with its spelling corrected to a word of `_SPELT`, or unchanged."""
     if word in _SPELT or len(word) < 6 or not word.isalpha():
         return word
     for known in _SPELT:
@@ -425,6 +421,3 @@ def text_without_trailer(text: str) -> str:
     """The text of a report without headers, up to its trailer, with single spaces."""
     passages = _passages(text)
     return " ".join(text for passage in passages if passage.kind == _TITLE and (text := passage.text()))
-
-
-__all__ = ["ReportSections", "parse_sections", "text_without_trailer"]

@@ -1,4 +1,4 @@
-"""Lines that are not text of a report: its end, codes, its authors, patient and order."""
+"""Recognise lines that are not part of a report's text: its end, codes, authors, patient and order."""
 
 from __future__ import annotations
 
@@ -119,6 +119,3 @@ def is_metadata(line: str) -> bool:
 def is_signature_line(line: str) -> bool:
     """Whether a line is a name with a degree, a date or a list of copies; a line of wrapped text may look the same."""
     return _SIGNATURE_PATTERN.fullmatch(line.lstrip(_DECORATION)) is not None
-
-
-__all__ = ["is_metadata", "is_signature_line", "is_trailer"]

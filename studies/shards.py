@@ -1,4 +1,4 @@
-"""How a dataset is written to a folder: in shards, so that an interrupted command can continue."""
+"""Write a dataset to a folder in shards, so that an interrupted command can continue."""
 
 from __future__ import annotations
 
@@ -124,10 +124,7 @@ class WorkFolder:
     def publish(self, shards: Sequence[tuple[str, Path]], summary: dict[str, Any], arrow: bool) -> None:
         """Move finished shards to `data/SPLIT-I-of-N.parquet`, write the summary and put the dataset in its place.
 
-        Args:
-            shards: split and Parquet file of each shard, in order.
-            summary: content of `summary.json`.
-            arrow: whether to write the dataset in the format of `load_from_disk`, too.
+        `shards` are the split and the Parquet file of each; `arrow` adds the format of `load_from_disk`.
         """
         splits: dict[str, list[Path]] = {}
         for split, file in shards:
@@ -164,7 +161,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     """Raise a `ValueError` if something at `output` may not be replaced by a dataset."""
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         if not (output / SUMMARY).is_file():
-            raise ValueError(f"{output} exists and is no dataset of studies: expected a folder that does not exist yet")
+            raise ValueError(f"{output} exists and is no dataset of studies: expected a new folder")
         if not overwrite:
             raise ValueError(f"{output} exists: --overwrite replaces it, another --output keeps it")
 
@@ -178,6 +175,3 @@ def _no_progress_bars() -> Iterator[None]:
     finally:
         if enabled:
             enable_progress_bars()
-
-
-__all__ = ["SUMMARY", "WorkFolder", "check_output", "row_batches", "write_shard"]

@@ -19,6 +19,16 @@ SPLITS: tuple[str, ...] = ("train", "validation", "test")
 #: Kinds of view; "unknown" if the source does not say.
 VIEWS: tuple[str, ...] = ("frontal", "lateral", "unknown")
 
+#: Names of splits in tables and datasets, in lower case.
+SPLIT_NAMES: dict[str, str] = {
+    "train": "train",
+    **dict.fromkeys(("val", "validate", "validation", "valid", "dev"), "validation"),
+    "test": "test",
+}
+
+#: Texts of a study besides its report.
+TEXTS: tuple[str, ...] = ("findings", "impression", "indication", "comparison")
+
 #: Reasons for skipping a study.
 SKIP_KINDS: tuple[str, ...] = (
     "malformed",
@@ -142,8 +152,26 @@ class StudySource(ABC):
 
     @classmethod
     def collection_of(cls, licence: str) -> str:
-        """What studies with this licence are, for model cards."""
+        """The collection that studies with this licence belong to, for model cards."""
         return cls.collection or f"studies of source {cls.name}"
+
+
+class ListedSource(StudySource):
+    """A source that makes its listing once, in `_list`, and keeps it; copies in other processes do not get it."""
+
+    _listing: list[StudyEntry | Skipped] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_listing": None}
+
+    def entries(self) -> Iterator[StudyEntry | Skipped]:
+        if self._listing is None:
+            self._listing = self._list()
+        return iter(self._listing)
+
+    @abstractmethod
+    def _list(self) -> list[StudyEntry | Skipped]:
+        """List the studies."""
 
 
 def option(help: str, default: Any = MISSING, metavar: str | None = None) -> Any:
@@ -231,21 +259,3 @@ def seeded_split(
     counts[largest] += len(patients) - sum(counts)
     splits = (split for split, count in zip(SPLITS, counts, strict=True) for _ in range(count))
     return dict(zip(patients, splits, strict=True))
-
-
-__all__ = [
-    "SKIP_KINDS",
-    "SPLITS",
-    "VIEWS",
-    "SkipStudy",
-    "Skipped",
-    "Study",
-    "StudyEntry",
-    "StudySource",
-    "needed_file",
-    "needed_folder",
-    "option",
-    "parse_pairs",
-    "path_inside",
-    "seeded_split",
-]

@@ -1,4 +1,4 @@
-"""Training studies that are read from disk when they are needed, for collections larger than memory."""
+"""Stream training studies from disk, for collections larger than memory."""
 
 from __future__ import annotations
 
@@ -81,6 +81,3 @@ class StreamedStudies(torch.utils.data.IterableDataset):
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch that determines the order; called by the Trainer."""
         self._stream.set_epoch(epoch)
-
-
-__all__ = ["StreamedStudies"]

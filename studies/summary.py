@@ -6,11 +6,9 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 
+from ..runtime.printable import listed, markdown_table
 from .assembly import Assembled
 from .source import SPLITS, VIEWS, Skipped, StudyEntry, StudySource
-
-#: Ids listed in a warning; all skipped studies are in `skipped.jsonl`.
-LISTED = 20
 
 #: Kinds of fault that have a count.
 _COUNTED = {
@@ -75,16 +73,14 @@ class SplitCounts:
 
 def format_counts(counts: dict[str | None, SplitCounts]) -> str:
     """A Markdown table with a row for each split, for studies with an unknown split ("none"), and for the total."""
-    names = [field.name for field in fields(SplitCounts)]
-    header = " | ".join(name.replace("_", " ") for name in names)
-    lines = [f"| split | {header} |", "|---" * (len(names) + 1) + "|"]
     rows = {split or "none": counts[split] for split in (*SPLITS, None) if split in counts}
     total = SplitCounts()
     for row in rows.values():
         total.merge(row)
-    for name, row in {**rows, "total": total}.items():
-        lines.append(f"| {name} | " + " | ".join(f"{value:,}" for value in asdict(row).values()) + " |")
-    return "\n".join(lines)
+    cells = [
+        [name, *(f"{value:,}" for value in asdict(row).values())] for name, row in {**rows, "total": total}.items()
+    ]
+    return markdown_table(["split", *(count.name.replace("_", " ") for count in fields(SplitCounts))], cells)
 
 
 class OfficialCheck:
@@ -103,17 +99,12 @@ class OfficialCheck:
                 self._absent[split] = dict.fromkeys(ids)
 
     def see(self, entry: StudyEntry | Skipped) -> None:
-        """Note that a study is listed."""
+        """Record a listed study."""
         if entry.split in self._absent:
             self._absent[entry.split].pop(entry.id, None)
 
     def warnings(self, counts: dict[str | None, SplitCounts], skipped: dict[str, Iterable[str]]) -> list[str]:
-        """One line for each split with another count than the published one, with the missing ids if known.
-
-        Args:
-            counts: studies kept.
-            skipped: `{split: ids}` of skipped studies.
-        """
+        """One line for each split whose count of kept studies differs from the published one, with the missing ids."""
         lines = []
         for split, official in (self.source.official_counts or {}).items():
             unit = self.source.official_unit
@@ -129,12 +120,3 @@ class OfficialCheck:
                         line += f"; {what}: {listed(list(ids))}"
             lines.append(line)
         return lines
-
-
-def listed(names: list[str], separator: str = ", ") -> str:
-    """The first names, and how many more there are."""
-    rest = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
-    return separator.join(names[:LISTED]) + rest
-
-
-__all__ = ["LISTED", "OfficialCheck", "SplitCounts", "format_counts", "listed"]

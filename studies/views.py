@@ -1,4 +1,4 @@
-"""The kind of a view from its name in a header or table."""
+"""Recognise a view by its name in a header or table."""
 
 from __future__ import annotations
 
@@ -11,14 +11,10 @@ _LATERAL = {"LATERAL", "LAT", "LL", "RL", "LATEROLATERAL"}
 def view_named(text: str) -> str:
     """The view that a text such as DICOM's ViewPosition names: "PA", "AP AXIAL", "LL", "XTABLE LATERAL"...
 
-    Returns:
-        "frontal", "lateral", or "unknown" if the text names neither or both. Case, hyphens and underscores are ignored.
+    "unknown" if the text names neither or both. Case, hyphens and underscores are ignored.
     """
     words = set(re.findall(r"[A-Z]+", text.upper().replace("-", "")))
     # In "lateral decubitus", "lateral" is the patient's position and not the view.
     lateral = bool(words & _LATERAL) and not any(word.startswith("DECUB") for word in words)
     frontal = bool(words & _FRONTAL)
     return "unknown" if lateral == frontal else "lateral" if lateral else "frontal"
-
-
-__all__ = ["view_named"]

@@ -139,15 +139,15 @@ class Refusal(Exception):
     Args:
         status: of HTTP.
         message: for people.
-        code: what the client tells errors apart by.
+        code: by which the client distinguishes errors.
         headers: further ones.
         fields: further ones of the body.
     """
 
     def __init__(self, status: int, message: str, code: str = "", headers: dict[str, str] | None = None, **fields: str):
         super().__init__(message)
-        told = {"X-Error-Message": message, "X-Error-Code": code}
-        self.answer = Answer({"error": message, **fields}, status, {**told, **(headers or {})})
+        error_headers = {"X-Error-Message": message, "X-Error-Code": code}
+        self.answer = Answer({"error": message, **fields}, status, {**error_headers, **(headers or {})})
 
 
 @dataclass
@@ -368,7 +368,7 @@ class _Handler(BaseHTTPRequestHandler):
         signed_in = self._signed_in(write)
         repo = self.hub.repos.get((kind or "models", id))
         if repo is None or (repo.private and not signed_in):
-            # Who has not signed in is not told which of the two it is.
+            # Without a token the answer does not say which of the two it is.
             raise Refusal(404 if signed_in else 401, "Repository not found", "RepoNotFound")
         return repo
 

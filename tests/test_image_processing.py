@@ -78,7 +78,7 @@ def test_read_view_reads_no_other_format_than_listed(tmp_path):
 def test_read_view_of_a_png_called_dicom_says_so(tmp_path):
     path = tmp_path / "view.dcm"
     path.write_bytes(encoded("PNG"))
-    assert refused(path).endswith("a PNG file called DICOM, expected DICOM: rename it")
+    assert refused(path).endswith("a PNG file with the name of a DICOM file: rename it")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP", "GIF", "JPEG2000", "PPM", "BMP", "AVIF", "QOI"])
@@ -235,7 +235,7 @@ def test_read_view_follows_no_redirect_to_a_private_address(server, path):
 def test_read_view_of_a_slow_url_ends_at_its_time(server, monkeypatch, path):
     monkeypatch.setattr(image_processing, "_URL_SECONDS", 0.5)
     begin = time.monotonic()
-    assert "not there within 0.5 seconds" in refused(f"http://{server}/{path}")
+    assert "not downloaded within 0.5 seconds" in refused(f"http://{server}/{path}")
     assert time.monotonic() - begin < 5
 
 
@@ -391,7 +391,7 @@ def test_read_view_of_dicom_refuses_frames_larger_than_it_says(dicom, tmp_path):
     dataset.PixelData = pydicom.encaps.encapsulate([bytes(frame)])
     dataset["PixelData"].VR = "OB"
     dataset.save_as(tmp_path / "frame.dcm")
-    assert "60000x60000 pixels, expected at most 64000000 in all" in refused(tmp_path / "frame.dcm")
+    assert "60000x60000 pixels, expected at most 64000000 in total" in refused(tmp_path / "frame.dcm")
 
 
 def test_read_view_of_12_bit_jpeg_in_dicom_names_codec_and_decoder(dicom, tmp_path):

@@ -223,14 +223,16 @@ def test_pipeline_contradictions_compare_with_the_conditioning_states(pipe, path
     more = {"findings": steered, "return_contradictions": True, **FEW}
     (first, second) = pipe(paths[0], num_return_sequences=2, num_beams=2, **more)
     # The first report: normal heart, clear lungs, no effusion, no pneumothorax.
-    assert {"finding": "edema", "told": "positive", "said": "unmentioned", "kind": "omitted"} in first["contradictions"]
+    assert {"finding": "edema", "given": "positive", "said": "unmentioned", "kind": "omitted"} in first[
+        "contradictions"
+    ]
     added = [one["finding"] for one in first["contradictions"] if one["kind"] == "added"]
     assert "pleural_effusion" in added and "pneumothorax" not in added
     # The second: an enlarged heart and effusions, no word of a pneumothorax.
     assert second["contradictions"] == disagreements(second, reports[1])
     assert [one["finding"] for one in second["contradictions"] if one["kind"] == "omitted"] == ["edema", "pneumothorax"]
     contrary = pipe(paths[0], return_contradictions=True, findings={"pleural effusion": "positive"}, **FEW)[0]
-    assert {"finding": "pleural_effusion", "told": "positive", "said": "negative", "kind": "contradicted"} in contrary[
+    assert {"finding": "pleural_effusion", "given": "positive", "said": "negative", "kind": "contradicted"} in contrary[
         "contradictions"
     ]
 
@@ -261,7 +263,7 @@ def disagreements(record, report):
     return [
         {
             "finding": name,
-            "told": finding["state"],
+            "given": finding["state"],
             "said": state,
             "kind": kinds[finding["state"] == "unmentioned", state == "unmentioned"],
         }

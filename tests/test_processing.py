@@ -483,7 +483,7 @@ def test_read_view_dicom_by_content_dataset_and_batch(dicom, processor, tmp_path
         ({"pixels": ramp(0, 9).repeat(3, 0).reshape(3, 48, 40), "NumberOfFrames": 3}, "3 frames, expected one radio"),
         ({"pixels": ramp(0, 9), "Rows": 480}, "pixels cannot be decoded"),
         ({"pixels": ramp(0, 9), "WindowCenter": 5, "WindowWidth": 0}, "pixels cannot be decoded"),
-        ({"pixels": ramp(0, 9)[:4]}, "40x4 pixels, expected at least 16 a side"),
+        ({"pixels": ramp(0, 9)[:4]}, "40x4 pixels, expected at least 16 on each side"),
     ],
 )
 def test_read_view_dicom_that_is_no_radiograph_is_named(dicom, fields, message):
@@ -537,8 +537,8 @@ BAD_FILES = {
     "half.jpg": (encoded("JPEG")[:2000], "the image is damaged"),
     "header.jpg": (encoded("JPEG")[:100], "the image is damaged"),
     "header.png": (encoded("PNG")[:20], "the image is damaged"),
-    "one.png": (encoded("PNG", (1, 1)), "1x1 pixels, expected at least 16 a side"),
-    "thin.png": (encoded("PNG", (64, 15)), "15x64 pixels, expected at least 16 a side"),
+    "one.png": (encoded("PNG", (1, 1)), "1x1 pixels, expected at least 16 on each side"),
+    "thin.png": (encoded("PNG", (64, 15)), "15x64 pixels, expected at least 16 on each side"),
     "bomb.png": (png_header(100_000, 100_000), "expected at most 64000000 pixels"),
     "small bomb.png": (png_header(12_000, 12_000), "12000x12000 pixels, expected at most 64000000"),
 }
@@ -585,9 +585,9 @@ def test_read_view_missing_file_or_folder_is_named(tmp_path):
         (np.zeros((2, 2, 32, 32)), r"array: shape \(2, 2, 32, 32\), expected \(height, width\)"),
         (np.zeros((32, 32, 2)), r"array: shape \(32, 32, 2\)"),
         (np.zeros((0, 32)), r"array: shape \(0, 32\)"),
-        (np.zeros((1, 1)), r"array: 1x1 pixels, expected at least 16 a side"),
+        (np.zeros((1, 1)), r"array: 1x1 pixels, expected at least 16 on each side"),
         (np.zeros((32, 32), complex), "array: values of type complex128, expected numbers"),
-        (Image.new("L", (8, 64)), "image: 8x64 pixels, expected at least 16 a side"),
+        (Image.new("L", (8, 64)), "image: 8x64 pixels, expected at least 16 on each side"),
         (None, "a view is a NoneType: expected a path, URL, PIL image, array or DICOM dataset"),
         (7, "a view is a int: expected a path"),
         ({"image": "a.png"}, "a view is a dict: expected a path"),
@@ -600,7 +600,7 @@ def test_read_view_wrong_view_is_named(processor, view, message):
 
 @pytest.mark.parametrize("images", [None, [], ()])
 def test_processor_no_image_is_refused(processor, images):
-    with pytest.raises(ValueError, match="no image: a report is only written from at least one view"):
+    with pytest.raises(ValueError, match="no image: expected at least one view"):
         processor(images=images, text="<image> Describe it.")
 
 

@@ -266,7 +266,7 @@ def test_sinkhorn_any_scale_of_cost_is_finite(scale):
     (gradient,) = torch.autograd.grad(output.distance.sum(), cost)
     for name, value in [*output._asdict().items(), ("gradient", gradient)]:
         assert value.isfinite().all(), name
-    if scale <= 1e3:  # beyond, costs differ by less than float32 tells apart at their size
+    if scale <= 1e3:  # beyond, costs differ by less than the resolution of float32
         # The columns are the last to be updated, so that their marginals hold whatever has converged.
         assert torch.allclose(output.plan.sum(dim=1), torch.full((2, 5), 0.2), atol=1e-3)
 

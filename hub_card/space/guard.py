@@ -1,4 +1,4 @@
-"""Which requests reach the page: from its own visitors, to its own routes, within its limits of size."""
+"""Refuse requests that come from other sites, ask for unused routes or are too large."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Hosts:
         self.on_the_hub = "SPACE_ID" in os.environ
 
     def __contains__(self, header: str | None) -> bool:
-        """Whether a `Host` header names this server, with any port: ssh forwards from any."""
+        """Whether a `Host` header names this server; any port is allowed, because ssh may forward any."""
         name = _host_name(header)
         if name is None:
             return False
@@ -65,7 +65,7 @@ class Hosts:
         return self.any_address and _is_address(name)
 
     def same_site(self, headers: Headers) -> bool:
-        """Whether a request comes from this page, or from no page."""
+        """Whether a request comes from this page or not from a web page."""
         origin = headers.get("origin")
         if origin is None:
             return headers.get("sec-fetch-site", "none") in ("none", "same-origin")
@@ -74,13 +74,7 @@ class Hosts:
 
 
 class Guard:
-    """ASGI middleware in front of Gradio's application.
-
-    Args:
-        app: Gradio's application.
-        hosts: names of this server.
-        uploads: folder where the application writes uploads.
-    """
+    """ASGI middleware in front of Gradio's application, which writes uploads to the folder `uploads`."""
 
     def __init__(self, app: ASGIApp, hosts: Hosts, uploads: UploadFolder):
         self.app, self.hosts, self.uploads = app, hosts, uploads
@@ -220,6 +214,3 @@ def _is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-__all__ = ["HOSTS_VARIABLE", "MAX_JSON", "Guard", "Hosts"]

@@ -1,4 +1,4 @@
-"""The page: a study goes in, its report streams out; finding states can be changed, and each finding has a heatmap."""
+"""The page: upload a study, stream its report, change finding states, show the heatmap of a finding."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _QUICK = {**_PRIVATE, "queue": False}
 
 
 class Written(NamedTuple):
-    """A report with the views it was written from, which may differ from those in the form by now."""
+    """A report and its views; the form may show other views in the meantime."""
 
     views: list[View]
     record: dict[str, Any]
@@ -86,13 +86,7 @@ class Visitor:
 
 
 def build_demo(pipe: ReportGenerationPipeline, name: str, max_new_tokens: int | None = None) -> gr.Blocks:
-    """Build the page of one model; [`serving.serve`] shows it.
-
-    Args:
-        pipe: the model's pipeline.
-        name: the model's name, for the heading.
-        max_new_tokens: maximum number of tokens of a report; by default the model's.
-    """
+    """Build the page of one model, which [`serving.serve`] shows; `name` is its heading."""
     page = _Page(pipe, max_new_tokens)
     with gr.Blocks(title="OTDRG", analytics_enabled=False) as demo:
         gr.Markdown(f"# Radiology report generation\nModel: {escape(printable(name))}")
@@ -114,7 +108,7 @@ class _Page:
         self.pipe, self.max_new_tokens = pipe, max_new_tokens
         self.steerable, self.has_plan = pipe.model.config.dle, pipe.model.config.fiot
         self.examples = phantom_examples(max(pipe.model.config.image_size, 256))
-        # Reading a view takes up to 1 GB, and matplotlib is not thread-safe: one thread for each, whoever asks.
+        # Reading a view takes up to 1 GB, and matplotlib is not thread-safe: one thread for each, for all visitors.
         self.reader, self.painter = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def lay_out_study(self) -> None:
@@ -247,7 +241,7 @@ class _Page:
             visitor.problem = _one_line(error)
 
     def _resize(self, view: Image.Image) -> Image.Image:
-        """Resize a view as the model's image processor does, so that the report is that of the full view."""
+        """Resize a view as the model's image processor does, which gives the same report as the full view."""
         pixels = self.pipe.processor.image_processor(view, do_rescale=False, do_normalize=False, return_tensors="np")
         return Image.fromarray(np.moveaxis(pixels["pixel_values"][0], 0, -1).astype(np.uint8))
 
@@ -279,7 +273,7 @@ class _Page:
         yield from self._write(visitor, indication)
 
     def write_again(self, indication: str | None, finding: str, *inputs: Any) -> Iterator[dict]:
-        """Write it from the chosen states, and keep showing the heatmap of `finding`."""
+        """Write the report from the chosen states, and keep the heatmap of `finding`."""
         *states, visitor = inputs
         if None in states:
             yield self._fail(visitor, "there are no states yet: write a report first")
@@ -397,6 +391,3 @@ def _one_line(error: Exception | str) -> str:
 
 def _alert(problem: str) -> dict:
     return _visible(f'<p role="alert">⚠ {escape(problem)}</p>' if problem else "")
-
-
-__all__ = ["WARNING", "build_demo"]

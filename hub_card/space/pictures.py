@@ -25,16 +25,7 @@ def preview(views: Sequence[View]) -> str:
 
 
 def heatmap(views: Sequence[View], record: dict[str, Any], finding: str) -> str:
-    """The transport plan of one finding over the views of a study.
-
-    Args:
-        views: of the study.
-        record: of the pipeline, with `heatmaps` and `findings`.
-        finding: one of the 14.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """The transport plan of one finding over the views of a study; `record` is the pipeline's, with heatmaps."""
     data = io.BytesIO()
     draw_heatmaps([view.image for view in views], record["heatmaps"], record["findings"], data, names=[finding])
     found, name = record["findings"][finding], FINDING_DISPLAY_NAMES[finding]
@@ -44,7 +35,7 @@ def heatmap(views: Sequence[View], record: dict[str, Any], finding: str) -> str:
 
 
 def printable(text: str, length: int = 80) -> str:
-    """Text of a visitor on one line, shortened, without control characters and marks that change its direction."""
+    """Text of a visitor, shortened, without control characters and direction marks."""
     text = "".join(character if character.isprintable() else "�" for character in text)
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
@@ -53,6 +44,3 @@ def _figure(data: io.BytesIO, form: str, alternative: str, caption: str) -> str:
     encoded = base64.b64encode(data.getvalue()).decode()
     image = f'<img src="data:image/{form};base64,{encoded}" alt="{escape(alternative)}">'
     return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-__all__ = ["heatmap", "preview", "printable"]

@@ -1,4 +1,4 @@
-"""A report's findings as Markdown: the states it was written from, and where it disagrees with them."""
+"""A report's findings as Markdown: the conditioning states, and where the report disagrees with them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from ...findings_otdrg import FINDING_DISPLAY_NAMES
 from ...metrics.faithfulness import KINDS
+from ...runtime.printable import markdown_table
 
 _LEGEND = (
     "**State**: the model was conditioned on it; predicted, unless you chose it. **p**: the label predictor's "
@@ -15,15 +16,9 @@ _LEGEND_UNUSED = "**State**: as predicted; this model is not conditioned on stat
 
 
 def findings_table(record: dict[str, Any], steerable: bool) -> str:
-    """The 14 findings of a record of the pipeline, a row each; rows that the report contradicts are bold.
-
-    Args:
-        record: with `findings` and, for a model conditioned on states, `contradictions`.
-        steerable: whether the model is conditioned on states.
-    """
+    """The 14 findings of a record of the pipeline, a row each; rows that the report contradicts are bold."""
     disagreements = {each["finding"]: each for each in record.get("contradictions", ())}
-    # Not `metrics.tables.markdown_table`: a Space does not install the libraries that it imports.
-    rows = [["Finding", "State", "p", "Report says"], ["---"] * 4]
+    rows = []
     for finding, found in record["findings"].items():
         cells = [FINDING_DISPLAY_NAMES[finding], found["state"], f"{found['probability']:.2f}"]
         each = disagreements.get(finding)
@@ -35,7 +30,7 @@ def findings_table(record: dict[str, Any], steerable: bool) -> str:
         if each is not None and each["kind"] == "contradicted":
             cells = [f"**{cell}**" for cell in (f"⚠ {cells[0]}", *cells[1:])]
         rows.append(cells)
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+    table = markdown_table(["Finding", "State", "p", "Report says"], rows)
     return f"{table}\n\n{_LEGEND if steerable else _LEGEND_UNUSED}"
 
 
@@ -53,6 +48,3 @@ def contradiction_list(record: dict[str, Any]) -> str:
         line = f"{name}, {each['kind']}: state {state}, {said}"
         lines.append(f"- **{line}**" if each["kind"] == "contradicted" else f"- {line}")
     return "\n".join(lines)
-
-
-__all__ = ["contradiction_list", "findings_table"]

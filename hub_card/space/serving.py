@@ -1,4 +1,4 @@
-"""How the page is served: addresses, limits, and what is not kept."""
+"""Serve the page: address, limits and privacy settings."""
 
 from __future__ import annotations
 
@@ -30,16 +30,10 @@ figcaption { font-size: var(--text-sm); overflow-wrap: anywhere; }
 
 
 def serve(demo: gr.Blocks, server_name: str | None = None, port: int | None = None, block: bool = True) -> str:
-    """Show a page of [`build_demo`]; nothing is shared, recorded or fetched from elsewhere.
+    """Show a page of [`build_demo`] and return its address; nothing is shared, recorded or fetched from elsewhere.
 
-    Args:
-        demo: the page.
-        server_name: address to listen on; by default Gradio's, from its environment variables, as on a Space.
-        port: port to listen on; by default likewise.
-        block: whether to return only when the server ends.
-
-    Returns:
-        The page's address on this machine.
+    Without `server_name` and `port`, Gradio's environment variables apply, as on a Space. `block` waits for the end of
+    the server.
 
     Raises:
         OSError: the port is taken.
@@ -66,6 +60,3 @@ def serve(demo: gr.Blocks, server_name: str | None = None, port: int | None = No
         css=_CSS,
     )
     return address
-
-
-__all__ = ["serve"]

@@ -43,6 +43,3 @@ def _delete_leftovers() -> None:
                 shutil.rmtree(folder)
             finally:
                 os.close(descriptor)
-
-
-__all__ = ["upload_folder"]

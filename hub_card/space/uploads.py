@@ -127,11 +127,7 @@ def read_uploads(
 ) -> list[View]:
     """Read uploaded views and append them to a study's; the files are deleted, whether they could be read or not.
 
-    Args:
-        paths: uploaded files, images or DICOM.
-        before: views that the study already has.
-        max_pixels: largest number of pixels of an image.
-        resize: makes the model's input of a view; by default a copy of the view.
+    `resize` makes the model's input of a view; by default a copy of the view.
 
     Raises:
         ValueError: more than `MAX_VIEWS` in all, or a file cannot be read; the message has its name.
@@ -180,18 +176,3 @@ def _delete(path: Path, root: Path | None = None) -> None:
         path.unlink()
         if path.parent != root:
             path.parent.rmdir()
-
-
-__all__ = [
-    "KEPT_UNREAD",
-    "MAX_FILE_SIZE",
-    "MAX_REQUEST",
-    "MAX_UPLOADS",
-    "MAX_VIEWS",
-    "UPLOAD_SECONDS",
-    "NoRoomError",
-    "UploadFolder",
-    "View",
-    "phantom_examples",
-    "read_uploads",
-]

@@ -1,4 +1,4 @@
-"""Streaming of a report: its text as it grows, then the pipeline's record."""
+"""Stream a report: first its growing text, then the pipeline's record."""
 
 from __future__ import annotations
 
@@ -82,6 +82,3 @@ class _Left(StoppingCriteria):
 
     def __call__(self, input_ids, scores, **kwargs) -> bool:
         return self.left.is_set()
-
-
-__all__ = ["stream_report"]

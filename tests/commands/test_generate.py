@@ -63,10 +63,10 @@ def test_generate_json_equals_the_pipeline(generate, model, processor, paths, tm
     assert status == 0 and error == ""
     pipe = ReportGenerationPipeline(model=model, processor=processor)
     for record, study in zip(rows_of(shown), (paths[:1], paths[1:]), strict=True):
-        told = {"edema": "positive", "pleural_effusion": "unclear"}
-        expected = pipe([study], findings=told, indication="cough", num_beams=1, max_new_tokens=6)[0][0]
+        given = {"edema": "positive", "pleural_effusion": "unclear"}
+        expected = pipe([study], findings=given, indication="cough", num_beams=1, max_new_tokens=6)[0][0]
         assert record["id"] == " + ".join(study) and record["images"] == study
-        assert (record["indication"], record["steered"]) == ("cough", told)
+        assert (record["indication"], record["steered"]) == ("cough", given)
         assert record["report"] == expected["generated_text"]
         for name in FINDINGS:
             assert record["findings"][name]["state"] == expected["findings"][name]["state"]
@@ -115,8 +115,8 @@ def test_generate_guidance_scale_is_that_of_the_pipeline(generate, model, proces
         (["--findings", "edema=maybe"], "--findings edema=maybe: unknown finding state 'maybe'"),
         (["--batch-size", "0"], "--batch-size is 0: expected 1 or more"),
         (["--guidance-scale", "0.5"], "--guidance-scale is 0.5: expected a number of at least 1"),
-        (["--resume"], "--resume goes with --output: expected both"),
-        (["--split", "test"], "--split goes with --studies and a folder of otdrg prepare"),
+        (["--resume"], "--resume needs --output: expected both"),
+        (["--split", "test"], "--split needs --studies with a folder of otdrg prepare"),
         (["--output", "."], "--output .: this is a folder"),
         (["--output", "reports.json"], "--output reports.json: another kind of file, expected the name of a .jsonl"),
         (["--output", f"{__file__}/reports.jsonl"], "test_generate.py is not a writable folder"),
@@ -138,7 +138,7 @@ def test_generate_wrong_model_or_image_is_one_line(generate, paths, tmp_path, mo
     note = tmp_path / "note.png"
     note.write_text("not an image")
     monkeypatch.setattr("otdrg.inference.loading.load_published", None)
-    # Told of before the model is loaded.
+    # Printed before the model is loaded.
     status, shown, error = generate("--study", paths[0], "--study", note)
     assert status == 1 and shown == ""
     one_line(error, f"{note}: not an image")
@@ -198,8 +198,8 @@ def test_generate_unreadable_study_is_skipped_and_named(generate, paths, tmp_pat
     status, shown, error = generate("--studies", tmp_path / "list", "--json", "--batch-size", "2")
     assert status == 1
     assert [row["id"] for row in rows_of(shown)] == [paths[0], paths[2]]
-    told, last = error.splitlines()
-    assert told == "left out: nowhere.png: cannot be read (No such file or directory)"
+    fault, last = error.splitlines()
+    assert fault == "left out: nowhere.png: cannot be read (No such file or directory)"
     assert last.startswith("otdrg generate: error: 1 of 3 studies were left out, for the reasons above")
 
 

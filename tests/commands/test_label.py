@@ -318,9 +318,9 @@ def test_label_help_shows_each_form(capsys):
         (["studies", "--reports", "r.csv"], "dataset and reports given"),
         (["--reports", "r.csv", "--labeler", "rules"], "--output is missing"),
         (["--reports", "r.csv", "--labeler", "csv", "--output", "o"], "--labeler csv joins states to studies by id"),
-        (["--reports", "r.csv", "--labeler", "rules", "--output", "o", "--relabel"], "--relabel does not go with"),
-        (["--compare", "a.csv", "b.csv", "--labeler", "rules"], "--labeler does not go with --compare"),
-        (["studies", "--labeler", "csv"], "--labeler csv and --csv FILE go together"),
+        (["--reports", "r.csv", "--labeler", "rules", "--output", "o", "--relabel"], "--relabel cannot be used with"),
+        (["--compare", "a.csv", "b.csv", "--labeler", "rules"], "--labeler cannot be used with --compare"),
+        (["studies", "--labeler", "csv"], "--labeler csv and --csv FILE: expected both or neither"),
         (["studies", "--labeler", "rules", "--option", "x"], "--option x: expected NAME=VALUE"),
         (["studies", "--labeler", "rules", "--option", "size=3"], "unknown option 'size' of labeler 'rules'"),
         (["studies", "--labeler", "rules", "--option", "vocabulary=["], "--option vocabulary=[: the value is not YAML"),
@@ -330,7 +330,7 @@ def test_label_help_shows_each_form(capsys):
         (["studies", "--labeler", "rules", "--id-column", "x"], "--id-column is a column of --csv"),
         (
             ["studies", "--labeler", "csv", "--csv", "s.csv", "--option", "a=1"],
-            "--option does not go with --labeler csv",
+            "--option cannot be used with --labeler csv",
         ),
         (["studies", "--labeler", "llm"], "labeler 'llm' needs the option 'model'"),
         (
@@ -395,5 +395,5 @@ def test_label_signal_reports_what_is_kept(built, monkeypatch, capsys, stop, sta
     monkeypatch.setattr("otdrg.labelers.labelling._copy_rest", stopped)
     assert main(["label", str(built)]) == status
     error = capsys.readouterr().err.splitlines()[-1]
-    told = "terminated (SIGTERM)" if stop is Terminated else "interrupted"
-    assert error.startswith(f"otdrg label: {told}; 4 complete shards are kept in {built}.partial; --resume continues")
+    ended = "terminated (SIGTERM)" if stop is Terminated else "interrupted"
+    assert error.startswith(f"otdrg label: {ended}; 4 complete shards are kept in {built}.partial; --resume continues")

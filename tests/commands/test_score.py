@@ -245,7 +245,7 @@ def test_score_missing_column_is_one_line(files, tmp_path, capsys):
     [
         (["--bootstrap", "0"], "--bootstrap is 0: expected at least 1 with --against"),
         (["--seed", "-1"], "--seed is -1"),
-        (["--tokenizer", "x"], "--tokenizer goes with --protocol r2gengpt"),
+        (["--tokenizer", "x"], "--tokenizer needs --protocol r2gengpt"),
         (["--protocol", "r2gengpt"], "expected --tokenizer"),
         (["--protocol", "r2gengpt", "--tokenizer", "x"], "expected --reference-tokens, 60 for IU X-Ray"),
         (["--protocol", "r2gengpt", "--tokenizer", "x", "--reference-tokens", "-1"], "-1, expected at least 1"),

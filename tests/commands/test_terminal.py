@@ -19,9 +19,9 @@ def record(**more):
         "complete": True,
         "findings": findings,
         "contradictions": [
-            {"finding": "lung_lesion", "told": "unmentioned", "said": "positive", "kind": "added"},
-            {"finding": "edema", "told": "negative", "said": "positive", "kind": "contradicted"},
-            {"finding": "fracture", "told": "positive", "said": "unmentioned", "kind": "omitted"},
+            {"finding": "lung_lesion", "given": "unmentioned", "said": "positive", "kind": "added"},
+            {"finding": "edema", "given": "negative", "said": "positive", "kind": "contradicted"},
+            {"finding": "fracture", "given": "positive", "said": "unmentioned", "kind": "omitted"},
         ],
         **more,
     }

@@ -73,7 +73,7 @@ def test_localise_predicted_makes_plans_for_predicted_states(trained_run, tmp_pa
     assert predicted["states"] == "predicted" and predicted["views"] == ["frontal", "lateral"] and true["seed"] == 3
     positives = [sum(counts["positive"] for counts in result["counts"].values()) for result in (true, predicted)]
     assert positives[0] == positives[1] > 0
-    assert sum(counts["told_positive"] for counts in true["counts"].values()) == positives[0]
+    assert sum(counts["given_positive"] for counts in true["counts"].values()) == positives[0]
     for counts in predicted["counts"].values():
         assert counts["judged"] + counts["unseen"] + counts["covering"] == 2 * counts["positive"]
 

@@ -301,7 +301,7 @@ def test_summarize_refuses_runs_scored_on_other_studies(recipe, references, tmp_
     plan = plan_runs(recipe, [], [BASELINE, DLE], [1], tmp_path)
     finish(plan.by_row[BASELINE, 1], references, 0.5)
     finish(plan.by_row[DLE, 1], [*references[1:], references[0]], 0.5)
-    with pytest.raises(ValueError, match=r"predictions\.csv are of different studies"):
+    with pytest.raises(ValueError, match=r"predictions\.csv have different studies"):
         summarize(plan)
 
 

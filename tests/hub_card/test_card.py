@@ -521,13 +521,13 @@ def test_card_wrong_input_is_one_clear_error(copied, tmp_path):
     with pytest.raises(ValueError, match="was not written by otdrg evaluate: studies is missing"):
         build_card(copied, "org/tiny", [tmp_path])
     (tmp_path / "evaluation.json").write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"evaluation\.json cannot be read"):
+    with pytest.raises(ValueError, match=r"evaluation\.json is not valid JSON"):
         build_card(copied, "org/tiny", [tmp_path])
     shutil.copy(good / "evaluation.json", tmp_path)
     with pytest.raises(ValueError, match="same dataset, split, protocol, decoding and labeler, expected one"):
         build_card(copied, "org/tiny", [good, tmp_path])
     assert build_card(copied, "org/tiny", [good, good / "evaluation.json"]).data.eval_results
-    with pytest.raises(ValueError, match="is of another model than run"):
+    with pytest.raises(ValueError, match="belongs to another model than run"):
         build_card(copied, "org/tiny", model_digest="0" * 32)
     digest = copy.copy(evaluation_of(good)["generation"]["model"])
     assert build_card(copied, "org/tiny", model_digest=digest).data.eval_results

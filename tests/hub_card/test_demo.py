@@ -370,7 +370,7 @@ def bad_uploads(png, dicom, tmp_path):
     cut.write_bytes(Path(dicom(np.full((48, 40), 7, np.uint16))).read_bytes()[:-500])
     return (
         ([str(note)], "note.png: not an image, expected PNG, JPEG, TIFF"),
-        ([str(huge)], "huge.png: 9000x9000 pixels, expected at most 64000000 in all"),
+        ([str(huge)], "huge.png: 9000x9000 pixels, expected at most 64000000 in total"),
         ([str(cut)], "cut.dcm: the DICOM file's pixels cannot be decoded"),
         ([png(1, "a.png"), png(2, "b.png"), png(3, "c.png")], "3 views: expected one or two"),
     )

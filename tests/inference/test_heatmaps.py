@@ -188,5 +188,5 @@ def test_draw_heatmaps_report_is_above(tmp_path):
 
 
 def test_draw_heatmaps_maps_of_other_views_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="heatmaps of edema are of 1 views: expected 2"):
+    with pytest.raises(ValueError, match="heatmaps of edema have 1 views: expected 2"):
         draw_heatmaps([GRAY, GRAY], plans(), findings(), tmp_path / "a.png", names=["edema"])

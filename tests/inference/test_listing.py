@@ -47,15 +47,15 @@ def test_typed_studies_duplicate_is_refused():
         (["a.png", "", "a.png"], "list.txt, line 3: 'a.png' is in line 1 too"),
         (['{"images": '], r"list.txt, line 1: no JSON \("),
         (['{"image": "a.png"}'], "unknown key 'image', expected some of id, images, indication, findings"),
-        (['{"id": "a"}'], "images: expected the path of a view, or a list of such"),
+        (['{"id": "a"}'], "images: expected the path of a view, or a list of paths"),
         (['{"images": []}'], "images: expected the path"),
         (['{"images": ["a.png", 3]}'], "images: expected the path"),
         (['{"images": "a.png", "id": 3}'], "id is 3, expected a string"),
         (['{"images": "a.png", "findings": "No edema."}'], "findings is 'No edema.', expected an object such as"),
         (['{"images": "a.png", "findings": {"oedema": "positive"}}'], "line 1: unknown finding 'oedema'"),
         (["", " "], "list.txt lists no study"),
-        (["a.png", "l\udce9on.png"], r"list.txt, line 2: images 'l\\udce9on.png': not UTF-8"),
-        (['{"images": "a.png", "id": "l\\udce9on"}'], r"line 1: id 'l\\udce9on': not UTF-8"),
+        (["a.png", "l\udce9on.png"], r"list.txt, line 2: images 'l\\udce9on.png': cannot be encoded as UTF-8"),
+        (['{"images": "a.png", "id": "l\\udce9on"}'], r"line 1: id 'l\\udce9on': cannot be encoded as UTF-8"),
     ],
 )
 def test_listed_studies_wrong_line_is_named(lines, message):

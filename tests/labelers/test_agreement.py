@@ -69,9 +69,9 @@ def test_agreement_overall_figures():
 @pytest.mark.parametrize(
     ("reference", "candidate", "message"),
     [
-        (np.zeros((3, 13), int), np.zeros((3, 13), int), r"reference has shape \(3, 13\): expected \(reports, 14\)"),
-        (np.zeros((3, 14), int), np.zeros((4, 14), int), "reference has 3 reports and candidate 4"),
-        (np.zeros((3, 14), int), np.full((3, 14), -1), r"candidate has state ids \[-1\]: expected 0 to 3"),
+        (np.zeros((3, 13), int), np.zeros((3, 13), int), r"reference has shape \(3, 13\): expected \(3, 14\)"),
+        (np.zeros((3, 14), int), np.zeros((4, 14), int), r"candidate has shape \(4, 14\): expected \(3, 14\)"),
+        (np.zeros((3, 14), int), np.full((3, 14), -1), r"candidate has \[-1\]: expected ids 0 to 3"),
     ],
 )
 def test_agreement_wrong_states_are_refused(reference, candidate, message):

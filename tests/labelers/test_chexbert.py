@@ -105,7 +105,7 @@ def expected_states(bert, tokenizer, report):
 def test_chexbert_heads_are_matched_by_name():
     from otdrg.labelers import chexbert
 
-    assert list(chexbert.CONDITIONS) == CONDITIONS
+    assert list(FINDING_DISPLAY_NAMES.values()) == CONDITIONS
     assert dict(zip(CONDITIONS, chexbert.HEAD_SIZES, strict=True)) == {**dict.fromkeys(CONDITIONS, 4), "No Finding": 2}
 
 
@@ -224,24 +224,27 @@ WORD = "module.bert.embeddings.word_embeddings.weight"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: w.pop("module.linear_heads.13.weight"), r"missing are linear_heads\.13\.weight$"),
+        (lambda w: w.pop("module.linear_heads.13.weight"), r'Missing key\(s\).* "linear_heads\.13\.weight"\.'),
         (
             lambda w: w.update({"module.linear_heads.1.weight": torch.zeros(2, 32)}),
-            r"of another shape are linear_heads\.1\.weight \(2, 32\) instead of \(4, 32\)$",
+            r"size mismatch for linear_heads\.1\.weight: .*\[2, 32\]\) from checkpoint, .*\[4, 32\]\)\.$",
         ),
         (
             lambda w: w.update({"module.linear_heads.0.weight": torch.zeros(4, 64)}),
-            r"linear_heads\.0\.weight \(4, 64\) instead of \(4, 32\)$",
+            r"size mismatch for linear_heads\.0\.weight: .*\[4, 64\]\) from checkpoint, .*\[4, 32\]\)\.$",
         ),
         (
             lambda w: [w.pop(name) for name in list(w) if "layer.1.attention" in name],
-            r"missing are bert\.encoder\.layer\.1\.attention\.self\.query\.weight, .* and 5 more$",
+            r'Missing key\(s\).* "bert\.encoder\.layer\.1\.attention\.self\.query\.weight", ',
         ),
         (
             lambda w: w.update({"module.bert.encoder.layer.x.new": torch.zeros(1), "module.cnn": torch.zeros(1)}),
-            r"unknown are bert\.encoder\.layer\.x\.new, cnn$",
+            r'Unexpected key\(s\).* "cnn"',
         ),
-        (lambda w: w.update({"module.linear_heads.14.weight": torch.zeros(4, 32)}), r"unknown are linear_heads\.14"),
+        (
+            lambda w: w.update({"module.linear_heads.14.weight": torch.zeros(4, 32)}),
+            r'Unexpected key\(s\).* "linear_heads\.14',
+        ),
         (lambda w: w.pop(WORD), r"bert\.embeddings\.word_embeddings\.weight is missing"),
         (lambda w: w.update({WORD: torch.zeros(5)}), r"word_embeddings\.weight has 1 axes, expected 2"),
         (lambda w: w.update({3: torch.zeros(5)}), "expected weights under 'model_state_dict'"),
@@ -322,8 +325,8 @@ def test_chexbert_vocabulary_alone_is_accepted(labeler, save, weights, write_voc
 
 @pytest.mark.parametrize("words", [WORDS[:-1], [*WORDS, "more"]])
 def test_chexbert_other_vocabulary_is_refused(save, weights, write_vocabulary, words):
-    """BERT's cased one has fewer tokens than the uncased one: nothing else would tell."""
-    with pytest.raises(ValueError, match=rf"has {5 + len(words)} tokens, .* knows 21: expected its own"):
+    """BERT's cased vocabulary has fewer tokens than the uncased one; nothing else differs."""
+    with pytest.raises(ValueError, match=rf"has {5 + len(words)} tokens, .* has 21: expected its own"):
         load_labeler("chexbert", checkpoint=save(weights), tokenizer=write_vocabulary(*words), attention_heads=4)
 
 

@@ -1,15 +1,13 @@
-"""States joined from CSV files of chexpert-labeler or CheXbert."""
+"""States read from CSV files of chexpert-labeler or CheXbert."""
 
 import csv
 
 import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from otdrg.findings_otdrg import FINDING_DISPLAY_NAMES, FINDINGS
-from otdrg.labelers import join_states, read_states
-from otdrg.studies.schema import STUDY_FEATURES
+from otdrg.labelers import read_states
 
 VALUES = {0: "", 1: "1.0", 2: "0", 3: "-1"}
 HEADER = ["id", *reversed(FINDING_DISPLAY_NAMES.values())]
@@ -80,30 +78,3 @@ def test_read_states_other_files_are_refused(tmp_path):
     path = write(tmp_path / "a.csv", [blank("müller")], encoding="latin-1")
     with pytest.raises(ValueError, match=r"a\.csv: not UTF-8"):
         read_states(path)
-
-
-def studies(ids, states=None):
-    empty = {name: [[] if name in ("images", "views") else ""] * len(ids) for name in STUDY_FEATURES}
-    return Dataset.from_dict({**empty, "id": ids, "finding_states": states or [None] * len(ids)}, STUDY_FEATURES)
-
-
-def test_join_states_fills_known_and_lists_unknown(tmp_path):
-    path = write(tmp_path / "a.csv", [["b", "", "1", *[""] * 12], ["c", *[""] * 14]])
-    kept = [3] * 13 + [0]
-    dataset = DatasetDict(train=studies(["a", "b"], [kept, None]), test=studies(["d", "c"]))
-    joined, unmatched = join_states(dataset, path)
-    assert unmatched == ["a", "d"]
-    assert joined["train"].features == dataset["train"].features
-    expected = [0] * 14
-    expected[FINDINGS.index("support_devices")] = 1
-    assert joined["train"]["finding_states"][:] == [kept, expected]
-    assert joined["test"]["finding_states"][:] == [None, [0] * 14]
-    split, unmatched = join_states(dataset["train"], path)
-    assert isinstance(split, Dataset)
-    assert unmatched == ["a"]
-
-
-def test_join_states_other_studies_are_refused(tmp_path):
-    path = write(tmp_path / "a.csv", [blank("x1")])
-    with pytest.raises(ValueError, match=r"none of the 2 studies is in column 'id' \(studies: 'a', file: 'x1'\)"):
-        join_states(studies(["a", "b"]), path)

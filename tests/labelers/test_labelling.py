@@ -210,7 +210,7 @@ def _without(built, column):
     [
         (lambda built: shutil.rmtree(built / "data"), None, r"built is not a prepared dataset: .*otdrg prepare hub"),
         (lambda built: (built / "summary.json").unlink(), None, "built is not a prepared dataset"),
-        (lambda built: (built / "summary.json").write_text("{"), None, r"summary\.json is damaged"),
+        (lambda built: (built / "summary.json").write_text("{"), None, r"summary\.json is not valid JSON"),
         (lambda built: _without(built, "finding_states"), None, r"00\d\.parquet: no column 'finding_states'"),
         (lambda built: (built / "shards").mkdir(), None, "shards has the name of a file of the labelling"),
         (lambda built: None, "built/labelled", "labelled is inside the dataset"),

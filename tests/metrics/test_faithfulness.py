@@ -126,11 +126,11 @@ def test_self_check_lists_disagreements_with_given_states():
     assert self_check(reports, wanted) == [
         [],
         [
-            {"finding": "edema", "told": "positive", "said": "negative", "kind": "contradicted"},
-            {"finding": "pneumothorax", "told": "negative", "said": "positive", "kind": "contradicted"},
+            {"finding": "edema", "given": "positive", "said": "negative", "kind": "contradicted"},
+            {"finding": "pneumothorax", "given": "negative", "said": "positive", "kind": "contradicted"},
         ],
-        [{"finding": "edema", "told": "positive", "said": "unmentioned", "kind": "omitted"}],
-        [{"finding": "fracture", "told": "unmentioned", "said": "positive", "kind": "added"}],
+        [{"finding": "edema", "given": "positive", "said": "unmentioned", "kind": "omitted"}],
+        [{"finding": "fracture", "given": "unmentioned", "said": "positive", "kind": "added"}],
     ]
 
 

@@ -153,9 +153,9 @@ def test_dicom_header_only_the_view_is_kept(archive):
     yielded = list(source.entries())
     studies = [source.read(entry) for entry in yielded if isinstance(entry, StudyEntry)]
     assert [study.views for study in studies] == [["frontal"], ["frontal"]]
-    for told in (repr(yielded), repr(studies), str(pickle.dumps(yielded)), str(pickle.dumps(source))):
+    for text in (repr(yielded), repr(studies), str(pickle.dumps(yielded)), str(pickle.dumps(source))):
         for value in [*PHI.values(), *PHI["PatientName"].split("^"), "1.2.276", "PID"]:
-            assert value not in told
+            assert value not in text
 
 
 def test_dicom_stored_image_has_no_metadata(archive):

@@ -321,7 +321,7 @@ def test_hub_unloadable_dataset_is_named(tmp_path):
     ):
         list(HubSource("nobody/nothing").entries())
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty' cannot be loaded: .*looked in the folder"):
+    with pytest.raises(ValueError, match=r"empty' cannot be loaded: .*searched the folder"):
         list(HubSource(str(tmp_path / "empty")).entries())
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "train.parquet").write_bytes(b"no parquet")

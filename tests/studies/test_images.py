@@ -24,7 +24,7 @@ from PIL.PngImagePlugin import PngInfo
 
 
 def png(array, gray, orientation=1, key=None):
-    """A PNG of values (H, W) or (H, W, C) of 8 or 16 bits, with every kind of filter; `gray` tells LA from RGB."""
+    """A PNG of values (H, W) or (H, W, C) of 8 or 16 bits, with every kind of filter; LA if `gray`, else RGB."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -133,7 +133,7 @@ KINDS = [
     *("JPEG L", "JPEG RGB", "JPEG CMYK", "MPO RGB", "WEBP RGB", "TIFF CMYK", "TIFF LAB", "PNG P", "PNG 1", "GIF P"),
 ]  # fmt: skip
 
-#: TIFF that the installed Pillow does not tell from others: an error is right, another picture is not.
+#: TIFF that the installed Pillow cannot distinguish from others: an error is right, a wrong picture is not.
 REFUSED = {"tiffu4 >r", "tiffu4 >d", "white u2 >r", "white u2 >d"}
 
 
@@ -346,8 +346,8 @@ def test_prepare_unreadable_images_are_skipped_and_counted(prepare, tmp_path):
     for name, fault in skipped.items():
         assert fault["kind"] == ("missing image" if name == "gone.png" else "unreadable image")
         assert name in fault["reason"] and "\n" not in fault["reason"]
-    told = {"tiny": "8x8 pixels", "large": "9000x9000 pixels", "blank": "one shade", "note": "a PNG file"}
-    for name, reason in told.items():
+    reasons = {"tiny": "8x8 pixels", "large": "9000x9000 pixels", "blank": "one shade", "note": "a PNG file"}
+    for name, reason in reasons.items():
         assert any(reason in fault["reason"] for study, fault in skipped.items() if study.startswith(name))
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 PHANTOMS = {"train": 3, "validation": 1, "test": 2, "image_size": 32}
 COMMAND = ["prepare", "phantom", "--train", "3", "--validation", "1", "--test", "2", "--image-size", "32"]
-#: What tells R2Gen's two collections apart, and their licences.
+#: What distinguishes R2Gen's two collections, and their licences.
 COLLECTIONS = {
     "CC BY-NC-ND 4.0": {"id": "CXR7_IM-0001", "image_path": ["CXR7_IM-0001/0.png"]},
     "PhysioNet": {"id": "50414267", "image_path": ["p10/0.png"], "subject_id": 10000032, "study_id": 50414267},

@@ -79,8 +79,8 @@ def assert_same(one, two, stage, field, names):
 
 @pytest.mark.parametrize("stage", ["predictor", "report"])
 def test_train_two_processes_equal_one(one_process, two_processes, stage):
-    for run, told in ((one_process, (1, None)), (two_processes, (2, "DistributedDataParallel"))):
-        assert (results(run)[stage]["processes"], results(run)[stage]["wrapper"]) == told
+    for run, expected in ((one_process, (1, None)), (two_processes, (2, "DistributedDataParallel"))):
+        assert (results(run)[stage]["processes"], results(run)[stage]["wrapper"]) == expected
     assert_same(one_process, two_processes, stage, "loss", ("loss", "report_loss", "ot_loss", "grad_norm"))
 
 
@@ -125,8 +125,8 @@ torch.distributed.destroy_process_group()
 @pytest.mark.slow
 def test_save_pretrained_by_all_processes_writes_once(trained_run, launch, tmp_path):
     launch(["-c", SAVING, str(trained_run / "model"), str(tmp_path)], OMP_NUM_THREADS="1")
-    told = [json.loads((folder / "config.json").read_text()) for folder in (trained_run / "model", tmp_path)]
-    assert told[0]["weights_sha256"] == told[1]["weights_sha256"]
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (trained_run / "model", tmp_path)]
+    assert configs[0]["weights_sha256"] == configs[1]["weights_sha256"]
     OTDRGForReportGeneration.from_pretrained(tmp_path)
 
 
@@ -259,7 +259,7 @@ def test_train_zero3_saves_and_resumes(tiny_recipe, one_process, tmp_path):
     done = accelerate_launch("zero3", *arguments)
     assert done.returncode == 0, done.stderr
     for stage in ("predictor", "report"):
-        # The wrapper is told only where the weights were seen to be partitioned.
+        # The wrapper is recorded only if the weights are partitioned.
         assert (results(run)[stage]["processes"], results(run)[stage]["wrapper"]) == (2, "DeepSpeed ZeRO-3")
         assert_same(one_process, run, stage, "loss", ("loss", "report_loss", "ot_loss"))
         assert_same(one_process, run, stage, "eval_loss", ("eval_loss", "eval_report_loss"))
@@ -355,5 +355,5 @@ torch.distributed.destroy_process_group()
 def test_fill_sharded_model_becomes_whole(trained_run, launch, kind, name):
     """FSDP2 by torch's own `fully_shard`: through accelerate it needs GPUs."""
     variables = {"ACCELERATE_USE_DEEPSPEED": "true"} if kind == "zero3" else {}
-    told = launch(["-c", SHARDED, str(trained_run / "model"), kind], OMP_NUM_THREADS="1", **variables)
-    assert [out.splitlines()[-1] for out in told] == [name] * 2
+    outputs = launch(["-c", SHARDED, str(trained_run / "model"), kind], OMP_NUM_THREADS="1", **variables)
+    assert [out.splitlines()[-1] for out in outputs] == [name] * 2

@@ -322,7 +322,7 @@ def test_ircp_stage_checkpoint_of_another_recipe_is_refused(write_recipe, whole_
     path = write_recipe(tmp_path, report_weight=0.0)
     assert main([str(path), "stages=[ircp]", "--resume"]) == 1
     assert "begun with another recipe: ircp.report_weight=0.5 then, 0.0 now" in capsys.readouterr().err
-    # Without a record of the recipe, the weights tell.
+    # Without a record of the recipe, the weights decide.
     (tmp_path / "run" / "ircp" / "started.json").unlink()
     assert main([str(path), "stages=[ircp]", "--resume"]) == 1
     assert "does not fit the recipe, 4 weights such as report_head.0.bias" in capsys.readouterr().err

@@ -37,11 +37,11 @@ def test_save_adapter_relative_backbones_load_from_any_folder(trained, views, tm
 
 
 @pytest.mark.parametrize(
-    ("text", "mode", "told"),
+    ("text", "mode", "warning"),
     [("backbones/text", "full", None), ("backbones/gone", "lora", "no adapter is kept: text backbone .*gone")],
     ids=["a whole LLM", "a backbone that is gone"],
 )
-def test_save_adapter_of_an_earlier_run_is_deleted(trained, tmp_path, caplog, text, mode, told):
+def test_save_adapter_of_an_earlier_run_is_deleted(trained, tmp_path, caplog, text, mode, warning):
     model, processor, recipe_with = trained
     folder = tmp_path / "run" / "adapter"
     save_adapter(model, processor, recipe_with("backbones/text", "report.text=lora"), folder)
@@ -49,5 +49,5 @@ def test_save_adapter_of_an_earlier_run_is_deleted(trained, tmp_path, caplog, te
     with caplog.at_level(logging.WARNING):
         save_adapter(model, processor, recipe_with(text, f"report.text={mode}"), folder)
     assert not folder.exists()
-    if told:
-        assert re.search(told, caplog.text)
+    if warning:
+        assert re.search(warning, caplog.text)

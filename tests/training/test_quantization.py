@@ -114,8 +114,8 @@ def test_report_stage_quantised_publishes_whole_weights(tiny_recipe, tmp_path, k
         f"model = OTDRGForReportGeneration.from_pretrained({str(tmp_path / 'model')!r})\n"
         "print(model.dtype, model.config.lora, model.is_llm_quantized)\n"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
-    assert told.stdout.splitlines()[-1] == "torch.bfloat16 None False"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
+    assert process.stdout.splitlines()[-1] == "torch.bfloat16 None False"
 
     (tmp_path / "report" / "finished.json").unlink()
     shutil.rmtree(tmp_path / "report" / "checkpoint-4")

@@ -281,7 +281,7 @@ def test_run_sigterm_names_the_last_checkpoint(recipe, unbroken, tmp_path):
 
 def test_run_ctrl_c_names_the_last_checkpoint(recipe, copied, monkeypatch, capsys):
     shutil.rmtree(copied / "report" / "checkpoint-6")
-    # A shell's background jobs, and what they start, ignore Ctrl-C unless told otherwise.
+    # A shell's background jobs, and what they start, ignore Ctrl-C by default.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with at_backward(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGINT)):

@@ -151,8 +151,8 @@ def test_stage_changes_same_batch_over_processes_is_harmless(changes):
 
 def test_format_changes_is_one_line(tiny_recipe):
     then, now = load_recipe(tiny_recipe).to_dict(), load_recipe(tiny_recipe, ["seed=7", "model.overrides.fiot=false"])
-    told, _ = stage_changes(then, now, "report", False, (1, 1))
-    assert format_changes(told) == "model.overrides.fiot=unset then, False now; seed=42 then, 7 now"
+    changes, _ = stage_changes(then, now, "report", False, (1, 1))
+    assert format_changes(changes) == "model.overrides.fiot=unset then, False now; seed=42 then, 7 now"
 
 
 def test_recipe_changes_fields_of_another_version_count_as_their_defaults(tiny_recipe):

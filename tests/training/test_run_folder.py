@@ -1,4 +1,4 @@
-"""What a run's folder tells of it: run.json, metrics as they come, curves, and what is reported elsewhere."""
+"""A run's folder: run.json, the log of metrics, curves, and reports to trackers."""
 
 import json
 import os
@@ -202,8 +202,8 @@ def test_report_to_tensorboard_has_the_transport_figures(tiny_recipe, trained_ru
     events = EventAccumulator(str(folder)).Reload()
     lines = [line for line in metrics(run, "report") if "loss" in line]
     for name in ("ot_loss", "plan_entropy", "epsilon_to_cost", "label_spread", "ot_weight", "ot_epsilon"):
-        told = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
-        assert told == [(line["step"], pytest.approx(line[name], abs=1e-6)) for line in lines]
+        logged = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
+        assert logged == [(line["step"], pytest.approx(line[name], abs=1e-6)) for line in lines]
     assert events.Scalars("eval/report_loss")
 
 
