@@ -278,6 +278,7 @@ class OTDRGProcessor(ProcessorMixin):
         if kwargs.pop("videos", None) is not None or kwargs.pop("audio", None) is not None:
             raise ValueError("videos and audio were given: expected images of radiographs")
         self._check_names(kwargs)
+        # The method that transformers' own processors call; there is no public one.
         merged = self._merge_kwargs(
             OTDRGProcessorKwargs,
             tokenizer_init_kwargs=self.tokenizer.init_kwargs,
