@@ -343,7 +343,7 @@ def test_ablate_failed_run_is_reported_and_others_continue(recipe, references, t
     error = capsys.readouterr().err.splitlines()[-1]
     assert (
         "2 of 8 runs failed, the first: shared/predictor, seed 1: step 2 of " in error
-        and "the weights were spared" in error
+        and "the weights are unchanged" in error
     )
     document = (tmp_path / "ablation.md").read_text(encoding="utf-8")
     assert "|  | ✓ |  | failed: shared/predictor, seed 1: step " in document
