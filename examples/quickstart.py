@@ -1,4 +1,4 @@
-"""The second half of `make quickstart`: load the trained model as any user would, show its reports, and check its scores.
+"""The second half of `make quickstart`: load the trained model as a user would, show its reports, check its scores.
 
 python examples/quickstart.py runs/quickstart
 """
