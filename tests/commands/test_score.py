@@ -256,7 +256,7 @@ def test_score_missing_column_is_one_line(files, tmp_path, capsys):
         (["--protocol", "r2gengpt", "--tokenizer", "no/folder/here", "--reference-tokens", "9"], "tokenizer no/folder"),
         (["--option", "repeat_mistakes"], "expected NAME=VALUE"),
         (["--option", "repeat_mistake=true"], "unknown option 'repeat_mistake'"),
-        (["--metrics", "bleu", "--labeler", "rules"], "which --metrics leaves out"),
+        (["--metrics", "bleu", "--labeler", "rules"], "which --metrics does not name"),
         (["--output", "out.txt"], "expected a name that ends in .json"),
         (["--output", "nowhere/out.json"], "there is no folder nowhere"),
         (["--references", "nowhere.csv"], "nowhere.csv: cannot be read"),

@@ -294,7 +294,7 @@ def test_format_summary_of_one_seed_has_no_deviation(recipe, references, tmp_pat
     plan = plan_runs(recipe, [], table_rows(["modules"]), [1], tmp_path)
     finish_all(plan, references)
     document = format_summary(summarize(plan, resamples=50), "Title")
-    assert "±" not in document and "not about training them again" in document
+    assert "±" not in document and "do not cover training again" in document
 
 
 def test_summarize_refuses_runs_scored_on_other_studies(recipe, references, tmp_path):
@@ -343,7 +343,7 @@ def test_ablate_failed_run_is_reported_and_others_continue(recipe, references, t
     error = capsys.readouterr().err.splitlines()[-1]
     assert (
         "2 of 8 runs failed, the first: shared/predictor, seed 1: step 2 of " in error
-        and "the weights were spared" in error
+        and "the weights are unchanged" in error
     )
     document = (tmp_path / "ablation.md").read_text(encoding="utf-8")
     assert "|  | ✓ |  | failed: shared/predictor, seed 1: step " in document

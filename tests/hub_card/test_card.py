@@ -545,5 +545,5 @@ def test_build_card_shows_a_registered_metric(copied):
         card = build_card(copied, "org/tiny")
     finally:
         del REGISTRY["words"]
-    assert "| fluency | BLEU-1 | BLEU-4 | ROUGE-L | CIDEr | mean words |" in card.text
+    assert "| score | BLEU-1 | BLEU-4 | ROUGE-L | CIDEr | mean words |" in card.text
     assert {result.metric_type: result.metric_value for result in card.data.eval_results}["mean_words"] == 7.25
