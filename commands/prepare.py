@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import MISSING, fields
+import types
+import typing
+from dataclasses import MISSING, Field, fields
 
 from huggingface_hub.utils import validate_repo_id
-from transformers import HfArgumentParser
 
 from ..runtime.printable import show
 from ..studies import SOURCES, open_source, source_class
@@ -19,20 +20,19 @@ EPILOG = "Example: otdrg prepare csv --table reports.csv --images images --outpu
 
 def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     """Add a subcommand for each source; only the one in `arguments` is imported and gets its options."""
-    sources = parser.add_subparsers(
-        dest="source", metavar="SOURCE", title="sources", required=True, parser_class=HfArgumentParser
-    )
+    sources = parser.add_subparsers(dest="source", metavar="SOURCE", title="sources", required=True)
     for name, (_, _, summary) in SOURCES.items():
         is_typed = arguments[:1] == [name]
         cls = source_class(name) if is_typed else None
         source = sources.add_parser(
             name,
-            dataclass_types=[cls, BuildOptions] if is_typed else None,
             help=summary,
-            formatter_class=argparse.HelpFormatter,
             description=f"Make a dataset of studies from {summary}.",
             epilog=f"Example: otdrg prepare {name} {cls.example or _required(cls)}" if is_typed else None,
         )
+        if is_typed:
+            _add_options(source.add_argument_group("options of the source"), cls)
+            _add_options(source.add_argument_group("options of the build"), BuildOptions)
         output = source.add_argument_group("output")
         output.add_argument("--output", required=is_typed, metavar="DIR", help="Folder of the dataset.")
         output.add_argument("--resume", action="store_true", help="Continue an interrupted build.")
@@ -56,6 +56,37 @@ def run(options: argparse.Namespace) -> None:
     show(str(report))
     if options.push_to_hub:
         show(f"pushed: {push_studies(report.folder, options.push_to_hub, public=options.public)}")
+
+
+def _add_options(group, cls: type) -> None:
+    """Add the fields of a dataclass; `HfArgumentParser` would do so, but preparing studies needs no transformers."""
+    hints = typing.get_type_hints(cls)
+    for option in fields(cls):
+        _add_option(group, option, hints[option.name])
+
+
+def _add_option(group, option: Field, hint: typing.Any) -> None:
+    default = option.default if option.default_factory is MISSING else option.default_factory()
+    flag = f"--{option.name.replace('_', '-')}"
+    if hint is bool:
+        group.add_argument(flag, action="store_true", help=option.metadata["help"])
+        return
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    settings: dict[str, typing.Any] = {"metavar": option.metadata["metavar"], "type": hint}
+    if typing.get_origin(hint) is typing.Literal:
+        settings = {"choices": typing.get_args(hint)}
+    elif typing.get_origin(hint) is list:
+        settings |= {"nargs": "+", "type": typing.get_args(hint)[0]}
+    shown = " ".join(map(str, default)) if isinstance(default, list) else default
+    suffix = "" if default in (None, "", [], MISSING) else f" (default: {shown})"
+    group.add_argument(
+        flag,
+        required=default is MISSING,
+        default=None if default is MISSING else default,
+        help=(option.metadata["help"] + suffix).replace("%", "%%"),
+        **settings,
+    )
 
 
 def _required(cls: type) -> str:

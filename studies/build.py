@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
@@ -41,8 +41,6 @@ SKIPPED = "skipped.jsonl"
 @dataclass
 class BuildOptions:
     """Options of a build that do not depend on the source."""
-
-    _argument_group_name: ClassVar[str] = "options of the build"
 
     sections: Sections = option("What the report consists of.", "findings")
     limit: int | None = option("Take at most this many studies of each split, from its start.", None, metavar="N")

@@ -127,7 +127,6 @@ class StudySource(ABC):
         official_unit: what `official_counts` counts, "studies" or "images".
     """
 
-    _argument_group_name: ClassVar[str] = "options of the source"  # title of their group in `HfArgumentParser`
     name: ClassVar[str]
     example: ClassVar[str] = ""
     collection: ClassVar[str] = ""
@@ -182,8 +181,7 @@ def option(help: str, default: Any = MISSING, metavar: str | None = None) -> Any
         default: the default value; without it the option is required.
         metavar: placeholder of the value in the command's help.
     """
-    shown = default is not MISSING and default not in (None, "", [], False)
-    metadata = {"help": f"{help} (default: %(default)s)" if shown else help, "metavar": metavar}
+    metadata = {"help": help, "metavar": metavar}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -18,6 +18,7 @@ SHIPPED = (
     "weight_files_otdrg",
     "weights_otdrg",
     "generation_otdrg",
+    "guidance_otdrg",
     "chat_templates_otdrg",
     "modeling_otdrg",
     "image_processing_otdrg",

@@ -172,7 +172,7 @@ def test_evaluate_killed_continues_with_the_same_command(trained_run, evaluated,
     assert main([*arguments, "--max-new-tokens", "4", "--seed", "1"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "was made with other settings (max_new_tokens=10, now 4; seed=0, now 1)" in error
-    assert "--overwrite, which writes all of them anew" in error and not written
+    assert "--overwrite, which starts anew" in error and not written
     assert main([*arguments, "--max-new-tokens", "4", "--overwrite"]) == 0
     assert sum(written) == 3 * 5
 
