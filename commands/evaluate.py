@@ -110,8 +110,7 @@ def _evaluate(options: argparse.Namespace, output: Path) -> str:
 
     # Imported after the checks, because it takes seconds.
     from ..evaluation.published import evaluate_published
-    from ..training.data import describe_studies
-    from ..training.evaluation_studies import evaluation_studies
+    from ..training.data import describe_studies, evaluation_studies
     from ..training.recipe import find_run, published_recipe
 
     folder, own = find_run(options.model), published_recipe(options.model)

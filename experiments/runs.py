@@ -108,7 +108,7 @@ def _start(run: Run, accelerate_config: str | None) -> _Started:
         write_text(path, run.recipe.to_yaml())
     launch = ["-m", "otdrg.train_hf"]
     if accelerate_config is not None:
-        launch = ["-m", "otdrg.training.launch", "--quiet", "--config_file", accelerate_config, *launch]
+        launch = ["-m", "otdrg.experiments.launch", "--quiet", "--config_file", accelerate_config, *launch]
     environment = {**os.environ, PARENT: str(os.getpid())}
     if run.recipe.cpu_threads is not None:
         environment["OMP_NUM_THREADS"] = str(run.recipe.cpu_threads)

@@ -5,8 +5,7 @@ import json
 import pytest
 from otdrg.labelers import write_states
 from otdrg.studies.iu_xray_split import r2gen_split_ids
-from otdrg.training.data import build_studies
-from otdrg.training.evaluation_studies import check_counts, evaluation_studies
+from otdrg.training.data import build_studies, check_counts, evaluation_studies
 from otdrg.training.recipe import LabelsRecipe, StudiesRecipe, find_run, load_recipe
 from PIL import Image
 

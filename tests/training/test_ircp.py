@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from otdrg.modeling_otdrg import OTDRGForReportGeneration
 from otdrg.train_hf import main
 from otdrg.training.collation import ContrastiveCollator
-from otdrg.training.contrastive import info_nce
-from otdrg.training.ircp import ContrastivePretraining, IRCPArguments
+from otdrg.training.ircp import ContrastivePretraining, IRCPArguments, info_nce
 from otdrg.training.recipe import load_recipe
 from safetensors.torch import load_file
 
@@ -181,7 +180,7 @@ def test_pretraining_equal_reports_are_no_negatives(pretraining, rows):
 
 GATHER = """
 import torch, torch.distributed as dist
-from otdrg.training.contrastive import global_mean, gather, gather_groups, info_nce
+from otdrg.training.ircp import global_mean, gather, gather_groups, info_nce
 torch.manual_seed(0)
 weight, inputs = torch.randn(5, 3), torch.randn(7, 5)
 groups, wording = torch.tensor([0, 0, 1, 2, 3, 3, 2]), torch.tensor([5, 5, 6, 7, 5, 5, 7])

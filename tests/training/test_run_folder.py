@@ -17,7 +17,7 @@ from otdrg.studies import prepare_studies
 from otdrg.studies.build import BuildOptions
 from otdrg.studies.fingerprint import fingerprint
 from otdrg.train_hf import main
-from otdrg.training.curves import draw_curves
+from otdrg.training.callbacks import draw_curves
 from otdrg.training.data import build_studies
 from otdrg.training.recipe import LabelsRecipe, StudiesRecipe, recipe_from
 from otdrg.training.run_folder import commit, differing_splits, hub_dataset

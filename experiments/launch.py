@@ -1,4 +1,4 @@
-"""`accelerate launch` in a process that ends with its parent: `python -m otdrg.training.launch ARGUMENTS`."""
+"""`accelerate launch` in a process that ends with its parent: `python -m otdrg.experiments.launch ARGUMENTS`."""
 
 from __future__ import annotations
 
