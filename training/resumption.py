@@ -17,6 +17,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..files_otdrg import read_json
+from .arguments import StageArguments
 from .fields import Section
 from .recipe import Recipe
 from .run_folder import differing_splits
@@ -260,16 +261,18 @@ def format_changes(changes: Changes) -> str:
     return "; ".join(f"{name}={text(old)} then, {text(new)} now" for name, (old, new) in sorted(changes.items()))
 
 
-@lru_cache
 def _stage_defaults() -> dict[str, Any]:
     """The defaults of all fields of all stages' sections, by `section.field`."""
-    defaults: dict[str, Any] = {}
-    for stage in STAGES:
-        section = stage_of(stage).arguments()
-        for item in fields(section):
-            value = getattr(section, item.name)
-            defaults[f"{stage}.{item.name}"] = asdict(value) if isinstance(value, Section) else value
-    return _flat(defaults)
+    defaults = (_section_defaults(stage, stage_of(stage).arguments) for stage in STAGES)
+    return {name: value for section in defaults for name, value in section.items()}
+
+
+@lru_cache
+def _section_defaults(stage: str, arguments: type[StageArguments]) -> dict[str, Any]:
+    section = arguments()
+    values = {item.name: getattr(section, item.name) for item in fields(section)}
+    plain = {name: asdict(value) if isinstance(value, Section) else value for name, value in values.items()}
+    return _flat({stage: plain})
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -121,8 +121,8 @@ def test_generate_guidance_scale_is_that_of_the_pipeline(generate, model, proces
         (["--output", "reports.json"], "--output reports.json: another kind of file, expected the name of a .jsonl"),
         (["--output", f"{__file__}/reports.jsonl"], "test_generate.py is not a writable folder"),
         (["--heatmap", __file__], "this is a file, expected a folder"),
-        (["--indication", "fi\udce8vre"], "indication 'fi\\udce8vre': not UTF-8"),
-        (["--indication", "see <image>"], "holds '<image>', which stands for the study"),
+        (["--indication", "fi\udce8vre"], "indication 'fi\\udce8vre': cannot be encoded"),
+        (["--indication", "see <image>"], "indication holds '<image>'"),
     ],
 )
 def test_generate_wrong_arguments_are_one_line(generate, paths, arguments, message):
