@@ -1,4 +1,7 @@
-"""Processor of OTDRG: views and a prompt become tensors, token ids become text."""
+"""Processor of OTDRG: views and a prompt become tensors, token ids become text.
+
+Long, because it checks every argument before a view is read: a wrong one gives one clear line.
+"""
 
 from __future__ import annotations
 

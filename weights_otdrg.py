@@ -1,4 +1,7 @@
-"""Load and save the weights of a model: all of them, or an adapter of its backbones; LoRA and quantisation."""
+"""Load and save the weights of a model: all of them, or an adapter of its backbones; LoRA and quantisation.
+
+Long, because both forms of a saved model are written and read here, and share their checks.
+"""
 
 from __future__ import annotations
 
