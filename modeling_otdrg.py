@@ -1,7 +1,7 @@
 """OTDRG: a vision encoder, a label predictor, feature integration by optimal transport, and an LLM that writes reports.
 
 Section and equation numbers are those of "Bridging Vision and Language: Optimal Transport-Driven Radiology Report
-Generation via LLMs".
+Generation via LLMs". Long, because it is the whole method, to be read from top to bottom.
 """
 
 from __future__ import annotations

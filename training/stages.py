@@ -5,6 +5,7 @@ A stage is one module with a `STAGE`, an instance of a [`Stage`], and one line i
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
 from importlib import import_module
@@ -45,7 +46,7 @@ class StageRun:
     resume: bool = False
 
 
-class Stage:
+class Stage(ABC):
     """A stage of training. Subclasses set `arguments` and write `train`; the other methods are optional.
 
     Attributes:
@@ -82,9 +83,9 @@ class Stage:
         """Scores of an evaluation besides the losses, of which `metric_for_best_model` may be made."""
         return ()
 
+    @abstractmethod
     def train(self, run: StageRun) -> tuple[OTDRGForReportGeneration, dict[str, Any]]:
         """Train, and return the model to publish and the stage's part of `results.json`, which has `steps`."""
-        raise NotImplementedError
 
     def evaluate(self, run: StageRun) -> dict[str, Any]:
         """Evaluate the published model `run.model`; what this returns is added to the stage's results."""
