@@ -25,6 +25,12 @@ FINDING_STATES: tuple[str, ...] = ("unmentioned", "positive", "negative", "uncle
 
 UNMENTIONED, POSITIVE, NEGATIVE, UNCLEAR = range(4)
 
+#: The id, among states that condition a report, of a finding about which the LLM is given nothing. Reports and labels
+#: have the four states only.
+NOT_GIVEN = len(FINDING_STATES)
+#: Names of the states that condition a report, by id.
+CONDITIONING_STATES: tuple[str, ...] = (*FINDING_STATES, "not_given")
+
 #: CheXpert's spelling of each finding, for people and for CSV headers.
 FINDING_DISPLAY_NAMES: dict[str, str] = {name: name.replace("_", " ").title() for name in FINDINGS}
 
@@ -66,16 +72,31 @@ def finding_state_id(state: str | int) -> int:
     raise ValueError(f"unknown finding state {state!r}: expected one of {', '.join(FINDING_STATES)} (or 0 to 3)")
 
 
-def parse_findings(findings: dict[str, str | int]) -> dict[int, int]:
-    """`{"Edema": "positive"}` as `{finding's position: state id}`, checked.
+def conditioning_state_id(state: str | int) -> int:
+    """As [`finding_state_id`], also for "not given", 4.
 
     Raises:
-        ValueError: an unknown finding or state, or "no finding" in a state other than positive or unmentioned.
+        ValueError: the state is none of the five.
+    """
+    if (isinstance(state, str) and _fold(state) == "not given") or (state == NOT_GIVEN and isinstance(state, int)):
+        return NOT_GIVEN
+    try:
+        return finding_state_id(state)
+    except ValueError:
+        names = ", ".join(CONDITIONING_STATES)
+        raise ValueError(f"unknown finding state {state!r}: expected one of {names} (or 0 to {NOT_GIVEN})") from None
+
+
+def parse_findings(findings: dict[str, str | int]) -> dict[int, int]:
+    """`{"Edema": "positive"}` as `{finding's position: id of the conditioning state}`, checked.
+
+    Raises:
+        ValueError: an unknown finding or state, or "no finding" negative or unclear.
     """
     parsed = {}
     for name, state in findings.items():
-        key, state_id = finding_key(name), finding_state_id(state)
-        if key == "no_finding" and state_id not in (UNMENTIONED, POSITIVE):
+        key, state_id = finding_key(name), conditioning_state_id(state)
+        if key == "no_finding" and state_id in (NEGATIVE, UNCLEAR):
             raise ValueError(
                 f"finding state {FINDING_STATES[state_id]!r} is not possible for no_finding: "
                 "expected positive or unmentioned"
@@ -88,9 +109,10 @@ def check_finding_states(states, studies: int, missing: int = -1, name: str = "f
     """Check that an integer tensor or array holds the state ids of `studies` studies.
 
     Args:
-        states (tensor or array of shape `(studies, 14)`): ids 0 to 3, or `missing`.
+        states (tensor or array of shape `(studies, 14)`): ids 0 to 3, or `missing`; among states that condition the
+            report also [`NOT_GIVEN`].
         studies (`int`): how many there are.
-        missing (`int`): the id of a state that is not given.
+        missing (`int`): -1, to predict, for states that condition the report; another id for labels.
         name (`str`): what the error calls it.
 
     Raises:
@@ -98,13 +120,14 @@ def check_finding_states(states, studies: int, missing: int = -1, name: str = "f
     """
     if tuple(states.shape) != (studies, len(FINDINGS)):
         raise ValueError(f"{name} has shape {tuple(states.shape)}: expected {(studies, len(FINDINGS))}")
-    wrong = states[((states < 0) | (states >= len(FINDING_STATES)) | (states % 1 != 0)) & (states != missing)]
+    most = NOT_GIVEN if missing == -1 else UNCLEAR
+    wrong = states[((states < 0) | (states > most) | (states % 1 != 0)) & (states != missing)]
     if len(wrong):
-        meaning = "to predict" if missing == -1 else "to leave out"
-        raise ValueError(f"{name} has {sorted(set(wrong.tolist()))}: expected ids 0 to 3, or {missing} {meaning}")
+        others = f"{NOT_GIVEN} for not given, or -1 to predict" if missing == -1 else f"or {missing} to leave out"
+        raise ValueError(f"{name} has {sorted(set(wrong.tolist()))}: expected ids 0 to 3, {others}")
     if missing == -1:
         no_finding = states[:, FINDINGS.index("no_finding")]
-        wrong = no_finding[no_finding > POSITIVE]
+        wrong = no_finding[(no_finding == NEGATIVE) | (no_finding == UNCLEAR)]
         if len(wrong):
             raise ValueError(
                 f"{name} has no_finding {FINDING_STATES[int(wrong[0])]} ({int(wrong[0])}): "
@@ -113,14 +136,17 @@ def check_finding_states(states, studies: int, missing: int = -1, name: str = "f
 
 
 __all__ = [
+    "CONDITIONING_STATES",
     "FINDINGS",
     "FINDING_DISPLAY_NAMES",
     "FINDING_STATES",
     "NEGATIVE",
+    "NOT_GIVEN",
     "POSITIVE",
     "UNCLEAR",
     "UNMENTIONED",
     "check_finding_states",
+    "conditioning_state_id",
     "finding_key",
     "finding_state_id",
     "parse_findings",

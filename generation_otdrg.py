@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 
 from .configuration_otdrg import OTDRGConfig
-from .findings_otdrg import FINDINGS, UNMENTIONED, check_finding_states
-from .guidance_otdrg import StateGuidanceLogitsProcessor, without_positives
+from .findings_otdrg import FINDINGS, NOT_GIVEN, UNMENTIONED, check_finding_states
+from .guidance_otdrg import StateGuidanceLogitsProcessor, drop_states, without_positives
 
 NO_IMAGE = "no image: pixel_values is missing, and a report is never written from nothing"
 
@@ -46,6 +46,7 @@ class OTDRGGenerationMixin(GenerationMixin):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        label_weights: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -59,11 +60,12 @@ class OTDRGGenerationMixin(GenerationMixin):
         [`forward`] keeps the length of its inputs, so call this first, as `generate` and our Trainer do; in a training
         loop of your own: `model(**model.expand_finding_text(**batch))`. The label predictor runs only where states are
         not given. While training on `labels`, the given states of a share of the studies,
-        `config.predicted_state_ratio`, are replaced by predicted ones.
+        `config.predicted_state_ratio`, are replaced by predicted ones, and a finding becomes not given with the
+        probability `config.finding_state_dropout`.
 
         Args:
             input_ids, attention_mask (`torch.Tensor` of shape `(B, L)`): the processor's, padded on either side.
-            labels, position_ids (`torch.Tensor` of shape `(B, L)`, *optional*): moved with their tokens.
+            labels, label_weights, position_ids (`torch.Tensor` of shape `(B, L)`, *optional*): moved with their tokens.
             inputs_embeds (`torch.Tensor` of shape `(B, L, hidden_size)`, *optional*): embeddings of `input_ids`.
             pixel_values, view_mask, view_features, finding_states: as in [`forward`].
             kwargs: returned unchanged.
@@ -79,12 +81,14 @@ class OTDRGGenerationMixin(GenerationMixin):
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "labels": labels,
+            "label_weights": label_weights,
             "inputs_embeds": inputs_embeds,
         }
         views = {"pixel_values": pixel_values, "view_mask": view_mask, "view_features": view_features}
         check_batch(**prompt, **views, finding_states=finding_states)
         prompt["position_ids"] = position_ids  # may be the same for all studies
-        if finding_states is not None and labels is not None and self.training and self.config.predicted_state_ratio:
+        trains_report = labels is not None and self.training
+        if finding_states is not None and trains_report and self.config.predicted_state_ratio:
             drawn = torch.rand(len(finding_states), 1, device=finding_states.device) < self.config.predicted_state_ratio
             finding_states = finding_states.masked_fill(drawn, -1)
         if finding_states is None or bool((finding_states < 0).any()):
@@ -97,6 +101,8 @@ class OTDRGGenerationMixin(GenerationMixin):
                 views = {"view_mask": study.view_mask, "view_features": study.view_features}
         else:
             check_finding_states(finding_states, len(finding_states))
+        if trains_report and self.config.finding_state_dropout:
+            finding_states = drop_states(finding_states, self.config.finding_state_dropout)
         tokens = inputs_embeds if input_ids is None else input_ids
         if tokens is not None:
             if attention_mask is None:
@@ -341,8 +347,8 @@ def insert_finding_text(
 
     Args:
         config: with the token ids of the texts.
-        inputs: `input_ids`, `attention_mask`, `labels`, `position_ids` (B, L) and `inputs_embeds` (B, L, hidden_size);
-            `attention_mask` is required, the others may be None.
+        inputs: `input_ids`, `attention_mask`, `labels`, `label_weights`, `position_ids` (B, L) and `inputs_embeds`
+            (B, L, hidden_size); `attention_mask` is required, the others may be None.
         places (`torch.Tensor` of shape `(B, L)`): true where a placeholder stands.
         finding_states (`torch.Tensor` of shape `(B, 14)`): state ids.
         word_embeddings: of the LLM, for the text's rows of `inputs_embeds`.
@@ -351,6 +357,7 @@ def insert_finding_text(
         The same inputs of length L', padded on the side they were.
     """
     mask, labels, embeds = inputs["attention_mask"].bool(), inputs["labels"], inputs["inputs_embeds"]
+    weights = inputs.get("label_weights")
     rows: dict[str, list[torch.Tensor]] = defaultdict(list)
     for row, states in enumerate(finding_states.tolist()):
         # The 0 at the end is never written: it keeps the indices below valid where the text is empty.
@@ -365,6 +372,8 @@ def insert_finding_text(
             rows["input_ids"].append(torch.where(is_text, token, inputs["input_ids"][row, source]))
         if labels is not None:
             rows["labels"].append(labels[row, source].masked_fill(is_text, -100))
+        if weights is not None:
+            rows["label_weights"].append(weights[row, source].masked_fill(is_text, 0))
         if inputs["position_ids"] is not None:
             moved = new - (mask[row].cumsum(dim=0) - 1)[source]
             rows["position_ids"].append(inputs["position_ids"].expand(mask.shape)[row, source] + moved)
@@ -386,7 +395,7 @@ def _finding_text(config: OTDRGConfig, states: list[int]) -> list[int]:
     return [
         token
         for finding, state in enumerate(states)
-        if config.finding_text == "all" or state != UNMENTIONED
+        if state != NOT_GIVEN and (config.finding_text == "all" or state != UNMENTIONED)
         for token in config.finding_text_token_ids[finding][state]
     ]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor
 
-from .findings_otdrg import FINDINGS, POSITIVE, UNMENTIONED
+from .findings_otdrg import FINDINGS, NOT_GIVEN, POSITIVE
 
 #: Share of the most likely token's probability below which a token is not made likelier by guidance.
 PLAUSIBLE = 0.02
@@ -18,12 +18,27 @@ _NO_FINDING = FINDINGS.index("no_finding")
 
 
 def without_positives(finding_states: torch.Tensor) -> torch.Tensor:
-    """States (B, 14) with positive findings as unmentioned, and "no finding" as positive where there was one."""
+    """States (B, 14) with positive findings as not given, and "no finding" too where there was one.
+
+    "No finding" tells whether a finding is positive, so that it cannot stay where one must not be known.
+    """
     findings = torch.arange(len(FINDINGS), device=finding_states.device) != _NO_FINDING
     positive = (finding_states == POSITIVE) & findings
-    states = finding_states.masked_fill(positive, UNMENTIONED)
-    states[positive.any(dim=1), _NO_FINDING] = POSITIVE
+    states = finding_states.masked_fill(positive, NOT_GIVEN)
+    states[positive.any(dim=1), _NO_FINDING] = NOT_GIVEN
     return states
+
+
+def drop_states(finding_states: torch.Tensor, ratio: float) -> torch.Tensor:
+    """States (B, 14) of which each finding is, with probability `ratio`, not given.
+
+    "No finding" is not given in half of the studies that lose another finding: it tells whether that one is positive,
+    and prompts without positives do not have it.
+    """
+    dropped = torch.rand(finding_states.shape, device=finding_states.device) < ratio
+    loses_finding = dropped[:, :_NO_FINDING].any(dim=1) | dropped[:, _NO_FINDING + 1 :].any(dim=1)
+    dropped[:, _NO_FINDING] = loses_finding & (torch.rand(len(dropped), device=dropped.device) < 0.5)
+    return finding_states.masked_fill(dropped, NOT_GIVEN)
 
 
 class StateGuidanceLogitsProcessor(LogitsProcessor):
@@ -102,4 +117,4 @@ class StateGuidanceLogitsProcessor(LogitsProcessor):
         return outputs["logits"]
 
 
-__all__ = ["PLAUSIBLE", "StateGuidanceLogitsProcessor", "without_positives"]
+__all__ = ["PLAUSIBLE", "StateGuidanceLogitsProcessor", "drop_states", "without_positives"]

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutpu
 from transformers.utils import can_return_tuple, logging
 
 from .configuration_otdrg import FINDING_TEXT_TOKEN, OTDRGConfig
-from .findings_otdrg import FINDING_STATES, FINDINGS, POSITIVE, UNMENTIONED, check_finding_states
+from .findings_otdrg import FINDING_STATES, FINDINGS, NOT_GIVEN, POSITIVE, UNMENTIONED, check_finding_states
 from .generation_otdrg import CACHE, NO_IMAGE, OTDRGGenerationMixin, check_batch, given_cache, needs_views
 from .sinkhorn_otdrg import SinkhornOutput, cost_matrix, plan_entropy, sinkhorn
 from .weights_otdrg import OTDRGPreTrainedModel
@@ -319,6 +319,7 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         shift_labels: torch.Tensor | None = None,
+        label_weights: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         view_mask: torch.Tensor | None = None,
         view_features: torch.Tensor | None = None,
@@ -340,12 +341,16 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
             labels (`torch.Tensor` of shape `(B, L)`, *optional*): the report's token ids, -100 elsewhere.
             shift_labels (`torch.Tensor` of shape `(B, L)`, *optional*):
                 The token that follows each position, in place of `labels`, for a sequence that is cut into parts.
+            label_weights (`torch.Tensor` of shape `(B, L)`, *optional*):
+                Weights of the tokens in `labels`: `report_loss` is their weighted mean.
             pixel_values (`torch.Tensor` of shape `(B, V, C, H, W)`) and view_mask (`torch.Tensor` of shape `(B, V)`):
                 The views.
             view_features (`torch.Tensor` of shape `(B, V, image_tokens, D)`, *optional*):
                 Features from [`encode_views`] in place of `pixel_values`.
             finding_states (`torch.Tensor` of shape `(B, 14)`, *optional*):
-                States that condition the LLM; -1 stands for a state to predict. Without them all are predicted.
+                States that condition the LLM; -1 stands for a state to predict, 4 for one that is not given: the LLM
+                reads no text and a label token of zeros, and the transport leaves it out. Without them all are
+                predicted.
             finding_labels (`torch.Tensor` of shape `(B, 14)`, *optional*):
                 True states that supervise the label predictor and nothing else; -100 is ignored.
             report_only (`bool`): compute only what the report needs: no finding logits, image outputs or transport
@@ -366,6 +371,7 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
             inputs_embeds=inputs_embeds,
             labels=labels,
             shift_labels=shift_labels,
+            label_weights=label_weights,
             pixel_values=pixel_values,
             view_mask=view_mask,
             view_features=view_features,
@@ -375,6 +381,10 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
         targets = shift_labels
         if targets is None and labels is not None:
             targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+        if label_weights is not None:
+            if labels is None or shift_labels is not None:
+                raise ValueError("label_weights were given: expected labels beside them, and no shift_labels")
+            label_weights = F.pad(label_weights[:, 1:], (0, 1))
         has_prompt = input_ids is not None or inputs_embeds is not None
         study: OTDRGStudy | None = None
         output: dict[str, Any] = {}
@@ -399,7 +409,8 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
                 # 2. Project image and label features into the LLM's space (eqs. 3 to 5), to the places of their tokens
                 image_features, image_mask = self.project_views(study.view_features, study.view_mask)
                 label_features = self.get_label_features(study.finding_states) if self.config.fiot else None
-                inputs_embeds = self._place_study(input_ids, inputs_embeds, image_features, image_mask, label_features)
+                read = self._drop_images(image_features) if targets is not None else image_features
+                inputs_embeds = self._place_study(input_ids, inputs_embeds, read, image_mask, label_features)
                 # 3. Align them by optimal transport (3.3.2)
                 if label_features is not None and (targets is not None or not report_only):
                     output |= self._align(
@@ -427,7 +438,7 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
             for name in ("logits", CACHE, "hidden_states", "attentions"):
                 output[name] = text_output.get(name)
             if targets is not None:
-                output["report_loss"] = self._report_loss(text_output.logits, targets)
+                output["report_loss"] = self._report_loss(text_output.logits, targets, label_weights)
 
         # 5. Add up the losses (eq. 12)
         weights = {"report_loss": 1.0, "ot_loss": self.ot_weight, "predictor_loss": 1.0}
@@ -463,11 +474,16 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
         return focal_loss(finding_logits, finding_labels, self.config.focal_gamma, self.config.focal_reduction)
 
     @staticmethod
-    def _report_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """L_RG (eq. 11): mean cross-entropy; `logits` are those of the last positions."""
+    def _report_loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """L_RG (eq. 11): (weighted) mean of the cross-entropies; `logits` are those of the last positions."""
         targets = targets[:, -logits.shape[1] :]
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-        return loss / (targets != -100).sum().clamp(min=1)
+        logits = logits.float().flatten(0, 1)
+        if weights is None:
+            loss = F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum")
+            return loss / (targets != -100).sum().clamp(min=1)
+        losses = F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="none")
+        weights = (weights[:, -targets.shape[1] :] * (targets != -100)).flatten().to(losses.dtype)
+        return (losses * weights).sum() / weights.sum().clamp(min=torch.finfo(losses.dtype).tiny)
 
     # -- step 1: views and finding states -------------------------------------------------------------------------
 
@@ -641,9 +657,17 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
         fused, mask = self.fuse_views(view_features, self._view_mask(view_features, view_mask))
         return self.image_projector(fused), mask
 
+    def _drop_images(self, image_features: torch.Tensor) -> torch.Tensor:
+        """Image tokens (B, M, hidden_size); while training, those of a share of the studies are 0 (`image_dropout`)."""
+        if not (self.training and self.config.image_dropout):
+            return image_features
+        kept = torch.rand(len(image_features), 1, 1, device=image_features.device) >= self.config.image_dropout
+        return image_features * kept
+
     def get_label_features(self, finding_states: torch.Tensor) -> torch.Tensor:
-        """f_p(Y) of eq. 5, (B, 14, hidden_size), of states (B, 14)."""
+        """f_p(Y) of eq. 5, (B, 14, hidden_size), of states (B, 14); 0 for a finding that is not given."""
         table = self.label_projector(self.label_encoder(self.get_input_embeddings()))
+        table = F.pad(table, (0, 0, 0, 1))
         return table[torch.arange(len(FINDINGS), device=finding_states.device), finding_states]
 
     def get_placeholder_mask(
@@ -713,10 +737,9 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
         return transport, cost
 
     def _label_mask(self, finding_states: torch.Tensor) -> torch.Tensor:
-        """The labels (B, 14) that take part in the transport."""
-        if self.config.ot_labels == "mentioned":
-            return finding_states != UNMENTIONED
-        return torch.ones_like(finding_states, dtype=torch.bool)
+        """The labels (B, 14) that take part in the transport: those that are given."""
+        given = finding_states != NOT_GIVEN
+        return given & (finding_states != UNMENTIONED) if self.config.ot_labels == "mentioned" else given
 
     def _align(self, image_features, image_mask, label_features, finding_states, with_loss: bool) -> dict[str, Any]:
         """The transport plan and, on request, L_OT and the figures to watch (see [`OTDRGOutput`])."""

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig, Pipeline
 
-from .findings_otdrg import FINDING_STATES, FINDINGS
+from .findings_otdrg import CONDITIONING_STATES, FINDINGS, NOT_GIVEN
 from .processing_otdrg import read_view
 
 
@@ -44,7 +44,7 @@ class ReportGenerationPipeline(Pipeline):
     - `generated_text` (`str`): the report;
     - `complete` (`bool`): whether the report ended by itself, and was not cut off at the maximum length;
     - `findings` (`dict`): for each of the 14, the `state` that conditioned the LLM and the probability that the
-      predictor gives to this state;
+      predictor gives to this state (None for `"not_given"`);
     - `heatmaps` (`dict`, with `return_heatmaps=True`): for each of the 14, an array (views, rows, columns) of the
       transport plan over the grid of image tokens, as a multiple of the uniform plan's mass;
     - `contradictions` (`list`, with `return_contradictions=True`): findings whose state in the report differs from the
@@ -171,7 +171,8 @@ class ReportGenerationPipeline(Pipeline):
         reports = self.processor.batch_decode(written, skip_special_tokens=True)
         complete = self._complete(written, generate_kwargs)
         each = len(reports) // len(studies)
-        probabilities = self.model.finding_probabilities(study.finding_logits).gather(2, states[..., None])[..., 0]
+        probabilities = self.model.finding_probabilities(study.finding_logits)
+        probabilities = torch.nn.functional.pad(probabilities, (0, 1)).gather(2, states[..., None])[..., 0]
         outputs = {
             "reports": [reports[row * each : (row + 1) * each] for row in range(len(studies))],
             "complete": [complete[row * each : (row + 1) * each] for row in range(len(studies))],
@@ -205,7 +206,10 @@ class ReportGenerationPipeline(Pipeline):
 
     def postprocess(self, model_outputs, self_check=None) -> list[dict]:
         findings = {
-            name: {"state": FINDING_STATES[state], "probability": probability}
+            name: {
+                "state": CONDITIONING_STATES[state],
+                "probability": None if state == NOT_GIVEN else probability,
+            }
             for name, state, probability in zip(
                 FINDINGS, model_outputs["states"], model_outputs["probabilities"], strict=True
             )

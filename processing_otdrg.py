@@ -79,6 +79,9 @@ _EMPTY_SYSTEM_TURN = """\
 _PLAIN_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
 
 
+#: A word tokenizer has the words that occur at least this often in training reports, and at most this many.
+_LEAST_WORD_COUNT, _MOST_WORDS = 2, 30_000
+
 #: Arguments of tokenizers that the processor supports, and those that `apply_chat_template` adds.
 _TEXT_ARGUMENTS = {"padding", "padding_side", "truncation", "max_length", "pad_to_multiple_of"}
 _CHAT_ARGUMENTS = {"return_dict", "sanitize_control_tokens"}
@@ -193,26 +196,39 @@ class OTDRGProcessor(ProcessorMixin):
         return cls.from_config(config, tokenizer, mean, std)
 
     @classmethod
-    def from_texts(cls, texts: Sequence[str], config: OTDRGConfig, vocab_size: int = 1024) -> OTDRGProcessor:
-        """A processor with a byte-level BPE tokenizer trained on `texts`, for an LLM from scratch.
+    def from_texts(
+        cls,
+        texts: Sequence[str],
+        config: OTDRGConfig,
+        vocab_size: int = 1024,
+        tokenizer: str = "bpe",
+        vision: str | None = None,
+    ) -> OTDRGProcessor:
+        """A processor with a tokenizer trained on `texts`, for an LLM from scratch.
 
         `config` is bound to the tokenizer and its LLM's vocabulary set to the tokenizer's size.
+
+        Args:
+            texts (`Sequence[str]`): the training reports.
+            config (`OTDRGConfig`): the model's.
+            vocab_size (`int`): of a BPE tokenizer.
+            tokenizer (`str`): `"bpe"`, byte-level, or `"words"`: every word between spaces that occurs at least twice
+                is a token, any other is `<unk>`. Decoding joins words by single spaces, as cleaned reports have them.
+            vision (`str`, *optional*): a pretrained vision encoder's Hub id or folder, for its image normalisation.
         """
-        bpe = import_module("tokenizers").ByteLevelBPETokenizer()
         label_texts = [
             f" {FINDING_DISPLAY_NAMES[name].lower()}: {state};" for name in FINDINGS for state in FINDING_STATES
         ]
-        bpe.train_from_iterator(
-            [*texts, *label_texts, config.prompt],
-            vocab_size=vocab_size,
-            special_tokens=["<pad>", "<s>", "</s>"],
-            show_progress=False,
-        )
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-        )
+        if tokenizer == "words":
+            trained = _word_tokenizer([*texts, *[*label_texts, config.prompt] * _LEAST_WORD_COUNT])
+        elif tokenizer == "bpe":
+            trained = _byte_tokenizer([*texts, *label_texts, config.prompt], vocab_size)
+        else:
+            raise ValueError(f"tokenizer={tokenizer!r}: expected 'bpe' or 'words'")
         config.text_config.vocab_size = 0
-        return cls.from_config(config, tokenizer)
+        return cls.from_config(
+            config, trained, *((IMAGENET_MEAN, IMAGENET_STD) if vision is None else _normalisation(vision))
+        )
 
     @classmethod
     def from_config(
@@ -550,6 +566,36 @@ def _converted(name: str, value, return_tensors: str | None):
             )
         value = torch.tensor(value)
     return value if return_tensors == "pt" else value.numpy()
+
+
+def _byte_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    bpe = import_module("tokenizers").ByteLevelBPETokenizer()
+    special = ["<pad>", "<s>", "</s>"]
+    bpe.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+def _word_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    tokenizers = import_module("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    trainer = tokenizers.trainers.WordLevelTrainer(
+        vocab_size=_MOST_WORDS,
+        min_frequency=_LEAST_WORD_COUNT,
+        special_tokens=["<pad>", "<s>", "</s>", "<unk>"],
+        show_progress=False,
+    )
+    words.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def _chat_template(tokenizer) -> str:

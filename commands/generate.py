@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
         action="extend",
         default=[],
         metavar="FINDING=STATE",
-        help="states that replace the predicted ones: positive, negative, unclear, unmentioned",
+        help="states that replace the predicted ones: positive, negative, unclear, unmentioned, not_given",
     )
     conditions.add_argument(
         "--indication",

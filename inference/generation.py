@@ -16,7 +16,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..findings_otdrg import FINDING_STATES, FINDINGS
+from ..findings_otdrg import CONDITIONING_STATES, FINDINGS
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from ..runtime.journal import Journal
@@ -43,7 +43,7 @@ class ReportJournal:
         self._reports: dict[str, tuple[str, list[int]]] = {}
         for number, row in enumerate(self._journal.rows, 1):
             try:
-                self._reports[row["id"]] = row["report"], [FINDING_STATES.index(row[name]) for name in FINDINGS]
+                self._reports[row["id"]] = row["report"], [CONDITIONING_STATES.index(row[name]) for name in FINDINGS]
             except (ValueError, KeyError, TypeError):
                 raise ValueError(
                     f"{self.path}, line {number}: no report with its id and 14 states; delete the file to begin anew"
@@ -58,7 +58,9 @@ class ReportJournal:
 
     def add(self, rows: Sequence[tuple[str, str, list[int]]]) -> None:
         """Add lines of a study's id, report and states."""
-        named = [dict(zip(FINDINGS, (FINDING_STATES[state] for state in states), strict=True)) for *_, states in rows]
+        named = [
+            dict(zip(FINDINGS, (CONDITIONING_STATES[state] for state in states), strict=True)) for *_, states in rows
+        ]
         self._journal.add(
             {"id": study, "report": report, **states} for (study, report, _), states in zip(rows, named, strict=True)
         )

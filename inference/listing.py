@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..findings_otdrg import FINDING_STATES, FINDINGS, finding_key, parse_findings
+from ..findings_otdrg import CONDITIONING_STATES, FINDINGS, finding_key, parse_findings
 from ..image_processing_otdrg import without_credentials
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class ListedStudy:
         id: unique in the list; by default the names of its views.
         images: paths or URLs of its views; None for a study of a dataset, whose views are in `rows`.
         indication: reason for the study.
-        findings: states that condition the report, by names of `FINDINGS` and `FINDING_STATES`.
+        findings: states that condition the report, by names of `FINDINGS` and `CONDITIONING_STATES`.
         rows, place: the dataset and the position of the study in it.
 
     Raises:
@@ -195,7 +195,7 @@ def _joined(images: Sequence[str]) -> str:
 
 
 def _named_states(findings: dict[str, Any]) -> dict[str, str]:
-    return {FINDINGS[place]: FINDING_STATES[state] for place, state in parse_findings(findings).items()}
+    return {FINDINGS[place]: CONDITIONING_STATES[state] for place, state in parse_findings(findings).items()}
 
 
 def _json_fields(line: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..findings_otdrg import FINDING_STATES, FINDINGS, NEGATIVE, POSITIVE, UNCLEAR, UNMENTIONED
+from ..findings_otdrg import FINDING_STATES, FINDINGS, NEGATIVE, NOT_GIVEN, POSITIVE, UNCLEAR, UNMENTIONED
 from ..labelers import load_labeler
 from ..labelers.as_typed import label_quietly
 
@@ -81,7 +81,7 @@ def faithfulness(
     """Measure how far reports state the findings they were conditioned on.
 
     Args:
-        given: (N, 14) state ids the reports were conditioned on.
+        given: (N, 14) state ids the reports were conditioned on; findings that were not given are not measured.
         said: (N, 14) state ids a labeler reads in them.
         floor: how often a finding must be given in a state to count in the macro average.
         within: (N, 14), true for the findings to measure; all by default.
@@ -131,7 +131,7 @@ def contradictions(
         ValueError: as [`faithfulness`].
     """
     given, said = _checked(given, said)
-    apart = given != said
+    apart = (given != said) & (given != NOT_GIVEN)
     apart[:, _NO_FINDING] = False
     if within is not None:
         apart &= within
@@ -206,7 +206,7 @@ def _checked(given: np.ndarray, said: np.ndarray) -> tuple[np.ndarray, np.ndarra
         raise ValueError(
             f"given states have shape {given.shape}, said ones {said.shape}: expected (N, {len(FINDINGS)}) both"
         )
-    for name, states in (("given", given), ("said", said)):
+    for name, states in (("given", np.where(given == NOT_GIVEN, UNMENTIONED, given)), ("said", said)):
         if not np.isin(states, range(len(FINDING_STATES))).all():
             raise ValueError(f"{name} states: expected ids 0 to 3 ({', '.join(FINDING_STATES)})")
     return given, said

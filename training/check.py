@@ -10,6 +10,7 @@ from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
@@ -78,7 +79,8 @@ def check_model(recipe: Recipe, model: OTDRGForReportGeneration, pending: Collec
         for field, lora in lora_fields(recipe, name).items():
             config = LoraConfig(**lora)
             names = [part for part, _ in towers[field].named_modules()]
-            if not any(check_target_module_exists(config, part) for part in names if part):
+            all_linear = str(config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+            if not all_linear and not any(check_target_module_exists(config, part) for part in names if part):
                 raise ValueError(
                     f"OTDRGConfig.{field}={lora!r}: Target modules are not in the backbone, expected some of "
                     f"{', '.join(_layer_names(towers[field]))}"

@@ -9,6 +9,7 @@ import torch
 
 from ..inference.collation import collate_views, indications_of
 from ..processing_otdrg import OTDRGProcessor
+from .abnormal import Spans, token_weights
 
 
 class ReportCollator:
@@ -24,6 +25,8 @@ class ReportCollator:
         max_report_tokens: longer reports are cut to this many tokens.
         supervise_predictor: whether training batches also have the true states as `finding_labels`.
         indication: whether prompts have the studies' indications.
+        sentence_weight: weight of the tokens of abnormal sentences in training batches.
+        abnormal: where these are, by report; as of [`abnormal_sentences`].
     """
 
     def __init__(
@@ -33,9 +36,13 @@ class ReportCollator:
         max_report_tokens: int | None = None,
         supervise_predictor: bool = False,
         indication: bool = False,
+        sentence_weight: float = 1.0,
+        abnormal: dict[str, Spans] | None = None,
     ):
         self.processor = processor
         self.training = training
+        self.sentence_weight = sentence_weight
+        self.abnormal = abnormal or {}
         self.max_report_tokens = max_report_tokens
         self.supervise_predictor = supervise_predictor
         self.indication = indication
@@ -51,7 +58,21 @@ class ReportCollator:
         )
         if self.training and self.supervise_predictor:
             text["finding_labels"] = text["finding_states"].clone()
+        if self.training and self.sentence_weight != 1:
+            text["label_weights"] = self._label_weights([row["report"] for row in rows], text["labels"])
         return text | views
+
+    def _label_weights(self, reports: list[str], labels: torch.Tensor) -> torch.Tensor:
+        """Weights (B, L) of the tokens in `labels`; the end of text has weight 1."""
+        encoded = self.processor.tokenizer(reports, add_special_tokens=False, return_offsets_mapping=True)
+        weights = torch.ones(labels.shape)
+        for row, report in enumerate(reports):
+            spans = self.abnormal.get(report)
+            if spans:
+                found = token_weights(encoded["offset_mapping"][row], spans, self.sentence_weight)
+                places = (labels[row] != -100).nonzero().flatten()[:-1]
+                weights[row, places] = torch.tensor(found[: len(places)])
+        return weights
 
 
 class ContrastiveCollator:

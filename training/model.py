@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig
+from transformers import AutoModel, BitsAndBytesConfig
 
 from ..configuration_otdrg import OTDRGConfig
 from ..inference.features import cache_features, encoder_is_frozen
@@ -17,7 +17,7 @@ from ..inference.model_files import read_config, read_model, read_processor
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from ..runtime.interruptions import is_out_of_memory
-from ..weights_otdrg import quantization_of
+from ..weights_otdrg import load_backbone, quantization_of
 from .data import Rows
 from .fields import unknown_key
 from .recipe import ModelRecipe, Recipe
@@ -29,43 +29,41 @@ Quantization = str | dict[str, Any] | None
 def build_model(
     recipe: ModelRecipe, reports: Sequence[str], quantization: Quantization = None
 ) -> tuple[OTDRGForReportGeneration, OTDRGProcessor]:
-    """A new model and its processor, without LoRA: on the recipe's or preset's backbones, or else from scratch.
+    """A new model and its processor, without LoRA, on the recipe's or preset's backbones; other parts are from scratch.
 
     Args:
         recipe: the recipe's `model` section.
-        reports: training reports, for the tokenizer of a model from scratch.
+        reports: training reports, for the tokenizer of an LLM from scratch.
         quantization: as `model.quantization`, of a pretrained LLM's weights.
 
     Raises:
-        ValueError: an unknown preset or override, one backbone without the other, or a quantised LLM from scratch.
+        ValueError: an unknown preset or override, an LLM without a vision encoder, or a quantised LLM from scratch.
         OSError: a backbone that cannot be loaded.
     """
     config = preset_config(recipe)
     vision, text = check_backbones(recipe, config)
     # A stage that trains adapters sets these: a folder without adapters must not have them in its configuration.
     config.lora = config.vision_lora = None
-    if vision is None and quantization is not None:
+    if text is None and quantization is not None:
         raise ValueError(f"model.quantization={quantization!r}: expected null for a model from scratch")
-    if vision is None:
-        processor = OTDRGProcessor.from_texts(list(reports), config=config, vocab_size=recipe.vocab_size)
-        try:
-            model = OTDRGForReportGeneration(config)
-        except Exception as error:  # the backbones' own code raises all kinds for sizes that do not fit together
-            if is_out_of_memory(error):
-                raise
-            reason = " ".join(str(error).split())
-            raise ValueError(f"model.overrides: no model can be made of them ({reason})") from error
+    # The published configuration must not name a path of this machine.
+    named = {
+        part: None if source is None or os.path.exists(source) else source
+        for part, source in (("vision", vision), ("text", text))
+    }
+    if text is None:
+        model, processor = _with_llm_from_scratch(recipe, config, reports, vision)
+        model.config.vision_backbone, model.config.text_backbone = named["vision"], None
     else:
         fields = {name: getattr(config, name) for name in _joining_fields()}
-        for name, reference in (("vision_backbone", vision), ("text_backbone", text)):
-            # The published configuration must not name a path of this machine.
-            fields[name] = None if os.path.exists(reference) else reference
         model = OTDRGForReportGeneration.from_backbones(
             vision=vision,
             text=text,
             label_text_encoder=recipe.label_text_encoder,
             dtype=recipe.dtype,
             quantization_config=quantization_config(quantization),
+            vision_backbone=named["vision"],
+            text_backbone=named["text"],
             **fields,
         )
         processor = OTDRGProcessor.from_backbones(vision=vision, text=text, config=model.config)
@@ -73,20 +71,48 @@ def build_model(
     return model, processor
 
 
-def check_backbones(recipe: ModelRecipe, config: OTDRGConfig) -> tuple[str, str] | tuple[None, None]:
-    """The references of the vision backbone and the LLM, the recipe's or the preset's; None for both from scratch.
+def _with_llm_from_scratch(
+    recipe: ModelRecipe, config: OTDRGConfig, reports: Sequence[str], vision: str | None
+) -> tuple[OTDRGForReportGeneration, OTDRGProcessor]:
+    """A model whose LLM has random weights and a tokenizer trained on `reports`, on a vision encoder that may be loaded."""
+    tower = None if vision is None else load_backbone("vision", AutoModel, vision, recipe.dtype)
+    if tower is not None:
+        config.vision_config = tower.config
+    processor = OTDRGProcessor.from_texts(
+        list(reports), config, vocab_size=recipe.vocab_size, tokenizer=recipe.tokenizer, vision=vision
+    )
+    try:
+        return OTDRGForReportGeneration(config, tower), processor
+    except Exception as error:  # the backbones' own code raises all kinds for sizes that do not fit together
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model.overrides: no model can be made of them ({reason})") from error
+
+
+#: `model.text` of an LLM with random weights.
+SCRATCH = "scratch"
+
+
+def check_backbones(recipe: ModelRecipe, config: OTDRGConfig) -> tuple[str | None, str | None]:
+    """The references of the vision backbone and the LLM, the recipe's or the preset's; None for a part from scratch.
 
     Raises:
-        ValueError: one without the other, or a field that cannot be combined with them.
+        ValueError: an LLM without a vision encoder, or a field that cannot be combined with them.
     """
     vision, text = recipe.vision or config.vision_backbone, recipe.text or config.text_backbone
-    if (vision is None) != (text is None):
-        absent = "vision" if vision is None else "text"
-        raise ValueError(f"model.{absent} is missing: expected backbones for both vision and text, or for neither")
-    if vision is None and recipe.label_text_encoder is not None:
-        raise ValueError("model.label_text_encoder is given, but no backbones: expected vision and text beside it")
-    for part in ("vision_config", "text_config") if vision is not None else ():
-        if part in recipe.overrides:
+    if text is None and vision is not None:
+        raise ValueError(f"model.text is missing beside model.vision: expected an LLM, or {SCRATCH}")
+    if text == SCRATCH:
+        text = None
+    if vision is None and text is not None:
+        raise ValueError("model.vision is missing: expected a vision encoder beside model.text")
+    if text is None and recipe.label_text_encoder is not None:
+        raise ValueError(
+            "model.label_text_encoder is given, but no pretrained LLM: expected model.vision and model.text beside it"
+        )
+    for part, source in (("vision_config", vision), ("text_config", text)):
+        if source is not None and part in recipe.overrides:
             raise ValueError(f"model.overrides.{part} is given beside a backbone, which brings its own")
     return vision, text
 

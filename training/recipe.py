@@ -71,14 +71,21 @@ class ModelRecipe(Section):
 
     preset: str = option("tiny", "An OTDRGConfig preset: tiny (from scratch), small or paper (pretrained backbones).")
     vision: str | None = option(None, "Vision backbone, a Hub id, folder or timm name; the preset's without it.")
-    text: str | None = option(None, "LLM, a Hub id, folder or GGUF file; the preset's without it.")
+    text: str | None = option(
+        None,
+        "LLM, a Hub id, folder or GGUF file, or scratch: the preset's text_config with random weights, beside a "
+        "pretrained vision encoder or none; the preset's LLM without it.",
+    )
     label_text_encoder: str | None = option(
         None, "Text encoder of the label features, a Hub id or folder, in place of the LLM's own embeddings."
     )
     overrides: dict[str, Any] = option({}, "OTDRGConfig fields that differ from the preset's.")
-    vocab_size: int = option(
-        512, "Size of the tokenizer that is trained on the reports when there is no pretrained LLM."
+    tokenizer: Literal["bpe", "words"] = option(
+        "bpe",
+        "Tokenizer that is trained on the reports when there is no pretrained LLM: bytes merged to vocab_size tokens, "
+        "or the words that occur at least twice, for cleaned reports.",
     )
+    vocab_size: int = option(512, "Size of that tokenizer if it is bpe.")
     dtype: Literal["float32", "bfloat16"] = option(
         "float32", "Type of frozen backbone weights and of the published model; trained weights are kept in float32."
     )

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
@@ -25,16 +26,20 @@ from ..evaluation.evaluate import evaluate_model
 from ..evaluation.report import format_table, write_predictions
 from ..inference.features import CachedStudies
 from ..inference.model_files import read_config
-from ..labelers.as_typed import labeler_of
-from ..metrics import full_score_name, metric_choices, metric_of, score_names
+from ..labelers.as_typed import label_quietly, labeler_of
+from ..metrics import best_constants, full_score_name, metric_choices, metric_of, score_names, score_reports
+from ..metrics.baselines import SEARCHED_SCORES
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
+from ..studies.loading import uncleaned_reports
+from ..studies.streaming import StreamedStudies
+from .abnormal import abnormal_sentences, study_weights
 from .arguments import StageArguments
 from .callbacks import SinkhornLossCallback
 from .collation import ReportCollator
 from .data import StudySplits
 from .fields import COUNT, POSITIVE, Bounds, Section, need, option, unknown_key
-from .model import attach_lora, cached_where_frozen, preset_config, set_trained_parts
+from .model import attach_lora, cached_where_frozen, check_backbones, preset_config, set_trained_parts
 from .predictor import logit_adjustment
 from .recipe import Recipe
 from .resumption import is_finished
@@ -44,7 +49,7 @@ from .trainer import StageTrainer
 logger = logging.getLogger(__name__)
 
 #: Scores of every evaluation during training. METEOR starts Java and is computed only if the best model depends on it.
-VALIDATION_SCORES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider", "macro_f1_13")
+VALIDATION_SCORES = (*("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider", "micro_f1_13", "macro_f1_13"),)
 
 #: Decoding of generated reports; a recipe's `report.generation` is merged into it.
 GENERATION = {"num_beams": 3, "max_new_tokens": 120}
@@ -84,6 +89,8 @@ class ReportArguments(StageArguments):
         "ot_weight_warmup": {"least": 0, "most": 1},
         "ot_epsilon_start": POSITIVE,
         "ot_epsilon_annealing": {"least": 0, "most": 1},
+        "abnormal_study_weight": {"least": 1},
+        "abnormal_sentence_weight": {"least": 1},
         "max_eval_samples": COUNT,
         "generation_num_beams": COUNT,
     }
@@ -106,6 +113,16 @@ class ReportArguments(StageArguments):
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = option(
         "random",
         "Order of the training studies; group_by_length makes batches of reports of similar length: less padding.",
+    )
+    abnormal_study_weight: float = option(
+        1.0,
+        "How many times as often a training study with a positive or unclear finding is drawn. An epoch has as many "
+        "studies as without it.",
+    )
+    abnormal_sentence_weight: float = option(
+        1.0,
+        "Weight, in the training loss, of the tokens of sentences in which labels.labeler (or rules) reads a positive "
+        "or unclear finding; the loss is the weighted mean over tokens.",
     )
     load_best_model_at_end: bool = option(True, "Publish the checkpoint with the best metric_for_best_model.")
     metric_for_best_model: str | None = option(
@@ -172,6 +189,8 @@ class ReportStage(Stage):
         "ot_contrastive_weight",
         "ot_contrastive_temperature",
         "predicted_state_ratio",
+        "finding_state_dropout",
+        "image_dropout",
         "lora",
     )
     publishes = "model"
@@ -186,6 +205,11 @@ class ReportStage(Stage):
         trainer = report_trainer(run)
         trainer.train_stage(run.resume)
         results = trainer.summary()
+        if "best" in results and trainer.score is not None and PartialState().is_main_process:
+            constant = trainer.score.constant(run.studies["train"])
+            if constant is not None:
+                results["best"]["constant"] = constant
+                logger.info("best constant report: %.4f, best step: %.4f", constant, results["best"]["value"])
         model = trainer.whole_model()
         model.generation_config.update(**run.recipe.report.generation)
         # One type, as `from_pretrained` gives: the model that is scored is the model that will be loaded.
@@ -247,6 +271,12 @@ class ReportStage(Stage):
             "train_sampling_strategy",
             "random while studies.streaming is true (streamed studies have the order of their shards)",
         )
+        section.expect(
+            section.abnormal_study_weight == 1
+            or not (recipe.studies.streaming or section.train_sampling_strategy == "sequential"),
+            "abnormal_study_weight",
+            "1 where studies are streamed or train_sampling_strategy is sequential",
+        )
         shares_encoder = recipe.model.overrides.get("predictor_encoder", "shared") == "shared"
         section.expect(
             section.vision == "frozen" or section.predictor == "full" or not shares_encoder,
@@ -255,7 +285,7 @@ class ReportStage(Stage):
             "or model.overrides.predictor_encoder own",
         )
         config = preset_config(recipe.model)
-        if recipe.model.text is None and config.text_backbone is None:
+        if check_backbones(recipe.model, config)[1] is None:
             check_positions(recipe, config.text_config)
 
     def check_start(self, recipe: Recipe, pending: Collection[str]) -> None:
@@ -322,6 +352,10 @@ def report_trainer(run: StageRun) -> StageTrainer:
         evaluates=validation is not None,
         label_names=["labels"],
         prediction_loss_only=True,
+        # Training studies are grouped by our sampler; transformers would also group those of evaluations, and fail.
+        train_sampling_strategy="random"
+        if section.train_sampling_strategy == "group_by_length"
+        else section.train_sampling_strategy,
     )
     train, validation = (
         cached_where_frozen(model, processor, rows, recipe, "report", args.device) for rows in (train, validation)
@@ -332,6 +366,11 @@ def report_trainer(run: StageRun) -> StageTrainer:
     if section.train_sampling_strategy == "group_by_length":
         ids = processor.tokenizer(list(train["report"]), add_special_tokens=False)["input_ids"]
         lengths = [min(len(row), tokens) for row in ids]
+    abnormal = None
+    if section.abnormal_sentence_weight != 1:
+        labels = recipe.labels
+        labeler = labeler_of(labels.labeler or "rules", labels.options if labels.labeler else {})
+        abnormal = abnormal_sentences(list(train["report"]), labeler)
     generates = validation is not None and args.metric_for_best_model is not None
     return StageTrainer(
         model,
@@ -339,9 +378,12 @@ def report_trainer(run: StageRun) -> StageTrainer:
         processor=processor,
         loss_callback=schedules,
         frozen=frozen,
-        train_collator=ReportCollator(processor, True, tokens, trains_predictor, indication),
+        train_collator=ReportCollator(
+            processor, True, tokens, trains_predictor, indication, section.abnormal_sentence_weight, abnormal
+        ),
         eval_collator=ReportCollator(processor, False, tokens, indication=indication),
         train_lengths=lengths,
+        train_weights=study_weights(train["finding_states"], section.abnormal_study_weight),
         score=Validation(recipe, model, processor, validation, run.folder) if generates else None,
         train_dataset=train,
         eval_dataset=validation,
@@ -363,11 +405,10 @@ class Validation:
         section = self.recipe.report
         names = (name for name in (*VALIDATION_SCORES, *section.best.weights) if name in score_names())
         wanted = {name: full_score_name(name) for name in names}
-        rows = self.studies.select(range(min(section.max_eval_samples or len(self.studies), len(self.studies))))
         evaluation = evaluate_model(
             self.model,
             self.processor,
-            rows,
+            self._rows(),
             batch_size=section.eval_batch(),
             generation={**section.generation, "num_beams": section.generation_num_beams},
             controls=(),
@@ -381,6 +422,30 @@ class Validation:
         found = evaluation.rows["model"].scores
         return {name: found[full] for name, full in wanted.items()}
 
+    def _rows(self) -> Dataset | CachedStudies:
+        limit = self.recipe.report.max_eval_samples
+        return self.studies.select(range(min(limit or len(self.studies), len(self.studies))))
+
+    def constant(self, training: Dataset | StreamedStudies) -> float | None:
+        """The highest `metric_for_best_model` of the [`best_constants`] of training, each written for every study.
+
+        None if it is made of other scores than those.
+        """
+        section = self.recipe.report
+        wanted = {name: full_score_name(name) for name in section.best.weights if name in score_names()}
+        if not wanted.keys() == section.best.weights.keys() or not set(SEARCHED_SCORES).issuperset(wanted.values()):
+            return None
+        labeler, rows = labeler_of(section.evaluation.labeler, {}), self._rows()
+        states = label_quietly(labeler, uncleaned_reports(training))
+        chosen = best_constants(list(training["report"]), states, labeler, list(wanted.values()), self.recipe.seed)
+        references, true_states = list(rows["report"]), label_quietly(labeler, uncleaned_reports(rows))
+        values = []
+        for report in set(chosen.reports.values()):
+            said = np.tile(label_quietly(labeler, [report]), (len(rows), 1))
+            found = score_reports([report] * len(rows), references, said, true_states, list(wanted.values())).scores
+            values.append(section.best({name: found[full] for name, full in wanted.items()}))
+        return max(values)
+
 
 def save_adapter(model: OTDRGForReportGeneration, processor: OTDRGProcessor, recipe: Recipe, folder: Path) -> None:
     """Write what was trained as an adapter of the recipe's backbones.
@@ -389,11 +454,8 @@ def save_adapter(model: OTDRGForReportGeneration, processor: OTDRGProcessor, rec
     in any case. If a backbone cannot be loaded any more, a warning says so.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    preset = preset_config(recipe.model)
-    references = {
-        "vision_backbone": recipe.model.vision or preset.vision_backbone,
-        "text_backbone": recipe.model.text or preset.text_backbone,
-    }
+    vision, text = check_backbones(recipe.model, preset_config(recipe.model))
+    references = {"vision_backbone": vision, "text_backbone": text}
     if recipe.report.text == "full" or None in references.values():
         return
     published = {name: getattr(model.config, name) for name in references}

@@ -24,9 +24,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import IntervalStrategy
 
 
@@ -35,6 +36,8 @@ class ResumableTrainer(Trainer):
 
     #: Number of tokens in each training report, by which batches are grouped; None leaves the order to transformers.
     train_lengths: Sequence[int] | None = None
+    #: How often each study is drawn, in relation to the others; None draws all alike.
+    train_weights: Sequence[float] | None = None
 
     def evaluate(self, *args, **kwargs):
         # A data loader draws a seed when it is iterated. Without the fork, dropout after an evaluation would differ
@@ -72,10 +75,11 @@ class ResumableTrainer(Trainer):
         )
 
     def _get_train_sampler(self, train_dataset=None):
-        if self.train_lengths is None:
+        if self.train_lengths is None and self.train_weights is None:
             return super()._get_train_sampler(train_dataset)
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return EpochLengthGroupedSampler(batch_size, self.train_lengths, self.args.seed)
+        studies = len(self.train_dataset if train_dataset is None else train_dataset)
+        return StudySampler(studies, self.args.seed, batch_size, self.train_lengths, self.train_weights)
 
     def on_device(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A batch on the model's device, in the type that DeepSpeed computes in."""
@@ -100,29 +104,60 @@ class ResumableTrainer(Trainer):
         super()._issue_warnings_after_load(load_result)
 
 
-class EpochLengthGroupedSampler(LengthGroupedSampler):
-    """transformers' sampler of batches of similar length, in an order that depends on the seed and the epoch only.
+class StudySampler(Sampler):
+    """An order of the training studies that depends on the seed and the epoch only.
 
-    The batches are shuffled: transformers' own order runs from long to short over 50 batches, and so does the loss.
+    With lengths, batches are of similar length, and they are shuffled: transformers' own order runs from long to short
+    over 50 batches, and so does the loss.
+
+    Args:
+        studies: number of studies; each epoch has as many draws.
+        seed: of the order; the same on all processes.
+        batch_size: of a step, to group by length.
+        lengths: of each study's report.
+        weights: how often each study is drawn, in relation to the others; by default once an epoch. In every epoch a
+            study is drawn its expected number of times, rounded up or down.
     """
 
-    def __init__(self, batch_size: int, lengths: Sequence[int], seed: int):
-        super().__init__(batch_size, lengths=list(lengths))
-        self.seed = seed
+    def __init__(
+        self,
+        studies: int,
+        seed: int,
+        batch_size: int,
+        lengths: Sequence[int] | None = None,
+        weights: Sequence[float] | None = None,
+    ):
+        self.studies, self.seed, self.batch_size = studies, seed, batch_size
+        self.lengths, self.weights = lengths, weights
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
+    def __len__(self) -> int:
+        return self.studies
+
     def __iter__(self):
-        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        places = list(super().__iter__())
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        drawn = list(range(self.studies)) if self.weights is None else self._draw(generator)
+        if self.lengths is None:
+            return iter([drawn[place] for place in torch.randperm(len(drawn), generator=generator).tolist()])
+        lengths = [self.lengths[study] for study in drawn]
+        places = get_length_grouped_indices(lengths, self.batch_size, generator=generator)
         # The longest batch stays first, so that memory runs out at once if at all; an incomplete one stays last.
         whole = len(places) // self.batch_size
         batches = [places[start : start + self.batch_size] for start in range(0, len(places), self.batch_size)]
-        order = [0, *(torch.randperm(whole - 1, generator=self.generator) + 1).tolist()] if whole else []
+        order = [0, *(torch.randperm(whole - 1, generator=generator) + 1).tolist()] if whole else []
         shuffled = [place for batch in order for place in batches[batch]]
-        return iter(shuffled + places[whole * self.batch_size :])
+        return iter([drawn[place] for place in shuffled + places[whole * self.batch_size :]])
+
+    def _draw(self, generator: torch.Generator) -> list[int]:
+        """Studies in proportion to their weights: systematic sampling from a random order."""
+        order = torch.randperm(self.studies, generator=generator)
+        shares = torch.tensor(self.weights, dtype=torch.float64)[order].cumsum(dim=0)
+        points = torch.arange(self.studies, dtype=torch.float64) + torch.rand((), generator=generator).double()
+        found = torch.searchsorted(shares, points * (shares[-1] / self.studies), right=True)
+        return order[found.clamp(max=self.studies - 1)].tolist()
 
 
 def _stopped_early(checkpoint: Path) -> bool:
@@ -132,4 +167,4 @@ def _stopped_early(checkpoint: Path) -> bool:
     return bool(control.get("should_training_stop")) and state.global_step < state.max_steps
 
 
-__all__ = ["EpochLengthGroupedSampler", "ResumableTrainer"]
+__all__ = ["ResumableTrainer", "StudySampler"]

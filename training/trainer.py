@@ -23,6 +23,12 @@ from .resumption import last_checkpoint
 logger = logging.getLogger(__name__)
 
 
+def _tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Number of report tokens in a batch, or the sum of their weights."""
+    targets = batch["labels"] != -100
+    return (batch["label_weights"] * targets).sum() if "label_weights" in batch else targets.sum()
+
+
 class StageTrainer(ResumableTrainer):
     """A Trainer whose log lines hold the figures of the losses and whose checkpoints resume any encoder.
 
@@ -34,6 +40,7 @@ class StageTrainer(ResumableTrainer):
         frozen: parts to keep in evaluation mode.
         train_collator, eval_collator: make batches of studies.
         train_lengths: tokens of each training report, to group batches by; None does not group.
+        train_weights: how often each training study is drawn, in relation to the others; None draws all alike.
         score: scores of an evaluation at a step besides its losses, for example of generated reports.
     """
 
@@ -48,6 +55,7 @@ class StageTrainer(ResumableTrainer):
         train_collator,
         eval_collator,
         train_lengths: Sequence[int] | None = None,
+        train_weights: Sequence[float] | None = None,
         score: Callable[[int], dict[str, float]] | None = None,
         **kwargs,
     ):
@@ -62,7 +70,7 @@ class StageTrainer(ResumableTrainer):
         self.loss_callback = loss_callback
         self.frozen = frozen
         self.eval_collator = eval_collator
-        self.train_lengths = train_lengths
+        self.train_lengths, self.train_weights = train_lengths, train_weights
         self.score = score
         self._eval_sums: dict[str, torch.Tensor] = {}
         self._wrapper: str | None = None
@@ -77,6 +85,13 @@ class StageTrainer(ResumableTrainer):
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.data_collator = train_collator
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The batches of a step, and their number of tokens or, if tokens have weights, the sum of the weights."""
+        batches, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if tokens is not None and "label_weights" in batches[0]:
+            tokens = self.accelerator.reduce(sum(_tokens(batch).to(device) for batch in batches))
+        return batches, tokens
 
     def create_optimizer(self, model=None):
         """Trainer's optimizer; with `vision_learning_rate`, vision encoders have a learning rate of their own."""
@@ -113,7 +128,7 @@ class StageTrainer(ResumableTrainer):
         outputs = model(**self._with_finding_text(inputs))
         counts_tokens = training and num_items_in_batch is not None
         if counts_tokens:
-            self._weigh_by_tokens(outputs, inputs["labels"], num_items_in_batch)
+            self._weigh_by_tokens(outputs, _tokens(inputs), num_items_in_batch)
         if training:
             self.loss_callback.observe(outputs)
         loss = outputs["loss"]
@@ -130,19 +145,20 @@ class StageTrainer(ResumableTrainer):
         with self.accelerator.autocast():
             return self.model.expand_finding_text(**inputs)
 
-    def _weigh_by_tokens(self, outputs, labels: torch.Tensor, tokens: torch.Tensor) -> None:
+    def _weigh_by_tokens(self, outputs, own_tokens: torch.Tensor, tokens: torch.Tensor) -> None:
         """Weigh the report loss of a batch by its share of the tokens of the step.
 
         The mean over processes and accumulated batches is then the mean over tokens, as in one large batch (eq. 11).
 
         Args:
-            tokens: number of tokens in the step, on all processes.
+            own_tokens: number of tokens in the batch, or the sum of their weights.
+            tokens: the same of the step, on all processes.
         """
         batches = self.current_gradient_accumulation_steps * self.accelerator.num_processes
         if batches == 1:
             return
         own = outputs["report_loss"]
-        weighed = own * ((labels != -100).sum() * batches / tokens)
+        weighed = own * (own_tokens * batches / tokens)
         outputs["loss"] = outputs["loss"] - own + weighed
         outputs["report_loss"] = weighed
 

@@ -12,7 +12,7 @@ from otdrg.modeling_otdrg import OTDRGForReportGeneration
 from otdrg.train_hf import main
 from otdrg.training.arguments import WeightedScores
 from otdrg.training.recipe import load_recipe
-from otdrg.training.resumable_trainer import EpochLengthGroupedSampler
+from otdrg.training.resumable_trainer import StudySampler
 from safetensors.torch import load_file
 
 SCORES = st.floats(-10, 10)
@@ -120,7 +120,7 @@ def test_report_stage_publishes_the_best_checkpoint(selected_run):
 
 def test_length_sampler_order_depends_on_the_epoch_only():
     lengths = [(37 * position) % 101 for position in range(120)]
-    sampler = EpochLengthGroupedSampler(4, lengths, seed=5)
+    sampler = StudySampler(len(lengths), 5, 4, lengths)
     first = list(sampler)
     assert sorted(first) == list(range(120)) and list(sampler) == first
 
@@ -136,8 +136,8 @@ def test_length_sampler_order_depends_on_the_epoch_only():
     assert list(sampler) != first
     sampler.set_epoch(0)
     assert list(sampler) == first
-    assert sorted(EpochLengthGroupedSampler(4, lengths[:10], seed=5)) == list(range(10))
-    assert sorted(EpochLengthGroupedSampler(4, lengths[:3], seed=5)) == list(range(3))
+    assert sorted(StudySampler(10, 5, 4, lengths[:10])) == list(range(10))
+    assert sorted(StudySampler(3, 5, 4, lengths[:3])) == list(range(3))
 
 
 def losses(run):

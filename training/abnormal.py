@@ -1,0 +1,97 @@
+"""What is abnormal in training studies, to learn it more: studies are drawn, and sentences weighed, by it.
+
+Most sentences of reports deny findings, and a language model learns these first: without weights it writes few of the
+positive findings that it is given.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..findings_otdrg import FINDINGS, POSITIVE, UNCLEAR
+from ..labelers.as_typed import label_quietly
+from ..labelers.sentences import split_sentences
+
+logger = logging.getLogger(__name__)
+
+#: Begin and end of each abnormal sentence in a report, in characters.
+Spans = list[tuple[int, int]]
+
+
+def is_abnormal(states: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
+    """For each row of 14 states, whether a finding is positive or unclear; "no finding" does not count. (N,)"""
+    findings = [place for place, name in enumerate(FINDINGS) if name != "no_finding"]
+    return np.isin(np.asarray(states).reshape(-1, len(FINDINGS))[:, findings], (POSITIVE, UNCLEAR)).any(axis=1)
+
+
+def study_weights(states: Sequence[Sequence[int]], weight: float) -> list[float] | None:
+    """How often each study is drawn: `weight` times as often if it is abnormal; None if all are drawn alike."""
+    return None if weight == 1 else np.where(is_abnormal(states), weight, 1.0).tolist()
+
+
+def abnormal_sentences(reports: Sequence[str], labeler) -> dict[str, Spans]:
+    """Where the sentences are in which the labeler reads a positive or unclear finding.
+
+    Args:
+        reports: texts, split into sentences as the labeler `rules` does it.
+        labeler: reads each sentence by itself.
+
+    Returns:
+        By report, the spans of its abnormal sentences with the punctuation after them; reports without any are left out.
+    """
+    split = {report: [sentence for sentence in split_sentences(report) if sentence.strip()] for report in set(reports)}
+    sentences = sorted({sentence for found in split.values() for sentence in found})
+    abnormal = {
+        sentence
+        for sentence, is_one in zip(sentences, is_abnormal(label_quietly(labeler, sentences)), strict=True)
+        if is_one
+    }
+    found: dict[str, Spans] = {}
+    lost = 0
+    for report, parts in split.items():
+        if abnormal.isdisjoint(parts):
+            continue
+        position, spans = 0, []
+        for sentence in parts:
+            span = _find(sentence, report, position)
+            if span is not None:
+                position = span[1]
+            if sentence in abnormal:
+                spans += [span] if span is not None else []
+                lost += span is None
+        if spans:
+            found[report] = spans
+    if lost:
+        logger.warning("%d abnormal sentences are not found in their reports as they are written: weight 1", lost)
+    logger.info("abnormal sentences: in %d of %d distinct reports", len(found), len(split))
+    return found
+
+
+def _find(sentence: str, report: str, position: int) -> tuple[int, int] | None:
+    """The span of a sentence from `position` on, whatever the spaces and punctuation between its words.
+
+    The head of a list stands before each of its items in `sentence`, and once in `report`: first words that are not
+    there are left out.
+    """
+    words = re.findall(r"\w+", sentence)
+    for first in range(len(words)):
+        pattern = r"\W+".join(map(re.escape, words[first:]))
+        match = re.compile(rf"\b{pattern}\b\W*", re.IGNORECASE).search(report, position)
+        if match is not None:
+            return match.span()
+    return None
+
+
+def token_weights(offsets: Sequence[tuple[int, int]], spans: Spans, weight: float) -> list[float]:
+    """`weight` for each token, given by its begin and end in characters, that overlaps a span, and 1 for the others."""
+    return [
+        weight if any(begin < end_of_span and end > start for start, end_of_span in spans) else 1.0
+        for begin, end in offsets
+    ]
+
+
+__all__ = ["Spans", "abnormal_sentences", "is_abnormal", "study_weights", "token_weights"]
