@@ -21,6 +21,8 @@ from .findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS
 DEFAULT_PROMPT = (
     "Generate a comprehensive diagnosis report for this radiology image. ###Focus on diagnostic accuracy###"
 )
+#: Buckets of the hash by which the label predictor knows the words of an indication.
+INDICATION_BUCKETS = 4096
 IMAGE_TOKEN, FINDING_TOKEN, FINDING_TEXT_TOKEN = "<image>", "<finding>", "<finding_text>"
 _PLACEHOLDER_FIELDS = ("image_token_id", "finding_token_id", "finding_text_token_id")
 #: Keyword arguments of `from_pretrained` that locate files.
@@ -30,6 +32,7 @@ HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "r
 MAXIMUM_IMAGE_TOKENS, MAXIMUM_IMAGE_SIZE = 4096, 8192
 _MAXIMUM_SIZE, _MAXIMUM_ITERATIONS, _MAXIMUM_PROMPT_TOKENS, _MAXIMUM_TEXT_TOKENS = 65_536, 100_000, 65_536, 1024
 _MAXIMUM_RANK = 4096
+_MAXIMUM_HEADS, _MAXIMUM_LAYERS, _MAXIMUM_TAGS = 64, 16, 4096
 #: Fields of peft's LoraConfig that train or copy whole modules of the model, which merging could not undo.
 _NOT_LORA_LAYERS = ("modules_to_save", "trainable_token_indices", "layer_replication")
 #: Maximum counts in a backbone's configuration, by the ends of the names of its fields.
@@ -101,6 +104,23 @@ class OTDRGConfig(PreTrainedConfig):
             (3.4: it stands outside of the training of the report).
         predictor_dropout (`float`, defaults to 0.0):
             Dropout of the label predictor.
+        predictor_heads (`int`, defaults to 1):
+            Predictors that are initialised and supervised one by one; their probabilities are averaged.
+        predictor_layers (`list[int]`, *optional*):
+            Blocks of the vision encoder, counted from 1, whose tokens the predictor reads beside the encoder's output.
+        predictor_pooling (`str`, defaults to `"attention"`):
+            How the predictor pools tokens for a finding. `"attention"`: one query per finding, and the mean beside it;
+            `"mean"`; `"transport"`: entropic transport (`predictor_epsilon`, `predictor_iterations`) between the tokens
+            and 14 learned anchors, whose plan is then the heatmap.
+        predictor_epsilon (`float`, defaults to 0.05):
+            Entropic regularisation of that transport; its cost is the Euclidean distance of L2-normalised features.
+        predictor_iterations (`int`, defaults to 20):
+            Its Sinkhorn iterations, through which the gradient passes.
+        predictor_tags (`list[str]`, *optional*):
+            Further labels of studies that the predictor learns as an auxiliary target; set by training.
+        indication_reader (`str`, defaults to `"report"`):
+            What reads a study's indication: `"report"`, the LLM in its prompt; `"predictor"`, as a hashed bag of words
+            that is added to its logits; or `"both"`. A study without an indication is predicted from its views alone.
         predicted_state_ratio (`float`, defaults to 0.0):
             Share of training studies conditioned on predicted instead of given states (0 is the paper), drawn by
             the model's `expand_finding_text`.
@@ -152,7 +172,8 @@ class OTDRGConfig(PreTrainedConfig):
             *("fiot", "label_encoder", "label_encoder_config", "label_encoder_token_ids", "label_encoder_size"),
             *("ot_epsilon", "ot_max_iterations", "ot_tolerance", "ot_cost_normalization", "ot_labels", "ot_gradient"),
             *("ot_weight", "ot_contrastive_weight", "ot_contrastive_temperature", "focal_gamma", "focal_reduction"),
-            *("predictor_dropout", "predicted_state_ratio", "finding_state_dropout", "image_dropout"),
+            *("predictor_dropout", "predictor_heads", "predictor_pooling", "predictor_epsilon", "predictor_iterations"),
+            *("predictor_tags", "indication_reader", "predicted_state_ratio", "finding_state_dropout", "image_dropout"),
             *("finding_thresholds", "finding_text", "prompt"),
             *("image_token_id", "finding_token_id", "finding_text_token_id", "prompt_token_ids"),
             *("finding_text_token_ids", "weights", "weights_sha256", "backbone_sha256", "backbone_revisions"),
@@ -190,6 +211,13 @@ class OTDRGConfig(PreTrainedConfig):
         focal_reduction: str = "finding",
         predictor_encoder: str = "shared",
         predictor_dropout: float = 0.0,
+        predictor_heads: int = 1,
+        predictor_layers: list[int] | None = None,
+        predictor_pooling: str = "attention",
+        predictor_epsilon: float = 0.05,
+        predictor_iterations: int = 20,
+        predictor_tags: list[str] | None = None,
+        indication_reader: str = "report",
         predicted_state_ratio: float = 0.0,
         finding_state_dropout: float = 0.0,
         image_dropout: float = 0.0,
@@ -405,6 +433,10 @@ def _is_id_list(value, most: int) -> bool:
     return isinstance(value, (list, tuple)) and 0 < len(value) <= most and all(map(_is_int, value))
 
 
+def _is_set(value) -> bool:
+    return len(set(value)) == len(value)
+
+
 def _is_table(value) -> bool:
     """Whether a value has a list of token ids for each state of each finding."""
     return (
@@ -460,6 +492,27 @@ ALLOWED_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "focal_reduction": _one_of("finding", "study"),
     "predictor_encoder": _one_of("shared", "own"),
     "predictor_dropout": _PROBABILITY,
+    "predictor_heads": _count(_MAXIMUM_HEADS),
+    "predictor_layers": (
+        lambda value: value is None or (_is_id_list(value, _MAXIMUM_LAYERS) and 0 not in value and _is_set(value)),
+        "numbers of blocks of the vision encoder, from 1 on and each once, or null",
+    ),
+    "predictor_pooling": _one_of("attention", "mean", "transport"),
+    "predictor_epsilon": _ABOVE_0,
+    "predictor_iterations": _count(_MAXIMUM_ITERATIONS),
+    "predictor_tags": (
+        lambda value: (
+            value is None
+            or (
+                isinstance(value, (list, tuple))
+                and 0 < len(value) <= _MAXIMUM_TAGS
+                and all(isinstance(tag, str) for tag in value)
+                and _is_set(value)
+            )
+        ),
+        f"up to {_MAXIMUM_TAGS:,} different strings, or null",
+    ),
+    "indication_reader": _one_of("report", "predictor", "both"),
     "predicted_state_ratio": (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
     "finding_state_dropout": _PROBABILITY,
     "image_dropout": _PROBABILITY,
@@ -617,6 +670,7 @@ if __name__ == "otdrg.configuration_otdrg":  # the installed package, not a copy
 __all__ = [
     "DEFAULT_PROMPT",
     "HUB_KEYWORDS",
+    "INDICATION_BUCKETS",
     "OTDRGConfig",
     "check_values",
     "find_file",

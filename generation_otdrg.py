@@ -53,6 +53,7 @@ class OTDRGGenerationMixin(GenerationMixin):
         view_mask: torch.Tensor | None = None,
         view_features: torch.Tensor | None = None,
         finding_states: torch.Tensor | None = None,
+        indication_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> dict[str, Any]:
         """Replace the placeholder of the label text by the text of the states that condition the LLM.
@@ -67,7 +68,7 @@ class OTDRGGenerationMixin(GenerationMixin):
             input_ids, attention_mask (`torch.Tensor` of shape `(B, L)`): the processor's, padded on either side.
             labels, label_weights, position_ids (`torch.Tensor` of shape `(B, L)`, *optional*): moved with their tokens.
             inputs_embeds (`torch.Tensor` of shape `(B, L, hidden_size)`, *optional*): embeddings of `input_ids`.
-            pixel_values, view_mask, view_features, finding_states: as in [`forward`].
+            pixel_values, view_mask, view_features, finding_states, indication_ids: as in [`forward`].
             kwargs: returned unchanged.
 
         Returns:
@@ -85,7 +86,7 @@ class OTDRGGenerationMixin(GenerationMixin):
             "inputs_embeds": inputs_embeds,
         }
         views = {"pixel_values": pixel_values, "view_mask": view_mask, "view_features": view_features}
-        check_batch(**prompt, **views, finding_states=finding_states)
+        check_batch(**prompt, **views, finding_states=finding_states, indication_ids=indication_ids)
         prompt["position_ids"] = position_ids  # may be the same for all studies
         trains_report = labels is not None and self.training
         if finding_states is not None and trains_report and self.config.predicted_state_ratio:
@@ -95,7 +96,9 @@ class OTDRGGenerationMixin(GenerationMixin):
             trains = torch.is_grad_enabled()  # then forward encodes the views itself
             with torch.no_grad():
                 reader = "predictor" if trains else "both"
-                study = self.read_study(**views, finding_states=finding_states, reader=reader)
+                study = self.read_study(
+                    **views, finding_states=finding_states, reader=reader, indication_ids=indication_ids
+                )
             finding_states = study.finding_states
             if not trains:
                 views = {"view_mask": study.view_mask, "view_features": study.view_features}
@@ -117,10 +120,12 @@ class OTDRGGenerationMixin(GenerationMixin):
             if places.any():
                 embeddings = self.get_input_embeddings()
                 prompt = insert_finding_text(self.config, prompt, places, finding_states, embeddings)
-        given = {**prompt, **views, "finding_states": finding_states, **kwargs}
+        given = {**prompt, **views, "finding_states": finding_states, "indication_ids": indication_ids, **kwargs}
         return {name: value for name, value in given.items() if value is not None}
 
-    def _read_prompt(self, prompt: dict, pixel_values, view_mask, view_features, finding_states) -> dict[str, Any]:
+    def _read_prompt(
+        self, prompt: dict, pixel_values, view_mask, view_features, finding_states, indication_ids=None
+    ) -> dict[str, Any]:
         """The features and states of the studies, and `prompt`, or the default one, with its label text."""
         check_batch(
             **{name: value for name, value in prompt.items() if name != "position_ids"},
@@ -133,7 +138,7 @@ class OTDRGGenerationMixin(GenerationMixin):
             raise ValueError(
                 "finding_states were given, but OTDRGConfig.dle=False: this model does not use finding states"
             )
-        study = self.read_study(pixel_values, view_mask, view_features, finding_states)
+        study = self.read_study(pixel_values, view_mask, view_features, finding_states, indication_ids=indication_ids)
         if prompt.get("input_ids") is None and prompt.get("inputs_embeds") is None:
             prompt = {**prompt, **default_prompt(self.config, study.view_mask)}
         return self.expand_finding_text(
@@ -152,13 +157,15 @@ class OTDRGGenerationMixin(GenerationMixin):
         view_mask: torch.Tensor | None = None,
         finding_states: torch.Tensor | None = None,
         view_features: torch.Tensor | None = None,
+        indication_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The LLM's input embeddings for studies, for an inference engine that serves the LLM alone.
 
         Args:
             input_ids, attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
                 The processor's prompts, padded on the left; the default prompt without them.
-            pixel_values, view_mask, view_features, finding_states: as in [`forward`]; given states steer the report.
+            pixel_values, view_mask, view_features, finding_states, indication_ids: as in [`forward`]; given states
+                steer the report.
 
         Returns:
             Embeddings (B, L', hidden_size) of the prompt with image tokens, label tokens and label text, and their mask
@@ -168,7 +175,7 @@ class OTDRGGenerationMixin(GenerationMixin):
             ValueError: as in [`generate`].
         """
         prompt = {"input_ids": input_ids, "attention_mask": attention_mask}
-        inputs = self._read_prompt(prompt, pixel_values, view_mask, view_features, finding_states)
+        inputs = self._read_prompt(prompt, pixel_values, view_mask, view_features, finding_states, indication_ids)
         image_features, image_mask = self.project_views(inputs["view_features"], inputs["view_mask"])
         label_features = self.get_label_features(inputs["finding_states"]) if self.config.fiot else None
         embeddings = self.get_input_embeddings()(inputs["input_ids"])
@@ -189,6 +196,7 @@ class OTDRGGenerationMixin(GenerationMixin):
         view_mask: torch.Tensor | None = None,
         view_features: torch.Tensor | None = None,
         finding_states: torch.Tensor | None = None,
+        indication_ids: torch.Tensor | None = None,
         guidance_scale: float | None = None,
         **kwargs,
     ):
@@ -202,7 +210,8 @@ class OTDRGGenerationMixin(GenerationMixin):
             inputs_embeds (`torch.Tensor` of shape `(B, L, hidden_size)`, *optional*):
                 Embeddings of the prompts, such as those of [`get_prompt_embeddings`]. Without views they are used
                 unchanged.
-            pixel_values, view_mask, view_features, finding_states: as in [`forward`]; given states steer the report.
+            pixel_values, view_mask, view_features, finding_states, indication_ids: as in [`forward`]; given states
+                steer the report.
                 With a key-value cache of the prompt they are not needed.
             guidance_scale (`float`, *optional*):
                 Above 1, reports state more of the positive findings that they are conditioned on
@@ -231,7 +240,7 @@ class OTDRGGenerationMixin(GenerationMixin):
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         if has_views or needs_views(inputs_embeds, finding_states, cache):
             unread = prompt
-            prompt = self._read_prompt(unread, pixel_values, view_mask, view_features, finding_states)
+            prompt = self._read_prompt(unread, pixel_values, view_mask, view_features, finding_states, indication_ids)
             if guidance_scale != 1:
                 processors.insert(0, self._state_guidance(unread, prompt, guidance_scale))
             if given is None and inputs_embeds is None:
@@ -239,7 +248,12 @@ class OTDRGGenerationMixin(GenerationMixin):
         elif guidance_scale != 1:
             raise ValueError(f"guidance_scale={guidance_scale}: expected 1 where a prompt is given without views")
         else:
-            check_batch(input_ids=given, attention_mask=attention_mask, inputs_embeds=inputs_embeds)
+            check_batch(
+                input_ids=given,
+                indication_ids=indication_ids,
+                attention_mask=attention_mask,
+                inputs_embeds=inputs_embeds,
+            )
         no_placeholders = _SuppressPlaceholders(self.config.placeholder_token_ids)
         kwargs["logits_processor"] = LogitsProcessorList([*processors, no_placeholders])
         prompt = {name: value for name, value in prompt.items() if value is not None}

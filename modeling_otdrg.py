@@ -7,6 +7,8 @@ Generation via LLMs". Long, because it is the whole method, to be read from top 
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +25,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import can_return_tuple, logging
 
-from .configuration_otdrg import FINDING_TEXT_TOKEN, OTDRGConfig
+from .configuration_otdrg import FINDING_TEXT_TOKEN, INDICATION_BUCKETS, OTDRGConfig
 from .findings_otdrg import FINDING_STATES, FINDINGS, NOT_GIVEN, POSITIVE, UNMENTIONED, check_finding_states
 from .generation_otdrg import CACHE, NO_IMAGE, OTDRGGenerationMixin, check_batch, given_cache, needs_views
 from .sinkhorn_otdrg import SinkhornOutput, cost_matrix, plan_entropy, sinkhorn
@@ -48,12 +50,14 @@ class OTDRGStudy(NamedTuple):
         view_mask (`torch.Tensor` of shape `(B, V)`): true where there is a view.
         finding_logits (`torch.Tensor` of shape `(B, 14, 4)`): the label predictor's; None if it was not run.
         finding_states (`torch.Tensor` of shape `(B, 14)`): the states the LLM is conditioned on.
+        prediction (`FindingPrediction`): all that the label predictor predicts, where it is supervised.
     """
 
     view_features: torch.Tensor
     view_mask: torch.Tensor
     finding_logits: torch.Tensor | None
     finding_states: torch.Tensor
+    prediction: FindingPrediction | None = None
 
 
 @dataclass
@@ -127,32 +131,119 @@ def focal_loss(
     return (focal * known).sum() / known.sum().clamp(min=1)
 
 
+class FindingPrediction(NamedTuple):
+    """
+    What [`OTDRGFindingPredictor`] predicts for B studies, with H heads.
+
+    Args:
+        finding_logits (`torch.Tensor` of shape `(B, 14, 4)`): log of the heads' mean probabilities; of one head, its
+            logits.
+        head_logits (`torch.Tensor` of shape `(B, H, 14, 4)`): each head's.
+        tag_logits (`torch.Tensor` of shape `(B, H, tags)`): of the auxiliary target; None without tags.
+    """
+
+    finding_logits: torch.Tensor
+    head_logits: torch.Tensor
+    tag_logits: torch.Tensor | None
+
+
 class OTDRGFindingPredictor(nn.Module):
-    """14 x 4 logits from view features: one attention query per finding over the tokens of all views."""
+    """14 x 4 logits from view features: for each finding, a classifier of the pooled tokens of all views.
 
-    def __init__(self, feature_size: int, dropout: float):
+    Heads have their own queries, classifiers and dropout. The words of an indication, as buckets of a hash, add their
+    learned logits; without one nothing is added.
+    """
+
+    def __init__(self, config: OTDRGConfig, feature_size: int):
         super().__init__()
+        self.feature_size, self.heads, self.pooling = feature_size, config.predictor_heads, config.predictor_pooling
+        self.epsilon, self.iterations = config.predictor_epsilon, config.predictor_iterations
+        cells = self.heads * len(FINDINGS)
         self.norm = nn.LayerNorm(feature_size)
-        self.queries = nn.Embedding(len(FINDINGS), feature_size)
-        self.key = nn.Linear(feature_size, feature_size)
-        self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(2 * feature_size, len(FINDINGS) * len(FINDING_STATES))
+        if self.pooling != "mean":
+            self.queries = nn.Embedding(cells, feature_size)
+            self.key = nn.Linear(feature_size, feature_size)
+        self.dropout = nn.Dropout(config.predictor_dropout)
+        pooled_size = 2 * feature_size if self.pooling == "attention" else feature_size
+        self.classifier = nn.Linear(pooled_size, cells * len(FINDING_STATES))
+        self.set_tags(len(config.predictor_tags or ()))
+        if config.indication_reader != "report":
+            self.words = nn.Embedding(INDICATION_BUCKETS, cells * len(FINDING_STATES))
 
-    def forward(self, view_features: torch.Tensor, view_mask: torch.Tensor) -> torch.Tensor:
-        """`view_features` (B, V, N, D), `view_mask` (B, V) -> logits (B, 14, 4).
+    def set_tags(self, tags: int) -> None:
+        """Give the predictor a classifier of this number of tags, or with 0 take it away."""
+        size, device = self.classifier.in_features, self.classifier.weight.device
+        self.tag_classifier = nn.Linear(size, self.heads * tags, device=device) if tags else None
 
-        If the predictor has its own encoder, that encoder's features are the last ones in D.
+    def forward(
+        self,
+        view_features: torch.Tensor,
+        view_mask: torch.Tensor,
+        indication_ids: torch.Tensor | None = None,
+        supervised: bool = False,
+    ) -> torch.Tensor | FindingPrediction:
+        """`view_features` (B, V, N, D), `view_mask` (B, V), `indication_ids` (B, W) -> logits (B, 14, 4).
+
+        What the predictor reads are the last features in D. With `supervised`, a [`FindingPrediction`].
         """
-        view_features = view_features[..., -self.queries.embedding_dim :]
-        batch, views, tokens, size = view_features.shape
-        features = self.norm(view_features.to(self.norm.weight.dtype)).reshape(batch, views * tokens, size)
-        mask = view_mask.repeat_interleave(tokens, dim=1)
-        scores = self.queries.weight @ self.key(features).transpose(1, 2) / size**0.5
-        weights = scores.masked_fill(~mask[:, None, :], -torch.inf).softmax(dim=-1)
-        mean = (features * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
-        pooled = torch.cat((weights @ features, mean[:, None].expand(-1, len(FINDINGS), -1)), dim=-1)
-        logits = self.classifier(self.dropout(pooled)).reshape(batch, len(FINDINGS), len(FINDINGS), -1)
-        return logits.diagonal(dim1=1, dim2=2).transpose(1, 2)
+        features, mask = self._features(view_features, view_mask)
+        pooled = self._mean(features, mask)[:, None]
+        if self.pooling != "mean":
+            weighted = self._weights(features, mask) @ features
+            attends = self.pooling == "attention"
+            pooled = torch.cat((weighted, pooled.expand_as(weighted)), dim=-1) if attends else weighted
+        shape = (self.heads, len(FINDINGS), -1)
+        pooled = pooled.expand(-1, self.heads * len(FINDINGS), -1).unflatten(1, shape[:2])
+        pooled = self.dropout(pooled)
+        weight, bias = self.classifier.weight.unflatten(0, shape), self.classifier.bias.reshape(shape)
+        head_logits = torch.einsum("bhfd,hfsd->bhfs", pooled, weight) + bias
+        if indication_ids is not None and hasattr(self, "words"):
+            head_logits = head_logits + self._indication_logits(indication_ids).unflatten(1, shape)
+        finding_logits = head_logits[:, 0]
+        if self.heads > 1:
+            finding_logits = head_logits.log_softmax(dim=-1).logsumexp(dim=1) - math.log(self.heads)
+        if not supervised:
+            return finding_logits
+        tag_logits = None
+        if self.tag_classifier is not None:
+            weight, bias = (tensor.unflatten(0, (self.heads, -1)) for tensor in self.tag_classifier.parameters())
+            tag_logits = torch.einsum("bhd,htd->bht", pooled.mean(dim=2), weight) + bias
+        return FindingPrediction(finding_logits, head_logits, tag_logits)
+
+    def token_weights(self, view_features: torch.Tensor, view_mask: torch.Tensor) -> torch.Tensor:
+        """The weight (B, 14, V * N) of each token in what is pooled for a finding, mean over heads; sums to 1."""
+        features, mask = self._features(view_features, view_mask)
+        if self.pooling == "mean":
+            return (mask / mask.sum(dim=1, keepdim=True))[:, None].expand(-1, len(FINDINGS), -1)
+        return self._weights(features, mask).unflatten(1, (self.heads, len(FINDINGS))).mean(dim=1)
+
+    def _features(self, view_features: torch.Tensor, view_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The normalised tokens (B, V * N, D) of all views, and their mask (B, V * N)."""
+        features = self.norm(view_features[..., -self.feature_size :].to(self.norm.weight.dtype))
+        return features.flatten(1, 2), view_mask.repeat_interleave(features.shape[2], dim=1)
+
+    @staticmethod
+    def _mean(features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return (features * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+
+    def _weights(self, features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Pooling weights (B, H * 14, V * N): attention, or the plan of each head, its columns scaled to sum 1."""
+        keys = self.key(features)
+        if self.pooling == "attention":
+            scores = self.queries.weight @ keys.transpose(1, 2) / self.feature_size**0.5
+            return scores.masked_fill(~mask[:, None, :], -torch.inf).softmax(dim=-1)
+        anchors = self.queries.weight.unflatten(0, (self.heads, len(FINDINGS)))
+        cost = torch.stack([cost_matrix(keys, head.expand(len(keys), -1, -1), "unit") for head in anchors], dim=1)
+        row_mask = mask.repeat_interleave(self.heads, dim=0)
+        plan = sinkhorn(cost.flatten(0, 1), self.epsilon, self.iterations, 0.0, row_mask, gradient="unroll").plan
+        # The iterations end with the columns, so that these sums are exact.
+        return (len(FINDINGS) * plan).transpose(1, 2).reshape(len(keys), -1, keys.shape[1]).to(features.dtype)
+
+    def _indication_logits(self, indication_ids: torch.Tensor) -> torch.Tensor:
+        """Logits (B, H * 14 * 4) of the words' buckets (B, W), -1 where there is none."""
+        known = indication_ids >= 0
+        words = self.words(indication_ids.clamp(min=0)) * known[:, :, None]
+        return words.sum(dim=1) / known.sum(dim=1, keepdim=True).clamp(min=1).sqrt()
 
 
 # --- label features and projections (3.3.1) --------------------------------------------------------------------------
@@ -231,6 +322,7 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
         ot_epsilon (`float`): epsilon of the transport; likewise.
         finding_logit_adjustment (`torch.Tensor` of shape `(14, 4)`): added to the label predictor's logits in its loss
             while training, and nowhere else; None, as in a loaded model, adds nothing.
+        tag_weight (`float`): of the label predictor's auxiliary target in its loss while training.
     """
 
     def __init__(
@@ -268,21 +360,31 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
             if text_encoder is not None:
                 self.label_encoder.text_encoder = text_encoder
             self.label_projector = OTDRGProjector(self.label_encoder.feature_size, hidden_size, config.projection_norm)
-        self.finding_predictor = OTDRGFindingPredictor(feature_size, config.predictor_dropout)
+        layers_size = _layers_size(self.vision_towers[-1], config.predictor_layers or ())
+        self.finding_predictor = OTDRGFindingPredictor(config, feature_size + layers_size)
         self.ot_weight = config.ot_weight
         self.ot_epsilon = config.ot_epsilon
         self.finding_logit_adjustment: torch.Tensor | None = None
+        self.tag_weight = 0.0
         self.post_init()
         if vision_tower is None and language_model is None:
             # After post_init, which would initialise lora_B like any other weight: LoRA starts as the identity.
             self._inject_lora(init_lora_weights=True)
+
+    def set_tags(self, tags: Sequence[str] | None) -> None:
+        """Give the label predictor an auxiliary target, a new classifier of tags; with None take it away."""
+        self.config.predictor_tags = None if tags is None else list(tags)
+        self.finding_predictor.set_tags(0 if tags is None else len(tags))
 
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, OTDRGFindingPredictor):
             # With weights as small as those of other embeddings, attention stays uniform for most of a short training.
-            init.normal_(module.queries.weight)
+            if module.pooling != "mean":
+                init.normal_(module.queries.weight)
+            if hasattr(module, "words"):
+                init.zeros_(module.words.weight)
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs):
         super()._set_gradient_checkpointing(enable, **kwargs)
@@ -325,6 +427,8 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
         view_features: torch.Tensor | None = None,
         finding_states: torch.Tensor | None = None,
         finding_labels: torch.Tensor | None = None,
+        tag_labels: torch.Tensor | None = None,
+        indication_ids: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         report_only: bool = False,
@@ -353,6 +457,11 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
                 predicted.
             finding_labels (`torch.Tensor` of shape `(B, 14)`, *optional*):
                 True states that supervise the label predictor and nothing else; -100 is ignored.
+            tag_labels (`torch.Tensor` of shape `(B, tags)`, *optional*):
+                1 where a study has a tag of `config.predictor_tags`, 0 where not, -100 is ignored; with
+                `finding_labels`.
+            indication_ids (`torch.Tensor` of shape `(B, W)`, *optional*):
+                The indications' words as the processor hashes them, -1 where there is none, for the label predictor.
             report_only (`bool`): compute only what the report needs: no finding logits, image outputs or transport
                 plan.
             kwargs: the LLM's, such as `output_hidden_states` and `output_attentions`.
@@ -377,6 +486,8 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
             view_features=view_features,
             finding_states=finding_states,
             finding_labels=finding_labels,
+            tag_labels=tag_labels,
+            indication_ids=indication_ids,
         )
         targets = shift_labels
         if targets is None and labels is not None:
@@ -393,10 +504,12 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
         if pixel_values is not None or view_features is not None:
             reader = self._select_reader(has_prompt, finding_states, finding_labels, report_only)
             supervised = finding_labels is not None
-            study = self.read_study(pixel_values, view_mask, view_features, finding_states, reader, supervised)
+            study = self.read_study(
+                pixel_values, view_mask, view_features, finding_states, reader, supervised, indication_ids
+            )
             output["finding_logits"] = study.finding_logits
-            if finding_labels is not None and study.finding_logits is not None:
-                output["predictor_loss"] = self._predictor_loss(study.finding_logits, finding_labels)
+            if finding_labels is not None and study.prediction is not None:
+                output["predictor_loss"] = self._predictor_loss(study.prediction, finding_labels, tag_labels)
         elif finding_labels is not None or needs_views(inputs_embeds, finding_states, cache):
             raise ValueError(NO_IMAGE)
 
@@ -466,12 +579,29 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
                 kwargs[name] = True
         return kwargs
 
-    def _predictor_loss(self, finding_logits: torch.Tensor, finding_labels: torch.Tensor) -> torch.Tensor:
-        """L_cls (eq. 10); while training, with `finding_logit_adjustment` added to the logits."""
+    def _predictor_loss(
+        self, prediction: FindingPrediction, finding_labels: torch.Tensor, tag_labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        """L_cls (eq. 10) of the mean of the heads; while training, the mean of the heads' own losses.
+
+        While training, `finding_logit_adjustment` is added to the logits, and the cross-entropy of the tags, weighed by
+        `tag_weight`, to the loss.
+        """
         check_finding_states(finding_labels, len(finding_labels), missing=-100, name="finding_labels")
-        if self.training and self.finding_logit_adjustment is not None:
-            finding_logits = finding_logits + self.finding_logit_adjustment.to(finding_logits)
-        return focal_loss(finding_logits, finding_labels, self.config.focal_gamma, self.config.focal_reduction)
+        gamma, reduction = self.config.focal_gamma, self.config.focal_reduction
+        if not self.training:
+            return focal_loss(prediction.finding_logits, finding_labels, gamma, reduction)
+        heads = self.config.predictor_heads
+        logits = prediction.head_logits.flatten(0, 1)
+        if self.finding_logit_adjustment is not None:
+            logits = logits + self.finding_logit_adjustment.to(logits)
+        loss = focal_loss(logits, finding_labels.repeat_interleave(heads, dim=0), gamma, reduction)
+        if tag_labels is None or prediction.tag_logits is None:
+            return loss
+        known = (tag_labels != -100)[:, None].expand_as(prediction.tag_logits)
+        targets = tag_labels[:, None].expand_as(prediction.tag_logits).float()
+        entropies = F.binary_cross_entropy_with_logits(prediction.tag_logits.float(), targets, reduction="none")
+        return loss + self.tag_weight * (entropies * known).sum() / known.sum().clamp(min=1)
 
     @staticmethod
     def _report_loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
@@ -495,6 +625,7 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
         finding_states: torch.Tensor | None = None,
         reader: str = "both",
         supervised: bool = False,
+        indication_ids: torch.Tensor | None = None,
     ) -> OTDRGStudy:
         """Encode the views, predict the finding states (3.4) and determine those that condition the LLM.
 
@@ -502,12 +633,17 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
             pixel_values, view_mask, view_features, finding_states: as in [`forward`].
             reader (`str`): as in [`encode_views`]; for `"report"` nothing is predicted and all states must be given.
             supervised (`bool`): whether gradients pass through the label predictor.
+            indication_ids: as in [`forward`].
 
         Raises:
             ValueError: no image, impossible states, or arguments of different numbers of studies.
         """
         check_batch(
-            pixel_values=pixel_values, view_mask=view_mask, view_features=view_features, finding_states=finding_states
+            pixel_values=pixel_values,
+            view_mask=view_mask,
+            view_features=view_features,
+            finding_states=finding_states,
+            indication_ids=indication_ids,
         )
         if view_features is None:
             if pixel_values is None:
@@ -519,9 +655,11 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
             if reader == "report":
                 return OTDRGStudy(view_features, view_mask, None, finding_states)
         with torch.set_grad_enabled(supervised and torch.is_grad_enabled()):
-            finding_logits = self.finding_predictor(view_features, view_mask)
+            predicted = self.finding_predictor(view_features, view_mask, indication_ids, supervised)
+        prediction = predicted if supervised else None
+        finding_logits = prediction.finding_logits if prediction is not None else predicted
         states = self.condition_states(finding_logits.detach(), finding_states)
-        return OTDRGStudy(view_features, view_mask, finding_logits, states)
+        return OTDRGStudy(view_features, view_mask, finding_logits, states, prediction)
 
     def encode_views(
         self, pixel_values: torch.Tensor, view_mask: torch.Tensor | None = None, reader: str = "both"
@@ -536,18 +674,37 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
 
         Returns:
             `torch.Tensor` of shape `(B, V, image_tokens, D)`; 0 where there is no view. With
-            `predictor_encoder="own"` and `"both"`, the report's features and the predictor's, concatenated in D.
+            `predictor_encoder="own"` and `"both"`, the report's features and the predictor's, concatenated in D. Those
+            of `predictor_layers`, of unit variance, come last, and are left out for `"report"`.
         """
         pixels, view_mask = self._views(pixel_values, view_mask)
         towers = {"report": self.vision_towers[:1], "predictor": self.vision_towers[-1:], "both": self.vision_towers}
+        features = []
+        for tower in towers[reader]:
+            layers = self.config.predictor_layers if reader != "report" and tower is self.vision_towers[-1] else None
+            encoded, output = self._encode(tower, pixels, **({"output_hidden_states": True} if layers else {}))
+            features.append(encoded)
+            features += [self._layer_features(tower, output, layer, pixels) for layer in layers or ()]
         # Concatenating a trained encoder's features and a frozen one's gives the wider of their types.
-        return _unflatten_views(torch.cat([self._encode(tower, pixels)[0] for tower in towers[reader]], -1), view_mask)
+        return _unflatten_views(torch.cat(features, -1), view_mask)
 
     def _encode(self, tower: PreTrainedModel, pixels: torch.Tensor, **kwargs) -> tuple[torch.Tensor, ModelOutput]:
         """Pixels (A, C, H, W) of A views -> their features (A, image_tokens, D) and the encoder's own output."""
         output = tower(pixels.to(tower.dtype), return_dict=True, **kwargs)
-        grid = _as_grid(output.last_hidden_state, tower, (pixels.shape[-2], pixels.shape[-1]))
-        return F.adaptive_avg_pool2d(grid, self.config.image_grid).flatten(2).transpose(1, 2), output
+        return self._pool(_as_grid(output.last_hidden_state, tower, (pixels.shape[-2], pixels.shape[-1]))), output
+
+    def _layer_features(self, tower: PreTrainedModel, output: ModelOutput, layer: int, pixels) -> torch.Tensor:
+        """The tokens (A, image_tokens, D) of a block of the encoder."""
+        if hasattr(tower, "timm_model"):
+            grid = output.hidden_states[layer - 1]  # timm's intermediate features are NCHW, and lack the embeddings
+        else:
+            grid = _as_grid(output.hidden_states[layer], tower, (pixels.shape[-2], pixels.shape[-1]))
+        # The scale of features grows from block to block.
+        return F.layer_norm(self._pool(grid), grid.shape[1:2])
+
+    def _pool(self, grid: torch.Tensor) -> torch.Tensor:
+        """A grid of features (A, D, h, w) pooled to the image tokens (A, image_tokens, D)."""
+        return F.adaptive_avg_pool2d(grid, self.config.image_grid).flatten(2).transpose(1, 2)
 
     def _views(self, pixel_values: torch.Tensor, view_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The A existing views (A, C, H, W) and their mask (B, V)."""
@@ -785,10 +942,14 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
     ) -> torch.Tensor:
         """The transport plan over each view's grid as a multiple of the uniform plan, for heatmaps (Figure 5).
 
+        The plan is FIOT's for the given states; with `predictor_pooling="transport"` the label predictor's.
+
         Returns:
             `torch.Tensor` of shape `(B, V, 14, rows, columns)`: 1 everywhere for a uniform plan, 0 where there is no
             view or no mass. With `view_fusion="mean"` all views of a study share one plan.
         """
+        if self.config.predictor_pooling == "transport":
+            return self.predictor_lift(view_features, view_mask)
         image_features, image_mask = self.project_views(view_features, view_mask)
         label_features = self.get_label_features(finding_states)
         plan = self.transport(image_features, image_mask, label_features, finding_states)[0].plan
@@ -796,6 +957,24 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
         lift = (plan * mass[:, None, None]).transpose(1, 2)
         lift = lift.unflatten(2, (-1, self.config.image_grid, self.config.image_grid)).transpose(1, 2)
         return lift.expand(-1, view_mask.shape[1], -1, -1, -1) * view_mask[:, :, None, None, None]
+
+    @torch.no_grad()
+    def predictor_lift(self, view_features: torch.Tensor, view_mask: torch.Tensor) -> torch.Tensor:
+        """How much each token counts in the label predictor's pooling, as [`transport_lift`] returns it.
+
+        Of any `predictor_pooling`; it does not depend on the states.
+        """
+        view_mask = self._view_mask(view_features, view_mask)
+        tokens = view_features.shape[2]
+        lift = self.finding_predictor.token_weights(view_features, view_mask)
+        lift = lift * (tokens * view_mask.sum(dim=1))[:, None, None]
+        side = round(tokens**0.5)
+        return lift.unflatten(2, (-1, side, side)).transpose(1, 2)
+
+    @property
+    def has_heatmaps(self) -> bool:
+        """Whether there is a transport plan: that of FIOT, or of a predictor that pools by transport."""
+        return self.config.fiot or self.config.predictor_pooling == "transport"
 
 
 def _mark_initialized(model: PreTrainedModel) -> None:
@@ -809,6 +988,26 @@ def _vision_feature_size(vision_tower: PreTrainedModel) -> int:
         return vision_tower.timm_model.num_features
     config = vision_tower.config
     return config.hidden_sizes[-1] if hasattr(config, "hidden_sizes") else config.hidden_size
+
+
+def _layers_size(vision_tower: PreTrainedModel, layers: Sequence[int]) -> int:
+    """Size of the features that the label predictor reads of these blocks of the encoder.
+
+    Raises:
+        ValueError: the encoder has no such block, or does not give the features of its blocks.
+    """
+    timm_model, config = getattr(vision_tower, "timm_model", None), vision_tower.config
+    if timm_model is not None:
+        widths = [block["num_chs"] for block in getattr(timm_model, "feature_info", [])]
+        widths = widths if hasattr(timm_model, "forward_intermediates") else []
+    else:
+        is_plain = not hasattr(config, "depths") and not hasattr(config, "hidden_sizes")
+        widths = [config.hidden_size] * config.num_hidden_layers if is_plain else []
+    for layer in layers:
+        if layer > len(widths):
+            expected = f"blocks from 1 to {len(widths)}" if widths else "null, this encoder's blocks cannot be read"
+            raise ValueError(f"OTDRGConfig.predictor_layers={list(layers)}: expected {expected}")
+    return sum(widths[layer - 1] for layer in layers)
 
 
 def _unflatten_views(features: torch.Tensor, view_mask: torch.Tensor) -> torch.Tensor:

@@ -157,7 +157,12 @@ class ReportGenerationPipeline(Pipeline):
         indications = model_inputs["indication"] if batched else [model_inputs["indication"]]
         inputs = self.processor(images=studies, indication=indications, finding_states=findings).to(self.device)
         given_states = inputs.get("finding_states")
-        study = self.model.read_study(inputs["pixel_values"], inputs["view_mask"], finding_states=given_states)
+        study = self.model.read_study(
+            inputs["pixel_values"],
+            inputs["view_mask"],
+            finding_states=given_states,
+            indication_ids=inputs.get("indication_ids"),
+        )
         states = study.finding_states
         sequences = self.model.generate(
             input_ids=inputs["input_ids"],
@@ -199,7 +204,7 @@ class ReportGenerationPipeline(Pipeline):
 
     def _heatmaps(self, study) -> list[np.ndarray]:
         """For each study the plan as a multiple of the uniform one, (views, 14, rows, columns)."""
-        if not self.model.config.fiot:
+        if not self.model.has_heatmaps:
             raise ValueError("return_heatmaps=True, but OTDRGConfig.fiot=False: this model has no transport plan")
         lift = self.model.transport_lift(study.view_features, study.view_mask, study.finding_states).float().cpu()
         return [lift[row, study.view_mask[row].cpu()].numpy() for row in range(len(lift))]

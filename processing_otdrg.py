@@ -6,10 +6,13 @@ Long, because it checks every argument before a view is read: a wrong one gives 
 from __future__ import annotations
 
 import os
+import re
+import zlib
 from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -36,6 +39,7 @@ from .configuration_otdrg import (
     FINDING_TOKEN,
     HUB_KEYWORDS,
     IMAGE_TOKEN,
+    INDICATION_BUCKETS,
     OTDRGConfig,
     check_values,
     find_file,
@@ -107,6 +111,7 @@ class OTDRGProcessor(ProcessorMixin):
         dle, fiot (`bool`, default to `True`): whether prompts hold the label text and the label tokens.
         finding_text (`str`, defaults to `"mentioned"`): as in [`OTDRGConfig`].
         prompt (`str`): instruction after the image.
+        indication_reader (`str`, defaults to `"report"`): as in [`OTDRGConfig`].
         max_image_pixels (`int`, defaults to 64 million): larger images are refused before they are decoded.
 
     Raises:
@@ -126,6 +131,7 @@ class OTDRGProcessor(ProcessorMixin):
         fiot: bool = True,
         finding_text: str = "mentioned",
         prompt: str = DEFAULT_PROMPT,
+        indication_reader: str = "report",
         max_image_pixels: int = 64_000_000,
         **kwargs,
     ):
@@ -136,6 +142,7 @@ class OTDRGProcessor(ProcessorMixin):
             "fiot": fiot,
             "finding_text": finding_text,
             "prompt": prompt,
+            "indication_reader": indication_reader,
         }
         check_values("OTDRGProcessor", fields)
         for size in dict(getattr(image_processor, "size", None) or {}).values():
@@ -251,6 +258,7 @@ class OTDRGProcessor(ProcessorMixin):
             fiot=config.fiot,
             finding_text=config.finding_text,
             prompt=config.prompt,
+            indication_reader=config.indication_reader,
         )
         config.prompt_token_ids = tokenizer.encode(
             processor._expand(processor.default_prompt(), 1), add_special_tokens=False
@@ -277,7 +285,8 @@ class OTDRGProcessor(ProcessorMixin):
                 one for each view) in the place of the study; without any, an `<image>` is put before the text.
             report (`str` or `list[str]`, *optional*): training targets. With them, padding is on the right, otherwise
                 on the left.
-            indication (`str` or `list[str]`, *optional*): reason for the study, put before the instruction.
+            indication (`str` or `list[str]`, *optional*): reason for the study, put before the instruction and, as
+                `indication_reader` says, given to the label predictor.
             finding_states (*optional*): states that condition the report: ids (B, 14), -1 where they are to be
                 predicted, or a dictionary `{"edema": "positive"}` a study.
             max_report_tokens (`int`, *optional*): longer reports are cut to this many tokens.
@@ -288,7 +297,7 @@ class OTDRGProcessor(ProcessorMixin):
 
         Returns:
             `BatchFeature` with `input_ids` and `attention_mask` (B, L), `pixel_values` (B, V, 3, H, W), `view_mask`
-            (B, V), and, where asked for, `labels` (B, L) and `finding_states` (B, 14).
+            (B, V), and, where asked for, `labels` (B, L), `finding_states` (B, 14) and `indication_ids` (B, W).
 
         Raises:
             ValueError: no image, an image that cannot be read, arguments whose lengths differ, or an argument that is
@@ -314,6 +323,7 @@ class OTDRGProcessor(ProcessorMixin):
         views = list(map(len, studies))
         rows = self._encode_rows(views, text, report, indication, max_report_tokens, **text_kwargs)
         features = {**rows, **self.encode_images(studies, **merged["images_kwargs"])}
+        features |= self.encode_indications(_one_each("indication", indication, len(views)))
         if finding_states is not None:
             features["finding_states"] = self._states(finding_states, len(views))
         return BatchFeature({name: _converted(name, value, return_tensors) for name, value in features.items()})
@@ -350,16 +360,28 @@ class OTDRGProcessor(ProcessorMixin):
             kwargs: `padding`, `padding_side`, `truncation`, `max_length` and `pad_to_multiple_of`.
 
         Returns:
-            `input_ids` and `attention_mask` (B, L) and, where asked for, `labels` (B, L) and `finding_states` (B, 14).
+            `input_ids` and `attention_mask` (B, L) and, where asked for, `labels` (B, L), `finding_states` (B, 14) and
+            `indication_ids` (B, W).
 
         Raises:
             ValueError: arguments whose lengths differ, or prompts that do not fit the studies.
         """
         rows = self._encode_rows(views, text, report, indication, max_report_tokens, **kwargs)
         features = {name: _converted(name, value, "pt") for name, value in rows.items()}
+        features |= self.encode_indications(_one_each("indication", indication, len(views)))
         if finding_states is not None:
             features["finding_states"] = self._states(finding_states, len(views))
         return features
+
+    def encode_indications(self, indications: Sequence[str | None]) -> dict[str, torch.Tensor]:
+        """`indication_ids` (B, W): the words and pairs of words of indications as buckets of a hash, padded with -1.
+
+        Empty if `indication_reader` is `"report"`, or if no study has an indication.
+        """
+        if self.indication_reader == "report" or not any(indications):
+            return {}
+        rows = [torch.tensor(_buckets(indication or ""), dtype=torch.long) for indication in indications]
+        return {"indication_ids": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)}
 
     def _encode_rows(self, views, text, report, indication, max_report_tokens, **kwargs) -> dict[str, list[list[int]]]:
         texts = [text] if isinstance(text, str) else text
@@ -425,9 +447,11 @@ class OTDRGProcessor(ProcessorMixin):
 
     def _prompts(self, views: Sequence[int], texts: list[str] | None, indications: list) -> list[str]:
         if texts is None:
+            if self.indication_reader == "predictor":
+                indications = [None] * len(indications)
             prompts = [self.default_prompt(indication) for indication in indications]
         else:
-            if any(indication is not None for indication in indications):
+            if self.indication_reader != "predictor" and any(indication is not None for indication in indications):
                 raise ValueError("text and indication were both given: the indication belongs to the default prompt")
             prompts = [text if self.image_token in text else f"{self.image_token}\n{text}" for text in texts]
         return [self._expand(prompt, count) for prompt, count in zip(prompts, views, strict=True)]
@@ -537,6 +561,13 @@ def _is_there(source: str | os.PathLike, file: str, hub: dict) -> bool:
         return find_file(source, file, **hub) is not None
     except (OSError, ValueError):
         return True  # the error of the Hub is shown instead
+
+
+def _buckets(indication: str) -> list[int]:
+    """The buckets of an indication's words and of its pairs of neighbouring words, without repetitions."""
+    words = re.findall(r"[^\W\d_]+", indication.lower())
+    pairs = map(" ".join, pairwise(words))
+    return sorted({zlib.crc32(text.encode()) % INDICATION_BUCKETS for text in (*words, *pairs)})
 
 
 def _one_each(name: str, values, studies: int) -> list:

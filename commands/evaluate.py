@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
     reports.add_argument(
         "--indication",
         action=argparse.BooleanOptionalAction,
-        help="put the studies' indication into the prompt (default: as the run's recipe does)",
+        help="read the studies' indication (default: as the run's recipe does)",
     )
     scores = parser.add_argument_group("scores")
     add_metrics(scores, "all but RadEval's; clinical_efficacy is always computed", labeler="rules")
@@ -118,7 +118,7 @@ def _evaluate(options: argparse.Namespace, output: Path) -> str:
         options.dataset, options.split, own, options.train_from, options.cleaning, options.labeler, labeler_options
     )
     rows = studies.rows.select(range(min(options.limit or len(studies.rows), len(studies.rows))))
-    indication = own is not None and own.report.indication
+    indication = own is not None and own.gives_indication
     facts = {
         "dataset": studies.dataset,
         "split": options.split,

@@ -183,7 +183,7 @@ def _studies(options: argparse.Namespace, findings: dict[str, str]) -> list[List
         from ..training.recipe import published_recipe
 
         recipe = published_recipe(options.model)
-        indications = recipe is not None and recipe.report.indication
+        indications = recipe is not None and recipe.gives_indication
         return prepared_studies(options.studies, options.split, options.indication, indications, findings)
     name = "standard input" if options.studies == "-" else options.studies
     return listed_studies(read_lines(options.studies), name, options.indication, findings)

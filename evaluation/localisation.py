@@ -78,7 +78,7 @@ def judge_phantoms(
     Raises:
         ValueError: the model has no transport plan.
     """
-    if not model.config.fiot:
+    if not model.has_heatmaps:
         raise ValueError("OTDRGConfig.fiot=False: this model has no transport plan, and so no heatmap to judge")
     phantoms = (make_phantom(source.seed, first + place, source.image_size, source.views) for place in range(studies))
     made = ({"id": phantom.id, "images": phantom.images, "phantom": phantom} for phantom in phantoms)

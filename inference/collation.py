@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -67,18 +68,46 @@ class PromptCollator:
 
 
 class FindingCollator:
-    """Batches for the predictor stage: views and the true states as `finding_labels`."""
+    """Batches for the predictor stage: views, the true states as `finding_labels`, and what else the predictor reads.
 
-    def __init__(self, processor: OTDRGProcessor):
+    Args:
+        processor: the model's.
+        tags: names of the auxiliary target, for `tag_labels`; studies whose tags are unknown have -100.
+        indication_dropout: share of the studies whose indication is left out, at random.
+    """
+
+    def __init__(self, processor: OTDRGProcessor, tags: Sequence[str] | None = None, indication_dropout: float = 0.0):
         self.processor = processor
+        self.tags = tags
+        self.indication_dropout = indication_dropout
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        labels = torch.tensor([row["finding_states"] for row in rows])
-        return {**collate_views(self.processor, rows), "finding_labels": labels}
+        batch = {
+            **collate_views(self.processor, rows),
+            "finding_labels": torch.tensor([row["finding_states"] for row in rows]),
+        }
+        if self.tags is not None:
+            batch["tag_labels"] = torch.tensor([_tag_labels(row["tags"], self.tags) for row in rows])
+        if self.processor.indication_reader != "report":
+            kept = torch.rand(len(rows)) >= self.indication_dropout
+            indications = [text if keep else None for text, keep in zip(indications_of(rows), kept, strict=True)]
+            batch |= self.processor.encode_indications(indications)
+        return batch
+
+
+def expand_tags(tags: Iterable[str] | None) -> set[str]:
+    """The tags of a study and what they are kinds of: "A/b" is also "A"."""
+    parts = [tag.split("/") for tag in tags or ()]
+    return {"/".join(names[:length]) for names in parts for length in range(1, len(names) + 1)}
+
+
+def _tag_labels(tags: Iterable[str] | None, known: Sequence[str]) -> list[int]:
+    mine = expand_tags(tags)
+    return [-100 if tags is None else int(tag in mine) for tag in known]
 
 
 def indications_of(rows: list[dict[str, Any]]) -> list[str | None]:
     return [(row["indication"] or "").strip() or None for row in rows]
 
 
-__all__ = ["FindingCollator", "PromptCollator", "collate_views", "indications_of"]
+__all__ = ["FindingCollator", "PromptCollator", "collate_views", "expand_tags", "indications_of"]

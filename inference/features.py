@@ -203,7 +203,7 @@ def cache_features(
             f"{store.folder} lacks features that were written: expected a folder that all processes see, and image "
             "files that do not change"
         )
-    names = ("id", "report", UNCLEANED, "indication", "finding_states")
+    names = ("id", "report", UNCLEANED, "indication", "finding_states", "tags")
     columns = {name: list(studies[name]) for name in names if name in studies.column_names}
     columns = {name: [values[place] for place in places] for name, values in columns.items()}
     return CachedStudies(store, [views[place] for place in places], columns)

@@ -156,7 +156,7 @@ def _files(folder: Path) -> dict[str, Path]:
             names = pq.read_schema(file).names
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"{file} cannot be read ({error}): otdrg prepare makes it again") from error
-        if missing := set(STUDY_FEATURES) - set(names):
+        if missing := set(STUDY_FEATURES) - {"tags"} - set(names):  # earlier versions did not write tags
             raise ValueError(f"{file}: no column {min(missing)!r}, expected those that otdrg prepare writes")
     return files
 
@@ -220,6 +220,8 @@ def _with_states(file: Path, states: list[list[int] | None]) -> Iterator[pa.Reco
             for batch in source.iter_batches(_COPIED_ROWS, row_groups=[group]):
                 column = pa.array(states[start : start + len(batch)], schema.field("finding_states").type)
                 start += len(batch)
+                if "tags" not in batch.schema.names:  # by an earlier version
+                    batch = batch.append_column("tags", pa.nulls(len(batch), schema.field("tags").type))
                 arrays = [column if name == "finding_states" else batch.column(name) for name in schema.names]
                 yield pa.RecordBatch.from_arrays(arrays, schema=schema)
 

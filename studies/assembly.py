@@ -172,6 +172,7 @@ def assemble_study(
         **{name: getattr(study, name) for name in TEXTS},
         "report": report,
         "finding_states": study.finding_states,
+        "tags": None if study.tags is None else list(study.tags),
         "source": source.name,
         "licence": study.licence,
     }

@@ -41,6 +41,7 @@ class _Report(NamedTuple):
     images: tuple[str, ...]
     sections: tuple[str, ...]
     licence: str
+    tags: tuple[str, ...]
 
     @property
     def study_id(self) -> str:
@@ -51,6 +52,8 @@ class _Report(NamedTuple):
 @dataclass
 class OpenISource(ListedSource):
     """The Indiana University collection: its XML reports, and its images under any of their common names.
+
+    A study's tags are its MeSH terms, such as "Pulmonary Atelectasis/right".
 
     The images are Open-i's PNG files (`CXR1_1_IM-0001-3001.png`), Kaggle's (`1_IM-0001-3001.dcm.png`), or R2Gen's
     folders (`CXR1_1_IM-0001/0.png`, where 0 is the position of the image in the report's list). The reports do not say
@@ -106,10 +109,10 @@ class OpenISource(ListedSource):
         return r2gen_split_ids().get(split) if self.split == "r2gen" else None
 
     def read(self, entry: StudyEntry) -> Study:
-        images, views, sections, licence = entry.location
+        images, views, sections, licence, tags = entry.location
         texts = dict(zip(TEXTS, sections, strict=True))
         images = [os.path.join(self.images, image) for image in images]
-        return Study(images=images, views=views, licence=licence, **texts)
+        return Study(images=images, views=views, licence=licence, tags=tags, **texts)
 
     def _list(self) -> list[StudyEntry | Skipped]:
         reports = sorted(_read_reports(self.reports), key=_order)
@@ -141,7 +144,7 @@ class OpenISource(ListedSource):
                 names = report.images[:most]
                 images = tuple(layout.find(report.study_id, name, place) for place, name in enumerate(names))
                 views = tuple(projections.get(kaggle_name(name), "unknown") for name in names)
-                location = (images, views, report.sections, report.licence)
+                location = (images, views, report.sections, report.licence, report.tags)
                 listed.append(StudyEntry(report.study_id, report.number, split, location))
         if not layout.found and any(isinstance(item, StudyEntry) for item in listed):
             raise ValueError(
@@ -225,7 +228,8 @@ def _parse(data: bytes | None, place: str) -> _Report | Skipped:
         if label in texts:
             texts[label].append("".join(element.itertext()))
     sections = tuple(" ".join(text for text in texts[label] if text) for label in TEXTS)
-    return _Report(number, images, sections, _licence(root))
+    tags = tuple((element.text or "").strip() for element in root.iterfind("MeSH/major"))
+    return _Report(number, images, sections, _licence(root), tags)
 
 
 def _licence(root: ElementTree.Element) -> str:

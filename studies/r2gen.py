@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from ..files_otdrg import read_json
+from ..runtime.interruptions import fault_of_study
 from .iu_xray_split import IU_XRAY_COUNTS, r2gen_split_ids
 from .placeholders import shown_value
 from .source import ListedSource, Skipped, Study, StudyEntry, needed_file, needed_folder, option, path_inside
@@ -26,6 +28,7 @@ class R2GenSource(ListedSource):
     """Studies of an R2Gen annotation, `{"train": [{"id", "report", "image_path": [...]}, ...], "val", "test"}`.
 
     R2Gen's reports are the FINDINGS section. Views are "unknown", because the annotation does not have them.
+    Indications and tags come from a file of their own.
     """
 
     name = "r2gen"
@@ -35,14 +38,23 @@ class R2GenSource(ListedSource):
     annotation: str = option("R2Gen's JSON file.", metavar="FILE")
     images: str = option("Folder to which each image_path is relative.", metavar="FOLDER")
 
+    details: str | None = option(
+        "JSON Lines with `id`, `indication` and a list of tags, for the studies that it names.", None, metavar="FILE"
+    )
+    tags: str | None = option("Field of these lines with the tags, such as mesh_major.", None, metavar="FIELD")
+
     def __post_init__(self):
+        if self.details is not None:
+            self.details = str(needed_file(self.details, "details", "JSON Lines with ids and indications"))
+        if self.tags is not None and self.details is None:
+            raise ValueError(f"option 'tags' is {self.tags!r}: expected option 'details' beside it")
         self.annotation = str(needed_file(self.annotation, "annotation", "R2Gen's JSON file"))
         self.images = str(needed_folder(self.images, "images", "the folder of R2Gen's images"))
         self._collection: str | None = None
 
     def read(self, entry: StudyEntry) -> Study:
-        report, images, licence = entry.location
-        return Study(images=images, views=["unknown"] * len(images), findings=report, licence=licence)
+        report, images, licence, details = entry.location
+        return Study(images=images, views=["unknown"] * len(images), findings=report, licence=licence, **details)
 
     @property
     def official_counts(self) -> dict[str, int] | None:
@@ -71,10 +83,19 @@ class R2GenSource(ListedSource):
         first = first if isinstance(first, dict) else {}
         is_iu_xray = _IU_XRAY_ID.match(str(first.get("id", "")))
         self._collection = "mimic_cxr" if "subject_id" in first else "iu_xray" if is_iu_xray else ""
-        return [
+        listed = [
             _entry(study, _SPLITS[name], self.images, f"{self.annotation}, {name}[{position}]")
             for name, studies in annotated.items()
             for position, study in enumerate(studies)
+        ]
+        details = {} if self.details is None else _read_details(self.details, self.tags)
+        if details and details.keys().isdisjoint(entry.id for entry in listed):
+            raise ValueError(f"option 'details' is {self.details!r}, which names none of the studies by its field id")
+        return [
+            entry._replace(location=(*entry.location, details.get(entry.id, {})))
+            if isinstance(entry, StudyEntry)
+            else entry
+            for entry in listed
         ]
 
 
@@ -89,6 +110,30 @@ def _read_annotation(path: str) -> dict[str, list]:
     if unknown:
         raise ValueError(f"annotation {path} has an unknown split {unknown[0]!r}: expected {', '.join(_SPLITS)}")
     return {name: content[name] for name in _SPLITS if name in content}
+
+
+def _read_details(path: str, tags: str | None) -> dict[str, dict[str, Any]]:
+    """Indication and tags by study id.
+
+    Raises:
+        ValueError: a line is not an object with an id, or has an indication or tags of another type.
+    """
+    details = {}
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            place = f"details {path}, line {number}"
+            try:
+                fields = json.loads(line)
+                study, indication = fields["id"], fields.get("indication") or ""
+                terms = None if tags is None else fields[tags]
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                wanted = "id" if tags is None else f"id and {tags}"
+                raise ValueError(f"{place} ({fault_of_study(error)}): expected an object with {wanted}") from None
+            is_list = isinstance(terms, list) and all(isinstance(term, str) for term in terms)
+            if not isinstance(study, str) or not isinstance(indication, str) or not (terms is None or is_list):
+                raise ValueError(f"{place}: expected id and indication as strings, and tags as a list of strings")
+            details[study] = {"indication": indication, "tags": terms}
+    return details
 
 
 def _entry(study: Any, split: str, root: str, place: str) -> StudyEntry | Skipped:

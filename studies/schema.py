@@ -9,7 +9,8 @@ from .source import VIEWS
 UNCLEANED = "uncleaned_report"
 
 #: Columns of a study: views in order, sections of the report ("" if absent), `report` (the text a model learns to
-#: write) and the states of the 14 findings in the order of `FINDINGS` (None if not labelled).
+#: write), the states of the 14 findings in the order of `FINDINGS` (None if not labelled), and further labels such as
+#: MeSH terms (None if unknown), of which "A/b" is a kind of "A".
 STUDY_FEATURES = Features(
     {
         "id": Value("string"),
@@ -22,6 +23,7 @@ STUDY_FEATURES = Features(
         "comparison": Value("string"),
         "report": Value("string"),
         "finding_states": List(ClassLabel(names=list(FINDING_STATES))),
+        "tags": List(Value("string")),
         "source": Value("string"),
         "licence": Value("string"),
     }

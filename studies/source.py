@@ -101,6 +101,7 @@ class Study:
         findings, impression, indication, comparison: sections of the report, "" if absent.
         finding_states: 14 state ids in the order of `FINDINGS`, None if not labelled.
         licence: licence of the study.
+        tags: further labels such as MeSH terms, None if unknown; "A/b" is a kind of "A".
     """
 
     images: Sequence[str | bytes | Image.Image]
@@ -111,6 +112,7 @@ class Study:
     comparison: str = ""
     finding_states: Sequence[int] | None = None
     licence: str = ""
+    tags: Sequence[str] | None = None
 
 
 class StudySource(ABC):

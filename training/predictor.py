@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import logging
+import tempfile
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from torch import nn
 from transformers.trainer_utils import PredictionOutput
 
 from ..findings_otdrg import FINDING_STATES, FINDINGS, POSITIVE
-from ..inference.collation import FindingCollator
-from ..metrics.classification import finding_metrics, fit_thresholds, format_metrics
-from ..modeling_otdrg import OTDRGForReportGeneration
+from ..inference.collation import FindingCollator, expand_tags
+from ..metrics.classification import DEFAULT_THRESHOLD, finding_metrics, fit_thresholds, format_metrics
+from ..modeling_otdrg import NO_FINDING, OTDRGForReportGeneration
 from .arguments import StageArguments
 from .callbacks import LossCallback
 from .data import Rows, StudySplits, known_states
-from .fields import Bounds, option
+from .fields import NOT_NEGATIVE, Bounds, option
 from .model import attach_lora, cached_where_frozen, set_trained_parts
 from .recipe import Recipe
 from .stages import Stage, StageRun
@@ -28,6 +31,13 @@ logger = logging.getLogger(__name__)
 
 #: Bootstrap resamples of validation studies, for the intervals of the areas under the curve.
 RESAMPLES = 1000
+
+#: Folds of the training studies for thresholds by cross-validation.
+FOLDS = 5
+#: Tags of fewer training studies are not learned.
+MINIMUM_TAG_STUDIES = 15
+#: Threshold of a finding as frequent as the average, and the exponent of its relative frequency. Fixed on IU X-Ray.
+RULE_THRESHOLD, RULE_EXPONENT = 0.13, 0.3
 
 #: Metrics of every evaluation during training.
 _METRICS = ("macro_auc", "macro_f1_13", "macro_ece")
@@ -42,22 +52,57 @@ class PredictorArguments(StageArguments):
     """
 
     place = "predictor"
-    after_training = ("fit_thresholds",)
-    bounds: ClassVar[dict[str, Bounds]] = {**StageArguments.bounds, "logit_adjustment": {"least": 0}}
+    after_training = ("thresholds",)
+    bounds: ClassVar[dict[str, Bounds]] = {
+        **StageArguments.bounds,
+        "logit_adjustment": NOT_NEGATIVE,
+        "tag_weight": NOT_NEGATIVE,
+        "indication_dropout": {"least": 0, "most": 1},
+    }
+    renamed: ClassVar[dict[str, str]] = {
+        **StageArguments.renamed,
+        "fit_thresholds": "thresholds (validation in place of true, none in place of false)",
+    }
 
     logit_adjustment: float = option(
         0.0,
         "tau of Menon et al. (2021): tau times the log frequency of each state in training is added to the logits "
         "while the predictor learns, so that rare states are not learned to be unlikely.",
     )
-    fit_thresholds: bool = option(False, "Fit a threshold for each finding on validation, into the configuration.")
+    thresholds: Literal["none", "rule", "cross_validation", "validation"] = option(
+        "none",
+        "Thresholds of the findings in the configuration. none: the likeliest state is predicted. rule: "
+        "0.13 (p / m)^0.3, where p is the finding's mean predicted probability on the training studies and m the mean "
+        "of the findings'. cross_validation: those with the best F1 on held-out training studies (5 folds, five more "
+        "trainings). validation: those with the best F1 on validation, whose figures are then no measurement.",
+    )
+    tag_weight: float = option(
+        0.0,
+        "Weight of an auxiliary target: the studies' tags, of which A/b is also the tag A, as far as "
+        f"{MINIMUM_TAG_STUDIES} training studies have them. The finished model does not predict them.",
+    )
+    indication_dropout: float = option(
+        0.3,
+        "Share of the training studies whose indication is left out, so that the views are still read; if "
+        "model.overrides.indication_reader is predictor or both.",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        folds = self.thresholds == "cross_validation"
+        self.expect(
+            not folds or self.vision == "frozen", "thresholds", "another rule while predictor.vision is trained"
+        )
 
 
 class PredictorStage(Stage):
     """Trains the label predictor, and the vision encoder it reads if the recipe says so."""
 
     arguments = PredictorArguments
-    first_reads = ("focal_gamma", "focal_reduction", "predictor_dropout", "finding_thresholds")
+    first_reads = (
+        *("focal_gamma", "focal_reduction", "predictor_dropout", "predictor_heads", "predictor_pooling"),
+        *("predictor_epsilon", "predictor_iterations", "predictor_tags", "finding_thresholds", "indication_reader"),
+    )
     trains_own_encoder = True
 
     def score_names(self) -> Collection[str]:
@@ -66,9 +111,12 @@ class PredictorStage(Stage):
     def check_studies(self, recipe: Recipe, studies: StudySplits) -> None:
         validation = studies.get("validation")
         unknown = validation is None or all(states is None for states in validation["finding_states"])
-        if recipe.predictor.fit_thresholds and unknown:
+        if recipe.predictor.thresholds == "validation" and unknown:
+            raise ValueError("predictor.thresholds='validation': expected a validation split with finding states")
+        if recipe.predictor.tag_weight and not tag_names(studies["train"]):
             raise ValueError(
-                "predictor.fit_thresholds=True: expected a validation split with finding states to fit them on"
+                f"predictor.tag_weight={recipe.predictor.tag_weight}: expected studies with tags, of which one has at "
+                f"least {MINIMUM_TAG_STUDIES} training studies"
             )
 
     def train(self, run: StageRun) -> tuple[OTDRGForReportGeneration, dict[str, Any]]:
@@ -77,32 +125,39 @@ class PredictorStage(Stage):
         An encoder of its own starts with the weights of the report's encoder, which does not change.
 
         Returns:
-            The model with LoRA merged, and with fitted thresholds in its configuration if the recipe asks for them; and
-            the results, with the metrics of [`finding_metrics`] under `validation`, and without fitted thresholds under
+            The model with LoRA merged, and with thresholds in its configuration if the recipe asks for them; and the
+            results, with the metrics of [`finding_metrics`] under `validation`, and without thresholds under
             `validation_default_threshold`.
         """
         validation = run.studies.get("validation")
         # A split without known states is no validation.
         validation = None if validation is None else known_states(validation) or None
-        trainer, validation = predictor_trainer(run, validation)
+        trainer, train, validation = predictor_trainer(run, validation)
+        initial = {name: weight.clone() for name, weight in run.model.finding_predictor.state_dict().items()}
         trainer.train_stage(run.resume)
         results = trainer.summary()
+        prediction = None if validation is None else trainer.predict(validation, metric_key_prefix="validation")
+        thresholds = find_thresholds(run, trainer, train, prediction, initial)
+        results |= measure(run, prediction, thresholds)
         if validation is not None:
-            prediction = trainer.predict(validation, metric_key_prefix="validation")
-            results |= fit_and_measure(run, prediction)
             logger.info("predictor on validation:\n%s", format_metrics(results["validation"]))
         model = trainer.whole_model()
         model.merge_lora()
+        model.set_tags(None)
         return model, results
 
 
-def predictor_trainer(run: StageRun, validation: Rows | None) -> tuple[StageTrainer, Rows | None]:
-    """The Trainer of the stage, and the validation studies as it reads them."""
+def predictor_trainer(run: StageRun, validation: Rows | None) -> tuple[StageTrainer, Rows, Rows | None]:
+    """The Trainer of the stage, and the training and validation studies as it reads them."""
     recipe, section, model = run.recipe, run.recipe.predictor, run.model
     own = model.config.predictor_encoder == "own"
     if own:
         model.finding_vision_tower.load_state_dict(model.vision_tower.state_dict())
     attach_lora(model, recipe, "predictor")
+    train = run.studies["train"]
+    if section.tag_weight:
+        model.set_tags(tag_names(train))
+        model.tag_weight = section.tag_weight
     frozen = set_trained_parts(
         model,
         vision="frozen" if own else section.vision,
@@ -111,51 +166,149 @@ def predictor_trainer(run: StageRun, validation: Rows | None) -> tuple[StageTrai
         predictor="full",
         joining=False,
     )
-    train = run.studies["train"]
     model.finding_logit_adjustment = logit_adjustment(train["finding_states"], section.logit_adjustment)
-    evaluates, labels = validation is not None, ["finding_labels"]
-    args = section.prepare(run.folder, recipe.seed, recipe.report_to, evaluates, label_names=labels)
+    device = section.prepare(run.folder, recipe.seed, recipe.report_to, evaluates=False).device
     train, validation = (
-        cached_where_frozen(model, run.processor, rows, recipe, "predictor", args.device)
-        for rows in (train, validation)
+        cached_where_frozen(model, run.processor, rows, recipe, "predictor", device) for rows in (train, validation)
     )
-    collator = FindingCollator(run.processor)
+    return stage_trainer(run, train, validation, frozen), train, validation
+
+
+def stage_trainer(
+    run: StageRun, train: Rows, validation: Rows | None, frozen: list[nn.Module], **fixed: Any
+) -> StageTrainer:
+    """A Trainer of the stage on these studies; `fixed` are arguments of training that it sets."""
+    recipe, section, model = run.recipe, run.recipe.predictor, run.model
+    args = section.prepare(
+        run.folder,
+        recipe.seed,
+        recipe.report_to,
+        validation is not None,
+        **{"label_names": ["finding_labels"], **fixed},
+    )
 
     def compute_metrics(prediction: PredictionOutput) -> dict[str, float]:
         metrics = _metrics(model, torch.from_numpy(prediction.predictions), prediction.label_ids)
         return {name: metrics[name] for name in _METRICS if metrics[name] is not None}
 
-    trainer = StageTrainer(
+    return StageTrainer(
         model,
         args,
         processor=run.processor,
         loss_callback=LossCallback(),
         frozen=frozen,
-        train_collator=collator,
-        eval_collator=collator,
+        train_collator=FindingCollator(run.processor, model.config.predictor_tags, section.indication_dropout),
+        eval_collator=FindingCollator(run.processor),
         train_dataset=train,
         eval_dataset=validation,
         compute_metrics=compute_metrics,
     )
-    return trainer, validation
 
 
-def fit_and_measure(run: StageRun, prediction: PredictionOutput) -> dict[str, Any]:
-    """Fit the thresholds if the recipe says so, and return the metrics of the predictions on validation."""
-    model, fits = run.model, run.recipe.predictor.fit_thresholds
-    logits, labels = torch.from_numpy(prediction.predictions), prediction.label_ids
-    results: dict[str, Any] = {}
+# --- thresholds ------------------------------------------------------------------------------------------------------
+
+
+def find_thresholds(
+    run: StageRun,
+    trainer: StageTrainer,
+    train: Rows,
+    validation: PredictionOutput | None,
+    initial: dict[str, torch.Tensor],
+) -> list[float] | None:
+    """The 14 thresholds that the recipe asks for.
+
+    Args:
+        run, trainer, train: the stage, its trained Trainer and its training studies.
+        validation: the predictions on validation.
+        initial: the predictor's weights before training, for cross-validation.
+    """
+    model, kind = run.model, run.recipe.predictor.thresholds
+    if kind == "none":
+        return None
+    if kind == "cross_validation":
+        return fit_thresholds(*out_of_fold(run, trainer, train, initial))
+    if kind == "validation":
+        return fit_thresholds(_positive(model, validation.predictions), validation.label_ids)
+    prediction = trainer.predict(train, metric_key_prefix="train")
+    return rule_thresholds(_positive(model, prediction.predictions))
+
+
+def rule_thresholds(probabilities: np.ndarray) -> list[float]:
+    """Thresholds 0.13 (p / m)^0.3: higher for more frequent findings, though much less than in proportion.
+
+    Args:
+        probabilities: (N, 14) of the state positive on training studies.
+
+    Returns:
+        14 thresholds; p is the mean of a finding and m that of the 13 findings. That of "no finding" is 0.5.
+    """
+    means = probabilities.mean(axis=0)
+    thresholds = RULE_THRESHOLD * (means / means[:NO_FINDING].mean()) ** RULE_EXPONENT
+    thresholds[NO_FINDING] = DEFAULT_THRESHOLD
+    return np.minimum(thresholds, 1.0).tolist()
+
+
+def out_of_fold(
+    run: StageRun, trainer: StageTrainer, train: Rows, initial: dict[str, torch.Tensor]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities (N, 14) of "positive" and true states of the training studies, each by a predictor that did not
+    learn from it. The model is left as it was."""
+    predictor = run.model.finding_predictor
+    trained = {name: weight.clone() for name, weight in predictor.state_dict().items()}
+    order = np.random.default_rng(run.recipe.seed).permutation(len(train))
+    probabilities, labels = [], []
+    for fold in range(FOLDS):
+        held_out = order[fold::FOLDS]
+        predictor.load_state_dict(initial)
+        with tempfile.TemporaryDirectory() as folder:
+            of_fold = stage_trainer(
+                run,
+                train.select(np.setdiff1d(order, held_out)),
+                None,
+                trainer.frozen,
+                **{"output_dir": folder, "save_strategy": "no", "report_to": []},
+            )
+            of_fold.train()
+            prediction = of_fold.predict(train.select(held_out), metric_key_prefix="fold")
+        probabilities.append(_positive(run.model, prediction.predictions))
+        labels.append(prediction.label_ids)
+    predictor.load_state_dict(trained)
+    return np.concatenate(probabilities), np.concatenate(labels)
+
+
+def measure(run: StageRun, prediction: PredictionOutput | None, thresholds: list[float] | None) -> dict[str, Any]:
+    """Put the thresholds into the configuration, and return the metrics of the predictions on validation."""
+    model, results = run.model, {}
+    logits, labels = (
+        (None, None) if prediction is None else (torch.from_numpy(prediction.predictions), prediction.label_ids)
+    )
     model.config.finding_thresholds = None
-    if fits:
-        results["validation_default_threshold"] = _metrics(model, logits, labels)
-        probabilities = model.finding_probabilities(logits)[..., POSITIVE].numpy()
-        model.config.finding_thresholds = fit_thresholds(probabilities, labels)
-        results["thresholds"] = dict(zip(FINDINGS, model.config.finding_thresholds, strict=True))
-    results["validation"] = _metrics(model, logits, labels, RESAMPLES, run.recipe.seed)
-    if fits:
-        # Fitted and measured on the same studies, so these figures are an upper bound.
-        results["validation"]["thresholds_fitted_on"] = "validation"
+    if thresholds is not None:
+        results["thresholds"] = dict(zip(FINDINGS, thresholds, strict=True))
+        if logits is not None:
+            results["validation_default_threshold"] = _metrics(model, logits, labels)
+        model.config.finding_thresholds = thresholds
+    if logits is not None:
+        results["validation"] = _metrics(model, logits, labels, RESAMPLES, run.recipe.seed)
+        if run.recipe.predictor.thresholds == "validation":
+            # Fitted and measured on the same studies, so these figures are an upper bound.
+            results["validation"]["thresholds_fitted_on"] = "validation"
     return results
+
+
+# --- what is learned -------------------------------------------------------------------------------------------------
+
+
+def tag_names(studies: Rows) -> list[str]:
+    """The tags that at least `MINIMUM_TAG_STUDIES` studies have, the most frequent first."""
+    if "tags" not in studies.column_names:
+        return []
+    counts = Counter(tag for tags in studies["tags"] for tag in expand_tags(tags))
+    return [
+        tag
+        for tag, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        if count >= MINIMUM_TAG_STUDIES
+    ]
 
 
 def logit_adjustment(states: list[list[int]], tau: float) -> torch.Tensor | None:
@@ -177,13 +330,18 @@ def logit_adjustment(states: list[list[int]], tau: float) -> torch.Tensor | None
     return tau * (counts / counts.sum(dim=1, keepdim=True)).log()
 
 
+def _positive(model: OTDRGForReportGeneration, logits: np.ndarray) -> np.ndarray:
+    """Probabilities (N, 14) of the state positive."""
+    return model.finding_probabilities(torch.from_numpy(logits))[..., POSITIVE].numpy()
+
+
 def _metrics(
     model: OTDRGForReportGeneration, logits: torch.Tensor, labels: np.ndarray, resamples: int = 0, seed: int = 0
 ) -> dict[str, Any]:
-    probabilities = model.finding_probabilities(logits)[..., POSITIVE].numpy()
+    probabilities = _positive(model, logits.numpy())
     return finding_metrics(probabilities, model.predict_states(logits).numpy(), labels, resamples, seed)
 
 
 STAGE = PredictorStage()
 
-__all__ = ["STAGE", "PredictorArguments", "PredictorStage", "logit_adjustment"]
+__all__ = ["STAGE", "PredictorArguments", "PredictorStage", "logit_adjustment", "rule_thresholds", "tag_names"]

@@ -149,6 +149,11 @@ class Recipe(Section):
         """Where features of frozen encoders are kept."""
         return Path(self.feature_cache or os.path.join(self.output_dir, "features"))
 
+    @property
+    def gives_indication(self) -> bool:
+        """Whether the model reads the studies' indications: the LLM, or the label predictor."""
+        return self.report.indication or self.model.overrides.get("indication_reader", "report") != "report"
+
     def to_dict(self) -> dict[str, Any]:
         """The recipe as a dictionary that [`load_recipe`] reads back.
 

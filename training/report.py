@@ -245,7 +245,7 @@ class ReportStage(Stage):
             labeler=wanted.labeler,
             metrics=wanted.metrics,
             seed=recipe.seed,
-            indication=recipe.report.indication,
+            indication=recipe.gives_indication,
         )
         write_predictions(evaluation, Path(recipe.output_dir) / "predictions.csv")
         logger.info("%s, %d studies:\n%s", wanted.split, len(rows), format_table(evaluation))
@@ -276,6 +276,11 @@ class ReportStage(Stage):
             or not (recipe.studies.streaming or section.train_sampling_strategy == "sequential"),
             "abnormal_study_weight",
             "1 where studies are streamed or train_sampling_strategy is sequential",
+        )
+        section.expect(
+            not section.indication or recipe.model.overrides.get("indication_reader") != "predictor",
+            "indication",
+            "false while model.overrides.indication_reader is predictor; both gives it to the LLM, too",
         )
         shares_encoder = recipe.model.overrides.get("predictor_encoder", "shared") == "shared"
         section.expect(
@@ -361,7 +366,7 @@ def report_trainer(run: StageRun) -> StageTrainer:
         cached_where_frozen(model, processor, rows, recipe, "report", args.device) for rows in (train, validation)
     )
     schedules = SinkhornLossCallback(section.ot_weight_warmup, section.ot_epsilon_start, section.ot_epsilon_annealing)
-    tokens, indication = section.max_report_tokens, section.indication
+    tokens, indication = section.max_report_tokens, recipe.gives_indication
     lengths = None
     if section.train_sampling_strategy == "group_by_length":
         ids = processor.tokenizer(list(train["report"]), add_special_tokens=False)["input_ids"]
@@ -415,7 +420,7 @@ class Validation:
             labeler=section.evaluation.labeler,
             metrics=wanted.values(),
             seed=self.recipe.seed,
-            indication=section.indication,
+            indication=self.recipe.gives_indication,
         )
         if PartialState().is_main_process:
             write_predictions(evaluation, self.folder / "validation" / f"step-{step:06d}.csv")

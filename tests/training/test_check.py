@@ -73,7 +73,10 @@ def test_check_recipe_stages_that_are_not_run_are_checked_too(tiny_recipe, stage
             ["report.evaluation.split=test"],
             "report.evaluation.split='test': expected one of the splits there are, train, validation",
         ),
-        (["studies.options.validation=0", "predictor.fit_thresholds=true"], "predictor.fit_thresholds=True: expected"),
+        (
+            ["studies.options.validation=0", "predictor.thresholds=validation"],
+            "predictor.thresholds='validation': expected",
+        ),
         (["model.overrides.lora.target_modules=[nope]"], "Target modules are not in the backbone, expected some of "),
         (["model.overrides.vision_config.architecture=nope"], "model.overrides: no model can be made of them"),
         (["model.overrides.vision_config.model_args.img_size=-5"], "model.overrides"),

@@ -132,8 +132,8 @@ def test_stage_changes_logging_and_longer_training_are_harmless(changes):
     assert changes("report", False, *by_epochs, "report.num_train_epochs=0.5", before=by_epochs)[0] == {
         "report.num_train_epochs"
     }
-    assert changes("predictor", False, "predictor.fit_thresholds=true")[0] == set()
-    assert changes("predictor", True, "predictor.fit_thresholds=true")[0] == {"predictor.fit_thresholds"}
+    assert changes("predictor", False, "predictor.thresholds=rule")[0] == set()
+    assert changes("predictor", True, "predictor.thresholds=rule")[0] == {"predictor.thresholds"}
 
 
 def test_stage_changes_same_batch_over_processes_is_harmless(changes):

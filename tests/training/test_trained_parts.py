@@ -154,7 +154,7 @@ def test_predictor_stage_frozen_own_encoder_equals_the_reports(write_recipe, tmp
     path = write_recipe(
         tmp_path,
         {"predictor_encoder": "own"},
-        predictor={"vision": "frozen", "cache_features": True, "fit_thresholds": True},
+        predictor={"vision": "frozen", "cache_features": True, "thresholds": "validation"},
         report={"max_steps": 1, "evaluation": evaluation},
     )
     assert main([str(path)]) == 0

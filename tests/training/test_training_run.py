@@ -150,7 +150,7 @@ def test_run_recipe_phantom_tiny_losses_are_those_of_its_earlier_fields(tmp_path
     """Computed before recipes had the names and defaults of TrainingArguments."""
     expected = {"ircp": [10.8620, 10.7853], "predictor": [0.79865, 0.81286], "report": [6.41546, 6.62753, 5.66627]}
     batches = {"ircp": 8, "predictor": 8, "report": 4}
-    overrides = ["studies.options={train: 16, validation: 0, test: 0}", "predictor.fit_thresholds=false"]
+    overrides = ["studies.options={train: 16, validation: 0, test: 0}", "predictor.thresholds=none"]
     for stage, losses in expected.items():
         overrides += [f"{stage}.max_steps={len(losses)}", f"{stage}.per_device_train_batch_size={batches[stage]}"]
         overrides += [f"{stage}.logging_steps=1"]
