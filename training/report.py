@@ -162,6 +162,7 @@ class ReportStage(Stage):
         "dle",
         "fiot",
         "finding_text",
+        "finding_tokens",
         "ot_epsilon",
         "ot_max_iterations",
         "ot_tolerance",
