@@ -29,7 +29,7 @@ from ..labelers.as_typed import labeler_of
 from ..metrics import full_score_name, metric_choices, metric_of, score_names
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
-from .arguments import StageArguments
+from .arguments import StageArguments, WeightedScores
 from .callbacks import SinkhornLossCallback
 from .collation import ReportCollator
 from .data import StudySplits
@@ -186,23 +186,17 @@ class ReportStage(Stage):
         """
         trainer = report_trainer(run)
         trainer.train_stage(run.resume)
-        results = trainer.summary()
-        model = trainer.whole_model()
-        model.generation_config.update(**run.recipe.report.generation)
-        # One type, as `from_pretrained` gives: the model that is scored is the model that will be loaded.
-        dtype = getattr(torch, run.recipe.model.dtype)
-        for weight in model.parameters():
-            # Packed weights are integers.
-            if weight.is_floating_point():
-                weight.data = weight.data.to(dtype)
+        model = trained_model(trainer, run.recipe)
         if PartialState().is_main_process:
             save_adapter(model.eval(), run.processor, run.recipe, run.folder.parent / "adapter")
-        model.merge_lora()
-        model.to(trainer.args.device, dtype).eval()
-        return model, results
+        return merged(model, trainer), trainer.summary()
 
-    def evaluate(self, run: StageRun) -> dict[str, Any]:
-        """The table of controls on the recipe's split; generated reports are written to `predictions.csv`."""
+    def evaluate(self, run: StageRun, folder: Path | None = None) -> dict[str, Any]:
+        """The table of controls on the recipe's split; generated reports are written to `predictions.csv`.
+
+        Args:
+            folder: for `predictions.csv`; the run's by default.
+        """
         wanted, recipe, model = run.recipe.report.evaluation, run.recipe, run.model
         if wanted.split == "none":
             return {}
@@ -224,7 +218,7 @@ class ReportStage(Stage):
             seed=recipe.seed,
             indication=recipe.report.indication,
         )
-        write_predictions(evaluation, Path(recipe.output_dir) / "predictions.csv")
+        write_predictions(evaluation, (folder or Path(recipe.output_dir)) / "predictions.csv")
         logger.info("%s, %d studies:\n%s", wanted.split, len(rows), format_table(evaluation))
         return {"evaluation": {"split": wanted.split, **evaluation.scores()}}
 
@@ -343,7 +337,7 @@ def report_trainer(run: StageRun) -> StageTrainer:
         train_collator=ReportCollator(processor, True, tokens, trains_predictor, indication),
         eval_collator=ReportCollator(processor, False, tokens, indication=indication),
         train_lengths=lengths,
-        score=Validation(recipe, model, processor, validation, run.folder) if generates else None,
+        score=Validation(recipe, model, processor, validation, run.folder, args.best) if generates else None,
         train_dataset=train,
         eval_dataset=validation,
     )
@@ -351,18 +345,22 @@ def report_trainer(run: StageRun) -> StageTrainer:
 
 @dataclass
 class Validation:
-    """Generates reports for validation studies, scores them and writes them to `FOLDER/validation/step-N.csv`."""
+    """Generates reports for validation studies, scores them and writes them to `FOLDER/validation/step-N.csv`.
+
+    Reports are decoded and read as the section `report` says; `best` is the stage's `metric_for_best_model`.
+    """
 
     recipe: Recipe
     model: OTDRGForReportGeneration
     processor: OTDRGProcessor
     studies: Dataset | CachedStudies
     folder: Path
+    best: WeightedScores
 
     def __call__(self, step: int) -> dict[str, float]:
         """`VALIDATION_SCORES` and the scores of `metric_for_best_model`; every process must call it."""
         section = self.recipe.report
-        names = (name for name in (*VALIDATION_SCORES, *section.best.weights) if name in score_names())
+        names = (name for name in (*VALIDATION_SCORES, *self.best.weights) if name in score_names())
         wanted = {name: full_score_name(name) for name in names}
         rows = self.studies.select(range(min(section.max_eval_samples or len(self.studies), len(self.studies))))
         evaluation = evaluate_model(
@@ -381,6 +379,26 @@ class Validation:
             write_predictions(evaluation, self.folder / "validation" / f"step-{step:06d}.csv")
         found = evaluation.rows["model"].scores
         return {name: found[full] for name, full in wanted.items()}
+
+
+def trained_model(trainer: StageTrainer, recipe: Recipe) -> OTDRGForReportGeneration:
+    """The whole model after training, in the recipe's type and with its decoding as the default; LoRA not merged."""
+    model = trainer.whole_model()
+    model.generation_config.update(**recipe.report.generation)
+    # One type, as `from_pretrained` gives: the model that is scored is the model that will be loaded.
+    dtype = getattr(torch, recipe.model.dtype)
+    for weight in model.parameters():
+        # Packed weights are integers.
+        if weight.is_floating_point():
+            weight.data = weight.data.to(dtype)
+    return model
+
+
+def merged(model: OTDRGForReportGeneration, trainer: StageTrainer) -> OTDRGForReportGeneration:
+    """A [`trained_model`] with LoRA merged, on the device and in evaluation mode, to be published and evaluated."""
+    dtype = model.image_projector.linear.weight.dtype
+    model.merge_lora()
+    return model.to(trainer.args.device, dtype).eval()
 
 
 def save_adapter(model: OTDRGForReportGeneration, processor: OTDRGProcessor, recipe: Recipe, folder: Path) -> None:
@@ -415,4 +433,14 @@ def save_adapter(model: OTDRGForReportGeneration, processor: OTDRGProcessor, rec
 
 STAGE = ReportStage()
 
-__all__ = ["STAGE", "VALIDATION_SCORES", "EvaluationRecipe", "ReportArguments", "ReportStage", "save_adapter"]
+__all__ = [
+    "STAGE",
+    "VALIDATION_SCORES",
+    "EvaluationRecipe",
+    "ReportArguments",
+    "ReportStage",
+    "Validation",
+    "merged",
+    "save_adapter",
+    "trained_model",
+]
