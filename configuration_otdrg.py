@@ -75,6 +75,9 @@ class OTDRGConfig(PreTrainedConfig):
             Width of the `"table"`; the LLM's hidden size by default.
         finding_text (`str`, defaults to `"mentioned"`):
             Which findings the label text names: `"mentioned"` those not unmentioned, `"all"`, or `"none"`.
+        finding_tokens (`str`, defaults to `"labels"`):
+            Label tokens that the LLM reads. `"labels"`: the projected label features (eq. 5); `"transported"`: each
+            plus the image transported to that label, N sum_m T_mj x_m over the projected image tokens. Needs `fiot`.
         ot_epsilon (`float`, defaults to 0.1):
             Entropic regularisation (eq. 8), in units of the cost.
         ot_max_iterations (`int`, defaults to 100):
@@ -176,7 +179,14 @@ class OTDRGConfig(PreTrainedConfig):
             *("predictor_tags", "indication_reader", "predicted_state_ratio", "finding_state_dropout", "image_dropout"),
             *("finding_thresholds", "finding_text", "prompt"),
             *("image_token_id", "finding_token_id", "finding_text_token_id", "prompt_token_ids"),
-            *("finding_text_token_ids", "weights", "weights_sha256", "backbone_sha256", "backbone_revisions"),
+            *(
+                "finding_tokens",
+                "finding_text_token_ids",
+                "weights",
+                "weights_sha256",
+                "backbone_sha256",
+                "backbone_revisions",
+            ),
             # Written by transformers or `save_pretrained`.
             *("auto_map", "custom_pipelines", "processor_class", "tie_word_embeddings", "use_cache"),
         }
@@ -198,6 +208,7 @@ class OTDRGConfig(PreTrainedConfig):
         label_encoder_token_ids: list[list[list[int]]] | None = None,
         label_encoder_size: int | None = None,
         finding_text: str = "mentioned",
+        finding_tokens: str = "labels",
         ot_epsilon: float = 0.1,
         ot_max_iterations: int = 100,
         ot_tolerance: float = 1e-5,
@@ -256,6 +267,11 @@ class OTDRGConfig(PreTrainedConfig):
         check_values("OTDRGConfig", {field: getattr(self, field) for field in ALLOWED_VALUES})
         need(round(self.image_tokens**0.5) ** 2 == self.image_tokens, "image_tokens", "a square number, such as 49")
         need(self.dle or not self.fiot, "fiot", "false when dle is false (label tokens need labels)")
+        need(
+            self.fiot or self.finding_tokens == "labels",
+            "finding_tokens",
+            "labels when fiot is false (only FIOT has label tokens)",
+        )
         need(
             self.label_encoder != "text_encoder" or self.label_encoder_config is not None,
             "label_encoder",
@@ -479,6 +495,7 @@ ALLOWED_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "label_encoder_token_ids": _or_none(_TEXT_TABLE),
     "label_encoder_size": _or_none(_count(_MAXIMUM_SIZE)),
     "finding_text": _one_of("mentioned", "all", "none"),
+    "finding_tokens": _one_of("labels", "transported"),
     "ot_epsilon": _ABOVE_0,
     "ot_max_iterations": _count(_MAXIMUM_ITERATIONS),
     "ot_tolerance": _AT_LEAST_0,

@@ -177,9 +177,11 @@ class OTDRGGenerationMixin(GenerationMixin):
         prompt = {"input_ids": input_ids, "attention_mask": attention_mask}
         inputs = self._read_prompt(prompt, pixel_values, view_mask, view_features, finding_states, indication_ids)
         image_features, image_mask = self.project_views(inputs["view_features"], inputs["view_mask"])
-        label_features = self.get_label_features(inputs["finding_states"]) if self.config.fiot else None
+        states = inputs["finding_states"]
         embeddings = self.get_input_embeddings()(inputs["input_ids"])
-        embeddings = self._place_study(inputs["input_ids"], embeddings, image_features, image_mask, label_features)
+        embeddings, _ = self._place_study(
+            inputs["input_ids"], embeddings, image_features, image_mask, self._label_features(states), states
+        )
         return embeddings, inputs["attention_mask"]
 
     @torch.no_grad()

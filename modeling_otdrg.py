@@ -521,14 +521,11 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
             if study is not None:
                 # 2. Project image and label features into the LLM's space (eqs. 3 to 5), to the places of their tokens
                 image_features, image_mask = self.project_views(study.view_features, study.view_mask)
-                label_features = self.get_label_features(study.finding_states) if self.config.fiot else None
-                read = self._drop_images(image_features) if targets is not None else image_features
-                inputs_embeds = self._place_study(input_ids, inputs_embeds, read, image_mask, label_features)
+                features = image_features, image_mask, self._label_features(study.finding_states), study.finding_states
+                inputs_embeds, transport = self._place_study(input_ids, inputs_embeds, *features)
                 # 3. Align them by optimal transport (3.3.2)
-                if label_features is not None and (targets is not None or not report_only):
-                    output |= self._align(
-                        image_features, image_mask, label_features, study.finding_states, with_loss=targets is not None
-                    )
+                if self.config.fiot and (targets is not None or not report_only):
+                    output |= self._align(*features, transport, with_loss=targets is not None)
                 if not report_only:
                     output["image_outputs"] = BaseModelOutputWithPooling(
                         last_hidden_state=self._report_features(study.view_features),
@@ -827,6 +824,10 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
         table = F.pad(table, (0, 0, 0, 1))
         return table[torch.arange(len(FINDINGS), device=finding_states.device), finding_states]
 
+    def _label_features(self, finding_states: torch.Tensor) -> torch.Tensor | None:
+        """[`get_label_features`] of a model with FIOT; None without."""
+        return self.get_label_features(finding_states) if self.config.fiot else None
+
     def get_placeholder_mask(
         self, token_id: int | None, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -838,18 +839,34 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
         placeholder = self.get_input_embeddings()(torch.tensor(token_id, device=inputs_embeds.device))
         return (inputs_embeds == placeholder).all(dim=-1)
 
-    def _place_study(self, input_ids, inputs_embeds, image_features, image_mask, label_features) -> torch.Tensor:
-        """`inputs_embeds` with image tokens and, with FIOT, label tokens (eqs. 4 and 5) in their places."""
+    def _place_study(
+        self, input_ids, inputs_embeds, image_features, image_mask, label_features, finding_states
+    ) -> tuple[torch.Tensor, tuple[SinkhornOutput, torch.Tensor] | None]:
+        """`inputs_embeds` with image tokens and, with FIOT, label tokens (eqs. 4 and 5) in their places.
+
+        With `finding_tokens="transported"` a label token is the label feature plus the image transported to the label,
+        N sum_m T_mj x_m, of N labels: the mean of the image tokens, weighted by column j of the plan.
+
+        Returns:
+            The embeddings, and the result of [`transport`] if it was computed.
+        """
         if input_ids is not None and (input_ids == self.config.finding_text_token_id).any():
             logger.warning_once(
                 f"input_ids holds {FINDING_TEXT_TOKEN}: the LLM reads the placeholder and not the label text; call "
                 "model(**model.expand_finding_text(**inputs))"
             )
-        inputs_embeds = self._place_features("image", input_ids, inputs_embeds, image_features, image_mask)
+        read = self._drop_images(image_features)
+        inputs_embeds = self._place_features("image", input_ids, inputs_embeds, read, image_mask)
         if label_features is None:
-            return inputs_embeds
-        every_label = torch.ones(label_features.shape[:2], dtype=torch.bool, device=label_features.device)
-        return self._place_features("finding", input_ids, inputs_embeds, label_features, every_label)
+            return inputs_embeds, None
+        transport, tokens = None, label_features
+        if self.config.finding_tokens == "transported":
+            transport = self.transport(image_features, image_mask, label_features, finding_states)
+            labels = self._label_mask(finding_states).sum(dim=1)[:, None, None]
+            plan = transport[0].plan.transpose(1, 2) * labels
+            tokens = label_features + plan.to(read.dtype) @ read
+        every_label = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return self._place_features("finding", input_ids, inputs_embeds, tokens, every_label), transport
 
     def _place_features(self, what, input_ids, inputs_embeds, features, mask) -> torch.Tensor:
         """`inputs_embeds` with the unmasked `features` (B, M, D) in the places of the `what` token, in order."""
@@ -898,9 +915,14 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
         given = finding_states != NOT_GIVEN
         return given & (finding_states != UNMENTIONED) if self.config.ot_labels == "mentioned" else given
 
-    def _align(self, image_features, image_mask, label_features, finding_states, with_loss: bool) -> dict[str, Any]:
-        """The transport plan and, on request, L_OT and the figures to watch (see [`OTDRGOutput`])."""
-        transport, cost = self.transport(image_features, image_mask, label_features, finding_states)
+    def _align(
+        self, image_features, image_mask, label_features, finding_states, transported, with_loss: bool
+    ) -> dict[str, Any]:
+        """The transport plan and, on request, L_OT and the figures to watch (see [`OTDRGOutput`]).
+
+        `transported` is the result of [`transport`] if there is one already.
+        """
+        transport, cost = transported or self.transport(image_features, image_mask, label_features, finding_states)
         output = {"transport_plan": transport.plan}
         if with_loss:
             output["ot_loss"] = transport.distance.mean()

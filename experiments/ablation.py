@@ -214,8 +214,10 @@ def plan_runs(
     return plan
 
 
-def _switches(modules: Sequence[str]) -> dict[str, bool]:
-    return {"dle": "dle" in modules, "fiot": "fiot" in modules}
+def _switches(modules: Sequence[str]) -> dict[str, Any]:
+    # Only FIOT has label tokens to transport the image to.
+    tokens = {} if "fiot" in modules else {"finding_tokens": "labels"}
+    return {"dle": "dle" in modules, "fiot": "fiot" in modules, **tokens}
 
 
 def _check_recipe(path: str | os.PathLike, recipe: Recipe, rows: Sequence[Row]) -> None:

@@ -14,7 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from ..configuration_otdrg import resolve_backbone
 from ..files_otdrg import read_json, write_json
 from ..inference.features import model_digest
-from ..inference.loading import load_published
+from ..inference.loading import load_published, published_folder
 from ..inference.model_files import read_processor
 from ..studies.publish import hub_errors, make_repo
 from ..weight_files_otdrg import check_weights, read_stated, record_sha256, sha256
@@ -95,6 +95,11 @@ def assemble_adapter(
         ValueError: also for a run without an adapter, and for a backbone that is not on the Hub.
         OSError: the weights are damaged, or the processor cannot be loaded.
     """
+    if Path(run).is_dir() and published_folder(run).name == "reward":
+        raise ValueError(
+            f"{run}: the model of stage reward has no adapter of its backbones: leave out --adapter to push the "
+            "complete model"
+        )
     source = Path(run) / "adapter" if (Path(run) / "adapter").is_dir() else Path(run)
     config = read_stated(source)[0]
     if config.get("weights") != "adapter":

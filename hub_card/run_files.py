@@ -44,6 +44,7 @@ class RunFiles:
         results: of `results.json`, by stage; empty without it.
         evaluations: contents of the `evaluation.json` files, then the report stage's own evaluation in the same form.
         folder: folder of recipe, `run.json` and `results.json`.
+        model: name of the model's folder.
     """
 
     name: str
@@ -52,6 +53,7 @@ class RunFiles:
     sittings: list[dict[str, Any]]
     results: dict[str, Any]
     folder: Path
+    model: str
     evaluations: list[dict[str, Any]] = field(default_factory=list)
 
     def metrics(self) -> dict[str, Any]:
@@ -81,7 +83,7 @@ def read_run(run: Path, evaluations: Sequence[Path] = ()) -> RunFiles:
     config = _read(model / "config.json")
     if config.get("model_type") != OTDRGConfig.model_type:
         raise ValueError(f"{model / 'config.json'}: model_type is {config.get('model_type')!r}, expected 'otdrg'")
-    if model.name in ("model", "adapter") and (model.parent / "recipe.yaml").is_file():
+    if model.name in ("model", "adapter", "reward") and (model.parent / "recipe.yaml").is_file():
         run = model.parent
     paths = [_evaluation_file(Path(path)) for path in evaluations]
     if not paths:
@@ -103,6 +105,7 @@ def read_run(run: Path, evaluations: Sequence[Path] = ()) -> RunFiles:
         sittings=published(run / "run.json", read_sittings(run / "run.json")),
         results=published(run / "results.json", read_results(run)),
         folder=run,
+        model=model.name,
     )
     found: dict[tuple, Path] = {}
     for path in dict.fromkeys(path.resolve() for path in paths):
@@ -112,7 +115,7 @@ def read_run(run: Path, evaluations: Sequence[Path] = ()) -> RunFiles:
             raise ValueError(f"{same} and {path}: same dataset, split, protocol, decoding and labeler, expected one")
         files.evaluations.append(evaluation)
     own = interpret(run / "results.json", own_evaluation, files)
-    # `otdrg evaluate` on the same studies also computes intervals: its result replaces the report stage's.
+    # `otdrg evaluate` on the same studies also computes intervals: its result replaces the stage's.
     if own is not None and interpret(run / "results.json", identity, own) not in found:
         files.evaluations.append(own)
     return files
@@ -128,8 +131,9 @@ def identity(evaluation: dict[str, Any]) -> tuple:
 
 
 def own_evaluation(files: RunFiles) -> dict[str, Any] | None:
-    """The report stage's evaluation in the form of `evaluation.json`."""
-    found = files.results.get("report", {}).get("evaluation")
+    """The evaluation of the stage `reward`, else of the report stage, in the form of `evaluation.json`."""
+    stage = "reward" if files.model == "reward" else "report"
+    found = files.results.get(stage, {}).get("evaluation")
     if found is None:
         return None
     recipe = files.recipe or {}

@@ -12,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..pipeline_otdrg import ReportGenerationPipeline
 from ..processing_otdrg import OTDRGProcessor
+from ..runtime.yaml_files import read_yaml
 from ..weight_files_otdrg import read_stated
 from .model_files import check_fit, read_model, read_processor
 
@@ -54,13 +55,24 @@ def load_published(model: str) -> tuple[OTDRGForReportGeneration, OTDRGProcessor
 def published_folder(model: str | Path) -> Path:
     """The folder of the model, given the folder of its run or its own.
 
+    In a run whose recipe has the stage `reward`, that is the stage's model once it is finished.
+
     Raises:
         ValueError: there is no model.
     """
-    for folder in (Path(model) / "model", Path(model)):
+    run = Path(model)
+    rewarded = [run / "reward"] if (run / "reward" / "finished.json").is_file() and _has_stage(run, "reward") else []
+    for folder in (*rewarded, run / "model", run):
         if (folder / "config.json").is_file():
             return folder
     raise ValueError(f"{model}: no config.json here or in its folder 'model', expected a trained run or a model")
+
+
+def _has_stage(run: Path, stage: str) -> bool:
+    """Whether the recipe by which a run was last trained has a stage."""
+    path = run / "recipe.yaml"
+    recipe = read_yaml(path) if path.is_file() else None
+    return isinstance(recipe, dict) and stage in (recipe.get("stages") or ())
 
 
 def _http_status(error: BaseException | None) -> int | None:

@@ -162,6 +162,7 @@ def test_from_preset_unknown_preset_or_field_is_named():
         ("label_encoder", "bert", "one of 'embeddings', 'text_encoder', 'table'"),
         ("label_encoder", "text_encoder", "another encoder, or a label_encoder_config beside it"),
         ("finding_text", True, "one of 'mentioned', 'all', 'none'"),
+        ("finding_tokens", "image", "one of 'labels', 'transported'"),
         ("ot_cost_normalization", "l2", "one of 'none', 'unit'"),
         ("ot_labels", "positive", "one of 'all', 'mentioned'"),
         ("ot_gradient", "implicit", "one of 'envelope', 'unroll'"),
@@ -224,6 +225,10 @@ def test_config_fiot_without_dle_is_refused():
     with pytest.raises(ValueError, match=r"OTDRGConfig.fiot=True: expected false when dle is false"):
         OTDRGConfig.from_preset("tiny", dle=False)
     assert not OTDRGConfig.from_preset("tiny", dle=False, fiot=False).dle
+    with pytest.raises(
+        ValueError, match=r"OTDRGConfig.finding_tokens='transported': expected labels when fiot is false"
+    ):
+        OTDRGConfig.from_preset("tiny", fiot=False, finding_tokens="transported")
 
 
 @pytest.mark.parametrize("part", ["vision_config", "text_config", "label_encoder_config"])

@@ -50,6 +50,12 @@ def test_generate_greedy_equals_repeated_forward(model, prompts):
     assert torch.equal(model.generate(**prompts, do_sample=False, max_new_tokens=4, eos_token_id=-1), ids)
 
 
+def test_generate_transported_finding_tokens_equal_repeated_forward(build_model, prompts):
+    model, _ = build_model(finding_tokens="transported")
+    test_generate_greedy_equals_repeated_forward(model, prompts)
+    test_generate_cached_equals_uncached(model, prompts, beams=2)
+
+
 @pytest.mark.parametrize("view_fusion", ["mean", "concat"])
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generate_batch_equals_single_studies(build_model, views, view_fusion, beams):

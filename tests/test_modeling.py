@@ -6,6 +6,7 @@ Long because it follows one module that ships as one file.
 import os
 
 import numpy as np
+import ot
 import pytest
 import torch
 from otdrg import (
@@ -823,6 +824,63 @@ def test_ot_gradient_unroll_changes_the_gradient_and_not_the_value(build_model, 
         gradients.append(model.label_projector.linear.weight.grad)
     assert losses[0] == losses[1]
     assert not torch.allclose(gradients[0], gradients[1], rtol=0.01)
+
+
+@pytest.mark.parametrize(("labels", "view_fusion"), [("all", "concat"), ("mentioned", "mean")])
+def test_finding_tokens_transported_are_label_features_plus_pot_transported_image(
+    build_model, study, views, reports, labels, view_fusion
+):
+    fields = {"ot_labels": labels, "view_fusion": view_fusion, "ot_cost_normalization": "unit", "ot_epsilon": 0.2}
+    model, processor = build_model(finding_tokens="transported", ot_max_iterations=5000, ot_tolerance=1e-7, **fields)
+    inputs = processor(images=[views[:2], views[2]])
+    states = inputs["finding_states"] = study["finding_states"][:2]
+    embeddings, _ = model.get_prompt_embeddings(**inputs)
+    expanded = model.expand_finding_text(**inputs)
+    image, mask, label = features_of(model, inputs)
+    for row in range(2):
+        takes_part = (states[row] != 0 if labels == "mentioned" else torch.ones(14)).bool()
+        x, y = image[row, mask[row]].double(), label[row, takes_part].double()
+        cost = torch.cdist(F.normalize(x, dim=1), F.normalize(y, dim=1)).detach().numpy()
+        uniform = [np.full(size, 1 / size) for size in cost.shape]
+        plan = ot.sinkhorn(*uniform, cost, 0.2, method="sinkhorn_log", numItermax=20_000, stopThr=1e-12, warn=False)
+        expected = label[row].clone()
+        expected[takes_part] += (len(y) * torch.as_tensor(plan).T @ x).float()
+        tokens = embeddings[row, expanded["input_ids"][row] == model.config.finding_token_id]
+        assert torch.allclose(tokens, expected, atol=1e-4)
+        # What reaches a label is a mean of image tokens: the weights of the transported ones add up to 1.
+        assert (len(y) * plan.T).sum(axis=1) == pytest.approx(np.ones(len(y)), abs=1e-6)
+
+
+def test_finding_tokens_labels_are_the_default_and_differ_from_transported(build_model, study):
+    plain, _ = build_model()
+    assert plain.config.finding_tokens == "labels"
+    transported, _ = build_model(finding_tokens="transported")
+    inputs = plain.expand_finding_text(**study)
+    one, other = plain(**inputs), transported(**inputs)
+    # The same weights, and the same plan, on which the LLM does not depend in one of them.
+    assert torch.equal(one.transport_plan, other.transport_plan) and torch.equal(one.ot_loss, other.ot_loss)
+    assert not torch.allclose(one.logits, other.logits, atol=1e-3)
+
+
+def test_finding_tokens_transported_pass_gradients_to_the_image(build_model, study):
+    gradients = {}
+    for tokens in ("labels", "transported"):
+        for gradient in ("envelope", "unroll"):
+            model, _ = build_model(finding_tokens=tokens, ot_gradient=gradient, ot_weight=0.0)
+            with torch.no_grad():
+                # Without image tokens in their places, the image reaches the LLM by the label tokens alone.
+                embeddings = model.get_input_embeddings()(study["input_ids"])
+            model._place_features = only_findings(model._place_features)
+            model(**{**study, "inputs_embeds": embeddings}).report_loss.backward()
+            gradients[tokens, gradient] = model.image_projector.linear.weight.grad
+    assert gradients["labels", "envelope"] is None and gradients["labels", "unroll"] is None
+    assert gradients["transported", "envelope"].abs().sum() > 0
+    assert not torch.allclose(gradients["transported", "envelope"], gradients["transported", "unroll"], rtol=1e-3)
+
+
+def only_findings(place):
+    """`_place_features` that leaves the image out."""
+    return lambda what, ids, embeds, *features: embeds if what == "image" else place(what, ids, embeds, *features)
 
 
 def test_forward_contrastive_ot_term_equals_the_loop(build_model, study):

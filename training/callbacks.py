@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,6 @@ FIGURES: tuple[str, ...] = (
     "alignment",
     "uniformity",
 )
-#: Those that are losses, named in the error if the loss is not finite.
-LOSSES: tuple[str, ...] = tuple(name for name in FIGURES if name.endswith("_loss"))
 
 #: Label features whose distance to their mean is below this share of their length have collapsed.
 COLLAPSED_SPREAD = 0.02
@@ -47,9 +46,13 @@ class LossCallback(TrainerCallback):
     """Collects the figures of a stage's outputs, and stops a run whose loss or gradient is not finite.
 
     [`StageTrainer`] passes every output to [`observe`] and adds [`figures`] to its log lines.
+
+    Args:
+        names: of the figures.
     """
 
-    def __init__(self):
+    def __init__(self, names: Sequence[str] = FIGURES):
+        self.names = names
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
 
@@ -59,14 +62,15 @@ class LossCallback(TrainerCallback):
         Raises:
             NonFiniteLossError: its loss is NaN or infinite on this or another process.
         """
-        for name in FIGURES:
+        for name in self.names:
             value = outputs.get(name)
             if value is not None:
                 self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
                 self._counts[name] = self._counts.get(name, 0) + 1
         loss = outputs["loss"].detach()
-        if not _everywhere(torch.isfinite(loss)):
-            parts = {name: float(outputs[name].detach()) for name in LOSSES if outputs.get(name) is not None}
+        if not everywhere(torch.isfinite(loss)):
+            losses = [name for name in self.names if name.endswith("_loss") and outputs.get(name) is not None]
+            parts = {name: float(outputs[name].detach()) for name in losses}
             values = ", ".join(f"{name} {value:.4g}" for name, value in {"loss": float(loss), **parts}.items())
             raise NonFiniteLossError(f"the loss is not finite ({values})")
 
@@ -85,7 +89,7 @@ class LossCallback(TrainerCallback):
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         # Each process checks its own share of sharded weights.
         gradients = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-        if gradients and not _everywhere(torch.stack([gradient.isfinite().all() for gradient in gradients]).all()):
+        if gradients and not everywhere(torch.stack([gradient.isfinite().all() for gradient in gradients]).all()):
             raise NonFiniteLossError("a gradient is not finite")
 
 
@@ -159,7 +163,7 @@ def _distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _everywhere(condition: torch.Tensor) -> bool:
+def everywhere(condition: torch.Tensor) -> bool:
     """Whether a condition holds on every process: one that stops alone would leave the others waiting."""
     if _distributed():
         condition = condition.to(torch.int32)
@@ -299,4 +303,5 @@ __all__ = [
     "SaveOnEvaluation",
     "SinkhornLossCallback",
     "draw_curves",
+    "everywhere",
 ]

@@ -34,7 +34,7 @@ from ..processing_otdrg import OTDRGProcessor
 from ..studies.loading import uncleaned_reports
 from ..studies.streaming import StreamedStudies
 from .abnormal import abnormal_sentences, study_weights
-from .arguments import StageArguments
+from .arguments import StageArguments, WeightedScores
 from .callbacks import SinkhornLossCallback
 from .collation import ReportCollator
 from .data import StudySplits
@@ -179,6 +179,7 @@ class ReportStage(Stage):
         "dle",
         "fiot",
         "finding_text",
+        "finding_tokens",
         "ot_epsilon",
         "ot_max_iterations",
         "ot_tolerance",
@@ -210,22 +211,17 @@ class ReportStage(Stage):
             if constant is not None:
                 results["best"]["constant"] = constant
                 logger.info("best constant report: %.4f, best step: %.4f", constant, results["best"]["value"])
-        model = trainer.whole_model()
-        model.generation_config.update(**run.recipe.report.generation)
-        # One type, as `from_pretrained` gives: the model that is scored is the model that will be loaded.
-        dtype = getattr(torch, run.recipe.model.dtype)
-        for weight in model.parameters():
-            # Packed weights are integers.
-            if weight.is_floating_point():
-                weight.data = weight.data.to(dtype)
+        model = trained_model(trainer, run.recipe)
         if PartialState().is_main_process:
             save_adapter(model.eval(), run.processor, run.recipe, run.folder.parent / "adapter")
-        model.merge_lora()
-        model.to(trainer.args.device, dtype).eval()
-        return model, results
+        return merged(model, trainer), results
 
-    def evaluate(self, run: StageRun) -> dict[str, Any]:
-        """The table of controls on the recipe's split; generated reports are written to `predictions.csv`."""
+    def evaluate(self, run: StageRun, folder: Path | None = None) -> dict[str, Any]:
+        """The table of controls on the recipe's split; generated reports are written to `predictions.csv`.
+
+        Args:
+            folder: for `predictions.csv`; the run's by default.
+        """
         wanted, recipe, model = run.recipe.report.evaluation, run.recipe, run.model
         if wanted.split == "none":
             return {}
@@ -247,7 +243,7 @@ class ReportStage(Stage):
             seed=recipe.seed,
             indication=recipe.gives_indication,
         )
-        write_predictions(evaluation, Path(recipe.output_dir) / "predictions.csv")
+        write_predictions(evaluation, (folder or Path(recipe.output_dir)) / "predictions.csv")
         logger.info("%s, %d studies:\n%s", wanted.split, len(rows), format_table(evaluation))
         return {"evaluation": {"split": wanted.split, **evaluation.scores()}}
 
@@ -389,7 +385,7 @@ def report_trainer(run: StageRun) -> StageTrainer:
         eval_collator=ReportCollator(processor, False, tokens, indication=indication),
         train_lengths=lengths,
         train_weights=study_weights(train["finding_states"], section.abnormal_study_weight),
-        score=Validation(recipe, model, processor, validation, run.folder) if generates else None,
+        score=Validation(recipe, model, processor, validation, run.folder, args.best) if generates else None,
         train_dataset=train,
         eval_dataset=validation,
     )
@@ -397,18 +393,22 @@ def report_trainer(run: StageRun) -> StageTrainer:
 
 @dataclass
 class Validation:
-    """Generates reports for validation studies, scores them and writes them to `FOLDER/validation/step-N.csv`."""
+    """Generates reports for validation studies, scores them and writes them to `FOLDER/validation/step-N.csv`.
+
+    Reports are decoded and read as the section `report` says; `best` is the stage's `metric_for_best_model`.
+    """
 
     recipe: Recipe
     model: OTDRGForReportGeneration
     processor: OTDRGProcessor
     studies: Dataset | CachedStudies
     folder: Path
+    best: WeightedScores
 
     def __call__(self, step: int) -> dict[str, float]:
         """`VALIDATION_SCORES` and the scores of `metric_for_best_model`; every process must call it."""
         section = self.recipe.report
-        names = (name for name in (*VALIDATION_SCORES, *section.best.weights) if name in score_names())
+        names = (name for name in (*VALIDATION_SCORES, *self.best.weights) if name in score_names())
         wanted = {name: full_score_name(name) for name in names}
         evaluation = evaluate_model(
             self.model,
@@ -436,11 +436,10 @@ class Validation:
 
         None if it is made of other scores than those.
         """
-        section = self.recipe.report
-        wanted = {name: full_score_name(name) for name in section.best.weights if name in score_names()}
-        if not wanted.keys() == section.best.weights.keys() or not set(SEARCHED_SCORES).issuperset(wanted.values()):
+        wanted = {name: full_score_name(name) for name in self.best.weights if name in score_names()}
+        if not wanted.keys() == self.best.weights.keys() or not set(SEARCHED_SCORES).issuperset(wanted.values()):
             return None
-        labeler, rows = labeler_of(section.evaluation.labeler, {}), self._rows()
+        labeler, rows = labeler_of(self.recipe.report.evaluation.labeler, {}), self._rows()
         states = label_quietly(labeler, uncleaned_reports(training))
         chosen = best_constants(list(training["report"]), states, labeler, list(wanted.values()), self.recipe.seed)
         references, true_states = list(rows["report"]), label_quietly(labeler, uncleaned_reports(rows))
@@ -448,8 +447,28 @@ class Validation:
         for report in set(chosen.reports.values()):
             said = np.tile(label_quietly(labeler, [report]), (len(rows), 1))
             found = score_reports([report] * len(rows), references, said, true_states, list(wanted.values())).scores
-            values.append(section.best({name: found[full] for name, full in wanted.items()}))
+            values.append(self.best({name: found[full] for name, full in wanted.items()}))
         return max(values)
+
+
+def trained_model(trainer: StageTrainer, recipe: Recipe) -> OTDRGForReportGeneration:
+    """The whole model after training, in the recipe's type and with its decoding as the default; LoRA not merged."""
+    model = trainer.whole_model()
+    model.generation_config.update(**recipe.report.generation)
+    # One type, as `from_pretrained` gives: the model that is scored is the model that will be loaded.
+    dtype = getattr(torch, recipe.model.dtype)
+    for weight in model.parameters():
+        # Packed weights are integers.
+        if weight.is_floating_point():
+            weight.data = weight.data.to(dtype)
+    return model
+
+
+def merged(model: OTDRGForReportGeneration, trainer: StageTrainer) -> OTDRGForReportGeneration:
+    """A [`trained_model`] with LoRA merged, on the device and in evaluation mode, to be published and evaluated."""
+    dtype = model.image_projector.linear.weight.dtype
+    model.merge_lora()
+    return model.to(trainer.args.device, dtype).eval()
 
 
 def save_adapter(model: OTDRGForReportGeneration, processor: OTDRGProcessor, recipe: Recipe, folder: Path) -> None:
@@ -481,4 +500,14 @@ def save_adapter(model: OTDRGForReportGeneration, processor: OTDRGProcessor, rec
 
 STAGE = ReportStage()
 
-__all__ = ["STAGE", "VALIDATION_SCORES", "EvaluationRecipe", "ReportArguments", "ReportStage", "save_adapter"]
+__all__ = [
+    "STAGE",
+    "VALIDATION_SCORES",
+    "EvaluationRecipe",
+    "ReportArguments",
+    "ReportStage",
+    "Validation",
+    "merged",
+    "save_adapter",
+    "trained_model",
+]

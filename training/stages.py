@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe
 
 #: The stages in the order in which they run, and the module of each (relative to this package, or absolute).
-STAGES: dict[str, str] = {"ircp": ".ircp", "predictor": ".predictor", "report": ".report"}
+STAGES: dict[str, str] = {"ircp": ".ircp", "predictor": ".predictor", "report": ".report", "reward": ".reward"}
 
 #: The stages of a recipe that names none: without `ircp`, the encoder is used as it is given.
 DEFAULT_STAGES: tuple[str, ...] = ("predictor", "report")

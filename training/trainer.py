@@ -120,11 +120,7 @@ class StageTrainer(ResumableTrainer):
         """The loss of a batch; while training, frozen parts stay in evaluation mode and figures are collected."""
         training = model.training
         if training:
-            if not self._checked:
-                self._wrapper = check_wrapper(model, bool(self.args.fsdp), bool(self.args.deepspeed))
-                self._checked = True
-            for part in self.frozen:
-                part.eval()
+            self.keep_frozen(model)
         outputs = model(**self._with_finding_text(inputs))
         counts_tokens = training and num_items_in_batch is not None
         if counts_tokens:
@@ -136,6 +132,14 @@ class StageTrainer(ResumableTrainer):
             # transformers leaves this division to a loss that takes the number of tokens.
             loss = loss / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
+
+    def keep_frozen(self, model: nn.Module) -> None:
+        """Set the frozen parts to evaluation mode for a batch of training; the first one checks the wrapper."""
+        if not self._checked:
+            self._wrapper = check_wrapper(model, bool(self.args.fsdp), bool(self.args.deepspeed))
+            self._checked = True
+        for part in self.frozen:
+            part.eval()
 
     def _with_finding_text(self, inputs):
         """`inputs` with the label text of the conditioning states written into the prompt, if there is one."""
