@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .rouge_l import rouge_l_matrix
+from ..utility_otdrg import rouge_l_matrix
 
 #: Neighbours for the consensus.
 NEIGHBOURS = 30

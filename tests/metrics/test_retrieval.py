@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from otdrg.metrics.retrieval import consensus, nearest_neighbours
-from otdrg.metrics.rouge_l import longest_common_subsequences, rouge_l_matrix
+from otdrg.utility_otdrg import Subsequences, rouge_l_matrix
 from pycocoevalcap.rouge.rouge import Rouge, my_lcs
 from sklearn.neighbors import NearestNeighbors
 
@@ -43,9 +43,9 @@ WORDS = st.lists(st.sampled_from("abc"), max_size=90)
 
 @given(st.lists(WORDS, min_size=1, max_size=4), WORDS)
 def test_longest_common_subsequences_equal_pycocoevalcap(reports, other):
-    found = longest_common_subsequences([" ".join(words) for words in reports], [" ".join(other)])
-    expected = [my_lcs(" ".join(words).split(" "), " ".join(other).split(" ")) for words in reports]
-    assert found[:, 0].tolist() == expected
+    found = Subsequences(reports).common([other])
+    expected = [my_lcs(words, other) for words in reports]
+    assert found[0].tolist() == expected
 
 
 def test_consensus_has_the_highest_mean_rouge_l():
