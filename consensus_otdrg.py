@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -177,7 +179,7 @@ def consensus_settings(
     return ConsensusSettings.of(stored, settings, {} if candidates is None else {"candidates": candidates})
 
 
-def _made(kind, values: Mapping[str, Any], place: str):
+def _made(kind, values: Any, place: str):
     names = [each.name for each in fields(kind)]
     for name in values:
         if name not in names:
@@ -289,6 +291,11 @@ class ReportBank:
             found = utility(self.reports).astype(np.float32)
             self._utilities[key] = utility, found
         return found
+
+    def digest(self) -> str:
+        """A digest of all that weights and utilities depend on."""
+        content = json.dumps([self.ridge, self._study_reports]).encode() + self._features.tobytes()
+        return hashlib.blake2b(content, digest_size=16).hexdigest()
 
     def check(self, model, processor) -> None:
         """Check that the bank's features are those of a model's encoder.
@@ -447,7 +454,13 @@ class ConsensusDecoder:
                 **{text: score for text, score in zip(self.bank.reports, found, strict=True) if text not in scores},
             }
         ranked = [
-            Candidate(text, score, text in complete, self.bank and text in self.bank, complete.get(text, True))
+            Candidate(
+                text,
+                score,
+                text in complete,
+                None if self.bank is None else text in self.bank,
+                complete.get(text, True),
+            )
             for text, score in scores.items()
         ]
         return sorted(ranked, key=lambda candidate: -candidate.score)

@@ -21,10 +21,13 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedConfig
 
+from ..consensus_otdrg import ConsensusDecoder
 from ..evaluation.evaluate import evaluate_model
 from ..evaluation.report import format_table, write_predictions
 from ..inference.features import CachedStudies
+from ..inference.loading import consensus_decoder, described_consensus
 from ..inference.model_files import read_config
+from ..inference.retrieval import build_bank
 from ..labelers.as_typed import labeler_of
 from ..metrics import full_score_name, metric_choices, metric_of, score_names
 from ..modeling_otdrg import OTDRGForReportGeneration
@@ -32,7 +35,7 @@ from ..processing_otdrg import OTDRGProcessor
 from .arguments import StageArguments
 from .callbacks import SinkhornLossCallback
 from .collation import ReportCollator
-from .data import StudySplits
+from .data import StudySplits, describe_studies
 from .fields import COUNT, POSITIVE, Bounds, Section, need, option, unknown_key
 from .model import attach_lora, cached_where_frozen, preset_config, set_trained_parts
 from .predictor import logit_adjustment
@@ -77,7 +80,7 @@ class ReportArguments(StageArguments):
     """The section `report`: `TrainingArguments`, and the fields below."""
 
     place = "report"
-    after_training = ("evaluation",)
+    after_training = ("evaluation", "candidates", "bank")
     bounds: ClassVar[dict[str, Bounds]] = {
         **StageArguments.bounds,
         "max_report_tokens": COUNT,
@@ -86,6 +89,7 @@ class ReportArguments(StageArguments):
         "ot_epsilon_annealing": {"least": 0, "most": 1},
         "max_eval_samples": COUNT,
         "generation_num_beams": COUNT,
+        "candidates": {"least": 2},
     }
     renamed: ClassVar[dict[str, str]] = {
         **StageArguments.renamed,
@@ -116,6 +120,13 @@ class ReportArguments(StageArguments):
         None, "Maximum number of validation studies that reports are generated for, from the split's start."
     )
     generation_num_beams: int = option(1, "Beams of evaluations during training; 1 is greedy search.")
+    candidates: int | None = option(
+        None,
+        "Consensus decoding of the table at the end and of the published model: samples per study; none is one report.",
+    )
+    bank: bool = option(
+        False, "Make a report bank of the training studies in the folder bank of the run, and use it for the table."
+    )
     generation: dict[str, Any] = option(
         {}, "How reports are decoded: fields of GenerationConfig, merged into num_beams 3 and max_new_tokens 120."
     )
@@ -188,6 +199,8 @@ class ReportStage(Stage):
         results = trainer.summary()
         model = trainer.whole_model()
         model.generation_config.update(**run.recipe.report.generation)
+        if run.recipe.report.candidates is not None:
+            model.generation_config.consensus = {"candidates": run.recipe.report.candidates}
         # One type, as `from_pretrained` gives: the model that is scored is the model that will be loaded.
         dtype = getattr(torch, run.recipe.model.dtype)
         for weight in model.parameters():
@@ -208,8 +221,9 @@ class ReportStage(Stage):
         rows, training = run.studies[wanted.split], run.studies["train"]
         rows = rows.select(range(min(wanted.limit or len(rows), len(rows))))
         rows = cached_where_frozen(model, run.processor, rows, recipe, "report", model.device)
-        if "retrieval" in wanted.controls:
+        if "retrieval" in wanted.controls or recipe.report.bank:
             training = cached_where_frozen(model, run.processor, training, recipe, "report", model.device)
+        consensus = self._consensus(run, training)
         evaluation = evaluate_model(
             model,
             run.processor,
@@ -222,10 +236,23 @@ class ReportStage(Stage):
             metrics=wanted.metrics,
             seed=recipe.seed,
             indication=recipe.report.indication,
+            consensus=consensus,
+            collections=describe_studies({wanted.split: run.studies[wanted.split]})[wanted.split]["collections"],
         )
         write_predictions(evaluation, Path(recipe.output_dir) / "predictions.csv")
         logger.info("%s, %d studies:\n%s", wanted.split, len(rows), format_table(evaluation))
-        return {"evaluation": {"split": wanted.split, **evaluation.scores()}}
+        found = {"split": wanted.split, **evaluation.scores()}
+        return {"evaluation": found if consensus is None else {**found, "generation": described_consensus(consensus)}}
+
+    def _consensus(self, run: StageRun, training: Dataset | CachedStudies) -> ConsensusDecoder | None:
+        """Consensus decoding as the recipe asks for it, with the bank of the training studies."""
+        section, bank = run.recipe.report, None
+        if section.bank:
+            licences = describe_studies({"train": run.studies["train"]})["train"]["licences"]
+            bank = build_bank(run.model, run.processor, training, licences, section.eval_batch(), run.recipe.seed)
+            if PartialState().is_main_process:
+                bank.save(Path(run.recipe.output_dir) / "bank")
+        return consensus_decoder(run.model, run.processor, section.candidates, bank)
 
     def check(self, recipe: Recipe) -> None:
         section, evaluation, quantization = recipe.report, recipe.report.evaluation, recipe.model.quantization

@@ -1,10 +1,10 @@
-"""Nearest neighbours as scikit-learn finds them; the consensus as pycocoevalcap's ROUGE-L would choose it."""
+"""Nearest neighbours as scikit-learn finds them, and ROUGE-L as pycocoevalcap computes it."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from otdrg.metrics.retrieval import consensus, nearest_neighbours
+from otdrg.metrics.retrieval import nearest_neighbours
 from otdrg.utility_otdrg import Subsequences, rouge_l_matrix
 from pycocoevalcap.rouge.rouge import Rouge, my_lcs
 from sklearn.neighbors import NearestNeighbors
@@ -48,20 +48,6 @@ def test_longest_common_subsequences_equal_pycocoevalcap(reports, other):
     assert found[0].tolist() == expected
 
 
-def test_consensus_has_the_highest_mean_rouge_l():
-    rng = np.random.default_rng(1)
-    rouge = Rouge()
-    for _ in range(5):
-        near = [REPORTS[place] for place in rng.choice(len(REPORTS), 12)]
-        means = [
-            np.mean([rouge.calc_score([report], [near[other]]) for other in range(12) if other != place])
-            for place, report in enumerate(near)
-        ]
-        assert means[consensus(near)] == pytest.approx(max(means), abs=1e-12)
-        assert near.index(near[consensus(near)]) == consensus(near)
-    assert consensus(["alone"]) == 0 and consensus(["same", "same"]) == 0
-
-
 @pytest.mark.parametrize(
     ("queries", "keys", "count", "message"),
     [
@@ -72,5 +58,3 @@ def test_consensus_has_the_highest_mean_rouge_l():
 def test_retrieval_names_faults(queries, keys, count, message):
     with pytest.raises(ValueError, match=message):
         nearest_neighbours(np.ones(queries), np.ones(keys), count)
-    with pytest.raises(ValueError, match="reports: none given"):
-        consensus([])
