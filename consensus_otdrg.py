@@ -416,7 +416,7 @@ class ConsensusDecoder:
             study: [`OTDRGStudy`] of the B studies.
             generation: other arguments of `generate`, such as `max_new_tokens`; those of the search are replaced.
         """
-        samples = self._sample(model, processor, prompt, study, generation)
+        samples = self.sample(model, processor, prompt, study, generation)
         states = study.finding_states.cpu().numpy()
         weights = None
         if self.bank is not None:
@@ -488,7 +488,7 @@ class ConsensusDecoder:
     def _bank_positives(self) -> np.ndarray | None:
         return None if self.bank is None else self._positives(self.bank.reports)
 
-    def _sample(self, model, processor, prompt, study, generation) -> list[list[tuple[str, bool]]]:
+    def sample(self, model, processor, prompt, study, generation) -> list[list[tuple[str, bool]]]:
         """For each study its samples, and whether each is complete."""
         batch = len(study.finding_states)
         plan = self.settings.plan if model.config.dle else (SampleGroup(),)

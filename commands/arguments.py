@@ -92,6 +92,12 @@ def add_consensus(parser) -> None:
         action=argparse.BooleanOptionalAction,
         help="whether reports of --bank are candidates as well (default: yes)",
     )
+    parser.add_argument(
+        "--agreement-weight",
+        type=float,
+        metavar="L",
+        help="subtracted from a candidate's score for each finding that disagrees with the states (default: 0.08)",
+    )
 
 
 def check_consensus(options: argparse.Namespace) -> None:
@@ -100,6 +106,9 @@ def check_consensus(options: argparse.Namespace) -> None:
     if options.bank is None and (options.candidates == 0 or options.retrieved is not None):
         name = "--candidates 0" if options.candidates == 0 else "--retrieved"
         raise ValueError(f"{name} needs --bank: expected both")
+    weight = options.agreement_weight
+    if weight is not None and not 0 <= weight < float("inf"):
+        raise ValueError(f"--agreement-weight is {weight:g}: expected a number of at least 0")
     if options.candidates == 1 and options.bank is not None:
         raise ValueError("--candidates 1 and --bank were both given: expected one, or more candidates")
     if options.candidates not in (None, 1) or options.bank is not None:

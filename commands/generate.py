@@ -137,7 +137,8 @@ def _run(options: argparse.Namespace) -> None:
     )
     searched = options.num_beams is not None or options.guidance_scale is not None
     candidates = 1 if searched else options.candidates
-    decoder = consensus_decoder(pipe.model, pipe.processor, candidates, options.bank, retrieved=options.retrieved)
+    given = {name: getattr(options, name) for name in ("retrieved", "agreement_weight")}
+    decoder = consensus_decoder(pipe.model, pipe.processor, candidates, options.bank, **given)
     if decoder is None and options.runners_up is not None:
         raise ValueError("--runners-up needs --candidates or --bank: expected one of them")
     described = {**arguments, **described_consensus(decoder)}

@@ -47,9 +47,9 @@ def evaluate_published(
         output: folder that is written to.
         facts: what the JSON says of the studies, `split`, `cleaning`, `warnings` and `counts` among it.
         cache: folder of the views' features.
-        options: `num_beams`, `max_new_tokens` and `guidance_scale` (None: the model's), `batch_size`, `indication`,
-            `candidates`, `bank`, `retrieved` (consensus decoding), `seed`, `metrics`, `labeler`, `labeler_options`,
-            `floor`, `bootstrap`.
+        options: `num_beams`, `max_new_tokens` and `guidance_scale` (None: the model's), `candidates`, `bank`,
+            `retrieved` and `agreement_weight` (consensus decoding), `batch_size`, `indication`, `seed`, `metrics`,
+            `labeler`, `labeler_options`, `floor`, `bootstrap`.
         clean_generated: clean generated reports too, for a model trained on reports that were cleaned otherwise.
         tokenizer, reference_tokens: protocol `r2gengpt`, in which true reports are cut to so many tokens.
         overwrite: generate all reports again.
@@ -69,7 +69,8 @@ def evaluate_published(
     decoded_by = decoding(model, options["num_beams"], options["max_new_tokens"], batch_size, options["guidance_scale"])
     searched = options["num_beams"] is not None or options["guidance_scale"] is not None
     candidates = 1 if searched else options["candidates"]
-    decoder = consensus_decoder(model, processor, candidates, options["bank"], retrieved=options["retrieved"])
+    given = {name: options[name] for name in ("retrieved", "agreement_weight")}
+    decoder = consensus_decoder(model, processor, candidates, options["bank"], **given)
     settings = {
         "model": model_digest(model, processor),
         "studies": fingerprint({facts["split"]: rows}),

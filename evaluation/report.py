@@ -254,6 +254,8 @@ def _caption(evaluation: Evaluation) -> str:
 def write_predictions(evaluation: Evaluation, path: Path) -> None:
     """A CSV of N rows: id, true report, generated reports, the model's scores, and the 14 states it predicted.
 
+    `in training` says whether the model's report stands word for word among the training reports.
+
     Where cleaning or a protocol changed them, the texts that states were read from are in `uncleaned reference` and
     `uncleaned report`.
     """
@@ -263,6 +265,8 @@ def write_predictions(evaluation: Evaluation, path: Path) -> None:
     for name, uncleaned in (("reference", evaluation.uncleaned_references), ("report", model.uncleaned)):
         if uncleaned != texts[name]:
             texts[f"uncleaned {name}"] = uncleaned
+    if evaluation.training:
+        texts["in training"] = ["yes" if report in evaluation.training else "no" for report in model.reports]
     scores = model.found.per_study
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = (

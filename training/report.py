@@ -21,7 +21,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedConfig
 
-from ..consensus_otdrg import ConsensusDecoder
+from ..consensus_otdrg import ConsensusDecoder, ConsensusSettings
 from ..evaluation.evaluate import evaluate_model
 from ..evaluation.report import format_table, write_predictions
 from ..inference.features import CachedStudies
@@ -80,7 +80,7 @@ class ReportArguments(StageArguments):
     """The section `report`: `TrainingArguments`, and the fields below."""
 
     place = "report"
-    after_training = ("evaluation", "candidates", "bank")
+    after_training = ("evaluation", "candidates", "consensus", "bank")
     bounds: ClassVar[dict[str, Bounds]] = {
         **StageArguments.bounds,
         "max_report_tokens": COUNT,
@@ -124,6 +124,9 @@ class ReportArguments(StageArguments):
         None,
         "Consensus decoding of the table at the end and of the published model: samples per study; none is one report.",
     )
+    consensus: dict[str, Any] = option(
+        {}, "Other settings of consensus decoding: agreement_weight, utility, plan, retrieved, seed."
+    )
     bank: bool = option(
         False, "Make a report bank of the training studies in the folder bank of the run, and use it for the table."
     )
@@ -138,6 +141,17 @@ class ReportArguments(StageArguments):
         super().__post_init__()
         self.generation = {**GENERATION, **self.generation}
         check_generation(self.generation)
+        if self.consensus or self.bank:
+            need(
+                self.candidates is not None,
+                "report.candidates",
+                None,
+                "a number, beside report.consensus or report.bank",
+            )
+        try:
+            ConsensusSettings.of(self.consensus)
+        except ValueError as error:
+            raise ValueError(f"report.{error}") from None
 
 
 def check_generation(generation: dict[str, Any]) -> None:
@@ -200,7 +214,8 @@ class ReportStage(Stage):
         model = trainer.whole_model()
         model.generation_config.update(**run.recipe.report.generation)
         if run.recipe.report.candidates is not None:
-            model.generation_config.consensus = {"candidates": run.recipe.report.candidates}
+            section = run.recipe.report
+            model.generation_config.consensus = {"candidates": section.candidates, **section.consensus}
         # One type, as `from_pretrained` gives: the model that is scored is the model that will be loaded.
         dtype = getattr(torch, run.recipe.model.dtype)
         for weight in model.parameters():
@@ -252,7 +267,7 @@ class ReportStage(Stage):
             bank = build_bank(run.model, run.processor, training, licences, section.eval_batch(), run.recipe.seed)
             if PartialState().is_main_process:
                 bank.save(Path(run.recipe.output_dir) / "bank")
-        return consensus_decoder(run.model, run.processor, section.candidates, bank)
+        return consensus_decoder(run.model, run.processor, section.candidates, bank, **section.consensus)
 
     def check(self, recipe: Recipe) -> None:
         section, evaluation, quantization = recipe.report, recipe.report.evaluation, recipe.model.quantization

@@ -74,6 +74,7 @@ class Visitor:
     written: Written | None = None
     #: Error message of the last event. `gr.Error` shows none for events outside the queue.
     problem: str = ""
+    candidates: int = CANDIDATES[0]
     #: Number of events: Gradio lets a cancelled report continue for a moment.
     turn: int = 0
 
@@ -130,6 +131,10 @@ class _Page:
             max_length=MAX_INDICATION,
             elem_id="indication",
         )
+        with gr.Row():
+            self.write = gr.Button("Write report", variant="primary", elem_id="write")
+            self.clear = gr.Button("Clear", elem_id="clear")
+        self.problem = gr.HTML(visible=False, elem_id="problem")
         self.candidates = gr.Radio(
             CANDIDATES,
             value=CANDIDATES[0],
@@ -138,10 +143,6 @@ class _Page:
             f"{'the others' if self.bank is None else 'the report bank'} and the states is chosen.",
             elem_id="candidates",
         )
-        with gr.Row():
-            self.write = gr.Button("Write report", variant="primary", elem_id="write")
-            self.clear = gr.Button("Clear", elem_id="clear")
-        self.problem = gr.HTML(visible=False, elem_id="problem")
         self.samples = gr.Dataset(
             label="Examples: phantoms, drawn by a program",
             components=["textbox"],
@@ -213,7 +214,7 @@ class _Page:
             gr.on(
                 triggers,
                 write,
-                [self.indication, self.candidates, *inputs, self.visitor],
+                [self.indication, *inputs, self.visitor],
                 [*texts, *buttons, *self.states, self.finding],
                 trigger_mode="once",
                 concurrency_id="model",
@@ -239,6 +240,7 @@ class _Page:
         for event in writing:
             # Also after an error, and when a cancelled report has stopped: a button pressed before has no effect.
             event.then(self.finish, self.visitor, [*shown, self.write], **_QUICK)
+        self.candidates.input(self.choose_candidates, [self.candidates, self.visitor], None, **_QUICK)
         self.finding.input(self.show_heatmap, [self.finding, self.visitor], [self.heatmap, self.problem], **_QUICK)
         for button, text, name, kind in (
             (self.save_text, self.report, "report.txt", "text/plain"),
@@ -291,23 +293,27 @@ class _Page:
 
     # -- the report ---------------------------------------------------------------------------------------------------
 
-    def write_report(self, indication: str | None, candidates: int, visitor: Visitor) -> Iterator[dict]:
-        """Write the report of the study from the states that the model predicts."""
-        yield from self._write(visitor, indication, candidates)
+    def choose_candidates(self, number: int, visitor: Visitor) -> None:
+        """Choose the next reports among so many candidates; a number that the page does not offer is ignored."""
+        if number in CANDIDATES:
+            visitor.candidates = number
 
-    def write_again(self, indication: str | None, candidates: int, finding: str, *inputs: Any) -> Iterator[dict]:
+    def write_report(self, indication: str | None, visitor: Visitor) -> Iterator[dict]:
+        """Write the report of the study from the states that the model predicts."""
+        yield from self._write(visitor, indication)
+
+    def write_again(self, indication: str | None, finding: str, *inputs: Any) -> Iterator[dict]:
         """Write the report from the chosen states, and keep the heatmap of `finding`."""
         *states, visitor = inputs
         if None in states:
             yield self._fail(visitor, "there are no states yet: write a report first")
             return
-        yield from self._write(visitor, indication, candidates, dict(zip(FINDINGS, states, strict=True)), finding)
+        yield from self._write(visitor, indication, dict(zip(FINDINGS, states, strict=True)), finding)
 
     def _write(
         self,
         visitor: Visitor,
         indication: str | None,
-        candidates: int,
         states: dict[str, str] | None = None,
         finding: str | None = None,
     ) -> Iterator[dict]:
@@ -329,7 +335,7 @@ class _Page:
         }
         try:
             inputs = [view.model_input for view in views]
-            asked = (indication or None, states, self.max_new_tokens, candidates, self.bank)
+            asked = (indication or None, states, self.max_new_tokens, visitor.candidates, self.bank)
             for written in stream_report(self.pipe, inputs, *asked):
                 if turn != visitor.turn:
                     return
