@@ -29,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
 _COMMANDS = {
     "generate": "write the reports of studies",
     "prepare": "convert radiographs and reports to a dataset",
+    "bank": "make a report bank, with which generate and evaluate choose among candidates",
     "label": "read the states of 14 findings from reports",
     "score": "score the reports of any system, and test two systems against each other",
     "evaluate": "score a model's reports, compared with baselines and controls",

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from importlib import import_module
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import GenerationConfig, Pipeline
 
+from .consensus_otdrg import Candidate, ConsensusDecoder, ReportBank, consensus_settings, is_complete
 from .findings_otdrg import CONDITIONING_STATES, FINDINGS, NOT_GIVEN
 from .processing_otdrg import read_view
+
+logger = logging.getLogger(__name__)
+
+#: Arguments of `generate` that choose how one report is searched, which consensus decoding does itself.
+SEARCH = (
+    "num_beams",
+    "do_sample",
+    "num_return_sequences",
+    "streamer",
+    "guidance_scale",
+    "temperature",
+    "top_k",
+    "top_p",
+)
 
 
 class _Studies(torch.utils.data.Dataset):
@@ -35,6 +53,7 @@ class ReportGenerationPipeline(Pipeline):
     pipe("frontal.png")[0]["generated_text"]
     pipe([["frontal.png", "lateral.png"], "other.png"], batch_size=8)
     pipe("frontal.png", findings={"edema": "positive"}, return_heatmaps=True)
+    pipe("frontal.png", candidates=32, bank="bank", return_candidates=5)
     ```
 
     A study is one view (path, URL, PIL image, array, DICOM), a list of views inside a list of studies, or a mapping
@@ -51,11 +70,19 @@ class ReportGenerationPipeline(Pipeline):
       one that conditioned the LLM (No Finding is not compared), as `{"finding", "given", "said", "kind"}` with both
       states. The kind is `"contradicted"` (both mention it, in different states), `"omitted"` (the report does not
       mention it) or `"added"` (only the report mentions it). The report is read by the labeler `rules` of the package
-      `otdrg`, which must be installed for this.
+      `otdrg`, which must be installed for this;
+    - `retrieved` (`bool`, with `bank`): whether the report stands word for word in the report bank;
+    - `candidates` (`list`, with `return_candidates=N`): the N best candidates, the report first, as `{"report",
+      "score", "sampled", "retrieved"}`.
 
     Call arguments: `findings`, states that steer the report (beside a positive one, No Finding is unmentioned unless it
     is given); `indication`, the reason for the study; `return_heatmaps`; `return_contradictions`; every argument of
     `generate` (`max_new_tokens`, `num_beams`, `num_return_sequences`, ...), also in `generate_kwargs`.
+
+    Consensus decoding chooses the report among many ([`ConsensusDecoder`]): `candidates`, how many are sampled (by
+    default those of the model's generation config; 1 writes one report by `generate`); `bank`, the folder of a report
+    bank (`otdrg bank`) or a [`ReportBank`]; `consensus`, other [`ConsensusSettings`] by name. Agreement with the
+    finding states needs the package `otdrg`.
     """
 
     _load_processor = True
@@ -73,6 +100,10 @@ class ReportGenerationPipeline(Pipeline):
         indication=None,
         return_heatmaps=None,
         return_contradictions=None,
+        candidates=None,
+        bank=None,
+        consensus=None,
+        return_candidates=None,
         generate_kwargs=None,
         timeout=None,
         **kwargs,
@@ -83,7 +114,7 @@ class ReportGenerationPipeline(Pipeline):
             if key not in known:
                 raise ValueError(
                     f"unknown pipeline argument {key!r}: expected findings, indication, return_heatmaps, "
-                    "return_contradictions or an argument of generate"
+                    "return_contradictions, candidates, bank, consensus, return_candidates or an argument of generate"
                 )
             generate_kwargs[key] = value
         forward = {}
@@ -92,11 +123,38 @@ class ReportGenerationPipeline(Pipeline):
         if return_heatmaps is not None:
             forward["return_heatmaps"] = return_heatmaps
         forward |= generate_kwargs
+        given = {"candidates": candidates, "bank": bank, "consensus": consensus, "return_candidates": return_candidates}
+        forward |= {name: value for name, value in given.items() if value is not None}
         postprocess = {}
         if return_contradictions is not None:
             # Loaded before generation, so that a missing package is an immediate error.
             postprocess["self_check"] = self._self_check() if return_contradictions else None
         return ({} if indication is None else {"indication": indication}), forward, postprocess
+
+    def _decoder(self, candidates, bank, consensus, search: list[str]) -> ConsensusDecoder | None:
+        """The decoder that a call asks for, the same as long as it asks for the same; None for `generate`."""
+        asked = candidates is not None or bank is not None or bool(consensus)
+        settings = consensus_settings(self.model.generation_config, candidates, bank, consensus)
+        if settings is None or (search and not asked):
+            return None
+        if search:
+            raise ValueError(f"{search[0]} was given beside candidates or a bank: expected one of them")
+        key = (settings.to_dict(), bank, bool((consensus or {}).get("agreement_weight")))
+        if self._last_decoder is None or self._last_decoder[0] != key:
+            if bank is not None and not isinstance(bank, ReportBank):
+                bank = ReportBank.load(bank)
+            if bank is not None:
+                bank.check(self.model, self.processor)
+            label = None
+            if settings.agreement_weight != 0:
+                label = _label(required=key[2])
+                if label is None:
+                    settings = replace(settings, agreement_weight=0.0)
+            self._last_decoder = key, ConsensusDecoder(settings, bank, label)
+        return self._last_decoder[1]
+
+    #: The last settings and bank, and their decoder: a bank is read once.
+    _last_decoder: tuple[tuple, ConsensusDecoder] | None = None
 
     def _self_check(self):
         """`otdrg.metrics.faithfulness.self_check`, which does not ship with the weights."""
@@ -104,16 +162,13 @@ class ReportGenerationPipeline(Pipeline):
             raise ValueError(
                 "return_contradictions=True, but OTDRGConfig.dle=False: this model does not use finding states"
             )
-        try:
-            return import_module("otdrg.metrics.faithfulness").self_check
-        except ModuleNotFoundError as error:
-            # A folder named otdrg next to the script is imported as a package without metrics.
-            if error.name is None or error.name.partition(".")[0] != "otdrg":
-                raise
+        found = _of_package("otdrg.metrics.faithfulness")
+        if found is None:
             raise ImportError(
                 "return_contradictions=True reads reports with the package otdrg, which is not installed: "
                 "pip install a clone of its repository"
-            ) from error
+            )
+        return found.self_check
 
     def __call__(self, inputs, **kwargs):
         """Reports of one study or of several; see the class."""
@@ -150,7 +205,21 @@ class ReportGenerationPipeline(Pipeline):
             raise ValueError("no image: a study has no view, expected at least one")
         return {"views": [read_view(view, self.processor.max_image_pixels) for view in views], "indication": indication}
 
-    def _forward(self, model_inputs, findings=None, return_heatmaps=False, **generate_kwargs):
+    def _forward(
+        self,
+        model_inputs,
+        findings=None,
+        return_heatmaps=False,
+        candidates=None,
+        bank=None,
+        consensus=None,
+        return_candidates=0,
+        **generate_kwargs,
+    ):
+        search = [name for name in SEARCH if generate_kwargs.get(name) is not None]
+        decoder = self._decoder(candidates, bank, consensus, search)
+        if return_candidates and decoder is None:
+            raise ValueError(f"return_candidates={return_candidates}: expected candidates or a bank beside it")
         # A single study is its views, a batch a list of these: the processor pads views, the base class cannot.
         batched = not isinstance(model_inputs["views"][0], Image.Image)
         studies = model_inputs["views"] if batched else [model_inputs["views"]]
@@ -164,17 +233,28 @@ class ReportGenerationPipeline(Pipeline):
             indication_ids=inputs.get("indication_ids"),
         )
         states = study.finding_states
-        sequences = self.model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            view_features=study.view_features,
-            view_mask=study.view_mask,
-            finding_states=states if self.model.config.dle else given_states,
-            **self._generate_arguments(generate_kwargs),
-        )
-        written = sequences[:, inputs["input_ids"].shape[1] :]
-        reports = self.processor.batch_decode(written, skip_special_tokens=True)
-        complete = self._complete(written, generate_kwargs)
+        prompt = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+        arguments = self._generate_arguments(generate_kwargs)
+        chosen: list[dict[str, Any]] = [{} for _ in studies]
+        if decoder is not None:
+            if given_states is not None and not self.model.config.dle:
+                raise ValueError(
+                    "findings were given, but OTDRGConfig.dle=False: this model does not use finding states"
+                )
+            ranked = decoder.decode(self.model, self.processor, prompt, study, arguments)
+            reports, complete = [row[0].report for row in ranked], [row[0].complete for row in ranked]
+            chosen = [_consensus_record(row, return_candidates) for row in ranked]
+        else:
+            sequences = self.model.generate(
+                **prompt,
+                view_features=study.view_features,
+                view_mask=study.view_mask,
+                finding_states=states if self.model.config.dle else given_states,
+                **arguments,
+            )
+            written = sequences[:, inputs["input_ids"].shape[1] :]
+            reports = self.processor.batch_decode(written, skip_special_tokens=True)
+            complete = self._complete(written, generate_kwargs)
         each = len(reports) // len(studies)
         probabilities = self.model.finding_probabilities(study.finding_logits)
         probabilities = torch.nn.functional.pad(probabilities, (0, 1)).gather(2, states[..., None])[..., 0]
@@ -184,6 +264,7 @@ class ReportGenerationPipeline(Pipeline):
             "states": states.tolist(),
             "probabilities": probabilities.tolist(),
             "heatmaps": self._heatmaps(study) if return_heatmaps else [None] * len(studies),
+            "consensus": chosen,
         }
         return outputs if batched else {key: value[0] for key, value in outputs.items()}
 
@@ -197,10 +278,7 @@ class ReportGenerationPipeline(Pipeline):
     def _complete(self, written: torch.Tensor, arguments: dict) -> list[bool]:
         """For each sequence of new tokens, whether it contains an end-of-text token."""
         config = arguments.get("generation_config") or self.model.generation_config
-        end = arguments.get("eos_token_id", config.eos_token_id)
-        if end is None:
-            return [True] * len(written)
-        return torch.isin(written, torch.tensor(end, device=written.device)).any(dim=1).tolist()
+        return is_complete(written, arguments.get("eos_token_id", config.eos_token_id))
 
     def _heatmaps(self, study) -> list[np.ndarray]:
         """For each study the plan as a multiple of the uniform one, (views, 14, rows, columns)."""
@@ -220,7 +298,7 @@ class ReportGenerationPipeline(Pipeline):
             )
         }
         records = [
-            {"generated_text": report.strip(), "complete": complete, "findings": findings}
+            {"generated_text": report.strip(), "complete": complete, "findings": findings, **model_outputs["consensus"]}
             for report, complete in zip(model_outputs["reports"], model_outputs["complete"], strict=True)
         ]
         if model_outputs["heatmaps"] is not None:
@@ -234,6 +312,41 @@ class ReportGenerationPipeline(Pipeline):
             found = self_check(reports, [model_outputs["states"]] * len(reports))
             records = [{**record, "contradictions": each} for record, each in zip(records, found, strict=True)]
         return records
+
+
+def _consensus_record(ranked: list[Candidate], count: int) -> dict[str, Any]:
+    """What a record says of its report among the candidates, with the best `count` of them."""
+    chosen: dict[str, Any] = {} if ranked[0].retrieved is None else {"retrieved": ranked[0].retrieved}
+    if count:
+        names = ("report", "score", "sampled", *chosen)
+        chosen["candidates"] = [{name: getattr(one, name) for name in names} for one in ranked[:count]]
+    return chosen
+
+
+def _label(required: bool):
+    """Reads states with the labeler `rules` of the package; None without it, unless `required`."""
+    found = _of_package("otdrg.labelers.as_typed")
+    if found is not None:
+        labeler = found.labeler_of("rules", {})
+        return lambda reports: found.label_quietly(labeler, reports)
+    if required:
+        raise ImportError(
+            "consensus: agreement_weight above 0 reads reports with the package otdrg, which is not installed: pip "
+            "install a clone of its repository, or agreement_weight 0"
+        )
+    logger.warning("the package otdrg is not installed: candidates are chosen without agreement with the findings")
+    return None
+
+
+def _of_package(name: str):
+    """A module of the package `otdrg`, which does not ship with the weights; None if it is not installed."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        # A folder named otdrg next to the script is imported as a package without modules.
+        if error.name is None or error.name.partition(".")[0] != "otdrg":
+            raise
+        return None
 
 
 __all__ = ["ReportGenerationPipeline"]

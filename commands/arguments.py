@@ -73,6 +73,51 @@ def add_guidance(parser) -> None:
     )
 
 
+def add_consensus(parser) -> None:
+    """Consensus decoding ([`check_consensus`] checks it)."""
+    parser.add_argument(
+        "--candidates",
+        type=int,
+        metavar="N",
+        help="sample N reports and write the one that agrees most with likely reports and the states; 1 switches this "
+        "off, 0 chooses among the reports of --bank (default: the model's, 32 with --bank)",
+    )
+    parser.add_argument(
+        "--bank",
+        metavar="FOLDER",
+        help="report bank of otdrg bank: training reports that likely reports are taken from",
+    )
+    parser.add_argument(
+        "--retrieved",
+        action=argparse.BooleanOptionalAction,
+        help="whether reports of --bank are candidates as well (default: yes)",
+    )
+    parser.add_argument(
+        "--agreement-weight",
+        type=float,
+        metavar="L",
+        help="subtracted from a candidate's score for each finding that disagrees with the states (default: 0.08)",
+    )
+
+
+def check_consensus(options: argparse.Namespace) -> None:
+    """Raise a `ValueError` for options of consensus decoding that do not fit together."""
+    check_least(options, candidates=0)
+    if options.bank is None and (options.candidates == 0 or options.retrieved is not None):
+        name = "--candidates 0" if options.candidates == 0 else "--retrieved"
+        raise ValueError(f"{name} needs --bank: expected both")
+    weight = options.agreement_weight
+    if weight is not None and not 0 <= weight < float("inf"):
+        raise ValueError(f"--agreement-weight is {weight:g}: expected a number of at least 0")
+    if options.candidates == 1 and options.bank is not None:
+        raise ValueError("--candidates 1 and --bank were both given: expected one, or more candidates")
+    if options.candidates not in (None, 1) or options.bank is not None:
+        for name in ("num_beams", "guidance_scale"):
+            if getattr(options, name) is not None:
+                given = "--bank" if options.candidates is None else "--candidates"
+                raise ValueError(f"--{name.replace('_', '-')} and {given} were both given: expected one of them")
+
+
 def check_guidance(options: argparse.Namespace) -> None:
     """Raise a `ValueError` if the scale of state guidance is below 1 or not finite."""
     scale = options.guidance_scale

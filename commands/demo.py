@@ -44,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
     parser.add_argument(
         "--max-new-tokens", type=int, metavar="N", help="maximum number of tokens of a report (default: the model's)"
     )
+    parser.add_argument(
+        "--bank", metavar="FOLDER", help="report bank of otdrg bank, for reports chosen among candidates"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -59,11 +62,16 @@ def run(options: argparse.Namespace) -> None:
         # Gradio reads these variables on import.
         os.environ["GRADIO_TEMP_DIR"] = str(uploads)
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        from ..consensus_otdrg import ReportBank
         from ..hub_card.space.interface import build_demo
         from ..hub_card.space.serving import serve
         from ..inference.loading import load_pipeline
 
-        demo = build_demo(load_pipeline(options.model), options.model, options.max_new_tokens)
+        pipe, bank = load_pipeline(options.model), None
+        if options.bank is not None:
+            bank = ReportBank.load(options.bank)
+            bank.check(pipe.model, pipe.processor)
+        demo = build_demo(pipe, options.model, options.max_new_tokens, bank)
         print(f"{serve(demo, options.server_name, options.port, block=False)}\nPress Ctrl-C to stop.", flush=True)
         try:
             threading.Event().wait()

@@ -11,9 +11,11 @@ from ..runtime.printable import show
 from ..studies.cleaning import CLEANING_STYLES
 from .arguments import (
     SPLITS,
+    add_consensus,
     add_guidance,
     add_metrics,
     add_resamples,
+    check_consensus,
     check_guidance,
     check_least,
     reference_tokens,
@@ -21,7 +23,7 @@ from .arguments import (
 
 DESCRIPTION = """\
 Let a model write the report of every study of a split, and compare their scores with baselines (best constant, nearest
-neighbour, consensus of 30 neighbours) and controls (shuffled images, true states), with bootstrap intervals; measure
+neighbour, retrieval by expected utility) and controls (shuffled images, true states), with bootstrap intervals; measure
 whether the reports state the findings they were conditioned on. Reports are saved as they are generated: the same
 command continues an interrupted evaluation, and computes scores anew from reports that are complete. Writes
 evaluation.md, evaluation.json, predictions.csv, scores.csv and contradictions.csv.
@@ -30,6 +32,7 @@ EPILOG = """\
 Examples:
   otdrg evaluate runs/iu_xray_small --split test
   otdrg evaluate runs/iu_xray_small mimic_cxr --split test --cleaning r2gen_mimic --output mimic_zero_shot
+  otdrg evaluate runs/iu_xray_small --candidates 32 --bank bank --output consensus
   otdrg evaluate org/otdrg recipes/iu_xray_small.yaml --output evaluation
 """
 
@@ -58,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
     reports.add_argument("--num-beams", type=int, metavar="N", help="beams; 1 is greedy search (default: the model's)")
     reports.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens of a report (default: the model's)")
     add_guidance(reports)
+    add_consensus(reports)
     reports.add_argument("--batch-size", type=int, default=8, metavar="N", help="studies in a batch (default: 8)")
     reports.add_argument(
         "--indication",
@@ -89,6 +93,7 @@ def run(options: argparse.Namespace) -> None:
     """Check the options, then generate, score, write and print."""
     check_least(options, limit=1, num_beams=1, max_new_tokens=1, batch_size=1, floor=1, bootstrap=0, seed=0)
     check_guidance(options)
+    check_consensus(options)
     if options.output is None and not Path(options.model).is_dir():
         raise ValueError(f"{options.model} is not a folder here: expected --output, the folder of the evaluation")
     output = options.output or Path(options.model) / f"evaluation-{options.split}"

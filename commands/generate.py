@@ -15,7 +15,7 @@ from ..runtime.interruptions import fault_of_study
 from ..runtime.journal import Journal
 from ..runtime.output_lock import OutputLock
 from ..runtime.printable import one_line, printable
-from .arguments import add_guidance, check_guidance, check_least
+from .arguments import add_consensus, add_guidance, check_consensus, check_guidance, check_least
 from .terminal import format_record, terminal_width, wants_colour
 
 DESCRIPTION = """\
@@ -32,6 +32,7 @@ status is 1.
 Examples:
   otdrg generate runs/quickstart --study frontal.png lateral.png --findings edema=positive --heatmap heatmaps
   ls images/*.png | otdrg generate runs/quickstart --studies - --json
+  otdrg generate runs/quickstart --study frontal.png --candidates 32 --bank bank --runners-up 4
   otdrg generate org/otdrg --studies studies.jsonl --output reports.jsonl --batch-size 8
   otdrg generate org/otdrg --studies studies.jsonl --output reports.jsonl --batch-size 8 --resume
 """
@@ -79,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
         "--max-new-tokens", type=int, metavar="N", help="maximum number of tokens of a report (default: the model's)"
     )
     add_guidance(conditions)
+    add_consensus(conditions)
     conditions.add_argument("--batch-size", type=int, default=1, metavar="N", help="studies in a batch (default: 1)")
     output = parser.add_argument_group("output")
     form = output.add_mutually_exclusive_group()
@@ -91,6 +93,9 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
     )
     output.add_argument("--resume", action="store_true", help="continue --output: reports in it are kept")
     output.add_argument("--overwrite", action="store_true", help="replace --output")
+    output.add_argument(
+        "--runners-up", type=int, metavar="N", help="with --candidates or --bank, also the N next best candidates"
+    )
     output.add_argument("--heatmap", type=Path, metavar="DIR", help="folder for a picture of each transport plan")
 
 
@@ -122,7 +127,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.resume:
         Journal(options.output)
 
-    from ..inference.loading import decoding, load_pipeline
+    from ..inference.loading import consensus_decoder, decoding, described_consensus, load_pipeline
     from ..inference.resumption import begin_output, settings_of
 
     pipe = load_pipeline(options.model)
@@ -130,9 +135,24 @@ def _run(options: argparse.Namespace) -> None:
     arguments = decoding(
         pipe.model, options.num_beams, options.max_new_tokens, options.batch_size, options.guidance_scale
     )
+    searched = options.num_beams is not None or options.guidance_scale is not None
+    candidates = 1 if searched else options.candidates
+    given = {name: getattr(options, name) for name in ("retrieved", "agreement_weight")}
+    decoder = consensus_decoder(pipe.model, pipe.processor, candidates, options.bank, **given)
+    if decoder is None and options.runners_up is not None:
+        raise ValueError("--runners-up needs --candidates or --bank: expected one of them")
+    described = {**arguments, **described_consensus(decoder)}
+    if decoder is None:
+        arguments["candidates"] = 1
+    else:
+        arguments = {"max_new_tokens": arguments["max_new_tokens"], "bank": decoder.bank}
+        arguments |= {"consensus": decoder.settings.to_dict()}
+        if options.runners_up is not None:
+            described["runners_up"] = options.runners_up
+            arguments["return_candidates"] = options.runners_up + 1
     journal, kept = None, 0
     if options.output is not None:
-        settings = settings_of(pipe, studies, arguments, options.heatmap)
+        settings = settings_of(pipe, studies, described, options.heatmap)
         journal, missing = begin_output(options.output, options.resume, settings, studies)
         studies, kept = missing, len(studies) - len(missing)
     outcome = _Outcome()
@@ -154,7 +174,9 @@ def _run(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     check_least(options, num_beams=1, max_new_tokens=1, batch_size=1)
+    check_least(options, runners_up=1)
     check_guidance(options)
+    check_consensus(options)
     if options.output is None and (options.resume or options.overwrite):
         raise ValueError(f"--{'resume' if options.resume else 'overwrite'} needs --output: expected both")
     if options.resume and options.overwrite:

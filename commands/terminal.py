@@ -56,6 +56,14 @@ def format_record(record: dict[str, Any], width: int, colour: bool = False) -> s
     blocks.append(_wrapped(record["report"] or "(the model wrote nothing)", width))
     if not record["complete"]:
         blocks.append(paint(_wrapped("! cut off at --max-new-tokens", width), _DISAGREEMENT))
+    if record.get("retrieved"):
+        blocks.append(_wrapped("(word for word in the report bank)", width))
+    runners_up = record.get("candidates", ())[1:]
+    if runners_up:
+        lines = (
+            _wrapped(f"{one['score']:.3f} {printable(one['report'])}", width, "    ", "      ") for one in runners_up
+        )
+        blocks.append("\n".join(["  runners-up, with their scores:", *lines]))
     findings, disagreements = record["findings"], {one["finding"]: one for one in record.get("contradictions", ())}
     rows, unmentioned = [f"    {'finding':<26}  {'state' if 'contradictions' in record else 'predicted':<11}  p"], []
     for state, (mark, code) in _STATES.items():

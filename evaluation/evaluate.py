@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets import Dataset
 
+from ..consensus_otdrg import ConsensusDecoder
 from ..findings_otdrg import UNMENTIONED
 from ..inference.features import CachedStudies
 from ..inference.generation import GeneratedReports, ReportJournal, derangement, generate_reports
-from ..inference.retrieval import retrieve_reports
+from ..inference.retrieval import MOST_STUDIES, retrieve_reports
 from ..labelers.as_typed import label_quietly, labeler_of
 from ..metrics import ReportScores, best_constants, display_name, score_reports, score_tables
 from ..metrics.baselines import SEARCHED_SCORES
 from ..metrics.efficacy import example_ceiling
 from ..metrics.faithfulness import flip_states
-from ..metrics.retrieval import NEIGHBOURS
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from ..studies.loading import uncleaned_reports, with_column
@@ -28,14 +28,25 @@ from ..studies.streaming import StreamedStudies
 #: The rows of the table: the model, then controls and baselines.
 ROWS: dict[str, str] = {
     "model": "model",
+    "sampled": "model, without retrieved candidates",
+    "single": "model, without consensus decoding",
     "shuffled": "images shuffled across studies",
     "nearest": "nearest neighbour",
-    "consensus": f"consensus of {NEIGHBOURS} neighbours",
+    "expected": "retrieval by expected utility",
     "constant": "best constant report",
     "true_states": "true states given",
+    "paper": "paper (OTDRG, its Table 2, test split)",
 }
 
-#: What can be asked for beside the model's row; `retrieval` gives the rows `nearest` and `consensus`. `flipped` can be
+#: Published scores of the paper's model, by collection.
+PAPER_SCORES: dict[str, dict[str, float]] = {
+    "IU X-Ray": {"bleu_1": 0.501, "bleu_4": 0.182, "meteor": 0.215, "rouge_l": 0.377}
+}
+
+#: The share of a row's reports that stand word for word among the training reports, and its heading.
+IN_TRAINING = {"in_training": "in training"}
+
+#: What can be asked for beside the model's row; `retrieval` gives the rows `nearest` and `expected`. `flipped` can be
 #: asked for as well; it is no row of the table, but a condition under which faithfulness is measured.
 CONTROLS: tuple[str, ...] = ("shuffled", "retrieval", "constant", "true_states")
 
@@ -91,6 +102,8 @@ class Evaluation:
         steered: by origin of the conditioning states: "predicted" and, if asked for, "true_states" and "flipped";
             empty for a model with `dle=False`, which does not use finding states.
         notes: why something is missing.
+        training: the training reports; empty if there are none to compare with.
+        paper: scores of [`PAPER_SCORES`] for the studies' collection.
     """
 
     ids: list[str]
@@ -103,12 +116,19 @@ class Evaluation:
     constants: dict[str, Row] = field(default_factory=dict)
     steered: dict[str, Steered] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    training: frozenset[str] = frozenset()
+    paper: Mapping[str, float] = field(default_factory=dict)
 
     def scores(self) -> dict[str, Any]:
         """All aggregate scores, ready for JSON."""
         rows = {ROWS[name]: row.scores for name, row in self.rows.items()}
+        if self.training:
+            for name, row in self.rows.items():
+                rows[ROWS[name]] |= {"in_training": float(np.mean([report in self.training for report in row.reports]))}
         if self.constants:
             rows[ROWS["constant"]] = {score: row.scores[score] for score, row in self.constants.items()}
+        if self.paper:
+            rows[ROWS["paper"]] = dict(self.paper)
         return {
             "studies": len(self.ids),
             "labeler": self.labeler,
@@ -134,13 +154,15 @@ def evaluate_model(
     references: Sequence[str] | None = None,
     clean: Callable[[str], str] | None = None,
     journals: Path | None = None,
+    consensus: ConsensusDecoder | None = None,
+    collections: Sequence[str] = (),
 ) -> Evaluation:
     """Generate a report for each study, and score the reports beside those of controls and baselines.
 
     - `shuffled`: the same model with the images shuffled across studies. If its scores do not fall to those of the
       constant, the model does not use the image.
-    - `retrieval`: the report of the training study with the nearest image features, the model's own, and the one that
-      the nearest 30 agree on most ([`retrieve_reports`]).
+    - `retrieval`: the report of the training study with the nearest image features, the model's own, and the one with
+      the highest expected utility ([`retrieve_reports`]).
     - `constant`: for each score, the training report that scores best when it is written for every training study
       ([`best_constants`]).
     - `true_states`: the model conditioned on the true states, the ceiling of a better predictor.
@@ -162,6 +184,9 @@ def evaluate_model(
             reports are read from `uncleaned_report` where the studies have it, else from `report`.
         clean: cleans a generated report, for a model trained on reports that were cleaned otherwise than `studies`.
         journals: folder in which reports are saved as they are generated, see [`ReportJournal`].
+        consensus: chooses the model's reports, also in the controls. The table then has rows of the same model without
+            retrieved candidates and without consensus decoding.
+        collections: of the studies; the table of a single one with [`PAPER_SCORES`] has a row with these.
 
     Raises:
         ValueError: a control that needs training studies, without them.
@@ -174,10 +199,13 @@ def evaluate_model(
     scorer = _Scorer(labeler, labeler_options, uncleaned_reports(studies), compared, metrics, clean)
 
     def generate(
-        name: str, rows: Dataset | CachedStudies = studies, states: np.ndarray | None = None
+        name: str,
+        rows: Dataset | CachedStudies = studies,
+        states: np.ndarray | None = None,
+        by: ConsensusDecoder | None = consensus,
     ) -> GeneratedReports:
         journal = None if journals is None else ReportJournal(journals / f"{name}.jsonl")
-        return generate_reports(model, processor, rows, batch_size, generation, states, indication, journal)
+        return generate_reports(model, processor, rows, batch_size, generation, states, indication, journal, by)
 
     generated = generate("model")
     evaluation = Evaluation(
@@ -188,14 +216,22 @@ def evaluate_model(
         finding_states=generated.finding_states,
         labeler=scorer.labeler.name,
         rows={"model": scorer.score_generated(generated.reports)},
+        training=frozenset() if training is None else frozenset(training["report"]),
+        paper=PAPER_SCORES.get(collections[0], {}) if len(collections) == 1 else {},
     )
+    if consensus is not None and consensus.settings.candidates:
+        if consensus.bank is not None and consensus.settings.retrieved and generated.sampled is not None:
+            evaluation.rows["sampled"] = scorer.score_generated(generated.sampled)
+        evaluation.rows["single"] = scorer.score_generated(generate("single", by=None).reports)
     if "shuffled" in controls:
         _add_shuffled(evaluation, scorer, studies, generate if indication else None, seed)
     if "retrieval" in controls:
-        retrieved = retrieve_reports(model, processor, studies, training, batch_size)
-        evaluation.rows |= {name: scorer.score_training(getattr(retrieved, name)) for name in ("nearest", "consensus")}
-        if retrieved.neighbours < NEIGHBOURS:
-            evaluation.notes.append(f"the consensus is of {retrieved.neighbours} neighbours: training has no more")
+        retrieved = retrieve_reports(model, processor, studies, training, batch_size, seed)
+        evaluation.rows |= {name: scorer.score_training(getattr(retrieved, name)) for name in ("nearest", "expected")}
+        if len(training) > MOST_STUDIES:
+            evaluation.notes.append(
+                f"{ROWS['expected']}: among {MOST_STUDIES:,} of {len(training):,} training studies, drawn at random"
+            )
     if "constant" in controls:
         _add_constants(evaluation, scorer, training, seed)
     if model.config.dle:
@@ -322,4 +358,4 @@ def _notes_on_states(evaluation: Evaluation) -> list[str]:
     return [*notes, *filter(None, [example_ceiling(evaluation.true_states)])]
 
 
-__all__ = ["CONTROLS", "ROWS", "Evaluation", "Row", "Steered", "evaluate_model"]
+__all__ = ["CONTROLS", "IN_TRAINING", "PAPER_SCORES", "ROWS", "Evaluation", "Row", "Steered", "evaluate_model"]

@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 
 from ..inference.features import cache_features, model_digest
-from ..inference.loading import decoding, load_published
+from ..inference.loading import consensus_decoder, decoding, described_consensus, load_published
 from ..metrics.protocols import truncate_to_tokens
 from ..runtime.journal import WorkSettings
 from ..studies.cleaning import clean_report
@@ -47,8 +47,9 @@ def evaluate_published(
         output: folder that is written to.
         facts: what the JSON says of the studies, `split`, `cleaning`, `warnings` and `counts` among it.
         cache: folder of the views' features.
-        options: `num_beams`, `max_new_tokens` and `guidance_scale` (None: the model's), `batch_size`, `indication`,
-            `seed`, `metrics`, `labeler`, `labeler_options`, `floor`, `bootstrap`.
+        options: `num_beams`, `max_new_tokens` and `guidance_scale` (None: the model's), `candidates`, `bank`,
+            `retrieved` and `agreement_weight` (consensus decoding), `batch_size`, `indication`, `seed`, `metrics`,
+            `labeler`, `labeler_options`, `floor`, `bootstrap`.
         clean_generated: clean generated reports too, for a model trained on reports that were cleaned otherwise.
         tokenizer, reference_tokens: protocol `r2gengpt`, in which true reports are cut to so many tokens.
         overwrite: generate all reports again.
@@ -66,10 +67,15 @@ def evaluate_published(
     model, processor = load_published(model_name)
     batch_size = min(options["batch_size"], len(rows))
     decoded_by = decoding(model, options["num_beams"], options["max_new_tokens"], batch_size, options["guidance_scale"])
+    searched = options["num_beams"] is not None or options["guidance_scale"] is not None
+    candidates = 1 if searched else options["candidates"]
+    given = {name: options[name] for name in ("retrieved", "agreement_weight")}
+    decoder = consensus_decoder(model, processor, candidates, options["bank"], **given)
     settings = {
         "model": model_digest(model, processor),
         "studies": fingerprint({facts["split"]: rows}),
         **decoded_by,
+        **described_consensus(decoder),
         "indication": options["indication"],
         "seed": options["seed"],
     }
@@ -98,6 +104,8 @@ def evaluate_published(
         references=[references[study] for study in rows["id"]],
         clean=(lambda text: " ".join(clean_report(text, facts["cleaning"]).split())) if clean_generated else None,
         journals=output / REPORTS,
+        consensus=decoder,
+        collections=facts["data"][facts["split"]]["collections"],
     )
     described = {
         "model": model_name,

@@ -20,7 +20,7 @@ from ..metrics import (
 )
 from ..metrics.tables import CIDER_NOTE, markdown_table, shown_interval, shown_number
 from ..runtime.csv_files import write_csv
-from .evaluate import ROWS, Evaluation
+from .evaluate import IN_TRAINING, ROWS, Evaluation
 from .steering import CONDITIONS, Steering
 
 #: F1 of clinical efficacy with unclear as negative, and its column headings.
@@ -91,9 +91,8 @@ def _preamble(settings: Mapping[str, Any], studies: int) -> str:
         published = "" if count["published"] is None else f" (published: {count['published']:,})"
         counts.append(f"{split} {count[unit]:,} {unit}{published}")
     decoding = settings["generation"]
-    beams = "greedy search" if decoding["num_beams"] == 1 else f"{decoding['num_beams']} beams"
+    search = describe_search(decoding)
     indication = ", with indication" * decoding["indication"]
-    guidance = f", guidance scale {decoding['guidance_scale']:g}" if decoding.get("guidance_scale") else ""
     lines = [
         f"{studies:,} studies of split {settings['split']} of {settings['dataset']}",
         _ZERO_SHOT[settings["zero_shot"]],
@@ -101,9 +100,23 @@ def _preamble(settings: Mapping[str, Any], studies: int) -> str:
         f"constants and neighbours from {settings['training_from']}",
         f"cleaning {settings['cleaning']}" + (", also of generated reports" * settings["generated_reports_cleaned"]),
         f"protocol {protocol}",
-        f"{beams}, up to {decoding['max_new_tokens']} tokens{guidance}{indication}",
+        f"{search}, up to {decoding['max_new_tokens']} tokens{indication}",
     ]
     return "\n".join(f"- {line}" for line in lines)
+
+
+def describe_search(generation: Mapping[str, Any]) -> str:
+    """How each report was found, by the settings of an evaluation."""
+    beams = "greedy search" if generation["num_beams"] == 1 else f"{generation['num_beams']} beams"
+    single = beams + (f", guidance scale {generation['guidance_scale']:g}" if generation.get("guidance_scale") else "")
+    consensus, bank = generation.get("consensus"), generation.get("bank")
+    if consensus is None:
+        return single
+    sources = [f"{consensus['candidates']} samples"] if consensus["candidates"] else []
+    if bank is not None and consensus["retrieved"]:
+        sources.append("the report bank")
+    reference = "the samples" if bank is None else f"a bank of {bank['reports']:,} reports"
+    return f"consensus of {' and '.join(sources)} by utility against {reference} (without it, {single})"
 
 
 def bootstrap_rows(
@@ -220,7 +233,8 @@ def format_steering(faithfulness: Mapping[str, Any]) -> str:
 
 
 def _rows_table(title: str, rows: Mapping[str, Mapping[str, Any]], headings: Mapping[str, str]) -> str:
-    """The columns the model has scores in; a dash where another row has none."""
+    """The columns the model has scores in, and the share of training reports; a dash where another row has none."""
+    headings = {**headings, **IN_TRAINING}
     columns = [column for column in headings if column in rows[ROWS["model"]]]
     cells = [[name, *(shown_number(scores.get(column)) for column in columns)] for name, scores in rows.items()]
     return markdown_table([title, *(headings[column] for column in columns)], cells)
@@ -240,6 +254,8 @@ def _caption(evaluation: Evaluation) -> str:
 def write_predictions(evaluation: Evaluation, path: Path) -> None:
     """A CSV of N rows: id, true report, generated reports, the model's scores, and the 14 states it predicted.
 
+    `in training` says whether the model's report stands word for word among the training reports.
+
     Where cleaning or a protocol changed them, the texts that states were read from are in `uncleaned reference` and
     `uncleaned report`.
     """
@@ -249,6 +265,8 @@ def write_predictions(evaluation: Evaluation, path: Path) -> None:
     for name, uncleaned in (("reference", evaluation.uncleaned_references), ("report", model.uncleaned)):
         if uncleaned != texts[name]:
             texts[f"uncleaned {name}"] = uncleaned
+    if evaluation.training:
+        texts["in training"] = ["yes" if report in evaluation.training else "no" for report in model.reports]
     scores = model.found.per_study
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = (
@@ -287,6 +305,7 @@ def write_contradictions(steering: Steering, evaluation: Evaluation, path: Path)
 __all__ = [
     "F1_HEADINGS",
     "bootstrap_rows",
+    "describe_search",
     "difference_table",
     "format_scores",
     "format_steering",

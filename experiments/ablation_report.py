@@ -43,7 +43,7 @@ CONTRIBUTIONS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("the full model", FULL, ()),
 )
 
-_CONTROLS = ("constant", "nearest", "consensus", "shuffled", "true_states")
+_CONTROLS = ("constant", "nearest", "expected", "shuffled", "true_states")
 _HEADINGS = {"epsilon": "ε", "iterations": "iterations"}
 _ROW_LABELS = {"epsilon": "ε = {:g}", "iterations": "{:g} iterations"}
 _UNDECIDED = "undecided"
@@ -320,7 +320,7 @@ def _format_table(name: str, table: dict[str, Any]) -> str:
     labels = {
         "constant": "best constant report, each column its own",
         "nearest": f"{ROWS['nearest']}, by the features of {controls['of']}",
-        "consensus": f"{ROWS['consensus']}, by the same features",
+        "expected": f"{ROWS['expected']}, by the same features",
         "shuffled": f"{controls['of']}, images shuffled across studies",
         "true_states": f"{controls['of']}, true states given",
     }

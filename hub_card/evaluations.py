@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..evaluation.evaluate import ROWS
-from ..evaluation.report import F1_HEADINGS, difference_table, format_steering
+from ..evaluation.evaluate import IN_TRAINING, ROWS
+from ..evaluation.report import F1_HEADINGS, describe_search, difference_table, format_steering
 from ..findings_otdrg import FINDING_DISPLAY_NAMES
 from ..metrics import METRICS, UNCERTAIN_POLICIES, Interval, PairedDifference, display_name
 from ..metrics.classification import MINIMUM_INTERVAL_POSITIVES
@@ -97,10 +97,8 @@ class EvaluationFacts:
         options = self.evaluation["generation"]
         if options.get("num_beams") is None:
             return "decoding not recorded"
-        beams = "greedy search" if options["num_beams"] == 1 else f"{options['num_beams']} beams"
         prompt = ", with the studies' indication in the prompt" if options.get("indication") else ""
-        guidance = f", guidance scale {options['guidance_scale']:g}" if options.get("guidance_scale") else ""
-        return f"{beams}, up to {options['max_new_tokens']} tokens{guidance}{prompt}"
+        return f"{describe_search(options)}, up to {options['max_new_tokens']} tokens{prompt}"
 
     def comparison(self, name: str) -> dict[str, list[Difference]]:
         """The differences between the model and another row, grouped by [`Difference.place`]."""
@@ -156,7 +154,7 @@ class EvaluationFacts:
     @property
     def score_table(self) -> str:
         """All scores except clinical efficacy, for every row."""
-        return self._table("score", score_headings())
+        return self._table("score", {**score_headings(), **IN_TRAINING})
 
     @property
     def f1_tables(self) -> dict[str, str]:

@@ -126,7 +126,8 @@ def identity(evaluation: dict[str, Any]) -> tuple:
     generation = evaluation["generation"]
     names = ("dataset", "split", "studies", "protocol", "tokenizer", "reference_tokens", "cleaning", "labeler")
     decoding = (generation.get(name) for name in ("num_beams", "max_new_tokens", "guidance_scale", "indication"))
-    options = json.dumps(evaluation.get("labeler_options") or {}, sort_keys=True)
+    consensus = [generation.get(name) for name in ("consensus", "bank")]
+    options = json.dumps([evaluation.get("labeler_options") or {}, consensus], sort_keys=True)
     return (*(evaluation.get(name) for name in names), *decoding, options)
 
 
@@ -136,10 +137,12 @@ def own_evaluation(files: RunFiles) -> dict[str, Any] | None:
     found = files.results.get(stage, {}).get("evaluation")
     if found is None:
         return None
+    found = dict(found)
     recipe = files.recipe or {}
     report = recipe.get("report", {})
     names = ("num_beams", "max_new_tokens", "guidance_scale")
     generation = {name: report.get("generation", {}).get(name) for name in names}
+    generation |= found.pop("generation", {})
     return {
         "dataset": OWN_DATASET,
         "zero_shot": False,

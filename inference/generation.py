@@ -16,6 +16,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..consensus_otdrg import Candidate, ConsensusDecoder
 from ..findings_otdrg import CONDITIONING_STATES, FINDINGS
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
@@ -40,10 +41,12 @@ class ReportJournal:
     def __init__(self, path: str | os.PathLike):
         self._journal = Journal(path)
         self.path = self._journal.path
-        self._reports: dict[str, tuple[str, list[int]]] = {}
+        self._reports: dict[str, tuple[str, list[int], dict[str, Any]]] = {}
         for number, row in enumerate(self._journal.rows, 1):
             try:
-                self._reports[row["id"]] = row["report"], [CONDITIONING_STATES.index(row[name]) for name in FINDINGS]
+                states = [CONDITIONING_STATES.index(row[name]) for name in FINDINGS]
+                chosen = {name: row[name] for name in _CHOSEN if name in row}
+                self._reports[row["id"]] = row["report"], states, chosen
             except (ValueError, KeyError, TypeError):
                 raise ValueError(
                     f"{self.path}, line {number}: no report with its id and 14 states; delete the file to begin anew"
@@ -52,19 +55,26 @@ class ReportJournal:
     def __contains__(self, study: str) -> bool:
         return study in self._reports
 
-    def __getitem__(self, study: str) -> tuple[str, list[int]]:
-        """A study's report and the ids of the 14 states that conditioned it."""
+    def __getitem__(self, study: str) -> tuple[str, list[int], dict[str, Any]]:
+        """A study's report, the ids of the 14 states that conditioned it, and what consensus decoding adds."""
         return self._reports[study]
 
-    def add(self, rows: Sequence[tuple[str, str, list[int]]]) -> None:
-        """Add lines of a study's id, report and states."""
-        named = [
-            dict(zip(FINDINGS, (CONDITIONING_STATES[state] for state in states), strict=True)) for *_, states in rows
-        ]
+    def add(self, rows: Sequence[tuple[str, str, list[int], dict[str, Any]]]) -> None:
+        """Add lines of a study's id, report, states, and what consensus decoding adds."""
         self._journal.add(
-            {"id": study, "report": report, **states} for (study, report, _), states in zip(rows, named, strict=True)
+            {
+                "id": study,
+                "report": report,
+                **chosen,
+                **dict(zip(FINDINGS, (CONDITIONING_STATES[state] for state in states), strict=True)),
+            }
+            for study, report, states, chosen in rows
         )
-        self._reports |= {study: (report, states) for study, report, states in rows}
+        self._reports |= {study: (report, states, chosen) for study, report, states, chosen in rows}
+
+
+#: What consensus decoding adds to a report: whether it stands word for word in the bank, and the best of the samples.
+_CHOSEN = ("retrieved", "sampled")
 
 
 @dataclass
@@ -74,10 +84,12 @@ class GeneratedReports:
     Args:
         reports: N texts.
         finding_states: (N, 14), the states that conditioned each report: predicted unless given.
+        sampled: with consensus decoding, N texts, the best of the model's own samples; else None.
     """
 
     reports: list[str]
     finding_states: np.ndarray
+    sampled: list[str] | None = None
 
 
 def generate_reports(
@@ -89,6 +101,7 @@ def generate_reports(
     finding_states: np.ndarray | None = None,
     indication: bool = False,
     journal: ReportJournal | None = None,
+    consensus: ConsensusDecoder | None = None,
 ) -> GeneratedReports:
     """Generate reports for studies, in their order, from the images and, if requested, the indications only.
 
@@ -103,6 +116,7 @@ def generate_reports(
         indication: whether the prompt contains the studies' `indication`.
         journal: with finished reports of these studies and settings, which are not generated again; the others are
             added as they are finished.
+        consensus: chooses each report among candidates; without it, `generate` writes one.
 
     Raises:
         ValueError: `finding_states` does not fit the studies, or there is a journal and several processes.
@@ -138,28 +152,42 @@ def generate_reports(
             given = torch.as_tensor(np.asarray(finding_states)[positions], device=model.device)
         with torch.no_grad():
             study = model.read_study(**batch, finding_states=given)
-            ids = model.generate(
-                **prompt,
-                view_features=study.view_features,
-                view_mask=study.view_mask,
-                # A model without DLE predicts finding states but does not use them.
-                finding_states=study.finding_states if model.config.dle else None,
-                **waits,
-                **(generation or {}),
-            )
-        texts = processor.batch_decode(ids[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
-        states = study.finding_states.tolist()
-        rows = list(zip(positions, (" ".join(text.split()) for text in texts), states, strict=True))
+            chosen: list[dict[str, Any]] = [{} for _ in positions]
+            if consensus is not None:
+                ranked = consensus.decode(model, processor, prompt, study, {**waits, **(generation or {})})
+                texts = [candidates[0].report for candidates in ranked]
+                chosen = [_chosen(candidates) for candidates in ranked]
+            else:
+                ids = model.generate(
+                    **prompt,
+                    view_features=study.view_features,
+                    view_mask=study.view_mask,
+                    # A model without DLE predicts finding states but does not use them.
+                    finding_states=study.finding_states if model.config.dle else None,
+                    **waits,
+                    **(generation or {}),
+                )
+                texts = processor.batch_decode(ids[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+        reports = [" ".join(text.split()) for text in texts]
+        rows = list(zip(positions, reports, study.finding_states.tolist(), chosen, strict=True))
         written += rows
         if journal is not None:
-            journal.add([(studies["id"][position], report, states) for position, report, states in rows])
+            journal.add([(studies["id"][position], *row) for position, *row in rows])
     written = gather_object(written) if state.num_processes > 1 else written
     # Shares of processes may overlap.
     written = sorted({row[0]: row for row in written}.values())
     return GeneratedReports(
-        reports=[text for _, text, _ in written],
-        finding_states=np.array([row for _, _, row in written], dtype=np.int64).reshape(len(studies), len(FINDINGS)),
+        reports=[text for _, text, *_ in written],
+        finding_states=np.array([row[2] for row in written], dtype=np.int64).reshape(len(studies), len(FINDINGS)),
+        sampled=[row[3].get("sampled", row[1]) for row in written] if consensus is not None else None,
     )
+
+
+def _chosen(ranked: list[Candidate]) -> dict[str, Any]:
+    """What a journal holds of a report chosen among candidates."""
+    best, sampled = ranked[0], next((one.report for one in ranked if one.sampled), None)
+    found: dict[str, Any] = {} if best.retrieved is None else {"retrieved": best.retrieved}
+    return found if sampled in (None, best.report) else {**found, "sampled": sampled}
 
 
 def derangement(count: int, seed: int) -> np.ndarray:

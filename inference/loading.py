@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from ..consensus_otdrg import ConsensusDecoder, ReportBank, consensus_settings
+from ..labelers.as_typed import label_quietly, labeler_of
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..pipeline_otdrg import ReportGenerationPipeline
 from ..processing_otdrg import OTDRGProcessor
@@ -139,6 +141,43 @@ def decoding(
     return {"num_beams": beams, "max_new_tokens": tokens, "guidance_scale": guidance_scale}
 
 
+def consensus_decoder(
+    model: OTDRGForReportGeneration,
+    processor: OTDRGProcessor,
+    candidates: int | None = None,
+    bank: str | os.PathLike | ReportBank | None = None,
+    **settings: Any,
+) -> ConsensusDecoder | None:
+    """Consensus decoding with the labeler `rules`, or None if neither the user nor the model asks for it.
+
+    Args:
+        model, processor: as published.
+        candidates: samples per study; None for those of the model's generation config, 1 for none.
+        bank: a report bank or its folder.
+        settings: other [`ConsensusSettings`]; None is left out.
+
+    Raises:
+        ValueError: an impossible setting, or a bank that is damaged or of another encoder.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    found = consensus_settings(model.generation_config, candidates, bank, given)
+    if found is None:
+        return None
+    if bank is not None and not isinstance(bank, ReportBank):
+        bank = ReportBank.load(bank)
+        bank.check(model, processor)
+    labeler = labeler_of("rules", {})
+    return ConsensusDecoder(found, bank, lambda reports: label_quietly(labeler, reports))
+
+
+def described_consensus(decoder: ConsensusDecoder | None) -> dict[str, Any]:
+    """What reports of consensus decoding depend on, ready for JSON; empty without it."""
+    if decoder is None:
+        return {}
+    bank = None if decoder.bank is None else {"reports": len(decoder.bank), "digest": decoder.bank.digest()}
+    return {"consensus": decoder.settings.to_dict(), "bank": bank}
+
+
 def _bytes_a_token(model: OTDRGForReportGeneration) -> int:
     """Bytes of the keys and values of one token in all layers of the LLM."""
     text = model.config.text_config
@@ -156,4 +195,11 @@ def _memory(device: torch.device) -> int | None:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-__all__ = ["decoding", "load_pipeline", "load_published", "published_folder"]
+__all__ = [
+    "consensus_decoder",
+    "decoding",
+    "described_consensus",
+    "load_pipeline",
+    "load_published",
+    "published_folder",
+]

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from ..configuration_otdrg import OTDRGConfig, find_file
+from ..consensus_otdrg import consensus_settings
 from ..files_otdrg import describe, read_json, read_text
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
@@ -124,6 +125,10 @@ def _check_generation(path: str, model: OTDRGForReportGeneration) -> None:
             expected = f"a number from {least:,} to {most:,}"
         if not is_right:
             raise ValueError(f"{path}: {field} is {value!r}, expected {expected} or null")
+    try:
+        consensus_settings(model.generation_config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def check_fit(name: str | os.PathLike, model: OTDRGForReportGeneration, processor: OTDRGProcessor, **hub) -> None:

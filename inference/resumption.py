@@ -13,7 +13,7 @@ from .listing import ListedStudy
 
 
 def settings_of(
-    pipe: ReportGenerationPipeline, studies: list[ListedStudy], arguments: dict[str, int], heatmap: Path | None
+    pipe: ReportGenerationPipeline, studies: list[ListedStudy], arguments: dict[str, Any], heatmap: Path | None
 ) -> dict[str, Any]:
     """What all reports of a file depend on: the model, the dataset of the studies, the arguments of `generate`."""
     rows = studies[0].rows

@@ -1,7 +1,9 @@
-"""Retrieval by a model's own image features: the reports of the training studies nearest to a study."""
+"""Retrieval by a model's own image features: reports of the training studies that resemble a study."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,12 +11,16 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 
-from ..metrics.retrieval import NEIGHBOURS, consensus, nearest_neighbours
+from ..consensus_otdrg import ReportBank, pool_views, probe_features
+from ..metrics.retrieval import nearest_neighbours
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from ..studies.streaming import StreamedStudies
 from .features import CachedStudies, encode_batches
 from .processes import process_share
+
+#: Most training studies of a report bank: the utilities of all pairs of its reports are held in memory.
+MOST_STUDIES = 4000
 
 
 class RetrievedReports(NamedTuple):
@@ -22,13 +28,13 @@ class RetrievedReports(NamedTuple):
 
     Args:
         nearest: N reports, those of the nearest training study.
-        consensus: N reports: of those of the nearest studies, the one most similar to the others.
-        neighbours: number of nearest studies that the consensus is chosen from.
+        expected: N reports, those with the highest expected utility.
+        bank: of the training reports.
     """
 
     nearest: list[str]
-    consensus: list[str]
-    neighbours: int
+    expected: list[str]
+    bank: ReportBank
 
 
 def retrieve_reports(
@@ -37,28 +43,56 @@ def retrieve_reports(
     studies: Dataset | CachedStudies,
     training: Dataset | StreamedStudies | CachedStudies,
     batch_size: int = 8,
-    neighbours: int = NEIGHBOURS,
+    seed: int = 0,
 ) -> RetrievedReports:
-    """Reports of training studies whose images are nearest, by cosine of [`pooled_features`].
+    """Reports of training studies by their images, without a decoder.
+
+    The nearest study is that with the highest cosine of [`pooled_features`]. The expected utility of a report is its
+    mean utility against the reports of the bank, weighted by the images ([`ReportBank`]).
 
     Every process of a distributed run must call it; all get the whole.
 
     Args:
         model, processor: whose features they are.
         studies: rows with `id` and `images`, or those of [`cache_features`].
-        training: the same, with `report`.
+        training: the same, with `report`; the bank has [`MOST_STUDIES`] of them, drawn by `seed`.
         batch_size: studies encoded at a time.
-        neighbours: number of nearest studies for the consensus; at most all training studies.
     """
-    neighbours = min(neighbours, len(training))
-    found = nearest_neighbours(
-        pooled_features(model, processor, studies, batch_size),
-        pooled_features(model, processor, training, batch_size),
-        neighbours,
-    )
+    queries = pooled_features(model, processor, studies, batch_size)
+    keys = pooled_features(model, processor, training, batch_size)
     reports = list(training["report"])
-    near = [[reports[place] for place in row] for row in found]
-    return RetrievedReports([row[0] for row in near], [row[consensus(row)] for row in near], neighbours)
+    nearest = nearest_neighbours(queries, keys, 1)[:, 0]
+    drawn = _draw_studies(len(reports), seed)
+    bank = ReportBank([reports[place] for place in drawn], keys[drawn])
+    best = (bank.weights(queries) @ bank.own_utilities().T).argmax(axis=1)
+    return RetrievedReports([reports[place] for place in nearest], [bank.reports[place] for place in best], bank)
+
+
+def build_bank(
+    model: OTDRGForReportGeneration,
+    processor: OTDRGProcessor,
+    training: Dataset | StreamedStudies | CachedStudies,
+    licences: Sequence[str],
+    batch_size: int = 8,
+    seed: int = 0,
+    limit: int = MOST_STUDIES,
+) -> ReportBank:
+    """The report bank of training studies, at most `limit` of them, drawn by `seed`; other arguments as above.
+
+    Raises:
+        ValueError: no study has a report.
+    """
+    places = [place for place, report in enumerate(training["report"]) if report.split()]
+    if not places:
+        raise ValueError("no training study has a report: expected some, for the report bank")
+    chosen = training.select([places[place] for place in _draw_studies(len(places), seed, limit)])
+    features = pooled_features(model, processor, chosen, batch_size)
+    return ReportBank(list(chosen["report"]), features, licences=licences, probe=probe_features(model, processor))
+
+
+def _draw_studies(count: int, seed: int, most: int = MOST_STUDIES) -> list[int]:
+    """The positions of at most `most` of `count` studies, in order."""
+    return sorted(random.Random(seed).sample(range(count), min(count, most)))
 
 
 def pooled_features(
@@ -80,13 +114,12 @@ def pooled_features(
     rows = studies.select(process_share(len(studies)))
     pooled: dict[str, np.ndarray] = {}
     for batch, features, view_mask in encode_batches(model, processor, rows, batch_size):
-        # Features are 0 where there is no view.
-        means = features.float().mean(dim=2).sum(dim=1) / view_mask.sum(dim=1, keepdim=True)
-        pooled.update(zip((row["id"] for row in batch), means.cpu().numpy(), strict=True))
+        means = pool_views(features, view_mask).cpu().numpy()
+        pooled.update(zip((row["id"] for row in batch), means, strict=True))
     if PartialState().num_processes > 1:
         for share in gather_object([pooled]):
             pooled.update(share)
     return np.stack([pooled[study] for study in studies["id"]])
 
 
-__all__ = ["RetrievedReports", "pooled_features", "retrieve_reports"]
+__all__ = ["MOST_STUDIES", "RetrievedReports", "build_bank", "pooled_features", "retrieve_reports"]

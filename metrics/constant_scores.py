@@ -12,6 +12,7 @@ import numpy as np
 from scipy.sparse import csr_array, diags_array
 
 from ..findings_otdrg import FINDINGS
+from ..utility_otdrg import rouge_l_matrix
 from .efficacy import (
     LABEL_SETS,
     MEASURES,
@@ -19,7 +20,6 @@ from .efficacy import (
     clinical_efficacy_averages,
     precision_recall_f1,
 )
-from .rouge_l import rouge_l_matrix
 
 _ORDERS = 4
 #: pycocoevalcap's sigma of CIDEr's length penalty.

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from .rouge_l import rouge_l_matrix
-
-#: Neighbours for the consensus.
-NEIGHBOURS = 30
 #: Similarities in memory at once.
 _BLOCK = 2**24
 
@@ -41,29 +35,9 @@ def nearest_neighbours(queries: np.ndarray, keys: np.ndarray, count: int) -> np.
     return found
 
 
-def consensus(reports: Sequence[str]) -> int:
-    """The position of the report with the highest mean ROUGE-L against the others; of equally good ones the first.
-
-    ROUGE-L needs no labeler, and no document frequencies, which CIDEr would have to estimate from a few reports.
-
-    Args:
-        reports: K of them, cleaned, the nearest first.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if not reports:
-        raise ValueError("reports: none given, expected at least one")
-    texts = list(dict.fromkeys(reports))
-    counts = np.array([reports.count(text) for text in texts])
-    scores = rouge_l_matrix(texts, texts)
-    others = scores @ counts - np.diag(scores)
-    return reports.index(texts[int(np.argmax(others))])
-
-
 def _scaled(features: np.ndarray) -> np.ndarray:
     lengths = np.linalg.norm(features, axis=1, keepdims=True)
     return np.divide(features, lengths, where=lengths > 0, out=np.zeros_like(features))
 
 
-__all__ = ["NEIGHBOURS", "consensus", "nearest_neighbours"]
+__all__ = ["nearest_neighbours"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from otdrg import FINDING_STATES, FINDINGS, ReportGenerationPipeline
+from otdrg.consensus_otdrg import ConsensusDecoder, ConsensusSettings, ReportBank
 from otdrg.labelers import UnreadReportsWarning, load_labeler
 from PIL import Image
 from transformers import pipeline
@@ -299,3 +300,54 @@ def test_pipeline_wrong_arguments_are_named(pipe, inputs, arguments, message):
 
 def test_pipeline_generate_kwargs_are_passed_on(pipe, paths):
     assert pipe(paths[0], generate_kwargs=dict(FEW)) == pipe(paths[0], **FEW)
+
+
+@pytest.fixture(scope="module")
+def bank(model, processor):
+    features = np.random.default_rng(0).normal(size=(4, 32))
+    return ReportBank(["The lungs are clear.", "Edema.", "No pneumothorax.", "Edema."], features)
+
+
+def test_pipeline_consensus_is_that_of_the_decoder(pipe, model, processor, paths, bank, tmp_path):
+    bank.save(tmp_path / "bank")
+    asked = {"candidates": 4, "bank": str(tmp_path / "bank"), "return_candidates": 3, "max_new_tokens": 8}
+    (record,) = pipe(paths[0], **asked)
+    label = load_labeler("rules").label
+    decoder = ConsensusDecoder(ConsensusSettings(candidates=4), bank, label)
+    inputs = processor(images=[paths[0]])
+    study = model.read_study(inputs["pixel_values"], inputs["view_mask"])
+    prompt = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    (ranked,) = decoder.decode(model, processor, prompt, study, {"max_new_tokens": 8})
+    assert [one["report"] for one in record["candidates"]] == [one.report for one in ranked[:3]]
+    assert [one["score"] for one in record["candidates"]] == pytest.approx([one.score for one in ranked[:3]], abs=1e-5)
+    assert record["generated_text"] == ranked[0].report and record["retrieved"] == ranked[0].retrieved
+    two = pipe([paths[1:3], paths[0]], batch_size=2, **asked)
+    assert two[1][0]["generated_text"] == record["generated_text"]
+
+
+def test_pipeline_consensus_of_the_generation_config_is_the_default(build_model, paths):
+    model, processor = build_model()
+    model.generation_config.consensus = {"candidates": 3}
+    pipe = ReportGenerationPipeline(model=model, processor=processor)
+    few = {"max_new_tokens": 6, "min_new_tokens": 6}
+    chosen = pipe(paths[0], **few)[0]
+    assert chosen["generated_text"] == pipe(paths[0], candidates=3, **few)[0]["generated_text"]
+    plain = pipe(paths[0], candidates=1, **few)[0]["generated_text"]
+    assert plain == pipe(paths[0], num_beams=1, **few)[0]["generated_text"] != chosen["generated_text"]
+    assert "retrieved" not in chosen and "candidates" not in chosen
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"candidates": 4, "num_beams": 2}, "num_beams was given beside candidates or a bank"),
+        ({"candidates": 0}, "candidates=0: expected 1 or more, or a report bank"),
+        ({"return_candidates": 2}, "return_candidates=2: expected candidates or a bank beside it"),
+        ({"candidates": 4, "consensus": {"weight": 2}}, "consensus: unknown setting 'weight'"),
+        ({"bank": "nowhere"}, "nowhere has no bank.safetensors"),
+    ],
+)
+def test_pipeline_consensus_arguments_that_are_wrong_are_one_line(pipe, paths, arguments, message):
+    with pytest.raises(ValueError) as error:
+        pipe(paths[0], **arguments)
+    assert message in str(error.value) and "\n" not in str(error.value)

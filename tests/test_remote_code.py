@@ -6,8 +6,11 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from otdrg.consensus_otdrg import ReportBank, probe_features
+from otdrg.pipeline_otdrg import ReportGenerationPipeline
 from PIL import Image
 from transformers import ProcessorMixin
 
@@ -15,8 +18,8 @@ LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["q_proj
 FEW = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
 
 EVERY_DOOR = """
-hide("otdrg")
-import json
+hide("otdrg", "scipy", "pycocoevalcap")
+import json, os
 import torch
 from transformers import (
     AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline, logging
@@ -46,6 +49,13 @@ def doors(folder):
         found["no package"] = "not refused"
     except ImportError as error:
         found["no package"] = str(error)
+    asked = {"bank": os.path.join(os.path.dirname(image), "bank"), "max_new_tokens": 8}
+    found["consensus"] = pipe(image, candidates=4, return_candidates=9, **asked)[0]
+    try:
+        pipe(image, consensus={"agreement_weight": 0.1}, **asked)
+        found["no agreement"] = "not refused"
+    except ImportError as error:
+        found["no agreement"] = str(error)
     found["shape"] = list(pipe(image, return_heatmaps=True, **few)[0]["heatmaps"]["edema"].shape)
 
     built_in = pipeline("image-text-to-text", model=folder, **trust)
@@ -214,6 +224,13 @@ def test_saved_folder_opens_by_every_door_and_again_after_saving(build_model, im
         logits = model(**inputs).logits.double().sum().item()
     ids = model.generate(**inputs, **FEW)
 
+    features = np.random.default_rng(0).normal(size=(2, 32))
+    bank = ReportBank(["The lungs are clear.", "Edema."], features, probe=probe_features(model, processor))
+    bank.save(tmp_path / "bank")
+    pipe = ReportGenerationPipeline(model=model, processor=processor)
+    asked = {"bank": bank, "candidates": 4, "return_candidates": 9, "max_new_tokens": 8}
+    chosen = pipe(image, consensus={"agreement_weight": 0.0}, **asked)[0]
+
     folder, output, written = own_encoder
     once, again, own = run(EVERY_DOOR, first, second, folder, image)
     assert own["finding_logits"] == pytest.approx(output.finding_logits.flatten().tolist(), abs=1e-5)
@@ -231,6 +248,9 @@ def test_saved_folder_opens_by_every_door_and_again_after_saving(build_model, im
         "return_contradictions=True reads reports with the package otdrg, which is not installed: "
         "pip install a clone of its repository"
     )
+    assert once["consensus"]["generated_text"] == chosen["generated_text"]
+    assert [one["report"] for one in once["consensus"]["candidates"]] == [one["report"] for one in chosen["candidates"]]
+    assert once["no agreement"].startswith("consensus: agreement_weight above 0 reads reports with the package otdrg")
 
     def answer(text):
         asked = processor(images=[image], text=text)

@@ -284,6 +284,16 @@ def evaluation_studies(
     )
 
 
+def bank_studies(dataset: str | None, own: Recipe | None) -> Dataset | StreamedStudies:
+    """The training studies of a report bank, cleaned as the model's were; arguments and errors as above."""
+    if dataset is None and own is None:
+        expected = "expected a recipe or a folder of otdrg prepare"
+        raise ValueError(f"DATASET is missing, and no recipe.yaml lies beside the model: {expected}")
+    sections = (own.studies, own.labels) if dataset is None else _sections(dataset, own, "train", LabelsRecipe())
+    cleaning = sections[0].cleaning if own is None else own.studies.cleaning
+    return build_studies(replace(sections[0], cleaning=cleaning), sections[1], splits=("train",))["train"]
+
+
 def _sections(dataset: str, own: Recipe | None, split: str, labels: LabelsRecipe) -> tuple[StudiesRecipe, LabelsRecipe]:
     """The sections of a recipe, or those for a folder; `labels` if the folder lacks states."""
     path = Path(dataset)

@@ -22,10 +22,13 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedConfig
 
+from ..consensus_otdrg import ConsensusDecoder, ConsensusSettings
 from ..evaluation.evaluate import evaluate_model
 from ..evaluation.report import format_table, write_predictions
 from ..inference.features import CachedStudies
+from ..inference.loading import consensus_decoder, described_consensus
 from ..inference.model_files import read_config
+from ..inference.retrieval import build_bank
 from ..labelers.as_typed import label_quietly, labeler_of
 from ..metrics import best_constants, full_score_name, metric_choices, metric_of, score_names, score_reports
 from ..metrics.baselines import SEARCHED_SCORES
@@ -37,7 +40,7 @@ from .abnormal import abnormal_sentences, study_weights
 from .arguments import StageArguments, WeightedScores
 from .callbacks import SinkhornLossCallback
 from .collation import ReportCollator
-from .data import StudySplits
+from .data import StudySplits, describe_studies
 from .fields import COUNT, POSITIVE, Bounds, Section, need, option, unknown_key
 from .model import attach_lora, cached_where_frozen, check_backbones, preset_config, set_trained_parts
 from .predictor import logit_adjustment
@@ -82,7 +85,7 @@ class ReportArguments(StageArguments):
     """The section `report`: `TrainingArguments`, and the fields below."""
 
     place = "report"
-    after_training = ("evaluation",)
+    after_training = ("evaluation", "candidates", "consensus", "bank")
     bounds: ClassVar[dict[str, Bounds]] = {
         **StageArguments.bounds,
         "max_report_tokens": COUNT,
@@ -93,6 +96,7 @@ class ReportArguments(StageArguments):
         "abnormal_sentence_weight": {"least": 1},
         "max_eval_samples": COUNT,
         "generation_num_beams": COUNT,
+        "candidates": {"least": 2},
     }
     renamed: ClassVar[dict[str, str]] = {
         **StageArguments.renamed,
@@ -133,6 +137,16 @@ class ReportArguments(StageArguments):
         None, "Maximum number of validation studies that reports are generated for, from the split's start."
     )
     generation_num_beams: int = option(1, "Beams of evaluations during training; 1 is greedy search.")
+    candidates: int | None = option(
+        None,
+        "Consensus decoding of the table at the end and of the published model: samples per study; none is one report.",
+    )
+    consensus: dict[str, Any] = option(
+        {}, "Other settings of consensus decoding: agreement_weight, utility, plan, retrieved, seed."
+    )
+    bank: bool = option(
+        False, "Make a report bank of the training studies in the folder bank of the run, and use it for the table."
+    )
     generation: dict[str, Any] = option(
         {}, "How reports are decoded: fields of GenerationConfig, merged into num_beams 3 and max_new_tokens 120."
     )
@@ -144,6 +158,17 @@ class ReportArguments(StageArguments):
         super().__post_init__()
         self.generation = {**GENERATION, **self.generation}
         check_generation(self.generation)
+        if self.consensus or self.bank:
+            need(
+                self.candidates is not None,
+                "report.candidates",
+                None,
+                "a number, beside report.consensus or report.bank",
+            )
+        try:
+            ConsensusSettings.of(self.consensus)
+        except ValueError as error:
+            raise ValueError(f"report.{error}") from None
 
 
 def check_generation(generation: dict[str, Any]) -> None:
@@ -228,8 +253,9 @@ class ReportStage(Stage):
         rows, training = run.studies[wanted.split], run.studies["train"]
         rows = rows.select(range(min(wanted.limit or len(rows), len(rows))))
         rows = cached_where_frozen(model, run.processor, rows, recipe, "report", model.device)
-        if "retrieval" in wanted.controls:
+        if "retrieval" in wanted.controls or recipe.report.bank:
             training = cached_where_frozen(model, run.processor, training, recipe, "report", model.device)
+        consensus = self._consensus(run, training)
         evaluation = evaluate_model(
             model,
             run.processor,
@@ -242,10 +268,23 @@ class ReportStage(Stage):
             metrics=wanted.metrics,
             seed=recipe.seed,
             indication=recipe.gives_indication,
+            consensus=consensus,
+            collections=describe_studies({wanted.split: run.studies[wanted.split]})[wanted.split]["collections"],
         )
         write_predictions(evaluation, (folder or Path(recipe.output_dir)) / "predictions.csv")
         logger.info("%s, %d studies:\n%s", wanted.split, len(rows), format_table(evaluation))
-        return {"evaluation": {"split": wanted.split, **evaluation.scores()}}
+        found = {"split": wanted.split, **evaluation.scores()}
+        return {"evaluation": found if consensus is None else {**found, "generation": described_consensus(consensus)}}
+
+    def _consensus(self, run: StageRun, training: Dataset | CachedStudies) -> ConsensusDecoder | None:
+        """Consensus decoding as the recipe asks for it, with the bank of the training studies."""
+        section, bank = run.recipe.report, None
+        if section.bank:
+            licences = describe_studies({"train": run.studies["train"]})["train"]["licences"]
+            bank = build_bank(run.model, run.processor, training, licences, section.eval_batch(), run.recipe.seed)
+            if PartialState().is_main_process:
+                bank.save(Path(run.recipe.output_dir) / "bank")
+        return consensus_decoder(run.model, run.processor, section.candidates, bank, **section.consensus)
 
     def check(self, recipe: Recipe) -> None:
         section, evaluation, quantization = recipe.report, recipe.report.evaluation, recipe.model.quantization
@@ -437,7 +476,7 @@ class Validation:
         None if it is made of other scores than those.
         """
         wanted = {name: full_score_name(name) for name in self.best.weights if name in score_names()}
-        if not wanted.keys() == self.best.weights.keys() or not set(SEARCHED_SCORES).issuperset(wanted.values()):
+        if wanted.keys() != self.best.weights.keys() or not set(SEARCHED_SCORES).issuperset(wanted.values()):
             return None
         labeler, rows = labeler_of(self.recipe.report.evaluation.labeler, {}), self._rows()
         states = label_quietly(labeler, uncleaned_reports(training))
@@ -454,7 +493,10 @@ class Validation:
 def trained_model(trainer: StageTrainer, recipe: Recipe) -> OTDRGForReportGeneration:
     """The whole model after training, in the recipe's type and with its decoding as the default; LoRA not merged."""
     model = trainer.whole_model()
-    model.generation_config.update(**recipe.report.generation)
+    section = recipe.report
+    model.generation_config.update(**section.generation)
+    if section.candidates is not None:
+        model.generation_config.consensus = {"candidates": section.candidates, **section.consensus}
     # One type, as `from_pretrained` gives: the model that is scored is the model that will be loaded.
     dtype = getattr(torch, recipe.model.dtype)
     for weight in model.parameters():

@@ -16,10 +16,11 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
+from ...consensus_otdrg import ReportBank
 from ...findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS
 from ...pipeline_otdrg import ReportGenerationPipeline
 from .pictures import heatmap, preview, printable
-from .results import contradiction_list, findings_table
+from .results import contradiction_list, findings_table, runners_up_table
 from .uploads import View, phantom_examples, read_uploads
 from .writing import stream_report
 
@@ -27,6 +28,8 @@ _LOG = logging.getLogger(__name__)
 
 #: Longest indication in characters; also checked on the server, because programs can send more.
 MAX_INDICATION = 500
+#: Numbers of candidates to choose from; more than one is consensus decoding.
+CANDIDATES = (1, 8, 32)
 #: Sessions whose studies are kept; beyond that, the least recently used is forgotten.
 MAX_VISITORS = 64
 #: Seconds for which a study is kept after its page was closed, because phones drop connections for a moment.
@@ -71,6 +74,7 @@ class Visitor:
     written: Written | None = None
     #: Error message of the last event. `gr.Error` shows none for events outside the queue.
     problem: str = ""
+    candidates: int = CANDIDATES[0]
     #: Number of events: Gradio lets a cancelled report continue for a moment.
     turn: int = 0
 
@@ -85,9 +89,11 @@ class Visitor:
         self.views, self.written = views, None
 
 
-def build_demo(pipe: ReportGenerationPipeline, name: str, max_new_tokens: int | None = None) -> gr.Blocks:
-    """Build the page of one model, which [`serving.serve`] shows; `name` is its heading."""
-    page = _Page(pipe, max_new_tokens)
+def build_demo(
+    pipe: ReportGenerationPipeline, name: str, max_new_tokens: int | None = None, bank: ReportBank | None = None
+) -> gr.Blocks:
+    """Build the page of one model, which [`serving.serve`] shows; `name` is its heading, `bank` its report bank."""
+    page = _Page(pipe, max_new_tokens, bank)
     with gr.Blocks(title="OTDRG", analytics_enabled=False) as demo:
         gr.Markdown(f"# Radiology report generation\nModel: {escape(printable(name))}")
         gr.Markdown(WARNING, container=True, elem_id="warning")
@@ -104,8 +110,8 @@ def build_demo(pipe: ReportGenerationPipeline, name: str, max_new_tokens: int | 
 class _Page:
     """The components of the page and their events."""
 
-    def __init__(self, pipe: ReportGenerationPipeline, max_new_tokens: int | None):
-        self.pipe, self.max_new_tokens = pipe, max_new_tokens
+    def __init__(self, pipe: ReportGenerationPipeline, max_new_tokens: int | None, bank: ReportBank | None):
+        self.pipe, self.max_new_tokens, self.bank = pipe, max_new_tokens, bank
         self.steerable, self.has_plan = pipe.model.config.dle, pipe.model.config.fiot
         self.examples = phantom_examples(max(pipe.model.config.image_size, 256))
         # Reading a view takes up to 1 GB, and matplotlib is not thread-safe: one thread for each, for all visitors.
@@ -129,6 +135,14 @@ class _Page:
             self.write = gr.Button("Write report", variant="primary", elem_id="write")
             self.clear = gr.Button("Clear", elem_id="clear")
         self.problem = gr.HTML(visible=False, elem_id="problem")
+        self.candidates = gr.Radio(
+            CANDIDATES,
+            value=CANDIDATES[0],
+            label="Candidates",
+            info="1: decoded greedily, shown word by word. More: the one that agrees most with "
+            f"{'the others' if self.bank is None else 'the report bank'} and the states is chosen.",
+            elem_id="candidates",
+        )
         self.samples = gr.Dataset(
             label="Examples: phantoms, drawn by a program",
             components=["textbox"],
@@ -151,6 +165,7 @@ class _Page:
             self.save_text = gr.Button("Download text", size="sm", interactive=False)
             self.save_record = gr.Button("Download JSON", size="sm", interactive=False)
         self.contradictions = gr.Markdown(visible=False, elem_id="contradictions")
+        self.runners_up = gr.Markdown(visible=False, elem_id="runners-up")
         self.table = gr.Markdown(visible=False, elem_id="findings")
         with gr.Accordion("Change the states and write again", open=False, visible=self.steerable):
             with gr.Row():
@@ -184,7 +199,16 @@ class _Page:
     def connect(self) -> None:
         buttons = [self.write, self.again, self.save_text, self.save_record]
         texts = [self.report, self.contradictions, self.problem, self.record_text]
-        shown = [self.files, self.preview, *texts, self.table, self.heatmap, *buttons[1:], *self.states]
+        shown = [
+            self.files,
+            self.preview,
+            *texts,
+            self.runners_up,
+            self.table,
+            self.heatmap,
+            *buttons[1:],
+            *self.states,
+        ]
         writing = [
             # One at a time: pressing again while a report is written has no effect.
             gr.on(
@@ -216,6 +240,7 @@ class _Page:
         for event in writing:
             # Also after an error, and when a cancelled report has stopped: a button pressed before has no effect.
             event.then(self.finish, self.visitor, [*shown, self.write], **_QUICK)
+        self.candidates.input(self.choose_candidates, [self.candidates, self.visitor], None, **_QUICK)
         self.finding.input(self.show_heatmap, [self.finding, self.visitor], [self.heatmap, self.problem], **_QUICK)
         for button, text, name, kind in (
             (self.save_text, self.report, "report.txt", "text/plain"),
@@ -268,6 +293,11 @@ class _Page:
 
     # -- the report ---------------------------------------------------------------------------------------------------
 
+    def choose_candidates(self, number: int, visitor: Visitor) -> None:
+        """Choose the next reports among so many candidates; a number that the page does not offer is ignored."""
+        if number in CANDIDATES:
+            visitor.candidates = number
+
     def write_report(self, indication: str | None, visitor: Visitor) -> Iterator[dict]:
         """Write the report of the study from the states that the model predicts."""
         yield from self._write(visitor, indication)
@@ -305,7 +335,8 @@ class _Page:
         }
         try:
             inputs = [view.model_input for view in views]
-            for written in stream_report(self.pipe, inputs, indication or None, states, self.max_new_tokens):
+            asked = (indication or None, states, self.max_new_tokens, visitor.candidates, self.bank)
+            for written in stream_report(self.pipe, inputs, *asked):
                 if turn != visitor.turn:
                     return
                 if isinstance(written, str):
@@ -348,13 +379,14 @@ class _Page:
         }
         if visitor.written is None:
             updates |= self._allow(False)
-            hidden = dict.fromkeys((self.contradictions, self.table, self.heatmap), _visible(""))
+            hidden = dict.fromkeys((self.contradictions, self.runners_up, self.table, self.heatmap), _visible(""))
             return {**updates, **hidden, self.report: "", self.record_text: "", **dict.fromkeys(self.states)}
         record = visitor.written.record
         return {
             **updates,
             self.report: record["generated_text"] or "(the model wrote nothing)",
             self.contradictions: _visible(contradiction_list(record)),
+            self.runners_up: _visible(runners_up_table(record)),
             self.table: _visible(findings_table(record, self.steerable)),
             self.heatmap: _visible(visitor.written.heatmap),
             self.record_text: json.dumps(record, ensure_ascii=False, indent=2, default=lambda array: array.tolist()),

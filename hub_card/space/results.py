@@ -6,7 +6,7 @@ from typing import Any
 
 from ...findings_otdrg import FINDING_DISPLAY_NAMES
 from ...metrics.faithfulness import KINDS
-from ...runtime.printable import markdown_table
+from ...runtime.printable import markdown_table, printable
 
 _LEGEND = (
     "**State**: the model was conditioned on it; predicted, unless you chose it. **p**: the label predictor's "
@@ -32,6 +32,22 @@ def findings_table(record: dict[str, Any], steerable: bool) -> str:
         rows.append(cells)
     table = markdown_table(["Finding", "State", "p", "Report says"], rows)
     return f"{table}\n\n{_LEGEND if steerable else _LEGEND_UNUSED}"
+
+
+def runners_up_table(record: dict[str, Any]) -> str:
+    """The candidates that were not chosen, the best first; "" without consensus decoding."""
+    candidates = record.get("candidates", ())
+    if len(candidates) < 2:
+        return ""
+    rows = [
+        [
+            f"{one['score']:.3f}",
+            "written by the model" if one["sampled"] else "from the report bank",
+            printable(one["report"]),
+        ]
+        for one in candidates
+    ]
+    return "Candidates, the chosen one first:\n\n" + markdown_table(["Score", "Origin", "Report"], rows)
 
 
 def contradiction_list(record: dict[str, Any]) -> str:

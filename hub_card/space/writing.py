@@ -10,7 +10,11 @@ from typing import Any
 from PIL import Image
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
+from ...consensus_otdrg import ReportBank
 from ...pipeline_otdrg import ReportGenerationPipeline
+
+#: Candidates of consensus decoding in a record, the report among them.
+SHOWN_CANDIDATES = 5
 
 
 def stream_report(
@@ -19,8 +23,10 @@ def stream_report(
     indication: str | None = None,
     findings: dict[str, str] | None = None,
     max_new_tokens: int | None = None,
+    candidates: int = 1,
+    bank: ReportBank | None = None,
 ) -> Iterator[str | dict[str, Any]]:
-    """Stream the report of a study, decoded greedily: beam search cannot be streamed.
+    """Stream the report of a study, decoded greedily: neither beam search nor consensus decoding can be streamed.
 
     Closing the iterator stops generation at the next token.
 
@@ -30,10 +36,13 @@ def stream_report(
         indication: why the study was made.
         findings: states to condition the report on, by finding; the others are predicted.
         max_new_tokens: maximum number of tokens of the report; by default the model's.
+        candidates: samples of consensus decoding; 1 for greedy decoding.
+        bank: of consensus decoding.
 
     Yields:
-        The report so far (`str`), longer each time; finally the pipeline's record (`dict`) with `generated_text`,
-        `findings`, `heatmaps` if the model has a transport plan, and `contradictions` if it is conditioned on states.
+        The report so far (`str`), longer each time, unless there are candidates; finally the pipeline's record (`dict`)
+        with `generated_text`, `findings`, `heatmaps` if the model has a transport plan, `contradictions` if it is
+        conditioned on states, and the best `candidates`, if there are any.
 
     Raises:
         ValueError: refused by the pipeline, such as an unknown finding or state.
@@ -41,7 +50,11 @@ def stream_report(
     config = pipe.model.config
     streamer = TextIteratorStreamer(pipe.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     left, outcome = Event(), Future()
-    arguments = {"findings": findings, "max_new_tokens": max_new_tokens}
+    arguments: dict[str, Any] = {"findings": findings, "max_new_tokens": max_new_tokens, "candidates": candidates}
+    if candidates > 1:
+        arguments |= {"bank": bank, "return_candidates": SHOWN_CANDIDATES}
+    else:
+        arguments |= {"num_beams": 1, "do_sample": False, "streamer": streamer}
 
     def write() -> None:
         try:
@@ -49,9 +62,6 @@ def stream_report(
                 {"images": list(views), "indication": indication},
                 return_heatmaps=config.fiot,
                 return_contradictions=config.dle,
-                num_beams=1,
-                do_sample=False,
-                streamer=streamer,
                 stopping_criteria=StoppingCriteriaList([_Left(left)]),
                 **{name: value for name, value in arguments.items() if value is not None},
             )

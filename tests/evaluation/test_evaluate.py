@@ -5,20 +5,21 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from otdrg.consensus_otdrg import ConsensusDecoder, ConsensusSettings, ReportBank
 from otdrg.evaluation.evaluate import evaluate_model
 from otdrg.evaluation.report import format_table, write_predictions
 from otdrg.findings_otdrg import FINDINGS
 from otdrg.inference.collation import FindingCollator, PromptCollator
 from otdrg.inference.features import cache_features
 from otdrg.inference.generation import ReportJournal, derangement, generate_reports
-from otdrg.inference.retrieval import pooled_features, retrieve_reports
+from otdrg.inference.retrieval import build_bank, pooled_features, retrieve_reports
 from otdrg.labelers import load_labeler
 from otdrg.metrics.efficacy import F1_SCORES
-from otdrg.metrics.retrieval import consensus
 from otdrg.modeling_otdrg import OTDRGForReportGeneration
 from otdrg.processing_otdrg import OTDRGProcessor
 from otdrg.studies import load_studies
 from otdrg.training.collation import ReportCollator
+from otdrg.utility_otdrg import ReportUtility
 from sklearn.neighbors import NearestNeighbors
 
 GENERATION = {"num_beams": 1, "max_new_tokens": 10}
@@ -171,20 +172,26 @@ def evaluation(model, processor, studies, training):
     )
 
 
+def scores_of_training(lines):
+    """The last column of the two rows of retrieval."""
+    rows = [line.strip("| ").split(" | ") for line in lines[4:6]]
+    return {row[0]: row[-1] for row in rows}
+
+
 def test_format_table_has_model_and_controls(evaluation, studies, training, tmp_path):
     lines = format_table(evaluation).splitlines()
-    assert lines[0] == "|  | BLEU-4 | ROUGE-L | CIDEr | macro-F1 (13) |"
+    assert lines[0] == "|  | BLEU-4 | ROUGE-L | CIDEr | macro-F1 (13) | in training |"
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:8]] == [
         "model",
         "images shuffled across studies",
         "nearest neighbour",
-        "consensus of 30 neighbours",
+        "retrieval by expected utility",
         "best constant report",
         "true states given",
     ]
     assert lines[9].startswith("6 studies; ") and lines[9].endswith("by the labeler rules")
     assert lines[10:] == evaluation.notes
-    assert "the consensus is of 10 neighbours: training has no more" in evaluation.notes
+    assert scores_of_training(lines) == {"nearest neighbour": "1.000", "retrieval by expected utility": "1.000"}
     order = derangement(6, seed=0)
     assert evaluation.rows["shuffled"].reports == [evaluation.rows["model"].reports[other] for other in order]
     scores = evaluation.scores()
@@ -250,14 +257,12 @@ def test_evaluation_retrieves_by_the_models_features(model, processor, studies, 
     neighbours = NearestNeighbors(n_neighbors=10, metric="cosine").fit(keys).kneighbors(queries, return_distance=False)
     reports = training["report"]
     assert evaluation.rows["nearest"].reports == [reports[row[0]] for row in neighbours]
-    near = [[reports[place] for place in row] for row in neighbours]
-    assert evaluation.rows["consensus"].reports == [row[consensus(row)] for row in near]
+    bank = ReportBank(reports, keys)
+    expected = bank.weights(queries) @ ReportUtility(bank.reports, bank.counts)(bank.reports).T
+    assert evaluation.rows["expected"].reports == [bank.reports[place] for place in expected.argmax(axis=1)]
     cached = [cache_features(model, processor, rows, tmp_path, 4) for rows in (studies, training)]
-    assert retrieve_reports(model, processor, *cached, 4).nearest == evaluation.rows["nearest"].reports
-    assert retrieve_reports(model, processor, studies, training, 4, neighbours=1)[1:] == (
-        evaluation.rows["nearest"].reports,
-        1,
-    )
+    found = retrieve_reports(model, processor, *cached, 4)
+    assert found.nearest == evaluation.rows["nearest"].reports and found.expected == evaluation.rows["expected"].reports
 
 
 def test_pooled_features_are_means_over_present_views(model, processor):
@@ -294,3 +299,39 @@ def test_generate_reports_keep_those_in_the_journal(model, processor, studies, t
     path.write_text('{"id": "a"}\n')
     with pytest.raises(ValueError, match=r"model.jsonl, line 1: no report with its id and 14 states"):
         ReportJournal(path)
+
+
+@pytest.fixture(scope="module")
+def consensus(model, processor, training):
+    bank = build_bank(model, processor, training, ["CC0"], 4)
+    return ConsensusDecoder(ConsensusSettings(candidates=4), bank, load_labeler("rules").label)
+
+
+def test_evaluation_by_consensus_has_rows_without_it(model, processor, studies, training, consensus):
+    arguments = (studies, training, 4, GENERATION, ["shuffled"])
+    evaluation = evaluate_model(
+        model, processor, *arguments, metrics=["bleu_1"], consensus=consensus, collections=["IU X-Ray"]
+    )
+    rows, reports = evaluation.scores()["rows"], {name: row.reports for name, row in evaluation.rows.items()}
+    names = ["model", "model, without retrieved candidates", "model, without consensus decoding"]
+    names += ["images shuffled across studies", "paper (OTDRG, its Table 2, test split)"]
+    assert list(rows) == names and rows[names[-1]]["rouge_l"] == 0.377
+    chosen = generate_reports(model, processor, studies, 4, GENERATION, consensus=consensus)
+    assert (chosen.reports, chosen.sampled) == (reports["model"], reports["sampled"])
+    assert generate_reports(model, processor, studies, 4, GENERATION).reports == reports["single"]
+    # A model that has learned nothing writes no training report: all chosen ones are retrieved.
+    assert rows["model"]["in_training"] == 1 and set(reports["model"]) <= set(training["report"])
+    assert rows[names[1]]["in_training"] == rows[names[2]]["in_training"] == 0
+
+
+def test_generate_reports_by_consensus_continue_from_the_journal(model, processor, studies, consensus, tmp_path):
+    whole = generate_reports(model, processor, studies, 4, GENERATION, consensus=consensus)
+    path = tmp_path / "model.jsonl"
+    arguments = {"generation": GENERATION, "consensus": consensus}
+    generate_reports(model, processor, studies, 4, journal=ReportJournal(path), **arguments)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    assert [json.loads(line)["retrieved"] for line in lines] == [True] * 6
+    path.write_text(lines[2] + lines[0] + lines[4][:30], encoding="utf-8")
+    again = generate_reports(model, processor, studies, 1, journal=ReportJournal(path), **arguments)
+    assert (again.reports, again.sampled) == (whole.reports, whole.sampled)
+    assert sorted(path.read_text(encoding="utf-8").splitlines(keepends=True)) == sorted(lines)

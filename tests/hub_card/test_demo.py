@@ -235,6 +235,24 @@ def test_page_warning_is_above_the_form(visit):
     assert not button(page, "Download JSON").is_enabled()
 
 
+def test_page_candidates_show_the_runners_up(page, png, pipe):
+    given(page, png())
+    eight = page.locator("#candidates").get_by_label("8", exact=True)
+    with page.expect_response(lambda response: "/run/" in response.url or "/queue/" in response.url):
+        eight.check()
+    try:
+        report, record = written(page)
+        wanted = pipe(png(), candidates=8, max_new_tokens=TOKENS)[0]
+        assert report == record["generated_text"] == wanted["generated_text"]
+        assert len(record["candidates"]) >= 2
+        assert page.locator("#runners-up tbody tr").count() == len(record["candidates"])
+    finally:
+        with page.expect_response(lambda response: "/run/" in response.url or "/queue/" in response.url):
+            page.locator("#candidates").get_by_label("1", exact=True).check()
+    written(page)
+    page.locator("#runners-up table").wait_for(state="detached")
+
+
 def test_page_image_and_dicom_give_the_pipelines_report(page, pipe, png, dicom, uploads, monkeypatch):
     from otdrg.hub_card.space import interface
 

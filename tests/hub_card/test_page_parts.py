@@ -12,7 +12,7 @@ from PIL import Image
 pytest.importorskip("gradio", reason="gradio is not installed")
 
 from otdrg.findings_otdrg import FINDING_DISPLAY_NAMES
-from otdrg.hub_card.space.results import contradiction_list, findings_table
+from otdrg.hub_card.space.results import contradiction_list, findings_table, runners_up_table
 from otdrg.hub_card.space.uploads import phantom_examples, read_uploads
 from otdrg.hub_card.space.writing import stream_report
 
@@ -35,6 +35,16 @@ def test_stream_report_ends_with_the_pipelines_record(pipe, study):
     assert record["generated_text"] == wanted["generated_text"]
     assert record["findings"] == wanted["findings"]
     assert so_far and all(record["generated_text"].startswith(text) for text in so_far)
+
+
+def test_stream_report_of_candidates_ends_with_the_best_ones(pipe, study):
+    (record,) = stream_report(pipe, study, candidates=6, max_new_tokens=8)
+    wanted = pipe([study], candidates=6, max_new_tokens=8, return_candidates=5)[0][0]
+    assert record["candidates"] == wanted["candidates"]
+    assert record["candidates"][0]["report"] == record["generated_text"] == wanted["generated_text"]
+    table = runners_up_table(record).splitlines()
+    assert table[2] == "| Score | Origin | Report |" and len(table) == 4 + len(record["candidates"])
+    assert runners_up_table({"candidates": []}) == runners_up_table({}) == ""
 
 
 def test_stream_report_error_is_raised(pipe, study):

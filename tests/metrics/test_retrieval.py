@@ -1,11 +1,11 @@
-"""Nearest neighbours as scikit-learn finds them; the consensus as pycocoevalcap's ROUGE-L would choose it."""
+"""Nearest neighbours as scikit-learn finds them, and ROUGE-L as pycocoevalcap computes it."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from otdrg.metrics.retrieval import consensus, nearest_neighbours
-from otdrg.metrics.rouge_l import longest_common_subsequences, rouge_l_matrix
+from otdrg.metrics.retrieval import nearest_neighbours
+from otdrg.utility_otdrg import Subsequences, rouge_l_matrix
 from pycocoevalcap.rouge.rouge import Rouge, my_lcs
 from sklearn.neighbors import NearestNeighbors
 
@@ -43,23 +43,9 @@ WORDS = st.lists(st.sampled_from("abc"), max_size=90)
 
 @given(st.lists(WORDS, min_size=1, max_size=4), WORDS)
 def test_longest_common_subsequences_equal_pycocoevalcap(reports, other):
-    found = longest_common_subsequences([" ".join(words) for words in reports], [" ".join(other)])
-    expected = [my_lcs(" ".join(words).split(" "), " ".join(other).split(" ")) for words in reports]
-    assert found[:, 0].tolist() == expected
-
-
-def test_consensus_has_the_highest_mean_rouge_l():
-    rng = np.random.default_rng(1)
-    rouge = Rouge()
-    for _ in range(5):
-        near = [REPORTS[place] for place in rng.choice(len(REPORTS), 12)]
-        means = [
-            np.mean([rouge.calc_score([report], [near[other]]) for other in range(12) if other != place])
-            for place, report in enumerate(near)
-        ]
-        assert means[consensus(near)] == pytest.approx(max(means), abs=1e-12)
-        assert near.index(near[consensus(near)]) == consensus(near)
-    assert consensus(["alone"]) == 0 and consensus(["same", "same"]) == 0
+    found = Subsequences(reports).common([other])
+    expected = [my_lcs(words, other) for words in reports]
+    assert found[0].tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -72,5 +58,3 @@ def test_consensus_has_the_highest_mean_rouge_l():
 def test_retrieval_names_faults(queries, keys, count, message):
     with pytest.raises(ValueError, match=message):
         nearest_neighbours(np.ones(queries), np.ones(keys), count)
-    with pytest.raises(ValueError, match="reports: none given"):
-        consensus([])

@@ -1,0 +1,583 @@
+"""Consensus decoding: of many candidate reports, write the one that agrees most with likely reports and the states."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from .files_otdrg import read_json, write_json
+from .findings_otdrg import FINDINGS, NOT_GIVEN, POSITIVE
+from .guidance_otdrg import without_positives
+from .utility_otdrg import UTILITY, ReportUtility
+
+#: Reads the states (N, 14) of N reports.
+Label = Callable[[list[str]], np.ndarray]
+
+#: Which of the states condition a group of samples.
+STATES = ("all", "positive", "others")
+
+#: lambda, where findings can be read in candidates.
+AGREEMENT_WEIGHT = 0.08
+
+_ARRAYS, _REPORTS = "bank.safetensors", "bank.json"
+_NO_FINDING = FINDINGS.index("no_finding")
+#: A view that identifies the encoder of a bank, and the largest relative difference of its features.
+_PROBE, _TOLERANCE = np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1)), 0.05
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: Any, least: float = float("-inf")) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value < float("inf")
+
+
+@dataclass(frozen=True)
+class SampleGroup:
+    """A group of samples of [`ConsensusSettings.plan`].
+
+    Args:
+        states: which states condition them: "all", only the "positive" ones, or the "others", without the positive
+            ones.
+        guidance_scale: as in `generate`.
+        temperature, top_p: of nucleus sampling.
+    """
+
+    states: str = "all"
+    guidance_scale: float = 1.0
+    temperature: float = 0.9
+    top_p: float = 0.95
+
+    def __post_init__(self):
+        for name, is_right, expected in (
+            ("states", self.states in STATES, f"one of {', '.join(STATES)}"),
+            ("guidance_scale", _is_number(self.guidance_scale, 1), "a number of at least 1"),
+            ("temperature", _is_number(self.temperature) and self.temperature > 0, "a number above 0"),
+            ("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "a number above 0, up to 1"),
+        ):
+            if not is_right:
+                raise ValueError(f"consensus: plan: {name}={getattr(self, name)!r}, expected {expected}")
+
+
+#: The default groups of samples, of equal size.
+SAMPLE_PLAN: tuple[SampleGroup, ...] = (
+    SampleGroup("all", guidance_scale=2.0),
+    SampleGroup("positive", guidance_scale=2.5),
+    SampleGroup("positive"),
+    SampleGroup("others"),
+)
+
+
+@dataclass(frozen=True)
+class ConsensusSettings:
+    """Settings of consensus decoding; `generation_config.consensus` of a model holds those that differ.
+
+    Args:
+        candidates: samples per study, divided equally among the groups of the plan; 0 with a bank chooses among its
+            reports only.
+        retrieved: with a bank, whether its reports are candidates as well.
+        agreement_weight: lambda, subtracted for each finding that is positive either in the candidate or in the
+            conditioning states; None for [`AGREEMENT_WEIGHT`] where the package `otdrg` is installed, and 0 elsewhere.
+        utility: weights of the scores, see [`UTILITY`].
+        plan: groups of samples.
+        seed: of the samples. Every study is sampled with the same random numbers, so that its report does not depend
+            on the other studies.
+    """
+
+    candidates: int = 32
+    retrieved: bool = True
+    agreement_weight: float | None = None
+    utility: Mapping[str, float] = field(default_factory=lambda: dict(UTILITY))
+    plan: tuple[SampleGroup, ...] = SAMPLE_PLAN
+    seed: int = 0
+
+    #: Most candidates.
+    most: ClassVar[int] = 4096
+
+    def __post_init__(self):
+        if isinstance(self.plan, (list, tuple)) and all(isinstance(group, Mapping) for group in self.plan):
+            object.__setattr__(self, "plan", tuple(_made(SampleGroup, group, "plan: ") for group in self.plan))
+        plan, utility = self.plan, self.utility
+        for name, is_right, expected in (
+            (
+                "candidates",
+                _is_count(self.candidates) and self.candidates <= self.most,
+                f"a number from 0 to {self.most}",
+            ),
+            ("retrieved", isinstance(self.retrieved, bool), "true or false"),
+            ("agreement_weight", self.agreement_weight is None or _is_number(self.agreement_weight, 0), "0 or more"),
+            (
+                "utility",
+                isinstance(utility, Mapping)
+                and utility.keys() <= UTILITY.keys()
+                and all(_is_number(weight, 0) for weight in utility.values())
+                and any(utility.values()),
+                f"weights of {', '.join(UTILITY)}, one of them above 0",
+            ),
+            (
+                "plan",
+                isinstance(plan, tuple) and plan and all(isinstance(group, SampleGroup) for group in plan),
+                "a list of groups of samples",
+            ),
+            ("seed", _is_count(self.seed), "0 or more"),
+        ):
+            if not is_right:
+                raise ValueError(f"consensus: {name}={getattr(self, name)!r}, expected {expected}")
+
+    @classmethod
+    def of(cls, *settings: Mapping[str, Any] | None) -> ConsensusSettings:
+        """The settings of mappings; later ones replace earlier ones.
+
+        Raises:
+            ValueError: an unknown name or an impossible value.
+        """
+        merged: dict[str, Any] = {}
+        for some in settings:
+            if some is not None and not isinstance(some, Mapping):
+                raise ValueError(f"consensus={some!r}: expected settings by name")
+            merged |= some or {}
+        return _made(cls, merged, "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON holds them."""
+        return asdict(self)
+
+
+def consensus_settings(
+    generation_config, candidates: int | None = None, bank=None, settings: Mapping[str, Any] | None = None
+) -> ConsensusSettings | None:
+    """The settings that a call asks for; None for one report by `generate`.
+
+    Args:
+        generation_config: of the model; its `consensus` holds settings as well.
+        candidates: samples per study; 1 is `generate`.
+        bank: not None if there is a report bank.
+        settings: others, by name.
+
+    Raises:
+        ValueError: an unknown name or an impossible value.
+    """
+    stored = getattr(generation_config, "consensus", None)
+    if candidates == 1 or (candidates is None and bank is None and not settings and not stored):
+        return None
+    return ConsensusSettings.of(stored, settings, {} if candidates is None else {"candidates": candidates})
+
+
+def _made(kind, values: Any, place: str):
+    names = [each.name for each in fields(kind)]
+    for name in values:
+        if name not in names:
+            raise ValueError(f"consensus: {place}unknown setting {name!r}, expected one of {', '.join(names)}")
+    return kind(**values)
+
+
+# --- the report bank -------------------------------------------------------------------------------------------------
+
+
+class ReportBank:
+    """Training reports with the pooled image features of their studies.
+
+    The weight of a training study for a study with features x is that of kernel ridge regression with a linear kernel
+    on standardised features: the regression's prediction of any quantity at x is the weighted sum of its values in
+    training. Weights add up to 1 and may be negative.
+
+    A bank holds training reports word for word: it is kept outside the published model, under the data's licence.
+
+    Args:
+        reports: N reports, one per training study, cleaned as the model writes them.
+        features: (N, D) pooled image features ([`pool_views`]).
+        ridge: strength of the regularisation.
+        licences: of the studies.
+        probe: (D,) features of a fixed view, from which [`check`] tells whether a model has the bank's encoder.
+
+    Attributes:
+        reports: R distinct reports.
+        counts: (R,) how many training studies have each.
+
+    Raises:
+        ValueError: the arrays do not fit together, hold no number, or are empty.
+    """
+
+    def __init__(
+        self,
+        reports: Sequence[str],
+        features: np.ndarray,
+        ridge: float = 3.0,
+        licences: Sequence[str] = (),
+        probe: np.ndarray | None = None,
+    ):
+        features = np.asarray(features, np.float32)
+        if not len(reports) or features.ndim != 2 or len(features) != len(reports):
+            raise ValueError(
+                f"report bank: {len(reports)} reports, features of shape {features.shape}: expected at least one "
+                "report, and one row of features per report"
+            )
+        if not np.isfinite(features).all():
+            raise ValueError("report bank: features hold NaN or infinity, expected numbers")
+        if not _is_number(ridge) or ridge <= 0:
+            raise ValueError(f"report bank: ridge={ridge!r}, expected a number above 0")
+        self.ridge, self.licences, self.probe = ridge, tuple(licences), probe
+        self._features, self._study_reports = features, list(reports)
+        place = {report: row for row, report in enumerate(dict.fromkeys(reports))}
+        self.reports = list(place)
+        self._report = np.array([place[report] for report in reports])
+        self.counts = np.bincount(self._report)
+        self._utilities: dict[tuple, tuple[ReportUtility, np.ndarray | None]] = {}
+
+    def __len__(self) -> int:
+        return len(self.reports)
+
+    def __contains__(self, report: str) -> bool:
+        return report in self._places
+
+    @cached_property
+    def _places(self) -> frozenset[str]:
+        return frozenset(self.reports)
+
+    @cached_property
+    def _regression(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Mean and scale (D,) of the features, and the solution (D, N) of the regression."""
+        mean, scale = self._features.mean(axis=0), self._features.std(axis=0) + 1e-3
+        standard = ((self._features - mean) / scale).astype(np.float64)
+        size = standard.shape[1]
+        return mean, scale, np.linalg.solve(standard.T @ standard / size + self.ridge * np.eye(size), standard.T / size)
+
+    def weights(self, features: np.ndarray) -> np.ndarray:
+        """Weights (M, R) of the distinct reports for M studies with pooled features (M, D).
+
+        Raises:
+            ValueError: the features have another size than the bank's.
+        """
+        if np.ndim(features) != 2 or np.shape(features)[1] != self._features.shape[1]:
+            raise ValueError(
+                f"image features have shape {np.shape(features)}: expected (studies, {self._features.shape[1]}) as in "
+                "the report bank; make the bank with this model (otdrg bank)"
+            )
+        mean, scale, solution = self._regression
+        by_study = ((np.asarray(features, np.float64) - mean) / scale) @ solution
+        by_study += (1.0 - by_study.sum(axis=1, keepdims=True)) / by_study.shape[1]
+        weights = np.zeros((len(features), len(self)))
+        np.add.at(weights.T, self._report, by_study.T)
+        return weights
+
+    def utility(self, weights: Mapping[str, float] = UTILITY) -> ReportUtility:
+        """The utility against the bank's reports; made once for each `weights`."""
+        key = tuple(sorted(weights.items()))
+        if key not in self._utilities:
+            self._utilities[key] = ReportUtility(self.reports, self.counts, weights), None
+        return self._utilities[key][0]
+
+    def own_utilities(self, weights: Mapping[str, float] = UTILITY) -> np.ndarray:
+        """The utility (R, R) of each of the bank's reports if another one is the true report; computed once."""
+        utility, key = self.utility(weights), tuple(sorted(weights.items()))
+        found = self._utilities[key][1]
+        if found is None:
+            found = utility(self.reports).astype(np.float32)
+            self._utilities[key] = utility, found
+        return found
+
+    def digest(self) -> str:
+        """A digest of all that weights and utilities depend on."""
+        content = json.dumps([self.ridge, self._study_reports]).encode() + self._features.tobytes()
+        return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+    def check(self, model, processor) -> None:
+        """Check that the bank's features are those of a model's encoder.
+
+        Raises:
+            ValueError: they are not.
+        """
+        found = probe_features(model, processor)
+        if self.probe is None or (
+            found.shape == self.probe.shape
+            and np.linalg.norm(found - self.probe) <= _TOLERANCE * np.linalg.norm(self.probe)
+        ):
+            return
+        raise ValueError(
+            "the report bank was made with another image encoder: expected the features of this model, make the bank "
+            "with it (otdrg bank)"
+        )
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write the bank to a folder, which is made if it is missing."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = {"features": self._features}
+        if self.probe is not None:
+            arrays["probe"] = np.asarray(self.probe, np.float32)
+        save_file(arrays, folder / _ARRAYS)
+        write_json(
+            folder / _REPORTS,
+            {"ridge": self.ridge, "licences": list(self.licences), "reports": self._study_reports},
+        )
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> ReportBank:
+        """Read a bank that [`save`] wrote.
+
+        Raises:
+            ValueError: the folder holds no bank, or a damaged one.
+        """
+        folder = Path(folder)
+        for name in (_ARRAYS, _REPORTS):
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder} has no {name}: expected the folder of a report bank (otdrg bank)")
+        try:
+            arrays, texts = load_file(folder / _ARRAYS), read_json(folder / _REPORTS)
+            reports = texts["reports"]
+            if not all(isinstance(report, str) for report in reports):
+                raise TypeError("reports are not text")
+            return cls(reports, arrays["features"], texts["ridge"], texts["licences"], arrays.get("probe"))
+        except (SafetensorError, KeyError, TypeError, OSError) as error:
+            raise ValueError(f"{folder} is not a report bank, or is damaged: {error}") from None
+
+
+def pool_views(view_features: torch.Tensor, view_mask: torch.Tensor) -> torch.Tensor:
+    """Mean (B, D) of view features (B, V, N, D) over image tokens and existing views; features are 0 elsewhere."""
+    return view_features.float().mean(dim=2).sum(dim=1) / view_mask.sum(dim=1, keepdim=True)
+
+
+@torch.no_grad()
+def probe_features(model, processor) -> np.ndarray:
+    """Pooled features (D,) of a fixed view, which identify a model's encoder."""
+    inputs = processor.encode_images([_PROBE])
+    pixels, mask = inputs["pixel_values"].to(model.device), inputs["view_mask"].to(model.device)
+    return pool_views(model.encode_views(pixels, mask), mask)[0].cpu().numpy()
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+
+class Candidate(NamedTuple):
+    """A candidate report.
+
+    Args:
+        report: its text.
+        score: expected utility minus disagreement.
+        sampled: whether the model wrote it.
+        retrieved: whether it stands word for word in the bank; None without a bank.
+        complete: whether it ended by itself.
+    """
+
+    report: str
+    score: float
+    sampled: bool
+    retrieved: bool | None
+    complete: bool = True
+
+
+class ConsensusDecoder:
+    """Samples candidates and ranks them by expected utility and agreement with the conditioning states.
+
+    score(c) = sum_i w_i(x) u(c, r_i) - lambda |positive findings of either c or the conditioning states|, with the
+    utility u of [`ReportUtility`]. The r_i are the reports of the bank, weighted by the study's images, or without a
+    bank the samples themselves, equally weighted.
+
+    Args:
+        settings: see [`ConsensusSettings`].
+        bank: training reports.
+        label: reads the states of reports; needed if `settings.agreement_weight` is above 0.
+
+    Raises:
+        ValueError: no candidates, or agreement without `label`.
+    """
+
+    def __init__(self, settings: ConsensusSettings, bank: ReportBank | None = None, label: Label | None = None):
+        if not settings.candidates and (bank is None or not settings.retrieved):
+            raise ValueError("candidates=0: expected 1 or more, or a report bank whose reports are candidates")
+        if settings.agreement_weight and label is None:
+            raise ValueError(f"consensus: agreement_weight={settings.agreement_weight}, expected 0 without a labeler")
+        self.settings, self.bank, self.label = settings, bank, label
+
+    def decode(
+        self, model, processor, prompt: Mapping[str, torch.Tensor], study, generation: Mapping[str, Any]
+    ) -> list[list[Candidate]]:
+        """The candidates of each of B studies, the best first.
+
+        Args:
+            model, processor: as published.
+            prompt: `input_ids` and `attention_mask` (B, L) of the processor.
+            study: [`OTDRGStudy`] of the B studies.
+            generation: other arguments of `generate`, such as `max_new_tokens`; those of the search are replaced.
+        """
+        samples = self.sample(model, processor, prompt, study, generation)
+        states = study.finding_states.cpu().numpy()
+        weights = None
+        if self.bank is not None:
+            weights = self.bank.weights(pool_views(study.view_features, study.view_mask).cpu().numpy())
+        return [
+            self.rank(texts, states[row], None if weights is None else weights[row])
+            for row, texts in enumerate(samples)
+        ]
+
+    def rank(
+        self, samples: Sequence[tuple[str, bool]], states: np.ndarray, weights: np.ndarray | None = None
+    ) -> list[Candidate]:
+        """Candidates of one study, the best first; of equal ones the first.
+
+        Args:
+            samples: reports of the model, as often as they were sampled, and whether they are complete.
+            states: (14,) state ids that conditioned them.
+            weights: (R,) of the bank's reports for this study; None without a bank.
+        """
+        complete = dict(samples)
+        texts, settings = list(complete), self.settings
+        scores: dict[str, float] = {}
+        if texts:
+            if self.bank is None:
+                counts = np.array([sum(text == other for other, _ in samples) for text in texts], float)
+                expected = ReportUtility(texts, counts, settings.utility)(texts) @ (counts / counts.sum())
+            else:
+                expected = self.bank.utility(settings.utility)(texts) @ weights
+            scores |= zip(texts, self._scores(expected, self._positives(texts), states).tolist(), strict=True)
+        if self.bank is not None and settings.retrieved:
+            expected = self.bank.own_utilities(settings.utility) @ weights
+            found = self._scores(expected, self._bank_positives, states).tolist()
+            scores = {
+                **scores,
+                **{text: score for text, score in zip(self.bank.reports, found, strict=True) if text not in scores},
+            }
+        ranked = [
+            Candidate(
+                text,
+                score,
+                text in complete,
+                None if self.bank is None else text in self.bank,
+                complete.get(text, True),
+            )
+            for text, score in scores.items()
+        ]
+        return sorted(ranked, key=lambda candidate: -candidate.score)
+
+    def _scores(self, utility: np.ndarray, positives: np.ndarray | None, states: np.ndarray) -> np.ndarray:
+        if positives is None:
+            return utility
+        conditioning = np.asarray(states)[:_NO_FINDING] == POSITIVE
+        return utility - self._agreement_weight * (positives != conditioning).sum(axis=1)
+
+    @property
+    def _agreement_weight(self) -> float:
+        given = self.settings.agreement_weight
+        if given is None:
+            return AGREEMENT_WEIGHT if self.label is not None else 0.0
+        return given
+
+    def _positives(self, reports: list[str]) -> np.ndarray | None:
+        """Positive findings (N, 13) of reports; None if they do not count."""
+        if not self._agreement_weight or self.label is None:
+            return None
+        return self.label(reports)[:, :_NO_FINDING] == POSITIVE
+
+    @cached_property
+    def _bank_positives(self) -> np.ndarray | None:
+        return None if self.bank is None else self._positives(self.bank.reports)
+
+    def sample(self, model, processor, prompt, study, generation) -> list[list[tuple[str, bool]]]:
+        """For each study its samples, and whether each is complete."""
+        batch = len(study.finding_states)
+        plan = self.settings.plan if model.config.dle else (SampleGroup(),)
+        sizes = [len(part) for part in np.array_split(np.arange(self.settings.candidates), len(plan))]
+        samples: list[list[tuple[str, bool]]] = [[] for _ in range(batch)]
+        steps = generation.get("max_new_tokens") or model.generation_config.max_new_tokens or 256
+        for number, (group, size) in enumerate(zip(plan, sizes, strict=True)):
+            if not size:
+                continue
+            uniforms = np.random.default_rng([self.settings.seed, number]).random((size, steps))
+            sampling = _NucleusSampling(
+                torch.from_numpy(uniforms).repeat(batch, 1), group, model.config.placeholder_token_ids
+            )
+            inputs = {**prompt, "view_features": study.view_features, "view_mask": study.view_mask}
+            if model.config.dle:
+                inputs["finding_states"] = given_states(study.finding_states, group.states)
+            sequences = model.generate(
+                **{name: value.repeat_interleave(size, dim=0) for name, value in inputs.items()},
+                **{
+                    **generation,
+                    **{"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "max_new_tokens": steps},
+                    "return_dict_in_generate": False,
+                    "logits_processor": LogitsProcessorList([*generation.get("logits_processor", ()), sampling]),
+                    "guidance_scale": group.guidance_scale,
+                },
+            )
+            written = sequences[:, prompt["input_ids"].shape[1] :]
+            ended = is_complete(written, generation.get("eos_token_id", model.generation_config.eos_token_id))
+            texts = processor.batch_decode(written, skip_special_tokens=True)
+            for place, (text, end) in enumerate(zip(texts, ended, strict=True)):
+                samples[place // size].append((" ".join(text.split()), end))
+        return samples
+
+
+def given_states(finding_states: torch.Tensor, kind: str) -> torch.Tensor:
+    """States (B, 14) of which only those of a kind of [`STATES`] condition the samples; others are not given."""
+    if kind == "all":
+        return finding_states
+    if kind == "others":
+        return without_positives(finding_states)
+    return finding_states.masked_fill(finding_states != POSITIVE, NOT_GIVEN)
+
+
+def is_complete(written: torch.Tensor, end: int | list[int] | None) -> list[bool]:
+    """For each sequence of new tokens, whether it contains an end-of-text token; all do if there is no such token."""
+    if end is None:
+        return [True] * len(written)
+    return torch.isin(written, torch.tensor(end, device=written.device)).any(dim=1).tolist()
+
+
+class _NucleusSampling(LogitsProcessor):
+    """Samples by given uniform random numbers, so that each row has its own and batches do not matter.
+
+    All tokens but the sampled one are excluded, so that greedy search takes it.
+
+    Args:
+        uniforms: (rows, steps) in [0, 1).
+        group: temperature and top-p.
+        excluded: token ids that are never sampled.
+    """
+
+    def __init__(self, uniforms: torch.Tensor, group: SampleGroup, excluded: Sequence[int]):
+        self.uniforms, self.group, self.excluded = uniforms, group, list(excluded)
+        self.step = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        uniform = self.uniforms[:, self.step, None].to(scores.device, torch.float32)
+        self.step += 1
+        scores = scores.float().index_fill(1, torch.tensor(self.excluded, device=scores.device), -torch.inf)
+        probabilities, tokens = (
+            (scores / self.group.temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+        )
+        before = probabilities.cumsum(dim=-1) - probabilities
+        mass = probabilities.where(before < self.group.top_p, 0.0).cumsum(dim=-1)
+        place = (mass < uniform * mass[:, -1:]).sum(dim=-1, keepdim=True)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens.gather(1, place), 0.0)
+
+
+__all__ = [
+    "AGREEMENT_WEIGHT",
+    "SAMPLE_PLAN",
+    "Candidate",
+    "ConsensusDecoder",
+    "ConsensusSettings",
+    "ReportBank",
+    "SampleGroup",
+    "consensus_settings",
+    "given_states",
+    "is_complete",
+    "pool_views",
+    "probe_features",
+]

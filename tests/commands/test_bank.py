@@ -1,0 +1,83 @@
+"""`otdrg bank`, and the commands that use what it writes."""
+
+import json
+
+import pytest
+from otdrg.cli import main
+from otdrg.consensus_otdrg import ReportBank
+
+FEW = ["--max-new-tokens", "8"]
+
+
+@pytest.fixture(scope="module")
+def bank(trained_run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bank") / "bank"
+    assert main(["bank", str(trained_run), "--output", str(folder)]) == 0
+    return folder
+
+
+def test_bank_holds_the_training_reports_and_their_licence(bank, trained_run, capsys):
+    found = ReportBank.load(bank)
+    assert found.counts.sum() == 16 and all(licence for licence in found.licences)
+    assert main(["bank", str(trained_run), "--output", str(bank)]) == 1
+    assert f"{bank} holds a report bank: --overwrite replaces it" in capsys.readouterr().err
+    assert main(["bank", str(trained_run), "--output", str(bank), "--limit", "5", "--overwrite"]) == 0
+    assert ReportBank.load(bank).counts.sum() == 5
+    assert main(["bank", str(trained_run), "--output", str(bank), "--overwrite"]) == 0
+    assert ReportBank.load(bank).reports == found.reports
+
+
+def test_generate_with_a_bank_lists_runners_up_and_resumes(bank, trained_run, paths, tmp_path, capsys):
+    output = tmp_path / "reports.jsonl"
+    command = ["generate", str(trained_run), "--candidates", "4", "--bank", str(bank), *FEW, "--runners-up", "2"]
+    listed = tmp_path / "studies.txt"
+    listed.write_text("\n".join(paths[:2]))
+    assert main([*command, "--studies", str(listed), "--output", str(output)]) == 0
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    for row in rows:
+        assert len(row["candidates"]) == 3 and row["candidates"][0]["report"] == row["report"]
+        assert row["retrieved"] == (row["report"] in ReportBank.load(bank))
+    output.write_text(output.read_text().splitlines(keepends=True)[0])
+    assert main([*command, "--studies", str(listed), "--output", str(output), "--resume"]) == 0
+    assert [json.loads(line) for line in output.read_text().splitlines()] == rows
+    changed = [*command[:3], "5", *command[4:]]
+    assert main([*changed, "--studies", str(listed), "--output", str(output), "--resume"]) == 1
+    assert "was made with other settings (consensus=" in capsys.readouterr().err
+    assert main([*command, "--study", paths[0]]) == 0
+    assert "runners-up" in capsys.readouterr().out
+
+
+def test_evaluate_with_a_bank_names_the_decoding(bank, trained_run, tmp_path, capsys):
+    command = ["evaluate", str(trained_run), "--candidates", "4", "--bank", str(bank), *FEW, "--bootstrap", "0"]
+    command += ["--metrics", "bleu_1", "--limit", "3", "--output", str(tmp_path / "out")]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert (
+        f"consensus of 4 samples and the report bank by utility against a bank of {len(ReportBank.load(bank))}" in shown
+    )
+    assert "| model, without retrieved candidates |" in shown and "| model, without consensus decoding |" in shown
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert settings["consensus"]["candidates"] == 4 and settings["bank"]["digest"] == ReportBank.load(bank).digest()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--candidates", "-1"], "--candidates is -1: expected 0 or more"),
+        (["--candidates", "0"], "--candidates 0 needs --bank: expected both"),
+        (["--no-retrieved"], "--retrieved needs --bank: expected both"),
+        (["--candidates", "4", "--num-beams", "2"], "--num-beams and --candidates were both given"),
+        (["--candidates", "1", "--bank", "x"], "--candidates 1 and --bank were both given"),
+        (["--bank", "nowhere"], "nowhere has no bank.safetensors"),
+        (["--runners-up", "2"], "--runners-up needs --candidates or --bank"),
+    ],
+)
+def test_generate_consensus_options_that_do_not_fit_are_one_line(run_folder, paths, capsys, arguments, message):
+    assert main(["generate", str(run_folder), "--study", paths[0], *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error
+
+
+def test_bank_without_studies_is_one_line(run_folder, tmp_path, capsys):
+    assert main(["bank", str(run_folder), "--output", str(tmp_path / "bank")]) == 1
+    assert "DATASET is missing, and no recipe.yaml lies beside the model" in capsys.readouterr().err
