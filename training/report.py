@@ -433,7 +433,7 @@ class Validation:
         """
         section = self.recipe.report
         wanted = {name: full_score_name(name) for name in section.best.weights if name in score_names()}
-        if not wanted.keys() == section.best.weights.keys() or not set(SEARCHED_SCORES).issuperset(wanted.values()):
+        if wanted.keys() != section.best.weights.keys() or not set(SEARCHED_SCORES).issuperset(wanted.values()):
             return None
         labeler, rows = labeler_of(section.evaluation.labeler, {}), self._rows()
         states = label_quietly(labeler, uncleaned_reports(training))

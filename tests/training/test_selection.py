@@ -8,9 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from otdrg.metrics import nlg_scores
 from otdrg.modeling_otdrg import OTDRGForReportGeneration
 from otdrg.train_hf import main
 from otdrg.training.arguments import WeightedScores
+from otdrg.training.data import build_studies
 from otdrg.training.recipe import load_recipe
 from otdrg.training.resumable_trainer import StudySampler
 from safetensors.torch import load_file
@@ -84,6 +86,7 @@ def selected_run(tiny_recipe, trained_run, tmp_path_factory):
     overrides = ["stages=[report]", "report.eval_strategy=steps", "report.eval_steps=1", "report.save_steps=3"]
     overrides += ["report.max_steps=6", "report.max_eval_samples=3", "report.early_stopping_patience=3"]
     overrides += ["report.metric_for_best_model=0 * macro_f1_13 - 0 * loss", "report.learning_rate=1e-2"]
+    overrides += ["report.train_sampling_strategy=group_by_length"]
     assert main([str(tiny_recipe), f"output_dir={run}", *overrides]) == 0
     return run
 
@@ -154,6 +157,8 @@ def train_report(tiny_recipe, trained_run, run, *overrides):
 
 def test_length_sampler_resumed_in_the_second_epoch_equals_unbroken(tiny_recipe, trained_run, tmp_path):
     overrides = ["report.train_sampling_strategy=group_by_length", "report.max_steps=8"]
+    overrides += ["report.abnormal_study_weight=2.5", "report.abnormal_sentence_weight=2.5"]
+    overrides += ["model.overrides.finding_state_dropout=0.1", "model.overrides.image_dropout=0.2"]
     unbroken = train_report(tiny_recipe, trained_run, tmp_path / "run", *overrides)
     shutil.rmtree(tmp_path / "run" / "report" / "checkpoint-8")
     (tmp_path / "run" / "report" / "finished.json").unlink()
@@ -197,3 +202,17 @@ def test_report_stage_metric_for_best_model_loss_selects_the_lowest(tiny_recipe,
     step = min(losses, key=losses.get)
     assert len(losses) == 2
     assert results["best"] == {"step": step, "metric": "loss", "value": pytest.approx(losses[step])}
+
+
+def test_report_stage_scores_the_best_constant_report_by_the_same_metric(tiny_recipe, trained_run, tmp_path):
+    overrides = ["report.eval_strategy=steps", "report.eval_steps=4", "report.metric_for_best_model=bleu_1 + cider"]
+    train_report(tiny_recipe, trained_run, tmp_path / "run", *overrides)
+    best = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))["report"]["best"]
+    recipe = load_recipe(tiny_recipe)
+    studies = build_studies(recipe.studies, recipe.labels)
+    references = list(studies["validation"]["report"])
+    sums = []
+    for report in set(studies["train"]["report"]):
+        scores = nlg_scores([report] * len(references), references, ["bleu_1", "cider"])
+        sums.append(scores["bleu_1"] + scores["cider"])
+    assert best["value"] < best["constant"] <= max(sums)
