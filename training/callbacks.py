@@ -33,8 +33,8 @@ FIGURES: tuple[str, ...] = (
 #: Those that are losses, named in the error if the loss is not finite.
 LOSSES: tuple[str, ...] = tuple(name for name in FIGURES if name.endswith("_loss"))
 
-#: Label features whose distance to their mean is below this share of their length have collapsed: at 0.025 a decoder from
-#: scratch wrote the same report whatever the states.
+#: Label features whose distance to their mean is below this share of their length have collapsed: at 0.025 a decoder
+#: trained from scratch wrote the same report whatever the states.
 COLLAPSED_SPREAD = 0.05
 #: A plan with more than this share of the maximum entropy assigns every token to every label.
 UNIFORM_ENTROPY = 0.995

@@ -15,6 +15,7 @@ from otdrg.training.model import (
     set_trained_parts,
 )
 from otdrg.training.recipe import ModelRecipe, recipe_from
+from otdrg.training.run import run_recipe
 from transformers import AutoModel
 
 
@@ -117,6 +118,47 @@ def test_build_model_pretrained_encoder_with_an_llm_from_scratch(build_backbones
     inputs = OTDRGProcessor.from_pretrained(tmp_path / "model")(images=[view(0)])
     arguments = {"do_sample": False, "max_new_tokens": 4}
     assert torch.equal(loaded.generate(**inputs, **arguments), model.eval().generate(**inputs, **arguments))
+
+
+def test_run_recipe_llm_from_scratch_trains_and_encodes_views_once(build_backbones, tmp_path, caplog):
+    size = {"max_steps": 2, "per_device_train_batch_size": 4}
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    recipe = recipe_from(
+        {
+            "output_dir": str(tmp_path / "run"),
+            "studies": {
+                "source": "phantom",
+                "options": {"train": 8, "validation": 3, "test": 0, "image_size": 56, "views": ["frontal"]},
+                "cleaning": "r2gen_iu",
+            },
+            "model": {
+                "preset": "small",
+                "vision": build_backbones(tmp_path)["vision"],
+                "text": "scratch",
+                "tokenizer": "words",
+                "overrides": {**SCRATCH, "finding_state_dropout": 0.1, "image_dropout": 0.2},
+            },
+            "predictor": {**size, "eval_strategy": "no"},
+            "report": {
+                **size,
+                **evaluation,
+                "text": "full",
+                "train_sampling_strategy": "group_by_length",
+                "abnormal_study_weight": 2.5,
+                "abnormal_sentence_weight": 2.5,
+                "metric_for_best_model": "micro_f1_13 + bleu_4",
+                "max_report_tokens": 20,
+                "generation": {"num_beams": 1, "max_new_tokens": 4},
+                "evaluation": {"metrics": ["bleu_4"], "controls": ["constant"]},
+            },
+        }
+    )
+    results = run_recipe(recipe)
+    assert results["report"]["best"].keys() == {"step", "metric", "value", "constant"}
+    assert len(list((tmp_path / "run" / "features").iterdir())) == 1
+    assert "missing keys" not in caplog.text
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert OTDRGForReportGeneration.from_pretrained(tmp_path / "run" / "model").config.vision_backbone is None
 
 
 @pytest.mark.parametrize(
