@@ -60,12 +60,12 @@ def test_report_collator_weighs_the_tokens_of_abnormal_sentences(processor, labe
     normal, mixed = " ".join(NORMAL), f"{NORMAL[0]} {ABNORMAL[2]} {NORMAL[1]}"
     abnormal = abnormal_sentences([normal, mixed], labeler)
     rows = [{"id": "a", "images": [view(0)], "report": text, "finding_states": [0] * 14} for text in (normal, mixed)]
-    batch = ReportCollator(processor, True, 30, sentence_weight=2.5, abnormal=abnormal)(rows)
+    batch = ReportCollator(processor, True, 60, sentence_weight=2.5, abnormal=abnormal)(rows)
     weights, labels = batch["label_weights"], batch["labels"]
     assert weights.shape == labels.shape and (weights[0] == 1).all()
     assert processor.decode(labels[1][weights[1] == 2.5]).strip().startswith(ABNORMAL[2][:-1])
-    assert "label_weights" not in ReportCollator(processor, True, 30)(rows)
-    assert "label_weights" not in ReportCollator(processor, False, 30, sentence_weight=2.5, abnormal=abnormal)(rows)
+    assert "label_weights" not in ReportCollator(processor, True, 60)(rows)
+    assert "label_weights" not in ReportCollator(processor, False, 60, sentence_weight=2.5, abnormal=abnormal)(rows)
 
 
 @given(

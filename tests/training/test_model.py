@@ -3,9 +3,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from otdrg.configuration_otdrg import OTDRGConfig
+from otdrg.metrics import nlg_scores
 from otdrg.modeling_otdrg import OTDRGForReportGeneration
 from otdrg.processing_otdrg import OTDRGProcessor
 from otdrg.training.check import check_model
+from otdrg.training.data import build_studies
 from otdrg.training.model import (
     attach_lora,
     build_model,
@@ -146,7 +148,7 @@ def test_run_recipe_llm_from_scratch_trains_and_encodes_views_once(build_backbon
                 "train_sampling_strategy": "group_by_length",
                 "abnormal_study_weight": 2.5,
                 "abnormal_sentence_weight": 2.5,
-                "metric_for_best_model": "micro_f1_13 + bleu_4",
+                "metric_for_best_model": "bleu_1 + cider",
                 "max_report_tokens": 20,
                 "generation": {"num_beams": 1, "max_new_tokens": 4},
                 "evaluation": {"metrics": ["bleu_4"], "controls": ["constant"]},
@@ -154,7 +156,12 @@ def test_run_recipe_llm_from_scratch_trains_and_encodes_views_once(build_backbon
         }
     )
     results = run_recipe(recipe)
-    assert results["report"]["best"].keys() == {"step", "metric", "value", "constant"}
+    studies = build_studies(recipe.studies, recipe.labels)
+    references, sums = list(studies["validation"]["report"]), []
+    for report in set(studies["train"]["report"]):
+        scores = nlg_scores([report] * len(references), references, ["bleu_1", "cider"])
+        sums.append(scores["bleu_1"] + scores["cider"])
+    assert min(sums) <= results["report"]["best"]["constant"] <= max(sums)
     assert len(list((tmp_path / "run" / "features").iterdir())) == 1
     assert "missing keys" not in caplog.text
     assert not (tmp_path / "run" / "adapter").exists()
@@ -189,3 +196,18 @@ def test_check_model_lora_on_all_linear_layers_leaves_the_head():
     assert {name.rpartition(".")[2] for name in adapted} == names
     model.merge_lora()
     assert not model.has_lora
+
+
+def test_adapter_of_all_linear_layers_loads_as_it_was_saved(build_backbones, build_on_backbones, view, tmp_path):
+    lora = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
+    model, processor = build_on_backbones(build_backbones(tmp_path), lora=lora)
+    assert not any("lora_" in name for name, _ in model.get_output_embeddings().named_parameters())
+    model.save_pretrained(tmp_path / "adapter", weights="adapter")
+    loaded = OTDRGForReportGeneration.from_pretrained(tmp_path / "adapter")
+    inputs = processor(images=[view(0)], report=["The lungs are clear."], finding_states={"edema": "positive"})
+    inputs = model.expand_finding_text(**inputs)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        assert torch.allclose(loaded(**inputs).logits, expected, atol=1e-5)
+        loaded.merge_lora()
+        assert torch.allclose(loaded(**inputs).logits, expected, atol=1e-4)
