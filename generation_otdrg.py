@@ -11,10 +11,13 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers.utils import logging
 
 from .configuration_otdrg import OTDRGConfig
 from .findings_otdrg import FINDINGS, NOT_GIVEN, UNMENTIONED, check_finding_states
 from .guidance_otdrg import StateGuidanceLogitsProcessor, drop_states, without_positives
+
+logger = logging.get_logger(__name__)
 
 NO_IMAGE = "no image: pixel_values is missing, and a report is never written from nothing"
 
@@ -292,6 +295,11 @@ class OTDRGGenerationMixin(GenerationMixin):
 
     def _state_guidance(self, unread: dict, prompt: dict[str, Any], guidance_scale: float):
         """The logits processor that reads `unread`, the prompt before its label text, without positive states."""
+        if not self.config.finding_state_dropout:
+            logger.warning_once(
+                f"guidance_scale={guidance_scale}: this model was trained with finding_state_dropout=0, so that the "
+                "prompt without positive findings is new to it; check what guidance does to its reports"
+            )
         states = without_positives(prompt["finding_states"])
         guided = (states != prompt["finding_states"]).any(dim=1)
         second = self._read_prompt(unread, None, prompt["view_mask"], prompt["view_features"], states)

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from otdrg import FINDINGS
-from otdrg.guidance_otdrg import PLAUSIBLE, without_positives
+from otdrg.findings_otdrg import NOT_GIVEN
+from otdrg.guidance_otdrg import PLAUSIBLE, drop_states, without_positives
 from transformers import LogitsProcessor, LogitsProcessorList
 
 NO_FINDING = FINDINGS.index("no_finding")
@@ -13,7 +16,7 @@ NO_FINDING = FINDINGS.index("no_finding")
 def guided(processor, views):
     """Three studies with ragged views: two positive findings, none, and one beside denials."""
     states = torch.zeros(3, 14, dtype=torch.long)
-    states[0, [1, 4]] = 1
+    states[0, [1, 4, 6, 9, 11]] = 1
     states[1, NO_FINDING] = 1
     states[2, 8], states[2, [0, 9]] = 1, 2
     return processor(
@@ -37,8 +40,8 @@ class Recomputed(LogitsProcessor):
         inputs["attention_mask"] = torch.cat((inputs["attention_mask"], torch.ones_like(new)), dim=1)
         states = inputs["finding_states"]
         both = []
-        for given in (states, without_positives(states)):
-            expanded = self.model.expand_finding_text(**{**inputs, "finding_states": given})
+        for conditioning in (states, without_positives(states)):
+            expanded = self.model.expand_finding_text(**{**inputs, "finding_states": conditioning})
             positions = (expanded["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
             both.append(self.model(**expanded, position_ids=positions).logits[:, -1].log_softmax(dim=-1))
         mixed = both[0] + (self.scale - 1) * (both[0] - both[1])
@@ -51,11 +54,11 @@ class Recomputed(LogitsProcessor):
 @pytest.mark.parametrize("beams", [1, 3])
 def test_guidance_with_caches_equals_both_prompts_read_anew(model, guided, beams):
     arguments = {"do_sample": False, "num_beams": beams, "max_new_tokens": 8, "eos_token_id": -1}
-    found = model.generate(**guided, **arguments, guidance_scale=9.0)
-    processors = LogitsProcessorList([Recomputed(model, dict(guided), 9.0)])
+    found = model.generate(**guided, **arguments, guidance_scale=40.0)
+    processors = LogitsProcessorList([Recomputed(model, dict(guided), 40.0)])
     assert torch.equal(found, model.generate(**guided, **arguments, logits_processor=processors))
     plain = model.generate(**guided, **arguments)
-    assert not torch.equal(found[0], plain[0])
+    assert not torch.equal(found[[0, 2]], plain[[0, 2]])
     assert torch.equal(found[1], plain[1])  # no positive finding
 
 
@@ -114,7 +117,22 @@ def test_guidance_of_a_prompt_without_views_is_refused(model, guided):
         model.generate(inputs_embeds=embeddings, attention_mask=mask, guidance_scale=2)
 
 
-def test_without_positives_keeps_denials_and_reads_as_normal():
+def test_without_positives_keeps_denials_and_gives_no_positive_and_no_normal():
     states = torch.tensor([[1, 2, 0, 3, *[0] * 9, 0], [0, 2, 0, 3, *[0] * 9, 0], [*[0] * 13, 1]])
-    expected = torch.tensor([[0, 2, 0, 3, *[0] * 9, 1], [0, 2, 0, 3, *[0] * 9, 0], [*[0] * 13, 1]])
+    expected = torch.tensor([[NOT_GIVEN, 2, 0, 3, *[0] * 9, NOT_GIVEN], [0, 2, 0, 3, *[0] * 9, 0], [*[0] * 13, 1]])
     assert torch.equal(without_positives(states), expected)
+
+
+@given(ratio=st.floats(0, 0.9), seed=st.integers(0, 1000))
+@settings(max_examples=20)
+def test_drop_states_drops_the_ratio_and_no_finding_only_beside_another(ratio, seed):
+    torch.manual_seed(seed)
+    states = torch.randint(0, 4, (2000, 14))
+    found = drop_states(states, ratio)
+    dropped = found == NOT_GIVEN
+    assert torch.equal(found[~dropped], states[~dropped])
+    assert dropped[:, :NO_FINDING].float().mean().item() == pytest.approx(ratio, abs=0.02)
+    beside = dropped[:, :NO_FINDING].any(dim=1)
+    assert not dropped[~beside, NO_FINDING].any()
+    if beside.sum() > 500:
+        assert dropped[beside, NO_FINDING].float().mean().item() == pytest.approx(0.5, abs=0.1)

@@ -476,8 +476,11 @@ STATES = torch.zeros(BATCH, 14, dtype=torch.long)
         ({"pixel_values": None, "view_features": torch.zeros(4, 1, 4, SIZE)}, "view_features has 4 rows: expected 3"),
         ({"finding_states": STATES[:2]}, r"finding_states has shape \(2, 14\): expected \(3, 14\)"),
         ({"finding_states": STATES[:, :13]}, r"finding_states has shape \(3, 13\): expected \(3, 14\)"),
-        ({"finding_states": STATES - 2}, r"finding_states has \[-2\]: expected ids 0 to 3, or -1 to predict"),
-        ({"finding_states": STATES + 4}, r"finding_states has \[4\]: expected ids 0 to 3"),
+        (
+            {"finding_states": STATES - 2},
+            r"finding_states has \[-2\]: expected ids 0 to 3, 4 for not given, or -1 to pred",
+        ),
+        ({"finding_states": STATES + 5}, r"finding_states has \[5\]: expected ids 0 to 3"),
         ({"finding_states": STATES + 0.5}, r"finding_states has \[0.5\]: expected ids 0 to 3"),
         (
             {"finding_states": STATES + 2},

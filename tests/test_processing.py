@@ -13,8 +13,11 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from otdrg import DEFAULT_PROMPT, FINDINGS, OTDRGProcessor
 from otdrg.processing_otdrg import read_view
+from otdrg.studies.cleaning import clean_report
 from PIL import Image
 from transformers import AutoProcessor
 
@@ -626,7 +629,10 @@ def test_processor_study_without_views_is_named(processor, views):
         ({"finding_states": {"edema": "present"}}, "unknown finding state 'present'"),
         ({"finding_states": [{"edema": 1}]}, r"finding_states has shape \(1, 14\): expected \(2, 14\)"),
         ({"finding_states": [[0] * 13] * 2}, r"finding_states has shape \(2, 13\): expected \(2, 14\)"),
-        ({"finding_states": [[4] * 14] * 2}, r"finding_states has \[4\]: expected ids 0 to 3, or -1 to predict"),
+        (
+            {"finding_states": [[5] * 14] * 2},
+            r"finding_states has \[5\]: expected ids 0 to 3, 4 for not given, or -1 to",
+        ),
         ({"finding_states": [[-2] * 14] * 2}, r"finding_states has \[-2\]"),
         ({"finding_states": [[0.5] * 14] * 2}, r"finding_states has \[0.5\]"),
         ({"findings": {"edema": 1}}, "unknown argument 'findings'"),
@@ -834,3 +840,19 @@ def test_processor_saving_and_loading_keeps_everything(
     for name, value in before.items():
         assert torch.equal(value, after[name]), name
     assert original.default_prompt() == reloaded.default_prompt()
+
+
+WORDS = st.text(st.characters(exclude_categories=["Z", "C"], exclude_characters="<>"), min_size=1, max_size=8)
+
+
+@given(reports=st.lists(st.lists(WORDS, min_size=1, max_size=8), min_size=1, max_size=5), rare=WORDS)
+@settings(max_examples=25, deadline=None)
+def test_word_tokenizer_gives_cleaned_reports_back(build_config, reports, rare):
+    texts = [clean_report(" ".join(words), "r2gen_iu") for words in reports]
+    processor = OTDRGProcessor.from_texts([*texts, *texts, rare], build_config(), tokenizer="words")
+    tokenizer = processor.tokenizer
+    for text in texts:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert len(ids) == len(text.split())
+        assert tokenizer.decode(ids, skip_special_tokens=True) == " ".join(text.split())
+    assert tokenizer.decode(tokenizer.encode(f"{texts[0]} {rare}s s{rare}", add_special_tokens=False)).endswith("<unk>")

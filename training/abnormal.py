@@ -41,7 +41,7 @@ def abnormal_sentences(reports: Sequence[str], labeler) -> dict[str, Spans]:
         labeler: reads each sentence by itself.
 
     Returns:
-        By report, the spans of its abnormal sentences with the punctuation after them; reports without any are left out.
+        By report, the spans of its abnormal sentences with the punctuation after them; reports without any are omitted.
     """
     split = {report: [sentence for sentence in split_sentences(report) if sentence.strip()] for report in set(reports)}
     sentences = sorted({sentence for found in split.values() for sentence in found})

@@ -32,8 +32,9 @@ FIGURES: tuple[str, ...] = (
     "uniformity",
 )
 
-#: Label features whose distance to their mean is below this share of their length have collapsed.
-COLLAPSED_SPREAD = 0.02
+#: Label features whose distance to their mean is below this share of their length have collapsed: at 0.025 a decoder
+#: trained from scratch wrote the same report whatever the states.
+COLLAPSED_SPREAD = 0.05
 #: A plan with more than this share of the maximum entropy assigns every token to every label.
 UNIFORM_ENTROPY = 0.995
 

@@ -74,7 +74,7 @@ def build_model(
 def _with_llm_from_scratch(
     recipe: ModelRecipe, config: OTDRGConfig, reports: Sequence[str], vision: str | None
 ) -> tuple[OTDRGForReportGeneration, OTDRGProcessor]:
-    """A model whose LLM has random weights and a tokenizer trained on `reports`, on a vision encoder that may be loaded."""
+    """A model whose LLM has random weights and a tokenizer trained on `reports`; `vision` is loaded if there is one."""
     tower = None if vision is None else load_backbone("vision", AutoModel, vision, recipe.dtype)
     if tower is not None:
         config.vision_config = tower.config

@@ -52,7 +52,7 @@ from .trainer import StageTrainer
 logger = logging.getLogger(__name__)
 
 #: Scores of every evaluation during training. METEOR starts Java and is computed only if the best model depends on it.
-VALIDATION_SCORES = (*("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider", "micro_f1_13", "macro_f1_13"),)
+VALIDATION_SCORES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider", "micro_f1_13", "macro_f1_13")
 
 #: Decoding of generated reports; a recipe's `report.generation` is merged into it.
 GENERATION = {"num_beams": 3, "max_new_tokens": 120}
@@ -487,7 +487,7 @@ class Validation:
             said = np.tile(label_quietly(labeler, [report]), (len(rows), 1))
             found = score_reports([report] * len(rows), references, said, true_states, list(wanted.values())).scores
             values.append(self.best({name: found[full] for name, full in wanted.items()}))
-        return max(values)
+        return max(values, default=None)
 
 
 def trained_model(trainer: StageTrainer, recipe: Recipe) -> OTDRGForReportGeneration:

@@ -254,7 +254,10 @@ class StageTrainer(ResumableTrainer):
         return name.startswith("language_model.") and "lora_" not in name
 
     def check_loaded(self, missing: list[str], unexpected: list[str]) -> list[str]:
-        return [name for name in missing if not self._is_left_out(name)] if self._llm_is_quantized() else missing
+        # A checkpoint has one of the names of a tied weight.
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        kept = self._llm_is_quantized()
+        return [name for name in missing if name not in tied and not (kept and self._is_left_out(name))]
 
     def train_stage(self, resume: bool) -> None:
         """Train to the end, from the last complete checkpoint in the stage's folder if `resume`.

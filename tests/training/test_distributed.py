@@ -40,6 +40,8 @@ SAME = [
     "report.evaluation={split: validation, metrics: [bleu_4, rouge_l], controls: [true_states]}",
     "report.ot_weight_warmup=0.0",
     "report.learning_rate=1e-2",
+    "report.abnormal_sentence_weight=3",
+    "report.abnormal_study_weight=2.5",
 ]
 
 

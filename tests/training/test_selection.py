@@ -84,6 +84,7 @@ def selected_run(tiny_recipe, trained_run, tmp_path_factory):
     overrides = ["stages=[report]", "report.eval_strategy=steps", "report.eval_steps=1", "report.save_steps=3"]
     overrides += ["report.max_steps=6", "report.max_eval_samples=3", "report.early_stopping_patience=3"]
     overrides += ["report.metric_for_best_model=0 * macro_f1_13 - 0 * loss", "report.learning_rate=1e-2"]
+    overrides += ["report.train_sampling_strategy=group_by_length"]
     assert main([str(tiny_recipe), f"output_dir={run}", *overrides]) == 0
     return run
 
@@ -154,6 +155,8 @@ def train_report(tiny_recipe, trained_run, run, *overrides):
 
 def test_length_sampler_resumed_in_the_second_epoch_equals_unbroken(tiny_recipe, trained_run, tmp_path):
     overrides = ["report.train_sampling_strategy=group_by_length", "report.max_steps=8"]
+    overrides += ["report.abnormal_study_weight=2.5", "report.abnormal_sentence_weight=2.5"]
+    overrides += ["model.overrides.finding_state_dropout=0.1", "model.overrides.image_dropout=0.2"]
     unbroken = train_report(tiny_recipe, trained_run, tmp_path / "run", *overrides)
     shutil.rmtree(tmp_path / "run" / "report" / "checkpoint-8")
     (tmp_path / "run" / "report" / "finished.json").unlink()
