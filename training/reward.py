@@ -180,7 +180,7 @@ class RewardTrainer(StageTrainer):
             reference_logits,
             samples.tokens,
             samples.mask,
-            leave_one_out(total).flatten().to(samples.tokens.device),
+            leave_one_out(total).flatten(),
         )
         # The mean over processes, which the wrapper takes of the gradients, is then the mean over all tokens.
         count = samples.mask.sum()
@@ -269,10 +269,14 @@ class RewardTrainer(StageTrainer):
             "references": [reference for reference in references for _ in range(k)],
             "finding_states": samples.finding_states.cpu().numpy(),
         }
-        rewards = {name: torch.tensor(reward(**columns)).reshape(-1, k) for name, reward in self.rewards.items()}
+        device = samples.tokens.device
+        rewards = {
+            name: torch.tensor(reward(**columns), dtype=torch.float32, device=device).reshape(-1, k)
+            for name, reward in self.rewards.items()
+        }
         for name, values in rewards.items():
             wrong = values[~values.isfinite()]
-            if not everywhere(torch.tensor(not len(wrong), device=samples.tokens.device)):
+            if not everywhere(torch.tensor(not len(wrong), device=device)):
                 shown = float(wrong[0]) if len(wrong) else "not finite on another process"
                 raise ValueError(f"reward.rewards: {name} of a sample is {shown}, expected a finite number")
         return rewards, sum(weight * rewards[name] for name, weight in self.args.rewards.items())
