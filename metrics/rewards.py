@@ -34,13 +34,15 @@ def bleu_4(completions: Sequence[str], references: Sequence[str], **columns) -> 
 
 
 def _bleu_4(written: str, true: str) -> float:
-    words, length = written.split(), len(true.split())
+    words, reference = written.split(), true.split()
+    if not set(words) & set(reference):
+        return 0.0
     log_precision = 0.0
     for order in _ORDERS:
-        matches = (_ngrams(words, order) & _ngrams(true.split(), order)).total()
-        smoothing = _SMOOTHING if order > 1 else 1e-6
+        matches = (_ngrams(words, order) & _ngrams(reference, order)).total()
+        smoothing = _SMOOTHING if order > 1 else 0.0
         log_precision += math.log((matches + smoothing) / (max(len(words) - order + 1, 1) + smoothing))
-    return math.exp(log_precision / len(_ORDERS) + min(0.0, 1.0 - length / max(len(words), 1)))
+    return math.exp(log_precision / len(_ORDERS) + min(0.0, 1.0 - len(reference) / len(words)))
 
 
 def rouge_l(completions: Sequence[str], references: Sequence[str], **columns) -> list[float]:

@@ -36,7 +36,7 @@ SHORT = {"phantom_table": "--studies 4", "train_in_python": "--studies 12 --max-
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SLOW_MARK, SLOW = "<!-- slow -->", "the slow tests"
 NEEDS = re.compile(r"<!-- needs: (\S.*\S) -->\s*")
-RECIPE_FIELD = re.compile(r"(studies|labels|model|ircp|predictor|report)\.\w")
+RECIPE_FIELD = re.compile(r"(studies|labels|model|ircp|predictor|report|reward)\.\w")
 OTHER_LANGUAGES = {"bibtex", "csv", "json", "text", "yaml"}
 #: Programs that are not ours; the tests do not know their arguments.
 OTHER_PROGRAMS = {"git", "hf", "pre-commit", "source", "ssh"}

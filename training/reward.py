@@ -30,7 +30,7 @@ from .collation import ReportCollator
 from .fields import NOT_NEGATIVE, POSITIVE, Bounds, need, option
 from .model import attach_lora, cached_where_frozen, set_trained_parts
 from .recipe import Recipe
-from .report import ReportStage, Validation, merged, trained_model
+from .report import ReportArguments, ReportStage, Validation, merged, trained_model
 from .resumption import is_finished
 from .stages import StageRun
 from .trainer import StageTrainer
@@ -68,7 +68,7 @@ class RewardArguments(StageArguments):
     top_p: float = option(1.0, "Share of the probability from which the samples are drawn.")
     load_best_model_at_end: bool = option(True, "Publish the checkpoint with the best metric_for_best_model.")
     metric_for_best_model: str | None = option(
-        "0.5 * bleu_4 + 0.5 * cider",
+        ReportArguments.metric_for_best_model,
         "Score of the best checkpoint, or a weighted sum of scores: bleu_4, cider, macro_f1_13, loss...",
     )
 
@@ -80,7 +80,8 @@ class RewardArguments(StageArguments):
         self.expect(any(self.rewards.values()), "rewards", "a weight other than 0")
         self.expect(self.vision == "frozen", "vision", "frozen: only the LLM is trained")
         # Dropout is off, and with it the training mode without which backbones do not checkpoint.
-        self.expect(not self.gradient_checkpointing, "gradient_checkpointing", "false in this stage")
+        for name in ("gradient_checkpointing", "activation_checkpointing"):
+            self.expect(not getattr(self, name, False), name, "false in this stage")
 
 
 # --- the loss --------------------------------------------------------------------------------------------------------
@@ -108,7 +109,7 @@ def policy_losses(
         advantages: (N,).
 
     Returns:
-        - sum_nt A_n log p(y_nt), and sum_nt KL(p(. | y_n<t) || p_reference(. | y_n<t)), exact over the vocabulary.
+        `-sum_nt A_n log p(y_nt)` and `sum_nt KL(p(. | y_n<t) || p_reference(. | y_n<t))`, exact over the vocabulary.
     """
     log_probabilities = logits.float().log_softmax(dim=-1)
     chosen = log_probabilities.gather(-1, tokens[:, :, None])[:, :, 0]
@@ -180,7 +181,7 @@ class RewardTrainer(StageTrainer):
             reference_logits,
             samples.tokens,
             samples.mask,
-            leave_one_out(total).flatten().to(samples.tokens.device),
+            leave_one_out(total).flatten(),
         )
         # The mean over processes, which the wrapper takes of the gradients, is then the mean over all tokens.
         count = samples.mask.sum()
@@ -269,10 +270,14 @@ class RewardTrainer(StageTrainer):
             "references": [reference for reference in references for _ in range(k)],
             "finding_states": samples.finding_states.cpu().numpy(),
         }
-        rewards = {name: torch.tensor(reward(**columns)).reshape(-1, k) for name, reward in self.rewards.items()}
+        device = samples.tokens.device
+        rewards = {
+            name: torch.tensor(reward(**columns), dtype=torch.float32, device=device).reshape(-1, k)
+            for name, reward in self.rewards.items()
+        }
         for name, values in rewards.items():
             wrong = values[~values.isfinite()]
-            if not everywhere(torch.tensor(not len(wrong), device=samples.tokens.device)):
+            if not everywhere(torch.tensor(not len(wrong), device=device)):
                 shown = float(wrong[0]) if len(wrong) else "not finite on another process"
                 raise ValueError(f"reward.rewards: {name} of a sample is {shown}, expected a finite number")
         return rewards, sum(weight * rewards[name] for name, weight in self.args.rewards.items())
