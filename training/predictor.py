@@ -38,6 +38,8 @@ FOLDS = 5
 MINIMUM_TAG_STUDIES = 15
 #: Threshold of a finding as frequent as the average, and the exponent of its relative frequency. Fixed on IU X-Ray.
 RULE_THRESHOLD, RULE_EXPONENT = 0.13, 0.3
+#: Thresholds among which cross-validation chooses.
+RULE_BASES = tuple(np.arange(0.04, 0.61, 0.02).round(2).tolist())
 
 #: Metrics of every evaluation during training.
 _METRICS = ("macro_auc", "macro_f1_13", "macro_ece")
@@ -73,8 +75,9 @@ class PredictorArguments(StageArguments):
         "none",
         "Thresholds of the findings in the configuration. none: the likeliest state is predicted. rule: "
         "0.13 (p / m)^0.3, where p is the finding's mean predicted probability on the training studies and m the mean "
-        "of the findings'. cross_validation: those with the best F1 on held-out training studies (5 folds, five more "
-        "trainings). validation: those with the best F1 on validation, whose figures are then no measurement.",
+        "of the findings'. cross_validation: the same with the number in place of 0.13 that is best for micro F1 + "
+        "macro F1 on held-out training studies (five more trainings). validation: those with the best F1 on "
+        "validation, whose figures are then no measurement.",
     )
     tag_weight: float = option(
         0.0,
@@ -179,13 +182,9 @@ def stage_trainer(
 ) -> StageTrainer:
     """A Trainer of the stage on these studies; `fixed` are arguments of training that it sets."""
     recipe, section, model = run.recipe, run.recipe.predictor, run.model
-    args = section.prepare(
-        run.folder,
-        recipe.seed,
-        recipe.report_to,
-        validation is not None,
-        **{"label_names": ["finding_labels"], **fixed},
-    )
+    evaluates = validation is not None
+    fixed = {"label_names": ["finding_labels"], **fixed}
+    args = section.prepare(run.folder, recipe.seed, recipe.report_to, evaluates, **fixed)
 
     def compute_metrics(prediction: PredictionOutput) -> dict[str, float]:
         metrics = _metrics(model, torch.from_numpy(prediction.predictions), prediction.label_ids)
@@ -226,26 +225,47 @@ def find_thresholds(
     if kind == "none":
         return None
     if kind == "cross_validation":
-        return fit_thresholds(*out_of_fold(run, trainer, train, initial))
+        return fit_rule(*out_of_fold(run, trainer, train, initial))
     if kind == "validation":
         return fit_thresholds(_positive(model, validation.predictions), validation.label_ids)
     prediction = trainer.predict(train, metric_key_prefix="train")
     return rule_thresholds(_positive(model, prediction.predictions))
 
 
-def rule_thresholds(probabilities: np.ndarray) -> list[float]:
-    """Thresholds 0.13 (p / m)^0.3: higher for more frequent findings, though much less than in proportion.
+def rule_thresholds(probabilities: np.ndarray, base: float = RULE_THRESHOLD) -> list[float]:
+    """Thresholds base * (p / m)^0.3: higher for more frequent findings, though much less than in proportion.
 
     Args:
         probabilities: (N, 14) of the state positive on training studies.
+        base: the threshold of a finding as frequent as the average.
 
     Returns:
         14 thresholds; p is the mean of a finding and m that of the 13 findings. That of "no finding" is 0.5.
     """
     means = probabilities.mean(axis=0)
-    thresholds = RULE_THRESHOLD * (means / means[:NO_FINDING].mean()) ** RULE_EXPONENT
+    thresholds = base * (means / means[:NO_FINDING].mean()) ** RULE_EXPONENT
     thresholds[NO_FINDING] = DEFAULT_THRESHOLD
     return np.minimum(thresholds, 1.0).tolist()
+
+
+def fit_rule(probabilities: np.ndarray, labels: np.ndarray) -> list[float]:
+    """[`rule_thresholds`] with the base that is best for micro F1 + macro F1 of the 13 findings.
+
+    One number is fitted and not 13: thresholds of rare findings, fitted one by one, do not carry over to other studies.
+
+    Args:
+        probabilities: (N, 14) of the state positive on studies that were not learned from.
+        labels: (N, 14) true state ids; -100 is left out.
+    """
+    true, known = labels[:, :NO_FINDING] == POSITIVE, labels[:, :NO_FINDING] != -100
+
+    def f1(base: float) -> float:
+        thresholds = rule_thresholds(probabilities, base)[:NO_FINDING]
+        said = (probabilities[:, :NO_FINDING] >= thresholds) & known
+        hits, total = (said & true).sum(axis=0), said.sum(axis=0) + true.sum(axis=0)
+        return 2 * hits.sum() / max(total.sum(), 1) + np.mean(2 * hits / np.maximum(total, 1))
+
+    return rule_thresholds(probabilities, max(RULE_BASES, key=f1))
 
 
 def out_of_fold(
@@ -266,7 +286,8 @@ def out_of_fold(
                 train.select(np.setdiff1d(order, held_out)),
                 None,
                 trainer.frozen,
-                **{"output_dir": folder, "save_strategy": "no", "report_to": []},
+                output_dir=folder,
+                save_strategy="no",
             )
             of_fold.train()
             prediction = of_fold.predict(train.select(held_out), metric_key_prefix="fold")
@@ -344,4 +365,12 @@ def _metrics(
 
 STAGE = PredictorStage()
 
-__all__ = ["STAGE", "PredictorArguments", "PredictorStage", "logit_adjustment", "rule_thresholds", "tag_names"]
+__all__ = [
+    "STAGE",
+    "PredictorArguments",
+    "PredictorStage",
+    "fit_rule",
+    "logit_adjustment",
+    "rule_thresholds",
+    "tag_names",
+]
