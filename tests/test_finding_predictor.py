@@ -114,6 +114,19 @@ def test_transport_pooling_heatmaps_are_the_predictors_plan(build_model, views):
         assert np.allclose(record["heatmaps"][name], expected[finding], atol=1e-5)
 
 
+def test_mean_pooling_standardises_by_the_training_studies():
+    predictor = predictor_of(predictor_pooling="mean")
+    features = 3 + 0.1 * torch.randn(64, 1, 4, SIZE, generator=torch.Generator().manual_seed(2))
+    mask = torch.ones(64, 1, dtype=torch.bool)
+    predictor.train()(features, mask)
+    mean = predictor.norm(features).mean(dim=2)[:, 0]
+    assert torch.allclose(predictor.standardize.running_mean, 0.1 * mean.mean(dim=0), atol=1e-5)
+    # A batch of one study has no statistics; it changes none.
+    before = predictor.standardize.running_var.clone()
+    assert predictor(features[:1], mask[:1]).isfinite().all()
+    assert torch.equal(predictor.standardize.running_var, before)
+
+
 # --- blocks of the encoder -------------------------------------------------------------------------------------------
 
 
@@ -240,10 +253,14 @@ def test_indication_reaches_the_states_of_generate_and_pipeline(reading, views):
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def test_finding_predictor_options_survive_saving(build_model, views, tmp_path):
-    fields = {"predictor_heads": 2, "predictor_layers": [1], "predictor_pooling": "transport"}
+@pytest.mark.parametrize("pooling", ["mean", "transport"])
+def test_finding_predictor_options_survive_saving(build_model, views, tmp_path, pooling):
+    fields = {"predictor_heads": 2, "predictor_layers": [1], "predictor_pooling": pooling}
     model, processor = build_model(vision_config=DINOV2, indication_reader="both", **fields)
     inputs = processor(images=[views[:2]], indication="cough")
+    for buffer in model.finding_predictor.buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 1.5)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     loaded = OTDRGForReportGeneration.from_pretrained(tmp_path).eval()
