@@ -159,7 +159,7 @@ class OTDRGFindingPredictor(nn.Module):
     """14 x 4 logits from view features: for each finding, a classifier of the pooled tokens of all views.
 
     Heads have their own queries, classifiers and dropout. The words of an indication, as buckets of a hash, add their
-    learned logits; without one nothing is added.
+    logits to all heads; without one nothing is added.
     """
 
     def __init__(self, config: OTDRGConfig, feature_size: int):
@@ -179,7 +179,7 @@ class OTDRGFindingPredictor(nn.Module):
         self.classifier = nn.Linear(pooled_size, cells * len(FINDING_STATES))
         self.set_tags(len(config.predictor_tags or ()))
         if config.indication_reader != "report":
-            self.words = OTDRGWords(INDICATION_BUCKETS, cells * len(FINDING_STATES))
+            self.words = OTDRGWords(INDICATION_BUCKETS, len(FINDINGS) * len(FINDING_STATES))
 
     def set_tags(self, tags: int) -> None:
         """Give the predictor a classifier of this number of tags, or with 0 take it away."""
@@ -205,7 +205,7 @@ class OTDRGFindingPredictor(nn.Module):
         weight, bias = self.classifier.weight.unflatten(0, shape), self.classifier.bias.reshape(shape)
         head_logits = torch.einsum("bhfd,hfsd->bhfs", pooled, weight) + bias
         if indication_ids is not None and hasattr(self, "words"):
-            head_logits = head_logits + self._indication_logits(indication_ids).unflatten(1, shape)
+            head_logits = head_logits + self._indication_logits(indication_ids)[:, None]
         finding_logits = head_logits[:, 0]
         if self.heads > 1:
             finding_logits = head_logits.log_softmax(dim=-1).logsumexp(dim=1) - math.log(self.heads)
@@ -255,10 +255,11 @@ class OTDRGFindingPredictor(nn.Module):
         return (len(FINDINGS) * plan).transpose(1, 2).reshape(len(keys), -1, keys.shape[1]).to(features.dtype)
 
     def _indication_logits(self, indication_ids: torch.Tensor) -> torch.Tensor:
-        """Logits (B, H * 14 * 4) of the words' buckets (B, W), -1 where there is none."""
+        """Logits (B, 14, 4) of the words' buckets (B, W), -1 where there is none; 0 without any."""
         known = indication_ids >= 0
-        words = self.words(indication_ids.clamp(min=0)) * known[:, :, None]
-        return words.sum(dim=1) / known.sum(dim=1, keepdim=True).clamp(min=1).sqrt()
+        words = (self.words(indication_ids.clamp(min=0)) * known[:, :, None]).sum(dim=1)
+        words = words / known.sum(dim=1, keepdim=True).clamp(min=1).sqrt()
+        return words.unflatten(1, (len(FINDINGS), len(FINDING_STATES)))
 
 
 # --- label features and projections (3.3.1) --------------------------------------------------------------------------
@@ -988,6 +989,8 @@ def _layers_size(vision_tower: PreTrainedModel, layers: Sequence[int]) -> int:
     Raises:
         ValueError: the encoder has no such block, or does not give the features of its blocks.
     """
+    if not layers:
+        return 0
     timm_model, config = getattr(vision_tower, "timm_model", None), vision_tower.config
     if timm_model is not None:
         widths = [block["num_chs"] for block in getattr(timm_model, "feature_info", [])]

@@ -1,15 +1,20 @@
 """The predictor stage: thresholds, tags and indications."""
 
 import json
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from otdrg import FINDINGS, OTDRGForReportGeneration
+from otdrg.configuration_otdrg import INDICATION_BUCKETS
 from otdrg.inference.collation import expand_tags
 from otdrg.metrics.classification import DEFAULT_THRESHOLD
+from otdrg.studies.phantom import PhantomSource
 from otdrg.train_hf import main
 from otdrg.training.predictor import fit_rule, rule_thresholds, tag_names
+
+EDEMA = FINDINGS.index("edema")
 
 
 def run(recipe, folder, *overrides):
@@ -59,24 +64,29 @@ def test_predictor_stage_cross_validation_leaves_the_trained_predictor(tiny_reci
 
 
 def test_predictor_stage_tags_and_indications_are_learned(tiny_recipe, tmp_path, monkeypatch):
-    from otdrg.studies.phantom import PhantomSource
-
     plain = PhantomSource.read
 
-    def tagged(self, entry):
+    def told(self, entry):
         study = plain(self, entry)
-        study.tags, study.indication = ["Spine/degenerative"], "cough"
+        study.tags = ["Spine/degenerative"]
+        # The indication of every study with edema is the same, and no other study has it.
+        study.finding_states = [int(state) for state in study.finding_states]
+        study.finding_states[EDEMA] = int(zlib.crc32(entry.id.encode()) % 2)
+        study.indication = "dyspnoea" if study.finding_states[EDEMA] else "cough"
         return study
 
-    monkeypatch.setattr(PhantomSource, "read", tagged)
+    monkeypatch.setattr(PhantomSource, "read", told)
     _, model = run(
         tiny_recipe,
         tmp_path / "run",
-        *("predictor.tag_weight=1", "predictor.indication_dropout=0", "predictor.thresholds=none"),
+        *("predictor.tag_weight=1", "predictor.thresholds=cross_validation"),
         *("model.overrides.indication_reader=predictor", "model.overrides.predictor_heads=2"),
     )
     assert model.config.predictor_tags is None, "the finished model does not predict tags"
-    assert int((model.finding_predictor.words.weight.abs().sum(dim=1) > 0).sum()) == 1, "one word was seen"
+    words = model.finding_predictor.words.weight.detach().reshape(-1, 14, 4)
+    assert int(words.abs().sum(dim=(1, 2)).gt(0).sum()) == 2, "two words were seen"
+    dyspnoea, cough = (zlib.crc32(word) % INDICATION_BUCKETS for word in (b"dyspnoea", b"cough"))
+    assert words[dyspnoea, EDEMA, 1] > 0.05 > -0.05 > words[cough, EDEMA, 1]
 
 
 def test_predictor_stage_tag_weight_without_tags_is_an_error(tiny_recipe, tmp_path, capsys):
