@@ -113,8 +113,8 @@ class OTDRGConfig(PreTrainedConfig):
             Blocks of the vision encoder, counted from 1, whose tokens the predictor reads beside the encoder's output.
         predictor_pooling (`str`, defaults to `"attention"`):
             How the predictor pools tokens for a finding. `"attention"`: one query per finding, and the mean beside it;
-            `"mean"`; `"transport"`: entropic transport (`predictor_epsilon`, `predictor_iterations`) between the tokens
-            and 14 learned anchors, whose plan is then the heatmap.
+            `"mean"`, standardised by batch normalisation; `"transport"`: entropic transport (`predictor_epsilon`,
+            `predictor_iterations`) between the tokens and 14 learned anchors, whose plan is then the heatmap.
         predictor_epsilon (`float`, defaults to 0.05):
             Entropic regularisation of that transport; its cost is the Euclidean distance of L2-normalised features.
         predictor_iterations (`int`, defaults to 20):

@@ -147,11 +147,19 @@ class FindingPrediction(NamedTuple):
     tag_logits: torch.Tensor | None
 
 
+class OTDRGQueries(nn.Embedding):
+    """Attention queries: a class of its own because they start larger than other embeddings."""
+
+
+class OTDRGWords(nn.Embedding):
+    """Logits of words: a class of its own because they start at 0."""
+
+
 class OTDRGFindingPredictor(nn.Module):
     """14 x 4 logits from view features: for each finding, a classifier of the pooled tokens of all views.
 
     Heads have their own queries, classifiers and dropout. The words of an indication, as buckets of a hash, add their
-    learned logits; without one nothing is added.
+    logits to all heads; without one nothing is added.
     """
 
     def __init__(self, config: OTDRGConfig, feature_size: int):
@@ -161,14 +169,17 @@ class OTDRGFindingPredictor(nn.Module):
         cells = self.heads * len(FINDINGS)
         self.norm = nn.LayerNorm(feature_size)
         if self.pooling != "mean":
-            self.queries = nn.Embedding(cells, feature_size)
+            self.queries = (OTDRGQueries if self.pooling == "attention" else nn.Embedding)(cells, feature_size)
             self.key = nn.Linear(feature_size, feature_size)
+        else:
+            # Mean tokens differ little from study to study: as they are, the classifier would learn slowly.
+            self.standardize = nn.BatchNorm1d(feature_size, affine=False)
         self.dropout = nn.Dropout(config.predictor_dropout)
         pooled_size = 2 * feature_size if self.pooling == "attention" else feature_size
         self.classifier = nn.Linear(pooled_size, cells * len(FINDING_STATES))
         self.set_tags(len(config.predictor_tags or ()))
         if config.indication_reader != "report":
-            self.words = nn.Embedding(INDICATION_BUCKETS, cells * len(FINDING_STATES))
+            self.words = OTDRGWords(INDICATION_BUCKETS, len(FINDINGS) * len(FINDING_STATES))
 
     def set_tags(self, tags: int) -> None:
         """Give the predictor a classifier of this number of tags, or with 0 take it away."""
@@ -187,18 +198,14 @@ class OTDRGFindingPredictor(nn.Module):
         What the predictor reads are the last features in D. With `supervised`, a [`FindingPrediction`].
         """
         features, mask = self._features(view_features, view_mask)
-        pooled = self._mean(features, mask)[:, None]
-        if self.pooling != "mean":
-            weighted = self._weights(features, mask) @ features
-            attends = self.pooling == "attention"
-            pooled = torch.cat((weighted, pooled.expand_as(weighted)), dim=-1) if attends else weighted
+        pooled = self._pooled(features, mask)
         shape = (self.heads, len(FINDINGS), -1)
         pooled = pooled.expand(-1, self.heads * len(FINDINGS), -1).unflatten(1, shape[:2])
         pooled = self.dropout(pooled)
         weight, bias = self.classifier.weight.unflatten(0, shape), self.classifier.bias.reshape(shape)
         head_logits = torch.einsum("bhfd,hfsd->bhfs", pooled, weight) + bias
         if indication_ids is not None and hasattr(self, "words"):
-            head_logits = head_logits + self._indication_logits(indication_ids).unflatten(1, shape)
+            head_logits = head_logits + self._indication_logits(indication_ids)[:, None]
         finding_logits = head_logits[:, 0]
         if self.heads > 1:
             finding_logits = head_logits.log_softmax(dim=-1).logsumexp(dim=1) - math.log(self.heads)
@@ -222,9 +229,17 @@ class OTDRGFindingPredictor(nn.Module):
         features = self.norm(view_features[..., -self.feature_size :].to(self.norm.weight.dtype))
         return features.flatten(1, 2), view_mask.repeat_interleave(features.shape[2], dim=1)
 
-    @staticmethod
-    def _mean(features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return (features * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+    def _pooled(self, features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """What the classifiers read, (B, H * 14, P); (B, 1, P) if it is the same for all."""
+        mean = (features * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+        if self.pooling == "mean":
+            # Statistics need more than one study.
+            is_alone = self.training and len(mean) == 1
+            return (mean if is_alone else self.standardize(mean))[:, None]
+        weighted = self._weights(features, mask) @ features
+        if self.pooling == "transport":
+            return weighted
+        return torch.cat((weighted, mean[:, None].expand_as(weighted)), dim=-1)
 
     def _weights(self, features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Pooling weights (B, H * 14, V * N): attention, or the plan of each head, its columns scaled to sum 1."""
@@ -240,10 +255,11 @@ class OTDRGFindingPredictor(nn.Module):
         return (len(FINDINGS) * plan).transpose(1, 2).reshape(len(keys), -1, keys.shape[1]).to(features.dtype)
 
     def _indication_logits(self, indication_ids: torch.Tensor) -> torch.Tensor:
-        """Logits (B, H * 14 * 4) of the words' buckets (B, W), -1 where there is none."""
+        """Logits (B, 14, 4) of the words' buckets (B, W), -1 where there is none; 0 without any."""
         known = indication_ids >= 0
-        words = self.words(indication_ids.clamp(min=0)) * known[:, :, None]
-        return words.sum(dim=1) / known.sum(dim=1, keepdim=True).clamp(min=1).sqrt()
+        words = (self.words(indication_ids.clamp(min=0)) * known[:, :, None]).sum(dim=1)
+        words = words / known.sum(dim=1, keepdim=True).clamp(min=1).sqrt()
+        return words.unflatten(1, (len(FINDINGS), len(FINDING_STATES)))
 
 
 # --- label features and projections (3.3.1) --------------------------------------------------------------------------
@@ -379,12 +395,12 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, OTDRGFindingPredictor):
+        # By the class of the module with the weights: transformers skips modules of custom code without own weights.
+        if isinstance(module, OTDRGQueries):
             # With weights as small as those of other embeddings, attention stays uniform for most of a short training.
-            if module.pooling != "mean":
-                init.normal_(module.queries.weight)
-            if hasattr(module, "words"):
-                init.zeros_(module.words.weight)
+            init.normal_(module.weight)
+        elif isinstance(module, OTDRGWords):
+            init.zeros_(module.weight)
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs):
         super()._set_gradient_checkpointing(enable, **kwargs)
@@ -1018,6 +1034,8 @@ def _layers_size(vision_tower: PreTrainedModel, layers: Sequence[int]) -> int:
     Raises:
         ValueError: the encoder has no such block, or does not give the features of its blocks.
     """
+    if not layers:
+        return 0
     timm_model, config = getattr(vision_tower, "timm_model", None), vision_tower.config
     if timm_model is not None:
         widths = [block["num_chs"] for block in getattr(timm_model, "feature_info", [])]

@@ -73,13 +73,13 @@ class FindingCollator:
     Args:
         processor: the model's.
         tags: names of the auxiliary target, for `tag_labels`; studies whose tags are unknown have -100.
-        indication_dropout: share of the studies whose indication is left out, at random.
+        indication: whether the predictor reads indications, if it can.
     """
 
-    def __init__(self, processor: OTDRGProcessor, tags: Sequence[str] | None = None, indication_dropout: float = 0.0):
+    def __init__(self, processor: OTDRGProcessor, tags: Sequence[str] | None = None, indication: bool = True):
         self.processor = processor
         self.tags = tags
-        self.indication_dropout = indication_dropout
+        self.indication = indication and processor.indication_reader != "report"
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = {
@@ -88,10 +88,8 @@ class FindingCollator:
         }
         if self.tags is not None:
             batch["tag_labels"] = torch.tensor([_tag_labels(row["tags"], self.tags) for row in rows])
-        if self.processor.indication_reader != "report":
-            kept = torch.rand(len(rows)) >= self.indication_dropout
-            indications = [text if keep else None for text, keep in zip(indications_of(rows), kept, strict=True)]
-            batch |= self.processor.encode_indications(indications)
+        if self.indication:
+            batch |= self.processor.encode_indications(indications_of(rows))
         return batch
 
 

@@ -228,7 +228,7 @@ def _parse(data: bytes | None, place: str) -> _Report | Skipped:
         if label in texts:
             texts[label].append("".join(element.itertext()))
     sections = tuple(" ".join(text for text in texts[label] if text) for label in TEXTS)
-    tags = tuple((element.text or "").strip() for element in root.iterfind("MeSH/major"))
+    tags = tuple((element.text or "").strip() for element in root.iterfind(".//MeSH/major"))
     return _Report(number, images, sections, _licence(root), tags)
 
 

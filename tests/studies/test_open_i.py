@@ -98,10 +98,13 @@ def test_open_i_r2gen_split_is_reproduced(collection):
 
 def test_open_i_sections_and_licence_are_read(collection):
     text = xml(5, ["CXR5_IM-2117-1001"], findings="  A &lt; B.\n Kept as it is. ", impression="", indication="Cough")
+    terms = "<MeSH><major>Spine/degenerative</major><major>Granuloma</major><automatic>spine</automatic></MeSH>"
+    text = text.replace("</eCitation>", f"{terms}</eCitation>")
     source = OpenISource(**collection({"5.xml": text}))
     study = source.read(kept(source)[3])
     assert (study.findings, study.impression) == ("  A < B.\n Kept as it is. ", "")
     assert (study.indication, study.comparison, study.licence) == ("Cough", "", "CC BY-NC-ND 4.0")
+    assert study.tags == ("Spine/degenerative", "Granuloma")
 
 
 @pytest.mark.parametrize(

@@ -165,3 +165,29 @@ def test_r2gen_iu_xray_is_complete():
     assert {split: len(rows) for split, rows in studies.items()} == {"train": 2068, "validation": 295}
     assert sum(len(views) for rows in studies.values() for views in rows["views"]) == 4726
     assert studies["validation"][0]["images"][1].size == (256, 256)
+
+
+def test_r2gen_details_give_indications_and_tags(collection, tmp_path):
+    options = collection({"train": [entry("a", "a.png"), entry("b", "b.png")]})
+    details = tmp_path / "details.jsonl"
+    details.write_text('{"id": "a", "indication": "Cough", "terms": ["Spine/degenerative"]}\n', encoding="utf-8")
+    train = load_studies("r2gen", **options, details=str(details), tags="terms")["train"]
+    assert train["indication"][:] == ["Cough", ""] and train["tags"][:] == [["Spine/degenerative"], None]
+    assert load_studies("r2gen", **options, details=str(details))["train"]["tags"][:] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"id": "z", "terms": []}', "names none of the studies by its field id"),
+        ('{"id": "a"}', "line 1 .*: expected an object with id and terms"),
+        ("no JSON", "line 1 .*: expected an object with id and terms"),
+        ('{"id": "a", "terms": "normal"}', "line 1: expected id and indication as strings, and tags as a list"),
+    ],
+)
+def test_r2gen_wrong_details_are_one_line(collection, tmp_path, line, message):
+    options = collection({"train": [entry("a", "a.png")]})
+    details = tmp_path / "details.jsonl"
+    details.write_text(line + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        load_studies("r2gen", **options, details=str(details), tags="terms")

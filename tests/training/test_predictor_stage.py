@@ -1,0 +1,125 @@
+"""The predictor stage: thresholds, tags and indications."""
+
+import json
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from otdrg import FINDINGS, OTDRGForReportGeneration
+from otdrg.configuration_otdrg import INDICATION_BUCKETS
+from otdrg.inference.collation import expand_tags
+from otdrg.metrics.classification import DEFAULT_THRESHOLD
+from otdrg.studies.phantom import PhantomSource
+from otdrg.train_hf import main
+from otdrg.training.predictor import fit_rule, rule_thresholds, tag_names
+
+EDEMA = FINDINGS.index("edema")
+
+
+def run(recipe, folder, *overrides):
+    status = main([str(recipe), "stages=[predictor]", f"output_dir={folder}", *overrides])
+    assert status == 0
+    model = OTDRGForReportGeneration.from_pretrained(folder / "predictor")
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))["predictor"], model
+
+
+def test_rule_thresholds_grow_slower_than_frequency():
+    means = np.array([0.05] * 12 + [0.4] + [0.5])
+    probabilities = np.stack([means * 0.5, means * 1.5])
+    thresholds = rule_thresholds(probabilities)
+    average = means[:13].mean()
+    assert thresholds[12] == pytest.approx(0.13 * (0.4 / average) ** 0.3)
+    assert thresholds[12] / thresholds[0] == pytest.approx(8**0.3)
+    assert thresholds[13] == DEFAULT_THRESHOLD
+
+
+def test_fit_rule_finds_the_number_that_separates():
+    generator = np.random.default_rng(0)
+    labels = np.where(generator.random((400, 14)) < 0.1, 1, 0)
+    # Positives have probabilities above .3, others below: every threshold between the two is right.
+    probabilities = np.where(
+        labels == 1, generator.uniform(0.32, 0.6, labels.shape), 0.27 * generator.random((400, 14))
+    )
+    labels[:, 3] = np.where(labels[:, 3] == 0, -100, labels[:, 3])
+    thresholds = np.array(fit_rule(probabilities, labels))
+    assert (thresholds[:13] > 0.26).all() and (thresholds[:13] < 0.34).all()
+
+
+def test_predictor_stage_rule_thresholds_need_no_validation(tiny_recipe, tmp_path):
+    results, model = run(tiny_recipe, tmp_path / "run", "predictor.thresholds=rule", "studies.options.validation=0")
+    thresholds = model.config.finding_thresholds
+    assert results["thresholds"] == dict(zip(FINDINGS, thresholds, strict=True))
+    assert thresholds[-1] == 0.5 and all(0 < threshold < 1 for threshold in thresholds)
+
+
+def test_predictor_stage_cross_validation_leaves_the_trained_predictor(tiny_recipe, tmp_path):
+    plain, model = run(tiny_recipe, tmp_path / "plain", "predictor.thresholds=none")
+    folds, again = run(tiny_recipe, tmp_path / "folds", "predictor.thresholds=cross_validation")
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name]), name
+    assert model.config.finding_thresholds is None and len(again.config.finding_thresholds) == 14
+    assert folds["validation_default_threshold"]["macro_auc"] == plain["validation"]["macro_auc"]
+    assert "thresholds_fitted_on" not in folds["validation"]
+
+
+def test_predictor_stage_tags_and_indications_are_learned(tiny_recipe, tmp_path, monkeypatch):
+    plain = PhantomSource.read
+
+    def told(self, entry):
+        study = plain(self, entry)
+        study.tags = ["Spine/degenerative"]
+        # The indication of every study with edema is the same, and no other study has it.
+        study.finding_states = [int(state) for state in study.finding_states]
+        study.finding_states[EDEMA] = int(zlib.crc32(entry.id.encode()) % 2)
+        study.indication = "dyspnoea" if study.finding_states[EDEMA] else "cough"
+        return study
+
+    monkeypatch.setattr(PhantomSource, "read", told)
+    _, model = run(
+        tiny_recipe,
+        tmp_path / "run",
+        *("predictor.tag_weight=1", "predictor.thresholds=cross_validation"),
+        *("model.overrides.indication_reader=predictor", "model.overrides.predictor_heads=2"),
+    )
+    assert model.config.predictor_tags is None, "the finished model does not predict tags"
+    words = model.finding_predictor.words.weight.detach().reshape(-1, 14, 4)
+    assert int(words.abs().sum(dim=(1, 2)).gt(0).sum()) == 2, "two words were seen"
+    dyspnoea, cough = (zlib.crc32(word) % INDICATION_BUCKETS for word in (b"dyspnoea", b"cough"))
+    assert words[dyspnoea, EDEMA, 1] > 0.05 > -0.05 > words[cough, EDEMA, 1]
+
+
+def test_predictor_stage_tag_weight_without_tags_is_an_error(tiny_recipe, tmp_path, capsys):
+    overrides = ["stages=[predictor]", f"output_dir={tmp_path / 'run'}", "predictor.tag_weight=1"]
+    assert main([str(tiny_recipe), *overrides]) == 1
+    assert "predictor.tag_weight=1: expected studies with tags" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["predictor.fit_thresholds=true"], "predictor.fit_thresholds no longer exists: use thresholds"),
+        (
+            ["predictor.thresholds=cross_validation", "predictor.vision=full"],
+            "predictor.thresholds='cross_validation': expected another rule while predictor.vision is trained",
+        ),
+        (
+            ["report.indication=true", "model.overrides.indication_reader=predictor"],
+            "report.indication=True: expected false while model.overrides.indication_reader is predictor",
+        ),
+    ],
+)
+def test_predictor_recipe_contradictions_are_one_line(tiny_recipe, tmp_path, capsys, overrides, message):
+    assert main([str(tiny_recipe), f"output_dir={tmp_path / 'run'}", *overrides]) == 1
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_tags_count_for_what_they_are_kinds_of():
+    assert expand_tags(["Spine/degenerative/mild", "Granuloma"]) == {
+        *("Spine", "Spine/degenerative", "Spine/degenerative/mild", "Granuloma")
+    }
+
+    class Studies(dict):
+        column_names = ("tags",)
+
+    assert tag_names(Studies(tags=[["A/b"]] * 10 + [["A/c"]] * 15 + [None])) == ["A", "A/c"]
