@@ -405,6 +405,7 @@ class ConsensusDecoder:
             raise ValueError(f"consensus: agreement_weight={settings.agreement_weight}, expected 0 without a labeler")
         self.settings, self.bank, self.label = settings, bank, label
 
+    @torch.no_grad()
     def decode(
         self, model, processor, prompt: Mapping[str, torch.Tensor], study, generation: Mapping[str, Any]
     ) -> list[list[Candidate]]:
