@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from .files_otdrg import read_json, write_json
 from .findings_otdrg import FINDINGS, NOT_GIVEN, POSITIVE
@@ -185,6 +185,19 @@ def _made(kind, values: Any, place: str):
         if name not in names:
             raise ValueError(f"consensus: {place}unknown setting {name!r}, expected one of {', '.join(names)}")
     return kind(**values)
+
+
+def store_settings(model, settings: Mapping[str, Any]) -> None:
+    """Make settings a model's defaults: its generation config holds them, and is saved with them.
+
+    Raises:
+        ValueError: an unknown name or an impossible value.
+    """
+    ConsensusSettings.of(settings)
+    fields = {**model.generation_config.to_dict(), "consensus": dict(settings)}
+    # transformers drops other fields from a generation config that it made from a model's configuration.
+    fields.pop("_from_model_config", None)
+    model.generation_config = GenerationConfig(**fields)
 
 
 # --- the report bank -------------------------------------------------------------------------------------------------
@@ -405,6 +418,7 @@ class ConsensusDecoder:
             raise ValueError(f"consensus: agreement_weight={settings.agreement_weight}, expected 0 without a labeler")
         self.settings, self.bank, self.label = settings, bank, label
 
+    @torch.no_grad()
     def decode(
         self, model, processor, prompt: Mapping[str, torch.Tensor], study, generation: Mapping[str, Any]
     ) -> list[list[Candidate]]:
@@ -580,4 +594,5 @@ __all__ = [
     "is_complete",
     "pool_views",
     "probe_features",
+    "store_settings",
 ]

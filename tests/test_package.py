@@ -19,6 +19,8 @@ SHIPPED = (
     "weights_otdrg",
     "generation_otdrg",
     "guidance_otdrg",
+    "utility_otdrg",
+    "consensus_otdrg",
     "chat_templates_otdrg",
     "modeling_otdrg",
     "image_processing_otdrg",

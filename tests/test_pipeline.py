@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from otdrg import FINDING_STATES, FINDINGS, ReportGenerationPipeline
-from otdrg.consensus_otdrg import ConsensusDecoder, ConsensusSettings, ReportBank
+from otdrg.consensus_otdrg import ConsensusDecoder, ConsensusSettings, ReportBank, store_settings
 from otdrg.labelers import UnreadReportsWarning, load_labeler
 from PIL import Image
 from transformers import pipeline
@@ -325,9 +325,11 @@ def test_pipeline_consensus_is_that_of_the_decoder(pipe, model, processor, paths
     assert two[1][0]["generated_text"] == record["generated_text"]
 
 
-def test_pipeline_consensus_of_the_generation_config_is_the_default(build_model, paths):
+def test_pipeline_consensus_of_the_generation_config_is_the_default(build_model, paths, tmp_path):
     model, processor = build_model()
-    model.generation_config.consensus = {"candidates": 3}
+    store_settings(model, {"candidates": 3})
+    model.save_pretrained(tmp_path)
+    model = type(model).from_pretrained(tmp_path)
     pipe = ReportGenerationPipeline(model=model, processor=processor)
     few = {"max_new_tokens": 6, "min_new_tokens": 6}
     chosen = pipe(paths[0], **few)[0]

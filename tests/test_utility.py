@@ -5,7 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from otdrg.utility_otdrg import ReportUtility
 from pycocoevalcap.cider.cider_scorer import CiderScorer
@@ -50,12 +50,14 @@ def smoothed_bleu(written, true):
 WORDS = st.lists(st.sampled_from("abc"), max_size=30).map(" ".join)
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(WORDS, min_size=1, max_size=3), WORDS)
 def test_utility_bleu_equals_the_formula(references, candidate):
     found = ReportUtility(references, weights={"bleu_4": 1})([candidate])[0]
     assert found == pytest.approx([smoothed_bleu(candidate, reference) for reference in references], abs=1e-12)
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(WORDS, min_size=1, max_size=3), st.lists(WORDS, min_size=1, max_size=3))
 def test_utility_is_the_weighted_sum_of_its_scores(references, candidates):
     parts = [ReportUtility(references, weights={name: 1})(candidates) for name in ("rouge_l", "bleu_4", "cider")]

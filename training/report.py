@@ -22,7 +22,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedConfig
 
-from ..consensus_otdrg import ConsensusDecoder, ConsensusSettings
+from ..consensus_otdrg import ConsensusDecoder, ConsensusSettings, store_settings
 from ..evaluation.evaluate import evaluate_model
 from ..evaluation.report import format_table, write_predictions
 from ..inference.features import CachedStudies
@@ -496,7 +496,7 @@ def trained_model(trainer: StageTrainer, recipe: Recipe) -> OTDRGForReportGenera
     section = recipe.report
     model.generation_config.update(**section.generation)
     if section.candidates is not None:
-        model.generation_config.consensus = {"candidates": section.candidates, **section.consensus}
+        store_settings(model, {"candidates": section.candidates, **section.consensus})
     # One type, as `from_pretrained` gives: the model that is scored is the model that will be loaded.
     dtype = getattr(torch, recipe.model.dtype)
     for weight in model.parameters():

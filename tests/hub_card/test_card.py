@@ -131,7 +131,8 @@ def test_card_tables_hold_the_figures_of_the_files(made):
     scores_table = named(found, "score")[0]
     assert list(scores_table) == ["model", "model, 95 % interval", *list(rows)[1:]]
     for name, scores in rows.items():
-        assert scores_table[name] == {NLG_NAMES[metric]: shown(scores.get(metric)) for metric in METRICS}
+        expected = {NLG_NAMES[metric]: shown(scores.get(metric)) for metric in METRICS}
+        assert scores_table[name] == {**expected, "in training": shown(scores.get("in_training"))}
     for metric in METRICS:
         bounds = result["intervals"]["model"][metric]
         assert scores_table["model, 95 % interval"][NLG_NAMES[metric]] == f"{bounds['low']:.3f} to {bounds['high']:.3f}"

@@ -83,7 +83,7 @@ def test_blocks_do_not_change_constant_scores(reports, monkeypatch):
     states = LABELER.label(reports)
     whole = best_constants(reports, states, LABELER)
     monkeypatch.setattr("otdrg.metrics.constant_scores._BLOCK", 3)
-    monkeypatch.setattr("otdrg.metrics.rouge_l._BLOCK", 2)
+    monkeypatch.setattr("otdrg.utility_otdrg._BLOCK", 2)
     in_blocks = best_constants(reports, states, LABELER)
     assert in_blocks.reports == whole.reports and in_blocks.scores == pytest.approx(whole.scores, abs=1e-12)
 

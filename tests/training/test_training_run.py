@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from otdrg.consensus_otdrg import ReportBank
 from otdrg.modeling_otdrg import OTDRGForReportGeneration
 from otdrg.processing_otdrg import OTDRGProcessor
 from otdrg.train_hf import main
@@ -159,3 +160,20 @@ def test_run_recipe_phantom_tiny_losses_are_those_of_its_earlier_fields(tmp_path
     for stage, losses in expected.items():
         lines = training_lines(results(tmp_path)[stage])
         assert [line["loss"] for line in lines.values()] == pytest.approx(losses, rel=1e-3), stage
+
+
+def test_report_stage_with_a_bank_evaluates_and_publishes_consensus_decoding(tiny_recipe, copied_run):
+    arguments = ["stages=[report]", "report.candidates=4", "report.bank=true", "report.consensus={seed: 3}"]
+    evaluation = "report.evaluation={split: validation, metrics: [bleu_1], controls: []}"
+    assert main([str(tiny_recipe), f"output_dir={copied_run}", *arguments, evaluation, "--overwrite"]) == 0
+    bank = ReportBank.load(copied_run / "bank")
+    assert bank.counts.sum() == 16
+    model, processor = (
+        kind.from_pretrained(copied_run / "model") for kind in (OTDRGForReportGeneration, OTDRGProcessor)
+    )
+    bank.check(model, processor)
+    assert model.generation_config.consensus == {"candidates": 4, "seed": 3}
+    found = results(copied_run)["report"]["evaluation"]
+    assert {"model, without retrieved candidates", "model, without consensus decoding"} <= found["rows"].keys()
+    assert found["generation"]["consensus"]["seed"] == 3 and found["generation"]["bank"]["reports"] == len(bank)
+    assert not list((copied_run / "model").rglob("bank*"))
