@@ -129,6 +129,8 @@ def _read_details(path: str, tags: str | None) -> dict[str, dict[str, Any]]:
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 wanted = "id" if tags is None else f"id and {tags}"
                 raise ValueError(f"{place} ({fault_of_study(error)}): expected an object with {wanted}") from None
+            if study is None:  # a study without images has no id
+                continue
             is_list = isinstance(terms, list) and all(isinstance(term, str) for term in terms)
             if not isinstance(study, str) or not isinstance(indication, str) or not (terms is None or is_list):
                 raise ValueError(f"{place}: expected id and indication as strings, and tags as a list of strings")

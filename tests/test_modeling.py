@@ -482,6 +482,7 @@ def test_forward_batch_equals_single_studies(build_model, views, reports, view_f
     studies = [views[:3], views[3:4], views[4:6]]
     indications = ["a long history of cough, fever and pain", None, "cough"]
     states = torch.randint(0, 4, (3, 14))
+    states[:, NO_FINDING] %= 2
     states[1] = 0
     more = {"report": reports[:3]} if training else {}
     batch_inputs = processor(images=studies, indication=indications, finding_states=states, **more)

@@ -170,7 +170,10 @@ def test_r2gen_iu_xray_is_complete():
 def test_r2gen_details_give_indications_and_tags(collection, tmp_path):
     options = collection({"train": [entry("a", "a.png"), entry("b", "b.png")]})
     details = tmp_path / "details.jsonl"
-    details.write_text('{"id": "a", "indication": "Cough", "terms": ["Spine/degenerative"]}\n', encoding="utf-8")
+    details.write_text(
+        '{"id": "a", "indication": "Cough", "terms": ["Spine/degenerative"]}\n{"id": null, "terms": []}\n',
+        encoding="utf-8",
+    )
     train = load_studies("r2gen", **options, details=str(details), tags="terms")["train"]
     assert train["indication"][:] == ["Cough", ""] and train["tags"][:] == [["Spine/degenerative"], None]
     assert load_studies("r2gen", **options, details=str(details))["train"]["tags"][:] == [None, None]
