@@ -251,12 +251,12 @@ def test_reward_that_is_not_finite_is_one_line(build_trainer, monkeypatch):
         trainer.train_stage(resume=False)
 
 
-def test_rewards_rise_for_a_word_that_is_rewarded(build_trainer, monkeypatch):
-    """Without training the mean share of the word stays where it is: its standard error over 5 steps is below .03."""
-    words = []
+def test_rewards_rise_where_one_letter_is_rewarded(build_trainer, monkeypatch):
+    """Without training the letter's mean share stays where it is: its standard error over 5 steps is below .01."""
+    letters = []
 
     def share(completions, **columns):
-        return [sum(word in words for word in text.split()) / 12 for text in completions]
+        return [sum(map(text.count, letters)) / max(len(text), 1) for text in completions]
 
     monkeypatch.setitem(REWARDS, "share", lambda reports, labeler: share)
     trainer = build_trainer(
@@ -272,9 +272,9 @@ def test_rewards_rise_for_a_word_that_is_rewarded(build_trainer, monkeypatch):
     )
     samples = trainer.sample(next(iter(trainer.get_train_dataloader())))
     texts = trainer.processor.batch_decode(samples.tokens, skip_special_tokens=True)
-    words += [Counter(" ".join(texts).split()).most_common(1)[0][0]]
+    letters += [letter for letter, _ in Counter("".join("".join(texts).split())).most_common(1)]
     before = parameters_to_vector(trainer.reference.parameters()).clone()
     trainer.train_stage(resume=False)
     rewards = [line["reward"] for line in trainer.state.log_history if "reward" in line]
-    assert np.mean(rewards[:5]) < 0.3 and np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.2
+    assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.1
     assert torch.equal(parameters_to_vector(trainer.reference.parameters()), before)
