@@ -15,7 +15,7 @@ import numpy as np
 
 from ..findings_otdrg import FINDING_STATES, FINDINGS, POSITIVE
 from ..labelers.as_typed import label_quietly, labeler_of
-from .rouge_l import rouge_l_matrix
+from ..utility_otdrg import rouge_l_matrix
 
 #: `reward(completions=..., references=..., finding_states=...)` -> a float for each completion.
 RewardFunction = Callable[..., list[float]]
@@ -109,10 +109,10 @@ class Agreement:
 
     def __call__(self, completions: Sequence[str], finding_states, **columns) -> list[float]:
         """`finding_states` (N, 14) are the state ids that condition each of N completions."""
-        told = np.asarray(finding_states)[:, _FINDINGS]
-        said = label_quietly(self._labeler, list(completions))[:, _FINDINGS]
-        given = (told >= 0) & (told < len(FINDING_STATES))
-        differing = given & ((said == POSITIVE) != (told == POSITIVE))
+        states = np.asarray(finding_states)[:, _FINDINGS]
+        stated = label_quietly(self._labeler, list(completions))[:, _FINDINGS]
+        given = (states >= 0) & (states < len(FINDING_STATES))
+        differing = given & ((stated == POSITIVE) != (states == POSITIVE))
         return (-differing.sum(axis=1)).astype(float).tolist()
 
 
