@@ -7,13 +7,23 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from hypothesis import settings
 from PIL import Image
+
+# For processes.py, which forked processes import.
+sys.path.append(str(Path(__file__).parent))
+
+from processes import Process
+
+# Tests that need more examples say so; a test's first example often pays for an import.
+settings.register_profile("otdrg", max_examples=40, deadline=None)
+settings.load_profile("otdrg")
 
 # Makes packages look as if they were not installed, before anything is imported.
 HIDE = """
@@ -320,15 +330,18 @@ TINY_RECIPE = {
 }
 
 
+@pytest.fixture(scope="session")
+def start_process():
+    """Starts `python -c CODE …` or `python -m MODULE …`, given without `python`; see processes.py."""
+    return Process
+
+
 def launch_processes(arguments, processes=2, **variables):
     """Python once for each process, as torchrun would start it."""
     port = 20000 + os.getpid() % 20000
     running = [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        Process(
+            arguments,
             env={
                 **os.environ,
                 **variables,
