@@ -25,6 +25,19 @@ from processes import Process
 settings.register_profile("otdrg", max_examples=40, deadline=None)
 settings.load_profile("otdrg")
 
+
+def no_curves(*_):
+    """In place of `draw_curves`."""
+
+
+def pytest_runtest_setup():
+    """No `curves.png`, which takes 40 % of the time of a tiny run; only `trained_run` has it."""
+    callbacks = sys.modules.get("otdrg.training.callbacks")
+    if callbacks is not None and callbacks.draw_curves is not no_curves:
+        no_curves.original = callbacks.draw_curves
+        callbacks.draw_curves = no_curves
+
+
 # Makes packages look as if they were not installed, before anything is imported.
 HIDE = """
 import sys
@@ -397,8 +410,11 @@ def tiny_recipe(tmp_path_factory):
 def trained_run(tiny_recipe):
     """Folder of a finished run of `tiny_recipe`."""
     from otdrg.train_hf import main
+    from otdrg.training import callbacks
 
-    assert main([str(tiny_recipe)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(callbacks, "draw_curves", getattr(no_curves, "original", callbacks.draw_curves))
+        assert main([str(tiny_recipe)]) == 0
     return tiny_recipe.parent / "run"
 
 

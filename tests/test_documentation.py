@@ -231,7 +231,7 @@ def files(trained_run, build_backbones, tmp_path_factory):
         write_table(folder / "runs" / run / "predictions.csv", predictions)
     # `otdrg embed` needs several studies of a finding.
     recipe = folder / "runs" / "quickstart" / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace("validation: 5\n", "validation: 40\n"))
+    recipe.write_text(recipe.read_text().replace("validation: 5\n", "validation: 80\n"))
     shutil.copytree(trained_run / "model", folder / "org" / "otdrg")
     backbones = build_backbones(tmp_path_factory.mktemp("backbones"))
     shutil.copytree(backbones["vision"], folder / "facebook" / "dinov2-small")

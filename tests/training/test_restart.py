@@ -324,7 +324,16 @@ def small_files(folder):
 @pytest.mark.parametrize(
     ("limited", "module", "writer", "name", "reason"),
     [
-        (small_disk, transformers.modeling_utils, "safe_save_file", "model.safetensors", "No space left on device"),
+        pytest.param(
+            *(
+                small_disk,
+                transformers.modeling_utils,
+                "safe_save_file",
+                "model.safetensors",
+                "No space left on device",
+            ),
+            marks=pytest.mark.slow,
+        ),
         (small_files, torch, "save", "optimizer.pt", "a file could not be written to its end"),
         pytest.param(
             *(small_files, TrainerState, "save_to_json", "trainer_state.json", "File too large"),
