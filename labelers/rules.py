@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,12 @@ _READABLE = bit(OTHER + 1, POSITIVE)
 _BARS = sum(bit(row, state) for row in _BARRING for state in (POSITIVE, UNCLEAR))
 
 
+@cache
+def _own_phrases() -> Phrases:
+    """The phrases of the package's vocabulary, which take half a second to read."""
+    return Phrases(load_vocabulary(VOCABULARY), Meaning)
+
+
 class RulesLabeler:
     """Reads finding states by CheXpert's rules, with a vocabulary that a radiologist can read and extend.
 
@@ -54,7 +61,8 @@ class RulesLabeler:
     name = "rules"
 
     def __init__(self, vocabulary: str | Path = VOCABULARY, repeat_mistakes: bool = False):
-        self._phrases = Phrases(load_vocabulary(vocabulary), Meaning)
+        own = vocabulary == VOCABULARY
+        self._phrases = _own_phrases() if own else Phrases(load_vocabulary(vocabulary), Meaning)
         self._spelling = Spelling(load_spelling(vocabulary))
         words = load_words(vocabulary)
         self._kinds: dict[str, int] = {}

@@ -7,13 +7,36 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from hypothesis import settings
 from PIL import Image
+
+# For processes.py, which forked processes import.
+sys.path.append(str(Path(__file__).parent))
+
+from processes import Process
+
+# Tests that need more examples say so; a test's first example often pays for an import.
+settings.register_profile("otdrg", max_examples=40, deadline=None)
+settings.load_profile("otdrg")
+
+
+def no_curves(*_):
+    """In place of `draw_curves`."""
+
+
+def pytest_runtest_setup():
+    """No `curves.png`, which takes 40 % of the time of a tiny run; only `trained_run` has it."""
+    callbacks = sys.modules.get("otdrg.training.callbacks")
+    if callbacks is not None and callbacks.draw_curves is not no_curves:
+        no_curves.original = callbacks.draw_curves
+        callbacks.draw_curves = no_curves
+
 
 # Makes packages look as if they were not installed, before anything is imported.
 HIDE = """
@@ -321,15 +344,18 @@ TINY_RECIPE = {
 }
 
 
+@pytest.fixture(scope="session")
+def start_process():
+    """Starts `python -c CODE …` or `python -m MODULE …`, given without `python`; see processes.py."""
+    return Process
+
+
 def launch_processes(arguments, processes=2, **variables):
     """Python once for each process, as torchrun would start it."""
     port = 20000 + os.getpid() % 20000
     running = [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        Process(
+            arguments,
             env={
                 **os.environ,
                 **variables,
@@ -385,8 +411,11 @@ def tiny_recipe(tmp_path_factory):
 def trained_run(tiny_recipe):
     """Folder of a finished run of `tiny_recipe`."""
     from otdrg.train_hf import main
+    from otdrg.training import callbacks
 
-    assert main([str(tiny_recipe)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(callbacks, "draw_curves", getattr(no_curves, "original", callbacks.draw_curves))
+        assert main([str(tiny_recipe)]) == 0
     return tiny_recipe.parent / "run"
 
 

@@ -240,8 +240,8 @@ def test_indication_reaches_the_states_of_generate_and_pipeline(reading, views):
         ids = processor.encode_indications(["cough"])["indication_ids"][0]
         model.finding_predictor.words.weight[ids] += torch.eye(4)[3].repeat(14) * 100
     pipe = ReportGenerationPipeline(model=model, processor=processor)
-    told = pipe(views[0], indication="cough", max_new_tokens=2)[0]["findings"]
-    assert all(finding["state"] == "unclear" for name, finding in told.items() if name != "no_finding")
+    findings = pipe(views[0], indication="cough", max_new_tokens=2)[0]["findings"]
+    assert all(finding["state"] == "unclear" for name, finding in findings.items() if name != "no_finding")
     steered = model.generate(**processor(images=[views[0]], indication="cough"), max_new_tokens=4)
     states = torch.full((1, 14), 3)
     states[0, -1] = model.read_study(

@@ -246,7 +246,7 @@ def trained(build_model, views, reports):
         output = model(**inputs)
         output.loss.backward()
         optimizer.step()
-        if output.report_loss < 0.02:
+        if output.report_loss < 0.05:
             break
     return model.eval(), processor, states, expected
 

@@ -13,7 +13,7 @@ from otdrg.labelers import UnreadReportsWarning, load_labeler
 from PIL import Image
 from transformers import pipeline
 
-FEW = {"max_new_tokens": 8, "min_new_tokens": 8}
+FEW = {"max_new_tokens": 5, "min_new_tokens": 5}
 
 
 @pytest.fixture(scope="module")

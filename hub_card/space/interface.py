@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from html import escape
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import gradio as gr
@@ -200,7 +201,6 @@ class _Page:
         buttons = [self.write, self.again, self.save_text, self.save_record]
         texts = [self.report, self.contradictions, self.problem, self.record_text]
         shown = [
-            self.files,
             self.preview,
             *texts,
             self.runners_up,
@@ -228,15 +228,23 @@ class _Page:
             )
         ]
         changes = [
-            # A change of the study ends the report of the previous one.
-            self.files.upload(self.add_views, [self.files, self.visitor], None, cancels=writing, **_QUICK),
+            # A change of the study ends the report of the previous one. No other event empties the file list, because
+            # that would lose an upload that ends at the same moment.
+            self.files.upload(
+                self.add_views,
+                [self.files, self.visitor],
+                self.files,
+                cancels=writing,
+                trigger_mode="multiple",
+                **_QUICK,
+            ),
             self.clear.click(self.start_anew, self.visitor, self.indication, cancels=writing, **_QUICK),
             self.samples.click(
                 self.take_example, [self.samples, self.visitor], self.indication, cancels=writing, **_QUICK
             ),
         ]
         for event in changes:
-            event.then(self.show, self.visitor, shown, **_QUICK)
+            event.then(self.show, self.visitor, shown, trigger_mode="multiple", **_QUICK)
         for event in writing:
             # Also after an error, and when a cancelled report has stopped: a button pressed before has no effect.
             event.then(self.finish, self.visitor, [*shown, self.write], **_QUICK)
@@ -251,12 +259,17 @@ class _Page:
     # -- the study ----------------------------------------------------------------------------------------------------
 
     async def add_views(self, paths: list[str] | None, visitor: Visitor) -> None:
-        """Read the uploaded views into the study; an error leaves the study and its report unchanged."""
+        """Read the uploaded views into the study, and empty the file list.
+
+        An error leaves the study and its report unchanged.
+        """
         visitor.begin()
 
         def read() -> None:
             before, most = visitor.views, self.pipe.processor.max_image_pixels
-            views = read_uploads(paths or [], before, most, self._resize)
+            # During an upload, the list still has the files of the one before, which are read and deleted by now.
+            unread = [path for path in paths or [] if Path(path).exists()]
+            views = read_uploads(unread, before, most, self._resize)
             if visitor.views is before:  # neither cleared nor replaced by an example meanwhile
                 visitor.views, visitor.written = views, None
 
@@ -373,7 +386,6 @@ class _Page:
     def show(self, visitor: Visitor) -> dict:
         """Show the study and its last complete report; states that were chosen since are kept."""
         updates = {
-            self.files: None,
             self.preview: _visible(preview(visitor.views)),
             self.problem: _alert(visitor.problem),
         }

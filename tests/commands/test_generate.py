@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -392,17 +391,15 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.fixture
-def slow_generate(run_folder, paths, tmp_path):
+def slow_generate(run_folder, start_process, paths, tmp_path):
     """Starts the command on many studies, slowed down, and waits until a report is written."""
     started = []
 
     def start(output):
         listed = [{"id": str(number), "images": paths[number % 3]} for number in range(200)]
         (tmp_path / "list").write_text("\n".join(map(json.dumps, listed)))
-        command = [sys.executable, "-c", SLOW, "generate", str(run_folder), "--studies", str(tmp_path / "list")]
-        process = subprocess.Popen(
-            [*command, "--output", str(output), *FEW], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        command = ["-c", SLOW, "generate", run_folder, "--studies", tmp_path / "list", "--output", output, *FEW]
+        process = start_process(command)
         started.append(process)
         deadline = time.monotonic() + 120
         while not (output.exists() and output.read_text()) and time.monotonic() < deadline:

@@ -1,10 +1,7 @@
 """`otdrg ablate`: which runs there are, what they share, what is said of them, and what happens to those that fail."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from functools import cache
 from pathlib import Path
@@ -222,7 +219,7 @@ def summary(finished):
 def test_ablate_finished_runs_are_kept_and_tabled(finished, capsys):
     _, arguments, output = finished
     before = stamps(output)
-    assert main(arguments) == 0
+    assert main([*arguments, "--resamples", "100"]) == 0
     assert stamps(output) == before
     document = (output / "ablation.md").read_text(encoding="utf-8")
     assert document in capsys.readouterr().out
@@ -366,7 +363,8 @@ def test_ablate_failed_run_is_reported_and_others_continue(recipe, references, t
     ],
 )
 def test_ablate_wrong_recipe_starts_no_run(recipe, tmp_path, capsys, override, message):
-    assert main(["ablate", str(recipe), override, "--output", str(tmp_path / "out")]) == 1
+    few = ["--tables", "modules", "--seeds", "1"]
+    assert main(["ablate", str(recipe), override, *few, "--output", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("otdrg ablate: error: ") and message in error
     assert not (tmp_path / "out").exists()
@@ -385,18 +383,16 @@ def test_ablate_failure_before_training_starts_no_other_run(recipe, tmp_path):
     assert not any(run.log.exists() for run in plan.runs[1:])
 
 
-def test_ablate_killed_ends_its_runs_and_leaves_no_lock(recipe, tmp_path, capsys):
+def test_ablate_killed_ends_its_runs_and_leaves_no_lock(recipe, start_process, tmp_path, capsys):
     longer = ["report.max_steps=100000", "report.logging_steps=1000", "report.save_steps=100000"]
-    command = [sys.executable, "-m", "otdrg.cli", "ablate", str(recipe), *longer, "--tables", "modules"]
-    command += ["--seeds", "1", "--output", str(tmp_path / "out")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
+    command = ["ablate", str(recipe), *longer, "--tables", "modules", "--seeds", "1", "--output", str(tmp_path / "out")]
+    process = start_process(["-m", "otdrg.cli", *command])
     baseline = tmp_path / "out" / "baseline" / "seed-1"
     deadline = time.monotonic() + 120
     while not (baseline / "report" / "started.json").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     (child,) = [one for one in psutil.Process(process.pid).children() if "otdrg.train_hf" in one.cmdline()]
-    assert main(command[3:]) == 1
+    assert main(command) == 1
     assert f"is being written by process {process.pid} on " in capsys.readouterr().err
     with pytest.raises(OutputLockedError, match=f"process {child.pid} on "), OutputLock(baseline):
         pass
@@ -409,15 +405,9 @@ def test_ablate_killed_ends_its_runs_and_leaves_no_lock(recipe, tmp_path, capsys
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_ablate_interrupted_stops_its_processes(recipe, tmp_path, how):
-    command = [sys.executable, "-m", "otdrg.cli", "ablate", str(recipe), "--seeds", "1", "--output", str(tmp_path)]
-    process = subprocess.Popen(
-        command,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        # A shell's background jobs, and what they start, ignore Ctrl-C by default.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+def test_ablate_interrupted_stops_its_processes(recipe, start_process, tmp_path, how):
+    command = ["ablate", str(recipe), "--tables", "modules", "--seeds", "1", "--output", str(tmp_path)]
+    process = start_process(["-m", "otdrg.cli", *command])
     deadline = time.monotonic() + 120
 
     def training():

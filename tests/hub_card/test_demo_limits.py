@@ -328,6 +328,13 @@ def test_upload_same_file_of_two_visitors_is_read_for_both(client, post, view, f
 # -- what is kept -----------------------------------------------------------------------------------------------------
 
 
+def test_file_list_is_emptied_by_uploads_only(client):
+    """By another event, it could be emptied between the end of an upload and its event, which then has no files."""
+    config = client.get("/config").json()
+    (files,) = (one["id"] for one in config["components"] if one["props"].get("elem_id") == "files")
+    assert [event["api_name"] for event in config["dependencies"] if files in event["outputs"]] == ["add_views"]
+
+
 def test_large_view_is_kept_small_and_reported_on_in_full(client, post, ask, pipe, folder, tmp_path):
     random = np.random.default_rng(0)
     pixels = np.kron(random.integers(0, 200, (22, 30)), np.ones((50, 50))) + random.integers(0, 50, (1100, 1500))

@@ -96,7 +96,10 @@ SHORT = [
 ]
 
 
-@pytest.mark.parametrize(("name", "views"), [("iu_xray", ["frontal", "lateral"]), ("mimic_cxr", ["frontal"])])
+@pytest.mark.parametrize(
+    ("name", "views"),
+    [("iu_xray", ["frontal", "lateral"]), pytest.param("mimic_cxr", ["frontal"], marks=pytest.mark.slow)],
+)
 def test_paper_recipe_small_backbones_run_all_stages(name, views, backbones, tmp_path, monkeypatch):
     write_r2gen(tmp_path, name, views)
     monkeypatch.setenv(f"OTDRG_{name.upper()}", str(tmp_path))

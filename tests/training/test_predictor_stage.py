@@ -66,7 +66,7 @@ def test_predictor_stage_cross_validation_leaves_the_trained_predictor(tiny_reci
 def test_predictor_stage_tags_and_indications_are_learned(tiny_recipe, tmp_path, monkeypatch):
     plain = PhantomSource.read
 
-    def told(self, entry):
+    def read(self, entry):
         study = plain(self, entry)
         study.tags = ["Spine/degenerative"]
         # The indication of every study with edema is the same, and no other study has it.
@@ -75,7 +75,7 @@ def test_predictor_stage_tags_and_indications_are_learned(tiny_recipe, tmp_path,
         study.indication = "dyspnoea" if study.finding_states[EDEMA] else "cough"
         return study
 
-    monkeypatch.setattr(PhantomSource, "read", told)
+    monkeypatch.setattr(PhantomSource, "read", read)
     _, model = run(
         tiny_recipe,
         tmp_path / "run",

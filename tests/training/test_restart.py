@@ -10,10 +10,8 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +23,6 @@ from otdrg.training.trainer import StageTrainer
 from safetensors.torch import load_file
 from transformers import TrainerState
 
-PACKAGE = Path(__file__).parents[2]
 #: Both stages: 16 studies in batches of 2, two of them a step, so 4 steps an epoch; checkpoint-3 lies within one.
 STAGE = {
     "max_steps": 6,
@@ -108,18 +105,17 @@ def copied(unbroken, tmp_path):
     return run
 
 
-def start(script, *arguments):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *sys.path])}
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def until_killed(start_process):
+    """Starts a run that kills itself; returns what it printed on standard error."""
 
+    def until_killed(what, count, *arguments):
+        process = start_process(["-c", UNTIL_KILLED, what, count, *arguments])
+        _, error = process.communicate(timeout=300)
+        assert process.returncode == -signal.SIGKILL, error[-2000:]
+        return error
 
-def until_killed(what, count, *arguments):
-    """Start a run that kills itself; returns what it printed on standard error."""
-    process = start(UNTIL_KILLED, what, count, *arguments)
-    _, error = process.communicate(timeout=300)
-    assert process.returncode == -signal.SIGKILL, error[-2000:]
-    return error
+    return until_killed
 
 
 def losses(run, stage):
@@ -159,7 +155,7 @@ def trainable_names(monkeypatch):
 # --- killed ----------------------------------------------------------------------------------------------------------
 
 
-def test_run_killed_twice_resumes_to_the_same_losses(recipe, unbroken, tmp_path, monkeypatch, caplog):
+def test_run_killed_twice_resumes_to_the_same_losses(recipe, unbroken, until_killed, tmp_path, monkeypatch, caplog):
     """While a checkpoint of a trained DINOv2 is written, whose weights have other names on the Hub; then in a step."""
     run = tmp_path / "run"
     until_killed("optimizer.pt", 2, recipe, f"output_dir={run}")
@@ -198,7 +194,7 @@ def test_run_killed_twice_resumes_to_the_same_losses(recipe, unbroken, tmp_path,
     ],
 )
 def test_run_killed_while_any_file_is_written_resumes(
-    recipe, unbroken, tmp_path, caplog, what, count, stage, checkpoint
+    recipe, unbroken, until_killed, tmp_path, caplog, what, count, stage, checkpoint
 ):
     run = tmp_path / "run"
     until_killed(what, count, recipe, f"output_dir={run}")
@@ -211,12 +207,12 @@ def test_run_killed_while_any_file_is_written_resumes(
 
 
 @pytest.mark.slow
-def test_run_killed_at_random_times_resumes(recipe, unbroken, tmp_path):
+def test_run_killed_at_random_times_resumes(recipe, unbroken, start_process, tmp_path):
     run, moments = tmp_path / "run", random.Random(0)
     for _ in range(6):
-        process = start(RUN, recipe, f"output_dir={run}", "--resume")
+        process = start_process(["-c", RUN, recipe, f"output_dir={run}", "--resume"])
         try:
-            process.communicate(timeout=moments.uniform(8, 20))
+            process.communicate(timeout=moments.uniform(2, 14))
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
@@ -260,10 +256,10 @@ def error_lines(capsys):
     return lines[0]
 
 
-def test_run_sigterm_names_the_last_checkpoint(recipe, unbroken, tmp_path):
+def test_run_sigterm_names_the_last_checkpoint(recipe, start_process, tmp_path):
     run = tmp_path / "run"
     # Long enough that it is still running when the checkpoint has been seen.
-    process = start(RUN, recipe, f"output_dir={run}", "stages=[predictor]", "predictor.max_steps=2000")
+    process = start_process(["-c", RUN, recipe, f"output_dir={run}", "stages=[predictor]", "predictor.max_steps=2000"])
     checkpoint, deadline = run / "predictor" / "checkpoint-3", time.monotonic() + 120
     while not (checkpoint / "trainer_state.json").is_file() and process.poll() is None:
         assert time.monotonic() < deadline
@@ -328,7 +324,16 @@ def small_files(folder):
 @pytest.mark.parametrize(
     ("limited", "module", "writer", "name", "reason"),
     [
-        (small_disk, transformers.modeling_utils, "safe_save_file", "model.safetensors", "No space left on device"),
+        pytest.param(
+            *(
+                small_disk,
+                transformers.modeling_utils,
+                "safe_save_file",
+                "model.safetensors",
+                "No space left on device",
+            ),
+            marks=pytest.mark.slow,
+        ),
         (small_files, torch, "save", "optimizer.pt", "a file could not be written to its end"),
         pytest.param(
             *(small_files, TrainerState, "save_to_json", "trainer_state.json", "File too large"),

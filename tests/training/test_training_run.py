@@ -147,6 +147,7 @@ def test_run_recipe_unfit_recipe_is_one_line(tiny_recipe, tmp_path, override, me
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_run_recipe_phantom_tiny_losses_are_those_of_its_earlier_fields(tmp_path):
     """Computed before recipes had the names and defaults of TrainingArguments."""
     expected = {"ircp": [10.8620, 10.7853], "predictor": [0.79865, 0.81286], "report": [6.41546, 6.62753, 5.66627]}
