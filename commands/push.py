@@ -41,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
         help="also the LLM as a plain causal LM (language_model) and the modules between the backbones "
         "(projector.safetensors), for engines that serve LLMs",
     )
+    form.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="type of the stored weights of a complete model (default: the model's); rounding changes scores slightly",
+    )
     for part, gguf in (("vision", ""), ("text", "; for a GGUF file ORG/NAME/FILE.gguf")):
         form.add_argument(
             f"--{part}-backbone", metavar="ORG/NAME", help=f"Hub id of an adapter's {part} backbone{gguf}"
@@ -74,6 +79,8 @@ def run(options: argparse.Namespace) -> None:
     backbones = {part: reference for part, reference in given.items() if reference is not None}
     if backbones and not options.adapter:
         raise ValueError(f"--{next(iter(backbones))}-backbone without --adapter: expected both or neither")
+    if options.dtype and options.adapter:
+        raise ValueError("--dtype with --adapter: expected one of them, an adapter keeps the types of its tensors")
     if not Path(options.source).is_dir():
         raise ValueError(f"{options.source} is not a folder: expected the folder of a run or a model")
     if options.output is None:
@@ -96,7 +103,15 @@ def _push(options: argparse.Namespace, folder: Path, backbones: dict[str, str]) 
     if options.adapter:
         assemble_adapter(options.source, options.repo, folder, backbones, options.evaluation, options.license)
     else:
-        assemble_full(options.source, options.repo, folder, options.evaluation, options.license, options.merge)
+        assemble_full(
+            options.source,
+            options.repo,
+            folder,
+            options.evaluation,
+            options.license,
+            options.merge,
+            options.dtype,
+        )
     if options.adapter and not options.dry_run:
         pin_backbones(folder)
     files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*")}

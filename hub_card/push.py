@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors.torch import save_file
@@ -37,6 +38,7 @@ def assemble_full(
     evaluations: Sequence[Path] = (),
     license: str | None = None,
     serving: bool = False,
+    dtype: str | None = None,
 ) -> None:
     """Write a complete model for the Hub: weights with merged LoRA, code, processor, card, metrics and licence.
 
@@ -49,6 +51,7 @@ def assemble_full(
         evaluations, license: as in [`build_card`].
         serving: also write the LLM as a plain causal LM (`language_model`) and the modules between the backbones
             (`projector.safetensors`), for engines that serve LLMs; see `get_prompt_embeddings`.
+        dtype: name of the torch type of the stored weights; the model's by default.
 
     Raises:
         ValueError: there is no model, or a file of the run has the wrong content.
@@ -57,6 +60,8 @@ def assemble_full(
     model, processor = load_published(run)
     digest = model_digest(model, processor)
     model.merge_lora()
+    if dtype is not None:
+        model.to(getattr(torch, dtype))
     for field in ("vision_backbone", "text_backbone"):
         # A local path is useless on other machines.
         if not _may_be_on_hub(getattr(model.config, field)):

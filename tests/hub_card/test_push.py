@@ -400,11 +400,15 @@ def test_push_adapter_of_backbone_not_on_the_hub_is_refused(
 
 def test_push_dry_run_sends_no_request(hub, push, trained, tmp_path):
     before = len(hub.requests)
-    done = push(trained[2] / "run", "org/dry", "--dry-run", "--output", tmp_path / "kept", "--space", "org/dry-demo")
+    arguments = ("--dry-run", "--output", tmp_path / "kept", "--space", "org/dry-demo", "--dtype", "bfloat16")
+    done = push(trained[2] / "run", "org/dry", *arguments)
     assert done.returncode == 0 and done.stdout.endswith("nothing was pushed (--dry-run)\n"), done.stderr
     assert len(hub.requests) == before and ("models", "org/dry") not in hub.repos
     assert {path.name for path in (tmp_path / "kept").iterdir()} >= SHIPPED | {"README.md", "model.safetensors"}
     assert "  app.py\n" in done.stdout and "  otdrg/modeling_otdrg.py\n" in done.stdout
+    weights = load_file(tmp_path / "kept" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert OTDRGForReportGeneration.from_pretrained(tmp_path / "kept").dtype == torch.bfloat16
 
 
 def test_push_space_follows_the_model(hub, push, trained):
@@ -449,6 +453,7 @@ def test_push_wrong_input_is_one_line(hub, push, trained, tmp_path):
         ((trained[2] / "run", "not a name"), "not a name"),
         ((trained[2] / "run", "x"), "x has no owner: expected ORG/NAME"),
         ((trained[2] / "run", "org/x", "--space", "org/y", "--revision", "v2"), "--space shows the branch main"),
+        ((trained[2] / "run", "org/x", "--adapter", "--dtype", "bfloat16"), "--dtype with --adapter"),
         ((trained[2] / "run" / "model", "org/x", "--adapter"), "no adapter here or in its folder 'adapter'"),
     ):
         done = push(*arguments)
