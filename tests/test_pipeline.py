@@ -344,6 +344,7 @@ def test_pipeline_consensus_of_the_generation_config_is_the_default(build_model,
     [
         ({"candidates": 4, "num_beams": 2}, "num_beams was given beside candidates or a bank"),
         ({"candidates": 0}, "candidates=0: expected 1 or more, or a report bank"),
+        ({"candidates": 2, "return_candidates": -1}, "return_candidates=-1: expected a number of candidates"),
         ({"return_candidates": 2}, "return_candidates=2: expected candidates or a bank beside it"),
         ({"candidates": 4, "consensus": {"weight": 2}}, "consensus: unknown setting 'weight'"),
         ({"bank": "nowhere"}, "nowhere has no bank.safetensors"),
