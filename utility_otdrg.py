@@ -32,17 +32,18 @@ class DocumentFrequencies:
 
     def __init__(self, reports: Sequence[str], counts: Sequence[float] | np.ndarray | None = None):
         counts = [1] * len(reports) if counts is None else counts
-        self._studies: dict[tuple[str, ...], float] = defaultdict(float)
+        studies: dict[tuple[str, ...], float] = defaultdict(float)
         for report, count in zip(reports, counts, strict=True):
             words = report.split()
             for order in range(1, _ORDERS + 1):
                 for ngram in _ngrams(words, order):
-                    self._studies[ngram] += count
+                    studies[ngram] += count
         self._log_studies = math.log(max(sum(counts), 1))
+        self._inverse = {ngram: self._log_studies - math.log(max(count, 1)) for ngram, count in studies.items()}
 
     def inverse(self, ngram: tuple[str, ...]) -> float:
         """The logarithm of the number of studies over that of the studies whose report has the n-gram."""
-        return self._log_studies - math.log(max(1.0, self._studies.get(ngram, 0.0)))
+        return self._inverse.get(ngram, self._log_studies)
 
 
 class ReportUtility:

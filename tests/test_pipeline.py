@@ -339,6 +339,15 @@ def test_pipeline_consensus_of_the_generation_config_is_the_default(build_model,
     assert "retrieved" not in chosen and "candidates" not in chosen
 
 
+def test_pipeline_consensus_of_a_model_without_finding_states_samples_from_the_image(build_model, paths):
+    model, processor = build_model(dle=False, fiot=False)
+    pipe = ReportGenerationPipeline(model=model, processor=processor)
+    (record,) = pipe(paths[0], candidates=3, return_candidates=3, max_new_tokens=6)
+    assert record["candidates"] and all(one["sampled"] for one in record["candidates"])
+    with pytest.raises(ValueError, match="this model does not use finding states"):
+        pipe(paths[0], candidates=3, findings={"edema": "positive"})
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
