@@ -504,7 +504,8 @@ class ConsensusDecoder:
         plan = self.settings.plan if model.config.dle else (SampleGroup(),)
         sizes = [len(part) for part in np.array_split(np.arange(self.settings.candidates), len(plan))]
         samples: list[list[tuple[str, bool]]] = [[] for _ in range(batch)]
-        steps = generation.get("max_new_tokens") or model.generation_config.max_new_tokens or 256
+        config = generation.get("generation_config") or model.generation_config
+        steps = generation.get("max_new_tokens") or config.max_new_tokens or 256
         for number, (group, size) in enumerate(zip(plan, sizes, strict=True)):
             if not size:
                 continue
@@ -526,7 +527,7 @@ class ConsensusDecoder:
                 },
             )
             written = sequences[:, prompt["input_ids"].shape[1] :]
-            ended = is_complete(written, generation.get("eos_token_id", model.generation_config.eos_token_id))
+            ended = is_complete(written, generation.get("eos_token_id", config.eos_token_id))
             texts = processor.batch_decode(written, skip_special_tokens=True)
             for place, (text, end) in enumerate(zip(texts, ended, strict=True)):
                 samples[place // size].append((" ".join(text.split()), end))

@@ -1,5 +1,6 @@
 """The image-to-text pipeline, over every kind of input."""
 
+import copy
 import sys
 import warnings
 
@@ -323,6 +324,9 @@ def test_pipeline_consensus_is_that_of_the_decoder(pipe, model, processor, paths
     assert record["generated_text"] == ranked[0].report and record["retrieved"] == ranked[0].retrieved
     two = pipe([paths[1:3], paths[0]], batch_size=2, **asked)
     assert two[1][0]["generated_text"] == record["generated_text"]
+    config = copy.deepcopy(model.generation_config)
+    config.max_new_tokens = asked.pop("max_new_tokens")
+    assert pipe(paths[0], generation_config=config, **asked)[0] == record
 
 
 def test_pipeline_consensus_of_the_generation_config_is_the_default(build_model, paths, tmp_path):
