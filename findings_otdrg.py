@@ -20,7 +20,7 @@ FINDINGS: tuple[str, ...] = (
     "no_finding",
 )
 
-#: The position of "no finding", which is no finding but says that there is none.
+#: The position of "no finding", a summary of the others; many scores are over the 13 others.
 NO_FINDING = FINDINGS.index("no_finding")
 
 #: The four states of a finding; a state's id is its position (paper, eq. 9).

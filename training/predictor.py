@@ -39,7 +39,7 @@ RESAMPLES = 1000
 FOLDS = 5
 #: Tags of fewer training studies are not learned.
 MINIMUM_TAG_STUDIES = 15
-#: Words of fewer indications count nothing, and how much the logits of the others count.
+#: Words in fewer indications are ignored; the weight of the logits of the others.
 MINIMUM_WORD_STUDIES, WORD_WEIGHT = 3, 0.5
 #: Threshold of a finding as frequent as the average, and the exponent of its relative frequency. Fixed on IU X-Ray.
 RULE_THRESHOLD, RULE_EXPONENT = 0.13, 0.3

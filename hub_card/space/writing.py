@@ -77,7 +77,8 @@ def stream_report(
         report = ""
         for words in streamer:
             report += words
-            yield report.strip()
+            if words:
+                yield report.strip()
         yield outcome.result()
     finally:
         left.set()
