@@ -18,9 +18,9 @@ from safetensors.numpy import load_file, save_file
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from .files_otdrg import read_json, write_json
-from .findings_otdrg import FINDINGS, NOT_GIVEN, POSITIVE
+from .findings_otdrg import NOT_GIVEN, POSITIVE
 from .guidance_otdrg import without_positives
-from .utility_otdrg import UTILITY, ReportUtility
+from .utility_otdrg import UTILITY, ReportUtility, disagreements
 
 #: Reads the states (N, 14) of N reports.
 Label = Callable[[list[str]], np.ndarray]
@@ -32,7 +32,6 @@ STATES = ("all", "positive", "others")
 AGREEMENT_WEIGHT = 0.08
 
 _ARRAYS, _REPORTS = "bank.safetensors", "bank.json"
-_NO_FINDING = FINDINGS.index("no_finding")
 #: A view that identifies the encoder of a bank, and the largest relative difference of its features.
 _PROBE, _TOLERANCE = np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1)), 0.05
 
@@ -93,9 +92,11 @@ class ConsensusSettings:
             reports only.
         retrieved: with a bank, whether its reports are candidates as well.
         agreement_weight: lambda, subtracted for each finding that is positive either in the candidate or in the
-            conditioning states; None for [`AGREEMENT_WEIGHT`] where the package `otdrg` is installed, and 0 elsewhere.
+            conditioning states, unless it is not given; None for [`AGREEMENT_WEIGHT`] where the package `otdrg` is
+            installed, and 0 elsewhere.
         utility: weights of the scores, see [`UTILITY`].
-        plan: groups of samples.
+        plan: groups of samples; a model that does not use finding states (`dle=False`) has one group, and its
+            candidates are compared with the predicted states.
         seed: of the samples. Every study is sampled with the same random numbers, so that its report does not depend
             on the other studies.
     """
@@ -217,7 +218,7 @@ class ReportBank:
         features: (N, D) pooled image features ([`pool_views`]).
         ridge: strength of the regularisation.
         licences: of the studies.
-        probe: (D,) features of a fixed view, from which [`check`] tells whether a model has the bank's encoder.
+        probe: (D,) features of a fixed view, by which [`check`] finds out whether a model has the bank's encoder.
 
     Attributes:
         reports: R distinct reports.
@@ -459,10 +460,10 @@ class ConsensusDecoder:
                 expected = ReportUtility(texts, counts, settings.utility)(texts) @ (counts / counts.sum())
             else:
                 expected = self.bank.utility(settings.utility)(texts) @ weights
-            scores |= zip(texts, self._scores(expected, self._positives(texts), states).tolist(), strict=True)
+            scores |= zip(texts, self._scores(expected, self._states(texts), states).tolist(), strict=True)
         if self.bank is not None and settings.retrieved:
             expected = self.bank.own_utilities(settings.utility) @ weights
-            found = self._scores(expected, self._bank_positives, states).tolist()
+            found = self._scores(expected, self._bank_states, states).tolist()
             scores = {
                 **scores,
                 **{text: score for text, score in zip(self.bank.reports, found, strict=True) if text not in scores},
@@ -479,11 +480,8 @@ class ConsensusDecoder:
         ]
         return sorted(ranked, key=lambda candidate: -candidate.score)
 
-    def _scores(self, utility: np.ndarray, positives: np.ndarray | None, states: np.ndarray) -> np.ndarray:
-        if positives is None:
-            return utility
-        conditioning = np.asarray(states)[:_NO_FINDING] == POSITIVE
-        return utility - self._agreement_weight * (positives != conditioning).sum(axis=1)
+    def _scores(self, utility: np.ndarray, stated: np.ndarray | None, states: np.ndarray) -> np.ndarray:
+        return utility if stated is None else utility - self._agreement_weight * disagreements(stated, states)
 
     @property
     def _agreement_weight(self) -> float:
@@ -492,15 +490,13 @@ class ConsensusDecoder:
             return AGREEMENT_WEIGHT if self.label is not None else 0.0
         return given
 
-    def _positives(self, reports: list[str]) -> np.ndarray | None:
-        """Positive findings (N, 13) of reports; None if they do not count."""
-        if not self._agreement_weight or self.label is None:
-            return None
-        return self.label(reports)[:, :_NO_FINDING] == POSITIVE
+    def _states(self, reports: list[str]) -> np.ndarray | None:
+        """State ids (N, 14) read in reports; None if they do not count."""
+        return None if not self._agreement_weight or self.label is None else self.label(reports)
 
     @cached_property
-    def _bank_positives(self) -> np.ndarray | None:
-        return None if self.bank is None else self._positives(self.bank.reports)
+    def _bank_states(self) -> np.ndarray | None:
+        return None if self.bank is None else self._states(self.bank.reports)
 
     def sample(self, model, processor, prompt, study, generation) -> list[list[tuple[str, bool]]]:
         """For each study its samples, and whether each is complete."""
@@ -508,7 +504,8 @@ class ConsensusDecoder:
         plan = self.settings.plan if model.config.dle else (SampleGroup(),)
         sizes = [len(part) for part in np.array_split(np.arange(self.settings.candidates), len(plan))]
         samples: list[list[tuple[str, bool]]] = [[] for _ in range(batch)]
-        steps = generation.get("max_new_tokens") or model.generation_config.max_new_tokens or 256
+        config = generation.get("generation_config") or model.generation_config
+        steps = generation.get("max_new_tokens") or config.max_new_tokens or 256
         for number, (group, size) in enumerate(zip(plan, sizes, strict=True)):
             if not size:
                 continue
@@ -530,7 +527,7 @@ class ConsensusDecoder:
                 },
             )
             written = sequences[:, prompt["input_ids"].shape[1] :]
-            ended = is_complete(written, generation.get("eos_token_id", model.generation_config.eos_token_id))
+            ended = is_complete(written, generation.get("eos_token_id", config.eos_token_id))
             texts = processor.batch_decode(written, skip_special_tokens=True)
             for place, (text, end) in enumerate(zip(texts, ended, strict=True)):
                 samples[place // size].append((" ".join(text.split()), end))

@@ -20,6 +20,9 @@ FINDINGS: tuple[str, ...] = (
     "no_finding",
 )
 
+#: The position of "no finding", a summary of the others; many scores are over the 13 others.
+NO_FINDING = FINDINGS.index("no_finding")
+
 #: The four states of a finding; a state's id is its position (paper, eq. 9).
 FINDING_STATES: tuple[str, ...] = ("unmentioned", "positive", "negative", "unclear")
 
@@ -126,7 +129,7 @@ def check_finding_states(states, studies: int, missing: int = -1, name: str = "f
         others = f"{NOT_GIVEN} for not given, or -1 to predict" if missing == -1 else f"or {missing} to leave out"
         raise ValueError(f"{name} has {sorted(set(wrong.tolist()))}: expected ids 0 to 3, {others}")
     if missing == -1:
-        no_finding = states[:, FINDINGS.index("no_finding")]
+        no_finding = states[:, NO_FINDING]
         wrong = no_finding[(no_finding == NEGATIVE) | (no_finding == UNCLEAR)]
         if len(wrong):
             raise ValueError(
@@ -142,6 +145,7 @@ __all__ = [
     "FINDING_STATES",
     "NEGATIVE",
     "NOT_GIVEN",
+    "NO_FINDING",
     "POSITIVE",
     "UNCLEAR",
     "UNMENTIONED",

@@ -9,35 +9,33 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor
 
-from .findings_otdrg import FINDINGS, NOT_GIVEN, POSITIVE
+from .findings_otdrg import FINDINGS, NO_FINDING, NOT_GIVEN, POSITIVE
 
 #: Share of the most likely token's probability below which a token is not made likelier by guidance.
 PLAUSIBLE = 0.02
-
-_NO_FINDING = FINDINGS.index("no_finding")
 
 
 def without_positives(finding_states: torch.Tensor) -> torch.Tensor:
     """States (B, 14) with positive findings as not given, and "no finding" too where there was one.
 
-    "No finding" tells whether a finding is positive, so that it cannot stay where one must not be known.
+    "No finding" implies that no finding is positive, so it must not be given where that is to be unknown.
     """
-    findings = torch.arange(len(FINDINGS), device=finding_states.device) != _NO_FINDING
+    findings = torch.arange(len(FINDINGS), device=finding_states.device) != NO_FINDING
     positive = (finding_states == POSITIVE) & findings
     states = finding_states.masked_fill(positive, NOT_GIVEN)
-    states[positive.any(dim=1), _NO_FINDING] = NOT_GIVEN
+    states[positive.any(dim=1), NO_FINDING] = NOT_GIVEN
     return states
 
 
 def drop_states(finding_states: torch.Tensor, ratio: float) -> torch.Tensor:
     """States (B, 14) of which each finding is, with probability `ratio`, not given.
 
-    "No finding" is not given in half of the studies that lose another finding: it tells whether that one is positive,
-    and prompts without positives do not have it.
+    "No finding" is not given in half of the studies in which another finding is not: it implies whether that one is
+    positive, and the prompts of [`without_positives`] do not have it.
     """
     dropped = torch.rand(finding_states.shape, device=finding_states.device) < ratio
-    loses_finding = dropped[:, :_NO_FINDING].any(dim=1) | dropped[:, _NO_FINDING + 1 :].any(dim=1)
-    dropped[:, _NO_FINDING] = loses_finding & (torch.rand(len(dropped), device=dropped.device) < 0.5)
+    drops_finding = dropped[:, :NO_FINDING].any(dim=1) | dropped[:, NO_FINDING + 1 :].any(dim=1)
+    dropped[:, NO_FINDING] = drops_finding & (torch.rand(len(dropped), device=dropped.device) < 0.5)
     return finding_states.masked_fill(dropped, NOT_GIVEN)
 
 

@@ -26,7 +26,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutpu
 from transformers.utils import can_return_tuple, logging
 
 from .configuration_otdrg import FINDING_TEXT_TOKEN, INDICATION_BUCKETS, OTDRGConfig
-from .findings_otdrg import FINDING_STATES, FINDINGS, NOT_GIVEN, POSITIVE, UNMENTIONED, check_finding_states
+from .findings_otdrg import (
+    FINDING_STATES,
+    FINDINGS,
+    NO_FINDING,
+    NOT_GIVEN,
+    POSITIVE,
+    UNMENTIONED,
+    check_finding_states,
+)
 from .generation_otdrg import CACHE, NO_IMAGE, OTDRGGenerationMixin, check_batch, given_cache, needs_views
 from .sinkhorn_otdrg import SinkhornOutput, cost_matrix, plan_entropy, sinkhorn
 from .weights_otdrg import OTDRGPreTrainedModel
@@ -38,7 +46,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-NO_FINDING, SUPPORT_DEVICES = FINDINGS.index("no_finding"), FINDINGS.index("support_devices")
+SUPPORT_DEVICES = FINDINGS.index("support_devices")
 
 
 class OTDRGStudy(NamedTuple):

@@ -123,6 +123,9 @@ class ReportGenerationPipeline(Pipeline):
         if return_heatmaps is not None:
             forward["return_heatmaps"] = return_heatmaps
         forward |= generate_kwargs
+        is_count = isinstance(return_candidates, int) and not isinstance(return_candidates, bool)
+        if return_candidates is not None and not (is_count and return_candidates >= 0):
+            raise ValueError(f"return_candidates={return_candidates!r}: expected a number of candidates")
         given = {"candidates": candidates, "bank": bank, "consensus": consensus, "return_candidates": return_candidates}
         forward |= {name: value for name, value in given.items() if value is not None}
         postprocess = {}
@@ -234,27 +237,19 @@ class ReportGenerationPipeline(Pipeline):
         )
         states = study.finding_states
         prompt = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
-        arguments = self._generate_arguments(generate_kwargs)
         chosen: list[dict[str, Any]] = [{} for _ in studies]
         if decoder is not None:
             if given_states is not None and not self.model.config.dle:
                 raise ValueError(
                     "findings were given, but OTDRGConfig.dle=False: this model does not use finding states"
                 )
-            ranked = decoder.decode(self.model, self.processor, prompt, study, arguments)
+            ranked = decoder.decode(
+                self.model, self.processor, prompt, study, self._generate_arguments(generate_kwargs)
+            )
             reports, complete = [row[0].report for row in ranked], [row[0].complete for row in ranked]
             chosen = [_consensus_record(row, return_candidates) for row in ranked]
         else:
-            sequences = self.model.generate(
-                **prompt,
-                view_features=study.view_features,
-                view_mask=study.view_mask,
-                finding_states=states if self.model.config.dle else given_states,
-                **arguments,
-            )
-            written = sequences[:, inputs["input_ids"].shape[1] :]
-            reports = self.processor.batch_decode(written, skip_special_tokens=True)
-            complete = self._complete(written, generate_kwargs)
+            reports, complete = self._search(prompt, study, given_states, generate_kwargs)
         each = len(reports) // len(studies)
         probabilities = self.model.finding_probabilities(study.finding_logits)
         probabilities = torch.nn.functional.pad(probabilities, (0, 1)).gather(2, states[..., None])[..., 0]
@@ -267,6 +262,18 @@ class ReportGenerationPipeline(Pipeline):
             "consensus": chosen,
         }
         return outputs if batched else {key: value[0] for key, value in outputs.items()}
+
+    def _search(self, prompt, study, given_states, arguments: dict) -> tuple[list[str], list[bool]]:
+        """Reports by `generate`, and whether each is complete."""
+        sequences = self.model.generate(
+            **prompt,
+            view_features=study.view_features,
+            view_mask=study.view_mask,
+            finding_states=study.finding_states if self.model.config.dle else given_states,
+            **self._generate_arguments(arguments),
+        )
+        written = sequences[:, prompt["input_ids"].shape[1] :]
+        return self.processor.batch_decode(written, skip_special_tokens=True), self._complete(written, arguments)
 
     def _generate_arguments(self, arguments: dict) -> dict:
         arguments = {**arguments, "return_dict_in_generate": False}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+
+from .findings_otdrg import NO_FINDING, NOT_GIVEN, POSITIVE
 
 #: Weights of the scores in a utility. CIDEr goes up to 10, so that each term is between 0 and 1.
 UTILITY: dict[str, float] = {"rouge_l": 1.0, "bleu_4": 1.0, "cider": 0.1}
@@ -16,7 +19,31 @@ _BETA, _SIGMA = 1.2, 6.0
 _BLOCK = 2048
 _ORDERS = 4
 #: Added to matches and counts of n-grams, so that a pair without a common 4-gram keeps its shorter matches.
-_SMOOTHING = (1e-6, 0.1, 0.1, 0.1)
+_SMOOTHING = (0.0, 0.1, 0.1, 0.1)
+
+
+class DocumentFrequencies:
+    """Inverse document frequencies of n-grams, by which CIDEr weighs them.
+
+    Args:
+        reports: words are separated by whitespace.
+        counts: how many studies have each; one by default.
+    """
+
+    def __init__(self, reports: Sequence[str], counts: Sequence[float] | np.ndarray | None = None):
+        counts = [1] * len(reports) if counts is None else counts
+        studies: dict[tuple[str, ...], float] = defaultdict(float)
+        for report, count in zip(reports, counts, strict=True):
+            words = report.split()
+            for order in range(1, _ORDERS + 1):
+                for ngram in _ngrams(words, order):
+                    studies[ngram] += count
+        self._log_studies = math.log(max(sum(counts), 1))
+        self._inverse = {ngram: self._log_studies - math.log(max(count, 1)) for ngram, count in studies.items()}
+
+    def inverse(self, ngram: tuple[str, ...]) -> float:
+        """The logarithm of the number of studies over that of the studies whose report has the n-gram."""
+        return self._inverse.get(ngram, self._log_studies)
 
 
 class ReportUtility:
@@ -30,16 +57,20 @@ class ReportUtility:
         references: R reports; words are separated by whitespace.
         counts: (R,) how many studies have each; CIDEr's document frequencies are of these studies.
         weights: of the scores, see [`UTILITY`].
+        frequencies: document frequencies of other reports, in place of those of the references.
     """
 
     def __init__(
-        self, references: Sequence[str], counts: np.ndarray | None = None, weights: Mapping[str, float] = UTILITY
+        self,
+        references: Sequence[str],
+        counts: np.ndarray | None = None,
+        weights: Mapping[str, float] = UTILITY,
+        frequencies: DocumentFrequencies | None = None,
     ):
         words = [reference.split() for reference in references]
         self._subsequences = Subsequences(words)
         self._lengths = np.array([len(row) for row in words])
-        studies = np.ones(len(words)) if counts is None else np.asarray(counts, float)
-        self._log_studies = float(np.log(studies.sum()))
+        self._frequencies = DocumentFrequencies(references, counts) if frequencies is None else frequencies
         self._weights = dict(weights)
         # For each n-gram, the references that have it, how often, and its inverse document frequency.
         self._postings: list[dict[tuple[str, ...], tuple[np.ndarray, np.ndarray, float]]] = []
@@ -53,7 +84,7 @@ class ReportUtility:
             postings, squares = {}, np.zeros(len(words))
             for ngram, (places, times) in found.items():
                 rows, each = np.array(places), np.array(times, float)
-                rarity = self._log_studies - float(np.log(max(1.0, studies[rows].sum())))
+                rarity = self._frequencies.inverse(ngram)
                 squares[rows] += (each * rarity) ** 2
                 postings[ngram] = rows, each, rarity
             self._postings.append(postings)
@@ -90,9 +121,11 @@ class ReportUtility:
                 matches = np.bincount(rows, common, references)
                 similarity = np.bincount(rows, common * theirs * rarity**2, references)
                 square = sum((count * rarity) ** 2 for *_, rarity, count in known)
-            square += self._log_studies**2 * sum(count**2 for ngram, count in counts.items() if ngram not in postings)
+            unknown = ((ngram, count) for ngram, count in counts.items() if ngram not in postings)
+            square += sum((count * self._frequencies.inverse(ngram)) ** 2 for ngram, count in unknown)
             smoothing = _SMOOTHING[order]
-            log_precision += np.log((matches + smoothing) / (max(written - order, 1) + smoothing))
+            with np.errstate(divide="ignore"):  # BLEU-4 is 0 without a common word
+                log_precision += np.log((matches + smoothing) / (max(written - order, 1) + smoothing))
             cider += similarity * self._inverse_norms[order] * (square and square**-0.5)
         brevity = np.exp(np.minimum(0.0, 1.0 - self._lengths / max(written, 1)))
         bigrams = np.maximum(self._lengths - 1, 0) - max(written - 1, 0)
@@ -164,6 +197,20 @@ def rouge_l_matrix(predictions: Sequence[str], references: Sequence[str]) -> np.
     return _rouge_l(common, lengths, np.array([len(words) for words in true]))
 
 
+def disagreements(stated: np.ndarray, given: np.ndarray) -> np.ndarray:
+    """For each report, the number (N,) of findings that are positive in it or in the given states, but not in both.
+
+    "No finding" does not count, nor do findings that are not given.
+
+    Args:
+        stated: (N, 14) state ids read in N reports.
+        given: (14,) or (N, 14) state ids; [`NOT_GIVEN`] and -1 are not given.
+    """
+    stated, given = np.asarray(stated)[:, :NO_FINDING], np.asarray(given)[..., :NO_FINDING]
+    is_given = (given >= 0) & (given != NOT_GIVEN)
+    return (is_given & ((stated == POSITIVE) != (given == POSITIVE))).sum(axis=1)
+
+
 def _rouge_l(common: np.ndarray, written: np.ndarray, true: np.ndarray) -> np.ndarray:
     """ROUGE-L (P, R) from the lengths of common subsequences (P, R), predictions (P, 1) and references (R,)."""
     precision, recall = common / np.maximum(written, 1), common / np.maximum(true, 1)
@@ -180,4 +227,4 @@ def _inverse(values: np.ndarray) -> np.ndarray:
     return np.divide(1.0, values, where=values > 0, out=np.zeros_like(values))
 
 
-__all__ = ["UTILITY", "ReportUtility", "Subsequences", "rouge_l_matrix"]
+__all__ = ["UTILITY", "DocumentFrequencies", "ReportUtility", "Subsequences", "disagreements", "rouge_l_matrix"]

@@ -111,11 +111,13 @@ def check_consensus(options: argparse.Namespace) -> None:
         raise ValueError(f"--agreement-weight is {weight:g}: expected a number of at least 0")
     if options.candidates == 1 and options.bank is not None:
         raise ValueError("--candidates 1 and --bank were both given: expected one, or more candidates")
-    if options.candidates not in (None, 1) or options.bank is not None:
-        for name in ("num_beams", "guidance_scale"):
-            if getattr(options, name) is not None:
-                given = "--bank" if options.candidates is None else "--candidates"
-                raise ValueError(f"--{name.replace('_', '-')} and {given} were both given: expected one of them")
+    if options.candidates == 1 and weight is not None:
+        raise ValueError("--candidates 1 and --agreement-weight were both given: expected one, or more candidates")
+    given = {"candidates": options.candidates not in (None, 1), "bank": options.bank, "agreement_weight": weight}
+    asked = [f"--{name.replace('_', '-')}" for name, value in given.items() if value not in (None, False)]
+    for name in ("num_beams", "guidance_scale") if asked else ():
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} and {asked[0]} were both given: expected one of them")
 
 
 def check_guidance(options: argparse.Namespace) -> None:

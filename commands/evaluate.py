@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
     reports.add_argument(
         "--indication",
         action=argparse.BooleanOptionalAction,
-        help="read the studies' indication (default: as the run's recipe does)",
+        help="read the studies' indication (default: as the run's recipe does, or if the label predictor reads it)",
     )
     scores = parser.add_argument_group("scores")
     add_metrics(scores, "all but RadEval's; clinical_efficacy is always computed", labeler="rules")
@@ -123,7 +123,9 @@ def _evaluate(options: argparse.Namespace, output: Path) -> str:
         options.dataset, options.split, own, options.train_from, options.cleaning, options.labeler, labeler_options
     )
     rows = studies.rows.select(range(min(options.limit or len(studies.rows), len(studies.rows))))
-    indication = own is not None and own.gives_indication
+    indication = options.indication
+    if indication is None and own is not None:
+        indication = own.gives_indication
     facts = {
         "dataset": studies.dataset,
         "split": options.split,
@@ -144,7 +146,7 @@ def _evaluate(options: argparse.Namespace, output: Path) -> str:
         {
             **vars(options),
             "labeler_options": labeler_options,
-            "indication": indication if options.indication is None else options.indication,
+            "indication": indication,
         },
         clean_generated=studies.cleaning != "none" and (own is None or own.studies.cleaning != studies.cleaning),
         tokenizer=options.tokenizer,

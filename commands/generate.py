@@ -127,18 +127,17 @@ def _run(options: argparse.Namespace) -> None:
     if options.resume:
         Journal(options.output)
 
-    from ..inference.loading import consensus_decoder, decoding, described_consensus, load_pipeline
+    from ..inference.loading import asked_decoder, decoding, described_consensus, load_pipeline
     from ..inference.resumption import begin_output, settings_of
 
     pipe = load_pipeline(options.model)
+    if studies[0].rows is not None and pipe.model.config.indication_reader != "report":
+        studies = _studies(options, findings, indications=True)
     options.batch_size = min(options.batch_size, len(studies))
     arguments = decoding(
         pipe.model, options.num_beams, options.max_new_tokens, options.batch_size, options.guidance_scale
     )
-    searched = options.num_beams is not None or options.guidance_scale is not None
-    candidates = 1 if searched else options.candidates
-    given = {name: getattr(options, name) for name in ("retrieved", "agreement_weight")}
-    decoder = consensus_decoder(pipe.model, pipe.processor, candidates, options.bank, **given)
+    decoder = asked_decoder(pipe.model, pipe.processor, vars(options))
     if decoder is None and options.runners_up is not None:
         raise ValueError("--runners-up needs --candidates or --bank: expected one of them")
     described = {**arguments, **described_consensus(decoder)}
@@ -197,15 +196,15 @@ def _check(options: argparse.Namespace) -> None:
         raise ImportError("--heatmap needs matplotlib: pip install 'otdrg[demo]'")
 
 
-def _studies(options: argparse.Namespace, findings: dict[str, str]) -> list[ListedStudy]:
-    """The studies that were typed, listed in a file, or prepared in a folder."""
+def _studies(options: argparse.Namespace, findings: dict[str, str], indications: bool = False) -> list[ListedStudy]:
+    """The studies that were typed, listed in a file, or prepared in a folder, where they can have own indications."""
     if options.study:
         return typed_studies(options.study, options.indication, findings)
     if options.studies != "-" and Path(options.studies).is_dir():
         from ..training.recipe import published_recipe
 
         recipe = published_recipe(options.model)
-        indications = recipe is not None and recipe.gives_indication
+        indications = indications or (recipe is not None and recipe.gives_indication)
         return prepared_studies(options.studies, options.split, options.indication, indications, findings)
     name = "standard input" if options.studies == "-" else options.studies
     return listed_studies(read_lines(options.studies), name, options.indication, findings)

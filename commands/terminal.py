@@ -16,6 +16,7 @@ _STATES: dict[str, tuple[str, str]] = {
     "positive": ("+", "31"),
     "unclear": ("?", "33"),
     "negative": ("-", ""),
+    "not_given": (" ", ""),
     "unmentioned": (" ", "2"),
 }
 _DISAGREEMENT, _HEADING = "35", "1"
@@ -70,7 +71,8 @@ def format_record(record: dict[str, Any], width: int, colour: bool = False) -> s
         for name, finding in findings.items():
             if finding["state"] != state:
                 continue
-            shown, probability = FINDING_DISPLAY_NAMES[name], f"{finding['probability']:.2f}"
+            shown = FINDING_DISPLAY_NAMES[name]
+            probability = "-" if finding["probability"] is None else f"{finding['probability']:.2f}"
             if state == "unmentioned" and name not in disagreements:
                 unmentioned.append(f"{shown} {probability}".replace(" ", _KEPT_SPACE))
                 continue

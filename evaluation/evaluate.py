@@ -14,7 +14,7 @@ from ..consensus_otdrg import ConsensusDecoder
 from ..findings_otdrg import UNMENTIONED
 from ..inference.features import CachedStudies
 from ..inference.generation import GeneratedReports, ReportJournal, derangement, generate_reports
-from ..inference.retrieval import MOST_STUDIES, retrieve_reports
+from ..inference.retrieval import MOST_STUDIES, RetrievedReports, retrieve_reports
 from ..labelers.as_typed import label_quietly, labeler_of
 from ..metrics import ReportScores, best_constants, display_name, score_reports, score_tables
 from ..metrics.baselines import SEARCHED_SCORES
@@ -220,18 +220,14 @@ def evaluate_model(
         paper=PAPER_SCORES.get(collections[0], {}) if len(collections) == 1 else {},
     )
     if consensus is not None and consensus.settings.candidates:
-        if consensus.bank is not None and consensus.settings.retrieved and generated.sampled is not None:
+        if consensus.bank is not None and consensus.settings.retrieved:
             evaluation.rows["sampled"] = scorer.score_generated(generated.sampled)
         evaluation.rows["single"] = scorer.score_generated(generate("single", by=None).reports)
     if "shuffled" in controls:
         _add_shuffled(evaluation, scorer, studies, generate if indication else None, seed)
     if "retrieval" in controls:
         retrieved = retrieve_reports(model, processor, studies, training, batch_size, seed)
-        evaluation.rows |= {name: scorer.score_training(getattr(retrieved, name)) for name in ("nearest", "expected")}
-        if len(training) > MOST_STUDIES:
-            evaluation.notes.append(
-                f"{ROWS['expected']}: among {MOST_STUDIES:,} of {len(training):,} training studies, drawn at random"
-            )
+        _add_retrieved(evaluation, scorer, retrieved, len(training))
     if "constant" in controls:
         _add_constants(evaluation, scorer, training, seed)
     if model.config.dle:
@@ -306,6 +302,15 @@ def _add_shuffled(
     for column in ("id", "indication"):
         shuffled = with_column(shuffled, column, list(studies[column]))
     evaluation.rows["shuffled"] = scorer.score_generated(generate("shuffled", shuffled).reports)
+
+
+def _add_retrieved(evaluation: Evaluation, scorer: _Scorer, retrieved: RetrievedReports, training: int) -> None:
+    """The rows of reports retrieved from a number of `training` studies."""
+    evaluation.rows |= {name: scorer.score_training(getattr(retrieved, name)) for name in ("nearest", "expected")}
+    if training > MOST_STUDIES:
+        evaluation.notes.append(
+            f"{ROWS['expected']}: among {MOST_STUDIES:,} of {training:,} training studies, drawn at random"
+        )
 
 
 def _add_constants(

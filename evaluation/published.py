@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 
 from ..inference.features import cache_features, model_digest
-from ..inference.loading import consensus_decoder, decoding, described_consensus, load_published
+from ..inference.loading import asked_decoder, decoding, described_consensus, load_published
 from ..metrics.protocols import truncate_to_tokens
 from ..runtime.journal import WorkSettings
 from ..studies.cleaning import clean_report
@@ -48,8 +48,8 @@ def evaluate_published(
         facts: what the JSON says of the studies, `split`, `cleaning`, `warnings` and `counts` among it.
         cache: folder of the views' features.
         options: `num_beams`, `max_new_tokens` and `guidance_scale` (None: the model's), `candidates`, `bank`,
-            `retrieved` and `agreement_weight` (consensus decoding), `batch_size`, `indication`, `seed`, `metrics`,
-            `labeler`, `labeler_options`, `floor`, `bootstrap`.
+            `retrieved` and `agreement_weight` (consensus decoding), `batch_size`, `indication` (None: whether the label
+            predictor reads it), `seed`, `metrics`, `labeler`, `labeler_options`, `floor`, `bootstrap`.
         clean_generated: clean generated reports too, for a model trained on reports that were cleaned otherwise.
         tokenizer, reference_tokens: protocol `r2gengpt`, in which true reports are cut to so many tokens.
         overwrite: generate all reports again.
@@ -67,16 +67,16 @@ def evaluate_published(
     model, processor = load_published(model_name)
     batch_size = min(options["batch_size"], len(rows))
     decoded_by = decoding(model, options["num_beams"], options["max_new_tokens"], batch_size, options["guidance_scale"])
-    searched = options["num_beams"] is not None or options["guidance_scale"] is not None
-    candidates = 1 if searched else options["candidates"]
-    given = {name: options[name] for name in ("retrieved", "agreement_weight")}
-    decoder = consensus_decoder(model, processor, candidates, options["bank"], **given)
+    decoder = asked_decoder(model, processor, options)
+    indication = options["indication"]
+    if indication is None:
+        indication = model.config.indication_reader != "report"
     settings = {
         "model": model_digest(model, processor),
         "studies": fingerprint({facts["split"]: rows}),
         **decoded_by,
         **described_consensus(decoder),
-        "indication": options["indication"],
+        "indication": indication,
         "seed": options["seed"],
     }
     _open_folder(output, settings, overwrite)
@@ -99,7 +99,7 @@ def evaluate_published(
         labeler=options["labeler"],
         metrics=options["metrics"],
         seed=options["seed"],
-        indication=options["indication"],
+        indication=indication,
         labeler_options=options["labeler_options"],
         references=[references[study] for study in rows["id"]],
         clean=(lambda text: " ".join(clean_report(text, facts["cleaning"]).split())) if clean_generated else None,

@@ -97,7 +97,7 @@ class EvaluationFacts:
         options = self.evaluation["generation"]
         if options.get("num_beams") is None:
             return "decoding not recorded"
-        prompt = ", with the studies' indication in the prompt" if options.get("indication") else ""
+        prompt = ", with the studies' indication" if options.get("indication") else ""
         return f"{describe_search(options)}, up to {options['max_new_tokens']} tokens{prompt}"
 
     def comparison(self, name: str) -> dict[str, list[Difference]]:

@@ -10,6 +10,7 @@ from ..findings_otdrg import FINDING_DISPLAY_NAMES
 from ..studies import PREPARED
 from ..studies.card import collection_name
 from ..studies.phantom import LICENCE as PHANTOM_LICENCE
+from ..training.model import SCRATCH
 from .evaluations import EvaluationFacts
 from .run_files import OWN_DATASET, RunFiles
 
@@ -56,7 +57,7 @@ def gather(files: RunFiles) -> Facts:
     counts = files.sittings[-1].get("studies", {}) if files.sittings else {}
     backbones = {part: _hub_id(files.config.get(f"{part}_backbone")) for part in ("vision", "text")}
     parts = {} if files.recipe is None else files.recipe["model"]
-    origins = {part: backbones[part] or parts.get(part) for part in backbones}
+    origins = {part: backbones[part] or parts.get(part) for part in backbones if parts.get(part) != SCRATCH}
     origins["label_text_encoder"] = parts.get("label_text_encoder")
     dataset = _dataset(hub_dataset, train, source)
     return Facts(

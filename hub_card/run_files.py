@@ -143,13 +143,14 @@ def own_evaluation(files: RunFiles) -> dict[str, Any] | None:
     names = ("num_beams", "max_new_tokens", "guidance_scale")
     generation = {name: report.get("generation", {}).get(name) for name in names}
     generation |= found.pop("generation", {})
+    reader = recipe.get("model", {}).get("overrides", {}).get("indication_reader", "report")
     return {
         "dataset": OWN_DATASET,
         "zero_shot": False,
         "training_from": "split train of the dataset",
         "cleaning": recipe.get("studies", {}).get("cleaning"),
         "protocol": "full",
-        "generation": {**generation, "indication": report.get("indication", False)},
+        "generation": {**generation, "indication": report.get("indication", False) or reader != "report"},
         **found,
     }
 

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..consensus_otdrg import Candidate, ConsensusDecoder
 from ..findings_otdrg import CONDITIONING_STATES, FINDINGS
-from ..modeling_otdrg import OTDRGForReportGeneration
+from ..modeling_otdrg import OTDRGForReportGeneration, OTDRGStudy
 from ..processing_otdrg import OTDRGProcessor
 from ..runtime.journal import Journal
 from .collation import PromptCollator
@@ -152,22 +152,7 @@ def generate_reports(
             given = torch.as_tensor(np.asarray(finding_states)[positions], device=model.device)
         with torch.no_grad():
             study = model.read_study(**batch, finding_states=given)
-            chosen: list[dict[str, Any]] = [{} for _ in positions]
-            if consensus is not None:
-                ranked = consensus.decode(model, processor, prompt, study, {**waits, **(generation or {})})
-                texts = [candidates[0].report for candidates in ranked]
-                chosen = [_chosen(candidates) for candidates in ranked]
-            else:
-                ids = model.generate(
-                    **prompt,
-                    view_features=study.view_features,
-                    view_mask=study.view_mask,
-                    # A model without DLE predicts finding states but does not use them.
-                    finding_states=study.finding_states if model.config.dle else None,
-                    **waits,
-                    **(generation or {}),
-                )
-                texts = processor.batch_decode(ids[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+            texts, chosen = _write(model, processor, prompt, study, {**waits, **(generation or {})}, consensus)
         reports = [" ".join(text.split()) for text in texts]
         rows = list(zip(positions, reports, study.finding_states.tolist(), chosen, strict=True))
         written += rows
@@ -181,6 +166,30 @@ def generate_reports(
         finding_states=np.array([row[2] for row in written], dtype=np.int64).reshape(len(studies), len(FINDINGS)),
         sampled=[row[3].get("sampled", row[1]) for row in written] if consensus is not None else None,
     )
+
+
+def _write(
+    model: OTDRGForReportGeneration,
+    processor: OTDRGProcessor,
+    prompt: dict[str, torch.Tensor],
+    study: OTDRGStudy,
+    generation: dict[str, Any],
+    consensus: ConsensusDecoder | None,
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """The reports of a batch, and what consensus decoding adds to each."""
+    if consensus is not None:
+        ranked = consensus.decode(model, processor, prompt, study, generation)
+        return [candidates[0].report for candidates in ranked], [_chosen(candidates) for candidates in ranked]
+    ids = model.generate(
+        **prompt,
+        view_features=study.view_features,
+        view_mask=study.view_mask,
+        # A model without DLE predicts finding states but does not use them.
+        finding_states=study.finding_states if model.config.dle else None,
+        **generation,
+    )
+    texts = processor.batch_decode(ids[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    return texts, [{} for _ in texts]
 
 
 def _chosen(ranked: list[Candidate]) -> dict[str, Any]:

@@ -113,7 +113,8 @@ def draw_heatmaps(
         for axis, name in zip(block[:, 1:].flat, names, strict=False):
             axis.imshow(pixels, cmap="gray", vmin=0, vmax=255)
             state, probability = findings[name]["state"], findings[name]["probability"]
-            axis.set_title(f"{FINDING_DISPLAY_NAMES[name]}\n{state}, p = {probability:.2f}", fontsize=9)
+            known = "" if probability is None else f", p = {probability:.2f}"  # None where the state was not given
+            axis.set_title(f"{FINDING_DISPLAY_NAMES[name]}\n{state}{known}", fontsize=9)
             if np.any(heatmaps[name]):
                 lift = upsample_lift(heatmaps[name][number], pixels.shape)
                 axis.imshow(np.clip(lift, 1 / LIFT_RANGE, LIFT_RANGE), cmap=scale.cmap, norm=scale.norm, alpha=0.45)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,16 @@ def consensus_decoder(
     return ConsensusDecoder(found, bank, lambda reports: label_quietly(labeler, reports))
 
 
+def asked_decoder(
+    model: OTDRGForReportGeneration, processor: OTDRGProcessor, options: Mapping[str, Any]
+) -> ConsensusDecoder | None:
+    """[`consensus_decoder`] by the options of a command; `num_beams` or `guidance_scale` ask for one report."""
+    is_search = options["num_beams"] is not None or options["guidance_scale"] is not None
+    candidates = 1 if is_search else options["candidates"]
+    settings = {name: options[name] for name in ("retrieved", "agreement_weight")}
+    return consensus_decoder(model, processor, candidates, options["bank"], **settings)
+
+
 def described_consensus(decoder: ConsensusDecoder | None) -> dict[str, Any]:
     """What reports of consensus decoding depend on, ready for JSON; empty without it."""
     if decoder is None:
@@ -196,6 +207,7 @@ def _memory(device: torch.device) -> int | None:
 
 
 __all__ = [
+    "asked_decoder",
     "consensus_decoder",
     "decoding",
     "described_consensus",

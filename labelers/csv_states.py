@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDINGS, NEGATIVE, POSITIVE, UNCLEAR, UNMENTIONED
+from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDINGS, NEGATIVE, NO_FINDING, POSITIVE, UNCLEAR, UNMENTIONED
 from ..runtime.csv_files import write_csv
 from .report_table import check_id, csv_rows, fold_name
 
 #: The values of the format; other spellings of the same number are accepted ("1", "1.0").
 _VALUES = {1.0: POSITIVE, 0.0: NEGATIVE, -1.0: UNCLEAR}
 _EXPECTED = "1 (positive), 0 (negative), -1 (unclear) or blank (unmentioned)"
-_NO_FINDING = FINDINGS.index("no_finding")
 
 
 def _columns(path: Path, header: list[str], id_column: str) -> tuple[int, list[int]]:
@@ -102,9 +101,9 @@ def read_states(path: str | Path, id_column: str = "id") -> dict[str, np.ndarray
             study = cells[id_place].strip()
             check_id(path, row, header[id_place], study, lines)
             values = [_state(path, row, name, cells[place]) for name, place in zip(FINDINGS, places, strict=True)]
-            if values[_NO_FINDING] == UNCLEAR:
+            if values[NO_FINDING] == UNCLEAR:
                 raise ValueError(f"{path}, line {row}, column No Finding: -1, expected 1, 0 or blank")
-            if values[_NO_FINDING] == NEGATIVE:
-                values[_NO_FINDING] = UNMENTIONED
+            if values[NO_FINDING] == NEGATIVE:
+                values[NO_FINDING] = UNMENTIONED
             states[study] = np.array(values, dtype=np.int64)
     return states

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..findings_otdrg import FINDINGS, NEGATIVE, POSITIVE, UNCLEAR, UNMENTIONED
+from ..findings_otdrg import FINDINGS, NEGATIVE, NO_FINDING, POSITIVE, UNCLEAR, UNMENTIONED
 from . import check_reports, warn_of_reports
 from .clauses import Meaning, Sentence, bit
 from .phrases import (
@@ -24,9 +24,8 @@ from .phrases import (
 )
 from .sentences import Spelling, split_sentences
 
-_NO_FINDING = FINDINGS.index("no_finding")
 #: Rows that rule out "No Finding".
-_BARRING = {*range(OTHER + 1)} - {_NO_FINDING, FINDINGS.index("support_devices")}
+_BARRING = {*range(OTHER + 1)} - {NO_FINDING, FINDINGS.index("support_devices")}
 #: A finding that is mentioned several times has the first of these states that occurs (CheXpert's order).
 _PRECEDENCE = (POSITIVE, UNCLEAR, NEGATIVE)
 #: Limits of the cache of sentences, which reports repeat often: its size, and the characters of a sentence.
@@ -108,7 +107,7 @@ class RulesLabeler:
             for finding in range(len(FINDINGS))
         ]
         if not found & _BARS:
-            row[_NO_FINDING] = POSITIVE
+            row[NO_FINDING] = POSITIVE
         if len(self._rows) >= _REMEMBERED:
             self._rows.clear()
         self._rows[found] = row

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import precision_recall_curve, precision_recall_fscore_support, roc_auc_score
 
-from ..findings_otdrg import FINDINGS, POSITIVE
+from ..findings_otdrg import FINDINGS, NO_FINDING, POSITIVE
 from .tables import markdown_table, shown_number
 
 #: With fewer validation positives than this, a threshold is not fitted.
@@ -16,8 +16,6 @@ MINIMUM_POSITIVES = 5
 DEFAULT_THRESHOLD = 0.5
 #: Findings with fewer positives than this have no interval of their area under the curve.
 MINIMUM_INTERVAL_POSITIVES = 9
-
-_NO_FINDING = FINDINGS.index("no_finding")
 
 
 def area_under_curve(scores: np.ndarray, positive: np.ndarray) -> float | None:
@@ -107,7 +105,7 @@ def finding_metrics(
             "ece": expected_calibration_error(probabilities[known, position], true),
         }
     areas, errors = ([row[key] for row in findings.values() if row[key] is not None] for key in ("auc", "ece"))
-    thirteen = [row for name, row in findings.items() if name != FINDINGS[_NO_FINDING]]
+    thirteen = [row for name, row in findings.items() if name != FINDINGS[NO_FINDING]]
     metrics = {
         "macro_auc": float(np.mean(areas)) if areas else None,
         "auc_findings": len(areas),

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..findings_otdrg import FINDING_STATES, FINDINGS, NEGATIVE, NOT_GIVEN, POSITIVE, UNCLEAR, UNMENTIONED
+from ..findings_otdrg import FINDING_STATES, FINDINGS, NEGATIVE, NO_FINDING, NOT_GIVEN, POSITIVE, UNCLEAR, UNMENTIONED
 from ..labelers import load_labeler
 from ..labelers.as_typed import label_quietly
 
@@ -25,7 +25,6 @@ MENTIONED = (POSITIVE, NEGATIVE, UNCLEAR)
 #: A finding counts in the macro average in a state in which it is given at least this often.
 FLOOR = 10
 
-_NO_FINDING = FINDINGS.index("no_finding")
 _SUPPORT_DEVICES = FINDINGS.index("support_devices")
 
 
@@ -95,9 +94,9 @@ def faithfulness(
     measured = np.ones(given.shape, bool) if within is None else np.asarray(within, bool).copy()
     if measured.shape != given.shape:
         raise ValueError(f"within has shape {measured.shape}: expected {given.shape}, as the states")
-    measured[:, _NO_FINDING] = False
+    measured[:, NO_FINDING] = False
     same = given == said
-    cells: dict[str, dict[str, Cell]] = {name: {} for name in FINDINGS[:_NO_FINDING]}
+    cells: dict[str, dict[str, Cell]] = {name: {} for name in FINDINGS[:NO_FINDING]}
     for state in MENTIONED:
         in_state = measured & (given == state)
         counts = zip(in_state.sum(axis=0).tolist(), (in_state & same).sum(axis=0).tolist(), strict=True)
@@ -132,7 +131,7 @@ def contradictions(
     """
     given, said = _checked(given, said)
     apart = (given != said) & (given != NOT_GIVEN)
-    apart[:, _NO_FINDING] = False
+    apart[:, NO_FINDING] = False
     if within is not None:
         apart &= within
     for study, place in np.argwhere(apart):
@@ -189,14 +188,14 @@ def flip_states(states: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarr
     flipped, where = states.copy(), np.zeros(states.shape, bool)
     rng = np.random.default_rng(seed)
     for row, study in enumerate(states):
-        places = np.flatnonzero(np.isin(study[:_NO_FINDING], (POSITIVE, NEGATIVE)))
+        places = np.flatnonzero(np.isin(study[:NO_FINDING], (POSITIVE, NEGATIVE)))
         if not len(places):
             continue
         place = rng.choice(places)
         where[row, place] = True
         flipped[row, place] = NEGATIVE if study[place] == POSITIVE else POSITIVE
         if flipped[row, place] == POSITIVE and place != _SUPPORT_DEVICES:
-            flipped[row, _NO_FINDING] = UNMENTIONED
+            flipped[row, NO_FINDING] = UNMENTIONED
     return flipped, where
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
 from datasets import Image, List
 from datasets.distributed import split_dataset_by_node
@@ -16,8 +17,8 @@ from .loading import prepared_column, prepared_shards, stream_prepared
 class StreamedStudies(torch.utils.data.IterableDataset):
     """A split of a prepared dataset: views are streamed from its shards, in another order in each epoch.
 
-    The columns `id`, `report`, `indication` and `finding_states` are held in memory and can be read and replaced as
-    columns of a `datasets.Dataset`. `shards` are the Parquet files.
+    The columns `id`, `report`, `indication`, `finding_states` and `tags` are held in memory and can be read and
+    replaced as columns of a `datasets.Dataset`. `shards` are the Parquet files.
 
     Args:
         folder: the dataset.
@@ -34,7 +35,9 @@ class StreamedStudies(torch.utils.data.IterableDataset):
         # Decoded later, by the function that `generate` uses.
         self._on_disk = stream_prepared(folder, split).cast_column("images", List(Image(decode=False)))
         self._stream = self._on_disk.shuffle(seed=seed, buffer_size=buffer)
-        names = ("id", "report", "indication", "finding_states")
+        names = ["id", "report", "indication", "finding_states"]
+        if self.shards and "tags" in pq.read_schema(self.shards[0]).names:  # earlier versions did not write tags
+            names.append("tags")
         self._columns = {name: prepared_column(folder, split, name) for name in names}
 
     def __len__(self) -> int:

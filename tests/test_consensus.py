@@ -16,6 +16,7 @@ from otdrg.consensus_otdrg import (
     consensus_settings,
     given_states,
 )
+from otdrg.findings_otdrg import NOT_GIVEN
 from otdrg.utility_otdrg import ReportUtility
 from sklearn.linear_model import Ridge
 from transformers import GenerationConfig
@@ -175,6 +176,17 @@ def test_rank_subtracts_findings_that_disagree():
         assert {one.report: one.score for one in ranked} == pytest.approx(expected)
 
 
+def test_rank_ignores_findings_that_are_not_given():
+    bank = ReportBank(TEXTS, FEATURES[:3])
+    weights, states = np.ones(3) / 3, np.zeros(14, int)
+    states[CARDIOMEGALY] = NOT_GIVEN
+    plain, agreeing = (
+        ConsensusDecoder(ConsensusSettings(agreement_weight=weight), bank, labels).rank([], states, weights)
+        for weight in (0.0, 0.5)
+    )
+    assert agreeing == plain
+
+
 # --- sampling --------------------------------------------------------------------------------------------------------
 
 
@@ -242,6 +254,7 @@ def test_given_states_are_all_the_positive_or_the_others():
     states = torch.zeros(1, 14, dtype=torch.long)
     states[0, [1, 4]], states[0, 8] = 1, 2
     assert torch.equal(given_states(states, "all"), states)
-    assert given_states(states, "positive")[0].nonzero().flatten().tolist() == [1, 4]
-    assert given_states(states, "others")[0].tolist() == [0] * 8 + [2] + [0] * 4 + [1]
+    assert given_states(states, "positive")[0].tolist() == [1 if place in (1, 4) else NOT_GIVEN for place in range(14)]
+    without = {1: NOT_GIVEN, 4: NOT_GIVEN, 8: 2, NO_FINDING: NOT_GIVEN}
+    assert given_states(states, "others")[0].tolist() == [without.get(place, 0) for place in range(14)]
     assert {group.states for group in SAMPLE_PLAN} == {"all", "positive", "others"}

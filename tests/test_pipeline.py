@@ -1,5 +1,6 @@
 """The image-to-text pipeline, over every kind of input."""
 
+import copy
 import sys
 import warnings
 
@@ -323,6 +324,9 @@ def test_pipeline_consensus_is_that_of_the_decoder(pipe, model, processor, paths
     assert record["generated_text"] == ranked[0].report and record["retrieved"] == ranked[0].retrieved
     two = pipe([paths[1:3], paths[0]], batch_size=2, **asked)
     assert two[1][0]["generated_text"] == record["generated_text"]
+    config = copy.deepcopy(model.generation_config)
+    config.max_new_tokens = asked.pop("max_new_tokens")
+    assert pipe(paths[0], generation_config=config, **asked)[0] == record
 
 
 def test_pipeline_consensus_of_the_generation_config_is_the_default(build_model, paths, tmp_path):
@@ -339,11 +343,21 @@ def test_pipeline_consensus_of_the_generation_config_is_the_default(build_model,
     assert "retrieved" not in chosen and "candidates" not in chosen
 
 
+def test_pipeline_consensus_of_a_model_without_finding_states_samples_from_the_image(build_model, paths):
+    model, processor = build_model(dle=False, fiot=False)
+    pipe = ReportGenerationPipeline(model=model, processor=processor)
+    (record,) = pipe(paths[0], candidates=3, return_candidates=3, max_new_tokens=6)
+    assert record["candidates"] and all(one["sampled"] for one in record["candidates"])
+    with pytest.raises(ValueError, match="this model does not use finding states"):
+        pipe(paths[0], candidates=3, findings={"edema": "positive"})
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"candidates": 4, "num_beams": 2}, "num_beams was given beside candidates or a bank"),
         ({"candidates": 0}, "candidates=0: expected 1 or more, or a report bank"),
+        ({"candidates": 2, "return_candidates": -1}, "return_candidates=-1: expected a number of candidates"),
         ({"return_candidates": 2}, "return_candidates=2: expected candidates or a bank beside it"),
         ({"candidates": 4, "consensus": {"weight": 2}}, "consensus: unknown setting 'weight'"),
         ({"bank": "nowhere"}, "nowhere has no bank.safetensors"),

@@ -42,7 +42,9 @@ def smoothed_bleu(written, true):
     total = 0.0
     for order in range(4):
         ours, theirs = (Counter(zip(*(words[i:] for i in range(order + 1)), strict=False)) for words in (written, true))
-        matches, smoothing = sum((ours & theirs).values()), 0.1 if order else 1e-6
+        matches, smoothing = sum((ours & theirs).values()), 0.1 if order else 0.0
+        if not matches + smoothing:
+            return 0.0
         total += math.log((matches + smoothing) / (max(len(written) - order, 1) + smoothing)) / 4
     return math.exp(total + min(0, 1 - len(true) / max(len(written), 1)))
 

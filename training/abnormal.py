@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..findings_otdrg import FINDINGS, POSITIVE, UNCLEAR
+from ..findings_otdrg import FINDINGS, NO_FINDING, POSITIVE, UNCLEAR
 from ..labelers.as_typed import label_quietly
 from ..labelers.sentences import split_sentences
 
@@ -24,8 +24,7 @@ Spans = list[tuple[int, int]]
 
 def is_abnormal(states: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
     """For each row of 14 states, whether a finding is positive or unclear; "no finding" does not count. (N,)"""
-    findings = [place for place, name in enumerate(FINDINGS) if name != "no_finding"]
-    return np.isin(np.asarray(states).reshape(-1, len(FINDINGS))[:, findings], (POSITIVE, UNCLEAR)).any(axis=1)
+    return np.isin(np.asarray(states).reshape(-1, len(FINDINGS))[:, :NO_FINDING], (POSITIVE, UNCLEAR)).any(axis=1)
 
 
 def study_weights(states: Sequence[Sequence[int]], weight: float) -> list[float] | None:

@@ -254,6 +254,8 @@ def set_trained_parts(
         joining: whether the projections and a label table are trained.
         finding_vision: as `vision`, of the predictor's own encoder.
 
+    The words of indications are never trained by gradient steps: the stage `predictor` fits them.
+
     Returns:
         The parts that are completely frozen. Keep them in evaluation mode: their dropout would only add noise.
     """
@@ -267,6 +269,8 @@ def set_trained_parts(
             frozen.append(part)
         for name, parameter in part.named_parameters():
             parameter.requires_grad_(mode == "full" or (mode == "lora" and "lora_" in name))
+    if model.config.indication_reader != "report":
+        model.finding_predictor.words.requires_grad_(False)
     if joining:
         model.image_projector.requires_grad_(True)
         if model.config.fiot:

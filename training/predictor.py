@@ -17,10 +17,10 @@ from torch import nn
 from transformers.trainer_utils import PredictionOutput
 
 from ..configuration_otdrg import INDICATION_BUCKETS
-from ..findings_otdrg import FINDING_STATES, FINDINGS, POSITIVE
+from ..findings_otdrg import FINDING_STATES, FINDINGS, NO_FINDING, POSITIVE
 from ..inference.collation import FindingCollator, expand_tags
 from ..metrics.classification import DEFAULT_THRESHOLD, finding_metrics, fit_thresholds, format_metrics
-from ..modeling_otdrg import NO_FINDING, OTDRGForReportGeneration
+from ..modeling_otdrg import OTDRGForReportGeneration
 from .arguments import StageArguments
 from .callbacks import LossCallback
 from .data import Rows, StudySplits, known_states
@@ -39,7 +39,7 @@ RESAMPLES = 1000
 FOLDS = 5
 #: Tags of fewer training studies are not learned.
 MINIMUM_TAG_STUDIES = 15
-#: Words of fewer indications count nothing, and how much the logits of the others count.
+#: Words in fewer indications are ignored; the weight of the logits of the others.
 MINIMUM_WORD_STUDIES, WORD_WEIGHT = 3, 0.5
 #: Threshold of a finding as frequent as the average, and the exponent of its relative frequency. Fixed on IU X-Ray.
 RULE_THRESHOLD, RULE_EXPONENT = 0.13, 0.3
@@ -169,8 +169,6 @@ def predictor_trainer(run: StageRun, validation: Rows | None) -> tuple[StageTrai
         predictor="full",
         joining=False,
     )
-    if model.config.indication_reader != "report":
-        model.finding_predictor.words.requires_grad_(False)
     model.finding_logit_adjustment = logit_adjustment(train["finding_states"], section.logit_adjustment)
     device = section.prepare(run.folder, recipe.seed, recipe.report_to, evaluates=False).device
     train, validation = (
@@ -291,6 +289,7 @@ def out_of_fold(
                 trainer.frozen,
                 output_dir=folder,
                 save_strategy="no",
+                report_to="none",
             )
             of_fold.train()
             fit_words(run, others)
@@ -340,7 +339,7 @@ def fit_words(run: StageRun, train: Rows) -> None:
     """Fit the logits of the indications' words by logistic regression, if the predictor reads indications.
 
     By itself and not by gradient steps together with the heads: hundreds of words in few studies each need a penalty of
-    their own. The logits count half, because views and words tell in part the same.
+    their own. The logits count half, because views and words hold in part the same information.
     """
     model, processor = run.model, run.processor
     if model.config.indication_reader == "report":

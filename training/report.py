@@ -165,6 +165,12 @@ class ReportArguments(StageArguments):
                 None,
                 "a number, beside report.consensus or report.bank",
             )
+        need(
+            "candidates" not in self.consensus,
+            "report.consensus.candidates",
+            self.consensus.get("candidates"),
+            "report.candidates in its place",
+        )
         try:
             ConsensusSettings.of(self.consensus)
         except ValueError as error:

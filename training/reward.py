@@ -203,7 +203,8 @@ class RewardTrainer(StageTrainer):
         """Sample k reports for each study of a batch, by a seed that depends on the step; views are encoded once."""
         model = self.model
         open_methods(model, "read_study", "expand_finding_text", "generate")
-        views = {name: inputs[name] for name in ("pixel_values", "view_mask", "view_features") if name in inputs}
+        names = ("pixel_values", "view_mask", "view_features", "indication_ids")
+        views = {name: inputs[name] for name in names if name in inputs}
         prompt = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), self.accelerator.autocast():
@@ -212,6 +213,8 @@ class RewardTrainer(StageTrainer):
             drawn = model.expand_finding_text(
                 labels=prompt["input_ids"], finding_states=inputs["finding_states"], **views
             )
+            # Image dropout is off from here on: samples and log-probabilities must be of the same model.
+            model.eval()
             study = model.read_study(**views, finding_states=drawn["finding_states"])
             prompt = model.expand_finding_text(
                 **prompt,
@@ -370,7 +373,7 @@ def reward_trainer(run: StageRun) -> RewardTrainer:
         cached_where_frozen(model, processor, rows, recipe, "reward", args.device) for rows in (train, validation)
     )
     figures = ("policy_loss", "kl", "reward", *(f"rewards/{name}" for name in rewards), "completion_length")
-    tokens, indication = recipe.report.max_report_tokens, recipe.report.indication
+    tokens, indication = recipe.report.max_report_tokens, recipe.gives_indication
     generates = validation is not None and args.metric_for_best_model is not None
     return RewardTrainer(
         model,

@@ -113,7 +113,7 @@ class _Page:
 
     def __init__(self, pipe: ReportGenerationPipeline, max_new_tokens: int | None, bank: ReportBank | None):
         self.pipe, self.max_new_tokens, self.bank = pipe, max_new_tokens, bank
-        self.steerable, self.has_plan = pipe.model.config.dle, pipe.model.config.fiot
+        self.steerable, self.has_plan = pipe.model.config.dle, pipe.model.has_heatmaps
         self.examples = phantom_examples(max(pipe.model.config.image_size, 256))
         # Reading a view takes up to 1 GB, and matplotlib is not thread-safe: one thread for each, for all visitors.
         self.reader, self.painter = ThreadPoolExecutor(1), ThreadPoolExecutor(1)

@@ -60,7 +60,7 @@ def stream_report(
         try:
             records = pipe(
                 {"images": list(views), "indication": indication},
-                return_heatmaps=config.fiot,
+                return_heatmaps=pipe.model.has_heatmaps,
                 return_contradictions=config.dle,
                 stopping_criteria=StoppingCriteriaList([_Left(left)]),
                 **{name: value for name, value in arguments.items() if value is not None},
@@ -77,7 +77,8 @@ def stream_report(
         report = ""
         for words in streamer:
             report += words
-            yield report.strip()
+            if words:
+                yield report.strip()
         yield outcome.result()
     finally:
         left.set()

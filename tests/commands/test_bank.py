@@ -67,6 +67,8 @@ def test_evaluate_with_a_bank_names_the_decoding(bank, trained_run, tmp_path, ca
         (["--candidates", "0"], "--candidates 0 needs --bank: expected both"),
         (["--no-retrieved"], "--retrieved needs --bank: expected both"),
         (["--candidates", "4", "--num-beams", "2"], "--num-beams and --candidates were both given"),
+        (["--agreement-weight", "1", "--num-beams", "2"], "--num-beams and --agreement-weight were both given"),
+        (["--candidates", "1", "--agreement-weight", "1"], "--candidates 1 and --agreement-weight were both given"),
         (["--candidates", "1", "--bank", "x"], "--candidates 1 and --bank were both given"),
         (["--bank", "nowhere"], "nowhere has no bank.safetensors"),
         (["--runners-up", "2"], "--runners-up needs --candidates or --bank"),

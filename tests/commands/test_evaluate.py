@@ -195,14 +195,16 @@ def test_evaluate_another_dataset_is_zero_shot_and_cleaned(trained_run, phantoms
     assert "zero-shot: the model was trained on another dataset" in (output / "evaluation.md").read_text("utf-8")
 
 
-def test_evaluate_model_without_recipe_uses_the_datasets_baselines(trained_run, phantoms, tmp_path):
-    shutil.copytree(trained_run / "model", tmp_path / "alone" / "model")
+def test_evaluate_model_without_recipe_uses_the_datasets_baselines(build_model, phantoms, tmp_path):
     model = tmp_path / "alone" / "model"
+    for part in build_model(indication_reader="both"):
+        part.save_pretrained(model)
     arguments = ["evaluate", str(model), str(phantoms), *FEW, "--limit", "2", "--bootstrap", "0"]
     assert main([*arguments, "--protocol", "r2gengpt", "--tokenizer", str(model), "--reference-tokens", "5"]) == 0
     result = result_of(model / "evaluation-validation")
     assert result["zero_shot"] is None and result["training_from"] == "split train of the dataset"
     assert (result["protocol"], result["reference_tokens"]) == ("r2gengpt", 5)
+    assert result["generation"]["indication"], "the label predictor reads it"
     assert all(len(row["reference"].split()) <= 5 for row in table(model / "evaluation-validation" / "predictions.csv"))
 
 

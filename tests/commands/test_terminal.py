@@ -53,6 +53,15 @@ def test_format_record_mentioned_findings_come_first():
     assert "  Pleural Other 0.50," in shown or ", Pleural Other 0.50," in shown
 
 
+def test_format_record_finding_that_is_not_given_has_no_probability():
+    found = record()
+    found["findings"]["edema"] = {"state": "not_given", "probability": None}
+    found["contradictions"] = []
+    assert row_of(format_record({**found, "steered": {"edema": "not_given"}}, 80), "Edema").split() == [
+        *("Edema", "not_given", "-", "given")
+    ]
+
+
 def test_format_record_disagreements_are_marked_and_listed_below():
     shown = format_record(record(), 80)
     assert row_of(shown, "Edema").endswith("! says positive")

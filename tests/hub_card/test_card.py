@@ -348,6 +348,17 @@ def test_card_run_without_evaluation_has_stage_figures_only(copied):
     assert not named(tables(card.text), "score")
 
 
+def test_card_llm_from_scratch_on_a_pretrained_encoder_says_so(copied):
+    change(copied / "model" / "config.json", lambda config: config.update(vision_backbone="facebook/dinov2-small"))
+    recipe = yaml.safe_load((copied / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe["model"] |= {"text": "scratch", "overrides": {**recipe["model"]["overrides"], "indication_reader": "both"}}
+    (copied / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    card = build_card(copied, "org/tiny")
+    assert card.data.base_model == ["facebook/dinov2-small"]
+    assert "The LLM (`llama`, from scratch) reads image tokens" in words(card)
+    assert "`, initialised from `facebook/dinov2-small`) turns each view" in words(card)
+
+
 def test_card_report_stage_evaluation_has_no_intervals(copied):
     shutil.rmtree(copied / "evaluation-validation")
     result = json.loads((copied / "results.json").read_text(encoding="utf-8"))["report"]["evaluation"]

@@ -190,3 +190,9 @@ def test_draw_heatmaps_report_is_above(tmp_path):
 def test_draw_heatmaps_maps_of_other_views_are_refused(tmp_path):
     with pytest.raises(ValueError, match="heatmaps of edema have 1 views: expected 2"):
         draw_heatmaps([GRAY, GRAY], plans(), findings(), tmp_path / "a.png", names=["edema"])
+
+
+def test_heatmap_of_a_finding_that_is_not_given_is_drawn(tmp_path):
+    states = {name: {"state": "not_given", "probability": None} for name in FINDINGS}
+    draw_heatmaps([GRAY], plans(0.0), states, tmp_path / "map.png")
+    assert not len(coloured(tmp_path / "map.png"))

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from otdrg import FINDINGS
+from otdrg.findings_otdrg import NOT_GIVEN
 from otdrg.metrics.rewards import REWARDS, Agreement, Cider, bleu_4, rouge_l
 from pycocoevalcap.cider.cider import Cider as CocoCider
 from pycocoevalcap.rouge.rouge import Rouge
@@ -62,17 +63,19 @@ def test_bleu_4_reward_is_the_smoothed_precision(completion, reference, expected
 
 
 def test_agreement_reward_counts_findings_that_differ_from_the_given_positives():
-    states = np.zeros((4, 14), dtype=int)
+    states = np.zeros((5, 14), dtype=int)
     states[:, FINDINGS.index("edema")] = 1
     states[0, FINDINGS.index("no_finding")] = 1
     states[3] = -1
+    states[4] = NOT_GIVEN
     completions = [
         "There is edema.",
         "There is no edema. There is a pleural effusion.",
         "The lungs are clear.",
         "There is a pleural effusion.",
+        "There is edema.",
     ]
-    assert Agreement()(completions=completions, references=None, finding_states=states) == [0.0, -2.0, -1.0, 0.0]
+    assert Agreement()(completions=completions, references=None, finding_states=states) == [0.0, -2.0, -1.0, 0.0, 0.0]
 
 
 def test_rewards_take_trl_columns_and_give_a_float_for_each_completion():

@@ -37,7 +37,7 @@ def test_streamed_studies_equal_those_in_memory(prepared):
     table = build_studies(recipe_of(prepared, **fields), LabelsRecipe(labeler="rules"))
     assert list(streamed) == list(table) == ["train", "validation"]
     assert len(streamed["train"]) == len(table["train"]) == 9
-    for column in ("id", "report", "indication", "finding_states"):
+    for column in ("id", "report", "indication", "finding_states", "tags"):
         assert list(streamed["train"][column]) == list(table["train"][column])
     rows = {row["id"]: row for row in streamed["train"]}
     assert len(rows) == 9

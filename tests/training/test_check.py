@@ -32,6 +32,7 @@ WRONG = [
     ("model.overrides.lora=null", "report.text=lora, but the preset tiny has no LoRA"),
     ("report.candidates=1", "report.candidates=1: expected"),
     ("report.bank=true", "report.candidates=None: expected a number, beside report.consensus or report.bank"),
+    ("report={candidates: 4, consensus: {candidates: 8}}", "report.consensus.candidates=8: expected report.candidates"),
     ("report={candidates: 4, consensus: {beams: 2}}", "report.consensus: unknown setting 'beams'"),
     ("report.evaluation.metrics=[nope]", "report.evaluation.metrics='nope': expected some of bleu, bleu_1"),
     ("report.evaluation.metrics=[cider, cider]", "expected each once"),

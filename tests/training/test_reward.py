@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from otdrg import FINDINGS
 from otdrg.hub_card.push import assemble_adapter
 from otdrg.inference.loading import load_published, published_folder
 from otdrg.metrics.rewards import REWARDS, Agreement, Cider
@@ -23,6 +24,7 @@ from otdrg.training.stages import StageRun
 from safetensors.torch import load_file
 from torch.nn.utils import parameters_to_vector
 
+EDEMA = FINDINGS.index("edema")
 SECTION = [
     "stages=[predictor,report,reward]",
     "reward.max_steps=4",
@@ -223,6 +225,22 @@ def test_reward_loss_equals_the_loop_over_single_samples(build_trainer, trained_
     assert outputs["policy_loss"].item() == pytest.approx(policy_loss.item() / count, rel=1e-4, abs=1e-5)
     assert outputs["kl"].item() == pytest.approx(divergence.item() / count, rel=1e-4)
     assert loss.item() == pytest.approx((policy_loss + 0.3 * divergence).item() / count, rel=1e-4, abs=1e-5)
+
+
+def test_reward_stage_with_image_dropout_starts_without_divergence(build_trainer):
+    trainer = build_trainer("model.overrides.image_dropout=0.5")
+    batch = next(iter(trainer.get_train_dataloader()))
+    _, outputs = trainer.compute_loss(trainer.model.train(), batch, return_outputs=True)
+    assert outputs["kl"].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_reward_stage_predicts_states_from_indications(build_trainer):
+    trainer = build_trainer("model.overrides.indication_reader=both", "model.overrides.predicted_state_ratio=1")
+    with torch.no_grad():
+        trainer.model.finding_predictor.words.weight.view(-1, 14, 4)[:, EDEMA, 1] = 1000
+    rows = [{**trainer.train_dataset[place], "indication": "dyspnoea"} for place in range(2)]
+    trainer.model.train()
+    assert trainer.sample(trainer.data_collator(rows)).finding_states[:, EDEMA].tolist() == [1] * 6
 
 
 def test_starting_weights_are_those_without_adapters_and_leave_them_trained(build_trainer):
