@@ -31,7 +31,14 @@ def no_curves(*_):
 
 
 def pytest_runtest_setup():
-    """No `curves.png`, which takes 40 % of the time of a tiny run; only `trained_run` has it."""
+    """Before each test: one thread, and no `curves.png`.
+
+    A training run that a test before this one started took a thread for each core. Threads of two test processes wait
+    for each other, which makes all that follows several times slower. Curves take 40 % of the time of a tiny run; only
+    `trained_run` has them.
+    """
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
     callbacks = sys.modules.get("otdrg.training.callbacks")
     if callbacks is not None and callbacks.draw_curves is not no_curves:
         no_curves.original = callbacks.draw_curves
@@ -295,6 +302,7 @@ def hub_server(make_hub_server):
 
 
 TINY_RECIPE = {
+    "cpu_threads": 1,
     "studies": {
         "source": "phantom",
         "options": {"train": 16, "validation": 5, "test": 0, "image_size": 112, "views": ["frontal"]},

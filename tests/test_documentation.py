@@ -276,6 +276,8 @@ def workspace(files, tmp_path, monkeypatch):
     (tmp_path / "bin" / "ls").symlink_to(shutil.which("ls"))
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    # Training takes a thread for each core, and the other cores are those of other test processes.
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
     return folder
 
 

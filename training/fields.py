@@ -9,6 +9,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from enum import Enum
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 #: Largest integer of a field without a bound of its own: steps, studies and tokens are counted in 32 bits.
@@ -97,6 +98,9 @@ def build(cls: type, values: Any, where: tuple[str, ...] = ()) -> Any:
     return cls(**typed(cls, values, where))
 
 
+_type_hints = cache(typing.get_type_hints)
+
+
 def typed(cls: type, values: Any, where: tuple[str, ...] = ()) -> dict[str, Any]:
     """The fields of a section from a mapping, with strict types.
 
@@ -117,7 +121,7 @@ def typed(cls: type, values: Any, where: tuple[str, ...] = ()) -> dict[str, Any]
     for name, item in known.items():
         if name not in values and item.default is MISSING and item.default_factory is MISSING:
             raise ValueError(f"{'.'.join((*where, name))} is missing: {item.metadata['help']}")
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)
     return {name: convert(value, hints[name], (*where, name)) for name, value in values.items()}
 
 

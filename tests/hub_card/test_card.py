@@ -28,6 +28,7 @@ from otdrg.train_hf import main as train
 METRICS = ["bleu_1", "bleu_4", "rouge_l", "cider"]
 FEW = ["--metrics", *METRICS, "--bootstrap", "20", "--floor", "1", "--num-beams", "1", "--max-new-tokens", "10"]
 RECIPE = {
+    "cpu_threads": 1,
     "studies": {
         "source": "phantom",
         "options": {"train": 16, "validation": 12, "test": 0, "image_size": 112, "views": ["frontal"]},

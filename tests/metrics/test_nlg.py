@@ -6,7 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -51,14 +51,26 @@ def started(monkeypatch):
     return processes
 
 
-def meteor_directly(true, written):
-    scorer = Meteor()
-    process = scorer.meteor_p
-    scores = scorer.compute_score(*({i: [text] for i, text in enumerate(texts)} for texts in (true, written)))
-    del scorer
-    process.stdout.close()
-    process.stderr.close()
-    return scores
+@pytest.fixture
+def java(monkeypatch, tmp_path, started):
+    """The Java of METEOR, which starts with the first score: another path than that of the Java of other tests."""
+    (tmp_path / "java").symlink_to(shutil.which("java"))
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    return lambda: next(process for process in started if "java" in process.args)
+
+
+class Directly(Meteor):
+    """pycocoevalcap's METEOR on a Java that runs already, because each takes 12 seconds of CPU time to start."""
+
+    def __init__(self, process):
+        self.meteor_p, self.lock = process, threading.Lock()
+
+    def __del__(self):
+        """Leaves Java to the scorer that started it."""
+
+
+def meteor_directly(true, written, process):
+    return Directly(process).compute_score(*({i: [text] for i, text in enumerate(texts)} for texts in (true, written)))
 
 
 @settings(max_examples=40, deadline=None)
@@ -77,15 +89,13 @@ def test_nlg_scores_equal_pycocoevalcap(pairs):
 
 
 @needs_java
-def test_meteor_of_odd_reports_equals_pycocoevalcap():
+def test_meteor_of_odd_reports_equals_pycocoevalcap(java):
     odd = ['say "normal"', "two\nlines\r\nand\ttabs", "a ||| b", "|||", "lungs \U0001fac1 clear", " . ", "\u2028 x"]
     written = PREDICTIONS + odd
     true = REFERENCES + ["the lungs ||| are clear .\nno effusion"] * len(odd)
     plain = [[" ".join(text.replace("|||", " ").split()) for text in texts] for texts in (true, written)]
-    with ThreadPoolExecutor() as pool:
-        direct = pool.submit(meteor_directly, *plain)
-        scores = nlg_scores(written, true, metrics=["meteor"])
-    value, by_study = direct.result()
+    scores = nlg_scores(written, true, metrics=["meteor"])
+    value, by_study = meteor_directly(*plain, java())
     assert scores["meteor"] == pytest.approx(value, abs=1e-12)
     assert scores["per_study"]["meteor"] == pytest.approx(by_study, abs=1e-12)
 
@@ -128,7 +138,7 @@ def test_meteor_of_ten_thousand_odd_reports_starts_one_process(started):
 
 @pytest.mark.skipif("OTDRG_IU_XRAY" not in os.environ, reason="OTDRG_IU_XRAY does not name the IU X-Ray folder")
 @pytest.mark.slow
-def test_nlg_scores_on_iu_validation_equal_pycocoevalcap():
+def test_nlg_scores_on_iu_validation_equal_pycocoevalcap(java):
     folder = Path(os.environ["OTDRG_IU_XRAY"])
     annotation = json.loads((folder / "annotation.json").read_text(encoding="utf-8"))
     true, train = (
@@ -153,7 +163,7 @@ def test_nlg_scores_on_iu_validation_equal_pycocoevalcap():
     expected = dict(zip(NLG_METRICS[:4], zip(*Bleu(4).compute_score(*by_id, verbose=0), strict=True), strict=True))
     expected |= {"rouge_l": Rouge().compute_score(*by_id), "cider": Cider().compute_score(*by_id)}
     if scores["meteor"] is not None:
-        expected["meteor"] = meteor_directly(true, written)
+        expected["meteor"] = meteor_directly(true, written, java())
     for name, (value, by_study) in expected.items():
         assert scores[name] == pytest.approx(value, abs=1e-9)
         assert scores["per_study"][name] == pytest.approx(list(by_study), abs=1e-9)
@@ -178,24 +188,39 @@ print(*[process.pid for process in started if "java" in process.args])
         os.kill(int(java), 0)
 
 
-@needs_java
-def test_meteor_after_an_interruption_starts_anew(monkeypatch, started):
+#: Answers in METEOR's protocol: the counts and the score of a report are its number of words.
+WORD_COUNTER = f"""#!{sys.executable}
+import sys
+for line in sys.stdin:
+    command, *fields = line.split("|||")
+    if command == "SCORE ":
+        print(*[len(fields[-1].split())] * 23, flush=True)
+    else:
+        scores = [int(field.split()[0]) for field in fields]
+        print(*scores, sum(scores), sep="\\n", flush=True)
+"""
+
+
+def test_meteor_after_an_interruption_starts_anew(monkeypatch, tmp_path, started):
+    (tmp_path / "java").write_text(WORD_COUNTER)
+    (tmp_path / "java").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     expected = nlg_scores(PREDICTIONS, REFERENCES, metrics=["meteor"])
+    assert expected["per_study"]["meteor"] == [len(text.split()) for text in PREDICTIONS]
     started.clear()
 
-    class Interrupted(Exception):
-        pass
-
-    def interrupt(counts):
-        raise Interrupted
+    def interrupt(scorer, *texts):
+        scorer.meteor_p.stdin.write(b"SCORE ||| no effusion ||| effusion\n")
+        scorer.meteor_p.stdin.flush()
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("otdrg.metrics.corpus.meteor_counts", interrupt)
-        with pytest.raises(Interrupted):
-            nlg_scores(PREDICTIONS[::-1], REFERENCES, metrics=["meteor"])
+        patched.setattr(Meteor, "_stat", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            nlg_scores(PREDICTIONS, REFERENCES, metrics=["meteor"])
     for _ in range(2):
         assert nlg_scores(PREDICTIONS, REFERENCES, metrics=["meteor"]) == expected
-    assert len([process for process in started if "java" in process.args]) == 1
+    assert len(started) == 1
 
 
 def test_meteor_with_dying_java_reports_its_error(monkeypatch, tmp_path):
@@ -242,27 +267,20 @@ def test_nlg_scores_name_faults(arguments, error, message):
         nlg_scores(*arguments)
 
 
-def test_evaluate_loads_both_modules_offline(tmp_path):
-    code = """
-import evaluate
-nlg = evaluate.load("metrics/nlg")
-scores = nlg.compute(predictions=["the lungs are clear", ""], references=["the lungs are clear .", "no effusion"],
-                     metrics=["bleu_1", "rouge_l"])
-assert scores["bleu_1"] > 0 and len(scores["per_study"]["rouge_l"]) == 2, scores
-states = [[1] + [0] * 13, [2] * 13 + [1]]
-scores = evaluate.load("metrics/clinical_efficacy").compute(predictions=states, references=states)
-assert scores["micro_f1_14_uncertain_negative"] == 1, scores
-assert nlg.description and nlg.inputs_description
-print("loaded")
-"""
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(tmp_path / "cache"),
-        "HF_MODULES_CACHE": str(tmp_path / "modules"),
-    }
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+def test_evaluate_loads_both_modules_offline(monkeypatch, tmp_path):
+    import evaluate
+
+    monkeypatch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", True)
+    monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", tmp_path / "modules")
+    monkeypatch.setattr("sys.path", [*sys.path])
+    nlg, clinical = (
+        evaluate.load(str(ROOT / "metrics" / name), cache_dir=str(tmp_path / "cache"))
+        for name in ("nlg", "clinical_efficacy")
     )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip().endswith("loaded")
+    texts = {"predictions": ["the lungs are clear", ""], "references": ["the lungs are clear .", "no effusion"]}
+    scores = nlg.compute(**texts, metrics=["bleu_1", "rouge_l"])
+    assert scores["bleu_1"] > 0 and len(scores["per_study"]["rouge_l"]) == 2, scores
+    states = [[1] + [0] * 13, [2] * 13 + [1]]
+    scores = clinical.compute(predictions=states, references=states)
+    assert scores["micro_f1_14_uncertain_negative"] == 1, scores
+    assert nlg.description and nlg.inputs_description
