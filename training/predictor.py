@@ -178,13 +178,17 @@ def predictor_trainer(run: StageRun, validation: Rows | None) -> tuple[StageTrai
 
 
 def stage_trainer(
-    run: StageRun, train: Rows, validation: Rows | None, frozen: list[nn.Module], **fixed: Any
+    run: StageRun, train: Rows, validation: Rows | None, frozen: list[nn.Module], folder: str | None = None
 ) -> StageTrainer:
-    """A Trainer of the stage on these studies; `fixed` are arguments of training that it sets."""
+    """A Trainer of the stage on these studies, or of a fold, which writes to `folder` and reports to no tracker."""
     recipe, section, model = run.recipe, run.recipe.predictor, run.model
     evaluates = validation is not None
-    fixed = {"label_names": ["finding_labels"], **fixed}
+    fixed: dict[str, Any] = {"label_names": ["finding_labels"]}
+    if folder is not None:
+        fixed |= {"output_dir": folder, "save_strategy": "no"}
     args = section.prepare(run.folder, recipe.seed, recipe.report_to, evaluates, **fixed)
+    if folder is not None:
+        args.report_to = []
 
     def compute_metrics(prediction: PredictionOutput) -> dict[str, float]:
         metrics = _metrics(model, torch.from_numpy(prediction.predictions), prediction.label_ids)
@@ -282,15 +286,7 @@ def out_of_fold(
         predictor.load_state_dict(initial)
         with tempfile.TemporaryDirectory() as folder:
             others = train.select(np.setdiff1d(order, held_out))
-            of_fold = stage_trainer(
-                run,
-                others,
-                None,
-                trainer.frozen,
-                output_dir=folder,
-                save_strategy="no",
-                report_to="none",
-            )
+            of_fold = stage_trainer(run, others, None, trainer.frozen, folder)
             of_fold.train()
             fit_words(run, others)
             prediction = of_fold.predict(train.select(held_out), metric_key_prefix="fold")
