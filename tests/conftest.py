@@ -30,6 +30,33 @@ def no_curves(*_):
     """In place of `draw_curves`."""
 
 
+#: What trains or starts processes: files that take 10 seconds to a minute.
+LONG = (
+    "training/",
+    "hub_card/",
+    "commands/",
+    "evaluation/",
+    "experiments/",
+    "studies/test_build.py",
+    "test_documentation.py",
+    "test_remote_code.py",
+    "test_quickstart.py",
+    "test_weights.py",
+    "test_modeling.py",
+    "labelers/test_chexbert.py",
+)
+
+
+def pytest_configure(config):
+    """Give the files to processes in the order below; xdist would begin with those that have the most tests."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    """Start with the long files, so that at the end no process waits for the other."""
+    items.sort(key=lambda item: not item.nodeid.startswith(tuple(f"tests/{name}" for name in LONG)))
+
+
 def pytest_runtest_setup():
     """Before each test: one thread, and no `curves.png`.
 

@@ -37,7 +37,6 @@ def recipe(tiny_recipe, tmp_path_factory):
     """A recipe of a second a stage, scored without Java."""
     path = tmp_path_factory.mktemp("ablation") / "tiny.yaml"
     tiny = yaml.safe_load(tiny_recipe.read_text(encoding="utf-8"))
-    tiny["cpu_threads"] = 1
     tiny["ircp"] = {"max_steps": 1, "per_device_train_batch_size": 4, "probe_studies": 4}
     tiny["report"]["evaluation"] = {"metrics": METRICS}
     path.write_text(yaml.safe_dump(tiny), encoding="utf-8")
