@@ -18,6 +18,7 @@ from ..findings_otdrg import (
     POSITIVE,
     UNCLEAR,
     UNMENTIONED,
+    finding_state_id,
     parse_findings,
 )
 
@@ -297,7 +298,8 @@ def _item(finding: str, state: int, detail: FindingDetail, sized: bool = False) 
 
 def _state_ids(findings: Sequence[str], states: Sequence[int | str]) -> dict[str, int]:
     named = zip(findings, states, strict=True)
-    parsed = parse_findings({name: state if isinstance(state, str) else int(state) for name, state in named})
+    ids = {name: finding_state_id(state if isinstance(state, str) else int(state)) for name, state in named}
+    parsed = parse_findings(ids)
     return {FINDINGS[place]: state for place, state in parsed.items()}
 
 

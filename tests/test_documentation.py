@@ -21,6 +21,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -404,12 +405,16 @@ def test_documentation_words_in_code_exist(page, known_options):
 
 def check_recipe_field(recipe, path):
     from otdrg import OTDRGConfig
+    from otdrg.studies import SOURCES, source_class
 
+    options = {
+        "model.overrides": set(inspect.signature(OTDRGConfig).parameters),
+        "studies.options": {item.name for source in SOURCES for item in fields(source_class(source))},
+    }
     value = recipe
     for name in path.removesuffix(".NAME").split("."):
         if isinstance(value, dict):
-            options = inspect.signature(OTDRGConfig).parameters if path.startswith("model.overrides.") else value
-            assert name in options, path
+            assert name in options.get(".".join(path.split(".")[:2]), value), path
             return
         value = getattr(value, name)
 

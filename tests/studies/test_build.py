@@ -493,7 +493,7 @@ def test_prepare_killed_leaves_no_child_process(slow_prepare, tmp_path):
     process = slow_prepare(tmp_path / "built", "--num-proc", "2")
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
-    _, alive = psutil.wait_procs(children, timeout=20)
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert children and not alive
     build = BuildOptions(studies_per_shard=2)
     options = {"train": 60, "validation": 0, "test": 0, "image_size": 32}
