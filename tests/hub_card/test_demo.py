@@ -41,8 +41,12 @@ def pipe(build_model, view):
     from otdrg import ReportGenerationPipeline
 
     model, processor = build_model()
-    states = [{"cardiomegaly": state} for state in ("negative", "positive")] * 4
-    inputs = processor(images=[view(seed) for seed in range(8)], report=[NORMAL, ENLARGED] * 4, finding_states=states)
+    # Each view with both reports, and with the other states that the tests choose.
+    others = ({}, {"pleural_effusion": "unmentioned", "no_finding": "positive"})
+    hearts = ({"cardiomegaly": "negative"}, {"cardiomegaly": "positive"})
+    states = [heart | other for _ in range(4) for other in others for heart in hearts]
+    views = [view(number // 4) for number in range(16)]
+    inputs = processor(images=views, report=[NORMAL, ENLARGED] * 8, finding_states=states)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(60):
         model(**model.expand_finding_text(**inputs)).report_loss.backward()
