@@ -195,7 +195,7 @@ def files(trained_run, build_backbones, tmp_path_factory):
     from otdrg.studies.phantom import make_phantom
 
     folder = tmp_path_factory.mktemp("files")
-    for name in ("recipes", "train_hf.py", "examples", "benchmarks", "docs"):
+    for name in ("recipes", "train_hf.py", "examples", "benchmarks", "docs", "checkpoints"):
         (folder / name).symlink_to(ROOT / name)
     phantoms = [make_phantom(0, index, 112, ("frontal", "lateral")) for index in range(12)]
     for name, image in zip(("frontal", "lateral", "other"), [*phantoms[0].images, phantoms[1].images[0]], strict=True):

@@ -16,7 +16,7 @@ tomllib = pytest.importorskip("tomllib", reason="Python 3.11 or later")
 ROOT = Path(otdrg.__file__).parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 #: Folders that a wheel leaves out; of the root it takes modules, py.typed and the licence.
-NOT_INSTALLED = {".ci", ".github", "benchmarks", "docs", "examples", "recipes", "tests"}
+NOT_INSTALLED = {".ci", ".github", "benchmarks", "checkpoints", "docs", "examples", "recipes", "tests"}
 
 
 @pytest.fixture(scope="module")

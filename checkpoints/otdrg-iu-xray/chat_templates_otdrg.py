@@ -1,0 +1,1 @@
+../../chat_templates_otdrg.py

@@ -1,0 +1,1 @@
+../../consensus_otdrg.py

@@ -1,0 +1,1 @@
+../../sinkhorn_otdrg.py

@@ -1,0 +1,1 @@
+../../weights_otdrg.py
