@@ -1,4 +1,7 @@
-"""Consensus decoding: of many candidate reports, write the one that agrees most with likely reports and the states."""
+"""Consensus decoding: of many candidate reports, write the one that agrees most with likely reports and the states.
+
+Long, because a model without the package needs all of it: settings, report bank, sampling and ranking.
+"""
 
 from __future__ import annotations
 
