@@ -82,6 +82,7 @@ class PeakAtMask(torch.nn.Module):
     """Of a model, what `judge_phantoms` uses: its plan for a finding is highest where `truth` says."""
 
     device = torch.device("cpu")
+    has_heatmaps = True
 
     def __init__(self, config, lifts):
         super().__init__()
