@@ -11,7 +11,7 @@ quickstart: .venv/installed
 	$(BIN)/python examples/quickstart.py runs/quickstart
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from .printable import one_line
 
@@ -156,7 +157,7 @@ def end_with_parent(parent: int | None = None) -> None:
         os._exit(1)
 
     def watch():
-        while os.getppid() == watched:
+        while os.getppid() == watched and (watched == parent or _is_running(parent)):
             time.sleep(_POLL_SECONDS)
         # Immediately: the files written so far can be continued, and a restart waits for this process.
         os._exit(1)
@@ -165,10 +166,11 @@ def end_with_parent(parent: int | None = None) -> None:
 
 
 def _is_running(process: int) -> bool:
+    """Whether a process runs; one that has ended, but whose parent has not noticed, does not."""
     try:
         os.kill(process, 0)
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] != "Z"
     except ProcessLookupError:
         return False
-    except PermissionError:
-        pass
-    return True
+    except (FileNotFoundError, PermissionError):
+        return True  # without /proc, as on macOS, or a process of another user
