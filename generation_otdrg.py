@@ -1,4 +1,7 @@
-"""How a study enters the LLM's prompt, and how a report is written: `generate` and what comes before it."""
+"""How a study enters the LLM's prompt, and how a report is written: `generate` and what comes before it.
+
+Long, because every argument of `generate` and every form of prompt is checked and documented here.
+"""
 
 from __future__ import annotations
 

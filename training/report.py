@@ -2,7 +2,7 @@
 
 The stage trains the projections and, as `report.text` says, the LLM on reports and true finding states. During training
 it generates reports for validation studies and scores them; the best checkpoint is published, and the table of controls
-is made with it.
+is made with it. Long, because the section of the recipe, the stage and its validation are declared here.
 """
 
 from __future__ import annotations
