@@ -15,8 +15,9 @@ _MODULES = {
         "finding_state_id",
         "parse_findings",
     ),
-    "modeling_otdrg": ("OTDRGForReportGeneration", "focal_loss"),
+    "modeling_otdrg": ("OTDRGForReportGeneration",),
     "pipeline_otdrg": ("ReportGenerationPipeline",),
+    "predictor_otdrg": ("focal_loss",),
     "processing_otdrg": ("OTDRGProcessor",),
     "sinkhorn_otdrg": ("SinkhornOutput", "cost_matrix", "sinkhorn"),
 }

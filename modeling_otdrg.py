@@ -1,13 +1,12 @@
 """OTDRG: a vision encoder, a label predictor, feature integration by optimal transport, and an LLM that writes reports.
 
 Section and equation numbers are those of "Bridging Vision and Language: Optimal Transport-Driven Radiology Report
-Generation via LLMs". Long, because it is the whole method, to be read from top to bottom.
+Generation via LLMs". Long, because it is the method, to be read from top to bottom.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,7 +24,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import can_return_tuple, logging
 
-from .configuration_otdrg import FINDING_TEXT_TOKEN, INDICATION_BUCKETS, OTDRGConfig
+from .configuration_otdrg import FINDING_TEXT_TOKEN, OTDRGConfig
 from .findings_otdrg import (
     FINDING_STATES,
     FINDINGS,
@@ -36,7 +35,22 @@ from .findings_otdrg import (
     check_finding_states,
 )
 from .generation_otdrg import CACHE, NO_IMAGE, OTDRGGenerationMixin, check_batch, given_cache, needs_views
+from .predictor_otdrg import (
+    FindingPrediction,
+    OTDRGFindingPredictor,
+    OTDRGQueries,
+    OTDRGWords,
+    predictor_loss,
+)
 from .sinkhorn_otdrg import SinkhornOutput, cost_matrix, plan_entropy, sinkhorn
+from .vision_otdrg import (
+    encode_pixels,
+    existing_views,
+    full_view_mask,
+    layers_size,
+    unflatten_views,
+    vision_feature_size,
+)
 from .weights_otdrg import OTDRGPreTrainedModel
 
 if TYPE_CHECKING:
@@ -112,162 +126,6 @@ class OTDRGOutput(ModelOutput):
     plan_entropy: torch.Tensor | None = None
     epsilon_to_cost: torch.Tensor | None = None
     label_spread: torch.Tensor | None = None
-
-
-# --- disease label prediction (3.4) ----------------------------------------------------------------------------------
-
-
-def focal_loss(
-    logits: torch.Tensor, labels: torch.Tensor, gamma: float = 2.0, reduction: str = "finding"
-) -> torch.Tensor:
-    """Focal loss over the four states of each finding (eq. 10), a scalar.
-
-    Args:
-        logits (`torch.Tensor` of shape `(B, 14, 4)`)
-        labels (`torch.Tensor` of shape `(B, 14)`): state ids; -100 is ignored.
-        gamma (`float`): focusing exponent; 0 gives the cross-entropy.
-        reduction (`str`): `"finding"` weighs each finding's cross-entropy by its own focal factor and takes the mean
-            over all; `"study"` sums the cross-entropies of a study first.
-    """
-    known = labels != -100
-    cross_entropy = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none")
-    if reduction == "study":
-        cross_entropy = cross_entropy.sum(dim=1)
-        known = known.any(dim=1)
-    # 1 - p_true, by expm1 because p_true is near 1 for most cells
-    focal = (-torch.expm1(-cross_entropy)).clamp(min=0).pow(gamma) * cross_entropy
-    return (focal * known).sum() / known.sum().clamp(min=1)
-
-
-class FindingPrediction(NamedTuple):
-    """
-    What [`OTDRGFindingPredictor`] predicts for B studies, with H heads.
-
-    Args:
-        finding_logits (`torch.Tensor` of shape `(B, 14, 4)`): log of the heads' mean probabilities; of one head, its
-            logits.
-        head_logits (`torch.Tensor` of shape `(B, H, 14, 4)`): each head's.
-        tag_logits (`torch.Tensor` of shape `(B, H, tags)`): of the auxiliary target; None without tags.
-    """
-
-    finding_logits: torch.Tensor
-    head_logits: torch.Tensor
-    tag_logits: torch.Tensor | None
-
-
-class OTDRGQueries(nn.Embedding):
-    """Attention queries: a class of its own because they start larger than other embeddings."""
-
-
-class OTDRGWords(nn.Embedding):
-    """Logits of words: a class of its own because they start at 0."""
-
-
-class OTDRGFindingPredictor(nn.Module):
-    """14 x 4 logits from view features: for each finding, a classifier of the pooled tokens of all views.
-
-    Heads have their own queries, classifiers and dropout. The words of an indication, as buckets of a hash, add their
-    logits to all heads; without one nothing is added.
-    """
-
-    def __init__(self, config: OTDRGConfig, feature_size: int):
-        super().__init__()
-        self.feature_size, self.heads, self.pooling = feature_size, config.predictor_heads, config.predictor_pooling
-        self.epsilon, self.iterations = config.predictor_epsilon, config.predictor_iterations
-        cells = self.heads * len(FINDINGS)
-        self.norm = nn.LayerNorm(feature_size)
-        if self.pooling != "mean":
-            self.queries = (OTDRGQueries if self.pooling == "attention" else nn.Embedding)(cells, feature_size)
-            self.key = nn.Linear(feature_size, feature_size)
-        else:
-            # Mean tokens differ little from study to study: as they are, the classifier would learn slowly.
-            self.standardize = nn.BatchNorm1d(feature_size, affine=False)
-        self.dropout = nn.Dropout(config.predictor_dropout)
-        pooled_size = 2 * feature_size if self.pooling == "attention" else feature_size
-        self.classifier = nn.Linear(pooled_size, cells * len(FINDING_STATES))
-        self.set_tags(len(config.predictor_tags or ()))
-        if config.indication_reader != "report":
-            self.words = OTDRGWords(INDICATION_BUCKETS, len(FINDINGS) * len(FINDING_STATES))
-
-    def set_tags(self, tags: int) -> None:
-        """Give the predictor a classifier of this number of tags, or with 0 take it away."""
-        size, device = self.classifier.in_features, self.classifier.weight.device
-        self.tag_classifier = nn.Linear(size, self.heads * tags, device=device) if tags else None
-
-    def forward(
-        self,
-        view_features: torch.Tensor,
-        view_mask: torch.Tensor,
-        indication_ids: torch.Tensor | None = None,
-        supervised: bool = False,
-    ) -> torch.Tensor | FindingPrediction:
-        """`view_features` (B, V, N, D), `view_mask` (B, V), `indication_ids` (B, W) -> logits (B, 14, 4).
-
-        What the predictor reads are the last features in D. With `supervised`, a [`FindingPrediction`].
-        """
-        features, mask = self._features(view_features, view_mask)
-        pooled = self._pooled(features, mask)
-        shape = (self.heads, len(FINDINGS), -1)
-        pooled = pooled.expand(-1, self.heads * len(FINDINGS), -1).unflatten(1, shape[:2])
-        pooled = self.dropout(pooled)
-        weight, bias = self.classifier.weight.unflatten(0, shape), self.classifier.bias.reshape(shape)
-        head_logits = torch.einsum("bhfd,hfsd->bhfs", pooled, weight) + bias
-        if indication_ids is not None and hasattr(self, "words"):
-            head_logits = head_logits + self._indication_logits(indication_ids)[:, None]
-        finding_logits = head_logits[:, 0]
-        if self.heads > 1:
-            finding_logits = head_logits.log_softmax(dim=-1).logsumexp(dim=1) - math.log(self.heads)
-        if not supervised:
-            return finding_logits
-        tag_logits = None
-        if self.tag_classifier is not None:
-            weight, bias = (tensor.unflatten(0, (self.heads, -1)) for tensor in self.tag_classifier.parameters())
-            tag_logits = torch.einsum("bhd,htd->bht", pooled.mean(dim=2), weight) + bias
-        return FindingPrediction(finding_logits, head_logits, tag_logits)
-
-    def token_weights(self, view_features: torch.Tensor, view_mask: torch.Tensor) -> torch.Tensor:
-        """The weight (B, 14, V * N) of each token in what is pooled for a finding, mean over heads; sums to 1."""
-        features, mask = self._features(view_features, view_mask)
-        if self.pooling == "mean":
-            return (mask / mask.sum(dim=1, keepdim=True))[:, None].expand(-1, len(FINDINGS), -1)
-        return self._weights(features, mask).unflatten(1, (self.heads, len(FINDINGS))).mean(dim=1)
-
-    def _features(self, view_features: torch.Tensor, view_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The normalised tokens (B, V * N, D) of all views, and their mask (B, V * N)."""
-        features = self.norm(view_features[..., -self.feature_size :].to(self.norm.weight.dtype))
-        return features.flatten(1, 2), view_mask.repeat_interleave(features.shape[2], dim=1)
-
-    def _pooled(self, features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """What the classifiers read, (B, H * 14, P); (B, 1, P) if it is the same for all."""
-        mean = (features * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
-        if self.pooling == "mean":
-            # Statistics need more than one study.
-            is_alone = self.training and len(mean) == 1
-            return (mean if is_alone else self.standardize(mean))[:, None]
-        weighted = self._weights(features, mask) @ features
-        if self.pooling == "transport":
-            return weighted
-        return torch.cat((weighted, mean[:, None].expand_as(weighted)), dim=-1)
-
-    def _weights(self, features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Pooling weights (B, H * 14, V * N): attention, or the plan of each head, its columns scaled to sum 1."""
-        keys = self.key(features)
-        if self.pooling == "attention":
-            scores = self.queries.weight @ keys.transpose(1, 2) / self.feature_size**0.5
-            return scores.masked_fill(~mask[:, None, :], -torch.inf).softmax(dim=-1)
-        anchors = self.queries.weight.unflatten(0, (self.heads, len(FINDINGS)))
-        cost = torch.stack([cost_matrix(keys, head.expand(len(keys), -1, -1), "unit") for head in anchors], dim=1)
-        row_mask = mask.repeat_interleave(self.heads, dim=0)
-        plan = sinkhorn(cost.flatten(0, 1), self.epsilon, self.iterations, 0.0, row_mask, gradient="unroll").plan
-        # The iterations end with the columns, so that these sums are exact.
-        return (len(FINDINGS) * plan).transpose(1, 2).reshape(len(keys), -1, keys.shape[1]).to(features.dtype)
-
-    def _indication_logits(self, indication_ids: torch.Tensor) -> torch.Tensor:
-        """Logits (B, 14, 4) of the words' buckets (B, W), -1 where there is none; 0 without any."""
-        known = indication_ids >= 0
-        words = (self.words(indication_ids.clamp(min=0)) * known[:, :, None]).sum(dim=1)
-        words = words / known.sum(dim=1, keepdim=True).clamp(min=1).sqrt()
-        return words.unflatten(1, (len(FINDINGS), len(FINDING_STATES)))
 
 
 # --- label features and projections (3.3.1) --------------------------------------------------------------------------
@@ -376,7 +234,7 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
             else:
                 self.finding_vision_tower = copy.deepcopy(vision_tower)
                 _mark_initialized(self.finding_vision_tower)  # copied parameters lose their mark
-        feature_size = _vision_feature_size(self.vision_tower)
+        feature_size = vision_feature_size(self.vision_tower)
         hidden_size = config.text_config.get_text_config().hidden_size
         self.image_projector = OTDRGProjector(feature_size, hidden_size, config.projection_norm)
         if config.fiot:
@@ -384,8 +242,8 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
             if text_encoder is not None:
                 self.label_encoder.text_encoder = text_encoder
             self.label_projector = OTDRGProjector(self.label_encoder.feature_size, hidden_size, config.projection_norm)
-        layers_size = _layers_size(self.vision_towers[-1], config.predictor_layers or ())
-        self.finding_predictor = OTDRGFindingPredictor(config, feature_size + layers_size)
+        extra_size = layers_size(self.vision_towers[-1], config.predictor_layers or ())
+        self.finding_predictor = OTDRGFindingPredictor(config, feature_size + extra_size)
         self.ot_weight = config.ot_weight
         self.ot_epsilon = config.ot_epsilon
         self.finding_logit_adjustment: torch.Tensor | None = None
@@ -533,7 +391,15 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
             )
             output["finding_logits"] = study.finding_logits
             if finding_labels is not None and study.prediction is not None:
-                output["predictor_loss"] = self._predictor_loss(study.prediction, finding_labels, tag_labels)
+                output["predictor_loss"] = predictor_loss(
+                    study.prediction,
+                    finding_labels,
+                    tag_labels,
+                    self.config,
+                    self.training,
+                    self.finding_logit_adjustment,
+                    self.tag_weight,
+                )
         elif finding_labels is not None or needs_views(inputs_embeds, finding_states, cache):
             raise ValueError(NO_IMAGE)
 
@@ -600,30 +466,6 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
                 kwargs[name] = True
         return kwargs
 
-    def _predictor_loss(
-        self, prediction: FindingPrediction, finding_labels: torch.Tensor, tag_labels: torch.Tensor | None
-    ) -> torch.Tensor:
-        """L_cls (eq. 10) of the mean of the heads; while training, the mean of the heads' own losses.
-
-        While training, `finding_logit_adjustment` is added to the logits, and the cross-entropy of the tags, weighed by
-        `tag_weight`, to the loss.
-        """
-        check_finding_states(finding_labels, len(finding_labels), missing=-100, name="finding_labels")
-        gamma, reduction = self.config.focal_gamma, self.config.focal_reduction
-        if not self.training:
-            return focal_loss(prediction.finding_logits, finding_labels, gamma, reduction)
-        heads = self.config.predictor_heads
-        logits = prediction.head_logits.flatten(0, 1)
-        if self.finding_logit_adjustment is not None:
-            logits = logits + self.finding_logit_adjustment.to(logits)
-        loss = focal_loss(logits, finding_labels.repeat_interleave(heads, dim=0), gamma, reduction)
-        if tag_labels is None or prediction.tag_logits is None:
-            return loss
-        known = (tag_labels != -100)[:, None].expand_as(prediction.tag_logits)
-        targets = tag_labels[:, None].expand_as(prediction.tag_logits).float()
-        entropies = F.binary_cross_entropy_with_logits(prediction.tag_logits.float(), targets, reduction="none")
-        return loss + self.tag_weight * (entropies * known).sum() / known.sum().clamp(min=1)
-
     @staticmethod
     def _report_loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
         """L_RG (eq. 11): (weighted) mean of the cross-entropies; `logits` are those of the last positions."""
@@ -670,7 +512,7 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
             if pixel_values is None:
                 raise ValueError(NO_IMAGE)
             view_features = self.encode_views(pixel_values, view_mask, reader)
-        view_mask = self._view_mask(view_features, view_mask)
+        view_mask = full_view_mask(view_features, view_mask)
         if finding_states is not None:
             check_finding_states(finding_states, len(view_features))
             if reader == "report":
@@ -698,55 +540,14 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
             `predictor_encoder="own"` and `"both"`, the report's features and the predictor's, concatenated in D. Those
             of `predictor_layers`, of unit variance, come last, and are left out for `"report"`.
         """
-        pixels, view_mask = self._views(pixel_values, view_mask)
+        pixels, view_mask = existing_views(pixel_values, view_mask)
         towers = {"report": self.vision_towers[:1], "predictor": self.vision_towers[-1:], "both": self.vision_towers}
         features = []
         for tower in towers[reader]:
             layers = self.config.predictor_layers if reader != "report" and tower is self.vision_towers[-1] else None
-            encoded, output = self._encode(tower, pixels, **({"output_hidden_states": True} if layers else {}))
-            features.append(encoded)
-            features += [self._layer_features(tower, output, layer, pixels) for layer in layers or ()]
+            features.append(encode_pixels(tower, pixels, self.config.image_grid, layers)[0])
         # Concatenating a trained encoder's features and a frozen one's gives the wider of their types.
-        return _unflatten_views(torch.cat(features, -1), view_mask)
-
-    def _encode(self, tower: PreTrainedModel, pixels: torch.Tensor, **kwargs) -> tuple[torch.Tensor, ModelOutput]:
-        """Pixels (A, C, H, W) of A views -> their features (A, image_tokens, D) and the encoder's own output."""
-        output = tower(pixels.to(tower.dtype), return_dict=True, **kwargs)
-        return self._pool(_as_grid(output.last_hidden_state, tower, (pixels.shape[-2], pixels.shape[-1]))), output
-
-    def _layer_features(self, tower: PreTrainedModel, output: ModelOutput, layer: int, pixels) -> torch.Tensor:
-        """The tokens (A, image_tokens, D) of a block of the encoder."""
-        if hasattr(tower, "timm_model"):
-            grid = output.hidden_states[layer - 1]  # timm's intermediate features are NCHW, and lack the embeddings
-        else:
-            grid = _as_grid(output.hidden_states[layer], tower, (pixels.shape[-2], pixels.shape[-1]))
-        # The scale of features grows from block to block.
-        return F.layer_norm(self._pool(grid), grid.shape[1:2])
-
-    def _pool(self, grid: torch.Tensor) -> torch.Tensor:
-        """A grid of features (A, D, h, w) pooled to the image tokens (A, image_tokens, D)."""
-        return F.adaptive_avg_pool2d(grid, self.config.image_grid).flatten(2).transpose(1, 2)
-
-    def _views(self, pixel_values: torch.Tensor, view_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The A existing views (A, C, H, W) and their mask (B, V)."""
-        if pixel_values.ndim != 5:
-            raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}: "
-                "expected (studies, views, channels, height, width)"
-            )
-        view_mask = self._view_mask(pixel_values, view_mask)
-        return pixel_values[view_mask], view_mask
-
-    @staticmethod
-    def _view_mask(views: torch.Tensor, view_mask: torch.Tensor | None) -> torch.Tensor:
-        """`view_mask` (B, V) of `views` (B, V, ...), all true if it is None; checks that each study has a view."""
-        if view_mask is None:
-            return torch.ones(views.shape[:2], dtype=torch.bool, device=views.device)
-        if view_mask.shape != views.shape[:2]:
-            raise ValueError(f"view_mask has shape {tuple(view_mask.shape)}: expected {tuple(views.shape[:2])}")
-        if not view_mask.any(dim=1).all():
-            raise ValueError("a study has no image: a report is only written from at least one view")
-        return view_mask.bool()
+        return unflatten_views(torch.cat(features, -1), view_mask)
 
     @can_return_tuple
     def get_image_features(
@@ -762,9 +563,9 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
             `last_hidden_state` (B, V, image_tokens, D), the features X; `pooler_output`, a list of each study's
             projected image tokens (M, hidden_size); `hidden_states` and `attentions` of the existing views.
         """
-        pixels, view_mask = self._views(pixel_values, view_mask)
-        features, output = self._encode(self.vision_tower, pixels, **kwargs)
-        view_features = _unflatten_views(features, view_mask)
+        pixels, view_mask = existing_views(pixel_values, view_mask)
+        features, output = encode_pixels(self.vision_tower, pixels, self.config.image_grid, **kwargs)
+        view_features = unflatten_views(features, view_mask)
         return BaseModelOutputWithPooling(
             last_hidden_state=view_features,
             pooler_output=_split_by_study(*self.project_views(view_features, view_mask)),
@@ -832,7 +633,7 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
         self, view_features: torch.Tensor, view_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """f_p(X) of eq. 4, (B, M, hidden_size), and its mask (B, M), from the features of [`encode_views`]."""
-        fused, mask = self.fuse_views(view_features, self._view_mask(view_features, view_mask))
+        fused, mask = self.fuse_views(view_features, full_view_mask(view_features, view_mask))
         return self.image_projector(fused), mask
 
     def _drop_images(self, image_features: torch.Tensor) -> torch.Tensor:
@@ -1010,7 +811,7 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
 
         Of any `predictor_pooling`; it does not depend on the states.
         """
-        view_mask = self._view_mask(view_features, view_mask)
+        view_mask = full_view_mask(view_features, view_mask)
         tokens = view_features.shape[2]
         lift = self.finding_predictor.token_weights(view_features, view_mask)
         lift = lift * (tokens * view_mask.sum(dim=1))[:, None, None]
@@ -1029,67 +830,9 @@ def _mark_initialized(model: PreTrainedModel) -> None:
         part._is_hf_initialized = True
 
 
-def _vision_feature_size(vision_tower: PreTrainedModel) -> int:
-    if hasattr(vision_tower, "timm_model"):
-        return vision_tower.timm_model.num_features
-    config = vision_tower.config
-    return config.hidden_sizes[-1] if hasattr(config, "hidden_sizes") else config.hidden_size
-
-
-def _layers_size(vision_tower: PreTrainedModel, layers: Sequence[int]) -> int:
-    """Size of the features that the label predictor reads of these blocks of the encoder.
-
-    Raises:
-        ValueError: the encoder has no such block, or does not give the features of its blocks.
-    """
-    if not layers:
-        return 0
-    timm_model, config = getattr(vision_tower, "timm_model", None), vision_tower.config
-    if timm_model is not None:
-        widths = [block["num_chs"] for block in getattr(timm_model, "feature_info", [])]
-        widths = widths if hasattr(timm_model, "forward_intermediates") else []
-    else:
-        is_plain = not hasattr(config, "depths") and not hasattr(config, "hidden_sizes")
-        widths = [config.hidden_size] * config.num_hidden_layers if is_plain else []
-    for layer in layers:
-        if layer > len(widths):
-            expected = f"blocks from 1 to {len(widths)}" if widths else "null, this encoder's blocks cannot be read"
-            raise ValueError(f"OTDRGConfig.predictor_layers={list(layers)}: expected {expected}")
-    return sum(widths[layer - 1] for layer in layers)
-
-
-def _unflatten_views(features: torch.Tensor, view_mask: torch.Tensor) -> torch.Tensor:
-    """Features (A, ...) of the A existing views as (B, V, ...), 0 where there is no view."""
-    unflattened = features.new_zeros(*view_mask.shape, *features.shape[1:])
-    unflattened[view_mask] = features
-    return unflattened
-
-
 def _split_by_study(image_features: torch.Tensor, image_mask: torch.Tensor) -> list[torch.Tensor]:
     """Image tokens (B, M, D) as a list of B tensors without those that the mask (B, M) excludes."""
     return list(image_features[image_mask].split(image_mask.sum(dim=1).tolist()))
-
-
-def _as_grid(output: torch.Tensor, vision_tower: PreTrainedModel, image_size: tuple[int, int]) -> torch.Tensor:
-    """An encoder's last hidden state, NHWC, NCHW or tokens after any class tokens, as (B, D, h, w)."""
-    timm_model = getattr(vision_tower, "timm_model", None)
-    if output.ndim == 4:
-        is_nhwc = getattr(timm_model, "output_fmt", None) == "NHWC"
-        return (
-            output.permute(0, 3, 1, 2) if is_nhwc or output.shape[1] != _vision_feature_size(vision_tower) else output
-        )
-    tokens = output.shape[1]
-    patch = getattr(vision_tower.config, "patch_size", None)
-    patch = (patch, patch) if isinstance(patch, int) else patch
-    height, width = (image_size[0] // patch[0], image_size[1] // patch[1]) if patch else (0, 0)
-    if timm_model is not None:
-        height = width = round((tokens - timm_model.num_prefix_tokens) ** 0.5)
-    elif not 0 < height * width <= tokens:
-        # Hierarchical encoders merge patches; what remains is a square and a few tokens before it.
-        height = width = int(tokens**0.5)
-    if not 0 < height * width <= tokens or tokens - height * width > 16:
-        raise ValueError(f"the vision encoder's {tokens} tokens are not a grid for images of {image_size} pixels")
-    return output[:, tokens - height * width :].transpose(1, 2).unflatten(2, (height, width))
 
 
 OTDRGForReportGeneration.register_for_auto_class("AutoModel")
@@ -1097,4 +840,4 @@ if __name__ == "otdrg.modeling_otdrg":  # the installed package, not a copy that
     AutoModel.register(OTDRGConfig, OTDRGForReportGeneration, exist_ok=True)
     AutoModelForImageTextToText.register(OTDRGConfig, OTDRGForReportGeneration, exist_ok=True)
 
-__all__ = ["OTDRGForReportGeneration", "OTDRGOutput", "OTDRGStudy", "focal_loss"]
+__all__ = ["OTDRGForReportGeneration", "OTDRGOutput", "OTDRGStudy"]

@@ -6,8 +6,8 @@ import torch
 from otdrg import FINDINGS, OTDRGConfig, OTDRGForReportGeneration, OTDRGProcessor
 from otdrg.inference.collation import FindingCollator
 from otdrg.inference.features import encoder_digest
-from otdrg.modeling_otdrg import OTDRGFindingPredictor
 from otdrg.pipeline_otdrg import ReportGenerationPipeline
+from otdrg.predictor_otdrg import OTDRGFindingPredictor
 from torch.nn import functional as F
 
 SIZE = 6

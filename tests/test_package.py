@@ -22,6 +22,8 @@ SHIPPED = (
     "utility_otdrg",
     "consensus_otdrg",
     "chat_templates_otdrg",
+    "vision_otdrg",
+    "predictor_otdrg",
     "modeling_otdrg",
     "image_processing_otdrg",
     "processing_otdrg",

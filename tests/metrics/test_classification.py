@@ -13,7 +13,7 @@ from otdrg.metrics.classification import (
     format_metrics,
     weighted_areas_under_curve,
 )
-from otdrg.modeling_otdrg import focal_loss
+from otdrg.predictor_otdrg import focal_loss
 from otdrg.training.predictor import logit_adjustment
 
 
