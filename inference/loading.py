@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from ..consensus_otdrg import ConsensusDecoder, ReportBank, consensus_settings
+from ..bank_otdrg import ReportBank
+from ..consensus_otdrg import ConsensusDecoder, consensus_settings
 from ..labelers.as_typed import label_quietly, labeler_of
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..pipeline_otdrg import ReportGenerationPipeline

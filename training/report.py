@@ -70,8 +70,8 @@ class EvaluationRecipe(Section):
 
     split: Literal["validation", "test", "none"] = option("validation", "Split that is scored; none skips the table.")
     limit: int | None = option(None, "Maximum number of studies scored, from the split's start.")
-    controls: list[Literal["shuffled", "retrieval", "constant", "true_states"]] = option(
-        ["shuffled", "retrieval", "constant", "true_states"],
+    controls: list[Literal["shuffled", "no_indication", "retrieval", "constant", "true_states"]] = option(
+        ["shuffled", "no_indication", "retrieval", "constant", "true_states"],
         "Rows besides the model's own. Retrieval encodes the training views once, unless they are cached.",
     )
     labeler: str = option("rules", "Labeler that reads the states from generated and true reports.")

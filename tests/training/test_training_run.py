@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from otdrg.consensus_otdrg import ReportBank
+from otdrg.bank_otdrg import ReportBank
 from otdrg.modeling_otdrg import OTDRGForReportGeneration
 from otdrg.processing_otdrg import OTDRGProcessor
 from otdrg.train_hf import main
