@@ -91,9 +91,13 @@ def pytest_runtest_setup():
         callbacks.draw_curves = no_curves
 
 
-# Makes packages look as if they were not installed, before anything is imported.
+# Makes packages look as if they were not installed, before anything is imported. A fifth of importing the libraries
+# would be garbage collection.
 HIDE = """
+import gc
 import sys
+
+gc.disable()
 
 class Hidden:
     def __init__(self, finder, names):
