@@ -127,6 +127,16 @@ def test_mean_pooling_standardises_by_the_training_studies():
     assert torch.equal(predictor.standardize.running_var, before)
 
 
+def test_mean_pooling_dropout_is_drawn_for_each_head_and_shared_by_findings(tokens):
+    predictor = predictor_of(predictor_pooling="mean", predictor_heads=2, predictor_dropout=0.5).train()
+    with torch.no_grad():
+        predictor.classifier.weight[:] = predictor.classifier.weight[:4].repeat(2 * len(FINDINGS), 1)
+        predictor.classifier.bias.zero_()
+    heads = predictor(*tokens, supervised=True).head_logits
+    assert torch.allclose(heads, heads[:, :, :1].expand_as(heads), atol=1e-5)
+    assert not torch.allclose(heads[:, 0], heads[:, 1])
+
+
 # --- blocks of the encoder -------------------------------------------------------------------------------------------
 
 
@@ -268,7 +278,7 @@ def test_finding_predictor_options_survive_saving(build_model, views, tmp_path, 
     assert torch.equal(again["indication_ids"], inputs["indication_ids"])
     with torch.no_grad():
         inputs, again = (model.expand_finding_text(**batch) for batch in (inputs, again))
-        assert torch.equal(loaded(**again).finding_logits, model(**inputs).finding_logits)
+        torch.testing.assert_close(loaded(**again).finding_logits, model(**inputs).finding_logits)
 
 
 @pytest.mark.parametrize(
