@@ -135,6 +135,9 @@ class OTDRGConfig(PreTrainedConfig):
             Share of training studies whose image tokens the LLM reads as zeros. L_OT is computed as without it.
         finding_thresholds (`list[float]`, *optional*):
             14 probabilities above which a finding is predicted positive; without them the likeliest state wins.
+        finding_calibration (`list[list[float]]`, *optional*):
+            14 pairs of slope and intercept (Platt scaling): the calibrated log odds of "positive" are slope * log odds
+            + intercept. The other states keep their proportions. Logits are not changed.
         lora (`dict` or `peft.LoraConfig`, *optional*):
             LoRA adapters in the LLM, by the fields of peft's `LoraConfig` (`r`, `lora_alpha`, `lora_dropout`,
             `target_modules`, `use_rslora`, `use_dora`, ...); stored as a dictionary. DoRA and `lora_bias` need an LLM
@@ -177,7 +180,7 @@ class OTDRGConfig(PreTrainedConfig):
             *("ot_weight", "ot_contrastive_weight", "ot_contrastive_temperature", "focal_gamma", "focal_reduction"),
             *("predictor_dropout", "predictor_heads", "predictor_pooling", "predictor_epsilon", "predictor_iterations"),
             *("predictor_tags", "indication_reader", "predicted_state_ratio", "finding_state_dropout", "image_dropout"),
-            *("finding_thresholds", "finding_text", "prompt"),
+            *("finding_thresholds", "finding_calibration", "finding_text", "prompt"),
             *("image_token_id", "finding_token_id", "finding_text_token_id", "prompt_token_ids"),
             *(
                 "finding_tokens",
@@ -233,6 +236,7 @@ class OTDRGConfig(PreTrainedConfig):
         finding_state_dropout: float = 0.0,
         image_dropout: float = 0.0,
         finding_thresholds: list[float] | None = None,
+        finding_calibration: list[list[float]] | None = None,
         lora: Any = None,
         vision_lora: Any = None,
         prompt: str = DEFAULT_PROMPT,
@@ -543,6 +547,18 @@ ALLOWED_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
             )
         ),
         f"{len(FINDINGS)} numbers from 0 to 1",
+    ),
+    "finding_calibration": (
+        lambda value: (
+            value is None
+            or (
+                isinstance(value, (list, tuple))
+                and len(value) == len(FINDINGS)
+                and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value)
+                and all(_is_number(number) for pair in value for number in pair)
+            )
+        ),
+        f"{len(FINDINGS)} pairs of numbers, or null",
     ),
     "prompt": (lambda value: isinstance(value, str), "a string"),
     "finding_text_token_ids": _or_none(_TEXT_TABLE),

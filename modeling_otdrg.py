@@ -574,9 +574,16 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
         )
 
     def finding_probabilities(self, finding_logits: torch.Tensor) -> torch.Tensor:
-        """Probabilities (B, 14, 4) of the states; "no finding" can only be unmentioned or positive."""
+        """Probabilities (B, 14, 4) of the states, calibrated with `config.finding_calibration` if there is one.
+
+        "No finding" can only be unmentioned or positive.
+        """
         logits = finding_logits.float().clone()
         logits[:, NO_FINDING, POSITIVE + 1 :] = -torch.inf
+        if self.config.finding_calibration is not None:
+            slope, intercept = torch.tensor(self.config.finding_calibration, device=logits.device).unbind(dim=-1)
+            others = logits[..., [state for state in range(len(FINDING_STATES)) if state != POSITIVE]].logsumexp(dim=-1)
+            logits[..., POSITIVE] = others + slope * (logits[..., POSITIVE] - others) + intercept
         return logits.softmax(dim=-1)
 
     def predict_states(self, finding_logits: torch.Tensor) -> torch.Tensor:

@@ -103,10 +103,8 @@ class OTDRGFindingPredictor(nn.Module):
         What the predictor reads are the last features in D. With `supervised`, a [`FindingPrediction`].
         """
         features, mask = self._features(view_features, view_mask)
-        pooled = self._pooled(features, mask)
+        pooled = self.dropout(self._pooled(features, mask))
         shape = (self.heads, len(FINDINGS), -1)
-        pooled = pooled.expand(-1, self.heads * len(FINDINGS), -1).unflatten(1, shape[:2])
-        pooled = self.dropout(pooled)
         weight, bias = self.classifier.weight.unflatten(0, shape), self.classifier.bias.reshape(shape)
         head_logits = torch.einsum("bhfd,hfsd->bhfs", pooled, weight) + bias
         if indication_ids is not None and hasattr(self, "words"):
@@ -135,16 +133,18 @@ class OTDRGFindingPredictor(nn.Module):
         return features.flatten(1, 2), view_mask.repeat_interleave(features.shape[2], dim=1)
 
     def _pooled(self, features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """What the classifiers read, (B, H * 14, P); (B, 1, P) if it is the same for all."""
+        """What the classifiers read, (B, H, 14, P); (B, H, 1, P) if it is the same for all findings."""
         mean = (features * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
         if self.pooling == "mean":
             # Statistics need more than one study.
             is_alone = self.training and len(mean) == 1
-            return (mean if is_alone else self.standardize(mean))[:, None]
-        weighted = self._weights(features, mask) @ features
-        if self.pooling == "transport":
-            return weighted
-        return torch.cat((weighted, mean[:, None].expand_as(weighted)), dim=-1)
+            mean = mean if is_alone else self.standardize(mean)
+            # One dropout mask for the findings: 14 would take most of the time of a step, and teach each the same.
+            return mean[:, None, None].expand(-1, self.heads, -1, -1)
+        pooled = self._weights(features, mask) @ features
+        if self.pooling == "attention":
+            pooled = torch.cat((pooled, mean[:, None].expand_as(pooled)), dim=-1)
+        return pooled.unflatten(1, (self.heads, len(FINDINGS)))
 
     def _weights(self, features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Pooling weights (B, H * 14, V * N): attention, or the plan of each head, its columns scaled to sum 1."""

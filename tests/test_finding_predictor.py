@@ -127,6 +127,16 @@ def test_mean_pooling_standardises_by_the_training_studies():
     assert torch.equal(predictor.standardize.running_var, before)
 
 
+def test_mean_pooling_dropout_is_drawn_for_each_head_and_shared_by_findings(tokens):
+    predictor = predictor_of(predictor_pooling="mean", predictor_heads=2, predictor_dropout=0.5).train()
+    with torch.no_grad():
+        predictor.classifier.weight[:] = predictor.classifier.weight[:4].repeat(2 * len(FINDINGS), 1)
+        predictor.classifier.bias.zero_()
+    heads = predictor(*tokens, supervised=True).head_logits
+    assert torch.allclose(heads, heads[:, :, :1].expand_as(heads), atol=1e-5)
+    assert not torch.allclose(heads[:, 0], heads[:, 1])
+
+
 # --- blocks of the encoder -------------------------------------------------------------------------------------------
 
 
@@ -250,6 +260,34 @@ def test_indication_reaches_the_states_of_generate_and_pipeline(reading, views):
     assert torch.equal(steered, model.generate(**processor(images=[views[0]], finding_states=states), max_new_tokens=4))
 
 
+# --- calibration ------------------------------------------------------------------------------------------------------
+
+
+def test_finding_calibration_scales_the_log_odds_and_keeps_the_other_states_proportions(build_model):
+    pairs = [[0.5 + finding / 10, finding / 10 - 1] for finding in range(14)]
+    model, _ = build_model(finding_calibration=pairs)
+    plain, _ = build_model()
+    logits = 3 * torch.randn(50, 14, 4, generator=torch.Generator().manual_seed(3))
+    before, after = plain.finding_probabilities(logits).double(), model.finding_probabilities(logits).double()
+    slope, intercept = torch.tensor(pairs, dtype=torch.double).unbind(dim=-1)
+    expected = torch.sigmoid(slope * torch.logit(before[..., 1]) + intercept)
+    assert torch.allclose(after[..., 1], expected, atol=1e-5)
+    others = before * (1 - expected)[..., None] / (1 - before[..., 1])[..., None]
+    assert torch.allclose(after[..., [0, 2, 3]], others[..., [0, 2, 3]], atol=1e-5)
+    assert (after[:, -1, 2:] == 0).all()
+    assert torch.equal(model.predict_states(logits), model.finding_probabilities(logits).argmax(dim=-1))
+
+
+def test_finding_calibration_leaves_logits_and_features_as_they_are(build_model, views):
+    model, processor = build_model(finding_calibration=[[2.0, 5.0]] * 14)
+    plain, _ = build_model()
+    plain.load_state_dict(model.state_dict())
+    inputs = processor(images=[views[0]])
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).finding_logits, plain(**inputs).finding_logits)
+    assert encoder_digest(model, processor) == encoder_digest(plain, processor)
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -268,7 +306,7 @@ def test_finding_predictor_options_survive_saving(build_model, views, tmp_path, 
     assert torch.equal(again["indication_ids"], inputs["indication_ids"])
     with torch.no_grad():
         inputs, again = (model.expand_finding_text(**batch) for batch in (inputs, again))
-        assert torch.equal(loaded(**again).finding_logits, model(**inputs).finding_logits)
+        torch.testing.assert_close(loaded(**again).finding_logits, model(**inputs).finding_logits)
 
 
 @pytest.mark.parametrize(
@@ -281,6 +319,9 @@ def test_finding_predictor_options_survive_saving(build_model, views, tmp_path, 
         ("predictor_epsilon", 0),
         ("predictor_tags", []),
         ("indication_reader", "none"),
+        ("finding_calibration", [[1.0, 0.0]] * 13),
+        ("finding_calibration", [[1.0]] * 14),
+        ("finding_calibration", [[1.0, float("nan")]] * 14),
     ],
 )
 def test_finding_predictor_impossible_option_is_an_error(field, value):

@@ -184,8 +184,8 @@ def load_model(
     config = read_config(folder)
     wanted = preset_config(recipe)
     for name in _joining_fields():
-        # A stage found the thresholds, and a text encoder of the labels is stored with its weights.
-        if name not in ("finding_thresholds", "predictor_tags") and not (
+        # A stage found these, and a text encoder of the labels is stored with its weights.
+        if name not in ("finding_thresholds", "finding_calibration", "predictor_tags") and not (
             name == "label_encoder" and recipe.label_text_encoder is not None
         ):
             setattr(config, name, getattr(wanted, name))

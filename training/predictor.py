@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
+from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 from transformers.trainer_utils import PredictionOutput
@@ -59,7 +60,7 @@ class PredictorArguments(StageArguments):
     """
 
     place = "predictor"
-    after_training = ("thresholds",)
+    after_training = ("calibration", "thresholds")
     bounds: ClassVar[dict[str, Bounds]] = {
         **StageArguments.bounds,
         "logit_adjustment": NOT_NEGATIVE,
@@ -75,13 +76,18 @@ class PredictorArguments(StageArguments):
         "tau of Menon et al. (2021): tau times the log frequency of each state in training is added to the logits "
         "while the predictor learns, so that rare states are not learned to be unlikely.",
     )
+    calibration: Literal["none", "cross_validation"] = option(
+        "none",
+        "Calibration of the probabilities of positive in the configuration. cross_validation: a slope of the log odds "
+        "and an intercept of each finding, fitted on held-out training studies (five more trainings).",
+    )
     thresholds: Literal["none", "rule", "cross_validation", "validation"] = option(
         "none",
         "Thresholds of the findings in the configuration. none: the likeliest state is predicted. rule: "
         "0.13 (p / m)^0.3, where p is the finding's mean predicted probability on the training studies and m the mean "
         "of the findings'. cross_validation: the same with the number in place of 0.13 that is best for micro F1 + "
-        "macro F1 on held-out training studies (five more trainings). validation: those with the best F1 on "
-        "validation, whose figures are then no measurement.",
+        "macro F1 on held-out training studies (the five trainings of calibration). validation: those with the best "
+        "F1 on validation, whose figures are then no measurement.",
     )
     tag_weight: float = option(
         0.0,
@@ -91,10 +97,9 @@ class PredictorArguments(StageArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        folds = self.thresholds == "cross_validation"
-        self.expect(
-            not folds or self.vision == "frozen", "thresholds", "another rule while predictor.vision is trained"
-        )
+        for name in ("calibration", "thresholds"):
+            folds = getattr(self, name) == "cross_validation"
+            self.expect(not folds or self.vision == "frozen", name, "another one while predictor.vision is trained")
 
 
 class PredictorStage(Stage):
@@ -103,7 +108,8 @@ class PredictorStage(Stage):
     arguments = PredictorArguments
     first_reads = (
         *("focal_gamma", "focal_reduction", "predictor_dropout", "predictor_heads", "predictor_pooling"),
-        *("predictor_epsilon", "predictor_iterations", "predictor_tags", "finding_thresholds", "indication_reader"),
+        *("predictor_epsilon", "predictor_iterations", "predictor_tags", "finding_thresholds"),
+        *("finding_calibration", "indication_reader"),
     )
     trains_own_encoder = True
 
@@ -127,9 +133,9 @@ class PredictorStage(Stage):
         An encoder of its own starts with the weights of the report's encoder, which does not change.
 
         Returns:
-            The model with LoRA merged, and with thresholds in its configuration if the recipe asks for them; and the
-            results, with the metrics of [`finding_metrics`] under `validation`, and without thresholds under
-            `validation_default_threshold`.
+            The model with LoRA merged, and with the calibration and the thresholds in its configuration that the
+            recipe asks for; and the results, with the metrics of [`finding_metrics`] under `validation`, without
+            thresholds under `validation_default_threshold`, and without calibration under `validation_uncalibrated`.
         """
         validation = run.studies.get("validation")
         # A split without known states is no validation.
@@ -140,8 +146,7 @@ class PredictorStage(Stage):
         fit_words(run, train)
         results = trainer.summary()
         prediction = None if validation is None else trainer.predict(validation, metric_key_prefix="validation")
-        thresholds = find_thresholds(run, trainer, train, prediction, initial)
-        results |= measure(run, prediction, thresholds)
+        results |= decide(run, trainer, train, prediction, initial)
         if validation is not None:
             logger.info("predictor on validation:\n%s", format_metrics(results["validation"]))
         model = trainer.whole_model()
@@ -191,7 +196,7 @@ def stage_trainer(
         args.report_to = []
 
     def compute_metrics(prediction: PredictionOutput) -> dict[str, float]:
-        metrics = _metrics(model, torch.from_numpy(prediction.predictions), prediction.label_ids)
+        metrics = _metrics(model, prediction.predictions, prediction.label_ids)
         return {name: metrics[name] for name in _METRICS if metrics[name] is not None}
 
     return StageTrainer(
@@ -208,7 +213,81 @@ def stage_trainer(
     )
 
 
-# --- thresholds ------------------------------------------------------------------------------------------------------
+# --- calibration and thresholds --------------------------------------------------------------------------------------
+
+
+def decide(
+    run: StageRun,
+    trainer: StageTrainer,
+    train: Rows,
+    validation: PredictionOutput | None,
+    initial: dict[str, torch.Tensor],
+) -> dict[str, Any]:
+    """Put the calibration and the thresholds that the recipe asks for into the configuration.
+
+    Args:
+        run, trainer, train: the stage, its trained Trainer and its training studies.
+        validation: the predictions on validation.
+        initial: the predictor's weights before training, for cross-validation.
+
+    Returns:
+        The thresholds, and the metrics on validation after each of the two steps.
+    """
+    config, section = run.model.config, run.recipe.predictor
+    config.finding_calibration = config.finding_thresholds = None
+    results: dict[str, Any] = {}
+
+    def measure(name: str, resamples: int = 0) -> None:
+        if validation is not None:
+            results[name] = _metrics(
+                run.model, validation.predictions, validation.label_ids, resamples, run.recipe.seed
+            )
+
+    held_out = None
+    if "cross_validation" in (section.calibration, section.thresholds):
+        held_out = out_of_fold(run, trainer, train, initial)
+    thresholds = find_thresholds(run, trainer, train, validation, held_out)
+    if section.calibration == "cross_validation":
+        measure("validation_uncalibrated")
+        pairs = fit_calibration(_positive(run.model, held_out[0]), held_out[1])
+        config.finding_calibration = pairs
+        if thresholds is not None:
+            # They decide as without calibration: fitted on calibrated probabilities, the rule scores lower on IU X-Ray.
+            slopes, intercepts = np.array(pairs).T
+            thresholds = expit(slopes * logit(np.array(thresholds)) + intercepts).tolist()
+    if thresholds is not None:
+        results["thresholds"] = dict(zip(FINDINGS, thresholds, strict=True))
+        measure("validation_default_threshold")
+        config.finding_thresholds = thresholds
+    measure("validation", RESAMPLES)
+    if validation is not None and section.thresholds == "validation":
+        # Fitted and measured on the same studies, so these figures are an upper bound.
+        results["validation"]["thresholds_fitted_on"] = "validation"
+    return results
+
+
+def fit_calibration(probabilities: np.ndarray, labels: np.ndarray) -> list[list[float]]:
+    """Slope and intercept of each finding's log odds of "positive", by logistic regression (Platt, 1999).
+
+    All findings share the slope, so that calibration changes no area under a curve: slopes of rare findings would be
+    noise, and could be negative.
+
+    Args:
+        probabilities: (N, 14) of the state positive on studies that were not learned from.
+        labels: (N, 14) true state ids; -100 is left out.
+
+    Returns:
+        14 pairs of which the slope is above 0; (1, 0), which changes nothing, if no such slope fits.
+    """
+    known = labels != -100
+    true = labels[known] == POSITIVE
+    if not true.any() or true.all():
+        return [[1.0, 0.0] for _ in FINDINGS]
+    odds = logit(probabilities.astype(np.float64).clip(1e-7, 1 - 1e-7))
+    inputs = np.column_stack((odds[known], np.eye(len(FINDINGS))[np.nonzero(known)[1]]))
+    # The weak penalty keeps the intercept of a finding without positives finite.
+    slope, *intercepts = LogisticRegression(C=100, fit_intercept=False, max_iter=1000).fit(inputs, true).coef_[0]
+    return [[float(slope), float(intercept)] if slope > 0 else [1.0, 0.0] for intercept in intercepts]
 
 
 def find_thresholds(
@@ -216,20 +295,19 @@ def find_thresholds(
     trainer: StageTrainer,
     train: Rows,
     validation: PredictionOutput | None,
-    initial: dict[str, torch.Tensor],
+    held_out: tuple[np.ndarray, np.ndarray] | None,
 ) -> list[float] | None:
-    """The 14 thresholds that the recipe asks for.
+    """The 14 thresholds of uncalibrated probabilities that the recipe asks for.
 
     Args:
-        run, trainer, train: the stage, its trained Trainer and its training studies.
-        validation: the predictions on validation.
-        initial: the predictor's weights before training, for cross-validation.
+        run, trainer, train, validation: as in [`decide`].
+        held_out: the result of [`out_of_fold`], for cross-validation.
     """
     model, kind = run.model, run.recipe.predictor.thresholds
     if kind == "none":
         return None
     if kind == "cross_validation":
-        return fit_rule(*out_of_fold(run, trainer, train, initial))
+        return fit_rule(_positive(model, held_out[0]), held_out[1])
     if kind == "validation":
         return fit_thresholds(_positive(model, validation.predictions), validation.label_ids)
     prediction = trainer.predict(train, metric_key_prefix="train")
@@ -275,12 +353,12 @@ def fit_rule(probabilities: np.ndarray, labels: np.ndarray) -> list[float]:
 def out_of_fold(
     run: StageRun, trainer: StageTrainer, train: Rows, initial: dict[str, torch.Tensor]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities (N, 14) of "positive" and true states of the training studies, each by a predictor that did not
-    learn from it. The model is left as it was."""
+    """Logits (N, 14, 4) and true states (N, 14) of the training studies, each by a predictor that did not learn from
+    it. The model is left as it was."""
     predictor = run.model.finding_predictor
     trained = {name: weight.clone() for name, weight in predictor.state_dict().items()}
     order = np.random.default_rng(run.recipe.seed).permutation(len(train))
-    probabilities, labels = [], []
+    logits, labels = [], []
     for fold in range(FOLDS):
         held_out = order[fold::FOLDS]
         predictor.load_state_dict(initial)
@@ -290,30 +368,10 @@ def out_of_fold(
             of_fold.train()
             fit_words(run, others)
             prediction = of_fold.predict(train.select(held_out), metric_key_prefix="fold")
-        probabilities.append(_positive(run.model, prediction.predictions))
+        logits.append(prediction.predictions)
         labels.append(prediction.label_ids)
     predictor.load_state_dict(trained)
-    return np.concatenate(probabilities), np.concatenate(labels)
-
-
-def measure(run: StageRun, prediction: PredictionOutput | None, thresholds: list[float] | None) -> dict[str, Any]:
-    """Put the thresholds into the configuration, and return the metrics of the predictions on validation."""
-    model, results = run.model, {}
-    logits, labels = (
-        (None, None) if prediction is None else (torch.from_numpy(prediction.predictions), prediction.label_ids)
-    )
-    model.config.finding_thresholds = None
-    if thresholds is not None:
-        results["thresholds"] = dict(zip(FINDINGS, thresholds, strict=True))
-        if logits is not None:
-            results["validation_default_threshold"] = _metrics(model, logits, labels)
-        model.config.finding_thresholds = thresholds
-    if logits is not None:
-        results["validation"] = _metrics(model, logits, labels, RESAMPLES, run.recipe.seed)
-        if run.recipe.predictor.thresholds == "validation":
-            # Fitted and measured on the same studies, so these figures are an upper bound.
-            results["validation"]["thresholds_fitted_on"] = "validation"
-    return results
+    return np.concatenate(logits), np.concatenate(labels)
 
 
 # --- what is learned -------------------------------------------------------------------------------------------------
@@ -386,10 +444,10 @@ def _positive(model: OTDRGForReportGeneration, logits: np.ndarray) -> np.ndarray
 
 
 def _metrics(
-    model: OTDRGForReportGeneration, logits: torch.Tensor, labels: np.ndarray, resamples: int = 0, seed: int = 0
+    model: OTDRGForReportGeneration, logits: np.ndarray, labels: np.ndarray, resamples: int = 0, seed: int = 0
 ) -> dict[str, Any]:
-    probabilities = _positive(model, logits.numpy())
-    return finding_metrics(probabilities, model.predict_states(logits).numpy(), labels, resamples, seed)
+    states = model.predict_states(torch.from_numpy(logits)).numpy()
+    return finding_metrics(_positive(model, logits), states, labels, resamples, seed)
 
 
 STAGE = PredictorStage()
@@ -398,6 +456,7 @@ __all__ = [
     "STAGE",
     "PredictorArguments",
     "PredictorStage",
+    "fit_calibration",
     "fit_rule",
     "logit_adjustment",
     "rule_thresholds",

@@ -12,7 +12,9 @@ from otdrg.inference.collation import expand_tags
 from otdrg.metrics.classification import DEFAULT_THRESHOLD
 from otdrg.studies.phantom import PhantomSource
 from otdrg.train_hf import main
-from otdrg.training.predictor import fit_rule, rule_thresholds, tag_names
+from otdrg.training.predictor import fit_calibration, fit_rule, rule_thresholds, tag_names
+from scipy.optimize import minimize
+from scipy.special import expit
 
 EDEMA = FINDINGS.index("edema")
 
@@ -63,6 +65,42 @@ def test_predictor_stage_cross_validation_leaves_the_trained_predictor(tiny_reci
     assert "thresholds_fitted_on" not in folds["validation"]
 
 
+def test_fit_calibration_minimises_the_log_loss_with_one_slope():
+    generator = np.random.default_rng(0)
+    odds, intercepts = generator.normal(-1, 2, (800, 14)), np.linspace(-2, 1, 14)
+    labels = (generator.random(odds.shape) < expit(0.5 * odds + intercepts)).astype(int)
+    labels[:, 2], labels[:50, 5], labels[50:100, 5] = 0, -100, 3
+    pairs = np.array(fit_calibration(expit(odds), labels))
+    known, sign = labels != -100, np.where(labels == 1, -1, 1)
+
+    def loss(weights):
+        return np.logaddexp(0, sign * (weights[0] * odds + weights[1:]))[known].sum() / 800
+
+    assert (pairs[:, 0] == pairs[0, 0]).all() and np.isfinite(pairs).all()
+    best = minimize(loss, np.ones(15)).fun
+    assert loss(np.array([pairs[0, 0], *pairs[:, 1]])) < best + 1e-3
+    assert pairs[0, 0] == pytest.approx(0.5, abs=0.05)
+    assert np.delete(pairs[:, 1] - intercepts, [2, 5]) == pytest.approx(np.zeros(12), abs=0.3)
+
+
+@pytest.mark.parametrize("positive", [[0.2, 0.2], [0.1, 0.9]], ids=["none positive", "the unlikely ones positive"])
+def test_fit_calibration_without_a_slope_changes_nothing(positive):
+    labels = np.zeros((2, 14), dtype=int)
+    labels[0] = positive[0] != positive[1]
+    assert fit_calibration(np.repeat(np.array(positive)[:, None], 14, axis=1), labels) == [[1, 0]] * 14
+
+
+def test_predictor_stage_calibration_changes_probabilities_and_not_the_states_of_thresholds(tiny_recipe, tmp_path):
+    thresholds = "predictor.thresholds=cross_validation"
+    plain, _ = run(tiny_recipe, tmp_path / "plain", thresholds)
+    results, model = run(tiny_recipe, tmp_path / "run", thresholds, "predictor.calibration=cross_validation")
+    assert np.array(model.config.finding_calibration).shape == (14, 2)
+    before, after = results["validation_uncalibrated"], results["validation"]
+    assert before["macro_ece"] == plain["validation"]["macro_ece"] != after["macro_ece"]
+    assert after["macro_auc"] == pytest.approx(plain["validation"]["macro_auc"], abs=1e-6)
+    assert after["macro_f1_13"] == plain["validation"]["macro_f1_13"]
+
+
 def test_predictor_stage_tags_and_indications_are_learned(tiny_recipe, tmp_path, monkeypatch):
     plain = PhantomSource.read
 
@@ -101,7 +139,11 @@ def test_predictor_stage_tag_weight_without_tags_is_an_error(tiny_recipe, tmp_pa
         (["predictor.fit_thresholds=true"], "predictor.fit_thresholds no longer exists: use thresholds"),
         (
             ["predictor.thresholds=cross_validation", "predictor.vision=full"],
-            "predictor.thresholds='cross_validation': expected another rule while predictor.vision is trained",
+            "predictor.thresholds='cross_validation': expected another one while predictor.vision is trained",
+        ),
+        (
+            ["predictor.calibration=cross_validation", "predictor.vision=full"],
+            "predictor.calibration='cross_validation': expected another one while predictor.vision is trained",
         ),
         (
             ["report.indication=true", "model.overrides.indication_reader=predictor"],
