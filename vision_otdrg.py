@@ -12,41 +12,58 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
+from .configuration_otdrg import OTDRGConfig
+
 
 def encode_pixels(
-    tower: PreTrainedModel, pixels: torch.Tensor, side: int, layers: Sequence[int] | None = None, **kwargs
+    tower: PreTrainedModel,
+    pixels: torch.Tensor,
+    config: OTDRGConfig,
+    layers: Sequence[int] | None = None,
+    **kwargs,
 ) -> tuple[torch.Tensor, ModelOutput]:
-    """Features of views, pooled to a grid of `side` x `side` image tokens.
+    """Features of views, pooled to a grid of P x P tokens, `config.view_grid`.
 
     Args:
         tower: the encoder.
         pixels (`torch.Tensor` of shape `(A, C, H, W)`)
-        layers: blocks whose features, of unit variance, are concatenated after the last ones.
+        config: the model's.
+        layers: where the label predictor reads the features: the blocks whose features, of unit variance, are
+            concatenated after the last ones.
         kwargs: the encoder's, such as `output_attentions`.
 
     Returns:
-        The features (A, side * side, D), and the encoder's own output.
+        The features (A, P * P, D), and the encoder's own output.
 
     Raises:
-        ValueError: the encoder's tokens are not a grid.
+        ValueError: the encoder's tokens are not a grid, or all that the predictor reads are coarser than
+            `config.predictor_grid`.
     """
     if layers:
         kwargs["output_hidden_states"] = True
     output = tower(pixels.to(tower.dtype), return_dict=True, **kwargs)
     image_size = (pixels.shape[-2], pixels.shape[-1])
-    features = [_pool(_as_grid(output.last_hidden_state, tower, image_size), side)]
+    grids = [_as_grid(output.last_hidden_state, tower, image_size)]
     for layer in layers or ():
         if hasattr(tower, "timm_model"):
             grid = output.hidden_states[layer - 1]  # timm's intermediate features are NCHW, and lack the embeddings
         else:
             grid = _as_grid(output.hidden_states[layer], tower, image_size)
-        # The scale of features grows from block to block.
-        features.append(F.layer_norm(_pool(grid, side), grid.shape[1:2]))
+        grids.append(grid)
+    finest = max(min(grid.shape[2:]) for grid in grids)
+    if layers is not None and (config.predictor_grid or 0) > finest:
+        raise ValueError(
+            f"OTDRGConfig.predictor_grid={config.predictor_grid}: expected at most {finest}, the side of the grid of "
+            f"the encoder's features for views of {image_size[0]} x {image_size[1]} pixels"
+        )
+    last, *others = [_pool(grid, config.view_grid) for grid in grids]
+    # The scale of features grows from block to block.
+    features = [last, *(F.layer_norm(tokens, tokens.shape[-1:]) for tokens in others)]
     return torch.cat(features, dim=-1), output
 
 
 def _pool(grid: torch.Tensor, side: int) -> torch.Tensor:
-    """A grid of features (A, D, h, w) pooled to the image tokens (A, side * side, D)."""
+    """A grid of features (A, D, h, w) pooled to tokens (A, side * side, D)."""
     return F.adaptive_avg_pool2d(grid, side).flatten(2).transpose(1, 2)
 
 
