@@ -145,6 +145,12 @@ class ConsensusSettings:
             merged |= some or {}
         return _made(cls, merged, "")
 
+    @property
+    def sequences(self) -> int:
+        """Sequences of a study that are generated at a time: those of the largest group, and as many for guidance."""
+        size = -(-self.candidates // len(self.plan))
+        return max(size, 1) * (2 if any(group.guidance_scale > 1 for group in self.plan) else 1)
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON holds them."""
         return asdict(self)
@@ -260,13 +266,20 @@ class ConsensusDecoder:
         if self.bank is not None:
             features = pool_views(study.view_features, study.view_mask).cpu().numpy()
             weights = self.bank.weights(features, indications)
+        config = generation.get("generation_config") or model.generation_config
+        suppressed = generation.get("bad_words_ids") or config.bad_words_ids or []
+        words = frozenset(processor.tokenizer.decode(ids).strip() for ids in suppressed)
         return [
-            self.rank(texts, states[row], None if weights is None else weights[row])
+            self.rank(texts, states[row], None if weights is None else weights[row], words)
             for row, texts in enumerate(samples)
         ]
 
     def rank(
-        self, samples: Sequence[tuple[str, bool]], states: np.ndarray, weights: np.ndarray | None = None
+        self,
+        samples: Sequence[tuple[str, bool]],
+        states: np.ndarray,
+        weights: np.ndarray | None = None,
+        suppressed: frozenset[str] = frozenset(),
     ) -> list[Candidate]:
         """Candidates of one study, the best first; of equal ones the first.
 
@@ -274,6 +287,7 @@ class ConsensusDecoder:
             samples: reports of the model, as often as they were sampled, and whether they are complete.
             states: (14,) state ids that conditioned them.
             weights: (R,) of the bank's reports for this study; None without a bank.
+            suppressed: words; reports of the bank with one are no candidates.
         """
         complete = dict(samples)
         texts, settings = list(complete), self.settings
@@ -290,8 +304,14 @@ class ConsensusDecoder:
             found = self._scores(expected, self._bank_states, states).tolist()
             scores = {
                 **scores,
-                **{text: score for text, score in zip(self.bank.reports, found, strict=True) if text not in scores},
+                **{
+                    text: score
+                    for text, score in zip(self.bank.reports, found, strict=True)
+                    if text not in scores and suppressed.isdisjoint(text.split())
+                },
             }
+        if not scores:
+            raise ValueError("consensus: no candidate is left: every report of the bank has a suppressed word")
         ranked = [
             Candidate(
                 text,

@@ -131,6 +131,15 @@ def test_bank_of_another_encoder_is_refused(model, processor, build_model):
         ReportBank(REPORTS, FEATURES).weights(np.zeros((2, 5)))
 
 
+def test_bank_reports_with_a_suppressed_word_are_no_candidates():
+    bank = ReportBank([*TEXTS, "xxxx is seen .", "a xxxxx ."], FEATURES[:5])
+    weights = bank.weights(FEATURES[:1])[0]
+    ranked = ConsensusDecoder(ConsensusSettings(), bank).rank([], np.zeros(14), weights, frozenset({"xxxx"}))
+    assert {candidate.report for candidate in ranked} == {*TEXTS, "a xxxxx ."}
+    with pytest.raises(ValueError, match="no candidate is left: every report of the bank has a suppressed word"):
+        ConsensusDecoder(ConsensusSettings(), bank).rank([], np.zeros(14), weights, frozenset({".", "xxxx"}))
+
+
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
