@@ -31,7 +31,7 @@ HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "r
 #: Upper limits far beyond any real model, so that a wrong value is refused before it takes memory or time.
 MAXIMUM_IMAGE_TOKENS, MAXIMUM_IMAGE_SIZE = 4096, 8192
 _MAXIMUM_SIZE, _MAXIMUM_ITERATIONS, _MAXIMUM_PROMPT_TOKENS, _MAXIMUM_TEXT_TOKENS = 65_536, 100_000, 65_536, 1024
-_MAXIMUM_RANK = 4096
+_MAXIMUM_RANK, _MAXIMUM_GRID = 4096, 64
 _MAXIMUM_HEADS, _MAXIMUM_LAYERS, _MAXIMUM_TAGS = 64, 16, 4096
 #: Fields of peft's LoraConfig that train or copy whole modules of the model, which merging could not undo.
 _NOT_LORA_LAYERS = ("modules_to_save", "trainable_token_indices", "layer_replication")
@@ -111,6 +111,10 @@ class OTDRGConfig(PreTrainedConfig):
             Predictors that are initialised and supervised one by one; their probabilities are averaged.
         predictor_layers (`list[int]`, *optional*):
             Blocks of the vision encoder, counted from 1, whose tokens the predictor reads beside the encoder's output.
+        predictor_grid (`int`, *optional*):
+            Side P of the grid of tokens that the predictor reads of a view, a multiple of the side of the image tokens'
+            grid, which is the default; at most that of the finest features it reads (`predictor_layers`). The LLM and
+            FIOT read these tokens averaged to `image_tokens`.
         predictor_pooling (`str`, defaults to `"attention"`):
             How the predictor pools tokens for a finding. `"attention"`: one query per finding, and the mean beside it;
             `"mean"`, standardised by batch normalisation; `"transport"`: entropic transport (`predictor_epsilon`,
@@ -227,6 +231,7 @@ class OTDRGConfig(PreTrainedConfig):
         predictor_dropout: float = 0.0,
         predictor_heads: int = 1,
         predictor_layers: list[int] | None = None,
+        predictor_grid: int | None = None,
         predictor_pooling: str = "attention",
         predictor_epsilon: float = 0.05,
         predictor_iterations: int = 20,
@@ -270,6 +275,11 @@ class OTDRGConfig(PreTrainedConfig):
 
         check_values("OTDRGConfig", {field: getattr(self, field) for field in ALLOWED_VALUES})
         need(round(self.image_tokens**0.5) ** 2 == self.image_tokens, "image_tokens", "a square number, such as 49")
+        need(
+            self.view_grid % self.image_grid == 0,
+            "predictor_grid",
+            f"a multiple of {self.image_grid}, the side of the image tokens' grid, or null",
+        )
         need(self.dle or not self.fiot, "fiot", "false when dle is false (label tokens need labels)")
         need(
             self.fiot or self.finding_tokens == "labels",
@@ -347,7 +357,11 @@ class OTDRGConfig(PreTrainedConfig):
     def vision_fields(self) -> dict[str, Any]:
         """The fields that the features of `encode_views` depend on: all but those declared not to."""
         others = self._NOT_IN_VIEW_FEATURES.union(PreTrainedConfig().to_dict())
-        return {name: value for name, value in self.to_dict().items() if name not in others}
+        fields = {name: value for name, value in self.to_dict().items() if name not in others}
+        if self.predictor_grid is None:
+            # Features that were cached before this field existed stay valid.
+            del fields["predictor_grid"]
+        return fields
 
     @property
     def placeholder_token_ids(self) -> list[int]:
@@ -359,6 +373,11 @@ class OTDRGConfig(PreTrainedConfig):
     def image_grid(self) -> int:
         """Side of the grid of image tokens of one view."""
         return round(self.image_tokens**0.5)
+
+    @property
+    def view_grid(self) -> int:
+        """Side P of the grid of the features of `encode_views`: `predictor_grid`, or that of the image tokens."""
+        return self.predictor_grid or self.image_grid
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> OTDRGConfig:
@@ -518,6 +537,7 @@ ALLOWED_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value is None or (_is_id_list(value, _MAXIMUM_LAYERS) and 0 not in value and _is_set(value)),
         "numbers of blocks of the vision encoder, from 1 on and each once, or null",
     ),
+    "predictor_grid": _or_none(_count(_MAXIMUM_GRID)),
     "predictor_pooling": _one_of("attention", "mean", "transport"),
     "predictor_epsilon": _ABOVE_0,
     "predictor_iterations": _count(_MAXIMUM_ITERATIONS),

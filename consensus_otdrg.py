@@ -1,26 +1,17 @@
-"""Consensus decoding: of many candidate reports, write the one that agrees most with likely reports and the states.
-
-Long, because a model without the package needs all of it: settings, report bank, sampling and ranking.
-"""
+"""Consensus decoding: of many candidate reports, write the one that agrees most with likely reports and the states."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from .files_otdrg import read_json, write_json
+from .bank_otdrg import ReportBank, pool_views
 from .findings_otdrg import NOT_GIVEN, POSITIVE
 from .guidance_otdrg import without_positives
 from .utility_otdrg import UTILITY, ReportUtility, disagreements
@@ -33,10 +24,6 @@ STATES = ("all", "positive", "others")
 
 #: lambda, where findings can be read in candidates.
 AGREEMENT_WEIGHT = 0.08
-
-_ARRAYS, _REPORTS = "bank.safetensors", "bank.json"
-#: A view that identifies the encoder of a bank, and the largest relative difference of its features.
-_PROBE, _TOLERANCE = np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1)), 0.05
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
@@ -158,6 +145,12 @@ class ConsensusSettings:
             merged |= some or {}
         return _made(cls, merged, "")
 
+    @property
+    def sequences(self) -> int:
+        """Sequences of a study that are generated at a time: those of the largest group, and as many for guidance."""
+        size = -(-self.candidates // len(self.plan))
+        return max(size, 1) * (2 if any(group.guidance_scale > 1 for group in self.plan) else 1)
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON holds them."""
         return asdict(self)
@@ -204,180 +197,6 @@ def store_settings(model, settings: Mapping[str, Any]) -> None:
     model.generation_config = GenerationConfig(**fields)
 
 
-# --- the report bank -------------------------------------------------------------------------------------------------
-
-
-class ReportBank:
-    """Training reports with the pooled image features of their studies.
-
-    The weight of a training study for a study with features x is that of kernel ridge regression with a linear kernel
-    on standardised features: the regression's prediction of any quantity at x is the weighted sum of its values in
-    training. Weights add up to 1 and may be negative.
-
-    A bank holds training reports word for word: it is kept outside the published model, under the data's licence.
-
-    Args:
-        reports: N reports, one per training study, cleaned as the model writes them.
-        features: (N, D) pooled image features ([`pool_views`]).
-        ridge: strength of the regularisation.
-        licences: of the studies.
-        probe: (D,) features of a fixed view, by which [`check`] finds out whether a model has the bank's encoder.
-
-    Attributes:
-        reports: R distinct reports.
-        counts: (R,) how many training studies have each.
-
-    Raises:
-        ValueError: the arrays do not fit together, hold no number, or are empty.
-    """
-
-    def __init__(
-        self,
-        reports: Sequence[str],
-        features: np.ndarray,
-        ridge: float = 3.0,
-        licences: Sequence[str] = (),
-        probe: np.ndarray | None = None,
-    ):
-        features = np.asarray(features, np.float32)
-        if not len(reports) or features.ndim != 2 or len(features) != len(reports):
-            raise ValueError(
-                f"report bank: {len(reports)} reports, features of shape {features.shape}: expected at least one "
-                "report, and one row of features per report"
-            )
-        if not np.isfinite(features).all():
-            raise ValueError("report bank: features hold NaN or infinity, expected numbers")
-        if not _is_number(ridge) or ridge <= 0:
-            raise ValueError(f"report bank: ridge={ridge!r}, expected a number above 0")
-        self.ridge, self.licences, self.probe = ridge, tuple(licences), probe
-        self._features, self._study_reports = features, list(reports)
-        place = {report: row for row, report in enumerate(dict.fromkeys(reports))}
-        self.reports = list(place)
-        self._report = np.array([place[report] for report in reports])
-        self.counts = np.bincount(self._report)
-        self._utilities: dict[tuple, tuple[ReportUtility, np.ndarray | None]] = {}
-
-    def __len__(self) -> int:
-        return len(self.reports)
-
-    def __contains__(self, report: str) -> bool:
-        return report in self._places
-
-    @cached_property
-    def _places(self) -> frozenset[str]:
-        return frozenset(self.reports)
-
-    @cached_property
-    def _regression(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Mean and scale (D,) of the features, and the solution (D, N) of the regression."""
-        mean, scale = self._features.mean(axis=0), self._features.std(axis=0) + 1e-3
-        standard = ((self._features - mean) / scale).astype(np.float64)
-        size = standard.shape[1]
-        return mean, scale, np.linalg.solve(standard.T @ standard / size + self.ridge * np.eye(size), standard.T / size)
-
-    def weights(self, features: np.ndarray) -> np.ndarray:
-        """Weights (M, R) of the distinct reports for M studies with pooled features (M, D).
-
-        Raises:
-            ValueError: the features have another size than the bank's.
-        """
-        if np.ndim(features) != 2 or np.shape(features)[1] != self._features.shape[1]:
-            raise ValueError(
-                f"image features have shape {np.shape(features)}: expected (studies, {self._features.shape[1]}) as in "
-                "the report bank; make the bank with this model (otdrg bank)"
-            )
-        mean, scale, solution = self._regression
-        by_study = ((np.asarray(features, np.float64) - mean) / scale) @ solution
-        by_study += (1.0 - by_study.sum(axis=1, keepdims=True)) / by_study.shape[1]
-        weights = np.zeros((len(features), len(self)))
-        np.add.at(weights.T, self._report, by_study.T)
-        return weights
-
-    def utility(self, weights: Mapping[str, float] = UTILITY) -> ReportUtility:
-        """The utility against the bank's reports; made once for each `weights`."""
-        key = tuple(sorted(weights.items()))
-        if key not in self._utilities:
-            self._utilities[key] = ReportUtility(self.reports, self.counts, weights), None
-        return self._utilities[key][0]
-
-    def own_utilities(self, weights: Mapping[str, float] = UTILITY) -> np.ndarray:
-        """The utility (R, R) of each of the bank's reports if another one is the true report; computed once."""
-        utility, key = self.utility(weights), tuple(sorted(weights.items()))
-        found = self._utilities[key][1]
-        if found is None:
-            found = utility(self.reports).astype(np.float32)
-            self._utilities[key] = utility, found
-        return found
-
-    def digest(self) -> str:
-        """A digest of all that weights and utilities depend on."""
-        content = json.dumps([self.ridge, self._study_reports]).encode() + self._features.tobytes()
-        return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-    def check(self, model, processor) -> None:
-        """Check that the bank's features are those of a model's encoder.
-
-        Raises:
-            ValueError: they are not.
-        """
-        found = probe_features(model, processor)
-        if self.probe is None or (
-            found.shape == self.probe.shape
-            and np.linalg.norm(found - self.probe) <= _TOLERANCE * np.linalg.norm(self.probe)
-        ):
-            return
-        raise ValueError(
-            "the report bank was made with another image encoder: expected the features of this model, make the bank "
-            "with it (otdrg bank)"
-        )
-
-    def save(self, folder: str | os.PathLike) -> None:
-        """Write the bank to a folder, which is made if it is missing."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        arrays = {"features": self._features}
-        if self.probe is not None:
-            arrays["probe"] = np.asarray(self.probe, np.float32)
-        save_file(arrays, folder / _ARRAYS)
-        write_json(
-            folder / _REPORTS,
-            {"ridge": self.ridge, "licences": list(self.licences), "reports": self._study_reports},
-        )
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike) -> ReportBank:
-        """Read a bank that [`save`] wrote.
-
-        Raises:
-            ValueError: the folder holds no bank, or a damaged one.
-        """
-        folder = Path(folder)
-        for name in (_ARRAYS, _REPORTS):
-            if not (folder / name).is_file():
-                raise ValueError(f"{folder} has no {name}: expected the folder of a report bank (otdrg bank)")
-        try:
-            arrays, texts = load_file(folder / _ARRAYS), read_json(folder / _REPORTS)
-            reports = texts["reports"]
-            if not all(isinstance(report, str) for report in reports):
-                raise TypeError("reports are not text")
-            return cls(reports, arrays["features"], texts["ridge"], texts["licences"], arrays.get("probe"))
-        except (SafetensorError, KeyError, TypeError, OSError) as error:
-            raise ValueError(f"{folder} is not a report bank, or is damaged: {error}") from None
-
-
-def pool_views(view_features: torch.Tensor, view_mask: torch.Tensor) -> torch.Tensor:
-    """Mean (B, D) of view features (B, V, N, D) over image tokens and existing views; features are 0 elsewhere."""
-    return view_features.float().mean(dim=2).sum(dim=1) / view_mask.sum(dim=1, keepdim=True)
-
-
-@torch.no_grad()
-def probe_features(model, processor) -> np.ndarray:
-    """Pooled features (D,) of a fixed view, which identify a model's encoder."""
-    inputs = processor.encode_images([_PROBE])
-    pixels, mask = inputs["pixel_values"].to(model.device), inputs["view_mask"].to(model.device)
-    return pool_views(model.encode_views(pixels, mask), mask)[0].cpu().numpy()
-
-
 # --- decoding --------------------------------------------------------------------------------------------------------
 
 
@@ -403,8 +222,8 @@ class ConsensusDecoder:
     """Samples candidates and ranks them by expected utility and agreement with the conditioning states.
 
     score(c) = sum_i w_i(x) u(c, r_i) - lambda |positive findings of either c or the conditioning states|, with the
-    utility u of [`ReportUtility`]. The r_i are the reports of the bank, weighted by the study's images, or without a
-    bank the samples themselves, equally weighted.
+    utility u of [`ReportUtility`]. The r_i are the reports of the bank, weighted by the study's images and
+    indication, or without a bank the samples themselves, equally weighted.
 
     Args:
         settings: see [`ConsensusSettings`].
@@ -424,7 +243,13 @@ class ConsensusDecoder:
 
     @torch.no_grad()
     def decode(
-        self, model, processor, prompt: Mapping[str, torch.Tensor], study, generation: Mapping[str, Any]
+        self,
+        model,
+        processor,
+        prompt: Mapping[str, torch.Tensor],
+        study,
+        generation: Mapping[str, Any],
+        indications: Sequence[str | None] | None = None,
     ) -> list[list[Candidate]]:
         """The candidates of each of B studies, the best first.
 
@@ -433,19 +258,28 @@ class ConsensusDecoder:
             prompt: `input_ids` and `attention_mask` (B, L) of the processor.
             study: [`OTDRGStudy`] of the B studies.
             generation: other arguments of `generate`, such as `max_new_tokens`; those of the search are replaced.
+            indications: of the studies, for the bank's weights.
         """
         samples = self.sample(model, processor, prompt, study, generation)
         states = study.finding_states.cpu().numpy()
         weights = None
         if self.bank is not None:
-            weights = self.bank.weights(pool_views(study.view_features, study.view_mask).cpu().numpy())
+            features = pool_views(study.view_features, study.view_mask).cpu().numpy()
+            weights = self.bank.weights(features, indications)
+        config = generation.get("generation_config") or model.generation_config
+        suppressed = generation.get("bad_words_ids") or config.bad_words_ids or []
+        words = frozenset(processor.tokenizer.decode(ids).strip() for ids in suppressed)
         return [
-            self.rank(texts, states[row], None if weights is None else weights[row])
+            self.rank(texts, states[row], None if weights is None else weights[row], words)
             for row, texts in enumerate(samples)
         ]
 
     def rank(
-        self, samples: Sequence[tuple[str, bool]], states: np.ndarray, weights: np.ndarray | None = None
+        self,
+        samples: Sequence[tuple[str, bool]],
+        states: np.ndarray,
+        weights: np.ndarray | None = None,
+        suppressed: frozenset[str] = frozenset(),
     ) -> list[Candidate]:
         """Candidates of one study, the best first; of equal ones the first.
 
@@ -453,6 +287,7 @@ class ConsensusDecoder:
             samples: reports of the model, as often as they were sampled, and whether they are complete.
             states: (14,) state ids that conditioned them.
             weights: (R,) of the bank's reports for this study; None without a bank.
+            suppressed: words; reports of the bank with one are no candidates.
         """
         complete = dict(samples)
         texts, settings = list(complete), self.settings
@@ -469,8 +304,14 @@ class ConsensusDecoder:
             found = self._scores(expected, self._bank_states, states).tolist()
             scores = {
                 **scores,
-                **{text: score for text, score in zip(self.bank.reports, found, strict=True) if text not in scores},
+                **{
+                    text: score
+                    for text, score in zip(self.bank.reports, found, strict=True)
+                    if text not in scores and suppressed.isdisjoint(text.split())
+                },
             }
+        if not scores:
+            raise ValueError("consensus: no candidate is left: every report of the bank has a suppressed word")
         ranked = [
             Candidate(
                 text,
@@ -587,12 +428,9 @@ __all__ = [
     "Candidate",
     "ConsensusDecoder",
     "ConsensusSettings",
-    "ReportBank",
     "SampleGroup",
     "consensus_settings",
     "given_states",
     "is_complete",
-    "pool_views",
-    "probe_features",
     "store_settings",
 ]

@@ -68,7 +68,8 @@ class OTDRGStudy(NamedTuple):
     What the reports of B studies are written from: the result of [`OTDRGForReportGeneration.read_study`].
 
     Args:
-        view_features (`torch.Tensor` of shape `(B, V, image_tokens, D)`): features of the encoded views.
+        view_features (`torch.Tensor` of shape `(B, V, P * P, D)`): features of the encoded views, as of
+            [`encode_views`].
         view_mask (`torch.Tensor` of shape `(B, V)`): true where there is a view.
         finding_logits (`torch.Tensor` of shape `(B, 14, 4)`): the label predictor's; None if it was not run.
         finding_states (`torch.Tensor` of shape `(B, 14)`): the states the LLM is conditioned on.
@@ -333,7 +334,7 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
                 Weights of the tokens in `labels`: `report_loss` is their weighted mean.
             pixel_values (`torch.Tensor` of shape `(B, V, C, H, W)`) and view_mask (`torch.Tensor` of shape `(B, V)`):
                 The views.
-            view_features (`torch.Tensor` of shape `(B, V, image_tokens, D)`, *optional*):
+            view_features (`torch.Tensor` of shape `(B, V, P * P, D)`, *optional*):
                 Features from [`encode_views`] in place of `pixel_values`.
             finding_states (`torch.Tensor` of shape `(B, 14)`, *optional*):
                 States that condition the LLM; -1 stands for a state to predict, 4 for one that is not given: the LLM
@@ -529,7 +530,8 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
     def encode_views(
         self, pixel_values: torch.Tensor, view_mask: torch.Tensor | None = None, reader: str = "both"
     ) -> torch.Tensor:
-        """X of eq. 1 for every view, pooled to the grid of image tokens.
+        """X of eq. 1 for every view, pooled to a grid of P x P tokens, `config.view_grid`: that of the image tokens, or
+        the finer one of the label predictor (`predictor_grid`).
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, V, C, H, W)`)
@@ -538,7 +540,7 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
                 `predictor_encoder="own"` these have different encoders, and only the ones needed run.
 
         Returns:
-            `torch.Tensor` of shape `(B, V, image_tokens, D)`; 0 where there is no view. With
+            `torch.Tensor` of shape `(B, V, P * P, D)`; 0 where there is no view. With
             `predictor_encoder="own"` and `"both"`, the report's features and the predictor's, concatenated in D. Those
             of `predictor_layers`, of unit variance, come last, and are left out for `"report"`.
         """
@@ -546,9 +548,10 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
         towers = {"report": self.vision_towers[:1], "predictor": self.vision_towers[-1:], "both": self.vision_towers}
         features = []
         for tower in towers[reader]:
-            layers = self.config.predictor_layers if reader != "report" and tower is self.vision_towers[-1] else None
+            reads_predictor = reader != "report" and tower is self.vision_towers[-1]
+            layers = (self.config.predictor_layers or ()) if reads_predictor else None
             patch_dropout = self.patch_dropout if tower.training else 0.0
-            features.append(encode_pixels(tower, pixels, self.config.image_grid, layers, patch_dropout)[0])
+            features.append(encode_pixels(tower, pixels, self.config, layers, patch_dropout)[0])
         # Concatenating a trained encoder's features and a frozen one's gives the wider of their types.
         return unflatten_views(torch.cat(features, -1), view_mask)
 
@@ -567,10 +570,10 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
             projected image tokens (M, hidden_size); `hidden_states` and `attentions` of the existing views.
         """
         pixels, view_mask = existing_views(pixel_values, view_mask)
-        features, output = encode_pixels(self.vision_tower, pixels, self.config.image_grid, **kwargs)
+        features, output = encode_pixels(self.vision_tower, pixels, self.config, **kwargs)
         view_features = unflatten_views(features, view_mask)
         return BaseModelOutputWithPooling(
-            last_hidden_state=view_features,
+            last_hidden_state=self._report_features(view_features),
             pooler_output=_split_by_study(*self.project_views(view_features, view_mask)),
             hidden_states=output.get("hidden_states"),
             attentions=output.get("attentions"),
@@ -623,13 +626,20 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
     # -- step 2: projections, and the places of features in the prompt --------------------------------------------
 
     def _report_features(self, view_features: torch.Tensor) -> torch.Tensor:
-        """The features of the report's encoder, which stand before those of the predictor's own."""
-        return view_features[..., : self.image_projector.linear.in_features]
+        """The features (B, V, image_tokens, D) of the report's encoder, averaged to the grid of image tokens.
+
+        They stand before those of the predictor's own encoder.
+        """
+        features, side = view_features[..., : self.image_projector.linear.in_features], self.config.image_grid
+        if self.config.view_grid == side:
+            return features
+        factor = self.config.view_grid // side
+        return features.unflatten(2, (side, factor, side, factor)).mean(dim=(3, 5)).flatten(2, 3)
 
     def fuse_views(self, view_features: torch.Tensor, view_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, V, N, D) -> one sequence of image tokens per study (B, M, D) and its mask (B, M).
+        """(B, V, P * P, D) -> one sequence of image tokens per study (B, M, D) and its mask (B, M).
 
-        Features of the predictor's own encoder, the last ones in D, are left out.
+        Features of the predictor's own encoder, the last ones in D, are left out, and the tokens of its grid averaged.
         """
         view_features = self._report_features(view_features)
         batch, views, tokens, size = view_features.shape

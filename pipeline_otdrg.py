@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig, Pipeline
 
-from .consensus_otdrg import Candidate, ConsensusDecoder, ReportBank, consensus_settings, is_complete
+from .bank_otdrg import ReportBank
+from .consensus_otdrg import Candidate, ConsensusDecoder, consensus_settings, is_complete
 from .findings_otdrg import CONDITIONING_STATES, FINDINGS, NOT_GIVEN
 from .processing_otdrg import read_view
 
@@ -244,7 +245,7 @@ class ReportGenerationPipeline(Pipeline):
                     "findings were given, but OTDRGConfig.dle=False: this model does not use finding states"
                 )
             ranked = decoder.decode(
-                self.model, self.processor, prompt, study, self._generate_arguments(generate_kwargs)
+                self.model, self.processor, prompt, study, self._generate_arguments(generate_kwargs), indications
             )
             reports, complete = [row[0].report for row in ranked], [row[0].complete for row in ranked]
             chosen = [_consensus_record(row, return_candidates) for row in ranked]

@@ -216,7 +216,7 @@ class OTDRGProcessor(ProcessorMixin):
         `config` is bound to the tokenizer and its LLM's vocabulary set to the tokenizer's size.
 
         Args:
-            texts (`Sequence[str]`): the training reports.
+            texts (`Sequence[str]`): the training reports, and the indications if the LLM reads them.
             config (`OTDRGConfig`): the model's.
             vocab_size (`int`): of a BPE tokenizer.
             tokenizer (`str`): `"bpe"`, byte-level, or `"words"`: every word between spaces that occurs at least twice

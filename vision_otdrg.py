@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
+from .configuration_otdrg import OTDRGConfig
+
 #: `model_type` of encoders of transformers that compute each token alone up to their blocks.
 PATCH_DROPOUT_ENCODERS = ("dinov2", "dinov2_with_registers", "vit")
 
@@ -21,48 +23,52 @@ PATCH_DROPOUT_ENCODERS = ("dinov2", "dinov2_with_registers", "vit")
 def encode_pixels(
     tower: PreTrainedModel,
     pixels: torch.Tensor,
-    side: int,
+    config: OTDRGConfig,
     layers: Sequence[int] | None = None,
     patch_dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, ModelOutput]:
-    """Features of views, pooled to a grid of `side` x `side` image tokens.
+    """Features of views, pooled to a grid of P x P tokens, `config.view_grid`.
 
     Args:
         tower: the encoder.
         pixels (`torch.Tensor` of shape `(A, C, H, W)`)
-        layers: blocks whose features, of unit variance, are concatenated after the last ones.
-        patch_dropout: share of each view's patches, drawn at random, that the blocks do not read. An image token is
-            then the mean of its other patches, or of the view's if it has no other.
+        config: the model's.
+        layers: where the label predictor reads the features: the blocks whose features, of unit variance, are
+            concatenated after the last ones.
+        patch_dropout: share of each view's patches, drawn at random, that the blocks do not read. A token of the grid
+            is then the mean of its other patches, or of the view's if it has no other.
         kwargs: the encoder's, such as `output_attentions`.
 
     Returns:
-        The features (A, side * side, D), and the encoder's own output.
+        The features (A, P * P, D), and the encoder's own output.
 
     Raises:
-        ValueError: the encoder's tokens are not a grid.
+        ValueError: the encoder's tokens are not a grid, or all that the predictor reads are coarser than
+            `config.predictor_grid`.
     """
     if layers:
         kwargs["output_hidden_states"] = True
     image_size = (pixels.shape[-2], pixels.shape[-1])
     with _patch_dropout(tower, image_size, patch_dropout) as kept:
         output = tower(pixels.to(tower.dtype), return_dict=True, **kwargs)
-
-    def pooled(tokens: torch.Tensor) -> torch.Tensor:
-        if kept:
-            places, count = kept
-            return _pool_kept(tokens, places, count, tower, image_size, side)
-        return _pool(_as_grid(tokens, tower, image_size), side)
-
-    features = [pooled(output.last_hidden_state)]
+    grids = [_as_grid(_put_back(output.last_hidden_state, kept), tower, image_size)]
     for layer in layers or ():
         if hasattr(tower, "timm_model"):
-            # timm's intermediate features are NCHW, and lack the embeddings
-            tokens = _pool(output.hidden_states[layer - 1], side)
+            grid = output.hidden_states[layer - 1]  # timm's intermediate features are NCHW, and lack the embeddings
         else:
-            tokens = pooled(output.hidden_states[layer])
-        # The scale of features grows from block to block.
-        features.append(F.layer_norm(tokens, tokens.shape[-1:]))
+            grid = _as_grid(_put_back(output.hidden_states[layer], kept), tower, image_size)
+        grids.append(grid)
+    finest = max(min(grid.shape[2:]) for grid in grids)
+    if layers is not None and (config.predictor_grid or 0) > finest:
+        raise ValueError(
+            f"OTDRGConfig.predictor_grid={config.predictor_grid}: expected at most {finest}, the side of the grid of "
+            f"the encoder's features for views of {image_size[0]} x {image_size[1]} pixels"
+        )
+    pooled = (_pool(grid, config.view_grid) for grid in grids)
+    last, *others = [_mean_of_kept(tokens) if kept else tokens for tokens in pooled]
+    # The scale of features grows from block to block.
+    features = [last, *(F.layer_norm(tokens, tokens.shape[-1:]) for tokens in others)]
     return torch.cat(features, dim=-1), output
 
 
@@ -95,25 +101,27 @@ def _patch_dropout(tower: PreTrainedModel, image_size: tuple[int, int], share: f
         hook.remove()
 
 
-def _pool_kept(
-    tokens: torch.Tensor,
-    places: torch.Tensor,
-    count: int,
-    tower: PreTrainedModel,
-    image_size: tuple[int, int],
-    side: int,
-) -> torch.Tensor:
-    """Image tokens (A, side * side, D) from the tokens (A, K, D) that stand at `places` (A, K) among `count`."""
+def _put_back(tokens: torch.Tensor, kept: list) -> torch.Tensor:
+    """Tokens (A, K, D) in their places among all, 0 elsewhere, with a last feature that is 1 where there is one.
+
+    Without patch dropout they are returned as they are.
+    """
+    if not kept:
+        return tokens
+    places, count = kept
     tokens = F.pad(tokens, (0, 1), value=1.0)
     whole = tokens.new_zeros(len(tokens), count, tokens.shape[-1])
-    whole = whole.scatter(1, places[:, :, None].expand_as(tokens), tokens)
-    sums = _pool(_as_grid(whole, tower, image_size), side)
+    return whole.scatter(1, places[:, :, None].expand_as(tokens), tokens)
+
+
+def _mean_of_kept(sums: torch.Tensor) -> torch.Tensor:
+    """Means (A, N, D) of the tokens that [`_put_back`] put into each cell; of all cells for one without any."""
     sums = torch.where(sums[..., -1:] > 0, sums, sums.mean(dim=1, keepdim=True))
     return sums[..., :-1] / sums[..., -1:]
 
 
 def _pool(grid: torch.Tensor, side: int) -> torch.Tensor:
-    """A grid of features (A, D, h, w) pooled to the image tokens (A, side * side, D)."""
+    """A grid of features (A, D, h, w) pooled to tokens (A, side * side, D)."""
     return F.adaptive_avg_pool2d(grid, side).flatten(2).transpose(1, 2)
 
 

@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import torch
-from otdrg.consensus_otdrg import ReportBank
+from otdrg.bank_otdrg import ReportBank
 from otdrg.inference.collation import PromptCollator
 from otdrg.inference.loading import consensus_decoder, load_published
 from otdrg.training.data import bank_studies

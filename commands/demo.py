@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
         # Gradio reads these variables on import.
         os.environ["GRADIO_TEMP_DIR"] = str(uploads)
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        from ..consensus_otdrg import ReportBank
+        from ..bank_otdrg import ReportBank
         from ..hub_card.space.interface import build_demo
         from ..hub_card.space.serving import serve
         from ..inference.loading import load_pipeline

@@ -134,10 +134,9 @@ def _run(options: argparse.Namespace) -> None:
     if studies[0].rows is not None and pipe.model.config.indication_reader != "report":
         studies = _studies(options, findings, indications=True)
     options.batch_size = min(options.batch_size, len(studies))
-    arguments = decoding(
-        pipe.model, options.num_beams, options.max_new_tokens, options.batch_size, options.guidance_scale
-    )
     decoder = asked_decoder(pipe.model, pipe.processor, vars(options))
+    asked = options.num_beams, options.max_new_tokens, options.batch_size, options.guidance_scale
+    arguments = decoding(pipe.model, *asked, decoder)
     if decoder is None and options.runners_up is not None:
         raise ValueError("--runners-up needs --candidates or --bank: expected one of them")
     described = {**arguments, **described_consensus(decoder)}

@@ -87,7 +87,7 @@ def _localise(options: argparse.Namespace, findings: list[str]) -> None:
         "views": source.views,
         "seed": source.seed,
         "states": "predicted" if options.predicted else "true",
-        "image_grid": model.config.image_grid,
+        "image_grid": judged.grid,
         "resamples": options.resamples,
     }
     document = write_localisation(paths, settings, judged, scores)

@@ -31,6 +31,7 @@ ROWS: dict[str, str] = {
     "sampled": "model, without retrieved candidates",
     "single": "model, without consensus decoding",
     "shuffled": "images shuffled across studies",
+    "no_indication": "without indications",
     "nearest": "nearest neighbour",
     "expected": "retrieval by expected utility",
     "constant": "best constant report",
@@ -48,7 +49,7 @@ IN_TRAINING = {"in_training": "in training"}
 
 #: What can be asked for beside the model's row; `retrieval` gives the rows `nearest` and `expected`. `flipped` can be
 #: asked for as well; it is no row of the table, but a condition under which faithfulness is measured.
-CONTROLS: tuple[str, ...] = ("shuffled", "retrieval", "constant", "true_states")
+CONTROLS: tuple[str, ...] = ("shuffled", "no_indication", "retrieval", "constant", "true_states")
 
 
 class Row(NamedTuple):
@@ -161,6 +162,8 @@ def evaluate_model(
 
     - `shuffled`: the same model with the images shuffled across studies. If its scores do not fall to those of the
       constant, the model does not use the image.
+    - `no_indication`: the same model without the studies' indications; only where it reads them. What is left is from
+      the images.
     - `retrieval`: the report of the training study with the nearest image features, the model's own, and the one with
       the highest expected utility ([`retrieve_reports`]).
     - `constant`: for each score, the training report that scores best when it is written for every training study
@@ -225,8 +228,11 @@ def evaluate_model(
         evaluation.rows["single"] = scorer.score_generated(generate("single", by=None).reports)
     if "shuffled" in controls:
         _add_shuffled(evaluation, scorer, studies, generate if indication else None, seed)
+    if "no_indication" in controls and indication:
+        unread = with_column(studies, "indication", [None] * len(studies))
+        evaluation.rows["no_indication"] = scorer.score_generated(generate("no_indication", unread).reports)
     if "retrieval" in controls:
-        retrieved = retrieve_reports(model, processor, studies, training, batch_size, seed)
+        retrieved = retrieve_reports(model, processor, studies, training, batch_size, seed, indication)
         _add_retrieved(evaluation, scorer, retrieved, len(training))
     if "constant" in controls:
         _add_constants(evaluation, scorer, training, seed)

@@ -45,9 +45,11 @@ class FindingCounts:
 
 @dataclass
 class JudgedPhantoms:
-    """The judged `maps`, the phantoms' `ids`, the `states` (N, 14) of their plans, and `counts` by finding."""
+    """The judged `maps`, of `grid` x `grid` cells each, the phantoms' `ids`, the `states` (N, 14) of their plans, and
+    `counts` by finding."""
 
     maps: list[JudgedMap]
+    grid: int
     ids: list[str]
     states: np.ndarray
     counts: dict[str, FindingCounts]
@@ -111,7 +113,7 @@ def judge_phantoms(
         positions, grids, masks = zip(*group, strict=True)
         resampled = np.stack([upsample_lift(grid, masks[0].shape) for grid in grids])
         maps += judge_maps(finding, view, positions, resampled, np.stack(masks))
-    return JudgedPhantoms(maps, ids, np.concatenate(states), counts)
+    return JudgedPhantoms(maps, lifts.shape[-1], ids, np.concatenate(states), counts)
 
 
 @torch.no_grad()
@@ -178,7 +180,7 @@ def _heading(settings: Mapping[str, Any]) -> str:
         f"# Localisation of {settings['model']}\n\n"
         f"{settings['studies']} phantoms of the split {settings['split']} (seed {settings['seed']}), "
         f"{' and '.join(settings['views'])} views of {size} pixels{shared}; plans for {settings['states']} states, "
-        f"over {grid} x {grid} image tokens, resampled bilinearly."
+        f"over {grid} x {grid} tokens, resampled bilinearly."
     )
 
 

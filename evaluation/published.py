@@ -66,8 +66,9 @@ def evaluate_published(
     references = dict(zip(rows["id"], texts, strict=True))
     model, processor = load_published(model_name)
     batch_size = min(options["batch_size"], len(rows))
-    decoded_by = decoding(model, options["num_beams"], options["max_new_tokens"], batch_size, options["guidance_scale"])
     decoder = asked_decoder(model, processor, options)
+    asked = options["num_beams"], options["max_new_tokens"], batch_size, options["guidance_scale"]
+    decoded_by = decoding(model, *asked, decoder)
     indication = options["indication"]
     if indication is None:
         indication = model.config.indication_reader != "report"

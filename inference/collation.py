@@ -18,10 +18,10 @@ def collate_views(processor: OTDRGProcessor, rows: list[dict[str, Any]]) -> dict
     Args:
         processor: the model's.
         rows: with `id` and `images`, each an argument of [`read_view`] or a dictionary `{"bytes", "path"}` of its
-            file; or with `view_features` (V, image_tokens, D) instead of `images`.
+            file; or with `view_features` (V, tokens, D) instead of `images`.
 
     Returns:
-        `pixel_values` (B, V, 3, H, W) or `view_features` (B, V, image_tokens, D), and the mask.
+        `pixel_values` (B, V, 3, H, W) or `view_features` (B, V, tokens, D), and the mask.
 
     Raises:
         ValueError: a view cannot be read; the message names the study.

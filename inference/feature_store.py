@@ -16,9 +16,9 @@ SHARD_VIEWS = 256
 
 
 class FeatureStore:
-    """View features (image_tokens, D) of any type, by the digest of the view.
+    """View features (tokens, D) of any type, by the digest of the view.
 
-    A shard is a safetensors file of `features` (views, image_tokens, D) and `digests` (views, 16) that is written under
+    A shard is a safetensors file of `features` (views, tokens, D) and `digests` (views, 16) that is written under
     another name and renamed when it is complete. Shards are only added, so that several processes can share a folder.
 
     Args:
@@ -43,7 +43,7 @@ class FeatureStore:
         return digest in self._places
 
     def __getitem__(self, digest: bytes) -> torch.Tensor:
-        """(image_tokens, D), a read-only view of the mapped file."""
+        """(tokens, D), a read-only view of the mapped file."""
         path, row = self._places[digest]
         if self._shards[path] is None:
             self._shards[path] = _read(path, "features")
@@ -59,7 +59,7 @@ class FeatureStore:
                     self._places.setdefault(digest.tobytes(), (path, row))
 
     def add(self, digests: Sequence[bytes], features: Sequence[torch.Tensor]) -> None:
-        """Write a shard of N views, digests of 16 bytes and features (image_tokens, D).
+        """Write a shard of N views, digests of 16 bytes and features (tokens, D).
 
         Raises:
             OSError: it cannot be written, for instance because the disk is full.

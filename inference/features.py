@@ -49,7 +49,7 @@ _PROVENANCE = (
 class CachedStudies(torch.utils.data.Dataset):
     """Studies whose views are read as features from disk; their small columns are held in memory.
 
-    `[position]` is a row with `view_features` (V, image_tokens, D) in the encoder's type and the columns, `[name]` a
+    `[position]` is a row with `view_features` (V, tokens, D) in the encoder's type and the columns, `[name]` a
     column as a list; the methods are those of a `datasets.Dataset`.
 
     Args:
@@ -110,7 +110,7 @@ def encode_batches(
     batch_size: int,
     reader: str = "both",
 ) -> Iterator[tuple[list[dict[str, Any]], torch.Tensor, torch.Tensor]]:
-    """Yield batches of rows with the features of their views (B, V, image_tokens, D) and the views' mask (B, V).
+    """Yield batches of rows with the features of their views (B, V, tokens, D) and the views' mask (B, V).
 
     The model is in evaluation mode meanwhile; features and masks are on its device.
 

@@ -152,7 +152,9 @@ def generate_reports(
             given = torch.as_tensor(np.asarray(finding_states)[positions], device=model.device)
         with torch.no_grad():
             study = model.read_study(**batch, finding_states=given)
-            texts, chosen = _write(model, processor, prompt, study, {**waits, **(generation or {})}, consensus)
+            indications = [studies["indication"][position] for position in positions] if indication else None
+            arguments = {**waits, **(generation or {})}
+            texts, chosen = _write(model, processor, prompt, study, arguments, consensus, indications)
         reports = [" ".join(text.split()) for text in texts]
         rows = list(zip(positions, reports, study.finding_states.tolist(), chosen, strict=True))
         written += rows
@@ -175,10 +177,11 @@ def _write(
     study: OTDRGStudy,
     generation: dict[str, Any],
     consensus: ConsensusDecoder | None,
+    indications: list[str | None] | None,
 ) -> tuple[list[str], list[dict[str, Any]]]:
     """The reports of a batch, and what consensus decoding adds to each."""
     if consensus is not None:
-        ranked = consensus.decode(model, processor, prompt, study, generation)
+        ranked = consensus.decode(model, processor, prompt, study, generation, indications)
         return [candidates[0].report for candidates in ranked], [_chosen(candidates) for candidates in ranked]
     ids = model.generate(
         **prompt,

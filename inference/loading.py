@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from ..consensus_otdrg import ConsensusDecoder, ReportBank, consensus_settings
+from ..bank_otdrg import ReportBank
+from ..consensus_otdrg import ConsensusDecoder, consensus_settings
 from ..labelers.as_typed import label_quietly, labeler_of
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..pipeline_otdrg import ReportGenerationPipeline
@@ -100,6 +101,7 @@ def decoding(
     max_new_tokens: int | None = None,
     batch_size: int = 1,
     guidance_scale: float | None = None,
+    decoder: ConsensusDecoder | None = None,
 ) -> dict[str, Any]:
     """Arguments of `generate`: the given ones, or those of the model's generation configuration.
 
@@ -107,9 +109,10 @@ def decoding(
         model: on its device.
         num_beams, max_new_tokens, guidance_scale: given by the user, or None.
         batch_size: studies per batch.
+        decoder: of consensus decoding, whose samples of a study are in the device's memory at the same time.
 
     Returns:
-        `num_beams`, `max_new_tokens` and, with state guidance, `guidance_scale`.
+        `num_beams`, `max_new_tokens` and, if there are some, `bad_words_ids` and `guidance_scale`.
 
     Raises:
         ValueError: guidance of a model that does not use finding states, more tokens than the LLM has positions, more
@@ -125,21 +128,26 @@ def decoding(
     if beams > text.vocab_size:
         raise ValueError(f"--num-beams is {beams}: expected at most {text.vocab_size}, the tokens of the LLM")
     views = 3 * model.config.image_size**2 * torch.float32.itemsize
-    needed = batch_size * (beams * (tokens + model.config.image_tokens) * _bytes_a_token(model) + views)
+    sequences = beams if decoder is None else decoder.settings.sequences
+    needed = batch_size * (sequences * (tokens + model.config.image_tokens) * _bytes_a_token(model) + views)
     there = _memory(model.device)
     if there is not None and needed > there:
         raise ValueError(
-            f"--batch-size {batch_size} with {beams} beams and {tokens} new tokens needs {needed / 2**30:,.1f} GB for "
+            f"--batch-size {batch_size} with {sequences} {'beams' if decoder is None else 'samples at a time'} and "
+            f"{tokens} new tokens needs {needed / 2**30:,.1f} GB for "
             f"views, keys and values, and the device has {there / 2**30:,.1f} GB: expected less of one of them"
         )
     guidance_scale = guidance_scale or getattr(asked, "guidance_scale", None) or 1.0
+    found: dict[str, Any] = {"num_beams": beams, "max_new_tokens": tokens}
+    if asked.bad_words_ids:
+        found["bad_words_ids"] = asked.bad_words_ids
     if guidance_scale == 1:
-        return {"num_beams": beams, "max_new_tokens": tokens}
+        return found
     if not model.config.dle:
         raise ValueError(
             f"--guidance-scale is {guidance_scale:g}: expected 1, this model does not use finding states (dle=False)"
         )
-    return {"num_beams": beams, "max_new_tokens": tokens, "guidance_scale": guidance_scale}
+    return {**found, "guidance_scale": guidance_scale}
 
 
 def consensus_decoder(

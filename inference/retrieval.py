@@ -11,7 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 
-from ..consensus_otdrg import ReportBank, pool_views, probe_features
+from ..bank_otdrg import ReportBank, pool_views, probe_features
 from ..metrics.retrieval import nearest_neighbours
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
@@ -44,11 +44,13 @@ def retrieve_reports(
     training: Dataset | StreamedStudies | CachedStudies,
     batch_size: int = 8,
     seed: int = 0,
+    indication: bool = False,
 ) -> RetrievedReports:
     """Reports of training studies by their images, without a decoder.
 
     The nearest study is that with the highest cosine of [`pooled_features`]. The expected utility of a report is its
-    mean utility against the reports of the bank, weighted by the images ([`ReportBank`]).
+    mean utility against the reports of the bank, weighted by the images and, if requested, the
+    indications ([`ReportBank`]).
 
     Every process of a distributed run must call it; all get the whole.
 
@@ -57,14 +59,17 @@ def retrieve_reports(
         studies: rows with `id` and `images`, or those of [`cache_features`].
         training: the same, with `report`; the bank has [`MOST_STUDIES`] of them, drawn by `seed`.
         batch_size: studies encoded at a time.
+        indication: whether the studies' indications count.
     """
     queries = pooled_features(model, processor, studies, batch_size)
     keys = pooled_features(model, processor, training, batch_size)
     reports = list(training["report"])
     nearest = nearest_neighbours(queries, keys, 1)[:, 0]
     drawn = _draw_studies(len(reports), seed)
-    bank = ReportBank([reports[place] for place in drawn], keys[drawn])
-    best = (bank.weights(queries) @ bank.own_utilities().T).argmax(axis=1)
+    theirs = training["indication"] if indication else [None] * len(reports)
+    bank = ReportBank([reports[place] for place in drawn], keys[drawn], indications=[theirs[place] for place in drawn])
+    weights = bank.weights(queries, studies["indication"] if indication else None)
+    best = (weights @ bank.own_utilities().T).argmax(axis=1)
     return RetrievedReports([reports[place] for place in nearest], [bank.reports[place] for place in best], bank)
 
 
@@ -87,7 +92,13 @@ def build_bank(
         raise ValueError("no training study has a report: expected some, for the report bank")
     chosen = training.select([places[place] for place in _draw_studies(len(places), seed, limit)])
     features = pooled_features(model, processor, chosen, batch_size)
-    return ReportBank(list(chosen["report"]), features, licences=licences, probe=probe_features(model, processor))
+    return ReportBank(
+        list(chosen["report"]),
+        features,
+        licences=licences,
+        probe=probe_features(model, processor),
+        indications=list(chosen["indication"]) if "indication" in chosen.column_names else None,
+    )
 
 
 def _draw_studies(count: int, seed: int, most: int = MOST_STUDIES) -> list[int]:

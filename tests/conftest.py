@@ -6,7 +6,10 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Set in many containers: all modules would be compiled again in each process, which takes up to 7 seconds.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+import gc
 import sys
 from pathlib import Path
 
@@ -20,6 +23,8 @@ from PIL import Image
 sys.path.append(str(Path(__file__).parent))
 
 from processes import Process
+
+sys.dont_write_bytecode = False  # read from the environment before
 
 # Tests that need more examples say so; a test's first example often pays for an import.
 settings.register_profile("otdrg", max_examples=40, deadline=None)
@@ -57,6 +62,20 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: not item.nodeid.startswith(tuple(f"tests/{name}" for name in LONG)))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Import the test modules without garbage collection, and exclude all that they import from later collections.
+
+    Each training run collects garbage several times, which takes half a second with the objects of the libraries.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def pytest_runtest_setup():
     """Before each test: one thread, and no `curves.png`.
 
@@ -72,9 +91,13 @@ def pytest_runtest_setup():
         callbacks.draw_curves = no_curves
 
 
-# Makes packages look as if they were not installed, before anything is imported.
+# Makes packages look as if they were not installed, before anything is imported. A fifth of importing the libraries
+# would be garbage collection.
 HIDE = """
+import gc
 import sys
+
+gc.disable()
 
 class Hidden:
     def __init__(self, finder, names):

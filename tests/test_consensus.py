@@ -6,24 +6,26 @@ import numpy as np
 import pytest
 import torch
 from otdrg import FINDINGS
+from otdrg.bank_otdrg import ReportBank
 from otdrg.consensus_otdrg import (
     AGREEMENT_WEIGHT,
     SAMPLE_PLAN,
     ConsensusDecoder,
     ConsensusSettings,
-    ReportBank,
     SampleGroup,
     consensus_settings,
     given_states,
 )
 from otdrg.findings_otdrg import NOT_GIVEN
 from otdrg.utility_otdrg import ReportUtility
+from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import Ridge
 from transformers import GenerationConfig
 
 RNG = np.random.default_rng(0)
 FEATURES = RNG.normal(size=(40, 6)).astype(np.float32)
 REPORTS = [f"report {number % 25}" for number in range(40)]
+INDICATIONS = [("Cough.", "chest pain", "Chest pain, cough.", None)[number % 4] for number in range(40)]
 NO_FINDING = FINDINGS.index("no_finding")
 CARDIOMEGALY = FINDINGS.index("cardiomegaly")
 TEXTS = ["the heart is normal .", "the heart is enlarged .", "the lungs are clear ."]
@@ -53,12 +55,41 @@ def test_bank_weights_predict_as_ridge_regression_on_standardised_features():
     assert len(bank) == 25 and bank.counts.sum() == 40
 
 
+def test_bank_weights_with_indications_predict_as_ridge_regression_on_both():
+    bank = ReportBank(REPORTS, FEATURES, ridge=0.5, indications=INDICATIONS)
+    queries, asked = RNG.normal(size=(5, 6)), ["Cough.", "chest pain", "Chest pain, cough.", None, "unheard of"]
+    mean, scale = FEATURES.mean(0), (FEATURES.std(0) + 1e-3) * 6**0.5
+    terms = TfidfVectorizer(
+        lowercase=False, token_pattern=r"[A-Za-z0-9]+|[^\sA-Za-z0-9]", ngram_range=(1, 2), binary=True, min_df=3
+    )
+    given = terms.fit_transform([text for text in INDICATIONS if text]).toarray()
+    usual = given.mean(axis=0)
+
+    def inputs(features, texts):
+        found = terms.transform([text or "" for text in texts]).toarray() - usual
+        found[[not text for text in texts]] = 0
+        return np.hstack(((features - mean) / scale, 0.5 * found))
+
+    value = np.array([int(report.split()[1]) ** 2 for report in REPORTS])
+    # Inputs are centred with the mean of the studies that have an indication: the intercept is that of the targets.
+    fitted = Ridge(alpha=0.5, fit_intercept=False).fit(inputs(FEATURES, INDICATIONS), value)
+    ones = Ridge(alpha=0.5, fit_intercept=False).fit(inputs(FEATURES, INDICATIONS), np.ones(40))
+    there = inputs(queries, asked)
+    expected = fitted.predict(there) + (1 - ones.predict(there)) * value.mean()
+    by_report = np.array([int(report.split()[1]) ** 2 for report in bank.reports])
+    assert bank.weights(queries, asked) @ by_report == pytest.approx(expected, rel=1e-5)
+    without = bank.weights(queries)
+    assert bank.weights(queries, asked)[3] == pytest.approx(without[3])
+    assert not np.allclose(bank.weights(queries, asked)[:3], without[:3], atol=1e-4)
+
+
 def test_bank_saved_and_loaded_is_the_same(tmp_path):
-    bank = ReportBank(REPORTS, FEATURES, 2.0, ["CC BY 4.0"], FEATURES[0])
+    bank = ReportBank(REPORTS, FEATURES, 2.0, ["CC BY 4.0"], FEATURES[0], INDICATIONS)
     bank.save(tmp_path / "bank")
     again = ReportBank.load(tmp_path / "bank")
     assert again.reports == bank.reports and again.ridge == 2.0 and again.licences == ("CC BY 4.0",)
-    assert np.array_equal(again.weights(FEATURES[:3]), bank.weights(FEATURES[:3]))
+    asked = FEATURES[:3], INDICATIONS[:3]
+    assert np.array_equal(again.weights(*asked), bank.weights(*asked)) and again.digest() == bank.digest()
     assert np.array_equal(again.probe, FEATURES[0])
 
 
@@ -84,8 +115,13 @@ def test_bank_of_arrays_that_do_not_fit_is_refused(reports, features, message):
         ReportBank(reports, features)
 
 
+def test_bank_of_too_few_indications_is_refused():
+    with pytest.raises(ValueError, match="39 indications of 40 reports: expected as many"):
+        ReportBank(REPORTS, FEATURES, indications=INDICATIONS[1:])
+
+
 def test_bank_of_another_encoder_is_refused(model, processor, build_model):
-    from otdrg.consensus_otdrg import probe_features
+    from otdrg.bank_otdrg import probe_features
 
     bank = ReportBank(REPORTS[:2], np.ones((2, 16)), probe=probe_features(model, processor))
     bank.check(model, processor)
@@ -93,6 +129,15 @@ def test_bank_of_another_encoder_is_refused(model, processor, build_model):
         bank.check(build_model(seed=5)[0], processor)
     with pytest.raises(ValueError, match=r"shape \(2, 5\): expected \(studies, 6\)"):
         ReportBank(REPORTS, FEATURES).weights(np.zeros((2, 5)))
+
+
+def test_bank_reports_with_a_suppressed_word_are_no_candidates():
+    bank = ReportBank([*TEXTS, "xxxx is seen .", "a xxxxx ."], FEATURES[:5])
+    weights = bank.weights(FEATURES[:1])[0]
+    ranked = ConsensusDecoder(ConsensusSettings(), bank).rank([], np.zeros(14), weights, frozenset({"xxxx"}))
+    assert {candidate.report for candidate in ranked} == {*TEXTS, "a xxxxx ."}
+    with pytest.raises(ValueError, match="no candidate is left: every report of the bank has a suppressed word"):
+        ConsensusDecoder(ConsensusSettings(), bank).rank([], np.zeros(14), weights, frozenset({".", "xxxx"}))
 
 
 # --- settings --------------------------------------------------------------------------------------------------------

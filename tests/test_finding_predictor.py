@@ -190,7 +190,7 @@ def test_patch_dropout_image_tokens_are_means_of_the_patches_that_are_left(build
     tower, pixels = model.vision_tower, processor(images=[views[:2]])["pixel_values"][0]
     with torch.no_grad():
         torch.manual_seed(0)
-        features, output = encode_pixels(tower, pixels, 2, [1], patch_dropout=0.25)
+        features, output = encode_pixels(tower, pixels, model.config, [1], patch_dropout=0.25)
         torch.manual_seed(0)
         patches = (pixels.shape[-1] // 14) ** 2
         order = torch.rand(2, patches).argsort(dim=1)[:, : 3 * patches // 4]
@@ -210,7 +210,7 @@ def test_patch_dropout_cell_without_patches_is_the_mean_of_the_others(build_mode
     model, processor = build_model(vision_config=DINOV2)
     pixels = processor(images=[views[:1]])["pixel_values"][0]
     with torch.no_grad():
-        features, output = encode_pixels(model.vision_tower, pixels, 2, patch_dropout=0.99)
+        features, output = encode_pixels(model.vision_tower, pixels, model.config, patch_dropout=0.99)
     assert torch.allclose(features[0], output.last_hidden_state[0, 1].expand(4, -1), atol=1e-5)
 
 
@@ -357,12 +357,89 @@ def test_finding_calibration_leaves_logits_and_features_as_they_are(build_model,
     assert encoder_digest(model, processor) == encoder_digest(plain, processor)
 
 
+# --- a grid of its own -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fusion", ["mean", "concat"])
+@pytest.mark.parametrize("own", [False, True])
+def test_predictor_grid_leaves_the_report_as_it_is(build_model, views, own, fusion):
+    fields = {"vision_config": DINOV2, "predictor_encoder": "own" if own else "shared", "view_fusion": fusion}
+    plain, processor = build_model(**fields)
+    model, _ = build_model(**fields, predictor_grid=4)
+    model.load_state_dict(plain.state_dict())
+    inputs = processor(images=[views[:2], views[2]], finding_states=torch.ones(2, 14, dtype=torch.long))
+    inputs = model.expand_finding_text(**inputs)
+    with torch.no_grad():
+        output, expected = model(**inputs), plain(**inputs)
+        encoded, coarse = (
+            one.get_image_features(inputs["pixel_values"], inputs["view_mask"]) for one in (model, plain)
+        )
+    assert torch.allclose(output.logits, expected.logits, atol=1e-4)
+    assert torch.allclose(output.transport_plan, expected.transport_plan, atol=1e-5)
+    assert torch.allclose(encoded.last_hidden_state, coarse.last_hidden_state, atol=1e-5)
+    assert torch.allclose(output.image_outputs.last_hidden_state, coarse.last_hidden_state, atol=1e-5)
+    for mine, theirs in zip(encoded.pooler_output, coarse.pooler_output, strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-4)
+    written, other = (one.generate(**inputs, max_new_tokens=4) for one in (model, plain))
+    assert torch.equal(written, other)
+
+
+@pytest.mark.parametrize("pooling", ["attention", "transport"])
+def test_predictor_grid_the_predictor_reads_the_encoders_finer_grid(build_model, views, pooling):
+    model, processor = build_model(vision_config=DINOV2, predictor_grid=4, predictor_pooling=pooling)
+    inputs = processor(images=[views[:2]])
+    with torch.no_grad():
+        features = model.encode_views(inputs["pixel_values"], inputs["view_mask"])
+        tokens = model.vision_tower(inputs["pixel_values"][0]).last_hidden_state[:, 1:]
+        assert torch.allclose(features[0], tokens, atol=1e-5), "row by row, as the encoder's own tokens"
+        logits = model.finding_predictor(features, inputs["view_mask"])
+        assert torch.allclose(model(**inputs).finding_logits, logits, atol=1e-4)
+        lift = model.predictor_lift(features, inputs["view_mask"])
+        weights = model.finding_predictor.token_weights(features, inputs["view_mask"])
+    assert lift.shape == (1, 2, 14, 4, 4)
+    assert torch.allclose(lift[0, 1, 3, 2, 1], 32 * weights[0, 3, 16 + 2 * 4 + 1], atol=1e-5)
+    pipe = ReportGenerationPipeline(model=model, processor=processor)
+    heatmap = pipe([views[:2]], return_heatmaps=True, max_new_tokens=2)[0][0]["heatmaps"]["edema"]
+    assert heatmap.shape == ((2, 4, 4) if pooling == "transport" else (2, 2, 2))
+
+
+def test_predictor_grid_may_be_that_of_an_earlier_block(build_model, views):
+    plain, processor = build_model(image_tokens=49)
+    model, _ = build_model(image_tokens=49, predictor_grid=14, predictor_layers=[1])
+    kept = {name: weight for name, weight in plain.state_dict().items() if not name.startswith("finding_predictor.")}
+    model.load_state_dict(kept, strict=False)
+    inputs = processor(images=[views[0]], finding_states=torch.ones(1, 14, dtype=torch.long))
+    pixels, mask = inputs["pixel_values"], inputs["view_mask"]
+    with torch.no_grad():
+        features, report = model.encode_views(pixels, mask), model.encode_views(pixels, mask, reader="report")
+        last = plain.encode_views(pixels, mask).reshape(7, 7, 32)
+        block = model.vision_tower(pixels[0], output_hidden_states=True).hidden_states[0]
+    # Each cell of the last, coarser grid stands four times.
+    assert torch.allclose(features[..., :32].reshape(7, 2, 7, 2, 32), last[:, None, :, None], atol=1e-5)
+    assert torch.equal(features[..., :32], report)
+    assert torch.allclose(features[0, 0, :, 32:], F.layer_norm(block.flatten(2)[0].T, (16,)), atol=1e-4)
+    inputs = model.expand_finding_text(**inputs)
+    with torch.no_grad():
+        assert torch.allclose(model(**inputs).logits, plain(**inputs).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "grid", "finest"),
+    [({"vision_config": DINOV2}, 8, 4), ({}, 14, 7), ({"predictor_layers": [1]}, 28, 14)],
+)
+def test_predictor_grid_finer_than_all_that_is_read_is_an_error(build_model, views, fields, grid, finest):
+    model, processor = build_model(predictor_grid=grid, **fields)
+    inputs = processor(images=[views[0]])
+    with pytest.raises(ValueError, match=rf"predictor_grid={grid}: expected at most {finest}, .* of 56 x 56 pixels"):
+        model.encode_views(inputs["pixel_values"], inputs["view_mask"])
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pooling", ["mean", "transport"])
 def test_finding_predictor_options_survive_saving(build_model, views, tmp_path, pooling):
-    fields = {"predictor_heads": 2, "predictor_layers": [1], "predictor_pooling": pooling}
+    fields = {"predictor_heads": 2, "predictor_layers": [1], "predictor_pooling": pooling, "predictor_grid": 4}
     model, processor = build_model(vision_config=DINOV2, indication_reader="both", **fields)
     inputs = processor(images=[views[:2]], indication="cough")
     for buffer in model.finding_predictor.buffers():
@@ -384,6 +461,8 @@ def test_finding_predictor_options_survive_saving(build_model, views, tmp_path, 
         ("predictor_heads", 0),
         ("predictor_layers", [0]),
         ("predictor_layers", [2, 2]),
+        ("predictor_grid", 0),
+        ("predictor_grid", 10),
         ("predictor_pooling", "max"),
         ("predictor_epsilon", 0),
         ("predictor_tags", []),

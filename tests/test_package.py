@@ -20,6 +20,7 @@ SHIPPED = (
     "generation_otdrg",
     "guidance_otdrg",
     "utility_otdrg",
+    "bank_otdrg",
     "consensus_otdrg",
     "chat_templates_otdrg",
     "vision_otdrg",

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from otdrg import FINDING_STATES, FINDINGS, ReportGenerationPipeline
-from otdrg.consensus_otdrg import ConsensusDecoder, ConsensusSettings, ReportBank, store_settings
+from otdrg.bank_otdrg import ReportBank
+from otdrg.consensus_otdrg import ConsensusDecoder, ConsensusSettings, store_settings
 from otdrg.labelers import UnreadReportsWarning, load_labeler
 from PIL import Image
 from transformers import pipeline

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from otdrg.consensus_otdrg import ReportBank, probe_features
+from otdrg.bank_otdrg import ReportBank, probe_features
 from otdrg.pipeline_otdrg import ReportGenerationPipeline
 from PIL import Image
 from transformers import ProcessorMixin

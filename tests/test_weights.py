@@ -644,7 +644,7 @@ def test_from_pretrained_subfolder_is_read(trained, study, tmp_path, form):
             name.from_pretrained(tmp_path, subfolder="outer")
 
 
-def test_from_pretrained_hub_repositories_are_checked_as_folders(model, processor, hub_server, tmp_path, hide):
+def test_from_pretrained_hub_repositories_are_checked_as_folders(model, processor, hub_server, tmp_path):
     """What repositories hold is refused or loaded as in folders, by the real client."""
     model.save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
     processor.save_pretrained(tmp_path / "sharded")
@@ -667,7 +667,8 @@ def test_from_pretrained_hub_repositories_are_checked_as_folders(model, processo
     for name, content in repos.items():
         hub_server.add_repo("models", name, content)
     code = """
-import json, sys
+import gc, json, sys
+gc.disable()
 from transformers import AutoModel, AutoProcessor, logging
 from otdrg import OTDRGForReportGeneration, OTDRGProcessor
 logging.set_verbosity_error()

@@ -29,13 +29,13 @@ Quantization = str | dict[str, Any] | None
 
 
 def build_model(
-    recipe: ModelRecipe, reports: Sequence[str], quantization: Quantization = None
+    recipe: ModelRecipe, texts: Sequence[str], quantization: Quantization = None
 ) -> tuple[OTDRGForReportGeneration, OTDRGProcessor]:
     """A new model and its processor, without LoRA, on the recipe's or preset's backbones; other parts are from scratch.
 
     Args:
         recipe: the recipe's `model` section.
-        reports: training reports, for the tokenizer of an LLM from scratch.
+        texts: training reports, and indications if the LLM reads them, for the tokenizer of an LLM from scratch.
         quantization: as `model.quantization`, of a pretrained LLM's weights.
 
     Raises:
@@ -54,7 +54,7 @@ def build_model(
         for part, source in (("vision", vision), ("text", text))
     }
     if text is None:
-        model, processor = _with_llm_from_scratch(recipe, config, reports, vision)
+        model, processor = _with_llm_from_scratch(recipe, config, texts, vision)
         model.config.vision_backbone, model.config.text_backbone = named["vision"], None
     else:
         fields = {name: getattr(config, name) for name in _joining_fields()}
@@ -74,14 +74,14 @@ def build_model(
 
 
 def _with_llm_from_scratch(
-    recipe: ModelRecipe, config: OTDRGConfig, reports: Sequence[str], vision: str | None
+    recipe: ModelRecipe, config: OTDRGConfig, texts: Sequence[str], vision: str | None
 ) -> tuple[OTDRGForReportGeneration, OTDRGProcessor]:
-    """A model whose LLM has random weights and a tokenizer trained on `reports`; `vision` is loaded if there is one."""
+    """A model whose LLM has random weights and a tokenizer trained on `texts`; `vision` is loaded if there is one."""
     tower = None if vision is None else load_backbone("vision", AutoModel, vision, recipe.dtype)
     if tower is not None:
         config.vision_config = tower.config
     processor = OTDRGProcessor.from_texts(
-        list(reports), config, vocab_size=recipe.vocab_size, tokenizer=recipe.tokenizer, vision=vision
+        list(texts), config, vocab_size=recipe.vocab_size, tokenizer=recipe.tokenizer, vision=vision
     )
     try:
         return OTDRGForReportGeneration(config, tower), processor

@@ -154,6 +154,11 @@ class Recipe(Section):
         """Whether the model reads the studies' indications: the LLM, or the label predictor."""
         return self.report.indication or self.model.overrides.get("indication_reader", "report") != "report"
 
+    @property
+    def prompts_indication(self) -> bool:
+        """Whether the LLM's prompt has the studies' indications."""
+        return self.gives_indication and self.model.overrides.get("indication_reader") != "predictor"
+
     def to_dict(self) -> dict[str, Any]:
         """The recipe as a dictionary that [`load_recipe`] reads back.
 

@@ -70,8 +70,8 @@ class EvaluationRecipe(Section):
 
     split: Literal["validation", "test", "none"] = option("validation", "Split that is scored; none skips the table.")
     limit: int | None = option(None, "Maximum number of studies scored, from the split's start.")
-    controls: list[Literal["shuffled", "retrieval", "constant", "true_states"]] = option(
-        ["shuffled", "retrieval", "constant", "true_states"],
+    controls: list[Literal["shuffled", "no_indication", "retrieval", "constant", "true_states"]] = option(
+        ["shuffled", "no_indication", "retrieval", "constant", "true_states"],
         "Rows besides the model's own. Retrieval encodes the training views once, unless they are cached.",
     )
     labeler: str = option("rules", "Labeler that reads the states from generated and true reports.")
@@ -85,7 +85,7 @@ class ReportArguments(StageArguments):
     """The section `report`: `TrainingArguments`, and the fields below."""
 
     place = "report"
-    after_training = ("evaluation", "candidates", "consensus", "bank")
+    after_training = ("evaluation", "candidates", "consensus", "bank", "suppressed_words")
     bounds: ClassVar[dict[str, Bounds]] = {
         **StageArguments.bounds,
         "max_report_tokens": COUNT,
@@ -150,6 +150,11 @@ class ReportArguments(StageArguments):
     generation: dict[str, Any] = option(
         {}, "How reports are decoded: fields of GenerationConfig, merged into num_beams 3 and max_new_tokens 120."
     )
+    suppressed_words: list[str] = option(
+        [],
+        "Words that are never written, such as the placeholder of de-identified words; with a bank, its reports with "
+        "one are no candidates.",
+    )
     evaluation: EvaluationRecipe = field(
         default_factory=EvaluationRecipe, metadata={"help": "The table of generated reports."}
     )
@@ -158,6 +163,8 @@ class ReportArguments(StageArguments):
         super().__post_init__()
         self.generation = {**GENERATION, **self.generation}
         check_generation(self.generation)
+        right = all(isinstance(word, str) and len(word.split()) == 1 for word in self.suppressed_words)
+        self.expect(right, "suppressed_words", "single words")
         if self.consensus or self.bank:
             need(
                 self.candidates is not None,
@@ -200,6 +207,16 @@ def check_generation(generation: dict[str, Any]) -> None:
 
 
 # --- the stage -------------------------------------------------------------------------------------------------------
+
+
+def decoding(section: ReportArguments, processor: OTDRGProcessor) -> dict[str, Any]:
+    """The fields of `GenerationConfig` of a section: `generation`, and the suppressed words as token ids."""
+    if not section.suppressed_words:
+        return section.generation
+    # A tokenizer of pieces has other ids for a word at the start of the text.
+    texts = [text for word in section.suppressed_words for text in (word, f" {word}")]
+    ids = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return {**section.generation, "bad_words_ids": [list(row) for row in dict.fromkeys(map(tuple, ids))]}
 
 
 class ReportStage(Stage):
@@ -268,7 +285,7 @@ class ReportStage(Stage):
             rows,
             training=training,
             batch_size=recipe.report.eval_batch(),
-            generation=recipe.report.generation,
+            generation=decoding(recipe.report, run.processor),
             controls=wanted.controls,
             labeler=wanted.labeler,
             metrics=wanted.metrics,
@@ -460,7 +477,7 @@ class Validation:
             self.processor,
             self._rows(),
             batch_size=section.eval_batch(),
-            generation={**section.generation, "num_beams": section.generation_num_beams},
+            generation={**decoding(section, self.processor), "num_beams": section.generation_num_beams},
             controls=(),
             labeler=section.evaluation.labeler,
             metrics=wanted.values(),
@@ -500,7 +517,7 @@ def trained_model(trainer: StageTrainer, recipe: Recipe) -> OTDRGForReportGenera
     """The whole model after training, in the recipe's type and with its decoding as the default; LoRA not merged."""
     model = trainer.whole_model()
     section = recipe.report
-    model.generation_config.update(**section.generation)
+    model.generation_config.update(**decoding(section, trainer.processor))
     if section.candidates is not None:
         store_settings(model, {"candidates": section.candidates, **section.consensus})
     # One type, as `from_pretrained` gives: the model that is scored is the model that will be loaded.

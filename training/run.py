@@ -186,7 +186,9 @@ class _Run:
         # The other stages do not use the LLM, and their folders can be loaded without bitsandbytes.
         quantization = self.recipe.model.quantization if stage_of(name).reads_quantization else None
         if source is None:
-            return build_model(self.recipe.model, self.studies["train"]["report"], quantization)
+            train = self.studies["train"]
+            texts = [*train["report"], *(filter(None, train["indication"]) if self.recipe.prompts_indication else ())]
+            return build_model(self.recipe.model, texts, quantization)
         return load_model(source, self.recipe.model, quantization)
 
     def _train_stage(self, name: str, run: StageRun) -> None:

@@ -17,7 +17,7 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from ...consensus_otdrg import ReportBank
+from ...bank_otdrg import ReportBank
 from ...findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS
 from ...pipeline_otdrg import ReportGenerationPipeline
 from .pictures import heatmap, preview, printable

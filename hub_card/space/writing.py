@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from ...consensus_otdrg import ReportBank
+from ...bank_otdrg import ReportBank
 from ...pipeline_otdrg import ReportGenerationPipeline
 
 #: Candidates of consensus decoding in a record, the report among them.

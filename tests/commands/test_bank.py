@@ -3,8 +3,8 @@
 import json
 
 import pytest
+from otdrg.bank_otdrg import ReportBank
 from otdrg.cli import main
-from otdrg.consensus_otdrg import ReportBank
 
 FEW = ["--max-new-tokens", "8"]
 

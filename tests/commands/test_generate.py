@@ -12,6 +12,7 @@ import torch
 from datasets import load_dataset
 from otdrg import FINDINGS, ReportGenerationPipeline, image_processing_otdrg
 from otdrg.cli import main
+from otdrg.consensus_otdrg import ConsensusDecoder, ConsensusSettings
 from otdrg.inference.loading import decoding
 from otdrg.labelers.report_table import read_reports
 from otdrg.metrics.faithfulness import self_check
@@ -365,6 +366,10 @@ def test_generate_batch_is_no_larger_than_the_list(generate, paths):
 def test_decoding_batch_larger_than_memory_is_refused(model):
     with pytest.raises(ValueError, match=r"--batch-size 100000000 with 3 beams and 500 new tokens needs .* GB"):
         decoding(model, 3, 500, 10**8)
+    # Four groups, of which two have prompts for guidance beside their own.
+    decoder = ConsensusDecoder(ConsensusSettings(candidates=30))
+    with pytest.raises(ValueError, match=r"--batch-size 100000000 with 16 samples at a time and 500 new tokens needs"):
+        decoding(model, None, 500, 10**8, decoder=decoder)
 
 
 def test_generate_out_of_memory_is_one_line(generate, paths, monkeypatch):

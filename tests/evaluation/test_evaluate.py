@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from otdrg.consensus_otdrg import ConsensusDecoder, ConsensusSettings, ReportBank
+from otdrg.bank_otdrg import ReportBank
+from otdrg.consensus_otdrg import ConsensusDecoder, ConsensusSettings
 from otdrg.evaluation.evaluate import evaluate_model
 from otdrg.evaluation.report import format_table, write_predictions
 from otdrg.findings_otdrg import FINDINGS
@@ -131,13 +132,14 @@ def test_collators_with_indication_put_it_into_the_prompt(processor, studies, co
     assert torch.equal(batch(alike, True)["input_ids"], without)
 
 
-def test_evaluate_model_shuffles_images_but_not_indications(model, processor, studies):
+def test_evaluate_model_with_indications_shuffles_images_and_leaves_indications_out(model, processor, studies):
     texts = [f"Case {number}. Shortness of breath, fever and cough." for number in range(len(studies))]
     studies = studies.remove_columns("indication").add_column("indication", texts)
-    arguments = (None, 4, GENERATION, ["shuffled"])
+    arguments = (None, 4, GENERATION, ["shuffled", "no_indication"])
     rows = evaluate_model(model, processor, studies, *arguments, metrics=["bleu_4"], indication=True).rows
     assert rows["model"].reports == generate_reports(model, processor, studies, 4, GENERATION, indication=True).reports
-    assert rows["model"].reports != generate_reports(model, processor, studies, 4, GENERATION).reports
+    unread = generate_reports(model, processor, studies, 4, GENERATION).reports
+    assert rows["no_indication"].reports == unread != rows["model"].reports
     order = derangement(len(studies), seed=0).tolist()
     images = studies.select(order).remove_columns("indication").add_column("indication", texts)
     assert (
@@ -263,6 +265,21 @@ def test_evaluation_retrieves_by_the_models_features(model, processor, studies, 
     cached = [cache_features(model, processor, rows, tmp_path, 4) for rows in (studies, training)]
     found = retrieve_reports(model, processor, *cached, 4)
     assert found.nearest == evaluation.rows["nearest"].reports and found.expected == evaluation.rows["expected"].reports
+
+
+def test_retrieval_with_indications_weighs_reports_by_them(model, processor, studies, training):
+    asked, known = (
+        rows.remove_columns("indication").add_column("indication", [f"Case {row % 2}." for row in range(len(rows))])
+        for rows in (studies, training)
+    )
+    found = retrieve_reports(model, processor, asked, known, 4, indication=True)
+    queries, keys = (pooled_features(model, processor, rows, 4) for rows in (asked, known))
+    bank = ReportBank(known["report"], keys, indications=known["indication"])
+    expected = bank.weights(queries, asked["indication"]) @ bank.own_utilities().T
+    assert found.expected == [bank.reports[place] for place in expected.argmax(axis=1)]
+    kept = build_bank(model, processor, known, [], 4)
+    assert np.allclose(kept.weights(queries, asked["indication"]), bank.weights(queries, asked["indication"]))
+    assert not np.allclose(bank.weights(queries, asked["indication"]), bank.weights(queries))
 
 
 def test_pooled_features_are_means_over_present_views(model, processor):

@@ -73,7 +73,8 @@ for line in sys.stdin:
 
 # A process that runs commands; starting one for each would be most of the time.
 COMMANDS = """
-import contextlib, io, json, sys
+import contextlib, gc, io, json, sys
+gc.disable()
 from otdrg.cli import main
 
 for line in sys.stdin:

@@ -15,7 +15,8 @@ from otdrg.hub_card.space_files import space_files
 
 ROOT = Path(otdrg.__file__).parent
 RUN = """
-import json, sys
+import gc, json, sys
+gc.disable()
 import app
 from otdrg.hub_card.space.writing import stream_report
 from PIL import Image

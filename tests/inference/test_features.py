@@ -185,6 +185,7 @@ def test_cache_features_other_encoder_transform_or_type_encodes_again(build_mode
     other.image_processor.image_mean = [0.5, 0.5, 0.5]
     assert count(model, other) == 10
     assert count(*build_model(image_tokens=1)) == 10
+    assert count(*build_model(predictor_grid=4)) == 10
     any_size, _ = build_model(vision_config=DINOV2 | {"image_size": 56})
     assert count(any_size, processor) == 10
     other = copy.deepcopy(processor)
@@ -195,6 +196,14 @@ def test_cache_features_other_encoder_transform_or_type_encodes_again(build_mode
     assert count(model, processor) == 10
     assert count(model.to(torch.bfloat16), processor) == 10
     assert count(model, processor) == 0
+
+
+def test_encoder_digest_is_that_of_caches_older_than_predictor_grid(build_model):
+    model, processor = build_model()
+    digest = encoder_digest(model, processor)
+    assert "predictor_grid" not in model.config.vision_fields()
+    model.config.predictor_grid = 4
+    assert encoder_digest(model, processor) != digest
 
 
 def test_encoder_digest_new_configuration_field_changes_it_unless_declared(build_model):

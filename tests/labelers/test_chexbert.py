@@ -357,7 +357,8 @@ def test_chexbert_checkpoint_is_downloaded_from_the_hub(hub_server, save, weight
     hub_server.add_repo("models", "org/empty", {"README.md": b"# Nothing\n"})
     hub_server.add_repo("models", "org/gated", {"chexbert.pth": b""}).gated = True
     code = (
-        "import json\n"
+        "import gc, json\n"
+        "gc.disable()\n"
         "from otdrg.labelers import load_labeler\n"
         "def label(checkpoint):\n"
         f"    options = {{'tokenizer': {str(tokenizer)!r}, 'attention_heads': 4}}\n"

@@ -1,10 +1,11 @@
+import csv
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from otdrg.consensus_otdrg import ReportBank
+from otdrg.bank_otdrg import ReportBank
 from otdrg.modeling_otdrg import OTDRGForReportGeneration
 from otdrg.processing_otdrg import OTDRGProcessor
 from otdrg.train_hf import main
@@ -165,6 +166,7 @@ def test_run_recipe_phantom_tiny_losses_are_those_of_its_earlier_fields(tmp_path
 
 def test_report_stage_with_a_bank_evaluates_and_publishes_consensus_decoding(tiny_recipe, copied_run):
     arguments = ["stages=[report]", "report.candidates=4", "report.bank=true", "report.consensus={seed: 3}"]
+    arguments.append("report.suppressed_words=[heart]")
     evaluation = "report.evaluation={split: validation, metrics: [bleu_1], controls: []}"
     assert main([str(tiny_recipe), f"output_dir={copied_run}", *arguments, evaluation, "--overwrite"]) == 0
     bank = ReportBank.load(copied_run / "bank")
@@ -177,4 +179,9 @@ def test_report_stage_with_a_bank_evaluates_and_publishes_consensus_decoding(tin
     found = results(copied_run)["report"]["evaluation"]
     assert {"model, without retrieved candidates", "model, without consensus decoding"} <= found["rows"].keys()
     assert found["generation"]["consensus"]["seed"] == 3 and found["generation"]["bank"]["reports"] == len(bank)
-    assert not list((copied_run / "model").rglob("bank*"))
+    assert not (copied_run / "model" / "bank.json").exists()
+    assert "heart" in " ".join(bank.reports)
+    with (copied_run / "predictions.csv").open(encoding="utf-8") as file:
+        assert not any("heart" in row["report"].split() for row in csv.DictReader(file))
+    suppressed = [processor.tokenizer.decode(ids) for ids in model.generation_config.bad_words_ids]
+    assert {text.strip() for text in suppressed} == {"heart"}
