@@ -206,6 +206,7 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
         finding_logit_adjustment (`torch.Tensor` of shape `(14, 4)`): added to the label predictor's logits in its loss
             while training, and nowhere else; None, as in a loaded model, adds nothing.
         tag_weight (`float`): of the label predictor's auxiliary target in its loss while training.
+        patch_dropout (`float`): share of a view's patches that a vision encoder in training mode does not read.
     """
 
     def __init__(
@@ -249,6 +250,7 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
         self.ot_epsilon = config.ot_epsilon
         self.finding_logit_adjustment: torch.Tensor | None = None
         self.tag_weight = 0.0
+        self.patch_dropout = 0.0
         self.post_init()
         if vision_tower is None and language_model is None:
             # After post_init, which would initialise lora_B like any other weight: LoRA starts as the identity.
@@ -548,7 +550,8 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
         for tower in towers[reader]:
             reads_predictor = reader != "report" and tower is self.vision_towers[-1]
             layers = (self.config.predictor_layers or ()) if reads_predictor else None
-            features.append(encode_pixels(tower, pixels, self.config, layers)[0])
+            patch_dropout = self.patch_dropout if tower.training else 0.0
+            features.append(encode_pixels(tower, pixels, self.config, layers, patch_dropout)[0])
         # Concatenating a trained encoder's features and a frozen one's gives the wider of their types.
         return unflatten_views(torch.cat(features, -1), view_mask)
 

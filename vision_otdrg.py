@@ -5,14 +5,19 @@ A is the number of views that exist among the (B, V) places of a batch of B stud
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from .configuration_otdrg import OTDRGConfig
+
+#: `model_type` of encoders of transformers that compute each token alone up to their blocks.
+PATCH_DROPOUT_ENCODERS = ("dinov2", "dinov2_with_registers", "vit")
 
 
 def encode_pixels(
@@ -20,6 +25,7 @@ def encode_pixels(
     pixels: torch.Tensor,
     config: OTDRGConfig,
     layers: Sequence[int] | None = None,
+    patch_dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, ModelOutput]:
     """Features of views, pooled to a grid of P x P tokens, `config.view_grid`.
@@ -30,6 +36,8 @@ def encode_pixels(
         config: the model's.
         layers: where the label predictor reads the features: the blocks whose features, of unit variance, are
             concatenated after the last ones.
+        patch_dropout: share of each view's patches, drawn at random, that the blocks do not read. A token of the grid
+            is then the mean of its other patches, or of the view's if it has no other.
         kwargs: the encoder's, such as `output_attentions`.
 
     Returns:
@@ -41,14 +49,15 @@ def encode_pixels(
     """
     if layers:
         kwargs["output_hidden_states"] = True
-    output = tower(pixels.to(tower.dtype), return_dict=True, **kwargs)
     image_size = (pixels.shape[-2], pixels.shape[-1])
-    grids = [_as_grid(output.last_hidden_state, tower, image_size)]
+    with _patch_dropout(tower, image_size, patch_dropout) as kept:
+        output = tower(pixels.to(tower.dtype), return_dict=True, **kwargs)
+    grids = [_as_grid(_put_back(output.last_hidden_state, kept), tower, image_size)]
     for layer in layers or ():
         if hasattr(tower, "timm_model"):
             grid = output.hidden_states[layer - 1]  # timm's intermediate features are NCHW, and lack the embeddings
         else:
-            grid = _as_grid(output.hidden_states[layer], tower, image_size)
+            grid = _as_grid(_put_back(output.hidden_states[layer], kept), tower, image_size)
         grids.append(grid)
     finest = max(min(grid.shape[2:]) for grid in grids)
     if layers is not None and (config.predictor_grid or 0) > finest:
@@ -56,10 +65,59 @@ def encode_pixels(
             f"OTDRGConfig.predictor_grid={config.predictor_grid}: expected at most {finest}, the side of the grid of "
             f"the encoder's features for views of {image_size[0]} x {image_size[1]} pixels"
         )
-    last, *others = [_pool(grid, config.view_grid) for grid in grids]
+    pooled = (_pool(grid, config.view_grid) for grid in grids)
+    last, *others = [_mean_of_kept(tokens) if kept else tokens for tokens in pooled]
     # The scale of features grows from block to block.
     features = [last, *(F.layer_norm(tokens, tokens.shape[-1:]) for tokens in others)]
     return torch.cat(features, dim=-1), output
+
+
+@contextmanager
+def _patch_dropout(tower: PreTrainedModel, image_size: tuple[int, int], share: float) -> Iterator[list]:
+    """Let the encoder's blocks read only some tokens of each view.
+
+    Yields:
+        A list that holds after a forward pass the places (A, K) of these tokens and the number of all; empty for 0.
+    """
+    kept: list = []
+    if share == 0:
+        yield kept
+        return
+
+    def drop(module, inputs, tokens: torch.Tensor) -> torch.Tensor:
+        count, side = tokens.shape[1], tower.config.patch_size
+        patches = (image_size[0] // side) * (image_size[1] // side)
+        order = torch.rand(len(tokens), patches, device=tokens.device).argsort(dim=1)
+        order = order[:, : max(1, round((1 - share) * patches))] + count - patches
+        special = torch.arange(count - patches, device=tokens.device).expand(len(tokens), -1)
+        places = torch.cat((special, order), dim=1)
+        kept[:] = places, count
+        return tokens.gather(1, places[:, :, None].expand(-1, -1, tokens.shape[-1]))
+
+    hook = tower.embeddings.register_forward_hook(drop)
+    try:
+        yield kept
+    finally:
+        hook.remove()
+
+
+def _put_back(tokens: torch.Tensor, kept: list) -> torch.Tensor:
+    """Tokens (A, K, D) in their places among all, 0 elsewhere, with a last feature that is 1 where there is one.
+
+    Without patch dropout they are returned as they are.
+    """
+    if not kept:
+        return tokens
+    places, count = kept
+    tokens = F.pad(tokens, (0, 1), value=1.0)
+    whole = tokens.new_zeros(len(tokens), count, tokens.shape[-1])
+    return whole.scatter(1, places[:, :, None].expand_as(tokens), tokens)
+
+
+def _mean_of_kept(sums: torch.Tensor) -> torch.Tensor:
+    """Means (A, N, D) of the tokens that [`_put_back`] put into each cell; of all cells for one without any."""
+    sums = torch.where(sums[..., -1:] > 0, sums, sums.mean(dim=1, keepdim=True))
+    return sums[..., :-1] / sums[..., -1:]
 
 
 def _pool(grid: torch.Tensor, side: int) -> torch.Tensor:
@@ -95,6 +153,22 @@ def vision_feature_size(vision_tower: PreTrainedModel) -> int:
     return config.hidden_sizes[-1] if hasattr(config, "hidden_sizes") else config.hidden_size
 
 
+def encoder_blocks(vision_tower: PreTrainedModel) -> list[nn.Module]:
+    """The encoder's transformer blocks, in order; empty if it is not a plain sequence of them."""
+    timm_model, config = getattr(vision_tower, "timm_model", None), vision_tower.config
+    if timm_model is not None:
+        return list(getattr(timm_model, "blocks", ())) if hasattr(timm_model, "patch_embed") else []
+    if not _is_plain(config):
+        return []
+    lists = (list(part) for part in vision_tower.modules() if isinstance(part, nn.ModuleList))
+    return next((blocks for blocks in lists if len(blocks) == config.num_hidden_layers), [])
+
+
+def _is_plain(config: PreTrainedConfig) -> bool:
+    """Whether all blocks of an encoder of transformers have features of one size."""
+    return not hasattr(config, "depths") and not hasattr(config, "hidden_sizes")
+
+
 def layers_size(vision_tower: PreTrainedModel, layers: Sequence[int]) -> int:
     """Size of the features that the label predictor reads of these blocks of the encoder.
 
@@ -108,8 +182,7 @@ def layers_size(vision_tower: PreTrainedModel, layers: Sequence[int]) -> int:
         widths = [block["num_chs"] for block in getattr(timm_model, "feature_info", [])]
         widths = widths if hasattr(timm_model, "forward_intermediates") else []
     else:
-        is_plain = not hasattr(config, "depths") and not hasattr(config, "hidden_sizes")
-        widths = [config.hidden_size] * config.num_hidden_layers if is_plain else []
+        widths = [config.hidden_size] * config.num_hidden_layers if _is_plain(config) else []
     for layer in layers:
         if layer > len(widths):
             expected = f"blocks from 1 to {len(widths)}" if widths else "null, this encoder's blocks cannot be read"
@@ -145,4 +218,13 @@ def unflatten_views(features: torch.Tensor, view_mask: torch.Tensor) -> torch.Te
     return unflattened
 
 
-__all__ = ["encode_pixels", "existing_views", "full_view_mask", "layers_size", "unflatten_views", "vision_feature_size"]
+__all__ = [
+    "PATCH_DROPOUT_ENCODERS",
+    "encode_pixels",
+    "encoder_blocks",
+    "existing_views",
+    "full_view_mask",
+    "layers_size",
+    "unflatten_views",
+    "vision_feature_size",
+]

@@ -8,6 +8,8 @@ from otdrg.inference.collation import FindingCollator
 from otdrg.inference.features import encoder_digest
 from otdrg.pipeline_otdrg import ReportGenerationPipeline
 from otdrg.predictor_otdrg import OTDRGFindingPredictor
+from otdrg.training.model import set_trained_parts
+from otdrg.vision_otdrg import encode_pixels, encoder_blocks
 from torch.nn import functional as F
 
 SIZE = 6
@@ -18,6 +20,11 @@ DINOV2 = {
     "num_attention_heads": 2,
     "image_size": 56,
     "patch_size": 14,
+}
+TIMM_VIT = {
+    "model_type": "timm_wrapper",
+    "architecture": "vit_tiny_patch16_224",
+    "model_args": {"depth": 3, "embed_dim": 32, "num_heads": 2, "img_size": 56, "patch_size": 14},
 }
 
 
@@ -176,6 +183,68 @@ def test_predictor_layers_the_encoder_does_not_have_are_an_error(build_model):
     swin = {"model_type": "swin", "image_size": 56, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4]}
     with pytest.raises(ValueError, match=r"predictor_layers=\[1\]: expected null, this encoder's blocks cannot be"):
         build_model(vision_config=swin, predictor_layers=[1])
+
+
+def test_patch_dropout_image_tokens_are_means_of_the_patches_that_are_left(build_model, views):
+    model, processor = build_model(vision_config=DINOV2)
+    tower, pixels = model.vision_tower, processor(images=[views[:2]])["pixel_values"][0]
+    with torch.no_grad():
+        torch.manual_seed(0)
+        features, output = encode_pixels(tower, pixels, model.config, [1], patch_dropout=0.25)
+        torch.manual_seed(0)
+        patches = (pixels.shape[-1] // 14) ** 2
+        order = torch.rand(2, patches).argsort(dim=1)[:, : 3 * patches // 4]
+        embedded = tower.embeddings(pixels)
+        read = torch.stack([torch.cat((view[:1], view[1:][kept])) for view, kept in zip(embedded, order, strict=True)])
+        expected = tower.layernorm(tower.encoder(read).last_hidden_state)[:, 1:]
+    assert features.shape == (2, 4, 64) and output.last_hidden_state.shape[1] == 1 + 3 * patches // 4
+    side = round(patches**0.5)
+    for view in range(2):
+        cells = order[view] // side // (side // 2) * 2 + order[view] % side // (side // 2)
+        for cell in range(4):
+            assert (cells == cell).any()
+            assert torch.allclose(features[view, cell, :32], expected[view][cells == cell].mean(dim=0), atol=1e-5)
+
+
+def test_patch_dropout_cell_without_patches_is_the_mean_of_the_others(build_model, views):
+    model, processor = build_model(vision_config=DINOV2)
+    pixels = processor(images=[views[:1]])["pixel_values"][0]
+    with torch.no_grad():
+        features, output = encode_pixels(model.vision_tower, pixels, model.config, patch_dropout=0.99)
+    assert torch.allclose(features[0], output.last_hidden_state[0, 1].expand(4, -1), atol=1e-5)
+
+
+def test_patch_dropout_is_for_training_only(build_model, views):
+    model, processor = build_model(vision_config=DINOV2, predictor_encoder="own")
+    inputs = processor(images=[views[:2]])
+    inputs = {name: inputs[name] for name in ("pixel_values", "view_mask")}
+    with torch.no_grad():
+        before = model.encode_views(**inputs)
+        model.patch_dropout = 0.75
+        assert torch.equal(model.encode_views(**inputs), before)
+        model.finding_vision_tower.train()
+        dropped = model.encode_views(**inputs)
+        model.finding_vision_tower.eval()
+        assert torch.equal(model.encode_views(**inputs), before)
+    assert torch.equal(dropped[..., :32], before[..., :32]) and not torch.allclose(dropped[..., 32:], before[..., 32:])
+
+
+@pytest.mark.parametrize(
+    ("encoder", "after"),
+    [(DINOV2, ("encoder.layer.2.", "layernorm.")), (TIMM_VIT, ("timm_model.blocks.2.", "timm_model.norm."))],
+)
+def test_vision_layers_train_the_last_blocks_and_what_follows(build_model, encoder, after):
+    model, _ = build_model(vision_config=encoder)
+    frozen = set_trained_parts(model, vision="full", text="frozen", predictor="frozen", joining=False, vision_layers=1)
+    tower = model.vision_tower
+    assert {name for name, weight in tower.named_parameters() if weight.requires_grad} == {
+        name for name, _ in tower.named_parameters() if name.startswith(after)
+    }
+    model.train()
+    for part in frozen:
+        part.eval()
+    blocks = encoder_blocks(tower)
+    assert [block.training for block in blocks] == [False, False, True] and tower.training
 
 
 # --- supervision -----------------------------------------------------------------------------------------------------

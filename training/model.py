@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from ..inference.model_files import read_config, read_model, read_processor
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from ..runtime.interruptions import is_out_of_memory
+from ..vision_otdrg import encoder_blocks
 from ..weights_otdrg import load_backbone, quantization_of
 from .data import Rows
 from .fields import unknown_key
@@ -245,6 +247,7 @@ def set_trained_parts(
     predictor: str,
     joining: bool,
     finding_vision: str = "frozen",
+    vision_layers: int | None = None,
 ) -> list[nn.Module]:
     """Freeze and unfreeze the parts of a model; trained weights become float32.
 
@@ -253,6 +256,7 @@ def set_trained_parts(
         predictor: "frozen" or "full".
         joining: whether the projections and a label table are trained.
         finding_vision: as `vision`, of the predictor's own encoder.
+        vision_layers: last blocks that "full" trains in an encoder, with what follows them; None trains all of it.
 
     The words of indications are never trained by gradient steps: the stage `predictor` fits them.
 
@@ -269,6 +273,8 @@ def set_trained_parts(
             frozen.append(part)
         for name, parameter in part.named_parameters():
             parameter.requires_grad_(mode == "full" or (mode == "lora" and "lora_" in name))
+        if mode == "full" and part in model.vision_towers and vision_layers is not None:
+            frozen += _freeze_before(part, encoder_blocks(part)[-vision_layers])
     if model.config.indication_reader != "report":
         model.finding_predictor.words.requires_grad_(False)
     if joining:
@@ -283,6 +289,16 @@ def set_trained_parts(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return frozen
+
+
+def _freeze_before(tower: nn.Module, block: nn.Module) -> list[nn.Module]:
+    """Freeze what an encoder computes before one of its blocks, and return these modules."""
+    first = next(block.parameters())
+    # Parameters are in the order in which an encoder uses them.
+    for parameter in itertools.takewhile(lambda parameter: parameter is not first, tower.parameters()):
+        parameter.requires_grad_(False)
+    weights = ((part, list(part.parameters())) for part in tower.modules())
+    return [part for part, own in weights if own and not any(parameter.requires_grad for parameter in own)]
 
 
 def cached_where_frozen(

@@ -22,10 +22,11 @@ from ..findings_otdrg import FINDING_STATES, FINDINGS, NO_FINDING, POSITIVE
 from ..inference.collation import FindingCollator, expand_tags
 from ..metrics.classification import DEFAULT_THRESHOLD, finding_metrics, fit_thresholds, format_metrics
 from ..modeling_otdrg import OTDRGForReportGeneration
+from ..vision_otdrg import PATCH_DROPOUT_ENCODERS, encoder_blocks
 from .arguments import StageArguments
 from .callbacks import LossCallback
 from .data import Rows, StudySplits, known_states
-from .fields import NOT_NEGATIVE, Bounds, option
+from .fields import COUNT, NOT_NEGATIVE, Bounds, need, option
 from .model import attach_lora, cached_where_frozen, set_trained_parts
 from .recipe import Recipe
 from .stages import Stage, StageRun
@@ -65,6 +66,8 @@ class PredictorArguments(StageArguments):
         **StageArguments.bounds,
         "logit_adjustment": NOT_NEGATIVE,
         "tag_weight": NOT_NEGATIVE,
+        "vision_layers": COUNT,
+        "patch_dropout": {"least": 0, "below": 1},
     }
     renamed: ClassVar[dict[str, str]] = {
         **StageArguments.renamed,
@@ -94,12 +97,24 @@ class PredictorArguments(StageArguments):
         "Weight of an auxiliary target: the studies' tags, of which A/b is also the tag A, as far as "
         f"{MINIMUM_TAG_STUDIES} training studies have them. The finished model does not predict them.",
     )
+    vision_layers: int | None = option(
+        None, "Last blocks of the vision encoder that vision: full trains, with what follows them; null: all of it."
+    )
+    patch_dropout: float = option(
+        0.0,
+        "Share of a view's patches, drawn anew at every step, that a trained vision encoder does not read; its cost "
+        "falls by about that share. For DINOv2 and ViT of transformers.",
+    )
 
     def __post_init__(self):
         super().__post_init__()
         for name in ("calibration", "thresholds"):
             folds = getattr(self, name) == "cross_validation"
             self.expect(not folds or self.vision == "frozen", name, "another one while predictor.vision is trained")
+        is_full = self.vision_layers is None or self.vision == "full"
+        self.expect(is_full, "vision_layers", "null while predictor.vision is not full")
+        is_trained = self.patch_dropout == 0 or self.vision != "frozen"
+        self.expect(is_trained, "patch_dropout", "0 while predictor.vision is frozen")
 
 
 class PredictorStage(Stage):
@@ -126,6 +141,17 @@ class PredictorStage(Stage):
                 f"predictor.tag_weight={recipe.predictor.tag_weight}: expected studies with tags, of which one has at "
                 f"least {MINIMUM_TAG_STUDIES} training studies"
             )
+
+    def check_model(self, recipe: Recipe, model: OTDRGForReportGeneration) -> None:
+        section, tower = recipe.predictor, model.vision_towers[-1]
+        if section.vision_layers is not None:
+            blocks = len(encoder_blocks(tower))
+            expected = f"1 to {blocks}" if blocks else "null, this encoder is not a sequence of blocks"
+            need(section.vision_layers <= blocks, "predictor.vision_layers", section.vision_layers, expected)
+        if section.patch_dropout:
+            has_patches = tower.config.model_type in PATCH_DROPOUT_ENCODERS
+            expected = f"0, or one of the encoders {', '.join(PATCH_DROPOUT_ENCODERS)} of transformers"
+            need(has_patches, "predictor.patch_dropout", section.patch_dropout, expected)
 
     def train(self, run: StageRun) -> tuple[OTDRGForReportGeneration, dict[str, Any]]:
         """Train the predictor, and measure it on validation.
@@ -173,7 +199,9 @@ def predictor_trainer(run: StageRun, validation: Rows | None) -> tuple[StageTrai
         text="frozen",
         predictor="full",
         joining=False,
+        vision_layers=section.vision_layers,
     )
+    model.patch_dropout = section.patch_dropout
     model.finding_logit_adjustment = logit_adjustment(train["finding_states"], section.logit_adjustment)
     device = section.prepare(run.folder, recipe.seed, recipe.report_to, evaluates=False).device
     train, validation = (

@@ -101,6 +101,19 @@ def test_predictor_stage_calibration_changes_probabilities_and_not_the_states_of
     assert after["macro_f1_13"] == plain["validation"]["macro_f1_13"]
 
 
+def test_predictor_stage_trains_the_last_blocks_of_its_own_encoder_alone(tiny_recipe, tmp_path):
+    dinov2 = "{model_type: dinov2, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, patch_size: 14}"
+    _, model = run(
+        tiny_recipe,
+        tmp_path / "run",
+        *(f"model.overrides.vision_config={dinov2}", "model.overrides.predictor_encoder=own"),
+        *("predictor.vision=full", "predictor.vision_layers=1", "predictor.patch_dropout=0.75"),
+    )
+    own, report = model.finding_vision_tower.state_dict(), model.vision_tower.state_dict()
+    changed = {name for name, weight in own.items() if not torch.equal(weight, report[name])}
+    assert changed and all(name.startswith(("encoder.layer.1.", "layernorm.")) for name in changed)
+
+
 def test_predictor_stage_tags_and_indications_are_learned(tiny_recipe, tmp_path, monkeypatch):
     plain = PhantomSource.read
 
@@ -144,6 +157,19 @@ def test_predictor_stage_tag_weight_without_tags_is_an_error(tiny_recipe, tmp_pa
         (
             ["predictor.calibration=cross_validation", "predictor.vision=full"],
             "predictor.calibration='cross_validation': expected another one while predictor.vision is trained",
+        ),
+        (
+            ["predictor.vision_layers=2"],
+            "predictor.vision_layers=2: expected null while predictor.vision is not full",
+        ),
+        (
+            ["predictor.vision=full", "predictor.vision_layers=2"],
+            "predictor.vision_layers=2: expected null, this encoder is not a sequence of blocks",
+        ),
+        (["predictor.patch_dropout=0.5"], "predictor.patch_dropout=0.5: expected 0 while predictor.vision is frozen"),
+        (
+            ["predictor.vision=full", "predictor.patch_dropout=0.5"],
+            "predictor.patch_dropout=0.5: expected 0, or one of the encoders dinov2, dinov2_with_registers, vit",
         ),
         (
             ["report.indication=true", "model.overrides.indication_reader=predictor"],
