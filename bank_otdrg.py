@@ -31,8 +31,7 @@ _INDICATION_WEIGHT, _LEAST_INDICATIONS = 0.5, 3
 class IndicationFeatures:
     """TF-IDF features of indications: words, numbers and punctuation marks, and pairs of neighbours.
 
-    As they are written, upper case and punctuation included: how an indication is written says how the report will be
-    worded, beside what it says of the patient.
+    Case and punctuation are kept: they show the style of the writer, which the wording of the report follows.
 
     Args:
         indications: of the training studies, by which terms and their inverse document frequencies are determined.
@@ -109,9 +108,9 @@ class ReportBank:
         self.ridge, self.licences, self.probe = ridge, tuple(licences), probe
         self._features, self._study_reports = features, list(reports)
         self._indications = [text or "" for text in indications or [None] * len(reports)]
-        place = {report: row for row, report in enumerate(dict.fromkeys(reports))}
-        self.reports = list(place)
-        self._report = np.array([place[report] for report in reports])
+        self._rows = {report: row for row, report in enumerate(dict.fromkeys(reports))}
+        self.reports = list(self._rows)
+        self._report = np.array([self._rows[report] for report in reports])
         self.counts = np.bincount(self._report)
         self._utilities: dict[tuple, tuple[ReportUtility, np.ndarray | None]] = {}
 
@@ -119,11 +118,7 @@ class ReportBank:
         return len(self.reports)
 
     def __contains__(self, report: str) -> bool:
-        return report in self._places
-
-    @cached_property
-    def _places(self) -> frozenset[str]:
-        return frozenset(self.reports)
+        return report in self._rows
 
     @cached_property
     def _scaling(self) -> tuple[np.ndarray, np.ndarray]:
@@ -164,6 +159,7 @@ class ReportBank:
             )
         texts = [text or "" for text in indications or [None] * len(features)]
         by_study = self._inputs(features, texts) @ self._solution
+        # The inputs are centred: this is the regression's intercept.
         by_study += (1.0 - by_study.sum(axis=1, keepdims=True)) / by_study.shape[1]
         weights = np.zeros((len(features), len(self)))
         np.add.at(weights.T, self._report, by_study.T)
@@ -191,7 +187,7 @@ class ReportBank:
         return hashlib.blake2b(content, digest_size=16).hexdigest()
 
     def check(self, model, processor) -> None:
-        """Check that the bank's features are those of a model's encoder.
+        """Check that the bank's features are those of a model's encoder; a bank without `probe` passes.
 
         Raises:
             ValueError: they are not.

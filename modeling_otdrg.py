@@ -73,7 +73,7 @@ class OTDRGStudy(NamedTuple):
         view_mask (`torch.Tensor` of shape `(B, V)`): true where there is a view.
         finding_logits (`torch.Tensor` of shape `(B, 14, 4)`): the label predictor's; None if it was not run.
         finding_states (`torch.Tensor` of shape `(B, 14)`): the states the LLM is conditioned on.
-        prediction (`FindingPrediction`): all that the label predictor predicts, where it is supervised.
+        prediction (`FindingPrediction`): all that the label predictor predicts; None if it was not run.
     """
 
     view_features: torch.Tensor
@@ -92,13 +92,15 @@ class OTDRGOutput(ModelOutput):
         loss (`torch.Tensor` of shape `()`): report_loss + lambda * ot_loss (eq. 12), plus predictor_loss where
             `finding_labels` were given.
         report_loss (`torch.Tensor` of shape `()`): L_RG (eq. 11), mean over the report's tokens; with `labels`.
-        ot_loss (`torch.Tensor` of shape `()`): L_OT, mean <T, C> over the batch; with `labels`.
-        predictor_loss (`torch.Tensor` of shape `()`): L_cls (eq. 10).
+        ot_loss (`torch.Tensor` of shape `()`): L_OT, mean <T, C> over the batch, plus
+            `ot_contrastive_weight` times the contrastive term; with `labels`.
+        predictor_loss (`torch.Tensor` of shape `()`): L_cls (eq. 10), while training with the tags' loss; with
+            `finding_labels`.
         logits (`torch.Tensor` of shape `(B, L, vocab_size)`): the LLM's; while training on `labels` only those that
             predict the first label and what follows.
         transport_plan (`torch.Tensor` of shape `(B, M, 14)`): T.
-        finding_logits (`torch.Tensor` of shape `(B, 14, 4)`): the label predictor's; None while training on given
-            states a model whose predictor has its own encoder.
+        finding_logits (`torch.Tensor` of shape `(B, 14, 4)`): the label predictor's; None if all states are given
+            without `finding_labels`, with `report_only` or while training a predictor with its own encoder.
         past_key_values (`Cache`): the LLM's key-value cache; called `cache` from transformers 5.24 on.
         hidden_states, attentions (`tuple[torch.Tensor]`): the LLM's, with `output_hidden_states=True` and
             `output_attentions=True`.
@@ -133,7 +135,7 @@ class OTDRGOutput(ModelOutput):
 
 
 class OTDRGLabelEncoder(nn.Module):
-    """f_e(L) of eq. 3: features (14, 4, D) of the 56 texts "finding: state"."""
+    """f_e(L) of eq. 3: features (14, 4, D) of the 56 texts "finding: state", or learned."""
 
     def __init__(self, config: OTDRGConfig):
         super().__init__()
@@ -264,7 +266,7 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        # By the class of the module with the weights: transformers skips modules of custom code without own weights.
+        # transformers skips custom modules without weights of their own: these are the classes of parts with weights.
         if isinstance(module, OTDRGQueries):
             # With weights as small as those of other embeddings, attention stays uniform for most of a short training.
             init.normal_(module.weight)
@@ -280,7 +282,7 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
 
     @property
     def base_model(self) -> PreTrainedModel:
-        """The LLM. `base_model_prefix` is empty since a saved model has no weights of the LLM alone."""
+        """The LLM. `base_model_prefix` stays empty, because saved weights are those of the whole model."""
         return self.language_model
 
     def get_input_embeddings(self):
@@ -347,8 +349,10 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
                 `finding_labels`.
             indication_ids (`torch.Tensor` of shape `(B, W)`, *optional*):
                 The indications' words as the processor hashes them, -1 where there is none, for the label predictor.
-            report_only (`bool`): compute only what the report needs: no finding logits, image outputs or transport
-                plan.
+            report_only (`bool`): compute only what the report and the losses need: no image outputs, without `labels`
+                no transport plan, and without `finding_labels` no logits of given states.
+            logits_to_keep: as the LLM's; while training on `labels` the positions without a loss are left out instead.
+            position_ids, past_key_values or cache, use_cache: the LLM's.
             kwargs: the LLM's, such as `output_hidden_states` and `output_attentions`.
 
         Returns:
@@ -452,17 +456,16 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
         """Which of [`encode_views`]' readers a forward pass needs features for."""
         if not has_prompt:
             return "predictor"
-        skips_predictor = report_only or (
-            # While training only: otherwise the output always has the logits.
-            self.training and self.config.predictor_encoder == "own" and finding_labels is None
-        )
+        # While training only: otherwise the output always has the logits.
+        trains_report = self.training and self.config.predictor_encoder == "own"
+        skips_predictor = finding_labels is None and (report_only or trains_report)
         if skips_predictor and finding_states is not None and bool((finding_states >= 0).all()):
             return "report"
         return "both"
 
     def _requested_outputs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """`kwargs` with the outputs that the configuration asks for unless the caller decides."""
-        # return_dict is still there where accelerate has unwrapped `forward`, and `can_return_tuple` with it.
+        # accelerate's unwrapping of `forward` removes `can_return_tuple`, and then return_dict arrives here.
         kwargs = {name: value for name, value in kwargs.items() if name != "return_dict"}
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.get(name) is None and getattr(self.config, name, None):
@@ -521,11 +524,9 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
             if reader == "report":
                 return OTDRGStudy(view_features, view_mask, None, finding_states)
         with torch.set_grad_enabled(supervised and torch.is_grad_enabled()):
-            predicted = self.finding_predictor(view_features, view_mask, indication_ids, supervised)
-        prediction = predicted if supervised else None
-        finding_logits = prediction.finding_logits if prediction is not None else predicted
-        states = self.condition_states(finding_logits.detach(), finding_states)
-        return OTDRGStudy(view_features, view_mask, finding_logits, states, prediction)
+            prediction = self.finding_predictor(view_features, view_mask, indication_ids)
+        states = self.condition_states(prediction.finding_logits.detach(), finding_states)
+        return OTDRGStudy(view_features, view_mask, prediction.finding_logits, states, prediction)
 
     def encode_views(
         self, pixel_values: torch.Tensor, view_mask: torch.Tensor | None = None, reader: str = "both"
@@ -639,7 +640,7 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
     def fuse_views(self, view_features: torch.Tensor, view_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, V, P * P, D) -> one sequence of image tokens per study (B, M, D) and its mask (B, M).
 
-        Features of the predictor's own encoder, the last ones in D, are left out, and the tokens of its grid averaged.
+        What only the predictor reads, the last features in D, is left out, and the tokens of its grid averaged.
         """
         view_features = self._report_features(view_features)
         batch, views, tokens, size = view_features.shape

@@ -77,7 +77,7 @@ class OTDRGFindingPredictor(nn.Module):
             self.queries = (OTDRGQueries if self.pooling == "attention" else nn.Embedding)(cells, feature_size)
             self.key = nn.Linear(feature_size, feature_size)
         else:
-            # Mean tokens differ little from study to study: as they are, the classifier would learn slowly.
+            # Means of tokens vary little between studies; without standardisation the classifier learns slowly.
             self.standardize = nn.BatchNorm1d(feature_size, affine=False)
         self.dropout = nn.Dropout(config.predictor_dropout)
         pooled_size = 2 * feature_size if self.pooling == "attention" else feature_size
@@ -96,11 +96,10 @@ class OTDRGFindingPredictor(nn.Module):
         view_features: torch.Tensor,
         view_mask: torch.Tensor,
         indication_ids: torch.Tensor | None = None,
-        supervised: bool = False,
-    ) -> torch.Tensor | FindingPrediction:
-        """`view_features` (B, V, N, D), `view_mask` (B, V), `indication_ids` (B, W) -> logits (B, 14, 4).
+    ) -> FindingPrediction:
+        """`view_features` (B, V, N, D), `view_mask` (B, V), `indication_ids` (B, W) -> [`FindingPrediction`].
 
-        What the predictor reads are the last features in D. With `supervised`, a [`FindingPrediction`].
+        What the predictor reads are the last features in D.
         """
         features, mask = self._features(view_features, view_mask)
         pooled = self.dropout(self._pooled(features, mask))
@@ -112,8 +111,6 @@ class OTDRGFindingPredictor(nn.Module):
         finding_logits = head_logits[:, 0]
         if self.heads > 1:
             finding_logits = head_logits.log_softmax(dim=-1).logsumexp(dim=1) - math.log(self.heads)
-        if not supervised:
-            return finding_logits
         tag_logits = None
         if self.tag_classifier is not None:
             weight, bias = (tensor.unflatten(0, (self.heads, -1)) for tensor in self.tag_classifier.parameters())
@@ -136,10 +133,12 @@ class OTDRGFindingPredictor(nn.Module):
         """What the classifiers read, (B, H, 14, P); (B, H, 1, P) if it is the same for all findings."""
         mean = (features * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
         if self.pooling == "mean":
-            # Statistics need more than one study.
-            is_alone = self.training and len(mean) == 1
-            mean = mean if is_alone else self.standardize(mean)
-            # One dropout mask for the findings: 14 would take most of the time of a step, and teach each the same.
+            if self.training and len(mean) == 1:  # statistics of a batch need more than one study
+                running = self.standardize.running_mean, self.standardize.running_var
+                mean = F.batch_norm(mean, *running, eps=self.standardize.eps)
+            else:
+                mean = self.standardize(mean)
+            # All findings share one dropout mask: 14 masks would take most of the time of a step, without benefit.
             return mean[:, None, None].expand(-1, self.heads, -1, -1)
         pooled = self._weights(features, mask) @ features
         if self.pooling == "attention":

@@ -79,6 +79,8 @@ def _localise(options: argparse.Namespace, findings: list[str]) -> None:
         options.batch_size,
     )
     scores = localisation_scores(judged.maps, len(judged.ids), options.resamples, source.seed)
+    # A predictor that pools by transport makes its plans before there are states.
+    before = model.config.predictor_pooling == "transport"
     settings = {
         "model": options.model,
         "split": options.split,
@@ -86,7 +88,7 @@ def _localise(options: argparse.Namespace, findings: list[str]) -> None:
         "image_size": source.image_size,
         "views": source.views,
         "seed": source.seed,
-        "states": "predicted" if options.predicted else "true",
+        "states": None if before else "predicted" if options.predicted else "true",
         "image_grid": judged.grid,
         "resamples": options.resamples,
     }

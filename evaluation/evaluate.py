@@ -98,7 +98,7 @@ class Evaluation:
         true_states: (N, 14) states the labeler reads in `uncleaned_references`.
         finding_states: (N, 14) states the model predicted.
         labeler: name of the labeler.
-        rows: by key of `ROWS`, all but the constant.
+        rows: by key of `ROWS`, all but the constant and the paper's.
         constants: by score, the row of the constant report chosen for it.
         steered: by origin of the conditioning states: "predicted" and, if asked for, "true_states" and "flipped";
             empty for a model with `dle=False`, which does not use finding states.
@@ -166,8 +166,8 @@ def evaluate_model(
       the images.
     - `retrieval`: the report of the training study with the nearest image features, the model's own, and the one with
       the highest expected utility ([`retrieve_reports`]).
-    - `constant`: for each score, the training report that scores best when it is written for every training study
-      ([`best_constants`]).
+    - `constant`: for each score, the training report that scores best when it is written for every training study, for
+      F1 also a text with every finding positive ([`best_constants`]).
     - `true_states`: the model conditioned on the true states, the ceiling of a better predictor.
     - `flipped`: the same with one finding of each study flipped ([`flip_states`]), for faithfulness.
 

@@ -156,7 +156,9 @@ def write_localisation(
     """
     counts = {name: asdict(count) for name, count in judged.counts.items()}
     verdicts = localisation_verdicts(scores)
-    document = "\n\n".join([_heading(settings), *verdicts, localisation_table(scores), _left_out(counts)])
+    document = "\n\n".join(
+        [_heading(settings), *verdicts, localisation_table(scores), _left_out(counts, bool(settings["states"]))]
+    )
     write_text(paths[".md"], f"{document}\n")
     write_json(paths[".json"], {**settings, **scores, "counts": counts, "verdicts": verdicts})
     rows = (
@@ -176,22 +178,27 @@ def write_localisation(
 def _heading(settings: Mapping[str, Any]) -> str:
     shared = ", which share one plan" if len(settings["views"]) > 1 else ""
     grid, size = settings["image_grid"], settings["image_size"]
+    plans = f"plans for {settings['states']} states" if settings["states"] else "plans of the label predictor"
     return (
         f"# Localisation of {settings['model']}\n\n"
         f"{settings['studies']} phantoms of the split {settings['split']} (seed {settings['seed']}), "
-        f"{' and '.join(settings['views'])} views of {size} pixels{shared}; plans for {settings['states']} states, "
+        f"{' and '.join(settings['views'])} views of {size} pixels{shared}; {plans}, "
         f"over {grid} x {grid} tokens, resampled bilinearly."
     )
 
 
-def _left_out(counts: Mapping[str, Mapping[str, int]]) -> str:
+def _left_out(counts: Mapping[str, Mapping[str, int]], by_state: bool) -> str:
     totals = {name: sum(count[name] for count in counts.values()) for name in asdict(FindingCounts())}
-    return (
+    given = (
         f"The plan was made for the state positive for {totals['given_positive']} of {totals['positive']} positive "
-        f"findings. {totals['judged']} masks were judged; left out were {totals['unseen']} views that do not show the "
-        f"finding and {totals['covering']} whose mask covers more than half of the view. {totals['without_mass']} maps "
-        "without any mass count as 0."
+        "findings. "
     )
+    judged = (
+        f"{totals['judged']} masks were judged; left out were {totals['unseen']} views that do not show the finding "
+        f"and {totals['covering']} whose mask covers more than half of the view. {totals['without_mass']} maps without "
+        "any mass count as 0."
+    )
+    return given + judged if by_state else judged
 
 
 def localisation_table(scores: Mapping[str, Any]) -> str:

@@ -92,13 +92,14 @@ def _preamble(settings: Mapping[str, Any], studies: int) -> str:
         counts.append(f"{split} {count[unit]:,} {unit}{published}")
     decoding = settings["generation"]
     search = describe_search(decoding)
-    indication = ", with indication" * decoding["indication"]
+    indication = ", with indication" if decoding["indication"] else ""
     lines = [
         f"{studies:,} studies of split {settings['split']} of {settings['dataset']}",
         _ZERO_SHOT[settings["zero_shot"]],
         f"in all: {'; '.join(counts)}",
         f"constants and neighbours from {settings['training_from']}",
-        f"cleaning {settings['cleaning']}" + (", also of generated reports" * settings["generated_reports_cleaned"]),
+        f"cleaning {settings['cleaning']}"
+        + (", also of generated reports" if settings["generated_reports_cleaned"] else ""),
         f"protocol {protocol}",
         f"{search}, up to {decoding['max_new_tokens']} tokens{indication}",
     ]

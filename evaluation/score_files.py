@@ -270,7 +270,7 @@ def format_scored(scored: ScoredFiles) -> str:
     blocks = ["; ".join(facts)]
     clinical = system.section("clinical_efficacy")
     for title, headings in score_tables().items():
-        if system.scores.keys() - clinical.keys() & headings.keys():
+        if (system.scores.keys() - clinical.keys()) & headings.keys():
             blocks.append(score_table(title, system.scores, scored.intervals))
     if clinical:
         blocks.append(clinical_table(clinical, scored.intervals))

@@ -61,9 +61,9 @@ def test_finding_predictor_heads_average_the_probabilities_of_single_ones(tokens
             per_head = name.startswith(("queries", "classifier"))
             weights[name] = weight.chunk(3)[head] if per_head else weight
         single.load_state_dict(weights)
-        probabilities.append(single(*tokens).softmax(dim=-1))
+        probabilities.append(single(*tokens).finding_logits.softmax(dim=-1))
     expected = torch.stack(probabilities).mean(dim=0)
-    assert torch.allclose(several(*tokens).exp(), expected, atol=1e-5)
+    assert torch.allclose(several(*tokens).finding_logits.exp(), expected, atol=1e-5)
 
 
 def test_finding_predictor_old_weights_give_the_old_logits(tokens):
@@ -76,7 +76,7 @@ def test_finding_predictor_old_weights_give_the_old_logits(tokens):
             attention = (there @ predictor.key.weight.T + predictor.key.bias) @ predictor.queries.weight[finding]
             pooled = torch.cat(((attention / SIZE**0.5).softmax(dim=0) @ there, there.mean(dim=0)))
             logits = classifier[finding] @ pooled + predictor.classifier.bias.reshape(14, 4)[finding]
-            assert torch.allclose(predictor(*tokens)[study, finding], logits, atol=1e-4)
+            assert torch.allclose(predictor(*tokens).finding_logits[study, finding], logits, atol=1e-4)
 
 
 def test_finding_predictor_queries_start_large_and_words_at_zero(build_config):
@@ -104,7 +104,7 @@ def test_transport_pooling_gives_each_token_its_share_of_the_mass(tokens):
 
 def test_transport_pooling_gradient_reaches_the_anchors(tokens):
     predictor = predictor_of(predictor_pooling="transport")
-    predictor(*tokens).square().sum().backward()
+    predictor(*tokens).finding_logits.square().sum().backward()
     assert predictor.queries.weight.grad.abs().sum() > 0 and predictor.key.weight.grad.abs().sum() > 0
 
 
@@ -130,7 +130,7 @@ def test_mean_pooling_standardises_by_the_training_studies():
     assert torch.allclose(predictor.standardize.running_mean, 0.1 * mean.mean(dim=0), atol=1e-5)
     # A batch of one study has no statistics; it changes none.
     before = predictor.standardize.running_var.clone()
-    assert predictor(features[:1], mask[:1]).isfinite().all()
+    assert predictor(features[:1], mask[:1]).finding_logits.isfinite().all()
     assert torch.equal(predictor.standardize.running_var, before)
 
 
@@ -139,7 +139,7 @@ def test_mean_pooling_dropout_is_drawn_for_each_head_and_shared_by_findings(toke
     with torch.no_grad():
         predictor.classifier.weight[:] = predictor.classifier.weight[:4].repeat(2 * len(FINDINGS), 1)
         predictor.classifier.bias.zero_()
-    heads = predictor(*tokens, supervised=True).head_logits
+    heads = predictor(*tokens).head_logits
     assert torch.allclose(heads, heads[:, :, :1].expand_as(heads), atol=1e-5)
     assert not torch.allclose(heads[:, 0], heads[:, 1])
 
@@ -392,7 +392,7 @@ def test_predictor_grid_the_predictor_reads_the_encoders_finer_grid(build_model,
         features = model.encode_views(inputs["pixel_values"], inputs["view_mask"])
         tokens = model.vision_tower(inputs["pixel_values"][0]).last_hidden_state[:, 1:]
         assert torch.allclose(features[0], tokens, atol=1e-5), "row by row, as the encoder's own tokens"
-        logits = model.finding_predictor(features, inputs["view_mask"])
+        logits = model.finding_predictor(features, inputs["view_mask"]).finding_logits
         assert torch.allclose(model(**inputs).finding_logits, logits, atol=1e-4)
         lift = model.predictor_lift(features, inputs["view_mask"])
         weights = model.finding_predictor.token_weights(features, inputs["view_mask"])

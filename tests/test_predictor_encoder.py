@@ -100,7 +100,7 @@ def test_own_encoder_each_part_reads_its_own_features(own, study):
     assert torch.equal(plain.logits, predictor.logits) and torch.equal(plain.transport_plan, predictor.transport_plan)
     assert not torch.allclose(plain.logits, report.logits)
     # What an encoder of the predictor's own gives alone will do.
-    alone = own.finding_predictor(features[..., size:], study["view_mask"])
+    alone = own.finding_predictor(features[..., size:], study["view_mask"]).finding_logits
     assert torch.equal(alone, plain.finding_logits)
 
 

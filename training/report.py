@@ -152,8 +152,8 @@ class ReportArguments(StageArguments):
     )
     suppressed_words: list[str] = option(
         [],
-        "Words that are never written, such as the placeholder of de-identified words; with a bank, its reports with "
-        "one are no candidates.",
+        "Words whose tokens are banned in generation, in this spelling, such as the placeholder of de-identified "
+        "words; with a bank, its reports with one are no candidates.",
     )
     evaluation: EvaluationRecipe = field(
         default_factory=EvaluationRecipe, metadata={"help": "The table of generated reports."}
@@ -442,9 +442,15 @@ def report_trainer(run: StageRun) -> StageTrainer:
         loss_callback=schedules,
         frozen=frozen,
         train_collator=ReportCollator(
-            processor, True, tokens, trains_predictor, indication, section.abnormal_sentence_weight, abnormal
+            processor,
+            training=True,
+            max_report_tokens=tokens,
+            supervise_predictor=trains_predictor,
+            indication=indication,
+            sentence_weight=section.abnormal_sentence_weight,
+            abnormal=abnormal,
         ),
-        eval_collator=ReportCollator(processor, False, tokens, indication=indication),
+        eval_collator=ReportCollator(processor, training=False, max_report_tokens=tokens, indication=indication),
         train_lengths=lengths,
         train_weights=study_weights(train["finding_states"], section.abnormal_study_weight),
         score=Validation(recipe, model, processor, validation, run.folder, args.best) if generates else None,
@@ -457,7 +463,8 @@ def report_trainer(run: StageRun) -> StageTrainer:
 class Validation:
     """Generates reports for validation studies, scores them and writes them to `FOLDER/validation/step-N.csv`.
 
-    Reports are decoded and read as the section `report` says; `best` is the stage's `metric_for_best_model`.
+    Reports are decoded with `generation_num_beams` and without consensus decoding, and read by `evaluation.labeler`;
+    `best` is the stage's `metric_for_best_model`.
     """
 
     recipe: Recipe
@@ -494,9 +501,9 @@ class Validation:
         return self.studies.select(range(min(limit or len(self.studies), len(self.studies))))
 
     def constant(self, training: Dataset | StreamedStudies) -> float | None:
-        """The highest `metric_for_best_model` of the [`best_constants`] of training, each written for every study.
+        """The best `metric_for_best_model` that one constant report of training reaches on validation.
 
-        None if it is made of other scores than those.
+        None if the metric has a score outside `SEARCHED_SCORES`, such as `loss`.
         """
         wanted = {name: full_score_name(name) for name in self.best.weights if name in score_names()}
         if wanted.keys() != self.best.weights.keys() or not set(SEARCHED_SCORES).issuperset(wanted.values()):
