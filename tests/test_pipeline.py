@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from otdrg import FINDING_STATES, FINDINGS, ReportGenerationPipeline
-from otdrg.bank_otdrg import ReportBank
+from otdrg.bank_otdrg import ReportBank, pool_views
 from otdrg.consensus_otdrg import ConsensusDecoder, ConsensusSettings, store_settings
 from otdrg.labelers import UnreadReportsWarning, load_labeler
 from PIL import Image
@@ -328,6 +328,17 @@ def test_pipeline_consensus_is_that_of_the_decoder(pipe, model, processor, paths
     config = copy.deepcopy(model.generation_config)
     config.max_new_tokens = asked.pop("max_new_tokens")
     assert pipe(paths[0], generation_config=config, **asked)[0] == record
+
+
+def test_pipeline_indication_decides_between_studies_that_look_alike(pipe, model, processor, paths):
+    inputs = processor(images=[paths[0]])
+    with torch.no_grad():
+        features = pool_views(model.encode_views(inputs["pixel_values"], inputs["view_mask"]), inputs["view_mask"])
+    reports, indications = ["The lungs are clear.", "Pleural effusion."], ["Cough.", "chest pain"]
+    bank = ReportBank(reports * 4, features.numpy().repeat(8, axis=0), indications=indications * 4)
+    asked = {"candidates": 0, "bank": bank, "consensus": {"agreement_weight": 0.0}}
+    written = [pipe(paths[0], indication=text, **asked)[0]["generated_text"] for text in indications]
+    assert written == reports
 
 
 def test_pipeline_consensus_of_the_generation_config_is_the_default(build_model, paths, tmp_path):
