@@ -137,7 +137,8 @@ def test_generate_predicts_states_once_before_decoding(model, prompts, use_cache
 
     def change_its_mind(module, inputs, output):
         seen.append(1)
-        return predicted if len(seen) == 1 else predicted.flip(0).roll(1, dims=-1)
+        other = predicted.flip(0).roll(1, dims=-1)
+        return output._replace(finding_logits=predicted if len(seen) == 1 else other)
 
     hook = model.finding_predictor.register_forward_hook(change_its_mind)
     try:
@@ -282,7 +283,9 @@ def test_generate_predicted_states_decide_the_report(trained, views):
     model, processor, states, expected = trained
     for row in (0, 1):
         logits = torch.nn.functional.one_hot(states[row : row + 1], 4) * 9.0
-        hook = model.finding_predictor.register_forward_hook(lambda *_, logits=logits: logits)
+        hook = model.finding_predictor.register_forward_hook(
+            lambda *_, logits=logits: _[2]._replace(finding_logits=logits)
+        )
         try:
             assert written(model, processor, images=[views[0]]) == [expected[row]]
         finally:

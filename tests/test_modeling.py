@@ -584,8 +584,10 @@ def test_forward_finding_states_condition_the_report_and_labels_do_not(model, st
         inputs = {key: value for key, value in study.items() if key != "finding_states"}
         predicted = run(inputs)
         supervised_only = run(inputs, finding_labels=study["finding_states"])
+        report_only = run(study, finding_labels=(study["finding_states"] + 1) % 4, report_only=True)
     assert not torch.allclose(given.report_loss, other.report_loss, atol=1e-4)
     assert torch.equal(given.logits, supervised.logits)
+    assert torch.equal(report_only.loss, supervised.loss) and "predictor_loss" in report_only
     assert torch.equal(predicted.logits, supervised_only.logits)
 
 

@@ -106,7 +106,9 @@ def test_generate_reports_with_partly_given_states_conditions_as_the_model_does(
         logits = model(pixel_values=batch["pixel_values"], view_mask=batch["view_mask"]).finding_logits
     healthy = torch.zeros_like(logits)
     healthy[..., 0], healthy[:, FINDINGS.index("no_finding"), 1] = 5.0, 9.0
-    hook = model.finding_predictor.register_forward_hook(lambda *_: healthy[: len(_[2])])
+    hook = model.finding_predictor.register_forward_hook(
+        lambda *_: _[2]._replace(finding_logits=healthy[: len(_[2].finding_logits)])
+    )
     try:
         written = generate_reports(model, processor, studies, 4, GENERATION, given)
     finally:
