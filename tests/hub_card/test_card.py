@@ -423,7 +423,7 @@ def test_card_base_models_have_their_relation(copied, form, relation):
     assert card.data.license == "other" and all(f"`{name}`" in card.text for name in bases)
     assert ("trained tensors only" in card.text) == (form == "adapter")
     libraries = {"full": "torch and timm", "adapter": "torch, timm and peft"}[form]
-    assert f"transformers 5 or later with {libraries}, and nothing else" in words(card)
+    assert f"transformers 5.24 or later with {libraries}, and nothing else" in words(card)
     given = build_card(copied, "org/tiny", form=form, base_models=["org/base"])
     assert given.data.base_model == ["org/base"]
 
