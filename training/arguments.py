@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
-from .distributed import device_arguments, has_accelerator
+from ..runtime.processes import device_arguments, has_accelerator
 from .fields import COUNT, NOT_NEGATIVE, POSITIVE, Bounds, Section, check_bounds, option
 
 #: Fields of TrainingArguments that a run sets itself, and what to use in their place or why there is nothing.

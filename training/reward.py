@@ -21,9 +21,9 @@ from torch import nn
 from transformers import GenerationConfig
 
 from ..inference.collation import PromptCollator
-from ..inference.processes import is_sharded, open_methods
 from ..metrics.rewards import REWARDS, RewardFunction
 from ..modeling_otdrg import OTDRGForReportGeneration
+from ..runtime.processes import is_sharded, open_methods
 from .arguments import StageArguments
 from .callbacks import LossCallback, everywhere
 from .collation import ReportCollator

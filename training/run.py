@@ -22,11 +22,11 @@ from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from ..runtime.interruptions import FULL, RunInterruptedError, ended_by, is_out_of_memory
 from ..runtime.output_lock import OutputLock
+from ..runtime.processes import has_accelerator, start_processes
 from ..studies.fingerprint import fingerprint
 from .arguments import StageArguments
 from .check import check_arguments, check_model, check_recipe, check_studies
 from .data import StudySplits, build_studies, describe_studies
-from .distributed import has_accelerator, start_processes
 from .model import build_model, load_model
 from .recipe import Recipe
 from .resumption import (

@@ -11,12 +11,11 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from ..inference.processes import is_sharded, open_methods
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
+from ..runtime.processes import check_wrapper, fill, is_sharded, open_methods, weightless_copy
 from .arguments import StageArguments
 from .callbacks import FIGURES, HistoryCallback, LossCallback, NonFiniteLossError, SaveOnEvaluation
-from .distributed import check_wrapper, fill, weightless_copy
 from .resumable_trainer import ResumableTrainer
 from .resumption import last_checkpoint
 
