@@ -23,6 +23,7 @@ from ..processing_otdrg import OTDRGProcessor
 from ..runtime.interruptions import FULL, RunInterruptedError, ended_by, is_out_of_memory
 from ..runtime.output_lock import OutputLock
 from ..runtime.processes import has_accelerator, start_processes
+from ..runtime.run_record import RunRecord, read_results
 from ..studies.fingerprint import fingerprint
 from .arguments import StageArguments
 from .check import check_arguments, check_model, check_recipe, check_studies
@@ -40,7 +41,6 @@ from .resumption import (
     remove_partial_checkpoints,
     stage_start,
 )
-from .run_folder import RunRecord, read_results
 from .stages import StageRun, earlier_stages, published_folder, stage_of
 
 logger = logging.getLogger(__name__)
@@ -125,8 +125,15 @@ def _run_stages(recipe: Recipe, state: PartialState, resume: bool, overwrite: bo
         _prepare_folder(recipe, pending, resume)
 
     _by_main_process(state, prepare_folder)
-    record = RunRecord(recipe, state, data, describe_studies(studies) if state.is_main_process else {})
-    run = _Run(recipe, state, pending, studies, data, record, read_results(Path(recipe.output_dir)))
+    output = Path(recipe.output_dir)
+    facts = {
+        "seed": recipe.seed,
+        "studies": data,
+        "data": describe_studies(studies) if state.is_main_process else {},
+        "hub_dataset": recipe.studies.hub_dataset,
+    }
+    record = RunRecord(output, state, facts)
+    run = _Run(recipe, state, pending, studies, data, record, read_results(output))
     try:
         run.train(resume)
         record.end("finished")
