@@ -29,6 +29,7 @@ from ..inference.features import CachedStudies
 from ..inference.loading import consensus_decoder, described_consensus
 from ..inference.model_files import read_config
 from ..inference.retrieval import build_bank
+from ..labelers.abnormal import abnormal_sentences
 from ..labelers.as_typed import label_quietly, labeler_of
 from ..metrics import best_constants, full_score_name, metric_choices, metric_of, score_names, score_reports
 from ..metrics.baselines import SEARCHED_SCORES
@@ -36,10 +37,9 @@ from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from ..studies.loading import uncleaned_reports
 from ..studies.streaming import StreamedStudies
-from .abnormal import abnormal_sentences, study_weights
 from .arguments import StageArguments, WeightedScores
 from .callbacks import SinkhornLossCallback
-from .collation import ReportCollator
+from .collation import ReportCollator, study_weights
 from .data import StudySplits, describe_studies
 from .fields import COUNT, POSITIVE, Bounds, Section, need, option, unknown_key
 from .model import attach_lora, cached_where_frozen, check_backbones, preset_config, set_trained_parts
