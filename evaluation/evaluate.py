@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from datasets import Dataset
@@ -49,7 +49,8 @@ IN_TRAINING = {"in_training": "in training"}
 
 #: What can be asked for beside the model's row; `retrieval` gives the rows `nearest` and `expected`. `flipped` can be
 #: asked for as well; it is no row of the table, but a condition under which faithfulness is measured.
-CONTROLS: tuple[str, ...] = ("shuffled", "no_indication", "retrieval", "constant", "true_states")
+Control = Literal["shuffled", "no_indication", "retrieval", "constant", "true_states"]
+CONTROLS: tuple[str, ...] = get_args(Control)
 
 
 class Row(NamedTuple):
@@ -369,4 +370,14 @@ def _notes_on_states(evaluation: Evaluation) -> list[str]:
     return [*notes, *filter(None, [example_ceiling(evaluation.true_states)])]
 
 
-__all__ = ["CONTROLS", "IN_TRAINING", "PAPER_SCORES", "ROWS", "Evaluation", "Row", "Steered", "evaluate_model"]
+__all__ = [
+    "CONTROLS",
+    "IN_TRAINING",
+    "PAPER_SCORES",
+    "ROWS",
+    "Control",
+    "Evaluation",
+    "Row",
+    "Steered",
+    "evaluate_model",
+]

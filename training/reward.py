@@ -30,10 +30,11 @@ from .collation import ReportCollator
 from .fields import NOT_NEGATIVE, POSITIVE, Bounds, need, option
 from .model import attach_lora, cached_where_frozen, set_trained_parts
 from .recipe import Recipe
-from .report import ReportArguments, ReportStage, Validation, merged, trained_model
+from .report import ReportArguments, ReportStage, merged, trained_model
 from .resumption import is_finished
 from .stages import StageRun
 from .trainer import StageTrainer
+from .validation import Validation
 
 _REWARDS = {"cider": 1.0, "bleu_4": 1.0, "agreement": 0.5}
 
