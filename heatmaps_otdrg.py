@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from .configuration_otdrg import OTDRGConfig
+from .predictor_otdrg import OTDRGFindingPredictor
+from .sinkhorn_otdrg import SinkhornOutput
 from .vision_otdrg import full_view_mask
 
 
 class OTDRGHeatmapMixin:
-    """Heatmaps of [`OTDRGForReportGeneration`]."""
+    """Heatmaps of [`OTDRGForReportGeneration`], which has the attributes that are only declared here."""
 
     config: OTDRGConfig
+    finding_predictor: OTDRGFindingPredictor
+    project_views: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    get_label_features: Callable[[torch.Tensor], torch.Tensor]
+    transport: Callable[..., tuple[SinkhornOutput, torch.Tensor]]
+    _label_mask: Callable[[torch.Tensor], torch.Tensor]
 
     @torch.no_grad()
     def transport_lift(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,13 +13,19 @@ from torch.nn.utils.rnn import pad_sequence
 from .configuration_otdrg import OTDRGConfig
 from .findings_otdrg import FINDINGS, NOT_GIVEN, UNMENTIONED, check_finding_states
 from .guidance_otdrg import drop_states
+from .outputs_otdrg import OTDRGStudy
 
 
 class OTDRGPromptMixin:
-    """Prompts of [`OTDRGForReportGeneration`]."""
+    """Prompts of [`OTDRGForReportGeneration`], which has the attributes that are only declared here."""
 
     config: OTDRGConfig
     training: bool
+    get_input_embeddings: Callable[[], Any]
+    read_study: Callable[..., OTDRGStudy]
+    project_views: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    _label_features: Callable[[torch.Tensor], torch.Tensor | None]
+    _place_study: Callable[..., tuple[torch.Tensor, Any]]
 
     def expand_finding_text(
         self,
