@@ -44,7 +44,7 @@ from .recipe import Recipe
 from .resumption import is_finished
 from .stages import Stage, StageRun
 from .trainer import StageTrainer
-from .validation import GENERATION, EvaluationRecipe, Validation, check_generation, decoding
+from .validation import GENERATION, EvaluationRecipe, Validation, check_generation, decoding, generating_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -347,13 +347,9 @@ def report_trainer(run: StageRun) -> StageTrainer:
         tau = recipe.predictor.logit_adjustment
         model.finding_logit_adjustment = logit_adjustment(run.studies["train"]["finding_states"], tau)
     train, validation = run.studies["train"], run.studies.get("validation")
-    args = section.prepare(
-        run.folder,
-        recipe.seed,
-        recipe.report_to,
-        evaluates=validation is not None,
-        label_names=["labels"],
-        prediction_loss_only=True,
+    args = generating_arguments(
+        run,
+        section,
         # Training studies are grouped by our sampler; transformers would also group those of evaluations, and fail.
         train_sampling_strategy="random"
         if section.train_sampling_strategy == "group_by_length"
@@ -373,7 +369,6 @@ def report_trainer(run: StageRun) -> StageTrainer:
         labels = recipe.labels
         labeler = labeler_of(labels.labeler or "rules", labels.options if labels.labeler else {})
         abnormal = abnormal_sentences(list(train["report"]), labeler)
-    generates = validation is not None and args.metric_for_best_model is not None
     return StageTrainer(
         model,
         args,
@@ -392,7 +387,7 @@ def report_trainer(run: StageRun) -> StageTrainer:
         eval_collator=ReportCollator(processor, training=False, max_report_tokens=tokens, indication=indication),
         train_lengths=lengths,
         train_weights=study_weights(train["finding_states"], section.abnormal_study_weight),
-        score=Validation(recipe, model, processor, validation, run.folder, args.best) if generates else None,
+        score=Validation.of(run, args, validation),
         train_dataset=train,
         eval_dataset=validation,
     )

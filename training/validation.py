@@ -21,9 +21,10 @@ from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from ..studies.loading import uncleaned_reports
 from ..studies.streaming import StreamedStudies
-from .arguments import WeightedScores
+from .arguments import StageArguments, WeightedScores
 from .fields import COUNT, Bounds, Section, need, option, unknown_key
 from .recipe import Recipe
+from .stages import StageRun
 
 #: Scores of every evaluation during training. METEOR starts Java and is computed only if the best model depends on it.
 VALIDATION_SCORES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider", "micro_f1_13", "macro_f1_13")
@@ -84,6 +85,19 @@ def decoding(recipe: Recipe, processor: OTDRGProcessor) -> dict[str, Any]:
     return {**section.generation, "bad_words_ids": [list(row) for row in dict.fromkeys(map(tuple, ids))]}
 
 
+def generating_arguments(run: StageRun, section: StageArguments, **fixed) -> StageArguments:
+    """The complete arguments of a stage that learns to generate reports; `fixed` as of [`StageArguments.prepare`]."""
+    return section.prepare(
+        run.folder,
+        run.recipe.seed,
+        run.recipe.report_to,
+        evaluates="validation" in run.studies,
+        label_names=["labels"],
+        prediction_loss_only=True,
+        **fixed,
+    )
+
+
 @dataclass
 class Validation:
     """Generates reports for validation studies, scores them and writes them to `FOLDER/validation/step-N.csv`.
@@ -98,6 +112,13 @@ class Validation:
     studies: Dataset | CachedStudies
     folder: Path
     best: WeightedScores
+
+    @classmethod
+    def of(cls, run: StageRun, args: StageArguments, studies: Dataset | CachedStudies | None) -> Validation | None:
+        """The validation of a stage; None without studies or without `metric_for_best_model`."""
+        if studies is None or args.metric_for_best_model is None:
+            return None
+        return cls(run.recipe, run.model, run.processor, studies, run.folder, args.best)
 
     def __call__(self, step: int) -> dict[str, float]:
         """`VALIDATION_SCORES` and the scores of `metric_for_best_model`; every process must call it."""
@@ -145,4 +166,12 @@ class Validation:
         return max(values, default=None)
 
 
-__all__ = ["GENERATION", "VALIDATION_SCORES", "EvaluationRecipe", "Validation", "check_generation", "decoding"]
+__all__ = [
+    "GENERATION",
+    "VALIDATION_SCORES",
+    "EvaluationRecipe",
+    "Validation",
+    "check_generation",
+    "decoding",
+    "generating_arguments",
+]
