@@ -145,15 +145,24 @@ def evaluate_published(
         **facts,
         "warnings": [*facts["warnings"], *(f"left out: {reason}" for reason in left_out.values())],
         "generated_reports_cleaned": clean_generated,
+        **_described_scoring(options, tokenizer, reference_tokens),
+        "generation": settings,
+    }
+    faithfulness = measure_faithfulness(evaluation, training["finding_states"], options.floor)
+    return write_evaluation(output, described, evaluation, faithfulness)
+
+
+def _described_scoring(
+    options: EvaluationOptions, tokenizer: str | None, reference_tokens: int | None
+) -> dict[str, Any]:
+    """How reports are scored, for evaluation.json."""
+    return {
         "protocol": "full" if reference_tokens is None else "r2gengpt",
         "tokenizer": tokenizer,
         "reference_tokens": reference_tokens,
         "labeler_options": dict(options.labeler_options),
-        "generation": settings,
         "bootstrap": {"resamples": options.bootstrap, "confidence": 0.95, "seed": options.seed},
     }
-    faithfulness = measure_faithfulness(evaluation, training["finding_states"], options.floor)
-    return write_evaluation(output, described, evaluation, faithfulness)
 
 
 def _open_folder(output: Path, settings: dict[str, Any], overwrite: bool) -> None:
