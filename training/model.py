@@ -125,7 +125,7 @@ def check_backbones(recipe: ModelRecipe, config: OTDRGConfig) -> tuple[str | Non
 
 
 def check_model_recipe(model: ModelRecipe) -> None:
-    """Check the configuration, its backbones, LoRA and quantisation without loading a backbone; raises `ValueError`."""
+    """Check the configuration, its backbones and LoRA without loading a backbone; raises `ValueError`."""
     try:
         config = preset_config(model)
     except Exception as error:  # the configurations of backbones raise whatever their fields raise
@@ -135,7 +135,6 @@ def check_model_recipe(model: ModelRecipe) -> None:
     for field in ("lora", "vision_lora"):
         if getattr(config, field) is not None:
             _check_lora(f"model.overrides.{field}", getattr(config, field))
-    quantization_config(model.quantization)
 
 
 def preset_config(recipe: ModelRecipe) -> OTDRGConfig:

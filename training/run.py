@@ -28,7 +28,7 @@ from ..studies.fingerprint import fingerprint
 from .arguments import StageArguments, check_report_to
 from .callbacks import FIGURES
 from .data import StudySplits, build_studies, check_labels, check_source, describe_studies
-from .model import build_model, check_lora_targets, check_model_recipe, load_model, lora_fields
+from .model import build_model, check_lora_targets, check_model_recipe, load_model, lora_fields, quantization_config
 from .recipe import Recipe
 from .resumption import (
     FINISHED,
@@ -67,6 +67,7 @@ def check_recipe(recipe: Recipe) -> None:
             section.best.check(("loss", *FIGURES, *stage.score_names()))
         except ValueError as error:
             raise ValueError(f"{name}.metric_for_best_model={error}") from None
+    quantization_config(recipe.model.quantization)
 
 
 def run_recipe(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
