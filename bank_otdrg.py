@@ -112,7 +112,9 @@ class ReportBank:
         self.reports = list(self._rows)
         self._report = np.array([self._rows[report] for report in reports])
         self.counts = np.bincount(self._report)
-        self._utilities: dict[tuple, tuple[ReportUtility, np.ndarray | None]] = {}
+        # By the weights of the utility.
+        self._utilities: dict[tuple, ReportUtility] = {}
+        self._own_utilities: dict[tuple, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self.reports)
@@ -169,17 +171,15 @@ class ReportBank:
         """The utility against the bank's reports; made once for each `weights`."""
         key = tuple(sorted(weights.items()))
         if key not in self._utilities:
-            self._utilities[key] = ReportUtility(self.reports, self.counts, weights), None
-        return self._utilities[key][0]
+            self._utilities[key] = ReportUtility(self.reports, self.counts, weights)
+        return self._utilities[key]
 
     def own_utilities(self, weights: Mapping[str, float] = UTILITY) -> np.ndarray:
         """The utility (R, R) of each of the bank's reports if another one is the true report; computed once."""
-        utility, key = self.utility(weights), tuple(sorted(weights.items()))
-        found = self._utilities[key][1]
-        if found is None:
-            found = utility(self.reports).astype(np.float32)
-            self._utilities[key] = utility, found
-        return found
+        key = tuple(sorted(weights.items()))
+        if key not in self._own_utilities:
+            self._own_utilities[key] = self.utility(weights)(self.reports).astype(np.float32)
+        return self._own_utilities[key]
 
     def digest(self) -> str:
         """A digest of all that weights and utilities depend on."""

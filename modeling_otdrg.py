@@ -1,15 +1,15 @@
 """OTDRG: a vision encoder, a label predictor, feature integration by optimal transport, and an LLM that writes reports.
 
 Section and equation numbers are those of "Bridging Vision and Language: Optimal Transport-Driven Radiology Report
-Generation via LLMs". Long, because it is the method, to be read from top to bottom.
+Generation via LLMs". Long, because it is the method, to be read from top to bottom. Beside it: `vision_otdrg` (the
+encoder), `predictor_otdrg`, `sinkhorn_otdrg`, `prompt_otdrg`, `generation_otdrg` and `weights_otdrg` (loading, saving).
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple, logging
 
 from .configuration_otdrg import FINDING_TEXT_TOKEN, OTDRGConfig
@@ -34,20 +34,22 @@ from .findings_otdrg import (
     UNMENTIONED,
     check_finding_states,
 )
-from .generation_otdrg import CACHE, NO_IMAGE, OTDRGGenerationMixin, check_batch, given_cache, needs_views
+from .generation_otdrg import NO_IMAGE, OTDRGGenerationMixin, given_cache, needs_views
+from .heatmaps_otdrg import OTDRGHeatmapMixin
+from .outputs_otdrg import CACHE, OTDRGOutput, OTDRGStudy
 from .predictor_otdrg import (
-    FindingPrediction,
     OTDRGFindingPredictor,
     OTDRGQueries,
     OTDRGWords,
     predictor_loss,
 )
+from .prompt_otdrg import check_batch
 from .sinkhorn_otdrg import SinkhornOutput, cost_matrix, plan_entropy, sinkhorn
 from .vision_otdrg import (
+    blocks_feature_size,
     encode_pixels,
     existing_views,
     full_view_mask,
-    layers_size,
     unflatten_views,
     vision_feature_size,
 )
@@ -61,74 +63,6 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 SUPPORT_DEVICES = FINDINGS.index("support_devices")
-
-
-class OTDRGStudy(NamedTuple):
-    """
-    What the reports of B studies are written from: the result of [`OTDRGForReportGeneration.read_study`].
-
-    Args:
-        view_features (`torch.Tensor` of shape `(B, V, P * P, D)`): features of the encoded views, as of
-            [`encode_views`].
-        view_mask (`torch.Tensor` of shape `(B, V)`): true where there is a view.
-        finding_logits (`torch.Tensor` of shape `(B, 14, 4)`): the label predictor's; None if it was not run.
-        finding_states (`torch.Tensor` of shape `(B, 14)`): the states the LLM is conditioned on.
-        prediction (`FindingPrediction`): all that the label predictor predicts; None if it was not run.
-    """
-
-    view_features: torch.Tensor
-    view_mask: torch.Tensor
-    finding_logits: torch.Tensor | None
-    finding_states: torch.Tensor
-    prediction: FindingPrediction | None = None
-
-
-@dataclass
-class OTDRGOutput(ModelOutput):
-    """
-    Output of [`OTDRGForReportGeneration`]. M is the number of image tokens of a study.
-
-    Args:
-        loss (`torch.Tensor` of shape `()`): report_loss + lambda * ot_loss (eq. 12), plus predictor_loss where
-            `finding_labels` were given.
-        report_loss (`torch.Tensor` of shape `()`): L_RG (eq. 11), mean over the report's tokens; with `labels`.
-        ot_loss (`torch.Tensor` of shape `()`): L_OT, mean <T, C> over the batch, plus
-            `ot_contrastive_weight` times the contrastive term; with `labels`.
-        predictor_loss (`torch.Tensor` of shape `()`): L_cls (eq. 10), while training with the tags' loss; with
-            `finding_labels`.
-        logits (`torch.Tensor` of shape `(B, L, vocab_size)`): the LLM's; while training on `labels` only those that
-            predict the first label and what follows.
-        transport_plan (`torch.Tensor` of shape `(B, M, 14)`): T.
-        finding_logits (`torch.Tensor` of shape `(B, 14, 4)`): the label predictor's; None if all states are given
-            without `finding_labels`, with `report_only` or while training a predictor with its own encoder.
-        past_key_values (`Cache`): the LLM's key-value cache; called `cache` from transformers 5.24 on.
-        hidden_states, attentions (`tuple[torch.Tensor]`): the LLM's, with `output_hidden_states=True` and
-            `output_attentions=True`.
-        image_outputs (`BaseModelOutputWithPooling`): the encoded views, as [`get_image_features`] returns them.
-        ot_marginal_error, plan_entropy, epsilon_to_cost, label_spread (`torch.Tensor` of shape `()`):
-            figures to watch while training, with `labels`: mean L1 error of the plan's row marginals; entropy of the
-            plan over its maximum (1 is a uniform plan); epsilon over the mean cost; distance of label features from
-            their mean over their length.
-    """
-
-    loss: torch.Tensor | None = None
-    report_loss: torch.Tensor | None = None
-    ot_loss: torch.Tensor | None = None
-    predictor_loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    transport_plan: torch.Tensor | None = None
-    finding_logits: torch.Tensor | None = None
-    if CACHE == "cache":
-        cache: object | None = None
-    else:
-        past_key_values: object | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    image_outputs: BaseModelOutputWithPooling | None = None
-    ot_marginal_error: torch.Tensor | None = None
-    plan_entropy: torch.Tensor | None = None
-    epsilon_to_cost: torch.Tensor | None = None
-    label_spread: torch.Tensor | None = None
 
 
 # --- label features and projections (3.3.1) --------------------------------------------------------------------------
@@ -190,7 +124,7 @@ class OTDRGProjector(nn.Module):
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
-class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
+class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGHeatmapMixin, OTDRGGenerationMixin):
     r"""
     Reads a study of chest radiographs and writes its report.
 
@@ -246,8 +180,8 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
             if text_encoder is not None:
                 self.label_encoder.text_encoder = text_encoder
             self.label_projector = OTDRGProjector(self.label_encoder.feature_size, hidden_size, config.projection_norm)
-        extra_size = layers_size(self.vision_towers[-1], config.predictor_layers or ())
-        self.finding_predictor = OTDRGFindingPredictor(config, feature_size + extra_size)
+        feature_size += blocks_feature_size(self.vision_towers[-1], config.predictor_layers or ())
+        self.finding_predictor = OTDRGFindingPredictor(config, feature_size)
         self.ot_weight = config.ot_weight
         self.ot_epsilon = config.ot_epsilon
         self.finding_logit_adjustment: torch.Tensor | None = None
@@ -551,10 +485,9 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
         towers = {"report": self.vision_towers[:1], "predictor": self.vision_towers[-1:], "both": self.vision_towers}
         features = []
         for tower in towers[reader]:
-            reads_predictor = reader != "report" and tower is self.vision_towers[-1]
-            layers = (self.config.predictor_layers or ()) if reads_predictor else None
+            for_predictor = reader != "report" and tower is self.vision_towers[-1]
             patch_dropout = self.patch_dropout if tower.training else 0.0
-            features.append(encode_pixels(tower, pixels, self.config, layers, patch_dropout)[0])
+            features.append(encode_pixels(tower, pixels, self.config, for_predictor, patch_dropout)[0])
         # Concatenating a trained encoder's features and a frozen one's gives the wider of their types.
         return unflatten_views(torch.cat(features, -1), view_mask)
 
@@ -626,7 +559,7 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
         predicted[found.any(dim=1), NO_FINDING] = UNMENTIONED
         return torch.where(finding_states < 0, predicted, finding_states)
 
-    # -- step 2: projections, and the places of features in the prompt --------------------------------------------
+    # -- step 2: projections, and features in the prompt -----------------------------------------------------------
 
     def _report_features(self, view_features: torch.Tensor) -> torch.Tensor:
         """The features (B, V, image_tokens, D) of the report's encoder, averaged to the grid of image tokens.
@@ -676,17 +609,6 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
         """[`get_label_features`] of a model with FIOT; None without."""
         return self.get_label_features(finding_states) if self.config.fiot else None
 
-    def get_placeholder_mask(
-        self, token_id: int | None, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Positions (B, L) of a placeholder in `input_ids` or, if given, in `inputs_embeds` (B, L, hidden_size)."""
-        if inputs_embeds is None:
-            return torch.eq(torch.as_tensor(input_ids), -1 if token_id is None else token_id)
-        if token_id is None:
-            return torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
-        placeholder = self.get_input_embeddings()(torch.tensor(token_id, device=inputs_embeds.device))
-        return (inputs_embeds == placeholder).all(dim=-1)
-
     def _place_study(
         self, input_ids, inputs_embeds, image_features, image_mask, label_features, finding_states
     ) -> tuple[torch.Tensor, tuple[SinkhornOutput, torch.Tensor] | None]:
@@ -715,22 +637,6 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
             tokens = label_features + plan.to(read.dtype) @ read
         every_label = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         return self._place_features("finding", input_ids, inputs_embeds, tokens, every_label), transport
-
-    def _place_features(self, what, input_ids, inputs_embeds, features, mask) -> torch.Tensor:
-        """`inputs_embeds` with the unmasked `features` (B, M, D) in the places of the `what` token, in order."""
-        token_id = self.config.image_token_id if what == "image" else self.config.finding_token_id
-        placeholders = self.get_placeholder_mask(token_id, input_ids, None if input_ids is not None else inputs_embeds)
-        tokens, expected = placeholders.sum(dim=1), mask.sum(dim=1)
-        if input_ids is None and not tokens.any():
-            return inputs_embeds  # the caller has put features in place
-        wrong = (tokens != expected).nonzero().flatten()
-        if len(wrong):
-            row = int(wrong[0])
-            raise ValueError(
-                f"{what} tokens and {what} features do not match in row {row}: tokens: {int(tokens[row])}, "
-                f"features: {int(expected[row])}"
-            )
-        return inputs_embeds.masked_scatter(placeholders[:, :, None], features[mask].to(inputs_embeds.dtype))
 
     # -- step 3: optimal transport --------------------------------------------------------------------------------
 
@@ -805,46 +711,6 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
             "epsilon_to_cost": self.ot_epsilon / cost[mass].mean().clamp(min=1e-12),
             "label_spread": centred.norm(dim=-1).mean() / label_features.norm(dim=-1).mean().clamp(min=1e-12),
         }
-
-    @torch.no_grad()
-    def transport_lift(
-        self, view_features: torch.Tensor, view_mask: torch.Tensor, finding_states: torch.Tensor
-    ) -> torch.Tensor:
-        """The transport plan over each view's grid as a multiple of the uniform plan, for heatmaps (Figure 5).
-
-        The plan is FIOT's for the given states; with `predictor_pooling="transport"` the label predictor's.
-
-        Returns:
-            `torch.Tensor` of shape `(B, V, 14, rows, columns)`: 1 everywhere for a uniform plan, 0 where there is no
-            view or no mass. With `view_fusion="mean"` all views of a study share one plan.
-        """
-        if self.config.predictor_pooling == "transport":
-            return self.predictor_lift(view_features, view_mask)
-        image_features, image_mask = self.project_views(view_features, view_mask)
-        label_features = self.get_label_features(finding_states)
-        plan = self.transport(image_features, image_mask, label_features, finding_states)[0].plan
-        mass = image_mask.sum(dim=1) * self._label_mask(finding_states).sum(dim=1)
-        lift = (plan * mass[:, None, None]).transpose(1, 2)
-        lift = lift.unflatten(2, (-1, self.config.image_grid, self.config.image_grid)).transpose(1, 2)
-        return lift.expand(-1, view_mask.shape[1], -1, -1, -1) * view_mask[:, :, None, None, None]
-
-    @torch.no_grad()
-    def predictor_lift(self, view_features: torch.Tensor, view_mask: torch.Tensor) -> torch.Tensor:
-        """How much each token counts in the label predictor's pooling, as [`transport_lift`] returns it.
-
-        Of any `predictor_pooling`; it does not depend on the states.
-        """
-        view_mask = full_view_mask(view_features, view_mask)
-        tokens = view_features.shape[2]
-        lift = self.finding_predictor.token_weights(view_features, view_mask)
-        lift = lift * (tokens * view_mask.sum(dim=1))[:, None, None]
-        side = round(tokens**0.5)
-        return lift.unflatten(2, (-1, side, side)).transpose(1, 2)
-
-    @property
-    def has_heatmaps(self) -> bool:
-        """Whether there is a transport plan: that of FIOT, or of a predictor that pools by transport."""
-        return self.config.fiot or self.config.predictor_pooling == "transport"
 
 
 def _mark_initialized(model: PreTrainedModel) -> None:

@@ -24,7 +24,7 @@ def encode_pixels(
     tower: PreTrainedModel,
     pixels: torch.Tensor,
     config: OTDRGConfig,
-    layers: Sequence[int] | None = None,
+    for_predictor: bool = False,
     patch_dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, ModelOutput]:
@@ -34,8 +34,8 @@ def encode_pixels(
         tower: the encoder.
         pixels (`torch.Tensor` of shape `(A, C, H, W)`)
         config: the model's.
-        layers: where the label predictor reads the features: the blocks whose features, of unit variance, are
-            concatenated after the last ones.
+        for_predictor: whether the label predictor reads the features: those of the blocks `config.predictor_layers`, of
+            unit variance, are then concatenated after the last ones.
         patch_dropout: share of each view's patches, drawn at random, that the blocks do not read. A token of the grid
             is then the mean of its other patches, or of the view's if it has no other.
         kwargs: the encoder's, such as `output_attentions`.
@@ -47,20 +47,21 @@ def encode_pixels(
         ValueError: the encoder's tokens are not a grid, or all that the predictor reads are coarser than
             `config.predictor_grid`.
     """
-    if layers:
+    blocks = (config.predictor_layers or ()) if for_predictor else ()
+    if blocks:
         kwargs["output_hidden_states"] = True
     image_size = (pixels.shape[-2], pixels.shape[-1])
     with _patch_dropout(tower, image_size, patch_dropout) as kept:
         output = tower(pixels.to(tower.dtype), return_dict=True, **kwargs)
     grids = [_as_grid(_put_back(output.last_hidden_state, kept), tower, image_size)]
-    for layer in layers or ():
+    for block in blocks:
         if hasattr(tower, "timm_model"):
-            grid = output.hidden_states[layer - 1]  # timm's intermediate features are NCHW, and lack the embeddings
+            grid = output.hidden_states[block - 1]  # timm's intermediate features are NCHW, and lack the embeddings
         else:
-            grid = _as_grid(_put_back(output.hidden_states[layer], kept), tower, image_size)
+            grid = _as_grid(_put_back(output.hidden_states[block], kept), tower, image_size)
         grids.append(grid)
     finest = max(min(grid.shape[2:]) for grid in grids)
-    if layers is not None and (config.predictor_grid or 0) > finest:
+    if for_predictor and (config.predictor_grid or 0) > finest:
         raise ValueError(
             f"OTDRGConfig.predictor_grid={config.predictor_grid}: expected at most {finest}, the side of the grid of "
             f"the encoder's features for views of {image_size[0]} x {image_size[1]} pixels"
@@ -169,25 +170,25 @@ def _is_plain(config: PreTrainedConfig) -> bool:
     return not hasattr(config, "depths") and not hasattr(config, "hidden_sizes")
 
 
-def layers_size(vision_tower: PreTrainedModel, layers: Sequence[int]) -> int:
-    """Size of the features that the label predictor reads of these blocks of the encoder.
+def blocks_feature_size(vision_tower: PreTrainedModel, blocks: Sequence[int]) -> int:
+    """Size of the features of some blocks (from 1), concatenated, as the label predictor reads them.
 
     Raises:
         ValueError: the encoder has no such block, or does not give the features of its blocks.
     """
-    if not layers:
+    if not blocks:
         return 0
     timm_model, config = getattr(vision_tower, "timm_model", None), vision_tower.config
     if timm_model is not None:
-        widths = [block["num_chs"] for block in getattr(timm_model, "feature_info", [])]
+        widths = [stage["num_chs"] for stage in getattr(timm_model, "feature_info", [])]
         widths = widths if hasattr(timm_model, "forward_intermediates") else []
     else:
         widths = [config.hidden_size] * config.num_hidden_layers if _is_plain(config) else []
-    for layer in layers:
-        if layer > len(widths):
+    for block in blocks:
+        if block > len(widths):
             expected = f"blocks from 1 to {len(widths)}" if widths else "null, this encoder's blocks cannot be read"
-            raise ValueError(f"OTDRGConfig.predictor_layers={list(layers)}: expected {expected}")
-    return sum(widths[layer - 1] for layer in layers)
+            raise ValueError(f"OTDRGConfig.predictor_layers={list(blocks)}: expected {expected}")
+    return sum(widths[block - 1] for block in blocks)
 
 
 def full_view_mask(views: torch.Tensor, view_mask: torch.Tensor | None) -> torch.Tensor:
@@ -220,11 +221,11 @@ def unflatten_views(features: torch.Tensor, view_mask: torch.Tensor) -> torch.Te
 
 __all__ = [
     "PATCH_DROPOUT_ENCODERS",
+    "blocks_feature_size",
     "encode_pixels",
     "encoder_blocks",
     "existing_views",
     "full_view_mask",
-    "layers_size",
     "unflatten_views",
     "vision_feature_size",
 ]

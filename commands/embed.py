@@ -59,7 +59,7 @@ def _embed(options: argparse.Namespace) -> None:
     # Imported here, because torch, transformers and scikit-learn take seconds.
     from ..evaluation.embedding import aligned_features, single_findings, write_embedding
     from ..inference.loading import load_published
-    from ..training.run_folder import new_results
+    from ..runtime.output_lock import new_results
 
     paths = new_results(options.output, "embedding", (".png", ".json", ".csv"), options.overwrite)
     studies = _studies(options)

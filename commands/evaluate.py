@@ -114,7 +114,7 @@ def _evaluate(options: argparse.Namespace, output: Path) -> str:
     labeler_of(options.labeler, labeler_options)
 
     # Imported after the checks, because it takes seconds.
-    from ..evaluation.published import evaluate_published
+    from ..evaluation.published import EvaluationOptions, evaluate_published
     from ..training.data import describe_studies, evaluation_studies
     from ..training.recipe import find_run, published_recipe
 
@@ -143,11 +143,23 @@ def _evaluate(options: argparse.Namespace, output: Path) -> str:
         output,
         facts,
         options.feature_cache or (own and own.feature_cache) or (folder or output) / "features",
-        {
-            **vars(options),
-            "labeler_options": labeler_options,
-            "indication": indication,
-        },
+        EvaluationOptions(
+            num_beams=options.num_beams,
+            max_new_tokens=options.max_new_tokens,
+            guidance_scale=options.guidance_scale,
+            candidates=options.candidates,
+            bank=options.bank,
+            retrieved=options.retrieved,
+            agreement_weight=options.agreement_weight,
+            batch_size=options.batch_size,
+            indication=indication,
+            metrics=options.metrics,
+            labeler=options.labeler,
+            labeler_options=labeler_options,
+            floor=options.floor,
+            bootstrap=options.bootstrap,
+            seed=options.seed,
+        ),
         clean_generated=studies.cleaning != "none" and (own is None or own.studies.cleaning != studies.cleaning),
         tokenizer=options.tokenizer,
         reference_tokens=reference_tokens(options, studies.cleaning),

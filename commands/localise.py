@@ -57,9 +57,9 @@ def _localise(options: argparse.Namespace, findings: list[str]) -> None:
     from ..evaluation.localisation import judge_phantoms, write_localisation
     from ..inference.loading import load_published
     from ..metrics import localisation_scores
+    from ..runtime.output_lock import new_results
     from ..studies.phantom import SPLIT_STARTS, PhantomSource
     from ..training.recipe import published_recipe
-    from ..training.run_folder import new_results
 
     paths = new_results(options.output, "localisation", (".md", ".json", ".csv"), options.overwrite)
     recipe = published_recipe(options.model)

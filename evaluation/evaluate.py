@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from datasets import Dataset
@@ -49,42 +49,43 @@ IN_TRAINING = {"in_training": "in training"}
 
 #: What can be asked for beside the model's row; `retrieval` gives the rows `nearest` and `expected`. `flipped` can be
 #: asked for as well; it is no row of the table, but a condition under which faithfulness is measured.
-CONTROLS: tuple[str, ...] = ("shuffled", "no_indication", "retrieval", "constant", "true_states")
+Control = Literal["shuffled", "no_indication", "retrieval", "constant", "true_states"]
+CONTROLS: tuple[str, ...] = get_args(Control)
 
 
-class Row(NamedTuple):
-    """A row of the table: the reports of one system for N studies, and their scores.
+class SystemReports(NamedTuple):
+    """The reports of one system, the model or what it is compared with, for N studies, and their scores.
 
     Args:
         reports: N texts, as they are compared with the references.
         report_states: (N, 14) states the labeler reads in `uncleaned`.
-        found: the scores.
+        results: their scores.
         uncleaned: N texts before cleaning.
     """
 
     reports: list[str]
     report_states: np.ndarray
-    found: ReportScores
+    results: ReportScores
     uncleaned: list[str]
 
     @property
     def scores(self) -> dict[str, Any]:
         """The aggregate scores and what else the metrics found, ready for JSON."""
-        return {**self.found.scores, **self.found.details, "notes": self.found.notes}
+        return {**self.results.scores, **self.results.details, "notes": self.results.notes}
 
 
-class Steered(NamedTuple):
-    """The row of a model conditioned on finding states, and these states.
+class ConditionedReports(NamedTuple):
+    """The reports of the model conditioned on finding states, and these states.
 
     Args:
-        row: its reports.
+        system: the reports.
         conditioning_states: (N, 14) the states.
-        within: (N, 14) true where the states were flipped; None where they were not.
+        flipped: (N, 14) true where the true states were flipped; None for states that were not.
     """
 
-    row: Row
+    system: SystemReports
     conditioning_states: np.ndarray
-    within: np.ndarray | None = None
+    flipped: np.ndarray | None = None
 
 
 @dataclass
@@ -100,7 +101,7 @@ class Evaluation:
         labeler: name of the labeler.
         rows: by key of `ROWS`, all but the constant and the paper's.
         constants: by score, the row of the constant report chosen for it.
-        steered: by origin of the conditioning states: "predicted" and, if asked for, "true_states" and "flipped";
+        conditioned: by origin of the conditioning states: "predicted" and, if asked for, "true_states" and "flipped";
             empty for a model with `dle=False`, which does not use finding states.
         notes: why something is missing.
         training: the training reports; empty if there are none to compare with.
@@ -113,9 +114,9 @@ class Evaluation:
     true_states: np.ndarray
     finding_states: np.ndarray
     labeler: str
-    rows: dict[str, Row]
-    constants: dict[str, Row] = field(default_factory=dict)
-    steered: dict[str, Steered] = field(default_factory=dict)
+    rows: dict[str, SystemReports]
+    constants: dict[str, SystemReports] = field(default_factory=dict)
+    conditioned: dict[str, ConditionedReports] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     training: frozenset[str] = frozenset()
     paper: Mapping[str, float] = field(default_factory=dict)
@@ -198,8 +199,9 @@ def evaluate_model(
     if needed and training is None:
         raise ValueError(f"controls {', '.join(needed)}: expected training studies")
     metrics = None if metrics is None else list(metrics)
-    compared = list(studies["report"] if references is None else references)
-    scorer = _Scorer(labeler, labeler_options, uncleaned_reports(studies), compared, metrics, clean)
+    references = list(studies["report"] if references is None else references)
+    uncleaned_references = uncleaned_reports(studies)
+    scorer = _Scorer(labeler, labeler_options, references, uncleaned_references, metrics, clean)
 
     def generate(
         name: str,
@@ -213,8 +215,8 @@ def evaluate_model(
     generated = generate("model")
     evaluation = Evaluation(
         ids=list(studies["id"]),
-        references=compared,
-        uncleaned_references=scorer.references,
+        references=references,
+        uncleaned_references=uncleaned_references,
         true_states=scorer.true_states,
         finding_states=generated.finding_states,
         labeler=scorer.labeler.name,
@@ -237,7 +239,7 @@ def evaluate_model(
     if "constant" in controls:
         _add_constants(evaluation, scorer, training, seed)
     if model.config.dle:
-        evaluation.steered["predicted"] = Steered(evaluation.rows["model"], generated.finding_states)
+        evaluation.conditioned["predicted"] = ConditionedReports(evaluation.rows["model"], generated.finding_states)
     given = [name for name in ("true_states", "flipped") if name in controls]
     if given and not model.config.dle:
         evaluation.notes.append("this model does not use finding states (dle=False), so true states change nothing")
@@ -252,38 +254,40 @@ class _Scorer:
 
     Args:
         labeler, labeler_options: reads the states.
-        references: N true reports before cleaning, whose states are read.
-        compared: the true reports that fluency is scored against.
+        references: N true reports that fluency is scored against.
+        uncleaned_references: the true reports before cleaning, whose states are read.
         metrics: of [`score_reports`].
         clean: cleans a generated report; None leaves it as it is.
     """
 
-    def __init__(self, labeler, labeler_options, references: list[str], compared: list[str], metrics, clean):
+    def __init__(
+        self, labeler, labeler_options, references: list[str], uncleaned_references: list[str], metrics, clean
+    ):
         self.labeler = labeler_of(labeler, dict(labeler_options or {}))
-        self.references, self.compared, self.metrics, self.clean = references, compared, metrics, clean
-        self.true_states = self.read_states(references)
+        self.references, self.metrics, self.clean = references, metrics, clean
+        self.true_states = self.read_states(uncleaned_references)
 
     def read_states(self, reports: list[str]) -> np.ndarray:
         """(N, 14) states of reports."""
         return label_quietly(self.labeler, reports)
 
-    def score_generated(self, reports: list[str]) -> Row:
+    def score_generated(self, reports: list[str]) -> SystemReports:
         """The row of generated reports: states are read before cleaning, fluency is scored after it."""
         cleaned = reports if self.clean is None else [self.clean(report) for report in reports]
         return self._row(cleaned, self.read_states(reports), reports)
 
-    def score_training(self, reports: list[str]) -> Row:
+    def score_training(self, reports: list[str]) -> SystemReports:
         """The row of training reports, which are cleaned as the references are."""
         return self._row(reports, self.read_states(reports), reports)
 
-    def score_constant(self, report: str) -> Row:
+    def score_constant(self, report: str) -> SystemReports:
         """The row of one report written for every study."""
-        reports = [report] * len(self.compared)
+        reports = [report] * len(self.references)
         return self._row(reports, np.tile(self.read_states([report]), (len(reports), 1)), reports)
 
-    def _row(self, reports: list[str], states: np.ndarray, uncleaned: list[str]) -> Row:
-        found = score_reports(reports, self.compared, states, self.true_states, self.metrics)
-        return Row(reports, states, found, uncleaned)
+    def _row(self, reports: list[str], states: np.ndarray, uncleaned: list[str]) -> SystemReports:
+        found = score_reports(reports, self.references, states, self.true_states, self.metrics)
+        return SystemReports(reports, states, found, uncleaned)
 
 
 def _add_shuffled(
@@ -323,7 +327,7 @@ def _add_constants(
     evaluation: Evaluation, scorer: _Scorer, training: Dataset | StreamedStudies | CachedStudies, seed: int
 ) -> None:
     """For each score the row of its own best constant, chosen on training."""
-    scores = [name for name in evaluation.rows["model"].found.scores if name in SEARCHED_SCORES]
+    scores = [name for name in evaluation.rows["model"].results.scores if name in SEARCHED_SCORES]
     states = scorer.read_states(uncleaned_reports(training))
     best = best_constants(list(training["report"]), states, scorer.labeler, scores, seed)
     rows = {report: scorer.score_constant(report) for report in dict.fromkeys(best.reports.values())}
@@ -332,7 +336,7 @@ def _add_constants(
     tabled = {name for headings in score_tables().values() for name in headings}
     missing = [
         display_name(name)
-        for name in evaluation.rows["model"].found.scores
+        for name in evaluation.rows["model"].results.scores
         if name in tabled and name not in SEARCHED_SCORES
     ]
     if missing:
@@ -353,9 +357,9 @@ def _add_true_states(
         evaluation.notes.append(f"true states are known for only {len(known)} of {len(studies)} studies")
         return
     for name in given:
-        states, within = flip_states(np.array(known), seed) if name == "flipped" else (np.array(known), None)
+        states, flipped = flip_states(np.array(known), seed) if name == "flipped" else (np.array(known), None)
         row = scorer.score_generated(generate(name, states=states).reports)
-        evaluation.steered[name] = Steered(row, states, within)
+        evaluation.conditioned[name] = ConditionedReports(row, states, flipped)
         if name in ROWS:
             evaluation.rows[name] = row
 
@@ -369,4 +373,14 @@ def _notes_on_states(evaluation: Evaluation) -> list[str]:
     return [*notes, *filter(None, [example_ceiling(evaluation.true_states)])]
 
 
-__all__ = ["CONTROLS", "IN_TRAINING", "PAPER_SCORES", "ROWS", "Evaluation", "Row", "Steered", "evaluate_model"]
+__all__ = [
+    "CONTROLS",
+    "IN_TRAINING",
+    "PAPER_SCORES",
+    "ROWS",
+    "Control",
+    "Evaluation",
+    "SystemReports",
+    "ConditionedReports",
+    "evaluate_model",
+]

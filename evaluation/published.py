@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,44 @@ from ..studies.cleaning import clean_report
 from ..studies.fingerprint import fingerprint
 from ..studies.streaming import StreamedStudies
 from .evaluate import CONTROLS, evaluate_model
+from .faithfulness import measure_faithfulness
 from .report import write_evaluation
-from .steering import measure_steering
 
 #: The folder of the reports in that of an evaluation.
 REPORTS = "reports"
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How reports are generated and scored.
+
+    Args:
+        num_beams, max_new_tokens, guidance_scale: decoding; None for the model's.
+        candidates, bank, retrieved, agreement_weight: consensus decoding, as of [`consensus_decoder`].
+        batch_size: studies in a batch.
+        indication: whether prompts have the studies' indications; None: whether the label predictor reads them.
+        metrics: as of [`evaluate_model`].
+        labeler, labeler_options: reads the states of reports.
+        floor: of faithfulness, see [`measure_faithfulness`].
+        bootstrap: number of resamples.
+        seed: of shuffling, flips and resamples.
+    """
+
+    num_beams: int | None
+    max_new_tokens: int | None
+    guidance_scale: float | None
+    candidates: int | None
+    bank: str | Path | None
+    retrieved: int | None
+    agreement_weight: float | None
+    batch_size: int
+    indication: bool | None
+    metrics: list[str] | None
+    labeler: str
+    labeler_options: Mapping[str, Any]
+    floor: int
+    bootstrap: int
+    seed: int
 
 
 def evaluate_published(
@@ -32,7 +66,7 @@ def evaluate_published(
     output: Path,
     facts: Mapping[str, Any],
     cache: Path,
-    options: Mapping[str, Any],
+    options: EvaluationOptions,
     clean_generated: bool = False,
     tokenizer: str | None = None,
     reference_tokens: int | None = None,
@@ -47,9 +81,7 @@ def evaluate_published(
         output: folder that is written to.
         facts: what the JSON says of the studies, `split`, `cleaning`, `warnings` and `counts` among it.
         cache: folder of the views' features.
-        options: `num_beams`, `max_new_tokens` and `guidance_scale` (None: the model's), `candidates`, `bank`,
-            `retrieved` and `agreement_weight` (consensus decoding), `batch_size`, `indication` (None: whether the label
-            predictor reads it), `seed`, `metrics`, `labeler`, `labeler_options`, `floor`, `bootstrap`.
+        options: how reports are generated and scored.
         clean_generated: clean generated reports too, for a model trained on reports that were cleaned otherwise.
         tokenizer, reference_tokens: protocol `r2gengpt`, in which true reports are cut to so many tokens.
         overwrite: generate all reports again.
@@ -65,11 +97,11 @@ def evaluate_published(
         texts = truncate_to_tokens(texts, tokenizer, reference_tokens)
     references = dict(zip(rows["id"], texts, strict=True))
     model, processor = load_published(model_name)
-    batch_size = min(options["batch_size"], len(rows))
-    decoder = asked_decoder(model, processor, options)
-    asked = options["num_beams"], options["max_new_tokens"], batch_size, options["guidance_scale"]
+    batch_size = min(options.batch_size, len(rows))
+    decoder = asked_decoder(model, processor, vars(options))
+    asked = options.num_beams, options.max_new_tokens, batch_size, options.guidance_scale
     decoded_by = decoding(model, *asked, decoder)
-    indication = options["indication"]
+    indication = options.indication
     if indication is None:
         indication = model.config.indication_reader != "report"
     settings = {
@@ -78,7 +110,7 @@ def evaluate_published(
         **decoded_by,
         **described_consensus(decoder),
         "indication": indication,
-        "seed": options["seed"],
+        "seed": options.seed,
     }
     _open_folder(output, settings, overwrite)
     left_out: dict[str, str] = {}
@@ -97,11 +129,11 @@ def evaluate_published(
         batch_size=batch_size,
         generation=decoded_by,
         controls=(*CONTROLS, "flipped"),
-        labeler=options["labeler"],
-        metrics=options["metrics"],
-        seed=options["seed"],
+        labeler=options.labeler,
+        metrics=options.metrics,
+        seed=options.seed,
         indication=indication,
-        labeler_options=options["labeler_options"],
+        labeler_options=options.labeler_options,
         references=[references[study] for study in rows["id"]],
         clean=(lambda text: " ".join(clean_report(text, facts["cleaning"]).split())) if clean_generated else None,
         journals=output / REPORTS,
@@ -113,15 +145,24 @@ def evaluate_published(
         **facts,
         "warnings": [*facts["warnings"], *(f"left out: {reason}" for reason in left_out.values())],
         "generated_reports_cleaned": clean_generated,
+        **_described_scoring(options, tokenizer, reference_tokens),
+        "generation": settings,
+    }
+    faithfulness = measure_faithfulness(evaluation, training["finding_states"], options.floor)
+    return write_evaluation(output, described, evaluation, faithfulness)
+
+
+def _described_scoring(
+    options: EvaluationOptions, tokenizer: str | None, reference_tokens: int | None
+) -> dict[str, Any]:
+    """How reports are scored, for evaluation.json."""
+    return {
         "protocol": "full" if reference_tokens is None else "r2gengpt",
         "tokenizer": tokenizer,
         "reference_tokens": reference_tokens,
-        "labeler_options": dict(options["labeler_options"]),
-        "generation": settings,
-        "bootstrap": {"resamples": options["bootstrap"], "confidence": 0.95, "seed": options["seed"]},
+        "labeler_options": dict(options.labeler_options),
+        "bootstrap": {"resamples": options.bootstrap, "confidence": 0.95, "seed": options.seed},
     }
-    steering = measure_steering(evaluation, training["finding_states"], options["floor"])
-    return write_evaluation(output, described, evaluation, steering)
 
 
 def _open_folder(output: Path, settings: dict[str, Any], overwrite: bool) -> None:
@@ -133,4 +174,4 @@ def _open_folder(output: Path, settings: dict[str, Any], overwrite: bool) -> Non
     WorkSettings(output, settings, ("model", "studies")).keep(path)
 
 
-__all__ = ["REPORTS", "evaluate_published"]
+__all__ = ["REPORTS", "EvaluationOptions", "evaluate_published"]

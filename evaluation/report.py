@@ -21,7 +21,7 @@ from ..metrics import (
 from ..metrics.tables import CIDER_NOTE, markdown_table, shown_interval, shown_number
 from ..runtime.csv_files import write_csv
 from .evaluate import IN_TRAINING, ROWS, Evaluation
-from .steering import CONDITIONS, Steering
+from .faithfulness import CONDITIONS, ModelFaithfulness
 
 #: F1 of clinical efficacy with unclear as negative, and its column headings.
 F1_HEADINGS: dict[str, str] = {
@@ -37,14 +37,16 @@ _ZERO_SHOT = {
 }
 
 
-def write_evaluation(folder: Path, settings: Mapping[str, Any], evaluation: Evaluation, steering: Steering) -> str:
+def write_evaluation(
+    folder: Path, settings: Mapping[str, Any], evaluation: Evaluation, faithfulness: ModelFaithfulness
+) -> str:
     """Write evaluation.json, evaluation.md, predictions.csv, scores.csv and contradictions.csv.
 
     Args:
         folder: where they go.
         settings: how the evaluation was made, for the JSON; the Markdown names the most important ones.
         evaluation: rows and constants.
-        steering: faithfulness of its reports.
+        faithfulness: of its reports to the states they were conditioned on.
 
     Returns:
         The content of evaluation.md.
@@ -53,8 +55,11 @@ def write_evaluation(folder: Path, settings: Mapping[str, Any], evaluation: Eval
     intervals, differences = {}, {}
     if bootstrap["resamples"]:
         intervals, differences = bootstrap_rows(evaluation, bootstrap["resamples"], bootstrap["seed"])
-    faithfulness = {"labeler": evaluation.labeler, **steering.scores()}
-    notes = [*settings["warnings"], *(f"{name}: {note}" for name, note in evaluation.rows["model"].found.notes.items())]
+    faithfulness_scores = {"labeler": evaluation.labeler, **faithfulness.scores()}
+    notes = [
+        *settings["warnings"],
+        *(f"{name}: {note}" for name, note in evaluation.rows["model"].results.notes.items()),
+    ]
     if any("cider" in row for row in intervals.values()):
         notes.append(f"CIDEr: {CIDER_NOTE}")
     blocks = [
@@ -62,7 +67,7 @@ def write_evaluation(folder: Path, settings: Mapping[str, Any], evaluation: Eval
         _preamble(settings, len(evaluation.ids)),
         format_scores(evaluation, intervals, differences),
         "## Faithfulness: do reports state the findings they were conditioned on?",
-        format_steering(faithfulness),
+        format_faithfulness(faithfulness_scores),
         "\n".join(f"- {note}" for note in (*notes, *evaluation.notes)),
     ]
     document = "\n\n".join(block for block in blocks if block)
@@ -72,11 +77,11 @@ def write_evaluation(folder: Path, settings: Mapping[str, Any], evaluation: Eval
     }
     apart = {row: {name: it._asdict() for name, it in scores.items()} for row, scores in differences.items()}
     result = {**settings, **evaluation.scores(), "intervals": bounds, "differences": apart}
-    write_json(folder / "evaluation.json", {**result, "faithfulness": faithfulness})
+    write_json(folder / "evaluation.json", {**result, "faithfulness": faithfulness_scores})
     write_text(folder / "evaluation.md", document + "\n")
     write_predictions(evaluation, folder / "predictions.csv")
     write_scores(evaluation, folder / "scores.csv")
-    write_contradictions(steering, evaluation, folder / "contradictions.csv")
+    write_contradictions(faithfulness, evaluation, folder / "contradictions.csv")
     return document
 
 
@@ -130,7 +135,7 @@ def bootstrap_rows(
         resamples: of the studies.
         seed: of the draws.
     """
-    model = evaluation.rows["model"].found.statistics
+    model = evaluation.rows["model"].results.statistics
     intervals: dict[str, dict[str, Interval]] = {}
     differences: dict[str, dict[str, PairedDifference]] = {}
 
@@ -144,13 +149,13 @@ def bootstrap_rows(
 
     for name in ROWS:
         if name in evaluation.rows:
-            add(name, evaluation.rows[name].found.statistics)
+            add(name, evaluation.rows[name].results.statistics)
         elif name == "constant":
             by_report: dict[str, list[str]] = {}
             for score, row in evaluation.constants.items():
                 by_report.setdefault(row.reports[0], []).append(score)
             for scores in by_report.values():
-                add(name, evaluation.constants[scores[0]].found.statistics, scores)
+                add(name, evaluation.constants[scores[0]].results.statistics, scores)
     return intervals, differences
 
 
@@ -209,11 +214,11 @@ def shown_difference(found: PairedDifference | None) -> str:
     return shown if found.low <= 0 <= found.high else f"**{shown}**"
 
 
-def format_steering(faithfulness: Mapping[str, Any]) -> str:
+def format_faithfulness(faithfulness: Mapping[str, Any]) -> str:
     """Faithfulness to each kind of conditioning states, the model's beside the constant's.
 
     Args:
-        faithfulness: `Steering.scores`, and the `labeler`, as evaluation.json has them.
+        faithfulness: `ModelFaithfulness.scores`, and the `labeler`, as evaluation.json has them.
     """
     conditions = faithfulness["conditions"]
     if not conditions:
@@ -268,7 +273,7 @@ def write_predictions(evaluation: Evaluation, path: Path) -> None:
             texts[f"uncleaned {name}"] = uncleaned
     if evaluation.training:
         texts["in training"] = ["yes" if report in evaluation.training else "no" for report in model.reports]
-    scores = model.found.per_study
+    scores = model.results.per_study
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = (
         [
@@ -284,20 +289,20 @@ def write_predictions(evaluation: Evaluation, path: Path) -> None:
 
 def write_scores(evaluation: Evaluation, path: Path) -> None:
     """A CSV with one row per system and study: id, system, and each score that studies have."""
-    scores = list(evaluation.rows["model"].found.per_study)
+    scores = list(evaluation.rows["model"].results.per_study)
     rows = (
-        [study, ROWS[name], *(f"{row.found.per_study[score][position]:.6f}" for score in scores)]
+        [study, ROWS[name], *(f"{row.results.per_study[score][position]:.6f}" for score in scores)]
         for name, row in evaluation.rows.items()
         for position, study in enumerate(evaluation.ids)
     )
     write_csv(path, ["id", "system", *scores], rows)
 
 
-def write_contradictions(steering: Steering, evaluation: Evaluation, path: Path) -> None:
+def write_contradictions(faithfulness: ModelFaithfulness, evaluation: Evaluation, path: Path) -> None:
     """A CSV with one row per contradiction: origin of the conditioning states, study, finding, and both states."""
     rows = (
         [name, evaluation.ids[one.study], one.finding, one.given, one.said]
-        for name, found in steering.conditions.items()
+        for name, found in faithfulness.conditions.items()
         for one in found.contradicted
     )
     write_csv(path, ["states", "study", "finding", "given", "said"], rows)
@@ -309,7 +314,7 @@ __all__ = [
     "describe_search",
     "difference_table",
     "format_scores",
-    "format_steering",
+    "format_faithfulness",
     "format_table",
     "shown_difference",
     "write_contradictions",

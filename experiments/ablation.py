@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..configuration_otdrg import OTDRGConfig
-from ..training.check import check_recipe, check_studies
 from ..training.data import build_studies
 from ..training.recipe import Recipe, load_recipe
 from ..training.resumption import FINISHED, STARTED, format_changes, recipe_changes
+from ..training.run import check_recipe
+from ..training.stages import stage_of
 
 #: The tables, and their titles.
 TABLES: dict[str, str] = {
@@ -267,4 +268,5 @@ def check_plan(plan: Plan) -> None:
         recipe = pending[0].recipe
         studies = build_studies(recipe.studies, recipe.labels, recipe.seed)
         for run in pending:
-            check_studies(run.recipe, studies, run.recipe.stages)
+            for stage in run.recipe.stages:
+                stage_of(stage).check_studies(run.recipe, studies)

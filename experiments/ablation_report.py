@@ -17,7 +17,7 @@ from ..labelers import load_labeler
 from ..metrics import PairedDifference, StudyStatistics, higher_is_better, main_scores, paired_bootstrap, score_reports
 from ..runtime.csv_files import read_csv
 from ..runtime.printable import enumerated, markdown_table
-from ..training.run_folder import read_results
+from ..runtime.run_record import read_results
 from .ablation import FULL, TABLES, Plan, Row, Run
 from .ablation_figure import draw_ablation
 

@@ -15,8 +15,8 @@ from typing import NamedTuple
 from ..files_otdrg import write_json, write_text
 from ..runtime.interruptions import PARENT, terminations
 from ..runtime.output_lock import OutputLock
+from ..runtime.run_record import read_results
 from ..training.resumption import FINISHED
-from ..training.run_folder import read_results
 from .ablation import Run
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..evaluation.evaluate import IN_TRAINING, ROWS
-from ..evaluation.report import F1_HEADINGS, describe_search, difference_table, format_steering
+from ..evaluation.report import F1_HEADINGS, describe_search, difference_table, format_faithfulness
 from ..findings_otdrg import FINDING_DISPLAY_NAMES
 from ..metrics import METRICS, UNCERTAIN_POLICIES, Interval, PairedDifference, display_name
 from ..metrics.classification import MINIMUM_INTERVAL_POSITIVES
@@ -180,7 +180,7 @@ class EvaluationFacts:
     def faithfulness_table(self) -> str:
         """Whether reports state the findings the model was conditioned on; "" if not measured."""
         faithfulness = self.evaluation.get("faithfulness")
-        return format_steering(faithfulness) if faithfulness else ""
+        return format_faithfulness(faithfulness) if faithfulness else ""
 
     @property
     def finding_table(self) -> str:

@@ -18,8 +18,8 @@ import yaml
 from ..configuration_otdrg import OTDRGConfig
 from ..files_otdrg import interpret, read_json
 from ..inference.loading import published_folder
+from ..runtime.run_record import read_results, read_sittings
 from ..runtime.yaml_files import read_yaml
-from ..training.run_folder import read_results, read_sittings
 
 EVALUATION = "evaluation.json"
 #: Value of `dataset` in an evaluation on the studies of the run's own recipe.

@@ -21,11 +21,11 @@ from tqdm.auto import tqdm
 from ..image_processing_otdrg import read_file, read_view
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
+from ..runtime.processes import open_methods
 from ..studies.schema import UNCLEANED
 from ..studies.streaming import StreamedStudies
 from .collation import collate_views
 from .feature_store import SHARD_VIEWS, FeatureStore
-from .processes import open_methods
 
 logger = logging.getLogger(__name__)
 

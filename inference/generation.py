@@ -21,9 +21,9 @@ from ..findings_otdrg import CONDITIONING_STATES, FINDINGS
 from ..modeling_otdrg import OTDRGForReportGeneration, OTDRGStudy
 from ..processing_otdrg import OTDRGProcessor
 from ..runtime.journal import Journal
+from ..runtime.processes import is_sharded, open_methods, process_share
 from .collation import PromptCollator
 from .features import CachedStudies
-from .processes import is_sharded, open_methods, process_share
 
 
 class ReportJournal:

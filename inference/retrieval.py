@@ -15,9 +15,9 @@ from ..bank_otdrg import ReportBank, pool_views, probe_features
 from ..metrics.retrieval import nearest_neighbours
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
+from ..runtime.processes import process_share
 from ..studies.streaming import StreamedStudies
 from .features import CachedStudies, encode_batches
-from .processes import process_share
 
 #: Most training studies of a report bank: the utilities of all pairs of its reports are held in memory.
 MOST_STUDIES = 4000

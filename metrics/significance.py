@@ -101,7 +101,7 @@ def resample_weights(studies: int, resamples: int, seed: int) -> Iterator[np.nda
 
 
 def bootstrap_intervals(
-    runs: Runs, resamples: int = 1000, confidence: float = 0.95, seed: int = 0, resample_runs: bool = False
+    runs: Runs, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> dict[str, Interval]:
     """Percentile bootstrap intervals of every aggregate score.
 
@@ -110,7 +110,6 @@ def bootstrap_intervals(
         resamples: how many; each draws as many studies as there are, with replacement, the same for every run.
         confidence: of the interval.
         seed: of the draws.
-        resample_runs: also draw runs with replacement, so that the interval covers the spread over seeds.
 
     Returns:
         `{score: Interval}`, for the scores that all runs have.
@@ -119,7 +118,7 @@ def bootstrap_intervals(
         ValueError: no runs, runs of different numbers of studies, or a resamples or confidence out of range.
     """
     systems = _checked(resamples, confidence, runs=runs)
-    (values,), (drawn,) = _resampled(systems, resamples, seed, resample_runs)
+    (values,), (drawn,) = _resampled(systems, resamples, seed, False)
     return {name: Interval(values[name], *_percentiles(drawn[name], confidence)) for name in drawn}
 
 
@@ -203,14 +202,13 @@ def compare_systems(
     resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
-    resample_runs: bool = False,
 ) -> dict[str, Comparison]:
     """[`paired_bootstrap`] and [`paired_permutation`] of two systems, and their scores; arguments and errors as there.
 
     `{score: Comparison}`, `system` minus `against`, for the scores that both have. Seventy scores are seventy tests:
     one in twenty of them is below 0.05 by chance, so decide beforehand which one counts.
     """
-    differences = paired_bootstrap(system, against, resamples, confidence, seed, resample_runs)
+    differences = paired_bootstrap(system, against, resamples, confidence, seed)
     p_values = paired_permutation(system, against, resamples, seed)
     values = [_mean(runs) for runs in _checked(resamples, confidence, system=system, against=against)]
     return {

@@ -1,1 +1,1 @@
-"""Reading and writing files, printing, and the exit of a command."""
+"""Reading and writing files, printing, the exit of a command, records of runs, and several processes."""

@@ -1,4 +1,4 @@
-"""Lock outputs, so that two processes never write the same file or folder at the same time."""
+"""The outputs of a command: whether they exist, and locks, so that two processes never write the same one at once."""
 
 from __future__ import annotations
 
@@ -6,11 +6,27 @@ import json
 import os
 import platform
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+
+def new_results(folder: Path, name: str, suffixes: Sequence[str], overwrite: bool) -> dict[str, Path]:
+    """The paths of a command's results in a folder, by suffix; the folder is created.
+
+    Raises:
+        ValueError: one exists and `overwrite` is false.
+        OSError: the folder cannot be created.
+    """
+    paths = {suffix: folder / f"{name}{suffix}" for suffix in suffixes}
+    for path in paths.values():
+        if path.exists() and not overwrite:
+            raise ValueError(f"{path} exists: --overwrite replaces it")
+    folder.mkdir(parents=True, exist_ok=True)
+    return paths
 
 
 class OutputLockedError(ValueError):

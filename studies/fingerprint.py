@@ -31,6 +31,17 @@ def fingerprint(studies: Mapping[str, Dataset | StreamedStudies]) -> dict[str, d
     return found
 
 
+def differing_splits(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> list[str]:
+    """Splits in which two fingerprints differ. Streamed and mapped studies are compared by their text only."""
+    return [
+        split
+        for split in sorted({*before, *now})
+        if split not in before
+        or split not in now
+        or any(before[split][key] != now[split][key] for key in before[split].keys() & now[split].keys())
+    ]
+
+
 def _digest(texts: Iterable[str]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for text in texts:

@@ -187,11 +187,11 @@ def test_predictor_layers_the_encoder_does_not_have_are_an_error(build_model):
 
 
 def test_patch_dropout_image_tokens_are_means_of_the_patches_that_are_left(build_model, views):
-    model, processor = build_model(vision_config=DINOV2)
+    model, processor = build_model(vision_config=DINOV2, predictor_layers=[1])
     tower, pixels = model.vision_tower, processor(images=[views[:2]])["pixel_values"][0]
     with torch.no_grad():
         torch.manual_seed(0)
-        features, output = encode_pixels(tower, pixels, model.config, [1], patch_dropout=0.25)
+        features, output = encode_pixels(tower, pixels, model.config, for_predictor=True, patch_dropout=0.25)
         torch.manual_seed(0)
         patches = (pixels.shape[-1] // 14) ** 2
         order = torch.rand(2, patches).argsort(dim=1)[:, : 3 * patches // 4]

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import SchedulerType
 
-from .distributed import device_arguments, has_accelerator
+from ..runtime.processes import device_arguments, has_accelerator
 from .fields import COUNT, NOT_NEGATIVE, POSITIVE, Bounds, Section, check_bounds, option
 
 #: Fields of TrainingArguments that a run sets itself, and what to use in their place or why there is nothing.
@@ -258,6 +259,20 @@ class StageArguments(TrainingArguments):
         return kept
 
 
+def check_report_to(place: str, names: str | list[str] | None) -> None:
+    """Check that the trackers of the field `place` are known and installed; raises `ValueError`."""
+    available = get_available_reporting_integrations()
+    # A Trainer does not accept Flyte's callback by its name.
+    known = sorted(set(INTEGRATION_TO_CALLBACK) - {"flyte"})
+    for name in [names] if isinstance(names, str) else names or ():
+        if name in ("none", "all"):
+            continue
+        if name not in known:
+            raise ValueError(f"{place}={name!r}: expected some of {', '.join(known)}")
+        if name not in available:
+            raise ValueError(f"{place}={name!r}: the package {name} is not installed")
+
+
 # --- `metric_for_best_model` as a weighted sum of scores -------------------------------------------------------------
 
 
@@ -324,4 +339,4 @@ def _is_finite(number: str | None) -> bool:
     return number is None or float(number) < float("inf")
 
 
-__all__ = ["StageArguments", "WeightedScores"]
+__all__ = ["StageArguments", "WeightedScores", "check_report_to"]

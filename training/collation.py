@@ -1,15 +1,89 @@
-"""Training batches: rows of studies with their targets."""
+"""Training batches: the order of studies, and collators that make batches of them with their targets.
+
+Most sentences of reports deny findings, and a language model learns these first: without weights it writes few of the
+positive findings that it is given. So abnormal studies can be drawn more often, and abnormal sentences weigh more.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ..inference.collation import collate_views, indications_of
+from ..labelers.abnormal import Spans, is_abnormal
 from ..processing_otdrg import OTDRGProcessor
-from .abnormal import Spans, token_weights
+
+# --- the order of studies --------------------------------------------------------------------------------------------
+
+
+def study_weights(states: Sequence[Sequence[int]], weight: float) -> list[float] | None:
+    """How often each study is drawn: `weight` times as often if it is abnormal; None if all are drawn alike."""
+    return None if weight == 1 else np.where(is_abnormal(states), weight, 1.0).tolist()
+
+
+class StudySampler(Sampler):
+    """An order of the training studies that depends on the seed and the epoch only.
+
+    With lengths, batches are of similar length, and they are shuffled: transformers' own order runs from long to short
+    over 50 batches, and so does the loss.
+
+    Args:
+        studies: number of studies; each epoch has as many draws.
+        seed: of the order; the same on all processes.
+        batch_size: of a step, to group by length.
+        lengths: of each study's report.
+        weights: how often each study is drawn, in relation to the others; by default once an epoch. In every epoch a
+            study is drawn its expected number of times, rounded up or down.
+    """
+
+    def __init__(
+        self,
+        studies: int,
+        seed: int,
+        batch_size: int,
+        lengths: Sequence[int] | None = None,
+        weights: Sequence[float] | None = None,
+    ):
+        self.studies, self.seed, self.batch_size = studies, seed, batch_size
+        self.lengths, self.weights = lengths, weights
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.studies
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        drawn = list(range(self.studies)) if self.weights is None else self._draw(generator)
+        if self.lengths is None:
+            return iter([drawn[place] for place in torch.randperm(len(drawn), generator=generator).tolist()])
+        lengths = [self.lengths[study] for study in drawn]
+        places = get_length_grouped_indices(lengths, self.batch_size, generator=generator)
+        # The longest batch stays first, so that memory runs out at once if at all; an incomplete one stays last.
+        whole = len(places) // self.batch_size
+        batches = [places[start : start + self.batch_size] for start in range(0, len(places), self.batch_size)]
+        order = [0, *(torch.randperm(whole - 1, generator=generator) + 1).tolist()] if whole else []
+        shuffled = [place for batch in order for place in batches[batch]]
+        return iter([drawn[place] for place in shuffled + places[whole * self.batch_size :]])
+
+    def _draw(self, generator: torch.Generator) -> list[int]:
+        """Studies in proportion to their weights: systematic sampling from a random order."""
+        order = torch.randperm(self.studies, generator=generator)
+        shares = torch.tensor(self.weights, dtype=torch.float64)[order].cumsum(dim=0)
+        points = torch.arange(self.studies, dtype=torch.float64) + torch.rand((), generator=generator).double()
+        found = torch.searchsorted(shares, points * (shares[-1] / self.studies), right=True)
+        return order[found.clamp(max=self.studies - 1)].tolist()
+
+
+# --- collators -------------------------------------------------------------------------------------------------------
 
 
 class ReportCollator:
@@ -69,7 +143,10 @@ class ReportCollator:
         for row, report in enumerate(reports):
             spans = self.abnormal.get(report)
             if spans:
-                found = token_weights(encoded["offset_mapping"][row], spans, self.sentence_weight)
+                found = [
+                    self.sentence_weight if any(begin < end and stop > start for start, end in spans) else 1.0
+                    for begin, stop in encoded["offset_mapping"][row]
+                ]
                 places = (labels[row] != -100).nonzero().flatten()[:-1]
                 weights[row, places] = torch.tensor(found[: len(places)])
         return weights
@@ -111,4 +188,4 @@ def _key(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-__all__ = ["ContrastiveCollator", "ReportCollator"]
+__all__ = ["ContrastiveCollator", "ReportCollator", "StudySampler", "study_weights"]

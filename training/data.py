@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import typing
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,9 +18,9 @@ from datasets import Dataset
 from ..files_otdrg import read_json
 from ..findings_otdrg import FINDINGS, POSITIVE
 from ..inference.features import CachedStudies
-from ..labelers import read_states
+from ..labelers import labeler_class, read_states
 from ..labelers.as_typed import labeler_of
-from ..studies import PREPARED, load_studies, open_source
+from ..studies import PREPARED, load_studies, open_source, source_class
 from ..studies.card import collection_name
 from ..studies.cleaning import clean_report
 from ..studies.loading import load_prepared, prepared_column, prepared_splits, undecoded, with_column
@@ -29,6 +30,7 @@ from ..studies.shards import SUMMARY
 from ..studies.source import VIEWS
 from ..studies.streaming import StreamedStudies
 from ..studies.summary import OfficialCheck, SplitCounts
+from .fields import convert
 from .recipe import LabelsRecipe, Recipe, StudiesRecipe, load_recipe
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,41 @@ logger = logging.getLogger(__name__)
 StudySplits = dict[str, Dataset | StreamedStudies]
 #: Studies in any of the forms in which they are trained on.
 Rows = TypeVar("Rows", Dataset, StreamedStudies, CachedStudies)
+
+
+def check_source(studies: StudiesRecipe) -> None:
+    """Check the source and its options without reading a study; raises `ValueError`."""
+    if studies.source == PREPARED:
+        if set(studies.options) != {"folder"} or not isinstance(studies.options["folder"], str):
+            raise ValueError(f"studies.options={studies.options!r}: expected the option folder, a path, and no other")
+        prepared_splits(studies.options["folder"])
+        return
+    try:
+        source = source_class(studies.source)
+    except ValueError as error:
+        raise ValueError(f"studies.source={studies.source!r}: {error}") from None
+    kinds = typing.get_type_hints(source)
+    declared = {item.name for item in fields(source)}
+    options = {
+        name: convert(value, kinds[name], ("studies", "options", name)) if name in declared else value
+        for name, value in studies.options.items()
+    }
+    try:
+        open_source(studies.source, **options)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"studies.options: {error}") from error
+
+
+def check_labels(labels: LabelsRecipe) -> None:
+    """Check the labeler and its options; raises `ValueError`."""
+    if labels.labeler is None:
+        if labels.options:
+            raise ValueError(f"labels.options={labels.options!r}: expected none without labels.labeler")
+        return
+    try:
+        labeler_class(labels.labeler, **labels.options)
+    except ValueError as error:
+        raise ValueError(f"labels.labeler={labels.labeler!r}: {error}") from None
 
 
 def build_studies(
@@ -59,7 +96,10 @@ def build_studies(
         ValueError: no studies in training or in a split of `splits`, training studies with unknown states, or a fault
             in the source or the CSV.
     """
-    loaded = _streamed(studies, seed) if studies.streaming else _loaded(studies)
+    if studies.streaming:
+        loaded = _streamed(studies, seed)
+    else:
+        loaded = load_studies(studies.source, sections=studies.sections, **studies.options)
     for split in studies.limit:
         if split not in loaded:
             raise ValueError(f"studies.limit names the split {split}, which {studies.source} does not have here")
@@ -93,10 +133,6 @@ def build_studies(
     for split, rows in cleaned.items():
         logger.info("%s: %d studies", split, len(rows))
     return {split: undecoded(rows) if isinstance(rows, Dataset) else rows for split, rows in cleaned.items()}
-
-
-def _loaded(studies: StudiesRecipe) -> StudySplits:
-    return load_studies(studies.source, sections=studies.sections, **studies.options)
 
 
 def _streamed(studies: StudiesRecipe, seed: int) -> StudySplits:
@@ -251,11 +287,8 @@ def evaluation_studies(
         ValueError: neither a dataset nor a recipe of the model's, no such split, or a fault in the studies.
         OSError: a file that is not there.
     """
-    if dataset is None and own is None:
-        expected = "expected a recipe or a folder of otdrg prepare"
-        raise ValueError(f"DATASET is missing, and no recipe.yaml lies beside the model: {expected}")
     read_by = LabelsRecipe(labeler=labeler, options=labeler_options or {})
-    sections = (own.studies, own.labels) if dataset is None else _sections(dataset, own, split, read_by)
+    sections = _sections(dataset, own, split, read_by)
     studies, labels = replace(sections[0], cleaning=cleaning or sections[0].cleaning), sections[1]
     zero_shot = None if own is None else not _same(studies, own.studies)
     if train_from is not None:
@@ -286,16 +319,20 @@ def evaluation_studies(
 
 def bank_studies(dataset: str | None, own: Recipe | None) -> Dataset | StreamedStudies:
     """The training studies of a report bank, cleaned as the model's were; arguments and errors as above."""
-    if dataset is None and own is None:
-        expected = "expected a recipe or a folder of otdrg prepare"
-        raise ValueError(f"DATASET is missing, and no recipe.yaml lies beside the model: {expected}")
-    sections = (own.studies, own.labels) if dataset is None else _sections(dataset, own, "train", LabelsRecipe())
+    sections = _sections(dataset, own, "train", LabelsRecipe())
     cleaning = sections[0].cleaning if own is None else own.studies.cleaning
     return build_studies(replace(sections[0], cleaning=cleaning), sections[1], splits=("train",))["train"]
 
 
-def _sections(dataset: str, own: Recipe | None, split: str, labels: LabelsRecipe) -> tuple[StudiesRecipe, LabelsRecipe]:
-    """The sections of a recipe, or those for a folder; `labels` if the folder lacks states."""
+def _sections(
+    dataset: str | None, own: Recipe | None, split: str, labels: LabelsRecipe
+) -> tuple[StudiesRecipe, LabelsRecipe]:
+    """The sections of a recipe, `own` by default, or those for a folder; `labels` if the folder lacks states."""
+    if dataset is None:
+        if own is None:
+            expected = "expected a recipe or a folder of otdrg prepare"
+            raise ValueError(f"DATASET is missing, and no recipe.yaml lies beside the model: {expected}")
+        return own.studies, own.labels
     path = Path(dataset)
     if path.is_file():
         recipe = load_recipe(path)
@@ -408,6 +445,8 @@ __all__ = [
     "StudySplits",
     "build_studies",
     "check_counts",
+    "check_labels",
+    "check_source",
     "describe_studies",
     "evaluation_studies",
     "known_states",

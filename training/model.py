@@ -5,10 +5,14 @@ from __future__ import annotations
 import inspect
 import itertools
 import os
+import typing
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 from transformers import AutoModel, BitsAndBytesConfig
 
@@ -21,8 +25,9 @@ from ..runtime.interruptions import is_out_of_memory
 from ..vision_otdrg import encoder_blocks
 from ..weights_otdrg import load_backbone, quantization_of
 from .data import Rows
-from .fields import unknown_key
+from .fields import convert, need, unknown_key
 from .recipe import ModelRecipe, Recipe
+from .stages import stage_of
 
 #: What a recipe says of the quantisation of the LLM: a word, or fields of `BitsAndBytesConfig`.
 Quantization = str | dict[str, Any] | None
@@ -119,6 +124,19 @@ def check_backbones(recipe: ModelRecipe, config: OTDRGConfig) -> tuple[str | Non
     return vision, text
 
 
+def check_model_recipe(model: ModelRecipe) -> None:
+    """Check the configuration, its backbones and LoRA without loading a backbone; raises `ValueError`."""
+    try:
+        config = preset_config(model)
+    except Exception as error:  # the configurations of backbones raise whatever their fields raise
+        reason = " ".join(str(error).split())
+        raise ValueError(reason if isinstance(error, ValueError) else f"model.overrides: {reason}") from error
+    check_backbones(model, config)
+    for field in ("lora", "vision_lora"):
+        if getattr(config, field) is not None:
+            _check_lora(f"model.overrides.{field}", getattr(config, field))
+
+
 def preset_config(recipe: ModelRecipe) -> OTDRGConfig:
     """The configuration of the preset with the recipe's overrides."""
     # A copy, because from_preset removes the nested configurations from its arguments.
@@ -160,6 +178,42 @@ def lora_fields(recipe: Recipe, stage: str) -> dict[str, dict[str, Any]]:
             "weights themselves"
         )
     return wanted
+
+
+def _check_lora(where: str, lora: dict[str, Any]) -> None:
+    """Check types and bounds of LoRA fields, where peft accepts values that fail later or train nothing."""
+    kinds = {**typing.get_type_hints(LoraConfig), "lora_alpha": float}
+    for name, value in lora.items():
+        if kinds.get(name) in (bool, float) or name in ("r", "target_modules", "bias"):
+            convert(value, kinds[name], (*where.split("."), name))
+    for name in ("r", "lora_alpha"):
+        need(lora.get(name, 8) > 0, f"{where}.{name}", lora.get(name), "a number above 0")
+    dropout = lora.get("lora_dropout", 0.0)
+    need(0 <= dropout < 1, f"{where}.lora_dropout", dropout, "a number of at least 0 and below 1")
+    targets = lora.get("target_modules")
+    need(
+        bool(targets) and all(targets), f"{where}.target_modules", targets, "names of modules, such as [q_proj, v_proj]"
+    )
+
+
+def check_lora_targets(model: OTDRGForReportGeneration, recipe: Recipe, stage: str) -> None:
+    """Check that the model has the modules to which a stage attaches LoRA; raises `ValueError`."""
+    own = model.config.predictor_encoder == "own" and stage_of(stage).trains_own_encoder
+    towers = {"lora": model.language_model, "vision_lora": model.finding_vision_tower if own else model.vision_tower}
+    for field, lora in lora_fields(recipe, stage).items():
+        config = LoraConfig(**lora)
+        names = [part for part, _ in towers[field].named_modules()]
+        all_linear = str(config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+        if not all_linear and not any(check_target_module_exists(config, part) for part in names if part):
+            raise ValueError(
+                f"OTDRGConfig.{field}={lora!r}: Target modules are not in the backbone, expected some of "
+                f"{', '.join(_layer_names(towers[field]))}"
+            )
+
+
+def _layer_names(tower: nn.Module) -> list[str]:
+    """Last parts of the names of a backbone's linear layers."""
+    return sorted({name.rpartition(".")[2] for name, part in tower.named_modules() if isinstance(part, nn.Linear)})
 
 
 def attach_lora(model: OTDRGForReportGeneration, recipe: Recipe, stage: str) -> None:
@@ -325,6 +379,8 @@ __all__ = [
     "cached_where_frozen",
     "cast_backbones",
     "check_backbones",
+    "check_lora_targets",
+    "check_model_recipe",
     "load_model",
     "lora_fields",
     "preset_config",

@@ -50,6 +50,12 @@ class StudiesRecipe(Section):
             need(split in ("train", "validation", "test"), "studies.limit", split, "train, validation or test")
             need(0 < count <= LARGEST, f"studies.limit.{split}", count, "a positive number of studies")
 
+    @property
+    def hub_dataset(self) -> str | None:
+        """Id of the dataset on the Hub that the studies are read from; None for other sources and folders."""
+        name = self.options.get("dataset") if self.source == "hub" else None
+        return None if name is None or os.path.isdir(name) else name
+
 
 @dataclass
 class LabelsRecipe(Section):

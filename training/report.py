@@ -2,7 +2,7 @@
 
 The stage trains the projections and, as `report.text` says, the LLM on reports and true finding states. During training
 it generates reports for validation studies and scores them; the best checkpoint is published, and the table of controls
-is made with it. Long, because the section of the recipe, the stage and its validation are declared here.
+is made with it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from ..consensus_otdrg import ConsensusDecoder, ConsensusSettings, store_settings
 from ..evaluation.evaluate import evaluate_model
@@ -29,55 +28,27 @@ from ..inference.features import CachedStudies
 from ..inference.loading import consensus_decoder, described_consensus
 from ..inference.model_files import read_config
 from ..inference.retrieval import build_bank
-from ..labelers.as_typed import label_quietly, labeler_of
-from ..metrics import best_constants, full_score_name, metric_choices, metric_of, score_names, score_reports
-from ..metrics.baselines import SEARCHED_SCORES
+from ..labelers.abnormal import abnormal_sentences
+from ..labelers.as_typed import labeler_of
+from ..metrics import metric_choices, metric_of, score_names
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
-from ..studies.loading import uncleaned_reports
-from ..studies.streaming import StreamedStudies
-from .abnormal import abnormal_sentences, study_weights
-from .arguments import StageArguments, WeightedScores
+from .arguments import StageArguments
 from .callbacks import SinkhornLossCallback
-from .collation import ReportCollator
+from .collation import ReportCollator, study_weights
 from .data import StudySplits, describe_studies
-from .fields import COUNT, POSITIVE, Bounds, Section, need, option, unknown_key
+from .fields import COUNT, POSITIVE, Bounds, need, option
 from .model import attach_lora, cached_where_frozen, check_backbones, preset_config, set_trained_parts
 from .predictor import logit_adjustment
 from .recipe import Recipe
 from .resumption import is_finished
 from .stages import Stage, StageRun
 from .trainer import StageTrainer
+from .validation import GENERATION, EvaluationRecipe, Validation, check_generation, decoding, generating_arguments
 
 logger = logging.getLogger(__name__)
 
-#: Scores of every evaluation during training. METEOR starts Java and is computed only if the best model depends on it.
-VALIDATION_SCORES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider", "micro_f1_13", "macro_f1_13")
-
-#: Decoding of generated reports; a recipe's `report.generation` is merged into it.
-GENERATION = {"num_beams": 3, "max_new_tokens": 120}
-
-
 # --- the section of the recipe ---------------------------------------------------------------------------------------
-
-
-@dataclass
-class EvaluationRecipe(Section):
-    """The table of generated reports at the end of the report stage."""
-
-    place = "report.evaluation"
-    bounds: ClassVar[dict[str, Bounds]] = {"limit": COUNT}
-
-    split: Literal["validation", "test", "none"] = option("validation", "Split that is scored; none skips the table.")
-    limit: int | None = option(None, "Maximum number of studies scored, from the split's start.")
-    controls: list[Literal["shuffled", "no_indication", "retrieval", "constant", "true_states"]] = option(
-        ["shuffled", "no_indication", "retrieval", "constant", "true_states"],
-        "Rows besides the model's own. Retrieval encodes the training views once, unless they are cached.",
-    )
-    labeler: str = option("rules", "Labeler that reads the states from generated and true reports.")
-    metrics: list[str] = option(
-        ["bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider"], "Metrics of `otdrg.metrics.registry`."
-    )
 
 
 @dataclass
@@ -184,39 +155,7 @@ class ReportArguments(StageArguments):
             raise ValueError(f"report.{error}") from None
 
 
-def check_generation(generation: dict[str, Any]) -> None:
-    """Check fields of `GenerationConfig`, which validates their values.
-
-    Raises:
-        ValueError: an unknown field, or a value it refuses.
-    """
-    config = GenerationConfig()
-    for name in generation:
-        if not hasattr(config, name) or name.startswith("_"):
-            raise unknown_key(name, "report.generation", config.to_dict(), {})
-    for name in ("num_beams", "max_new_tokens"):
-        value = generation[name]
-        is_count = isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
-        need(is_count, f"report.generation.{name}", value, "a number of at least 1")
-    try:
-        config.update(**generation)
-        # As saving the model does, which would fail when it is trained.
-        config.validate(strict=True)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"report.generation={generation!r}: {' '.join(str(error).split())}") from None
-
-
 # --- the stage -------------------------------------------------------------------------------------------------------
-
-
-def decoding(section: ReportArguments, processor: OTDRGProcessor) -> dict[str, Any]:
-    """The fields of `GenerationConfig` of a section: `generation`, and the suppressed words as token ids."""
-    if not section.suppressed_words:
-        return section.generation
-    # A tokenizer of pieces has other ids for a word at the start of the text.
-    texts = [text for word in section.suppressed_words for text in (word, f" {word}")]
-    ids = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return {**section.generation, "bad_words_ids": [list(row) for row in dict.fromkeys(map(tuple, ids))]}
 
 
 class ReportStage(Stage):
@@ -285,7 +224,7 @@ class ReportStage(Stage):
             rows,
             training=training,
             batch_size=recipe.report.eval_batch(),
-            generation=decoding(recipe.report, run.processor),
+            generation=decoding(recipe, run.processor),
             controls=wanted.controls,
             labeler=wanted.labeler,
             metrics=wanted.metrics,
@@ -408,13 +347,9 @@ def report_trainer(run: StageRun) -> StageTrainer:
         tau = recipe.predictor.logit_adjustment
         model.finding_logit_adjustment = logit_adjustment(run.studies["train"]["finding_states"], tau)
     train, validation = run.studies["train"], run.studies.get("validation")
-    args = section.prepare(
-        run.folder,
-        recipe.seed,
-        recipe.report_to,
-        evaluates=validation is not None,
-        label_names=["labels"],
-        prediction_loss_only=True,
+    args = generating_arguments(
+        run,
+        section,
         # Training studies are grouped by our sampler; transformers would also group those of evaluations, and fail.
         train_sampling_strategy="random"
         if section.train_sampling_strategy == "group_by_length"
@@ -434,7 +369,6 @@ def report_trainer(run: StageRun) -> StageTrainer:
         labels = recipe.labels
         labeler = labeler_of(labels.labeler or "rules", labels.options if labels.labeler else {})
         abnormal = abnormal_sentences(list(train["report"]), labeler)
-    generates = validation is not None and args.metric_for_best_model is not None
     return StageTrainer(
         model,
         args,
@@ -453,78 +387,17 @@ def report_trainer(run: StageRun) -> StageTrainer:
         eval_collator=ReportCollator(processor, training=False, max_report_tokens=tokens, indication=indication),
         train_lengths=lengths,
         train_weights=study_weights(train["finding_states"], section.abnormal_study_weight),
-        score=Validation(recipe, model, processor, validation, run.folder, args.best) if generates else None,
+        score=Validation.of(run, args, validation),
         train_dataset=train,
         eval_dataset=validation,
     )
-
-
-@dataclass
-class Validation:
-    """Generates reports for validation studies, scores them and writes them to `FOLDER/validation/step-N.csv`.
-
-    Reports are decoded with `generation_num_beams` and without consensus decoding, and read by `evaluation.labeler`;
-    `best` is the stage's `metric_for_best_model`.
-    """
-
-    recipe: Recipe
-    model: OTDRGForReportGeneration
-    processor: OTDRGProcessor
-    studies: Dataset | CachedStudies
-    folder: Path
-    best: WeightedScores
-
-    def __call__(self, step: int) -> dict[str, float]:
-        """`VALIDATION_SCORES` and the scores of `metric_for_best_model`; every process must call it."""
-        section = self.recipe.report
-        names = (name for name in (*VALIDATION_SCORES, *self.best.weights) if name in score_names())
-        wanted = {name: full_score_name(name) for name in names}
-        evaluation = evaluate_model(
-            self.model,
-            self.processor,
-            self._rows(),
-            batch_size=section.eval_batch(),
-            generation={**decoding(section, self.processor), "num_beams": section.generation_num_beams},
-            controls=(),
-            labeler=section.evaluation.labeler,
-            metrics=wanted.values(),
-            seed=self.recipe.seed,
-            indication=self.recipe.gives_indication,
-        )
-        if PartialState().is_main_process:
-            write_predictions(evaluation, self.folder / "validation" / f"step-{step:06d}.csv")
-        found = evaluation.rows["model"].scores
-        return {name: found[full] for name, full in wanted.items()}
-
-    def _rows(self) -> Dataset | CachedStudies:
-        limit = self.recipe.report.max_eval_samples
-        return self.studies.select(range(min(limit or len(self.studies), len(self.studies))))
-
-    def constant(self, training: Dataset | StreamedStudies) -> float | None:
-        """The best `metric_for_best_model` that one constant report of training reaches on validation.
-
-        None if the metric has a score outside `SEARCHED_SCORES`, such as `loss`.
-        """
-        wanted = {name: full_score_name(name) for name in self.best.weights if name in score_names()}
-        if wanted.keys() != self.best.weights.keys() or not set(SEARCHED_SCORES).issuperset(wanted.values()):
-            return None
-        labeler, rows = labeler_of(self.recipe.report.evaluation.labeler, {}), self._rows()
-        states = label_quietly(labeler, uncleaned_reports(training))
-        chosen = best_constants(list(training["report"]), states, labeler, list(wanted.values()), self.recipe.seed)
-        references, true_states = list(rows["report"]), label_quietly(labeler, uncleaned_reports(rows))
-        values = []
-        for report in set(chosen.reports.values()):
-            said = np.tile(label_quietly(labeler, [report]), (len(rows), 1))
-            found = score_reports([report] * len(rows), references, said, true_states, list(wanted.values())).scores
-            values.append(self.best({name: found[full] for name, full in wanted.items()}))
-        return max(values, default=None)
 
 
 def trained_model(trainer: StageTrainer, recipe: Recipe) -> OTDRGForReportGeneration:
     """The whole model after training, in the recipe's type and with its decoding as the default; LoRA not merged."""
     model = trainer.whole_model()
     section = recipe.report
-    model.generation_config.update(**decoding(section, trainer.processor))
+    model.generation_config.update(**decoding(recipe, trainer.processor))
     if section.candidates is not None:
         store_settings(model, {"candidates": section.candidates, **section.consensus})
     # One type, as `from_pretrained` gives: the model that is scored is the model that will be loaded.
@@ -574,11 +447,8 @@ STAGE = ReportStage()
 
 __all__ = [
     "STAGE",
-    "VALIDATION_SCORES",
-    "EvaluationRecipe",
     "ReportArguments",
     "ReportStage",
-    "Validation",
     "merged",
     "save_adapter",
     "trained_model",

@@ -17,10 +17,10 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..files_otdrg import read_json
+from ..studies.fingerprint import differing_splits
 from .arguments import StageArguments
 from .fields import Section
 from .recipe import Recipe
-from .run_folder import differing_splits
 from .stages import STAGES, earlier_stages, stage_of
 
 logger = logging.getLogger(__name__)

@@ -21,19 +21,20 @@ from torch import nn
 from transformers import GenerationConfig
 
 from ..inference.collation import PromptCollator
-from ..inference.processes import is_sharded, open_methods
 from ..metrics.rewards import REWARDS, RewardFunction
 from ..modeling_otdrg import OTDRGForReportGeneration
+from ..runtime.processes import is_sharded, open_methods
 from .arguments import StageArguments
 from .callbacks import LossCallback, everywhere
 from .collation import ReportCollator
 from .fields import NOT_NEGATIVE, POSITIVE, Bounds, need, option
 from .model import attach_lora, cached_where_frozen, set_trained_parts
 from .recipe import Recipe
-from .report import ReportArguments, ReportStage, Validation, merged, trained_model
+from .report import ReportArguments, ReportStage, merged, trained_model
 from .resumption import is_finished
 from .stages import StageRun
 from .trainer import StageTrainer
+from .validation import Validation, generating_arguments
 
 _REWARDS = {"cider": 1.0, "bleu_4": 1.0, "agreement": 0.5}
 
@@ -353,14 +354,7 @@ def reward_trainer(run: StageRun) -> RewardTrainer:
     ids = {name: getattr(model.generation_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**ids)
     train, validation = run.studies["train"], run.studies.get("validation")
-    args = section.prepare(
-        run.folder,
-        recipe.seed,
-        recipe.report_to,
-        evaluates=validation is not None,
-        label_names=["labels"],
-        prediction_loss_only=True,
-    )
+    args = generating_arguments(run, section)
     reference = None
     if section.text == "full":
         reference = copy.deepcopy(model, {id(tower): tower for tower in model.vision_towers})
@@ -374,7 +368,6 @@ def reward_trainer(run: StageRun) -> RewardTrainer:
     )
     figures = ("policy_loss", "kl", "reward", *(f"rewards/{name}" for name in rewards), "completion_length")
     tokens, indication = recipe.report.max_report_tokens, recipe.gives_indication
-    generates = validation is not None and args.metric_for_best_model is not None
     return RewardTrainer(
         model,
         args,
@@ -384,7 +377,7 @@ def reward_trainer(run: StageRun) -> RewardTrainer:
         frozen=[*model.children()],
         train_collator=RewardCollator(processor, indication),
         eval_collator=ReportCollator(processor, False, tokens, indication=indication),
-        score=Validation(recipe, model, processor, validation, run.folder, args.best) if generates else None,
+        score=Validation.of(run, args, validation),
         train_dataset=train,
         eval_dataset=validation,
         rewards=rewards,

@@ -22,12 +22,13 @@ from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from ..runtime.interruptions import FULL, RunInterruptedError, ended_by, is_out_of_memory
 from ..runtime.output_lock import OutputLock
+from ..runtime.processes import has_accelerator, start_processes
+from ..runtime.run_record import RunRecord, read_results
 from ..studies.fingerprint import fingerprint
-from .arguments import StageArguments
-from .check import check_arguments, check_model, check_recipe, check_studies
-from .data import StudySplits, build_studies, describe_studies
-from .distributed import has_accelerator, start_processes
-from .model import build_model, load_model
+from .arguments import StageArguments, check_report_to
+from .callbacks import FIGURES
+from .data import StudySplits, build_studies, check_labels, check_source, describe_studies
+from .model import build_model, check_lora_targets, check_model_recipe, load_model, lora_fields, quantization_config
 from .recipe import Recipe
 from .resumption import (
     FINISHED,
@@ -40,10 +41,33 @@ from .resumption import (
     remove_partial_checkpoints,
     stage_start,
 )
-from .run_folder import RunRecord, read_results
-from .stages import StageRun, earlier_stages, published_folder, stage_of
+from .stages import STAGES, StageRun, earlier_stages, published_folder, stage_of
 
 logger = logging.getLogger(__name__)
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Check all sections of a recipe, including those of stages that are not run, before anything is read.
+
+    Raises:
+        ValueError: a source, labeler, metric, preset... that does not exist, an option that its source, labeler or
+            configuration does not have, or a package that is not installed.
+    """
+    check_report_to("report_to", recipe.report_to)
+    check_source(recipe.studies)
+    check_labels(recipe.labels)
+    check_model_recipe(recipe.model)
+    for name in recipe.stages:
+        lora_fields(recipe, name)
+    for name in STAGES:
+        stage, section = stage_of(name), getattr(recipe, name)
+        check_report_to(f"{name}.report_to", section.report_to)
+        stage.check(recipe)
+        try:
+            section.best.check(("loss", *FIGURES, *stage.score_names()))
+        except ValueError as error:
+            raise ValueError(f"{name}.metric_for_best_model={error}") from None
+    quantization_config(recipe.model.quantization)
 
 
 def run_recipe(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -112,9 +136,12 @@ def _run_stages(recipe: Recipe, state: PartialState, resume: bool, overwrite: bo
         stage_of(stage).check_start(recipe, pending)
     kept = kept_stages(recipe, pending, resume)
     check_kept_recipes(recipe, kept, pending)
-    check_arguments(recipe, pending)
+    for stage in pending:
+        # Fails if this machine cannot do what the arguments ask for.
+        getattr(recipe, stage).prepare(Path(recipe.output_dir) / stage, recipe.seed, recipe.report_to, evaluates=True)
     studies = build_studies(recipe.studies, recipe.labels, recipe.seed)
-    check_studies(recipe, studies, pending)
+    for stage in pending:
+        stage_of(stage).check_studies(recipe, studies)
     if not has_accelerator():
         # Without a GPU `accelerate launch` gives each process one thread.
         torch.set_num_threads(recipe.cpu_threads or max(1, (os.cpu_count() or 1) // state.num_processes))
@@ -125,8 +152,15 @@ def _run_stages(recipe: Recipe, state: PartialState, resume: bool, overwrite: bo
         _prepare_folder(recipe, pending, resume)
 
     _by_main_process(state, prepare_folder)
-    record = RunRecord(recipe, state, data, describe_studies(studies) if state.is_main_process else {})
-    run = _Run(recipe, state, pending, studies, data, record, read_results(Path(recipe.output_dir)))
+    output = Path(recipe.output_dir)
+    facts = {
+        "seed": recipe.seed,
+        "studies": data,
+        "data": describe_studies(studies) if state.is_main_process else {},
+        "hub_dataset": recipe.studies.hub_dataset,
+    }
+    record = RunRecord(output, state, facts)
+    run = _Run(recipe, state, pending, studies, data, record, read_results(output))
     try:
         run.train(resume)
         record.end("finished")
@@ -172,7 +206,9 @@ class _Run:
                 self.folder.mkdir(parents=True, exist_ok=True)
             stage = StageRun(self.recipe, self.studies, *self._model(name, source), self.folder, continues)
             if position == 0:
-                check_model(self.recipe, stage.model, self.pending)
+                for later in self.pending:
+                    stage_of(later).check_model(self.recipe, stage.model)
+                    check_lora_targets(stage.model, self.recipe, later)
             if self.state.is_main_process:
                 start = stage_start(self.recipe, self.data, self.state.num_processes, previous)
                 write_json(self.folder / STARTED, start)
@@ -311,4 +347,4 @@ def _write_failure(error: BaseException) -> str | None:
     return None
 
 
-__all__ = ["run_recipe"]
+__all__ = ["check_recipe", "run_recipe"]

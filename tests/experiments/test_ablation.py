@@ -12,8 +12,7 @@ import pytest
 import yaml
 from otdrg import FINDINGS
 from otdrg.cli import main
-from otdrg.evaluation.evaluate import Evaluation
-from otdrg.evaluation.evaluate import Row as EvaluationRow
+from otdrg.evaluation.evaluate import Evaluation, SystemReports
 from otdrg.evaluation.report import write_predictions
 from otdrg.experiments.ablation import FULL, Row, plan_runs, table_rows
 from otdrg.experiments.ablation_report import PAPER_COLUMNS, format_summary, summarize
@@ -56,7 +55,7 @@ LABELER = load_labeler("rules")
 def scored(texts, references):
     states = LABELER.label(list(texts))
     found = score_reports(texts, references, states, LABELER.label(list(references)), METRICS)
-    return EvaluationRow(list(texts), states, found, list(texts))
+    return SystemReports(list(texts), states, found, list(texts))
 
 
 def finish(run, references, right):

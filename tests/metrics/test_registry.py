@@ -25,8 +25,8 @@ from otdrg.metrics import (
     score_tables,
 )
 from otdrg.studies import load_studies
-from otdrg.training.check import check_recipe
 from otdrg.training.recipe import load_recipe
+from otdrg.training.run import check_recipe
 from otdrg.training.stages import stage_of
 
 PREDICTIONS, REFERENCES = ["the heart is normal", "clear lungs"], ["the heart is large", "the lungs are clear"]

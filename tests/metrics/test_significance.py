@@ -182,15 +182,16 @@ def test_compare_systems_averages_runs(systems):
         assert bootstrap_intervals(mine)[name].value == pytest.approx(values[0], abs=1e-12)
 
 
-def test_bootstrap_intervals_with_resampled_runs_are_wider(systems):
-    widths = [
-        np.ptp(bootstrap_intervals(systems, resample_runs=drawn)["macro_f1_13_uncertain_negative"][1:])
-        for drawn in (False, True)
-    ]
-    assert widths[1] > widths[0]
-    # three equal runs have no spread of their own, whichever are drawn
-    fixed, drawn = (bootstrap_intervals([systems[0]] * 3, resample_runs=drawn)["bleu_4"] for drawn in (False, True))
-    assert drawn == pytest.approx(fixed, abs=1e-12)
+def test_paired_bootstrap_with_resampled_runs_is_wider(systems):
+    def width(runs, name, drawn):
+        found = paired_bootstrap(runs, systems[1], resample_runs=drawn)[name]
+        return found.high - found.low
+
+    score = "macro_f1_13_uncertain_negative"
+    assert width(systems, score, True) > width(systems, score, False)
+    # Three equal runs have no spread of their own, whichever are drawn.
+    equal = [systems[0]] * 3
+    assert width(equal, "bleu_4", True) == pytest.approx(width(equal, "bleu_4", False), abs=1e-12)
 
 
 def test_compare_systems_of_equal_and_worse_systems(truth, systems):

@@ -22,8 +22,8 @@ from accelerate.utils import (
 )
 from otdrg.modeling_otdrg import OTDRGForReportGeneration
 from otdrg.processing_otdrg import OTDRGProcessor
+from otdrg.runtime.processes import check_wrapper, start_processes
 from otdrg.train_hf import main
-from otdrg.training.distributed import check_wrapper, start_processes
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +114,7 @@ SAVING = """
 import sys
 import torch
 from otdrg.modeling_otdrg import OTDRGForReportGeneration
-from otdrg.training.distributed import start_processes
+from otdrg.runtime.processes import start_processes
 
 assert start_processes().num_processes == 2
 model = OTDRGForReportGeneration.from_pretrained(sys.argv[1])
@@ -212,12 +212,12 @@ def test_start_processes_fsdp_without_gpu_is_refused(as_launched):
 def test_start_processes_unused_deepspeed_is_refused(as_launched, monkeypatch):
     PartialState(cpu=True)
     as_launched({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"})
-    monkeypatch.setattr("otdrg.training.distributed.is_deepspeed_available", lambda: True)
+    monkeypatch.setattr("otdrg.runtime.processes.is_deepspeed_available", lambda: True)
     with pytest.raises(ValueError, match=r"DeepSpeed was asked for .* would train without it"):
         start_processes()
     with pytest.raises(ValueError, match=r"DeepSpeed ZeRO-3 was asked for, but .* by one process alone"):
         check_wrapper(torch.nn.Linear(2, 2))
-    monkeypatch.setattr("otdrg.training.distributed.is_deepspeed_available", lambda: False)
+    monkeypatch.setattr("otdrg.runtime.processes.is_deepspeed_available", lambda: False)
     with pytest.raises(ValueError, match=r"DeepSpeed was asked for .* is not there: pip install"):
         start_processes()
 
@@ -298,8 +298,8 @@ from otdrg.studies import load_studies
 from otdrg.training.model import cast_backbones, set_trained_parts
 from otdrg.training.callbacks import LossCallback
 from otdrg.training.collation import ReportCollator
-from otdrg.inference.processes import is_sharded, open_methods
-from otdrg.training.distributed import fill, start_processes, weightless_copy, wrapper_name
+from otdrg.runtime.processes import is_sharded, open_methods
+from otdrg.runtime.processes import fill, start_processes, weightless_copy, wrapper_name
 from otdrg.inference.generation import generate_reports
 
 folder, kind = sys.argv[1:]

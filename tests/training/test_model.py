@@ -6,12 +6,12 @@ from otdrg.configuration_otdrg import OTDRGConfig
 from otdrg.metrics import nlg_scores
 from otdrg.modeling_otdrg import OTDRGForReportGeneration
 from otdrg.processing_otdrg import OTDRGProcessor
-from otdrg.training.check import check_model
 from otdrg.training.data import build_studies
 from otdrg.training.model import (
     attach_lora,
     build_model,
     cast_backbones,
+    check_lora_targets,
     lora_fields,
     quantization_config,
     set_trained_parts,
@@ -185,11 +185,11 @@ def test_build_model_backbones_that_do_not_fit_are_refused(fields, message):
         build_model(ModelRecipe(**fields), ["clear ."])
 
 
-def test_check_model_lora_on_all_linear_layers_leaves_the_head():
+def test_check_lora_targets_lora_on_all_linear_layers_leaves_the_head():
     lora = {"r": 2, "target_modules": "all-linear"}
     recipe = recipe_of("report", overrides={"lora": lora}, text="lora")
     model, _ = build_model(recipe.model, ["the lungs are clear ."])
-    check_model(recipe, model, ["report"])
+    check_lora_targets(model, recipe, "report")
     attach_lora(model, recipe, "report")
     adapted = {name.split(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
     names = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from otdrg.train_hf import main
-from otdrg.training.recipe import load_recipe
+from otdrg.training.recipe import StudiesRecipe, load_recipe
 from otdrg.training.stages import stage_of
 from transformers import TrainingArguments
 
@@ -309,3 +309,12 @@ def test_train_hf_help_shows_an_example(capsys):
         main(["--help"])
     assert ended.value.code == 0
     assert "accelerate launch train_hf.py recipes/phantom_tiny.yaml" in capsys.readouterr().out
+
+
+def test_hub_dataset_folder_is_none(tmp_path):
+    def named(source, **options):
+        return StudiesRecipe(source=source, options=options).hub_dataset
+
+    assert named("hub", dataset="org/radiographs") == "org/radiographs"
+    assert named("hub", dataset=str(tmp_path)) is None
+    assert named("phantom", train=3) is None

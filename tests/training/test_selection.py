@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from otdrg.modeling_otdrg import OTDRGForReportGeneration
 from otdrg.train_hf import main
 from otdrg.training.arguments import WeightedScores
+from otdrg.training.collation import StudySampler
 from otdrg.training.recipe import load_recipe
-from otdrg.training.resumable_trainer import StudySampler
 from safetensors.torch import load_file
 
 SCORES = st.floats(-10, 10)

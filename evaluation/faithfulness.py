@@ -20,8 +20,8 @@ CONDITIONS: dict[str, str] = {
 
 
 @dataclass(frozen=True)
-class SteeredReports:
-    """Faithfulness to one kind of conditioning states.
+class ConditionFaithfulness:
+    """Faithfulness to one kind of conditioning states, of `CONDITIONS`.
 
     Args:
         studies: in how many a finding is measured.
@@ -37,8 +37,8 @@ class SteeredReports:
 
 
 @dataclass(frozen=True)
-class Steering:
-    """What [`measure_steering`] found.
+class ModelFaithfulness:
+    """What [`measure_faithfulness`] found.
 
     Args:
         conditions: by key of `CONDITIONS`, as far as the evaluation has them.
@@ -46,7 +46,7 @@ class Steering:
             state of each finding.
     """
 
-    conditions: dict[str, SteeredReports]
+    conditions: dict[str, ConditionFaithfulness]
     constant: str
 
     def scores(self) -> dict[str, Any]:
@@ -58,9 +58,9 @@ class Steering:
         return {"constant": self.constant, "conditions": conditions}
 
 
-def measure_steering(
+def measure_faithfulness(
     evaluation: Evaluation, training_states: Sequence[Sequence[int]] | np.ndarray, floor: int = FLOOR
-) -> Steering:
+) -> ModelFaithfulness:
     """Measure faithfulness to predicted states and, if the evaluation has them, to true and flipped ones.
 
     Args:
@@ -76,14 +76,14 @@ def measure_steering(
 
     constant = max({row.reports[0]: row for row in evaluation.constants.values()}.values(), key=agreement)
     conditions = {}
-    for name, (row, states, within) in evaluation.steered.items():
-        conditions[name] = SteeredReports(
-            studies=len(states) if within is None else int(within.any(axis=1).sum()),
-            model=faithfulness(states, row.report_states, floor, within),
-            constant=faithfulness(states, constant.report_states, floor, within),
-            contradicted=list(contradictions(states, row.report_states, within)),
+    for name, (system, states, flipped) in evaluation.conditioned.items():
+        conditions[name] = ConditionFaithfulness(
+            studies=len(states) if flipped is None else int(flipped.any(axis=1).sum()),
+            model=faithfulness(states, system.report_states, floor, flipped),
+            constant=faithfulness(states, constant.report_states, floor, flipped),
+            contradicted=list(contradictions(states, system.report_states, flipped)),
         )
-    return Steering(conditions, constant.reports[0])
+    return ModelFaithfulness(conditions, constant.reports[0])
 
 
 def _plain(found: Faithfulness) -> dict[str, Any]:
@@ -94,4 +94,4 @@ def _plain(found: Faithfulness) -> dict[str, Any]:
     return {**asdict(found), "cells": cells}
 
 
-__all__ = ["CONDITIONS", "SteeredReports", "Steering", "measure_steering"]
+__all__ = ["CONDITIONS", "ConditionFaithfulness", "ModelFaithfulness", "measure_faithfulness"]

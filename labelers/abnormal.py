@@ -1,8 +1,4 @@
-"""What is abnormal in training studies, to learn it more: studies are drawn, and sentences weighed, by it.
-
-Most sentences of reports deny findings, and a language model learns these first: without weights it writes few of the
-positive findings that it is given.
-"""
+"""What is abnormal: states with a positive or unclear finding, and the sentences of reports that state one."""
 
 from __future__ import annotations
 
@@ -13,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..findings_otdrg import FINDINGS, NO_FINDING, POSITIVE, UNCLEAR
-from ..labelers.as_typed import label_quietly
-from ..labelers.sentences import split_sentences
+from .as_typed import label_quietly
+from .sentences import split_sentences
 
 logger = logging.getLogger(__name__)
 
@@ -25,11 +21,6 @@ Spans = list[tuple[int, int]]
 def is_abnormal(states: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
     """For each row of 14 states, whether a finding is positive or unclear; "no finding" does not count. (N,)"""
     return np.isin(np.asarray(states).reshape(-1, len(FINDINGS))[:, :NO_FINDING], (POSITIVE, UNCLEAR)).any(axis=1)
-
-
-def study_weights(states: Sequence[Sequence[int]], weight: float) -> list[float] | None:
-    """How often each study is drawn: `weight` times as often if it is abnormal; None if all are drawn alike."""
-    return None if weight == 1 else np.where(is_abnormal(states), weight, 1.0).tolist()
 
 
 def abnormal_sentences(reports: Sequence[str], labeler) -> dict[str, Spans]:
@@ -85,12 +76,4 @@ def _find(sentence: str, report: str, position: int) -> tuple[int, int] | None:
     return None
 
 
-def token_weights(offsets: Sequence[tuple[int, int]], spans: Spans, weight: float) -> list[float]:
-    """`weight` for each token, given by its begin and end in characters, that overlaps a span, and 1 for the others."""
-    return [
-        weight if any(begin < end_of_span and end > start for start, end_of_span in spans) else 1.0
-        for begin, end in offsets
-    ]
-
-
-__all__ = ["Spans", "abnormal_sentences", "is_abnormal", "study_weights", "token_weights"]
+__all__ = ["Spans", "abnormal_sentences", "is_abnormal"]

@@ -3,8 +3,8 @@
 import pytest
 from otdrg.train_hf import main
 from otdrg.training import run
-from otdrg.training.check import check_recipe
 from otdrg.training.recipe import load_recipe
+from otdrg.training.run import check_recipe
 from otdrg.training.trainer import StageTrainer
 
 WRONG = [

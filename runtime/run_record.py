@@ -6,7 +6,6 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,7 +16,6 @@ from accelerate import PartialState
 
 from .. import __version__
 from ..files_otdrg import read_json, write_json
-from .recipe import Recipe
 
 RUN = "run.json"
 #: Packages whose versions are kept beside our own.
@@ -33,21 +31,19 @@ class RunRecord:
     as a whole at every change.
 
     Args:
-        recipe: the run.
+        folder: of the run.
         state: of the processes; the main one writes.
-        studies: [`fingerprint`] of the studies.
-        data: [`otdrg.training.data.describe_studies`] of them.
+        facts: what else a sitting has: seed, studies (their fingerprint), data (their description) and hub_dataset.
     """
 
-    def __init__(self, recipe: Recipe, state: PartialState, studies: dict[str, Any], data: dict[str, Any]):
-        self.path = Path(recipe.output_dir) / RUN
+    def __init__(self, folder: Path, state: PartialState, facts: dict[str, Any]):
+        self.path = folder / RUN
         self.is_main_process = state.is_main_process
         self.sitting: dict[str, Any] = {
             "began": _now(),
             "ended": None,
             "outcome": None,
             "command": sys.orig_argv,
-            "seed": recipe.seed,
             "versions": versions(),
             "commit": commit(),
             "processes": state.num_processes,
@@ -55,9 +51,7 @@ class RunRecord:
             "device": device_name(state.device),
             "processor": processor_name(),
             "cores": os.cpu_count(),
-            "studies": studies,
-            "data": data,
-            "hub_dataset": hub_dataset(recipe),
+            **facts,
             "stages": {},
         }
         self.earlier = read_sittings(self.path)
@@ -89,21 +83,6 @@ class RunRecord:
     def _write(self) -> None:
         if self.is_main_process:
             write_json(self.path, {"sittings": [*self.earlier, self.sitting]})
-
-
-def new_results(folder: Path, name: str, suffixes: Sequence[str], overwrite: bool) -> dict[str, Path]:
-    """The paths of a command's results in a folder, by suffix; the folder is created.
-
-    Raises:
-        ValueError: one exists and `overwrite` is false.
-        OSError: the folder cannot be created.
-    """
-    paths = {suffix: folder / f"{name}{suffix}" for suffix in suffixes}
-    for path in paths.values():
-        if path.exists() and not overwrite:
-            raise ValueError(f"{path} exists: --overwrite replaces it")
-    folder.mkdir(parents=True, exist_ok=True)
-    return paths
 
 
 def read_sittings(path: Path) -> list[dict[str, Any]]:
@@ -197,32 +176,4 @@ def processor_name() -> str | None:
     return next(filter(None, names), None) or platform.processor() or platform.machine() or None
 
 
-# --- studies ---------------------------------------------------------------------------------------------------------
-
-
-def hub_dataset(recipe: Recipe) -> str | None:
-    """Id of the dataset on the Hub that a recipe's studies are read from; None for other sources and folders."""
-    name = recipe.studies.options.get("dataset") if recipe.studies.source == "hub" else None
-    return None if name is None or os.path.isdir(name) else name
-
-
-def differing_splits(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> list[str]:
-    """Splits in which two fingerprints differ. Streamed and mapped studies are compared by their text only."""
-    return [
-        split
-        for split in sorted({*before, *now})
-        if split not in before
-        or split not in now
-        or any(before[split][key] != now[split][key] for key in before[split].keys() & now[split].keys())
-    ]
-
-
-__all__ = [
-    "RUN",
-    "RunRecord",
-    "differing_splits",
-    "hub_dataset",
-    "new_results",
-    "read_results",
-    "read_sittings",
-]
+__all__ = ["RUN", "RunRecord", "read_results", "read_sittings"]

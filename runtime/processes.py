@@ -1,4 +1,4 @@
-"""Training on several processes: checks that what was launched is what runs, and whole models from sharded ones."""
+"""Several processes: joining them as they were launched, sharing work among them, and models with sharded weights."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, is_deepspeed_available, parse_flag_from_env
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-from ..inference.processes import is_sharded
 
 _SEVERAL = ("RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -84,6 +83,32 @@ def start_processes(fsdp: bool = False, deepspeed: bool = False) -> PartialState
             "each batch by DataParallel: use --config_file recipes/accelerate/ddp.yaml, or CUDA_VISIBLE_DEVICES=0"
         )
     return state
+
+
+def process_share(count: int) -> list[int]:
+    """The positions below `count` that this process works on.
+
+    All processes get equally many, so that the last positions may repeat the first ones: with sharded weights,
+    processes wait for each other at every layer.
+    """
+    state = PartialState()
+    rounds = -(-count // state.num_processes)
+    return [(state.process_index + number * state.num_processes) % count for number in range(rounds)]
+
+
+# --- sharded weights -------------------------------------------------------------------------------------------------
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each process holds only its share of the weights (FSDP2, ZeRO-3)."""
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def open_methods(model: nn.Module, *names: str) -> None:
+    """Let methods other than `forward` gather weights that FSDP2 has sharded; does nothing without FSDP2."""
+    if isinstance(model, FSDPModule):
+        for name in names:
+            register_fsdp_forward_method(model, name)
 
 
 def wrapper_name(model: nn.Module) -> str | None:
@@ -177,6 +202,9 @@ __all__ = [
     "device_arguments",
     "fill",
     "has_accelerator",
+    "is_sharded",
+    "open_methods",
+    "process_share",
     "start_processes",
     "weightless_copy",
     "wrapper_name",

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from otdrg.training.resumable_trainer import ResumableTrainer
+from otdrg.training.trainer import ResumableTrainer
 from torch import nn
 from transformers import EarlyStoppingCallback, PretrainedConfig, PreTrainedModel, TrainingArguments
 

@@ -1,0 +1,1 @@
+../../heatmaps_otdrg.py
