@@ -285,7 +285,8 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGHeatmapMixin, OTDRGGen
                 The indications' words as the processor hashes them, -1 where there is none, for the label predictor.
             report_only (`bool`): compute only what the report and the losses need: no image outputs, without `labels`
                 no transport plan, and without `finding_labels` no logits of given states.
-            logits_to_keep: as the LLM's; while training on `labels` the positions without a loss are left out instead.
+            logits_to_keep: as the LLM's; while training on `labels`, or with `report_only`, the positions before the
+                first one with a loss are left out instead.
             position_ids, past_key_values or cache, use_cache: the LLM's.
             kwargs: the LLM's, such as `output_hidden_states` and `output_attentions`.
 
@@ -363,7 +364,7 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGHeatmapMixin, OTDRGGen
                         pooler_output=_split_by_study(image_features, image_mask),
                     )
             # 4. Run the LLM (3.5)
-            if targets is not None and self.training:
+            if targets is not None and (self.training or report_only):
                 # Skip the head, most of a small LLM's cost, before the first target: those positions have no loss. By
                 # index, because the slice of an int is not contiguous, and the head's weights are then copied per row.
                 first = int((targets != -100).any(dim=0).int().argmax())

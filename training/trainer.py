@@ -292,6 +292,8 @@ class StageTrainer(ResumableTrainer):
         own = self._own_rows(rows)
         # A process without a row of its own computes one all the same: under ZeRO-3 and FSDP the others wait for it.
         kept = {name: value[: max(own, 1)] for name, value in inputs.items()}
+        if prediction_loss_only and "labels" in kept:
+            kept["report_only"] = True
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, kept, return_outputs=True)
         self._add_to_evaluation(outputs, kept, own)
