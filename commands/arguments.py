@@ -13,6 +13,8 @@ SPLITS = ("train", "validation", "test")
 #: Types of weights that a model can be run with.
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("4bit", "8bit")
+#: Options that choose the device and the type of the weights.
+PLACEMENT = ("device", "dtype", "quantization")
 
 
 def add_device(parser) -> None:
@@ -21,7 +23,7 @@ def add_device(parser) -> None:
     group.add_argument(
         "--device",
         metavar="NAME",
-        help="cpu, cuda, cuda:1, mps ... (default: the accelerator, if there is one; each of several processes its own)",
+        help="cpu, cuda, cuda:1, mps ... (default: the accelerator if there is one; each of several processes its own)",
     )
     group.add_argument(
         "--dtype",
@@ -45,7 +47,7 @@ def check_device(options: argparse.Namespace) -> None:
 
 def placement(options: argparse.Namespace) -> dict[str, str | None]:
     """The arguments of [`load_published`] for the device."""
-    return {name: getattr(options, name) for name in ("device", "dtype", "quantization")}
+    return {name: getattr(options, name) for name in PLACEMENT}
 
 
 def add_resamples(parser, flag: str = "--resamples") -> None:

@@ -6,16 +6,18 @@ import argparse
 from pathlib import Path
 
 from ..labelers.as_typed import labeler_of, parse_options
-from ..runtime.output_lock import OutputLock
 from ..runtime.printable import show
+from ..runtime.shared_work import shared_lock
 from ..studies.cleaning import CLEANING_STYLES
 from .arguments import (
     SPLITS,
     add_consensus,
+    add_device,
     add_guidance,
     add_metrics,
     add_resamples,
     check_consensus,
+    check_device,
     check_guidance,
     check_least,
     reference_tokens,
@@ -34,6 +36,7 @@ Examples:
   otdrg evaluate runs/iu_xray_small mimic_cxr --split test --cleaning r2gen_mimic --output mimic_zero_shot
   otdrg evaluate runs/iu_xray_small --candidates 32 --bank bank --output consensus
   otdrg evaluate org/otdrg recipes/iu_xray_small.yaml --output evaluation
+  accelerate launch -m otdrg evaluate runs/iu_xray_small --split test
 """
 
 
@@ -87,6 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
         metavar="DIR",
         help="folder of cached image features (default: the run's, or features in the output)",
     )
+    add_device(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -94,12 +98,13 @@ def run(options: argparse.Namespace) -> None:
     check_least(options, limit=1, num_beams=1, max_new_tokens=1, batch_size=1, floor=1, bootstrap=0, seed=0)
     check_guidance(options)
     check_consensus(options)
+    check_device(options)
     if options.output is None and not Path(options.model).is_dir():
         raise ValueError(f"{options.model} is not a folder here: expected --output, the folder of the evaluation")
     output = options.output or Path(options.model) / f"evaluation-{options.split}"
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output}: this is a file, expected a folder")
-    with OutputLock(output):
+    with shared_lock(output):
         try:
             show(f"{_evaluate(options, output)}\n\n{output}")
         except KeyboardInterrupt as stop:

@@ -10,10 +10,11 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..inference.features import cache_features, model_digest
-from ..inference.loading import asked_decoder, decoding, described_consensus, load_published
+from ..inference.features import cache_features
+from ..inference.loading import asked_decoder, decoding, described_consensus, load_published, model_settings
 from ..metrics.protocols import truncate_to_tokens
 from ..runtime.journal import WorkSettings
+from ..runtime.shared_work import by_main_process
 from ..studies.cleaning import clean_report
 from ..studies.fingerprint import fingerprint
 from ..studies.streaming import StreamedStudies
@@ -40,6 +41,8 @@ def evaluate_published(
 ) -> str:
     """Generate the reports that `output` does not hold yet, score them, and write tables and figures.
 
+    Every process of a distributed run must call this function; all but the main one end before the scores.
+
     Args:
         model_name: folder of a run or a model, or a Hub id.
         rows: the studies, cleaned.
@@ -49,7 +52,8 @@ def evaluate_published(
         cache: folder of the views' features.
         options: `num_beams`, `max_new_tokens` and `guidance_scale` (None: the model's), `candidates`, `bank`,
             `retrieved` and `agreement_weight` (consensus decoding), `batch_size`, `indication` (None: whether the label
-            predictor reads it), `seed`, `metrics`, `labeler`, `labeler_options`, `floor`, `bootstrap`.
+            predictor reads it), `seed`, `metrics`, `labeler`, `labeler_options`, `floor`, `bootstrap`; and those of
+            [`load_published`].
         clean_generated: clean generated reports too, for a model trained on reports that were cleaned otherwise.
         tokenizer, reference_tokens: protocol `r2gengpt`, in which true reports are cut to so many tokens.
         overwrite: generate all reports again.
@@ -64,7 +68,9 @@ def evaluate_published(
     if reference_tokens is not None:
         texts = truncate_to_tokens(texts, tokenizer, reference_tokens)
     references = dict(zip(rows["id"], texts, strict=True))
-    model, processor = load_published(model_name)
+    model, processor = load_published(
+        model_name, options.get("device"), options.get("dtype"), options.get("quantization")
+    )
     batch_size = min(options["batch_size"], len(rows))
     decoder = asked_decoder(model, processor, options)
     asked = options["num_beams"], options["max_new_tokens"], batch_size, options["guidance_scale"]
@@ -72,19 +78,23 @@ def evaluate_published(
     indication = options["indication"]
     if indication is None:
         indication = model.config.indication_reader != "report"
-    settings = {
-        "model": model_digest(model, processor),
-        "studies": fingerprint({facts["split"]: rows}),
-        **decoded_by,
-        **described_consensus(decoder),
-        "indication": indication,
-        "seed": options["seed"],
-    }
-    _open_folder(output, settings, overwrite)
+
+    def begin() -> dict[str, Any]:
+        settings = {
+            **model_settings(model, processor),
+            "studies": fingerprint({facts["split"]: rows}),
+            **decoded_by,
+            **described_consensus(decoder),
+            "indication": indication,
+            "seed": options["seed"],
+        }
+        _open_folder(output, settings, overwrite)
+        return settings
+
+    settings = by_main_process(begin)
     left_out: dict[str, str] = {}
-    rows, training = (
-        cache_features(model, processor, studies, cache, batch_size, left_out) for studies in (rows, training)
-    )
+    features = [cache_features(model, processor, studies, cache, batch_size, left_out) for studies in (rows, training)]
+    rows, training = features
     if not len(rows):
         raise ValueError(f"no study is left: {next(iter(left_out.values()))}")
     for reason in left_out.values():
@@ -107,6 +117,7 @@ def evaluate_published(
         journals=output / REPORTS,
         consensus=decoder,
         collections=facts["data"][facts["split"]]["collections"],
+        scored_alone=True,
     )
     described = {
         "model": model_name,

@@ -10,6 +10,7 @@ from accelerate.utils import parse_flag_from_env
 
 from .shared_work import launched_processes
 
+
 def join_processes(device: str | None = None) -> None:
     """Join the processes that were launched together; does nothing in a process that was launched alone.
 
@@ -27,8 +28,8 @@ def join_processes(device: str | None = None) -> None:
     state = PartialState(cpu=on_cpu, backend="gloo", timeout=timedelta(days=1))
     if state.num_processes != launched_processes():
         raise ValueError(
-            f"{launched_processes()} processes were launched (WORLD_SIZE), but {state.num_processes} joined: start them "
-            "with accelerate launch or torchrun"
+            f"{launched_processes()} processes were launched (WORLD_SIZE), but {state.num_processes} joined: start "
+            "them with accelerate launch or torchrun"
         )
 
 

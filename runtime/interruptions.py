@@ -95,8 +95,8 @@ def error_line(error: Exception) -> str | None:
     if is_out_of_memory(error):
         reason = _one_line(error).partition(". ")[0] or "an allocation failed"
         return (
-            f"out of memory ({reason}): use a smaller batch, fewer beams or candidates, shorter reports, or for the weights "
-            "a smaller dtype or quantization"
+            f"out of memory ({reason}): use a smaller batch, fewer beams or candidates, shorter reports, or a smaller "
+            "dtype or quantization of the weights"
         )
     if isinstance(error, (OSError, ValueError, ImportError, ArithmeticError, RunInterruptedError)):
         return _one_line(error) or type(error).__name__

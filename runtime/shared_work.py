@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from tqdm.auto import tqdm
 
 from .interruptions import RunInterruptedError, error_line
-from .journal import Journal, append_rows
+from .journal import Journal, WorkSettings, append_rows
 from .output_lock import OutputLock
 
 Value = TypeVar("Value")
@@ -183,7 +183,10 @@ def share_work(
         mine = [pending[(index + turn * count) % len(pending)] for turn in range(-(-len(pending) // count))]
     found: dict[str, Row] = {}
     hidden = True if progress is None or index > 0 else hidden
-    with tqdm(total=sum(map(len, mine)), desc=progress, unit="study", disable=hidden) as bar, _stopping(journal) as stop:
+    with (
+        tqdm(total=sum(map(len, mine)), desc=progress, unit="study", disable=hidden) as bar,
+        _stopping(journal) as stop,
+    ):
         for block, rows in zip(mine, work(mine), strict=True):
             new = [row for row in rows if row["id"] not in known and row["id"] not in found]
             found |= {row["id"]: row for row in new}
@@ -247,6 +250,37 @@ def merge_journals(
     return rows
 
 
+@contextmanager
+def temporary_journal(journal: Path, settings: Callable[[], Row], overwrite: bool) -> Iterator[Path]:
+    """A journal that is deleted when the body is done, and found again by the same command if it is interrupted.
+
+    Args:
+        journal: the file; `NAME.settings.json` beside it holds the settings.
+        settings: what the rows depend on; called by the main process.
+        overwrite: start anew.
+
+    Raises:
+        ValueError: the journal was made with other settings.
+    """
+    beside = journal.with_suffix(".settings.json")
+
+    def begin() -> None:
+        if overwrite:
+            discard_journals(journal)
+        if not is_begun(journal):
+            beside.unlink(missing_ok=True)
+        WorkSettings(journal, settings(), ("model", "studies")).keep(beside)
+
+    by_main_process(begin)
+    try:
+        yield journal
+    except KeyboardInterrupt as stop:
+        raise type(stop)(f"what was finished is kept in {journal}; the same command continues") from stop
+    if process_place()[0] == 0:
+        discard_journals(journal)
+        beside.unlink(missing_ok=True)
+
+
 def is_begun(journal: Path) -> bool:
     """Whether there is a journal, or one of another process beside it."""
     return journal.exists() or bool(_parts(journal))
@@ -308,4 +342,5 @@ __all__ = [
     "run_together",
     "share_work",
     "shared_lock",
+    "temporary_journal",
 ]

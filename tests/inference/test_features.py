@@ -387,7 +387,7 @@ def test_cache_features_two_processes_share_the_work(model, processor, tmp_path,
     arguments = [str(tmp_path / name) for name in ("model", "built", "features")]
     printed = launch(["-c", TWO, *arguments])
     assert [out.splitlines()[:3] for out in printed] == [["True 10", "True 10", "True 6"]] * 2
-    assert sorted(out.splitlines()[3] for out in printed) == ["encoded 4", "encoded 6"]
+    assert sorted(out.splitlines()[3] for out in printed) == ["encoded 5", "encoded 5"]
     table = load_studies("prepared", folder=tmp_path / "built")["train"]
     together, single = (
         cache_features(model, processor, table, tmp_path / name, batch_size=1) for name in ("features", "single")
