@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
-from .interruptions import RunInterruptedError, error_line
+from .interruptions import error_line
 from .journal import Journal, WorkSettings, append_rows
 from .output_lock import OutputLock
 
@@ -27,7 +27,7 @@ _SEVERAL = ("RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _alone = False
 
 
-class SharedWorkError(RunInterruptedError):
+class SharedWorkError(ChildProcessError):
     """Another process failed or was ended; raised in all that are left."""
 
 
