@@ -10,7 +10,7 @@ from importlib import import_module
 
 from .runtime.interruptions import exit_status
 from .runtime.printable import PrintableFormatter
-from .runtime.shared_work import launched_processes, run_together
+from .runtime.shared_work import launched_processes, leave_processes, run_together
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,7 +28,10 @@ def main(arguments: list[str] | None = None) -> int:
     if logging.lastResort is not None:
         # Warnings contain names of studies, which may hold control characters.
         logging.lastResort.setFormatter(PrintableFormatter("%(message)s"))
-    return exit_status(f"otdrg {options.command}", lambda: _run(options), speaks=is_first)
+    try:
+        return exit_status(f"otdrg {options.command}", lambda: _run(options), speaks=is_first)
+    finally:
+        leave_processes()
 
 
 def _run(options: argparse.Namespace) -> None:

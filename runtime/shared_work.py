@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +29,10 @@ _alone = False
 
 class SharedWorkError(ChildProcessError):
     """Another process failed or was ended; raised in all that are left."""
+
+
+class SharedBugError(RuntimeError):
+    """An error of the program itself in one of the processes, with its traceback; raised in all."""
 
 
 class _Finished(Exception):
@@ -70,7 +74,7 @@ def exchange(value: Value, fault: tuple[str | None, str] | None = None) -> list[
         fault: the line and the traceback of the error that ends this process.
 
     Raises:
-        SharedWorkError: a process failed, or was killed.
+        SharedWorkError, SharedBugError: a process failed, or was killed.
     """
     count = process_place()[1]
     if count == 1:
@@ -86,7 +90,7 @@ def exchange(value: Value, fault: tuple[str | None, str] | None = None) -> list[
         if found is not None:
             line, trace = found
             # An error of the program itself keeps its traceback.
-            raise SharedWorkError(line) if line is not None else AssertionError(f"in one of the processes:\n{trace}")
+            raise SharedBugError(f"in one of the processes:\n{trace}") if line is None else SharedWorkError(line)
     return [value for value, _ in gathered]
 
 
@@ -111,17 +115,35 @@ def run_together(run: Callable[[], None]) -> None:
     global _alone
     _alone = False
     try:
-        run()
-        exchange(None)
+        try:
+            run()
+            exchange(None)
+        except (_Finished, SharedWorkError, SharedBugError):
+            raise
+        except Exception as error:
+            exchange(None, (error_line(error), traceback.format_exc()))
+            raise
     except _Finished:
         pass
-    except SharedWorkError:
-        raise
-    except Exception as error:
-        exchange(None, (error_line(error), traceback.format_exc()))
+    except (SharedWorkError, SharedBugError):
+        _wait_for_main_process()
         raise
     finally:
         _alone = False
+
+
+def leave_processes() -> None:
+    """Close the connections to the other processes: if they stay open, their threads may crash the process at exit."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _wait_for_main_process() -> None:
+    """Wait until the main process has left: a launcher kills it as soon as another one fails, before it prints why."""
+    if process_place()[0] > 0:
+        with suppress(RuntimeError):
+            sys.modules["torch.distributed"].barrier()
 
 
 @contextmanager
@@ -328,6 +350,7 @@ def _stopping(journal: Path | None) -> Iterator[Callable[[], bool]]:
 
 
 __all__ = [
+    "SharedBugError",
     "SharedWorkError",
     "by_main_process",
     "continue_alone",
@@ -337,6 +360,7 @@ __all__ = [
     "fixed_blocks",
     "is_begun",
     "launched_processes",
+    "leave_processes",
     "merge_journals",
     "process_place",
     "run_together",

@@ -24,8 +24,8 @@ def listed(paths, tmp_path):
     return path
 
 
-def bytes_of(folder, *left_out):
-    """The files of a folder by name; hidden ones among them, because none may be left."""
+def bytes_of(folder):
+    """The files of a folder but those of the feature cache; hidden ones among them, because none may be left."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
@@ -197,29 +197,36 @@ def test_embed_two_processes_write_the_same_files(trained_run, launch, tmp_path)
 # --- devices ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("command", ["generate", "evaluate", "localise", "embed", "bank", "demo"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dtype", "float7"], "--dtype is 'float7': expected one of float32, bfloat16, float16"),
+        (["--quantization", "2bit"], "--quantization is '2bit': expected one of 4bit, 8bit"),
+    ],
+)
+def test_wrong_type_of_weights_is_one_line(run_folder, paths, tmp_path, capsys, command, arguments, message):
+    studies = ["--study", paths[0]] if command == "generate" else []
+    output = [] if command in ("generate", "demo") else ["--output", str(tmp_path / "out")]
+    assert main([command, str(run_folder), *studies, *output, *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"otdrg {command}: error: ") and message in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--device", "toaster"], "device='toaster': not available here"),
         (["--device", "cuda:99"], "device='cuda:99': not available here"),
         (["--device", "meta"], "device='meta': not available here (it holds no values)"),
-        (["--dtype", "float7"], "--dtype is 'float7': expected one of float32, bfloat16, float16"),
-        (["--quantization", "2bit"], "--quantization is '2bit': expected one of 4bit, 8bit"),
         (["--quantization", "4bit"], "needs bitsandbytes: pip install"),
     ],
 )
-@pytest.mark.parametrize("command", ["generate", "evaluate", "localise", "embed", "bank", "demo"])
-def test_wrong_device_is_one_line(run_folder, paths, tmp_path, capsys, monkeypatch, command, arguments, message):
-    if command != "generate" and arguments[1] in ("cuda:99", "meta", "4bit"):
-        pytest.skip("the same loader")
-    if command in ("evaluate", "embed", "bank", "demo") and arguments[0] == "--device":
-        pytest.skip("the same loader, after the studies are read")
+def test_generate_device_that_is_not_there_is_one_line(run_folder, paths, capsys, monkeypatch, arguments, message):
     monkeypatch.setattr("otdrg.weights_otdrg.find_spec", lambda name: None)
-    studies = ["--study", paths[0]] if command == "generate" else []
-    output = [] if command in ("generate", "demo") else ["--output", str(tmp_path / "out")]
-    assert main([command, str(run_folder), *studies, *output, *arguments]) == 1
+    assert main(["generate", str(run_folder), "--study", paths[0], *arguments]) == 1
     error = capsys.readouterr().err
-    assert error.startswith(f"otdrg {command}: error: ") and message in error and error.count("\n") == 1
+    assert error.startswith("otdrg generate: error: ") and message in error and error.count("\n") == 1
 
 
 def test_generate_dtype_is_that_of_the_weights_and_of_the_journal(run_folder, paths, tmp_path, capsys):
