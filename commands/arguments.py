@@ -17,9 +17,9 @@ QUANTIZATIONS = ("4bit", "8bit")
 PLACEMENT = ("device", "dtype", "quantization")
 
 
-def add_device(parser) -> None:
+def add_device(parser, whose: str = "the model") -> None:
     """Where and in which type a model runs ([`check_device`] checks it)."""
-    group = parser.add_argument_group("device")
+    group = parser.add_argument_group(f"device of {whose}")
     group.add_argument(
         "--device",
         metavar="NAME",

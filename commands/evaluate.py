@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..labelers.as_typed import labeler_of, parse_options
+from ..labelers.shared import runs_model
 from ..runtime.printable import show
 from ..runtime.shared_work import shared_lock
 from ..studies.cleaning import CLEANING_STYLES
@@ -116,6 +117,8 @@ def run(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace, output: Path) -> str:
     """Read the studies, generate and score; returns the content of evaluation.md."""
     labeler_options = parse_options(options.option)
+    if options.device is not None and runs_model(options.labeler):
+        labeler_options.setdefault("device", options.device)
     labeler_of(options.labeler, labeler_options)
 
     # Imported after the checks, because it takes seconds.

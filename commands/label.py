@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
         "--resume", action="store_true", help="continue an interrupted labelling of DATASET, or by a model of --reports"
     )
     output.add_argument("--overwrite", action="store_true", help="replace --output, or delete an interrupted labelling")
-    add_device(parser)
+    add_device(parser, "the labeler")
 
 
 def run(options: argparse.Namespace) -> None:

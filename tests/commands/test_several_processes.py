@@ -186,7 +186,7 @@ def test_localise_two_processes_write_the_same_files(trained_run, launch, tmp_pa
 @pytest.mark.slow
 def test_embed_two_processes_write_the_same_files(trained_run, launch, tmp_path):
     pytest.importorskip("matplotlib")
-    options = {"train": 1, "validation": 0, "test": 60, "image_size": 112, "views": ["frontal"]}
+    options = {"train": 1, "validation": 0, "test": 140, "image_size": 112, "views": ["frontal"]}
     prepare_studies("phantom", tmp_path / "built", **options)
     command = ["embed", str(trained_run), str(tmp_path / "built"), "--resamples", "20", "--output"]
     assert main([*command, str(tmp_path / "one")]) == 0
