@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,13 @@ def judge_phantoms(
     blocks = fixed_blocks(studies, batch_size)
     plans = share_work([str(place) for place in range(studies)], blocks, plan, journal, progress="phantoms")
     continue_alone()
+    return _judge(plans, make, findings)
+
+
+def _judge(
+    plans: Mapping[str, Mapping[str, Any]], make: Callable[[int], Phantom], findings: Sequence[str]
+) -> JudgedPhantoms:
+    """Judge plans, the rows of a journal by the place of their phantom, which `make` gives."""
     counts = {finding: FindingCounts() for finding in findings}
     #: By finding and view: studies, lifts and masks.
     groups: dict[tuple[str, int], list[tuple[int, np.ndarray, np.ndarray]]] = {}
