@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from importlib import import_module
 
 from .runtime.interruptions import exit_status
 from .runtime.printable import PrintableFormatter
+from .runtime.shared_work import launched_processes, leave_processes, run_together
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit status ([`exit_status`])."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    is_first = os.environ.get("RANK", "0") == "0"
+    if not is_first:
+        # What all processes would print, progress bars and warnings of libraries among it, the first one prints.
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     parser = _parser(arguments)
     options = parser.parse_args(arguments)
     if not hasattr(options, "run"):
@@ -22,7 +28,27 @@ def main(arguments: list[str] | None = None) -> int:
     if logging.lastResort is not None:
         # Warnings contain names of studies, which may hold control characters.
         logging.lastResort.setFormatter(PrintableFormatter("%(message)s"))
-    return exit_status(f"otdrg {options.command}", lambda: options.run(options))
+    try:
+        return exit_status(f"otdrg {options.command}", lambda: _run(options), speaks=is_first)
+    finally:
+        leave_processes()
+
+
+def _run(options: argparse.Namespace) -> None:
+    """Run the command in this process and those that were launched with it."""
+    if launched_processes() == 1:
+        options.run(options)
+        return
+    if options.command not in _SHARED:
+        raise ValueError(
+            f"otdrg {options.command} runs in one process: start it without accelerate launch (with it: "
+            f"{', '.join(_SHARED)})"
+        )
+    # Imported here, because it takes seconds.
+    from .runtime.devices import join_processes
+
+    join_processes(options.device)
+    run_together(lambda: options.run(options))
 
 
 #: Commands and what they do; each is a module of `commands`, imported when its command is typed.
@@ -39,6 +65,9 @@ _COMMANDS = {
     "ablate": "train the paper's ablations of a recipe and tabulate them",
     "demo": "try a model in a browser on this machine",
 }
+
+#: Commands that share their studies among several processes.
+_SHARED = ("generate", "evaluate", "label", "localise", "embed", "bank")
 
 
 def _parser(arguments: list[str]) -> argparse.ArgumentParser:

@@ -10,6 +10,44 @@ from ..metrics.protocols import PROTOCOLS, R2GENGPT_TOKENS
 from ..metrics.registry import metric_choices
 
 SPLITS = ("train", "validation", "test")
+#: Types of weights that a model can be run with.
+DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = ("4bit", "8bit")
+#: Options that choose the device and the type of the weights.
+PLACEMENT = ("device", "dtype", "quantization")
+
+
+def add_device(parser, whose: str = "the model") -> None:
+    """Where and in which type a model runs ([`check_device`] checks it)."""
+    group = parser.add_argument_group(f"device of {whose}")
+    group.add_argument(
+        "--device",
+        metavar="NAME",
+        help="cpu, cuda, cuda:1, mps ... (default: the accelerator if there is one; each of several processes its own)",
+    )
+    group.add_argument(
+        "--dtype",
+        metavar="TYPE",
+        help=f"type of the weights: {', '.join(DTYPES)} (default: bfloat16 on an accelerator; on a CPU as saved)",
+    )
+    group.add_argument(
+        "--quantization",
+        metavar="KIND",
+        help=f"quantize the LLM's linear layers by bitsandbytes: {' or '.join(QUANTIZATIONS)} (default: not)",
+    )
+
+
+def check_device(options: argparse.Namespace) -> None:
+    """Raise a `ValueError` for an unknown type of weights."""
+    for name, known in (("dtype", DTYPES), ("quantization", QUANTIZATIONS)):
+        value = getattr(options, name)
+        if value is not None and value not in known:
+            raise ValueError(f"--{name} is {value!r}: expected one of {', '.join(known)}")
+
+
+def placement(options: argparse.Namespace) -> dict[str, str | None]:
+    """The arguments of [`load_published`] for the device."""
+    return {name: getattr(options, name) for name in PLACEMENT}
 
 
 def add_resamples(parser, flag: str = "--resamples") -> None:

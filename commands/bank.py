@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..runtime.output_lock import OutputLock
-from .arguments import check_least
+from ..runtime.shared_work import by_main_process, continue_alone, shared_lock
+from .arguments import add_device, check_device, check_least, placement
 
 DESCRIPTION = """\
 Make a report bank: the reports of training studies, cleaned as the model writes them, and the image features that the
@@ -41,13 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw (default: 0)")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="studies in a batch (default: 8)")
     parser.add_argument("--overwrite", action="store_true", help="replace the bank in --output")
+    add_device(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Encode the studies, and write the bank."""
     check_least(options, limit=1, batch_size=1, seed=0)
-    with OutputLock(options.output):
-        if (options.output / "bank.json").exists() and not options.overwrite:
+    check_device(options)
+    with shared_lock(options.output):
+        if by_main_process((options.output / "bank.json").exists) and not options.overwrite:
             raise ValueError(f"{options.output} holds a report bank: --overwrite replaces it")
         _bank(options)
 
@@ -61,8 +63,9 @@ def _bank(options: argparse.Namespace) -> None:
 
     studies = bank_studies(options.dataset, published_recipe(options.model))
     licences = [licence for licence in describe_studies({"train": studies})["train"]["licences"] if licence]
-    model, processor = load_published(options.model)
+    model, processor = load_published(options.model, **placement(options))
     bank = build_bank(model, processor, studies, licences, options.batch_size, options.seed, options.limit)
+    continue_alone()
     bank.save(options.output)
     print(
         f"{len(bank):,} distinct reports of {int(bank.counts.sum()):,} studies, licence: "

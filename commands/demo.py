@@ -10,7 +10,7 @@ import threading
 from importlib.util import find_spec
 
 from ..runtime.interruptions import terminations
-from .arguments import check_least
+from .arguments import add_device, check_device, check_least, placement
 
 DESCRIPTION = """\
 Try a model in a browser: upload a study, watch its report being written, change the states of the findings and write
@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
     parser.add_argument(
         "--bank", metavar="FOLDER", help="report bank of otdrg bank, for reports chosen among candidates"
     )
+    add_device(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -55,6 +56,7 @@ def run(options: argparse.Namespace) -> None:
         if find_spec(library) is None:
             raise ImportError(f"the demo needs {library}: pip install 'otdrg[demo]'")
     check_least(options, max_new_tokens=1)
+    check_device(options)
     _check_address(options.server_name, options.port)  # before a large model is loaded
     from ..hub_card.space.temporary import upload_folder
 
@@ -67,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
         from ..hub_card.space.serving import serve
         from ..inference.loading import load_pipeline
 
-        pipe, bank = load_pipeline(options.model), None
+        pipe, bank = load_pipeline(options.model, **placement(options)), None
         if options.bank is not None:
             bank = ReportBank.load(options.bank)
             bank.check(pipe.model, pipe.processor)

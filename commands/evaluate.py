@@ -6,18 +6,22 @@ import argparse
 from pathlib import Path
 
 from ..labelers.as_typed import labeler_of, parse_options
-from ..runtime.output_lock import OutputLock
+from ..labelers.shared import runs_model
 from ..runtime.printable import show
+from ..runtime.shared_work import shared_lock
 from ..studies.cleaning import CLEANING_STYLES
 from .arguments import (
     SPLITS,
     add_consensus,
+    add_device,
     add_guidance,
     add_metrics,
     add_resamples,
     check_consensus,
+    check_device,
     check_guidance,
     check_least,
+    placement,
     reference_tokens,
 )
 
@@ -34,6 +38,7 @@ Examples:
   otdrg evaluate runs/iu_xray_small mimic_cxr --split test --cleaning r2gen_mimic --output mimic_zero_shot
   otdrg evaluate runs/iu_xray_small --candidates 32 --bank bank --output consensus
   otdrg evaluate org/otdrg recipes/iu_xray_small.yaml --output evaluation
+  accelerate launch -m otdrg evaluate runs/iu_xray_small --split test
 """
 
 
@@ -87,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
         metavar="DIR",
         help="folder of cached image features (default: the run's, or features in the output)",
     )
+    add_device(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -94,12 +100,13 @@ def run(options: argparse.Namespace) -> None:
     check_least(options, limit=1, num_beams=1, max_new_tokens=1, batch_size=1, floor=1, bootstrap=0, seed=0)
     check_guidance(options)
     check_consensus(options)
+    check_device(options)
     if options.output is None and not Path(options.model).is_dir():
         raise ValueError(f"{options.model} is not a folder here: expected --output, the folder of the evaluation")
     output = options.output or Path(options.model) / f"evaluation-{options.split}"
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output}: this is a file, expected a folder")
-    with OutputLock(output):
+    with shared_lock(output):
         try:
             show(f"{_evaluate(options, output)}\n\n{output}")
         except KeyboardInterrupt as stop:
@@ -111,6 +118,8 @@ def run(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace, output: Path) -> str:
     """Read the studies, generate and score; returns the content of evaluation.md."""
     labeler_options = parse_options(options.option)
+    if options.device is not None and runs_model(options.labeler):
+        labeler_options.setdefault("device", options.device)
     labeler_of(options.labeler, labeler_options)
 
     # Imported after the checks, because it takes seconds.
@@ -159,6 +168,7 @@ def _evaluate(options: argparse.Namespace, output: Path) -> str:
             floor=options.floor,
             bootstrap=options.bootstrap,
             seed=options.seed,
+            **placement(options),
         ),
         clean_generated=studies.cleaning != "none" and (own is None or own.studies.cleaning != studies.cleaning),
         tokenizer=options.tokenizer,

@@ -7,15 +7,33 @@ import importlib.util
 import json
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from ..inference.listing import ListedStudy, listed_studies, prepared_studies, read_lines, typed_findings, typed_studies
 from ..runtime.interruptions import fault_of_study
-from ..runtime.journal import Journal
-from ..runtime.output_lock import OutputLock
-from ..runtime.printable import one_line, printable
-from .arguments import add_consensus, add_guidance, check_consensus, check_guidance, check_least
+from ..runtime.printable import one_line, printable, show
+from ..runtime.shared_work import (
+    by_main_process,
+    count_rows,
+    exchange,
+    is_begun,
+    merge_journals,
+    process_place,
+    share_work,
+    shared_lock,
+)
+from .arguments import (
+    add_consensus,
+    add_device,
+    add_guidance,
+    check_consensus,
+    check_device,
+    check_guidance,
+    check_least,
+    placement,
+)
 from .terminal import format_record, terminal_width, wants_colour
 
 DESCRIPTION = """\
@@ -35,15 +53,8 @@ Examples:
   otdrg generate runs/quickstart --study frontal.png --candidates 32 --bank bank --runners-up 4
   otdrg generate org/otdrg --studies studies.jsonl --output reports.jsonl --batch-size 8
   otdrg generate org/otdrg --studies studies.jsonl --output reports.jsonl --batch-size 8 --resume
+  accelerate launch -m otdrg generate org/otdrg --studies studies.jsonl --output reports.jsonl --batch-size 8
 """
-
-
-@dataclass
-class _Outcome:
-    """Counts of the studies so far."""
-
-    written: int = 0
-    skipped: int = 0
 
 
 def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
@@ -97,6 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
         "--runners-up", type=int, metavar="N", help="with --candidates or --bank, also the N next best candidates"
     )
     output.add_argument("--heatmap", type=Path, metavar="DIR", help="folder for a picture of each transport plan")
+    add_device(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -105,8 +117,8 @@ def run(options: argparse.Namespace) -> None:
     if options.output is None:
         _run(options)
         return
-    with OutputLock(options.output):
-        if options.output.exists() and not options.resume and not options.overwrite:
+    with shared_lock(options.output):
+        if by_main_process(lambda: is_begun(options.output)) and not options.resume and not options.overwrite:
             raise ValueError(f"{options.output} exists: --resume continues it, --overwrite replaces it")
         _run(options)
 
@@ -125,12 +137,12 @@ def _run(options: argparse.Namespace) -> None:
         for study in studies:
             study.read_views(sys.maxsize)
     if options.resume:
-        Journal(options.output)
+        by_main_process(lambda: merge_journals(options.output))
 
     from ..inference.loading import asked_decoder, decoding, described_consensus, load_pipeline
     from ..inference.resumption import begin_output, settings_of
 
-    pipe = load_pipeline(options.model)
+    pipe = load_pipeline(options.model, **placement(options))
     if studies[0].rows is not None and pipe.model.config.indication_reader != "report":
         studies = _studies(options, findings, indications=True)
     options.batch_size = min(options.batch_size, len(studies))
@@ -148,26 +160,33 @@ def _run(options: argparse.Namespace) -> None:
         if options.runners_up is not None:
             described["runners_up"] = options.runners_up
             arguments["return_candidates"] = options.runners_up + 1
-    journal, kept = None, 0
+    kept = 0
     if options.output is not None:
-        settings = settings_of(pipe, studies, described, options.heatmap)
-        journal, missing = begin_output(options.output, options.resume, settings, studies)
-        studies, kept = missing, len(studies) - len(missing)
-    outcome = _Outcome()
+
+        def begin() -> int:
+            settings = settings_of(pipe, studies, described, options.heatmap)
+            return begin_output(options.output, options.resume, settings, studies)
+
+        kept = by_main_process(begin)
     try:
-        _write(pipe, studies, options, arguments, journal, outcome)
+        written, left_out = _write(pipe, studies, options, arguments)
     except KeyboardInterrupt as stop:
-        written = f"{outcome.written:,} of {len(studies):,} studies were written"
-        raise type(stop)(written if journal is None else f"{written} to {options.output}; --resume continues") from None
-    if journal is not None:
+        raise type(stop)(_so_far(options, len(studies))) from None
+    if options.output is not None:
         existing = f", {kept:,} were there" if options.resume else ""
-        counted = f"{outcome.written:,} report{'' if outcome.written == 1 else 's'}"
-        print(f"{counted} written{existing}: {options.output}", file=sys.stderr)
-    if outcome.skipped:
+        count = written - kept
+        show(f"{count:,} report{'' if count == 1 else 's'} written{existing}: {options.output}", file=sys.stderr)
+    if left_out:
         raise ValueError(
-            f"{outcome.skipped:,} of {len(studies):,} studies were left out, for the reasons above; "
-            "the others were written"
+            f"{left_out:,} of {len(studies):,} studies were left out, for the reasons above; the others were written"
         )
+
+
+def _so_far(options: argparse.Namespace, studies: int) -> str | None:
+    """What an interrupted command has written."""
+    if options.output is None or process_place()[0] > 0:
+        return None
+    return f"{count_rows(options.output):,} of {studies:,} studies were written to {options.output}; --resume continues"
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -175,6 +194,7 @@ def _check(options: argparse.Namespace) -> None:
     check_least(options, runners_up=1)
     check_guidance(options)
     check_consensus(options)
+    check_device(options)
     if options.output is None and (options.resume or options.overwrite):
         raise ValueError(f"--{'resume' if options.resume else 'overwrite'} needs --output: expected both")
     if options.resume and options.overwrite:
@@ -206,40 +226,48 @@ def _studies(options: argparse.Namespace, findings: dict[str, str], indications:
         indications = indications or (recipe is not None and recipe.gives_indication)
         return prepared_studies(options.studies, options.split, options.indication, indications, findings)
     name = "standard input" if options.studies == "-" else options.studies
-    return listed_studies(read_lines(options.studies), name, options.indication, findings)
+    # Standard input can be read once.
+    lines = by_main_process(lambda: read_lines(options.studies))
+    return listed_studies(lines, name, options.indication, findings)
 
 
-def _write(pipe, studies: list[ListedStudy], options, arguments: dict[str, int], journal, outcome: _Outcome) -> None:
-    """Write or print the reports of the studies, and list those that cannot be read."""
-    from tqdm.auto import tqdm
+def _write(pipe, studies: list[ListedStudy], options, arguments: dict[str, Any]) -> tuple[int, int]:
+    """Write or print the reports of the studies, and list those that cannot be read; gives the number of both."""
+    from ..inference.records import study_blocks, study_records
 
-    from ..inference.records import study_records
+    printing, several = options.output is None, process_place()[1] > 1
+    faults: dict[str, str] = {}
 
-    printing = journal is None
+    def skip(study: ListedStudy, error: Exception) -> None:
+        if options.study:
+            raise error
+        reason = fault_of_study(error)
+        faults[study.id] = reason if reason.startswith(f"{study.id}:") else f"{study.id}: {reason}"
+
+    def work(blocks) -> Iterator[list[dict[str, Any]]]:
+        for block in blocks:
+            records = study_records(pipe, [studies[place] for place in block], arguments, skip, options.heatmap)
+            if printing and not several:
+                _print(records, options.json)
+            yield records
+
     # A progress bar would be between the reports on a terminal.
     hidden = True if len(studies) == 1 or (printing and sys.stdout.isatty()) else None
-    colour = printing and wants_colour(sys.stdout)
-    faults: list[str] = []
+    blocks, ids = study_blocks(studies, options.batch_size), [study.id for study in studies]
     try:
-        with tqdm(total=len(studies), unit="study", disable=hidden) as bar:
-
-            def skip(study: ListedStudy, error: Exception) -> None:
-                if options.study:
-                    raise error
-                reason = fault_of_study(error)
-                faults.append(reason if reason.startswith(f"{study.id}:") else f"{study.id}: {reason}")
-                outcome.skipped += 1
-                bar.update()
-
-            for record in study_records(pipe, studies, arguments, skip, options.batch_size, options.heatmap):
-                if not printing:
-                    journal.add([record])
-                elif options.json:
-                    print(printable(json.dumps(record, ensure_ascii=False)), flush=True)
-                else:
-                    print(format_record(record, terminal_width(), colour), flush=True)
-                outcome.written += 1
-                bar.update()
+        records = share_work(ids, blocks, work, options.output, progress="reports", hidden=hidden)
+        for theirs in exchange(faults):
+            faults |= theirs
+        if printing and several and process_place()[0] == 0:
+            _print(records.values(), options.json)
     finally:
-        for fault in faults:
-            print(f"left out: {one_line(fault)}", file=sys.stderr)
+        for study in studies:
+            if study.id in faults:
+                print(f"left out: {one_line(faults[study.id])}", file=sys.stderr)
+    return len(records), len(faults)
+
+
+def _print(records: Iterable[dict[str, Any]], as_json: bool) -> None:
+    for record in records:
+        text = printable(json.dumps(record, ensure_ascii=False)) if as_json else None
+        print(text or format_record(record, terminal_width(), wants_colour(sys.stdout)), flush=True)

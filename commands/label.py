@@ -5,19 +5,23 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..findings_otdrg import UNMENTIONED
 from ..labelers import LABELERS
 from ..labelers.as_typed import label_quietly, labeler_of, parse_options
 from ..labelers.csv_states import read_states, write_states
 from ..labelers.report_table import read_reports
-from ..runtime.output_lock import OutputLock
+from ..labelers.shared import label_together, placed_options, runs_model
 from ..runtime.printable import listed, show
+from ..runtime.shared_work import by_main_process, continue_alone, is_begun, shared_lock, temporary_journal
+from .arguments import PLACEMENT, add_device, check_device, placement
 
 DESCRIPTION = """\
 Read the states of the 14 findings from reports, in one of three forms:
@@ -32,6 +36,7 @@ Examples:
   otdrg label studies --labeler csv --csv chexpert.csv
   otdrg label --reports reports.csv --labeler rules --output states.csv
   otdrg label --compare chexpert.csv states.csv --output agreement
+  accelerate launch -m otdrg label studies --labeler llm --option model=HuggingFaceTB/SmolLM2-1.7B-Instruct
 """
 
 #: Reports labelled at once.
@@ -60,8 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
         metavar="PATH",
         help="dataset (default: DATASET), CSV of states, or folder of the comparison",
     )
-    output.add_argument("--resume", action="store_true", help="continue an interrupted labelling of DATASET")
+    output.add_argument(
+        "--resume", action="store_true", help="continue an interrupted labelling of DATASET, or by a model of --reports"
+    )
     output.add_argument("--overwrite", action="store_true", help="replace --output, or delete an interrupted labelling")
+    add_device(parser, "the labeler")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -74,8 +82,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _check_form(options: argparse.Namespace, form: str) -> None:
-    refused = {"dataset": (), "reports": ("csv", "id_column", "relabel", "resume")}
-    for name in refused.get(form, ("labeler", "option", *refused["reports"])):
+    refused = {"dataset": (), "reports": ("csv", "id_column", "relabel")}
+    for name in refused.get(form, ("labeler", "option", "resume", *PLACEMENT, *refused["reports"])):
         if getattr(options, name):
             raise ValueError(f"--{name.replace('_', '-')} cannot be used with --{form}: remove it")
     if form != "compare" and options.labeler is None:
@@ -88,6 +96,11 @@ def _check_form(options: argparse.Namespace, form: str) -> None:
         raise ValueError("--id-column is a column of --csv: expected both or neither")
     if options.option and options.labeler == "csv":
         raise ValueError("--option cannot be used with --labeler csv: remove it")
+    if form != "compare":
+        check_device(options)
+        options.option = placed_options(options.labeler, parse_options(options.option), placement(options))
+        if options.resume and form == "reports" and not runs_model(options.labeler):
+            raise ValueError(f"--resume cannot be used with --reports and --labeler {options.labeler}: remove it")
 
 
 # --- a table of reports ----------------------------------------------------------------------------------------------
@@ -101,16 +114,42 @@ def _label_reports(options: argparse.Namespace) -> None:
         raise ValueError(f"{output} is a folder: expected the name of a CSV")
     if not output.parent.is_dir():
         raise ValueError(f"{output}: there is no folder {output.parent}, expected one that exists")
-    with OutputLock(output):
+    with shared_lock(output):
         _write_labels(options, output)
 
 
 def _write_labels(options: argparse.Namespace, output: Path) -> None:
-    if output.exists() and not options.overwrite:
+    if by_main_process(output.exists) and not options.overwrite:
         raise ValueError(f"{output} exists: --overwrite replaces it")
     if output.exists() and output.samefile(options.reports):
         raise ValueError(f"{output} holds the reports themselves: expected another --output")
-    labeler = labeler_of(options.labeler, parse_options(options.option))
+    journal = output.with_name(f".{output.name}.jsonl")
+    by_model = runs_model(options.labeler)
+    if by_model and by_main_process(lambda: is_begun(journal)) and not options.resume and not options.overwrite:
+        raise ValueError(
+            f"{journal} is an unfinished labelling: --resume continues it, --overwrite deletes it and starts again"
+        )
+    labeler = labeler_of(options.labeler, options.option)
+    if not by_model:
+        continue_alone()
+        _write_states(options, output, labeler.name, lambda reports: label_quietly(labeler, reports))
+        return
+    settings = {"labeler": options.labeler, "options": options.option}
+    with (
+        temporary_journal(journal, lambda: settings, options.overwrite),
+        closing(read_reports(options.reports)) as rows,
+    ):
+        reports = list(dict.fromkeys(report for _, report in rows))
+        states = label_together(labeler, reports, journal)
+        continue_alone()
+        known = dict(zip(reports, states, strict=True))
+        _write_states(options, output, labeler.name, lambda batch: np.stack([known[report] for report in batch]))
+
+
+def _write_states(
+    options: argparse.Namespace, output: Path, name: str, read: Callable[[list[str]], np.ndarray]
+) -> None:
+    """Write the table of states, which `read` gives for reports."""
     blank: list[str] = []
     count = 0
 
@@ -118,7 +157,7 @@ def _write_labels(options: argparse.Namespace, output: Path) -> None:
         nonlocal count
         with closing(read_reports(options.reports)) as reports:
             while batch := list(islice(reports, _BATCH)):
-                states = label_quietly(labeler, [report for _, report in batch])
+                states = read([report for _, report in batch])
                 count += len(batch)
                 for (study, _), row in zip(batch, states.tolist(), strict=True):
                     if set(row) == {UNMENTIONED}:
@@ -128,7 +167,7 @@ def _write_labels(options: argparse.Namespace, output: Path) -> None:
     write_states(output, rows())
     if blank:
         show(f"{len(blank):,} reports have no state, empty or not understood: {listed(blank)}", file=sys.stderr)
-    show(f"{count:,} reports labelled by {labeler.name}: {output}")
+    show(f"{count:,} reports labelled by {name}: {output}")
 
 
 # --- a dataset -------------------------------------------------------------------------------------------------------
@@ -138,6 +177,7 @@ def _label_dataset(options: argparse.Namespace) -> None:
     from ..labelers.labelling import label_dataset
 
     settings: dict[str, Any] = {"labeler": options.labeler}
+    prepare = None
     if options.labeler == "csv":
         id_column = options.id_column or "id"
         known = read_states(options.csv, id_column)
@@ -151,11 +191,17 @@ def _label_dataset(options: argparse.Namespace) -> None:
             return [known.get(study) for study in ids]
 
     else:
-        settings["options"] = parse_options(options.option)
-        labeler = labeler_of(options.labeler, settings["options"])
+        settings["options"] = options.option
+        labeler = labeler_of(options.labeler, options.option)
+        known: dict[str, np.ndarray] = {}
 
         def read(ids, reports):
-            return label_quietly(labeler, list(reports))
+            return [known[report] for report in reports] if known else label_quietly(labeler, list(reports))
+
+        if runs_model(options.labeler):
+
+            def prepare(reports, journal):
+                known.update(zip(reports, label_together(labeler, reports, journal), strict=True))
 
     report = label_dataset(
         options.dataset,
@@ -165,6 +211,7 @@ def _label_dataset(options: argparse.Namespace) -> None:
         relabel=options.relabel,
         resume=options.resume,
         overwrite=options.overwrite,
+        prepare=prepare,
     )
     show(str(report))
     if options.labeler == "csv":
@@ -193,13 +240,12 @@ def _dataset_ids(options: argparse.Namespace, known: dict) -> list[str]:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    with nullcontext() if options.output is None else OutputLock(options.output):
+    with nullcontext() if options.output is None else shared_lock(options.output):
+        continue_alone()
         _measure_agreement(options, None if options.output is None else Path(options.output))
 
 
 def _measure_agreement(options: argparse.Namespace, folder: Path | None) -> None:
-    import numpy as np
-
     from ..labelers.agreement import format_agreement, measure_agreement, write_agreement
 
     if folder is not None and folder.exists():

@@ -7,11 +7,20 @@ import sys
 from pathlib import Path
 
 from ..labelers.as_typed import labeler_of, parse_options
+from ..labelers.shared import placed_options
 from ..metrics.registry import METRICS, default_metrics, wanted_scores
 from ..runtime.output_lock import OutputLock
 from ..runtime.printable import listed, show
 from ..studies.cleaning import CLEANING_STYLES
-from .arguments import add_metrics, add_resamples, check_least, reference_tokens
+from .arguments import (
+    add_device,
+    add_metrics,
+    add_resamples,
+    check_device,
+    check_least,
+    placement,
+    reference_tokens,
+)
 
 DESCRIPTION = """\
 Score generated reports: BLEU-1 to 4, METEOR, ROUGE-L, CIDEr, and clinical efficacy by a labeler's states, with
@@ -51,14 +60,17 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
     add_metrics(scores, "all but RadEval's", labeler=None)
     add_resamples(scores, "--bootstrap")
     scores.add_argument("--seed", type=int, default=0, help="seed of the resamples (default: 0)")
+    add_device(parser, "the labeler")
 
 
 def run(options: argparse.Namespace) -> None:
     """Read, join, score, write and print."""
     metrics = wanted_scores(default_metrics() if options.metrics is None else options.metrics)
     reads_states = any(METRICS[name].reads == "states" for name in metrics)
-    if not reads_states and (options.labeler or options.option):
-        raise ValueError("--labeler and --option need clinical_efficacy, which --metrics does not name")
+    if not reads_states and (options.labeler or options.option or any(placement(options).values())):
+        raise ValueError("--labeler, --option and --device need clinical_efficacy, which --metrics does not name")
+    check_device(options)
+    labeler_options = placed_options(options.labeler or "rules", parse_options(options.option), placement(options))
     if options.against and options.bootstrap < 1:
         raise ValueError(f"--bootstrap is {options.bootstrap}: expected at least 1 with --against")
     check_least(options, bootstrap=0, seed=0)
@@ -70,7 +82,6 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"{output}: there is no folder {output.parent}, expected one that exists")
     with OutputLock(options.output):
         _check_files(options, output)
-        labeler_options = parse_options(options.option)
         labeler = labeler_of(options.labeler or "rules", labeler_options) if reads_states else None
 
         # Imported after the checks, because it takes seconds.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ..metrics.tables import markdown_table, shown_bounds
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from ..runtime.csv_files import write_csv
+from ..runtime.shared_work import fixed_blocks, share_work
 from .embedding_figure import draw_embedding
 
 #: Findings of fewer studies are left out.
@@ -91,25 +92,40 @@ def single_findings(states: Sequence[Sequence[int] | None], limit: int) -> Singl
 
 @torch.no_grad()
 def aligned_features(
-    model: OTDRGForReportGeneration, processor: OTDRGProcessor, studies: Dataset, batch_size: int
+    model: OTDRGForReportGeneration,
+    processor: OTDRGProcessor,
+    studies: Dataset,
+    batch_size: int,
+    journal: Path | None = None,
 ) -> AlignedFeatures:
     """Features of studies, in their order, before and after the projection.
+
+    Every process of a distributed run must call this function; each encodes a share, and all get the whole.
 
     Args:
         model, processor: as published.
         studies: rows with `images`.
         batch_size: studies a batch.
+        journal: `.jsonl` file of features that are finished, of the same model and studies.
     """
-    before, after = [], []
-    rows = studies.select_columns(["id", "images"])
-    for _, view_features, view_mask in encode_batches(model, processor, rows, batch_size, reader="report"):
-        before.append(_pooled(*model.fuse_views(view_features, view_mask)))
-        after.append(_pooled(*model.project_views(view_features, view_mask)))
+    ids, images = list(studies["id"]), studies.select_columns(["id", "images"])
+
+    def encode(blocks: Sequence[Sequence[int]]) -> Iterator[list[dict[str, Any]]]:
+        for block in blocks:
+            batches = encode_batches(model, processor, images.select(block), len(block), reader="report")
+            ((_, view_features, view_mask),) = batches
+            before = _pooled(*model.fuse_views(view_features, view_mask)).tolist()
+            after = _pooled(*model.project_views(view_features, view_mask)).tolist()
+            named = (ids[place] for place in block)
+            yield [{"id": id, "before": b, "after": a} for id, b, a in zip(named, before, after, strict=True)]
+
+    rows = share_work(ids, fixed_blocks(len(ids), batch_size), encode, journal, progress="features")
+    before, after = (np.array([rows[id][space] for id in ids], dtype=np.float32) for space in _SPACES)
     labels = {}
     if model.config.fiot:
         positive = torch.full((1, len(FINDINGS)), POSITIVE, device=model.device)
         labels = dict(zip(FINDINGS, model.get_label_features(positive)[0].float().cpu().numpy(), strict=True))
-    return AlignedFeatures(np.concatenate(before), np.concatenate(after), labels)
+    return AlignedFeatures(before, after, labels)
 
 
 def _pooled(tokens: torch.Tensor, mask: torch.Tensor) -> np.ndarray:

@@ -13,8 +13,8 @@ from datasets import Dataset
 from ..consensus_otdrg import ConsensusDecoder
 from ..findings_otdrg import UNMENTIONED
 from ..inference.features import CachedStudies
-from ..inference.generation import GeneratedReports, ReportJournal, derangement, generate_reports
-from ..inference.retrieval import MOST_STUDIES, RetrievedReports, retrieve_reports
+from ..inference.generation import GeneratedReports, derangement, generate_reports
+from ..inference.retrieval import MOST_STUDIES, RetrievedReports, pooled_features, retrieve_reports
 from ..labelers.as_typed import label_quietly, labeler_of
 from ..metrics import ReportScores, best_constants, display_name, score_reports, score_tables
 from ..metrics.baselines import SEARCHED_SCORES
@@ -22,6 +22,7 @@ from ..metrics.efficacy import example_ceiling
 from ..metrics.faithfulness import flip_states
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
+from ..runtime.shared_work import continue_alone
 from ..studies.loading import uncleaned_reports, with_column
 from ..studies.streaming import StreamedStudies
 
@@ -158,6 +159,7 @@ def evaluate_model(
     journals: Path | None = None,
     consensus: ConsensusDecoder | None = None,
     collections: Sequence[str] = (),
+    scored_alone: bool = False,
 ) -> Evaluation:
     """Generate a report for each study, and score the reports beside those of controls and baselines.
 
@@ -187,10 +189,11 @@ def evaluate_model(
         references: N texts that fluency is scored against, if these are not the studies' reports. States of true
             reports are read from `uncleaned_report` where the studies have it, else from `report`.
         clean: cleans a generated report, for a model trained on reports that were cleaned otherwise than `studies`.
-        journals: folder in which reports are saved as they are generated, see [`ReportJournal`].
+        journals: folder in which reports are saved as they are generated, see [`generate_reports`].
         consensus: chooses the model's reports, also in the controls. The table then has rows of the same model without
             retrieved candidates and without consensus decoding.
         collections: of the studies; the table of a single one with [`PAPER_SCORES`] has a row with these.
+        scored_alone: whether all processes but the main one end when the reports are generated ([`continue_alone`]).
 
     Raises:
         ValueError: a control that needs training studies, without them.
@@ -198,55 +201,110 @@ def evaluate_model(
     needed = [name for name in ("retrieval", "constant") if name in controls]
     if needed and training is None:
         raise ValueError(f"controls {', '.join(needed)}: expected training studies")
+    given = [name for name in ("true_states", "flipped") if name in controls]
+    known = [states for states in studies["finding_states"] if states is not None] if given and model.config.dle else []
+    conditions = _conditions(model, studies, known, controls, indication, consensus, seed)
+    generated = {
+        name: generate_reports(
+            model,
+            processor,
+            condition.studies,
+            batch_size,
+            generation,
+            condition.states,
+            indication,
+            None if journals is None else journals / f"{name}.jsonl",
+            condition.consensus,
+        )
+        for name, condition in conditions.items()
+    }
+    features = None
+    if "retrieval" in controls:
+        features = [pooled_features(model, processor, rows, batch_size) for rows in (studies, training)]
+    if scored_alone:
+        continue_alone()
     metrics = None if metrics is None else list(metrics)
     references = list(studies["report"] if references is None else references)
     uncleaned_references = uncleaned_reports(studies)
     scorer = _Scorer(labeler, labeler_options, references, uncleaned_references, metrics, clean)
-
-    def generate(
-        name: str,
-        rows: Dataset | CachedStudies = studies,
-        states: np.ndarray | None = None,
-        by: ConsensusDecoder | None = consensus,
-    ) -> GeneratedReports:
-        journal = None if journals is None else ReportJournal(journals / f"{name}.jsonl")
-        return generate_reports(model, processor, rows, batch_size, generation, states, indication, journal, by)
-
-    generated = generate("model")
     evaluation = Evaluation(
         ids=list(studies["id"]),
         references=references,
         uncleaned_references=uncleaned_references,
         true_states=scorer.true_states,
-        finding_states=generated.finding_states,
+        finding_states=generated["model"].finding_states,
         labeler=scorer.labeler.name,
-        rows={"model": scorer.score_generated(generated.reports)},
+        rows={},
         training=frozenset() if training is None else frozenset(training["report"]),
         paper=PAPER_SCORES.get(collections[0], {}) if len(collections) == 1 else {},
     )
-    if consensus is not None and consensus.settings.candidates:
-        if consensus.bank is not None and consensus.settings.retrieved:
-            evaluation.rows["sampled"] = scorer.score_generated(generated.sampled)
-        evaluation.rows["single"] = scorer.score_generated(generate("single", by=None).reports)
-    if "shuffled" in controls:
-        _add_shuffled(evaluation, scorer, studies, generate if indication else None, seed)
-    if "no_indication" in controls and indication:
-        unread = with_column(studies, "indication", [None] * len(studies))
-        evaluation.rows["no_indication"] = scorer.score_generated(generate("no_indication", unread).reports)
-    if "retrieval" in controls:
-        retrieved = retrieve_reports(model, processor, studies, training, batch_size, seed, indication)
-        _add_retrieved(evaluation, scorer, retrieved, len(training))
+    _add_generated(evaluation, scorer, generated, conditions, model.config.dle)
+    if "shuffled" in controls and "shuffled" not in generated:
+        _add_shuffled(evaluation, scorer, seed)
+    if features is not None:
+        _add_retrieved(
+            evaluation, scorer, retrieve_reports(*features, studies, training, seed, indication), len(training)
+        )
     if "constant" in controls:
         _add_constants(evaluation, scorer, training, seed)
-    if model.config.dle:
-        evaluation.conditioned["predicted"] = ConditionedReports(evaluation.rows["model"], generated.finding_states)
-    given = [name for name in ("true_states", "flipped") if name in controls]
+    evaluation.rows = {name: evaluation.rows[name] for name in ROWS if name in evaluation.rows}
     if given and not model.config.dle:
         evaluation.notes.append("this model does not use finding states (dle=False), so true states change nothing")
-    elif given:
-        _add_true_states(evaluation, scorer, studies, generate, given, seed)
+    elif given and len(known) < len(studies):
+        evaluation.notes.append(f"true states are known for only {len(known)} of {len(studies)} studies")
     evaluation.notes += _notes_on_states(evaluation)
     return evaluation
+
+
+class _Condition(NamedTuple):
+    """What the reports of one journal are generated from.
+
+    Args:
+        studies: rows with the images and indications.
+        states: (N, 14) states that condition the reports; None for the predicted ones.
+        consensus: chooses the reports.
+        flipped: as in [`ConditionedReports`].
+    """
+
+    studies: Dataset | CachedStudies
+    states: np.ndarray | None = None
+    consensus: ConsensusDecoder | None = None
+    flipped: np.ndarray | None = None
+
+
+def _conditions(
+    model: OTDRGForReportGeneration,
+    studies: Dataset | CachedStudies,
+    known: list[Sequence[int]],
+    controls: Sequence[str],
+    indication: bool,
+    consensus: ConsensusDecoder | None,
+    seed: int,
+) -> dict[str, _Condition]:
+    """Under which conditions the model generates reports, by the name of their journal.
+
+    `known` are the true states of the studies that have them, if the model uses states.
+    """
+    found = {"model": _Condition(studies, consensus=consensus)}
+    if consensus is not None and consensus.settings.candidates:
+        found["single"] = _Condition(studies)
+    # Without indications the report of another study's images is the report of that study.
+    if "shuffled" in controls and indication and len(studies) > 1:
+        shuffled = studies.select(derangement(len(studies), seed).tolist())
+        # In the journal a report has the id of the study it is compared with.
+        for column in ("id", "indication"):
+            shuffled = with_column(shuffled, column, list(studies[column]))
+        found["shuffled"] = _Condition(shuffled, consensus=consensus)
+    if "no_indication" in controls and indication:
+        unread = with_column(studies, "indication", [None] * len(studies))
+        found["no_indication"] = _Condition(unread, consensus=consensus)
+    if known and len(known) == len(studies):
+        if "true_states" in controls:
+            found["true_states"] = _Condition(studies, np.array(known), consensus)
+        if "flipped" in controls:
+            states, flipped = flip_states(np.array(known), seed)
+            found["flipped"] = _Condition(studies, states, consensus, flipped)
+    return found
 
 
 class _Scorer:
@@ -290,28 +348,35 @@ class _Scorer:
         return SystemReports(reports, states, found, uncleaned)
 
 
-def _add_shuffled(
+def _add_generated(
     evaluation: Evaluation,
     scorer: _Scorer,
-    studies: Dataset | CachedStudies,
-    generate: Callable[..., GeneratedReports] | None,
-    seed: int,
+    generated: dict[str, GeneratedReports],
+    conditions: dict[str, _Condition],
+    uses_states: bool,
 ) -> None:
-    """The row of shuffled images; `generate` is given if the prompts differ between studies."""
-    if len(studies) < 2:
+    """The rows of generated reports, and for faithfulness the states that conditioned them, if the model uses any."""
+    rows = {name: scorer.score_generated(written.reports) for name, written in generated.items()}
+    evaluation.rows |= {name: row for name, row in rows.items() if name in ROWS}
+    consensus = conditions["model"].consensus
+    if "single" in generated and consensus.bank is not None and consensus.settings.retrieved:
+        evaluation.rows["sampled"] = scorer.score_generated(generated["model"].sampled)
+    if uses_states:
+        evaluation.conditioned["predicted"] = ConditionedReports(rows["model"], generated["model"].finding_states)
+    for name in ("true_states", "flipped"):
+        if name in rows:
+            condition = conditions[name]
+            evaluation.conditioned[name] = ConditionedReports(rows[name], condition.states, condition.flipped)
+
+
+def _add_shuffled(evaluation: Evaluation, scorer: _Scorer, seed: int) -> None:
+    """The row of shuffled images where the prompts of all studies are equal."""
+    if len(evaluation.ids) < 2:
         evaluation.notes.append("images of a single study cannot be shuffled")
         return
-    order = derangement(len(studies), seed)
-    if generate is None:
-        # The prompts are equal, so the report of another study's images is the report of that study.
-        model = evaluation.rows["model"].uncleaned
-        evaluation.rows["shuffled"] = scorer.score_generated([model[other] for other in order])
-        return
-    shuffled = studies.select(order.tolist())
-    # In the journal a report has the id of the study it is compared with.
-    for column in ("id", "indication"):
-        shuffled = with_column(shuffled, column, list(studies[column]))
-    evaluation.rows["shuffled"] = scorer.score_generated(generate("shuffled", shuffled).reports)
+    written = evaluation.rows["model"].uncleaned
+    order = derangement(len(written), seed)
+    evaluation.rows["shuffled"] = scorer.score_generated([written[other] for other in order])
 
 
 def _add_retrieved(evaluation: Evaluation, scorer: _Scorer, retrieved: RetrievedReports, training: int) -> None:
@@ -341,27 +406,6 @@ def _add_constants(
     ]
     if missing:
         evaluation.notes.append(f"no best constant report is searched for {', '.join(missing)}")
-
-
-def _add_true_states(
-    evaluation: Evaluation,
-    scorer: _Scorer,
-    studies: Dataset | CachedStudies,
-    generate: Callable[..., GeneratedReports],
-    given: Sequence[str],
-    seed: int,
-) -> None:
-    """The reports of the model conditioned on true states and on flipped ones, as far as they are in `given`."""
-    known = [states for states in studies["finding_states"] if states is not None]
-    if len(known) < len(studies):
-        evaluation.notes.append(f"true states are known for only {len(known)} of {len(studies)} studies")
-        return
-    for name in given:
-        states, flipped = flip_states(np.array(known), seed) if name == "flipped" else (np.array(known), None)
-        row = scorer.score_generated(generate(name, states=states).reports)
-        evaluation.conditioned[name] = ConditionedReports(row, states, flipped)
-        if name in ROWS:
-            evaluation.rows[name] = row
 
 
 def _notes_on_states(evaluation: Evaluation) -> list[str]:

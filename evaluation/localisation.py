@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ..metrics.tables import markdown_table, shown_bounds, shown_number
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from ..runtime.csv_files import write_csv
+from ..runtime.shared_work import continue_alone, fixed_blocks, share_work
 from ..studies.phantom import Phantom, PhantomSource, make_phantom
 
 
@@ -64,8 +65,12 @@ def judge_phantoms(
     findings: Sequence[str] = FINDINGS[:-1],
     predicted: bool = False,
     batch_size: int = 16,
+    journal: Path | None = None,
 ) -> JudgedPhantoms:
     """Judge the map of each positive finding, in each view whose mask shows it.
+
+    Every process of a distributed run must call this function. Each makes the plans of a share of the phantoms; the
+    main one judges them, and the others end ([`continue_alone`]).
 
     Args:
         model, processor: as published.
@@ -76,44 +81,74 @@ def judge_phantoms(
         predicted: make the plans for predicted states instead of the true ones; the findings that are judged stay the
             truly positive ones.
         batch_size: studies in a batch.
+        journal: `.jsonl` file of plans that are finished, of the same model and phantoms.
 
     Raises:
         ValueError: the model has no transport plan.
     """
     if not model.has_heatmaps:
         raise ValueError("OTDRGConfig.fiot=False: this model has no transport plan, and so no heatmap to judge")
-    phantoms = (make_phantom(source.seed, first + place, source.image_size, source.views) for place in range(studies))
-    made = ({"id": phantom.id, "images": phantom.images, "phantom": phantom} for phantom in phantoms)
+
+    def make(place: int) -> Phantom:
+        return make_phantom(source.seed, first + place, source.image_size, source.views)
+
+    def plan(blocks: Sequence[Sequence[int]]) -> Iterator[list[dict[str, Any]]]:
+        for block in blocks:
+            phantoms = [make(place) for place in block]
+            rows = [{"id": phantom.id, "images": phantom.images} for phantom in phantoms]
+            ((_, *views),) = encode_batches(model, processor, rows, len(block))
+            states, lifts = _transport(model, *views, None if predicted else phantoms)
+            yield [
+                {
+                    "id": str(place),
+                    "states": row.tolist(),
+                    "grid": lift.shape[-1],
+                    "lifts": {
+                        name: lift[:, FINDINGS.index(name)].tolist() for name in findings if name in phantom.masks
+                    },
+                }
+                for place, phantom, row, lift in zip(block, phantoms, states, lifts, strict=True)
+            ]
+
+    blocks = fixed_blocks(studies, batch_size)
+    plans = share_work([str(place) for place in range(studies)], blocks, plan, journal, progress="phantoms")
+    continue_alone()
+    return _judge(plans, make, findings)
+
+
+def _judge(
+    plans: Mapping[str, Mapping[str, Any]], make: Callable[[int], Phantom], findings: Sequence[str]
+) -> JudgedPhantoms:
+    """Judge plans, the rows of a journal by the place of their phantom, which `make` gives."""
     counts = {finding: FindingCounts() for finding in findings}
     #: By finding and view: studies, lifts and masks.
     groups: dict[tuple[str, int], list[tuple[int, np.ndarray, np.ndarray]]] = {}
     ids: list[str] = []
-    states: list[np.ndarray] = []
-    for rows, view_features, view_mask in encode_batches(model, processor, made, batch_size):
-        batch = [row["phantom"] for row in rows]
-        batch_states, lifts = _transport(model, view_features, view_mask, None if predicted else batch)
-        states.append(batch_states)
-        for phantom, row, lift in zip(batch, batch_states, lifts, strict=True):
-            for finding in counts.keys() & phantom.masks.keys():
-                column, count = FINDINGS.index(finding), counts[finding]
-                count.positive += 1
-                count.given_positive += int(row[column] == POSITIVE)
-                for view, mask in enumerate(phantom.masks[finding]):
-                    if not mask.any():
-                        count.unseen += 1
-                    elif mask.mean() > LARGEST_MASK:
-                        count.covering += 1
-                    else:
-                        count.judged += 1
-                        count.without_mass += int(not lift[view, column].any())
-                        groups.setdefault((finding, view), []).append((len(ids), lift[view, column], mask))
-            ids.append(phantom.id)
+    for row in plans.values():
+        # Made again, because masks would fill the journal.
+        phantom = make(int(row["id"]))
+        for finding, lifts in row["lifts"].items():
+            count = counts[finding]
+            count.positive += 1
+            count.given_positive += int(row["states"][FINDINGS.index(finding)] == POSITIVE)
+            for view, mask in enumerate(phantom.masks[finding]):
+                if not mask.any():
+                    count.unseen += 1
+                elif mask.mean() > LARGEST_MASK:
+                    count.covering += 1
+                else:
+                    lift = np.array(lifts[view], dtype=np.float32)
+                    count.judged += 1
+                    count.without_mass += int(not lift.any())
+                    groups.setdefault((finding, view), []).append((len(ids), lift, mask))
+        ids.append(phantom.id)
     maps = []
     for (finding, view), group in sorted(groups.items(), key=lambda item: (FINDINGS.index(item[0][0]), item[0][1])):
         positions, grids, masks = zip(*group, strict=True)
         resampled = np.stack([upsample_lift(grid, masks[0].shape) for grid in grids])
         maps += judge_maps(finding, view, positions, resampled, np.stack(masks))
-    return JudgedPhantoms(maps, lifts.shape[-1], ids, np.concatenate(states), counts)
+    states = np.array([row["states"] for row in plans.values()])
+    return JudgedPhantoms(maps, plans["0"]["grid"], ids, states, counts)
 
 
 @torch.no_grad()

@@ -11,10 +11,11 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..inference.features import cache_features, model_digest
-from ..inference.loading import asked_decoder, decoding, described_consensus, load_published
+from ..inference.features import cache_features
+from ..inference.loading import asked_decoder, decoding, described_consensus, load_published, model_settings
 from ..metrics.protocols import truncate_to_tokens
 from ..runtime.journal import WorkSettings
+from ..runtime.shared_work import by_main_process
 from ..studies.cleaning import clean_report
 from ..studies.fingerprint import fingerprint
 from ..studies.streaming import StreamedStudies
@@ -40,6 +41,7 @@ class EvaluationOptions:
         floor: of faithfulness, see [`measure_faithfulness`].
         bootstrap: number of resamples.
         seed: of shuffling, flips and resamples.
+        device, dtype, quantization: as of [`load_published`].
     """
 
     num_beams: int | None
@@ -57,6 +59,9 @@ class EvaluationOptions:
     floor: int
     bootstrap: int
     seed: int
+    device: str | None = None
+    dtype: str | None = None
+    quantization: str | None = None
 
 
 def evaluate_published(
@@ -73,6 +78,8 @@ def evaluate_published(
     overwrite: bool = False,
 ) -> str:
     """Generate the reports that `output` does not hold yet, score them, and write tables and figures.
+
+    Every process of a distributed run must call this function; all but the main one end before the scores.
 
     Args:
         model_name: folder of a run or a model, or a Hub id.
@@ -96,7 +103,7 @@ def evaluate_published(
     if reference_tokens is not None:
         texts = truncate_to_tokens(texts, tokenizer, reference_tokens)
     references = dict(zip(rows["id"], texts, strict=True))
-    model, processor = load_published(model_name)
+    model, processor = load_published(model_name, options.device, options.dtype, options.quantization)
     batch_size = min(options.batch_size, len(rows))
     decoder = asked_decoder(model, processor, vars(options))
     asked = options.num_beams, options.max_new_tokens, batch_size, options.guidance_scale
@@ -104,19 +111,23 @@ def evaluate_published(
     indication = options.indication
     if indication is None:
         indication = model.config.indication_reader != "report"
-    settings = {
-        "model": model_digest(model, processor),
-        "studies": fingerprint({facts["split"]: rows}),
-        **decoded_by,
-        **described_consensus(decoder),
-        "indication": indication,
-        "seed": options.seed,
-    }
-    _open_folder(output, settings, overwrite)
+
+    def begin() -> dict[str, Any]:
+        settings = {
+            **model_settings(model, processor),
+            "studies": fingerprint({facts["split"]: rows}),
+            **decoded_by,
+            **described_consensus(decoder),
+            "indication": indication,
+            "seed": options.seed,
+        }
+        _open_folder(output, settings, overwrite)
+        return settings
+
+    settings = by_main_process(begin)
     left_out: dict[str, str] = {}
-    rows, training = (
-        cache_features(model, processor, studies, cache, batch_size, left_out) for studies in (rows, training)
-    )
+    features = [cache_features(model, processor, studies, cache, batch_size, left_out) for studies in (rows, training)]
+    rows, training = features
     if not len(rows):
         raise ValueError(f"no study is left: {next(iter(left_out.values()))}")
     for reason in left_out.values():
@@ -139,6 +150,7 @@ def evaluate_published(
         journals=output / REPORTS,
         consensus=decoder,
         collections=facts["data"][facts["split"]]["collections"],
+        scored_alone=True,
     )
     described = {
         "model": model_name,

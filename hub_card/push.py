@@ -57,7 +57,7 @@ def assemble_full(
         ValueError: there is no model, or a file of the run has the wrong content.
         OSError: the model cannot be loaded.
     """
-    model, processor = load_published(run)
+    model, processor = load_published(run, device="cpu")
     digest = model_digest(model, processor)
     model.merge_lora()
     if dtype is not None:

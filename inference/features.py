@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from datasets import Dataset
 from PIL import Image
 from tqdm.auto import tqdm
@@ -22,6 +20,7 @@ from ..image_processing_otdrg import read_file, read_view
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from ..runtime.processes import open_methods
+from ..runtime.shared_work import exchange, fixed_blocks, process_place
 from ..studies.schema import UNCLEANED
 from ..studies.streaming import StreamedStudies
 from .collation import collate_views
@@ -149,7 +148,8 @@ def cache_features(
 
     A view is identified by the bytes of its image file, so that a view that occurs twice is encoded once. Features are
     kept apart by [`encoder_digest`], so that those of another encoder or transform are never read. In a distributed run
-    every process must call this function; each encodes its share.
+    every process must call this function; each encodes its share. Views are encoded in fixed batches, which do not
+    depend on the number of processes or on what is found in `folder`; only streamed studies are shared by their files.
 
     Args:
         model: on the device that is to encode; its type and mode are left as they are.
@@ -158,23 +158,25 @@ def cache_features(
         folder: for the features of any number of encoders; the same for all processes.
         batch_size: views encoded at a time.
         left_out: collects the ids of studies with a view that cannot be read, and why; these studies are left out.
-            Without it they are an error. Not for a distributed run.
+            Without it they are an error.
 
     Raises:
         ValueError: a study without views, an image that cannot be read, or a damaged file in `folder`.
         OSError: a folder that cannot be written to or that not all processes see.
     """
-    state = PartialState()
     store = FeatureStore(Path(folder) / encoder_digest(model, processor))
     ids = list(studies["id"])
     # Digests of the views of each study, by the study's position: first those of this process, then all.
     mine = {place: [_digest(file) for file in files] for place, files in _image_files(studies, left_out=left_out)}
-    views = dict(gather_object(list(mine.items()))) if state.num_processes > 1 else mine
+    views: dict[int, list[bytes]] = {}
+    for theirs, unread in exchange((mine, left_out)):
+        views |= theirs
+        if left_out is not None:
+            left_out |= unread
     for place, study in enumerate(ids):
         if not views.get(place) and study not in (left_out or ()):
             _leave_out(study, f"study {study!r} has no view: a report is only written from at least one", left_out)
     places = [place for place in range(len(ids)) if views.get(place)]
-    # Each view is encoded by the process that has the first study with it in its share.
     first: dict[bytes, int] = {}
     for place in places:
         for digest in views[place]:
@@ -187,16 +189,13 @@ def cache_features(
         store.folder,
         len(absent),
     )
-    share = {digest: first[digest] for digest in absent if first[digest] in mine}
-    refused: dict[bytes, str] = {}
-    images = _absent_views(studies, share, processor.max_image_pixels, None if left_out is None else refused)
-    _encode_into(store, model, processor, images, len(share), batch_size)
+    blocks = _batches_of_views(studies, first, absent, batch_size, mine)
+    refused = _encode_views(store, model, processor, studies, blocks, first, absent, left_out is None)
     for place in places if refused else ():
         reason = next((refused[digest] for digest in views[place] if digest in refused), None)
         if reason is not None:
             left_out[ids[place]] = reason
     places = [place for place in places if ids[place] not in (left_out or ())]
-    state.wait_for_everyone()
     store.refresh()
     if any(digest not in store for digest in first if digest not in refused):
         raise OSError(
@@ -209,29 +208,62 @@ def cache_features(
     return CachedStudies(store, [views[place] for place in places], columns)
 
 
-def _encode_into(
+def _batches_of_views(
+    studies: Dataset | StreamedStudies,
+    first: dict[bytes, int],
+    absent: Collection[bytes],
+    batch_size: int,
+    mine: Collection[int],
+) -> list[list[bytes]]:
+    """Digests of the views that this process encodes, in batches: all that hold an `absent` view are shared.
+
+    `first` has the position of the first study with each view, `mine` are the positions this process has read.
+    """
+    if isinstance(studies, StreamedStudies):
+        digests = [digest for digest, place in first.items() if digest in absent and place in mine]
+        return [digests[start : start + batch_size] for start in range(0, len(digests), batch_size)]
+    digests, (index, count) = list(first), process_place()
+    blocks = [[digests[place] for place in block] for block in fixed_blocks(len(digests), batch_size)]
+    return [block for block in blocks if not absent.isdisjoint(block)][index::count]
+
+
+def _encode_views(
     store: FeatureStore,
     model: OTDRGForReportGeneration,
     processor: OTDRGProcessor,
-    images: Iterator[tuple[bytes, Image.Image]],
-    count: int,
-    batch_size: int,
-) -> None:
-    """Encode `count` views, given with their digests, and write their features shard by shard."""
+    studies: Dataset | StreamedStudies,
+    blocks: list[list[bytes]],
+    first: dict[bytes, int],
+    absent: Collection[bytes],
+    strict: bool,
+) -> dict[bytes, str]:
+    """Encode the views of this process's blocks, and write the `absent` ones shard by shard.
+
+    Returns the views that no process can read, and why; if `strict`, such a view is an error.
+    """
+    refused: dict[bytes, str] = {}
+    share = {digest: first[digest] for block in blocks for digest in block}
+    images = _images(studies, share, processor.max_image_pixels, None if strict else refused)
     digests: list[bytes] = []
     features: list[torch.Tensor] = []
-    rows = ({"id": digest, "images": [image]} for digest, image in images)
-    hidden = None if PartialState().is_local_main_process else True
-    with tqdm(total=count, unit="view", desc="features", disable=hidden) as bar:
-        for batch, encoded, _ in encode_batches(model, processor, rows, batch_size):
-            digests += [row["id"] for row in batch]
-            features += encoded[:, 0].cpu()
-            bar.update(len(batch))
+    hidden = None if process_place()[0] == 0 else True
+    with tqdm(total=len(share), unit="view", desc="features", disable=hidden) as bar:
+        for block in blocks:
+            read = [(digest, image) for digest, image in islice(images, len(block)) if image is not None]
+            rows = [{"id": digest, "images": [image]} for digest, image in read]
+            for batch, encoded, _ in encode_batches(model, processor, rows, len(block)):
+                new = [place for place, row in enumerate(batch) if row["id"] in absent]
+                digests += [batch[place]["id"] for place in new]
+                features += encoded[new, 0].cpu()
+            bar.update(len(block))
             if len(digests) >= SHARD_VIEWS:
                 store.add(digests, features)
                 digests, features = [], []
     if digests:
         store.add(digests, features)
+    for theirs in exchange(refused):
+        refused |= theirs
+    return refused
 
 
 def _leave_out(study: str, reason: str, left_out: dict[str, str] | None, cause: Exception | None = None) -> None:
@@ -240,15 +272,15 @@ def _leave_out(study: str, reason: str, left_out: dict[str, str] | None, cause: 
     left_out[study] = reason
 
 
-def _absent_views(
-    studies: Dataset | StreamedStudies, absent: dict[bytes, int], max_pixels: int, refused: dict[bytes, str] | None
-) -> Iterator[tuple[bytes, Image.Image]]:
-    """Digest and image of each of the `absent` views, which are given with the position of their study.
+def _images(
+    studies: Dataset | StreamedStudies, share: dict[bytes, int], max_pixels: int, refused: dict[bytes, str] | None
+) -> Iterator[tuple[bytes, Image.Image | None]]:
+    """Digest and image of each view of `share`, which gives the position of its study, in the order of the studies.
 
     `refused` collects the views that cannot be read, and why; without it they are an error.
     """
-    wanted, ids = set(absent), studies["id"]
-    for place, files in _image_files(studies, set(absent.values())):
+    wanted, ids = set(share), studies["id"]
+    for place, files in _image_files(studies, set(share.values())):
         for number, file in enumerate(files):
             digest = _digest(file)
             if digest not in wanted:
@@ -259,8 +291,7 @@ def _absent_views(
             except ValueError as error:
                 if refused is None:
                     raise
-                refused[digest] = str(error)
-                continue
+                refused[digest], image = str(error), None
             yield digest, image
 
 
@@ -269,13 +300,15 @@ def _image_files(
     places: Collection[int] | None = None,
     left_out: dict[str, str] | None = None,
 ) -> Iterator[tuple[int, list[bytes]]]:
-    """Position and image files of the studies in this process's share, or of those at `places` in it."""
-    state, ids = PartialState(), studies["id"]
+    """Position and image files of the studies in this process's share, or of those at `places`.
+
+    Of streamed studies, those at `places` must be in its share.
+    """
+    (index, count), ids = process_place(), studies["id"]
     if isinstance(studies, StreamedStudies):
-        rows = studies.image_files(state.process_index, state.num_processes)
+        rows = studies.image_files(index, count)
     else:
-        share = range(state.process_index, len(studies), state.num_processes)
-        share = [place for place in share if places is None or place in places]
+        share = range(index, len(studies), count) if places is None else sorted(places)
         tables = studies.select_columns("images").with_format("arrow").select(share).iter(batch_size=32)
         rows = zip(share, chain.from_iterable(table["images"].to_pylist() for table in tables), strict=True)
     for place, views in rows:

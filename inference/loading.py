@@ -16,25 +16,45 @@ from ..labelers.as_typed import label_quietly, labeler_of
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..pipeline_otdrg import ReportGenerationPipeline
 from ..processing_otdrg import OTDRGProcessor
+from ..runtime.devices import inference_device
 from ..runtime.yaml_files import read_yaml
 from ..weight_files_otdrg import read_stated
+from ..weights_otdrg import quantization_of
+from .features import model_digest
 from .model_files import check_fit, read_model, read_processor
 
 #: Number of beams and maximum length of a report if neither the command nor the model sets them.
 _BEAMS, _NEW_TOKENS = 3, 120
 
 
-def load_published(model: str) -> tuple[OTDRGForReportGeneration, OTDRGProcessor]:
-    """A trained model, in evaluation mode, and its processor.
+def load_published(
+    model: str, device: str | None = None, dtype: str | None = None, quantization: str | None = None
+) -> tuple[OTDRGForReportGeneration, OTDRGProcessor]:
+    """A trained model on its device, in evaluation mode, and its processor.
 
     Args:
         model: folder of a run or a model, a Hub id, or a Hub id and a revision, "org/name@revision".
+        device: "cpu", "cuda", ...; by default accelerate's choice, see [`inference_device`].
+        dtype: type of the weights, "float32", "bfloat16" or "float16"; by default bfloat16 on an accelerator, and on a
+            CPU that of the file.
+        quantization: "4bit" or "8bit", of the LLM's linear layers, as in [`quantization_of`].
 
     Raises:
-        ValueError: a folder without a model, or a damaged file; the message names it.
+        ValueError: there is no such device or type; a folder without a model, or a damaged file, which the message
+            names; or the LLM cannot be quantised.
         OSError: it cannot be loaded; the message contains the Hub's answer.
+        ImportError: `quantization` without bitsandbytes.
     """
     disable_progress_bar()
+    place = inference_device(device)
+    if dtype is None:
+        dtype = None if place.type == "cpu" else "bfloat16"
+    elif not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype={dtype!r}: expected float32, bfloat16 or float16")
+    arguments: dict[str, Any] = {"dtype": dtype}
+    if quantization is not None:
+        # Packed weights cannot be moved afterwards.
+        arguments |= {"quantization_config": quantization_of(quantization), "device_map": {"": place}}
     if Path(model).is_dir():
         name, hub = published_folder(model), {}
     else:
@@ -46,12 +66,18 @@ def load_published(model: str) -> tuple[OTDRGForReportGeneration, OTDRGProcessor
             hub = {"revision": commit}
         # Before the weights, which may be large.
         processor = read_processor(name, **hub)
-        network = read_model(name, **hub)
+        network = read_model(name, **arguments, **hub)
     except OSError as error:
         status = _http_status(error)
         # transformers says "couldn't connect" even if the Hub answered.
         whose = "" if Path(model).is_dir() else f"{model}: "
         raise OSError(f"{whose}{error}{f' (the Hub answered {status})' if status else ''}") from error
+    except (ValueError, ImportError) as error:
+        if quantization is None:
+            raise
+        raise ValueError(f"{error}; quantization={quantization!r} on {place.type} may be at fault") from error
+    if quantization is None:
+        network.to(place)
     check_fit(name, network, processor, **hub)
     return network.eval(), processor
 
@@ -89,10 +115,25 @@ def _http_status(error: BaseException | None) -> int | None:
     return None
 
 
-def load_pipeline(model: str) -> ReportGenerationPipeline:
-    """The `image-to-text` pipeline of a trained model; argument and errors as in [`load_published`]."""
-    network, processor = load_published(model)
-    return ReportGenerationPipeline(model=network, processor=processor, task="image-to-text")
+def load_pipeline(
+    model: str, device: str | None = None, dtype: str | None = None, quantization: str | None = None
+) -> ReportGenerationPipeline:
+    """The `image-to-text` pipeline of a trained model; arguments and errors as in [`load_published`]."""
+    network, processor = load_published(model, device, dtype, quantization)
+    # A quantised model has a map of its devices, and refuses another device beside it.
+    place = None if getattr(network, "hf_device_map", None) else network.device
+    return ReportGenerationPipeline(model=network, processor=processor, task="image-to-text", device=place)
+
+
+def model_settings(model: OTDRGForReportGeneration, processor: OTDRGProcessor) -> dict[str, Any]:
+    """What all results of a model depend on, for [`WorkSettings`]: its digest, and the type of its weights."""
+    quantizer = getattr(model.language_model, "hf_quantizer", None) if model.is_llm_quantized else None
+    bits = None if quantizer is None else 4 if quantizer.quantization_config.load_in_4bit else 8
+    return {
+        "model": model_digest(model, processor),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": None if bits is None else f"{bits}bit",
+    }
 
 
 def decoding(
@@ -221,5 +262,6 @@ __all__ = [
     "described_consensus",
     "load_pipeline",
     "load_published",
+    "model_settings",
     "published_folder",
 ]

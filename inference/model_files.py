@@ -17,6 +17,7 @@ from ..consensus_otdrg import consensus_settings
 from ..files_otdrg import describe, read_json, read_text
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
+from ..runtime.interruptions import is_out_of_memory
 
 _CONFIG, _GENERATION, _TOKENIZER = "config.json", "generation_config.json", "tokenizer.json"
 _MODEL_FILES = (_CONFIG, _GENERATION, "model.safetensors.index.json")
@@ -157,6 +158,8 @@ def check_fit(name: str | os.PathLike, model: OTDRGForReportGeneration, processo
         with torch.inference_mode():
             model.encode_views(inputs["pixel_values"], inputs["view_mask"].to(model.device))
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"{_first(name, hub, (_CONFIG,))}: the vision encoder fails: {describe(error)}") from error
 
 
@@ -180,11 +183,11 @@ def _naming_files(name: str | os.PathLike, hub: dict[str, Any], files: tuple[str
         _check_files(name, hub, files)
     try:
         yield
-    except MemoryError:
-        raise
     except ImportError as error:
         raise ImportError(f"{_first(name, hub, files)}: {describe(error)}") from error
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         _raise_named(name, hub, files, error)
     if not os.path.isdir(name):
         _check_files(name, hub, files)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..image_processing_otdrg import without_credentials
 from ..runtime.interruptions import fault_of_study, is_out_of_memory
+from ..runtime.shared_work import fixed_blocks
 from .heatmaps import draw_heatmaps
 from .listing import ListedStudy
 
@@ -24,34 +25,35 @@ Skip = Callable[[ListedStudy, Exception], None]
 Batch = list[tuple[ListedStudy, "list[Image.Image]"]]
 
 
+def study_blocks(studies: list[ListedStudy], batch_size: int) -> list[list[int]]:
+    """Positions of the studies whose reports are written in one batch: neighbours with the same given findings."""
+    blocks = []
+    for _, steered in groupby(range(len(studies)), key=lambda place: studies[place].findings):
+        places = list(steered)
+        blocks += [[places[place] for place in block] for block in fixed_blocks(len(places), batch_size)]
+    return blocks
+
+
 def study_records(
-    pipe,
-    studies: list[ListedStudy],
-    arguments: dict[str, Any],
-    skip: Skip,
-    batch_size: int = 1,
-    heatmap: Path | None = None,
-) -> Iterator[dict[str, Any]]:
-    """Write the reports of studies.
+    pipe, studies: list[ListedStudy], arguments: dict[str, Any], skip: Skip, heatmap: Path | None = None
+) -> list[dict[str, Any]]:
+    """Write the reports of studies, in one batch.
 
     Args:
         pipe: the pipeline.
-        studies: studies, of which those with the same given findings are in one batch.
+        studies: a block of [`study_blocks`].
         arguments: arguments of `generate`.
         skip: called with a study that cannot be used and the error.
-        batch_size: studies in a batch.
         heatmap: folder for a picture of each transport plan.
 
-    Yields:
+    Returns:
         For each study what was asked (`id`, ...), its `report`, and the rest of the pipeline's output.
     """
-    for _, steered in groupby(studies, key=lambda study: study.findings):
-        readable = _readable(pipe.processor, steered, skip)
-        while batch := list(islice(readable, batch_size)):
-            yield from _records_or_skip(pipe, batch, heatmap, arguments, skip)
+    batch = list(_readable(pipe.processor, studies, skip))
+    return _records_or_skip(pipe, batch, heatmap, arguments, skip) if batch else []
 
 
-def _readable(processor, studies: Iterator[ListedStudy], skip: Skip) -> Iterator[tuple[ListedStudy, list]]:
+def _readable(processor, studies: list[ListedStudy], skip: Skip) -> Iterator[tuple[ListedStudy, list]]:
     for study in studies:
         try:
             views = study.read_views(processor.max_image_pixels)
@@ -65,10 +67,10 @@ def _readable(processor, studies: Iterator[ListedStudy], skip: Skip) -> Iterator
 
 def _records_or_skip(
     pipe, batch: Batch, heatmap: Path | None, arguments: dict[str, Any], skip: Skip
-) -> Iterator[dict[str, Any]]:
+) -> list[dict[str, Any]]:
     """The records of a batch. If it fails, its studies are tried one by one, and those that fail are skipped."""
     try:
-        records = list(_records(pipe, batch, heatmap, arguments))
+        return list(_records(pipe, batch, heatmap, arguments))
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -81,7 +83,7 @@ def _records_or_skip(
                 skip(study, fault)
         if not records and len(batch) > 1:
             raise
-    yield from records
+        return records
 
 
 def _records(pipe, batch: Batch, heatmap: Path | None, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -116,4 +118,4 @@ def _picture_name(study: ListedStudy) -> str:
     return f"{name}_{hashlib.blake2b(study.id.encode(), digest_size=4).hexdigest()}.png"
 
 
-__all__ = ["study_records"]
+__all__ = ["study_blocks", "study_records"]

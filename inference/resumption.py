@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from ..pipeline_otdrg import ReportGenerationPipeline
-from ..runtime.journal import Journal, WorkSettings
+from ..runtime.journal import WorkSettings
+from ..runtime.shared_work import discard_journals, merge_journals
 from ..studies.fingerprint import fingerprint
-from .features import model_digest
 from .listing import ListedStudy
+from .loading import model_settings
 
 
 def settings_of(
@@ -18,17 +19,15 @@ def settings_of(
     """What all reports of a file depend on: the model, the dataset of the studies, the arguments of `generate`."""
     rows = studies[0].rows
     return {
-        "model": model_digest(pipe.model, pipe.processor),
+        **model_settings(pipe.model, pipe.processor),
         "studies": None if rows is None else fingerprint({"studies": rows}),
         **arguments,
         "heatmap": None if heatmap is None else str(heatmap),
     }
 
 
-def begin_output(
-    path: Path, resume: bool, settings: dict[str, Any], studies: list[ListedStudy]
-) -> tuple[Journal, list[ListedStudy]]:
-    """The file of reports, and the studies that are not in it yet.
+def begin_output(path: Path, resume: bool, settings: dict[str, Any], studies: list[ListedStudy]) -> int:
+    """Prepare the file of reports; gives how many of the studies are in it. Only for the main process.
 
     Args:
         path: of the file; `NAME.settings.json` beside it holds the settings.
@@ -42,16 +41,15 @@ def begin_output(
     """
     beside = path.with_suffix(".settings.json")
     if not resume:
-        path.unlink(missing_ok=True)
-    journal = Journal(path)
-    if not journal.rows:
+        discard_journals(path)
+    written = merge_journals(path)
+    if not written:
         beside.unlink(missing_ok=True)
     elif not beside.is_file():
         raise ValueError(
             f"{path} has no {beside.name} beside it, with the settings of its reports: expected it, another --output, "
             "or --overwrite"
         )
-    written = {row.get("id"): row for row in journal.rows}
     for study in studies:
         asked, row = study.asked(), written.get(study.id)
         if row is not None and any(asked.get(key) != row.get(key) for key in ("images", "indication", "steered")):
@@ -60,7 +58,7 @@ def begin_output(
                 "another --output, or --overwrite"
             )
     WorkSettings(path, settings, ("model", "studies")).keep(beside)
-    return journal, [study for study in studies if study.id not in written]
+    return sum(study.id in written for study in studies)
 
 
 __all__ = ["begin_output", "settings_of"]

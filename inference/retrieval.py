@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from datasets import Dataset
 
 from ..bank_otdrg import ReportBank, pool_views, probe_features
 from ..metrics.retrieval import nearest_neighbours
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
-from ..runtime.processes import process_share
+from ..runtime.processes import is_sharded
+from ..runtime.shared_work import fixed_blocks, share_work
 from ..studies.streaming import StreamedStudies
 from .features import CachedStudies, encode_batches
 
@@ -38,11 +38,10 @@ class RetrievedReports(NamedTuple):
 
 
 def retrieve_reports(
-    model: OTDRGForReportGeneration,
-    processor: OTDRGProcessor,
+    queries: np.ndarray,
+    keys: np.ndarray,
     studies: Dataset | CachedStudies,
     training: Dataset | StreamedStudies | CachedStudies,
-    batch_size: int = 8,
     seed: int = 0,
     indication: bool = False,
 ) -> RetrievedReports:
@@ -52,17 +51,13 @@ def retrieve_reports(
     mean utility against the reports of the bank, weighted by the images and, if requested, the
     indications ([`ReportBank`]).
 
-    Every process of a distributed run must call it; all get the whole.
-
     Args:
-        model, processor: whose features they are.
-        studies: rows with `id` and `images`, or those of [`cache_features`].
-        training: the same, with `report`; the bank has [`MOST_STUDIES`] of them, drawn by `seed`.
-        batch_size: studies encoded at a time.
+        queries: (N, D) pooled features of the studies.
+        keys: (M, D) those of the training studies.
+        studies: rows with `indication`.
+        training: rows with `report`; the bank has [`MOST_STUDIES`] of them, drawn by `seed`.
         indication: whether the studies' indications count.
     """
-    queries = pooled_features(model, processor, studies, batch_size)
-    keys = pooled_features(model, processor, training, batch_size)
     reports = list(training["report"])
     nearest = nearest_neighbours(queries, keys, 1)[:, 0]
     drawn = _draw_studies(len(reports), seed)
@@ -122,15 +117,21 @@ def pooled_features(
         studies: rows with `id` and `images`, or those of [`cache_features`].
         batch_size: studies encoded at a time.
     """
-    rows = studies.select(process_share(len(studies)))
-    pooled: dict[str, np.ndarray] = {}
-    for batch, features, view_mask in encode_batches(model, processor, rows, batch_size):
-        means = pool_views(features, view_mask).cpu().numpy()
-        pooled.update(zip((row["id"] for row in batch), means, strict=True))
-    if PartialState().num_processes > 1:
-        for share in gather_object([pooled]):
-            pooled.update(share)
-    return np.stack([pooled[study] for study in studies["id"]])
+    ids = list(studies["id"])
+
+    def pool(blocks: Sequence[Sequence[int]]) -> Iterator[list[dict[str, Any]]]:
+        # Selected at once, because streamed studies are read from the start each time.
+        rows = iter(studies.select([place for block in blocks for place in block]))
+        for block in blocks:
+            batches = encode_batches(model, processor, islice(rows, len(block)), len(block))
+            yield [
+                {"id": row["id"], "features": means}
+                for batch, features, view_mask in batches
+                for row, means in zip(batch, pool_views(features, view_mask).cpu().numpy(), strict=True)
+            ]
+
+    pooled = share_work(ids, fixed_blocks(len(ids), batch_size), pool, even=is_sharded(model))
+    return np.stack([pooled[study]["features"] for study in ids])
 
 
 __all__ = ["MOST_STUDIES", "RetrievedReports", "build_bank", "pooled_features", "retrieve_reports"]

@@ -28,10 +28,17 @@ _HOMES = {
 #: Positions listed in a warning.
 _LISTED = 5
 
-__all__ = ["LABELERS", "UnreadReportsWarning", "labeler_class", "load_labeler", *_HOMES]
+__all__ = ["LABELERS", "ReportsWarning", "UnreadReportsWarning", "labeler_class", "load_labeler", *_HOMES]
 
 
-class UnreadReportsWarning(UserWarning):
+class ReportsWarning(UserWarning):
+    """What is special about some reports: `what`, and their `positions`."""
+
+    positions: list[int]
+    what: str
+
+
+class UnreadReportsWarning(ReportsWarning):
     """Some reports cannot be read, and all their findings are unmentioned; the message says how many and which."""
 
 
@@ -83,12 +90,14 @@ def check_reports(reports: Sequence[str]) -> None:
 
 
 def warn_of_reports(
-    positions: list[int], reports: int, what: str, category: type[Warning] = UnreadReportsWarning
+    positions: list[int], reports: int, what: str, category: type[ReportsWarning] = UnreadReportsWarning
 ) -> None:
     """Warn that the reports at these positions are special, and how."""
     if positions:
         listed = ", ".join(map(str, sorted(positions)[:_LISTED])) + (", …" if len(positions) > _LISTED else "")
-        warnings.warn(f"{len(positions)} of {reports} reports (positions {listed}) {what}", category, stacklevel=3)
+        warning = category(f"{len(positions)} of {reports} reports (positions {listed}) {what}")
+        warning.positions, warning.what = positions, what
+        warnings.warn(warning, stacklevel=3)
 
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

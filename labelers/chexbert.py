@@ -13,7 +13,7 @@ import numpy as np
 
 from ..findings_otdrg import FINDINGS, UNMENTIONED
 from ..runtime.printable import listed
-from . import check_reports, warn_of_reports
+from . import ReportsWarning, check_reports, warn_of_reports
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ class CheXbertLabeler:
         batch_size: reports in a batch.
         attention_heads: attention heads of each layer; by default the hidden size divided by 64, as in all published
             BERTs. All other sizes are read from the checkpoint.
-        device: by default the first accelerator, or the CPU.
+        device: by default accelerate's choice, see [`inference_device`].
         progress: show a progress bar.
 
     Raises:
@@ -68,7 +68,10 @@ class CheXbertLabeler:
         _check_count("batch_size", batch_size)
         if attention_heads is not None:
             _check_count("attention_heads", attention_heads)
-        self.device = _device(device)
+        # Imported here, because it imports torch.
+        from ..runtime.devices import inference_device
+
+        self.device = inference_device(device)
         path = _checkpoint_file(checkpoint)
         self.network = _network(_load_weights(path), attention_heads, path).to(self.device)
         config = self.network["bert"].config
@@ -99,7 +102,7 @@ class CheXbertLabeler:
         warn_of_reports(unread, len(tokens), "hold no word BERT knows: all findings unmentioned")
         long = [position for position, ids in enumerate(tokens) if len(ids) > self.maximum_tokens]
         cut = f"are longer than {self.maximum_tokens} tokens and were cut at their end"
-        warn_of_reports(long, len(tokens), cut, UserWarning)
+        warn_of_reports(long, len(tokens), cut, ReportsWarning)
         for position in long:
             tokens[position] = [*tokens[position][: self.maximum_tokens - 1], self.tokenizer.sep_token_id]
         states = np.full((len(tokens), len(FINDINGS)), UNMENTIONED, dtype=np.int64)
@@ -129,19 +132,6 @@ def _check_count(option: str, value: int) -> None:
 
 def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def _device(name: str | None) -> torch.device:
-    import torch
-
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(
-            f"device={name!r}: not available ({_reason(error)}), expected a device such as 'cpu'"
-        ) from None
 
 
 def _load_tokenizer(name: str | os.PathLike, vocabulary: int, checkpoint: Path) -> PreTrainedTokenizerBase:

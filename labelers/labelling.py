@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 
 from ..files_otdrg import interpret, read_json, write_json, write_text
 from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, UNMENTIONED
-from ..runtime.output_lock import OutputLock
 from ..runtime.printable import markdown_table
+from ..runtime.shared_work import by_main_process, continue_alone, shared_lock
 from ..studies.schema import STUDY_FEATURES
 from ..studies.shards import SUMMARY, WorkFolder, check_output, write_shard
 from ..studies.source import SPLITS
@@ -77,10 +77,12 @@ def label_dataset(
     relabel: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    prepare: Callable[[list[str], Path], None] | None = None,
 ) -> LabelReport:
     """Fill `finding_states` of a dataset written by `otdrg prepare`; images are copied unchanged.
 
-    The new dataset is made in `OUTPUT.partial` and replaces the old one in one step.
+    The new dataset is made in `OUTPUT.partial` and replaces the old one in one step. Every process of a distributed run
+    must call this function; all but the main one end when `prepare` is done, or at once without it.
 
     Args:
         folder: the dataset.
@@ -90,6 +92,7 @@ def label_dataset(
         relabel: also label the studies that have states.
         resume: continue an interrupted labelling; a complete one is not changed.
         overwrite: replace a dataset at `output`, and delete an interrupted labelling.
+        prepare: called before `read` by every process, with all reports that are to be read and the path of a journal.
 
     Raises:
         OutputLockedError: another process labels or builds the dataset at `output`.
@@ -101,23 +104,38 @@ def label_dataset(
     folder = Path(os.path.realpath(folder))
     output = folder if output is None else Path(os.path.realpath(output))
     work = WorkFolder(output, {"dataset": str(folder), "relabel": relabel, **settings}, "label")
-    with OutputLock(output):
+    with shared_lock(output):
         try:
-            return _label_locked(folder, work, read, relabel, resume, overwrite)
+            finished = by_main_process(lambda: _begin(folder, work, resume, overwrite))
+            if prepare is not None and finished is None:
+                prepare(_wanted_reports(folder, relabel), work.shards / "reports.jsonl")
+            continue_alone()
+            return finished or _label_locked(folder, work, read, relabel)
         except KeyboardInterrupt as stop:
             kept = len(list(work.shards.glob("*.json")))
             message = f"{kept:,} complete shards are kept in {work.path}; --resume continues"
             raise type(stop)(message if work.path.exists() else "nothing was labelled yet") from stop
 
 
-def _label_locked(
-    folder: Path, work: WorkFolder, read: StateReader, relabel: bool, resume: bool, overwrite: bool
-) -> LabelReport:
+def _begin(folder: Path, work: WorkFolder, resume: bool, overwrite: bool) -> LabelReport | None:
+    """Check the folders, and create the work folder; gives the report if the labelling is complete."""
     if resume and (finished := _finished(work, overwrite or work.output == folder)):
         return finished
-    files, summary = _files(folder), read_json(folder / SUMMARY)
+    _files(folder)
+    read_json(folder / SUMMARY)
     _check_output(folder, work, overwrite)
     work.enter(resume, overwrite)
+    return None
+
+
+def _wanted_reports(folder: Path, relabel: bool) -> list[str]:
+    tables = (pq.read_table(file, columns=["report", "finding_states"]).to_pydict() for file in _files(folder).values())
+    pairs = (zip(table["report"], table["finding_states"], strict=True) for table in tables)
+    return [report for rows in pairs for report, states in rows if relabel or states is None]
+
+
+def _label_locked(folder: Path, work: WorkFolder, read: StateReader, relabel: bool) -> LabelReport:
+    files, summary = _files(folder), read_json(folder / SUMMARY)
     shards: dict[str, _Shard] = {}
     with tqdm(total=sum(pq.read_metadata(file).num_rows for file in files.values()), unit="study", disable=None) as bar:
         for name, file in files.items():

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..findings_otdrg import FINDING_STATES, FINDINGS, POSITIVE, UNCLEAR, UNMENTIONED
 from ..runtime.journal import Journal
-from . import check_reports, warn_of_reports
+from . import ReportsWarning, check_reports, warn_of_reports
 from .llm_prompt import ASKED, PROMPT, load_prompt
 
 if TYPE_CHECKING:
@@ -45,10 +45,12 @@ class LLMLabeler:
             reports are read once.
         prompt: prompt file; by default that of the package.
         dtype: type of the LLM's weights.
-        device: by default the first accelerator, or the CPU.
+        device: by default accelerate's choice, see [`inference_device`].
         progress: show a progress bar.
+        quantization: "4bit" or "8bit", of the linear layers, by bitsandbytes.
 
     Raises:
+        ImportError: `quantization` without bitsandbytes.
         OSError: the LLM cannot be loaded.
         ValueError: an option is out of range, the tokenizer does not separate the answers, or the context is too short.
     """
@@ -69,19 +71,26 @@ class LLMLabeler:
         dtype: str = "bfloat16",
         device: str | None = None,
         progress: bool = False,
+        quantization: str | None = None,
     ):
         self.prompt = load_prompt(prompt)
         _check_options(mode, few_shot, len(self.prompt.examples), calibrate, batch_size, max_report_tokens, retries)
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from ..weights_otdrg import load_backbone
+        from ..runtime.devices import inference_device
+        from ..weights_otdrg import load_backbone, quantization_of
 
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"dtype={dtype!r}: expected float32, bfloat16 or float16")
         self.tokenizer = load_backbone("text", AutoTokenizer, str(model))
-        self.model = load_backbone("text", AutoModelForCausalLM, str(model), dtype=getattr(torch, dtype)).eval()
-        self.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place, packed = inference_device(device), quantization_of(quantization)
+        # Packed weights cannot be moved afterwards.
+        mapped = {} if packed is None else {"device_map": {"": place}}
+        self.model = load_backbone("text", AutoModelForCausalLM, str(model), getattr(torch, dtype), packed, **mapped)
+        self.model.eval()
+        if packed is None:
+            self.model.to(place)
         self.mode, self.few_shot, self.calibrate = mode, few_shot, calibrate
         self.batch_size, self.retries, self.progress = batch_size, retries, progress
         limit = getattr(self.model.config, "max_position_embeddings", None) or 2**31
@@ -109,6 +118,7 @@ class LLMLabeler:
             head,
             self.prompt.json,
             retries,
+            *([] if quantization is None else [quantization]),
         ]
         self._cache = _Cache(cache, settings)
         self._empty_scores = self._scores([""])[0] if calibrate else None
@@ -152,7 +162,9 @@ class LLMLabeler:
         answered = [position for text in invalid for position in wanted[text]]
         warn_of_reports(answered, len(texts), "got no valid answer: all findings unmentioned")
         cut = [position for text in long for position in wanted[text]]
-        warn_of_reports(cut, len(texts), f"are longer than {self.max_report_tokens} tokens and were cut", UserWarning)
+        warn_of_reports(
+            cut, len(texts), f"are longer than {self.max_report_tokens} tokens and were cut", ReportsWarning
+        )
         return states
 
     def _label(self, texts: list[str]) -> list[list[int] | None]:

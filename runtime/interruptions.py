@@ -77,7 +77,7 @@ def exit_status(program: str, run: Callable[[], None], speaks: bool = True, trac
             print(f"{program}: {'; '.join(filter(None, (ended_by(stop), _one_line(stop))))}", file=sys.stderr)
         return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
     except Exception as error:
-        line = _error_line(error)
+        line = error_line(error)
         if traceback or line is None:
             raise
         print(f"{program}: error: {line}", file=sys.stderr)
@@ -90,11 +90,14 @@ def ended_by(stop: KeyboardInterrupt) -> str:
     return "terminated (SIGTERM)" if isinstance(stop, Terminated) else "interrupted"
 
 
-def _error_line(error: Exception) -> str | None:
+def error_line(error: Exception) -> str | None:
     """The message of an error in one line; None for an error of the program itself."""
     if is_out_of_memory(error):
         reason = _one_line(error).partition(". ")[0] or "an allocation failed"
-        return f"out of memory ({reason}): use a smaller batch, fewer beams or shorter reports"
+        return (
+            f"out of memory ({reason}): use a smaller batch, fewer beams or candidates, shorter reports, or a smaller "
+            "dtype or quantization of the weights"
+        )
     if isinstance(error, (OSError, ValueError, ImportError, ArithmeticError, RunInterruptedError)):
         return _one_line(error) or type(error).__name__
     return None

@@ -44,11 +44,16 @@ class Journal:
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         """Add items, each a line; they are on disk when this returns."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                self.rows.append(row)
+        rows = list(rows)
+        append_rows(self.path, rows)
+        self.rows += rows
+
+
+def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Add rows to a `.jsonl` file, each a line; they are on disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 class WorkSettings:

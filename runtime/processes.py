@@ -85,20 +85,6 @@ def start_processes(fsdp: bool = False, deepspeed: bool = False) -> PartialState
     return state
 
 
-def process_share(count: int) -> list[int]:
-    """The positions below `count` that this process works on.
-
-    All processes get equally many, so that the last positions may repeat the first ones: with sharded weights,
-    processes wait for each other at every layer.
-    """
-    state = PartialState()
-    rounds = -(-count // state.num_processes)
-    return [(state.process_index + number * state.num_processes) % count for number in range(rounds)]
-
-
-# --- sharded weights -------------------------------------------------------------------------------------------------
-
-
 def is_sharded(model: nn.Module) -> bool:
     """Whether each process holds only its share of the weights (FSDP2, ZeRO-3)."""
     return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
@@ -204,7 +190,6 @@ __all__ = [
     "has_accelerator",
     "is_sharded",
     "open_methods",
-    "process_share",
     "start_processes",
     "weightless_copy",
     "wrapper_name",

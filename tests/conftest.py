@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import gc
+import socket
 import sys
 from pathlib import Path
 
@@ -408,10 +409,11 @@ def start_process():
     return Process
 
 
-def launch_processes(arguments, processes=2, **variables):
-    """Python once for each process, as torchrun would start it."""
-    port = 20000 + os.getpid() % 20000
-    running = [
+def start_processes(arguments, processes=2, **variables):
+    """Starts Python once for each process, as torchrun would."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    return [
         Process(
             arguments,
             env={
@@ -427,6 +429,11 @@ def launch_processes(arguments, processes=2, **variables):
         )
         for rank in range(processes)
     ]
+
+
+def launch_processes(arguments, processes=2, **variables):
+    """What each of the processes printed, which must succeed."""
+    running = start_processes(arguments, processes, **variables)
     try:
         outputs = [process.communicate(timeout=300) for process in running]
     finally:
@@ -434,6 +441,12 @@ def launch_processes(arguments, processes=2, **variables):
             process.kill()
     assert all(process.returncode == 0 for process in running), outputs
     return [out for out, _ in outputs]
+
+
+@pytest.fixture(scope="session")
+def start_together():
+    """A function that starts Python with its arguments in two or more processes, and gives them."""
+    return start_processes
 
 
 @pytest.fixture(scope="session")

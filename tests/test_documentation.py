@@ -85,6 +85,9 @@ def main_of(words):
 
         launch = launch_command_parser().parse_args(words[2:])
         assert launch.config_file is None or (ROOT / launch.config_file).is_file(), launch.config_file
+        if launch.module:
+            assert launch.training_script == "otdrg"
+            return cli.main, launch.training_script_args
         assert launch.training_script == "train_hf.py"
         return train_hf.main, launch.training_script_args
     assert words[0] == "python", f"the tests do not know how to run {words[0]}"
@@ -162,7 +165,7 @@ def check_arguments(words, monkeypatch):
         raise ParsedError
 
     with monkeypatch.context() as patch:
-        if words[0] == "accelerate":  # its recipe is read as well
+        if words[0] == "accelerate" and "-m" not in words:  # its recipe is read as well
             for variable in ("OTDRG_IU_XRAY", "OTDRG_MIMIC_CXR"):
                 patch.setenv(variable, os.environ.get(variable, "collection"))
             patch.setattr("otdrg.training.run.run_recipe", parsed)

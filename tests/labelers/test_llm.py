@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from otdrg.cli import main
 from otdrg.findings_otdrg import FINDING_STATES, FINDINGS
 from otdrg.labelers import UnreadReportsWarning, load_labeler
+from otdrg.labelers.llm import LLMLabeler
 from otdrg.labelers.llm_prompt import ASKED, PROMPT, load_prompt
 from tokenizers import ByteLevelBPETokenizer
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -225,3 +227,65 @@ def test_llm_wrong_prompt_file_is_named(tmp_path, old, new):
     path.write_text(PROMPT.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
     with pytest.raises(ValueError, match=r"prompt .*prompt\.yaml: .*expected the keys of llm\.yaml"):
         load_prompt(path)
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+def test_label_by_an_llm_in_two_processes_writes_the_same_table(llm, launch, tmp_path, capsys):
+    reports = [f"{REPORTS[number % 3]} {'Stable. ' * number}" for number in range(12)]
+    lines = [json.dumps({"id": f"s{number}", "report": report}) for number, report in enumerate([*reports, *reports])]
+    (tmp_path / "reports.jsonl").write_text("\n".join(lines))
+    command = ["label", "--reports", str(tmp_path / "reports.jsonl"), "--labeler", "llm", "--option", f"model={llm}"]
+    command += ["--option", "max_report_tokens=20", "--dtype", "float32", "--output"]
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    with pytest.warns(UserWarning, match=r"of 12 reports .* are longer than 20 tokens"):
+        assert main([*command, str(tmp_path / "one" / "states.csv")]) == 0
+    shown = capsys.readouterr().out
+    printed = launch(["-m", "otdrg", *command, tmp_path / "two" / "states.csv"], OMP_NUM_THREADS="1")
+    assert printed == [shown.replace("/one/", "/two/"), ""]
+    assert (tmp_path / "two" / "states.csv").read_bytes() == (tmp_path / "one" / "states.csv").read_bytes()
+    assert [path.name for path in (tmp_path / "two").iterdir()] == ["states.csv"]
+
+
+def test_label_by_an_llm_continues_from_its_journal(llm, tmp_path, monkeypatch, capsys):
+    built = tmp_path / "built"
+    command = f"prepare phantom --train 6 --validation 2 --test 0 --image-size 32 --output {built}"
+    assert main(command.split()) == 0
+    command = ["label", str(built), "--labeler", "llm", "--option", f"model={llm}", "--option", "batch_size=1"]
+    command += ["--relabel", "--output"]
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    whole, read = LLMLabeler.label, []
+
+    def stopped(self, reports):
+        read.extend(reports)
+        if len(read) == 3:
+            raise KeyboardInterrupt
+        return whole(self, reports)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LLMLabeler, "label", stopped)
+        assert main([*command, str(tmp_path / "again")]) == 130
+    monkeypatch.setattr(LLMLabeler, "label", lambda self, reports: read.extend(reports) or whole(self, reports))
+    done = read[:2]
+    read.clear()
+    assert main([*command, str(tmp_path / "again"), "--resume"]) == 0
+    assert read and not set(read) & set(done)
+    for path in (tmp_path / "whole" / "data").iterdir():
+        assert (tmp_path / "again" / "data" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_label_device_of_a_labeler_without_one_is_one_line(tmp_path, capsys):
+    (tmp_path / "reports.jsonl").write_text('{"id": "a", "report": "Clear lungs."}')
+    command = ["label", "--reports", str(tmp_path / "reports.jsonl"), "--output", str(tmp_path / "states.csv")]
+    for arguments, message in (
+        (["--device", "cpu"], "--device: labeler rules does not have it, expected none"),
+        (
+            ["--labeler", "chexbert", "--dtype", "float32"],
+            "--dtype: labeler chexbert does not have it, expected device",
+        ),
+        (["--resume"], "--resume cannot be used with --reports and --labeler rules"),
+    ):
+        assert main([*command, *arguments]) == 1
+        assert message in capsys.readouterr().err

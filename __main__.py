@@ -1,0 +1,7 @@
+"""`python -m otdrg`, for `accelerate launch -m otdrg`."""
+
+import sys
+
+from otdrg.cli import main
+
+sys.exit(main())
