@@ -1,4 +1,4 @@
-"""Several processes: joining them as they were launched, sharing work among them, and models with sharded weights."""
+"""Training in several processes: joining them as they were launched, and models with sharded weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-_SEVERAL = ("RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+from .shared_work import launched_processes
 
 
 def has_accelerator() -> bool:
@@ -57,16 +57,9 @@ def start_processes(fsdp: bool = False, deepspeed: bool = False) -> PartialState
             "DeepSpeed was asked for (field deepspeed or ACCELERATE_USE_DEEPSPEED) and is not there: pip install "
             "deepspeed"
         )
-    # `accelerate launch` sets these two for several processes, ACCELERATE_USE_CPU where it starts just one itself.
-    asked = "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ
-    if asked and not any(name in os.environ for name in _SEVERAL):
-        raise ValueError(
-            "accelerate launch was asked for several processes and started one, as it does with --cpu and, where there "
-            "is no GPU, without --multi_gpu: use --config_file recipes/accelerate/cpu.yaml, or --num_processes 1"
-        )
+    launched = launched_processes()
     arguments = device_arguments(deepspeed=deepspeed)
     state = PartialState(cpu=arguments["use_cpu"], backend=arguments.get("ddp_backend"))
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != state.num_processes:
         raise ValueError(
             f"{launched} processes were launched (WORLD_SIZE), but each trains alone, in a world of "
