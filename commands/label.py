@@ -62,6 +62,14 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
     )
     output.add_argument("--resume", action="store_true", help="continue an interrupted labelling of DATASET")
     output.add_argument("--overwrite", action="store_true", help="replace --output, or delete an interrupted labelling")
+    tasks = output.add_mutually_exclusive_group()
+    tasks.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="label only share I of N of the files of DATASET, from 1/N to N/N, as one task of a cluster; the same "
+        "command continues an interrupted share",
+    )
+    tasks.add_argument("--merge", action="store_true", help="make the dataset of all shares labelled by --shard")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -74,10 +82,13 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _check_form(options: argparse.Namespace, form: str) -> None:
-    refused = {"dataset": (), "reports": ("csv", "id_column", "relabel", "resume")}
+    refused = {"dataset": (), "reports": ("csv", "id_column", "relabel", "resume", "shard", "merge")}
     for name in refused.get(form, ("labeler", "option", *refused["reports"])):
         if getattr(options, name):
             raise ValueError(f"--{name.replace('_', '-')} cannot be used with --{form}: remove it")
+    if options.overwrite and (options.shard is not None or options.merge):
+        work = f"{options.output or options.dataset}.partial"
+        raise ValueError(f"--overwrite cannot be used with --shard or --merge: to start again, delete {work}")
     if form != "compare" and options.labeler is None:
         options.labeler = "rules" if options.csv is None else "csv"
     if form != "dataset" and options.labeler == "csv":
@@ -135,8 +146,10 @@ def _write_labels(options: argparse.Namespace, output: Path) -> None:
 
 
 def _label_dataset(options: argparse.Namespace) -> None:
-    from ..labelers.labelling import label_dataset
+    from ..labelers.labelling import label_dataset, label_share, merge_labels
+    from ..studies.shards import Share
 
+    share = None if options.shard is None else Share.parse(options.shard)
     settings: dict[str, Any] = {"labeler": options.labeler}
     if options.labeler == "csv":
         id_column = options.id_column or "id"
@@ -152,20 +165,21 @@ def _label_dataset(options: argparse.Namespace) -> None:
 
     else:
         settings["options"] = parse_options(options.option)
-        labeler = labeler_of(options.labeler, settings["options"])
+        # Nothing is labelled by --merge, which may run on a machine without a GPU.
+        labeler = None if options.merge else labeler_of(options.labeler, settings["options"])
 
         def read(ids, reports):
             return label_quietly(labeler, list(reports))
 
-    report = label_dataset(
-        options.dataset,
-        read,
-        settings,
-        output=options.output,
-        relabel=options.relabel,
-        resume=options.resume,
-        overwrite=options.overwrite,
-    )
+    where: dict[str, Any] = {"output": options.output, "relabel": options.relabel}
+    if share is not None:
+        show(label_share(options.dataset, read, settings, share, **where))
+        return
+    if options.merge:
+        report = merge_labels(options.dataset, settings, **where)
+    else:
+        how = {"resume": options.resume, "overwrite": options.overwrite}
+        report = label_dataset(options.dataset, read, settings, **where, **how)
     show(str(report))
     if options.labeler == "csv":
         if absent:
