@@ -168,10 +168,11 @@ class WorkFolder:
             with OutputLock(self.output, wait=_JOIN_SECONDS):
                 report = finished()
                 if report is None:
-                    if self.path.exists():
+                    # A task that was killed while it created the folder leaves no files.
+                    if any(path.is_file() for path in self.path.rglob("*")):
                         self._check_same_work(share.count)
-                    locks.enter_context(self._share_lock(share))
                     self._write_settings(share.count)
+                    locks.enter_context(self._share_lock(share))
             yield report
 
     def end_shares(self) -> int:
@@ -230,9 +231,9 @@ class WorkFolder:
         began = before.pop(_SHARES, None)
         self._work_settings.check(before)
         if began != shares:
-            before, now = (f"with --shard I/{count}" if count else "without --shard" for count in (began, shares))
+            then, now = (f"with --shard I/{count}" if count else "without --shard" for count in (began, shares))
             ways = "--merge puts finished shards together" if began else "--resume continues it"
-            raise ValueError(f"{self.path} was begun {before}, not {now}: {ways}; delete the folder to start again")
+            raise ValueError(f"{self.path} was begun {then}, not {now}: {ways}; delete the folder to start again")
 
     def _remove_leftovers(self) -> None:
         """Remove what a run left that was stopped while it put its files together."""
