@@ -20,6 +20,7 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck recipes/slurm/*.sbatch
 
 # The pages of docs/ as a site in build/site; a broken link is an error. The variable hides an advertisement.
 docs: .venv/installed

@@ -69,6 +69,14 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
         "--resume", action="store_true", help="continue an interrupted labelling of DATASET, or by a model of --reports"
     )
     output.add_argument("--overwrite", action="store_true", help="replace --output, or delete an interrupted labelling")
+    tasks = output.add_mutually_exclusive_group()
+    tasks.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="label only share I of N of the files of DATASET, from 1/N to N/N, as one task of a cluster; the same "
+        "command continues an interrupted share",
+    )
+    tasks.add_argument("--merge", action="store_true", help="make the dataset of all shares labelled by --shard")
     add_device(parser, "the labeler")
 
 
@@ -82,10 +90,13 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _check_form(options: argparse.Namespace, form: str) -> None:
-    refused = {"dataset": (), "reports": ("csv", "id_column", "relabel")}
+    refused = {"dataset": (), "reports": ("csv", "id_column", "relabel", "shard", "merge")}
     for name in refused.get(form, ("labeler", "option", "resume", *PLACEMENT, *refused["reports"])):
         if getattr(options, name):
             raise ValueError(f"--{name.replace('_', '-')} cannot be used with --{form}: remove it")
+    if options.overwrite and (options.shard is not None or options.merge):
+        work = f"{options.output or options.dataset}.partial"
+        raise ValueError(f"--overwrite cannot be used with --shard or --merge: to start again, delete {work}")
     if form != "compare" and options.labeler is None:
         options.labeler = "rules" if options.csv is None else "csv"
     if form != "dataset" and options.labeler == "csv":
@@ -174,8 +185,10 @@ def _write_states(
 
 
 def _label_dataset(options: argparse.Namespace) -> None:
-    from ..labelers.labelling import label_dataset
+    from ..labelers.labelling import label_dataset, label_share, merge_labels
+    from ..studies.shards import Share
 
+    share = None if options.shard is None else Share.parse(options.shard)
     settings: dict[str, Any] = {"labeler": options.labeler}
     prepare = None
     if options.labeler == "csv":
@@ -192,7 +205,8 @@ def _label_dataset(options: argparse.Namespace) -> None:
 
     else:
         settings["options"] = options.option
-        labeler = labeler_of(options.labeler, options.option)
+        # Nothing is labelled by --merge, which may run on a machine without a GPU.
+        labeler = None if options.merge else labeler_of(options.labeler, options.option)
         known: dict[str, np.ndarray] = {}
 
         def read(ids, reports):
@@ -203,16 +217,17 @@ def _label_dataset(options: argparse.Namespace) -> None:
             def prepare(reports, journal):
                 known.update(zip(reports, label_together(labeler, reports, journal), strict=True))
 
-    report = label_dataset(
-        options.dataset,
-        read,
-        settings,
-        output=options.output,
-        relabel=options.relabel,
-        resume=options.resume,
-        overwrite=options.overwrite,
-        prepare=prepare,
-    )
+    where: dict[str, Any] = {"output": options.output, "relabel": options.relabel}
+    if share is not None or options.merge:
+        continue_alone()
+    if share is not None:
+        show(label_share(options.dataset, read, settings, share, **where))
+        return
+    if options.merge:
+        report = merge_labels(options.dataset, settings, **where)
+    else:
+        how = {"resume": options.resume, "overwrite": options.overwrite, "prepare": prepare}
+        report = label_dataset(options.dataset, read, settings, **where, **how)
     show(str(report))
     if options.labeler == "csv":
         if absent:

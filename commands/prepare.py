@@ -11,8 +11,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..runtime.printable import show
 from ..studies import SOURCES, open_source, source_class
-from ..studies.build import BuildOptions, build_studies_dataset
+from ..studies.build import BuildOptions, build_share, build_studies_dataset, merge_shares
 from ..studies.publish import push_studies
+from ..studies.shards import Share
 
 DESCRIPTION = "Convert a source of studies to a dataset with splits that load_from_disk and load_dataset read."
 EPILOG = "Example: otdrg prepare csv --table reports.csv --images images --output studies"
@@ -37,6 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
         output.add_argument("--output", required=is_typed, metavar="DIR", help="Folder of the dataset.")
         output.add_argument("--resume", action="store_true", help="Continue an interrupted build.")
         output.add_argument("--overwrite", action="store_true", help="Replace a dataset or an interrupted build.")
+        tasks = output.add_mutually_exclusive_group()
+        tasks.add_argument(
+            "--shard",
+            metavar="I/N",
+            help="Prepare only share I of N of the files, from 1/N to N/N, as one task of a cluster. The same command "
+            "continues an interrupted share.",
+        )
+        tasks.add_argument("--merge", action="store_true", help="Make the dataset of all shares prepared by --shard.")
         output.add_argument("--push-to-hub", metavar="ORG/NAME", help="Also upload the dataset as a private one.")
         output.add_argument("--public", action="store_true", help="Make the uploaded dataset public.")
 
@@ -49,10 +58,25 @@ def run(options: argparse.Namespace) -> None:
     build = BuildOptions(**{option.name: given[option.name] for option in fields(BuildOptions)})
     if options.public and not options.push_to_hub:
         raise ValueError("--public is given without --push-to-hub: expected the name of a dataset on the Hub")
+    if options.overwrite and (options.shard is not None or options.merge):
+        raise ValueError(
+            "--overwrite cannot be used with --shard or --merge: to start again, delete the dataset and "
+            f"{options.output}.partial"
+        )
+    if options.push_to_hub and options.shard is not None:
+        raise ValueError("--push-to-hub uploads a whole dataset: expected it with --merge, not with --shard")
     if options.push_to_hub:
         # Checked now, because the build may take hours.
         validate_repo_id(options.push_to_hub)
-    report = build_studies_dataset(source, options.output, build, resume=options.resume, overwrite=options.overwrite)
+    if options.shard is not None:
+        show(str(build_share(source, options.output, Share.parse(options.shard), build)))
+        return
+    if options.merge:
+        report = merge_shares(source, options.output, build)
+    else:
+        report = build_studies_dataset(
+            source, options.output, build, resume=options.resume, overwrite=options.overwrite
+        )
     show(str(report))
     if options.push_to_hub:
         show(f"pushed: {push_studies(report.folder, options.push_to_hub, public=options.public)}")

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +17,11 @@ from tqdm.auto import tqdm
 
 from ..files_otdrg import interpret, read_json, write_json, write_text
 from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, UNMENTIONED
+from ..runtime.output_lock import OutputLock
 from ..runtime.printable import markdown_table
 from ..runtime.shared_work import by_main_process, continue_alone, shared_lock
 from ..studies.schema import STUDY_FEATURES
-from ..studies.shards import SUMMARY, WorkFolder, check_output, write_shard
+from ..studies.shards import SUMMARY, Share, WorkFolder, check_output, write_shard
 from ..studies.source import SPLITS
 
 #: Gives the state ids of studies by their ids and reports, None for a study it does not know.
@@ -100,21 +101,86 @@ def label_dataset(
         ValueError: the folder is not a prepared dataset, `output` exists or is inside it, or an interrupted labelling
             exists and neither `resume` nor `overwrite` is set.
     """
-    # Not abspath: if the folder is a link, its target is replaced and the link is kept.
-    folder = Path(os.path.realpath(folder))
-    output = folder if output is None else Path(os.path.realpath(output))
-    work = WorkFolder(output, {"dataset": str(folder), "relabel": relabel, **settings}, "label")
-    with shared_lock(output):
-        try:
-            finished = by_main_process(lambda: _begin(folder, work, resume, overwrite))
-            if prepare is not None and finished is None:
-                prepare(_wanted_reports(folder, relabel), work.shards / "reports.jsonl")
-            continue_alone()
-            return finished or _label_locked(folder, work, read, relabel)
-        except KeyboardInterrupt as stop:
-            kept = len(list(work.shards.glob("*.json")))
-            message = f"{kept:,} complete shards are kept in {work.path}; --resume continues"
-            raise type(stop)(message if work.path.exists() else "nothing was labelled yet") from stop
+    work = _work(folder, output, relabel, settings)
+    folder = _dataset(folder)
+    with shared_lock(work.output), _says_what_is_kept(work, "--resume continues"):
+        finished = by_main_process(lambda: _begin(folder, work, resume, overwrite))
+        if prepare is not None and finished is None:
+            prepare(_wanted_reports(folder, relabel), work.shards / "reports.jsonl")
+        continue_alone()
+        if finished:
+            return finished
+        files = _files(folder)
+        shards = _run(list(files.items()), work, read, relabel)
+        return _publish(folder, files, shards, work)
+
+
+def label_share(
+    folder: str | os.PathLike,
+    read: StateReader,
+    settings: dict[str, Any],
+    share: Share,
+    *,
+    output: str | os.PathLike | None = None,
+    relabel: bool = False,
+) -> str:
+    """Label a share of the files of a dataset in `OUTPUT.partial`; [`merge_labels`] makes the dataset of all shares.
+
+    As [`otdrg.studies.build.build_share`]; `read` is called with the reports of the share only.
+
+    Returns:
+        What was labelled, for the user.
+
+    Raises:
+        OutputLockedError: another process labels this share or puts the shares together.
+        ValueError: as [`label_dataset`], or the labelling was begun with other settings.
+    """
+    work = _work(folder, output, relabel, settings)
+    folder = _dataset(folder)
+
+    def finished() -> LabelReport | None:
+        report = _finished(work, work.output == folder)
+        if report is None:
+            _files(folder)
+            _check_output(folder, work, overwrite=False)
+        return report
+
+    with _says_what_is_kept(work, "the same command continues"), work.join(share, finished) as labelled:
+        if labelled is not None:
+            return str(labelled)
+        files = list(_files(folder).items())
+        shards = _run([file for place, file in enumerate(files) if share.has(place)], work, read, relabel)
+    studies, count = sum(len(shard.ids) for shard in shards.values()), sum(shard.labelled for shard in shards.values())
+    return (
+        f"shard {share}: {count:,} of {studies:,} studies labelled, in {len(shards):,} of {len(files):,} files of "
+        f"{folder}; --merge makes the dataset"
+    )
+
+
+def merge_labels(
+    folder: str | os.PathLike,
+    settings: dict[str, Any],
+    *,
+    output: str | os.PathLike | None = None,
+    relabel: bool = False,
+) -> LabelReport:
+    """Put together the shares that [`label_share`] has labelled; the dataset is the one of [`label_dataset`].
+
+    Raises:
+        OutputLockedError: another process labels one of the shares.
+        ValueError: a share is missing or not finished, or was labelled with other settings.
+    """
+    work = _work(folder, output, relabel, settings)
+    folder = _dataset(folder)
+    with OutputLock(work.output), _says_what_is_kept(work, "--merge continues"):
+        if finished := _finished(work, work.output == folder):
+            return finished
+        files = _files(folder)
+        _check_output(folder, work, overwrite=False)
+        count = work.end_shares()
+        shards = {name: _labelled(file, work.shards / f"{name}.json") for name, file in files.items()}
+        work.check_shares([place for place, shard in enumerate(shards.values()) if shard is None], count)
+        return _publish(folder, files, shards, work)
 
 
 def _begin(folder: Path, work: WorkFolder, resume: bool, overwrite: bool) -> LabelReport | None:
@@ -134,13 +200,43 @@ def _wanted_reports(folder: Path, relabel: bool) -> list[str]:
     return [report for rows in pairs for report, states in rows if relabel or states is None]
 
 
-def _label_locked(folder: Path, work: WorkFolder, read: StateReader, relabel: bool) -> LabelReport:
-    files, summary = _files(folder), read_json(folder / SUMMARY)
+def _dataset(folder: str | os.PathLike) -> Path:
+    # Not abspath: if the folder is a link, its target is replaced and the link is kept.
+    return Path(os.path.realpath(folder))
+
+
+def _work(
+    folder: str | os.PathLike, output: str | os.PathLike | None, relabel: bool, settings: dict[str, Any]
+) -> WorkFolder:
+    dataset = _dataset(folder)
+    settings = {"dataset": str(dataset), "relabel": relabel, **settings}
+    return WorkFolder(dataset if output is None else _dataset(output), settings, "label")
+
+
+@contextmanager
+def _says_what_is_kept(work: WorkFolder, how: str) -> Iterator[None]:
+    """Say in the message of an interruption what is kept, and how to continue."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        kept = len(list(work.shards.glob("*.json")))
+        message = f"{kept:,} complete shards are kept in {work.path}; {how}"
+        raise type(stop)(message if work.path.exists() else "nothing was labelled yet") from stop
+
+
+def _run(files: list[tuple[str, Path]], work: WorkFolder, read: StateReader, relabel: bool) -> dict[str, _Shard]:
+    """Label files, given with their names, and show progress."""
     shards: dict[str, _Shard] = {}
-    with tqdm(total=sum(pq.read_metadata(file).num_rows for file in files.values()), unit="study", disable=None) as bar:
-        for name, file in files.items():
+    with tqdm(total=sum(pq.read_metadata(file).num_rows for _, file in files), unit="study", disable=None) as bar:
+        for name, file in files:
             shards[name] = _label_shard(file, work.shards / f"{name}.json", read, relabel)
             bar.update(len(shards[name].ids))
+    return shards
+
+
+def _publish(folder: Path, files: dict[str, Path], shards: dict[str, _Shard], work: WorkFolder) -> LabelReport:
+    """Make the dataset of all labelled files."""
+    summary = read_json(folder / SUMMARY)
     report = _report(work.output, shards)
     for name, file in files.items():
         write_shard(work.shards / f"{name}.parquet", _with_states(file, shards[name].states))
@@ -207,12 +303,8 @@ def _check_output(folder: Path, work: WorkFolder, overwrite: bool) -> None:
 
 def _label_shard(file: Path, record: Path, read: StateReader, relabel: bool) -> _Shard:
     """Label one shard, unless that was done before."""
-    stat = file.stat()
-    digest = f"{stat.st_size}-{stat.st_mtime_ns}"
-    with suppress(OSError, ValueError):
-        before = read_json(record, parse=lambda content: _Shard(**content))
-        if before.digest == digest:
-            return before
+    if (before := _labelled(file, record)) is not None:
+        return before
     columns = pq.read_table(file, columns=["id", "report", "finding_states"]).to_pydict()
     states = columns["finding_states"]
     wanted = [place for place, row in enumerate(states) if relabel or row is None]
@@ -223,9 +315,23 @@ def _label_shard(file: Path, record: Path, read: StateReader, relabel: bool) -> 
         if row is not None:
             states[place] = [int(state) for state in row]
             labelled += 1
-    shard = _Shard(digest, columns["id"], states, labelled)
+    shard = _Shard(_digest(file), columns["id"], states, labelled)
     write_json(record, shard._asdict())
     return shard
+
+
+def _labelled(file: Path, record: Path) -> _Shard | None:
+    """The states of a shard, if it was labelled before and its file has not changed."""
+    with suppress(OSError, ValueError):
+        before = read_json(record, parse=lambda content: _Shard(**content))
+        if before.digest == _digest(file):
+            return before
+    return None
+
+
+def _digest(file: Path) -> str:
+    stat = file.stat()
+    return f"{stat.st_size}-{stat.st_mtime_ns}"
 
 
 def _with_states(file: Path, states: list[list[int] | None]) -> Iterator[pa.RecordBatch]:

@@ -14,7 +14,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from multiprocessing.synchronize import Event
@@ -30,7 +30,7 @@ from ..runtime.output_lock import OutputLock
 from .assembly import SECTIONS, Sections, StudyListing, assemble_study
 from .card import dataset_card
 from .images import stored_image
-from .shards import WorkFolder, check_output, row_batches, write_shard
+from .shards import Share, WorkFolder, check_output, row_batches, write_shard
 from .source import SPLITS, Skipped, StudyEntry, StudySource, option
 from .summary import OfficialCheck, SplitCounts, format_counts
 
@@ -100,6 +100,39 @@ class BuildReport:
         return cls(folder, counts, summary["warnings"], summary["licences"], summary["skipped"])
 
 
+@dataclass
+class ShareReport:
+    """What one share of a build kept and what it skipped.
+
+    Args:
+        folder: the unfinished dataset.
+        share: the share.
+        counts: counts of the share by split, as in [`BuildReport`].
+        skipped: number of faults of the share, which are listed when the shares are put together.
+        files: number of files of the share.
+        all_files: number of files of all shares.
+    """
+
+    folder: Path
+    share: Share
+    counts: dict[str | None, SplitCounts]
+    skipped: int
+    files: int
+    all_files: int
+
+    def __str__(self) -> str:
+        if not self.files:
+            return (
+                f"shard {self.share}: nothing to do, because there are only {self.all_files:,} files "
+                "(--studies-per-shard sets the studies in a file)"
+            )
+        lines = [format_counts(self.counts), ""]
+        if self.skipped:
+            lines.append(f"skipped: {self.skipped:,} faults, which --merge lists with their reasons")
+        lines.append(f"shard {self.share}: {self.files:,} of {self.all_files:,} files, in {self.folder}")
+        return "\n".join(lines)
+
+
 class _Job(NamedTuple):
     """A shard to be built from these listed studies."""
 
@@ -158,52 +191,142 @@ def build_studies_dataset(
             neither `resume` nor `overwrite` is set, or, with `strict`, a study would be skipped.
     """
     options = options or BuildOptions()
-    # If the output is a link, its target is replaced.
-    output = Path(os.path.realpath(output))
-    work = WorkFolder(output, _settings(source, options), "build")
-    with OutputLock(output):
-        try:
-            return _build_locked(source, work, options, resume, overwrite)
-        except KeyboardInterrupt as stop:
-            raise type(stop)(_kept(work)) from stop
+    work = _work(source, output, options)
+    with OutputLock(work.output), _says_what_is_kept(work, "--resume continues"):
+        if resume and (report := _finished(work, overwrite)) is not None:
+            return report
+        check_output(work.output, overwrite)
+        # Listed first: an error of the source leaves no files.
+        listing, official = StudyListing(source, options.limit), _official(source, options)
+        work.enter(resume, overwrite)
+        jobs = _jobs(listing, official, options.studies_per_shard)
+        shards = _run(jobs, listing.total, source, options, work)
+        return _publish(shards, official, source, options, work)
 
 
-def _kept(work: WorkFolder) -> str:
-    """What an interrupted build keeps, for the user."""
-    if not work.path.exists():
-        return "nothing was built yet"
-    counts = [read_json(path)["counts"] for path in work.shards.glob("*.json")]
-    studies = sum(count["studies"] + count["skipped"] for count in counts)
-    return f"{studies:,} studies in {len(counts):,} complete shards are kept in {work.path}; --resume continues"
+def build_share(
+    source: StudySource, output: str | os.PathLike, share: Share, options: BuildOptions | None = None
+) -> ShareReport | BuildReport:
+    """Build a share of the files of a dataset in `OUTPUT.partial`; [`merge_shares`] makes the dataset of all shares.
 
+    Shares can be built at the same time, in any order and on any machine that has this folder. A share that was
+    interrupted is continued, and one that is complete is not changed.
 
-def _build_locked(
-    source: StudySource, work: WorkFolder, options: BuildOptions, resume: bool, overwrite: bool
-) -> BuildReport:
-    if resume:
-        summary = _finished(work, overwrite)
-        if summary is not None:
-            WorkSettings(work.output, work.settings).check(summary["settings"])
-            return BuildReport.from_summary(work.output, summary)
-    check_output(work.output, overwrite)
-    # Listed first: an error of the source leaves no files.
+    Args:
+        source: source of the studies.
+        output: the folder of the dataset.
+        share: which share.
+        options: options of the build, the same for all shares.
+
+    Returns:
+        The counts of the share, or the report of the dataset if all shares have been put together before.
+
+    Raises:
+        OutputLockedError: another process builds this share or puts the shares together.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the message says what is kept.
+        ValueError: an error of the source, the folder exists or was begun with other options, or, with `strict`, a
+            study would be skipped.
+    """
+    options = options or BuildOptions()
+    work = _work(source, output, options)
     listing = StudyListing(source, options.limit)
-    # The published counts include only studies with findings.
-    comparable = options.limit is None and options.sections == "findings"
-    official = OfficialCheck(source) if comparable else None
-    work.enter(resume, overwrite)
+    files = 0
+
+    def jobs() -> Iterator[_Job]:
+        nonlocal files
+        for job in _jobs(listing, None, options.studies_per_shard):
+            if share.has(files):
+                yield job
+            files += 1
+
+    def finished() -> BuildReport | None:
+        report = _finished(work, overwrite=False)
+        if report is None:
+            check_output(work.output, overwrite=False)
+        return report
+
+    with _says_what_is_kept(work, "the same command continues"), work.join(share, finished) as dataset:
+        if dataset is not None:
+            return dataset
+        shards = _run(jobs(), None, source, options, work)
+    report = _report(work.path, shards, None)
+    return ShareReport(work.path, share, report.counts, report.skipped, len(shards), files)
+
+
+def merge_shares(source: StudySource, output: str | os.PathLike, options: BuildOptions | None = None) -> BuildReport:
+    """Put together the shares that [`build_share`] has built; the dataset is the one of [`build_studies_dataset`].
+
+    Args:
+        source, output, options: as for the shares.
+
+    Raises:
+        OutputLockedError: another process builds one of the shares.
+        ValueError: a share is missing or not finished, or the shares were built from another source or with other
+            options.
+    """
+    options = options or BuildOptions()
+    work = _work(source, output, options)
+    with OutputLock(work.output), _says_what_is_kept(work, "--merge continues"):
+        if (report := _finished(work, overwrite=False)) is not None:
+            return report
+        check_output(work.output, overwrite=False)
+        listing, official = StudyListing(source, options.limit), _official(source, options)
+        count = work.end_shares()
+        jobs = _jobs(listing, official, options.studies_per_shard)
+        shards = [_built(work.shards / f"{job.name}.json", job.digest) for job in jobs]
+        work.check_shares([position for position, shard in enumerate(shards) if shard is None], count)
+        return _publish(_in_order(shards), official, source, options, work)
+
+
+def _work(source: StudySource, output: str | os.PathLike, options: BuildOptions) -> WorkFolder:
+    # If the output is a link, its target is replaced.
+    return WorkFolder(Path(os.path.realpath(output)), _settings(source, options), "build")
+
+
+@contextmanager
+def _says_what_is_kept(work: WorkFolder, how: str) -> Iterator[None]:
+    """Say in the message of an interruption what is kept, and how to continue."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if not work.path.exists():
+            raise type(stop)("nothing was built yet") from stop
+        counts = [read_json(path)["counts"] for path in work.shards.glob("*.json")]
+        studies = sum(count["studies"] + count["skipped"] for count in counts)
+        kept = f"{studies:,} studies in {len(counts):,} complete shards are kept in {work.path}"
+        raise type(stop)(f"{kept}; {how}") from stop
+
+
+def _official(source: StudySource, options: BuildOptions) -> OfficialCheck | None:
+    """The comparison with the published counts, which include only studies with findings."""
+    return OfficialCheck(source) if options.limit is None and options.sections == "findings" else None
+
+
+def _run(
+    jobs: Iterator[_Job], total: int | None, source: StudySource, options: BuildOptions, work: WorkFolder
+) -> list[_Shard]:
+    """Build shards and show progress; `total` is the number of their studies."""
     shards = []
-    jobs = _jobs(listing, official, options.studies_per_shard)
     # Closed after an interruption, so that no process is building when the lock is released.
     with (
-        tqdm(total=listing.total, unit="study", desc=source.name, disable=None) as bar,
+        tqdm(total=total, unit="study", desc=source.name, disable=None) as bar,
         closing(_build(jobs, source, options, work.shards)) as built,
     ):
         for shard in built:
             shards.append(shard)
             bar.update(shard.counts["studies"] + shard.counts["skipped"])
-    # Processes finish in any order.
-    shards.sort(key=lambda shard: ((*SPLITS, None).index(shard.split), shard.name))
+    return _in_order(shards)
+
+
+def _in_order(shards: list[_Shard]) -> list[_Shard]:
+    """Shards in the order of the dataset; processes finish in any order."""
+    return sorted(shards, key=lambda shard: ((*SPLITS, None).index(shard.split), shard.name))
+
+
+def _publish(
+    shards: list[_Shard], official: OfficialCheck | None, source: StudySource, options: BuildOptions, work: WorkFolder
+) -> BuildReport:
+    """Make the dataset of all shards."""
     if not any(shard.rows for shard in shards):
         shutil.rmtree(work.path)
         raise ValueError(_nothing_left(source, shards))
@@ -217,11 +340,16 @@ def _build_locked(
     return report
 
 
-def _finished(work: WorkFolder, overwrite: bool) -> dict[str, Any] | None:
+def _finished(work: WorkFolder, overwrite: bool) -> BuildReport | None:
+    """The report of the complete dataset; None if it is not complete."""
     try:
-        return work.finished(overwrite)
+        summary = work.finished(overwrite)
     except ValueError as error:
         raise ValueError(f"{error}: --overwrite builds the dataset again") from None
+    if summary is None:
+        return None
+    WorkSettings(work.output, work.settings).check(summary["settings"])
+    return BuildReport.from_summary(work.output, summary)
 
 
 def _report(output: Path, shards: list[_Shard], official: OfficialCheck | None) -> BuildReport:

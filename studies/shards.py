@@ -2,26 +2,72 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, load_dataset
+from datasets import (
+    Dataset,
+    DatasetDict,
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    load_dataset,
+)
 
 from ..files_otdrg import read_json, write_json
 from ..runtime.journal import WorkSettings
+from ..runtime.output_lock import OutputLock
+from ..runtime.printable import listed
 from .schema import STUDY_FEATURES
+
+_Report = TypeVar("_Report")
 
 #: The file of a complete dataset that holds its settings and counts.
 SUMMARY = "summary.json"
 
 #: Rows are written when there are this many of them, or this many bytes of images.
 _BATCH_ROWS, _BATCH_BYTES = 100, 32 * 2**20
+
+#: Name of the number of shares in the settings file; absent if one process makes all shards.
+_SHARES = "number of --shard"
+#: Seconds a share waits for others to begin.
+_JOIN_SECONDS = 60.0
+
+
+class Share(NamedTuple):
+    """A share of the shards, made by one of several tasks of a cluster; `I/N` on the command line.
+
+    Args:
+        index: number of the share, from 1 to `count`.
+        count: number of shares.
+    """
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Share:
+        """The share `I/N`; a `ValueError` if the text has another form."""
+        match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+        share = cls(int(match[1]), int(match[2])) if match else None
+        if share is None or not 1 <= share.index <= share.count:
+            raise ValueError(f"--shard {text}: expected I/N with I from 1 to N, such as 1/64 for the first of 64")
+        return share
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+    def has(self, position: int) -> bool:
+        """Whether the shard at this position, from 0, belongs to the share."""
+        return position % self.count == self.index - 1
 
 
 def row_batches(rows: Iterable[dict]) -> Iterator[pa.RecordBatch]:
@@ -95,6 +141,7 @@ class WorkFolder:
         """
         if self.path.exists():
             if overwrite:
+                self._check_no_share_runs()
                 shutil.rmtree(self.path)
             elif not resume:
                 raise ValueError(
@@ -102,24 +149,99 @@ class WorkFolder:
                     "--overwrite deletes it and starts again"
                 )
             else:
-                self._check_same_work()
-                # Left by a run that was stopped while it put its files together.
-                for path in self.path.iterdir():
-                    if path.is_dir() and not path.is_symlink() and path != self.shards:
-                        shutil.rmtree(path)
-                    elif path not in (self.shards, self.settings_file):
-                        path.unlink()
-        self.shards.mkdir(parents=True, exist_ok=True)
-        write_json(self.settings_file, self.settings)
+                self._check_same_work(None)
+                self._remove_leftovers()
+        self._write_settings(None)
 
-    def _check_same_work(self) -> None:
+    @contextmanager
+    def join(self, share: Share, finished: Callable[[], _Report | None]) -> Iterator[_Report | None]:
+        """Make the shards of a share in the folder, while other processes make those of other shares.
+
+        A share that was interrupted is continued. `finished` gives the report of the dataset if it is complete, else
+        None, which is also the value of this context manager.
+
+        Raises:
+            OutputLockedError: another process makes this share, or puts the dataset together.
+            ValueError: the folder belongs to other work, or to another number of shares.
+        """
+        with ExitStack() as locks:
+            with OutputLock(self.output, wait=_JOIN_SECONDS):
+                report = finished()
+                if report is None:
+                    # A task that was killed while it created the folder leaves no files.
+                    if any(path.is_file() for path in self.path.rglob("*")):
+                        self._check_same_work(share.count)
+                    self._write_settings(share.count)
+                    locks.enter_context(self._share_lock(share))
+            yield report
+
+    def end_shares(self) -> int:
+        """The number of shares that the folder was made in, after checking that no process makes one of them.
+
+        Raises:
+            OutputLockedError: a process makes one of the shares.
+            ValueError: the folder is missing, belongs to other work, or was not made in shares.
+        """
+        if not self.path.exists():
+            raise ValueError(f"{self.path} does not exist: expected the shards of the same command with --shard I/N")
+        count = self._shares()
+        if count is None:
+            raise ValueError(f"{self.path} was not made with --shard: --resume continues it")
+        self._check_same_work(count)
+        self._check_no_share_runs()
+        self._remove_leftovers()
+        return count
+
+    def check_shares(self, missing: Sequence[int], count: int) -> None:
+        """Raise a `ValueError` that names the shares of the shards at these positions, if there are any."""
+        if missing:
+            shares = [str(Share(index + 1, count)) for index in sorted({position % count for position in missing})]
+            raise ValueError(
+                f"{self.path}: --shard {listed(shares)} not finished: {len(missing):,} files are missing or of studies "
+                f"that have changed; run the command with --shard {shares[0]}{' and so on' if shares[1:] else ''}, "
+                "then --merge again"
+            )
+
+    def _share_lock(self, share: Share) -> OutputLock:
+        return OutputLock(self.path / f"shard-{share.index}-of-{share.count}")
+
+    def _check_no_share_runs(self) -> None:
+        count = self._shares() or 0
+        for index in range(1, count + 1):
+            with self._share_lock(Share(index, count)):
+                pass
+
+    def _shares(self) -> int | None:
+        try:
+            return read_json(self.settings_file).get(_SHARES)
+        except (OSError, ValueError):
+            return None
+
+    def _write_settings(self, shares: int | None) -> None:
+        self.shards.mkdir(parents=True, exist_ok=True)
+        write_json(self.settings_file, self.settings if shares is None else {**self.settings, _SHARES: shares})
+
+    def _check_same_work(self, shares: int | None) -> None:
         try:
             before = read_json(self.settings_file)
         except (OSError, ValueError):
             raise ValueError(
                 f"{self.settings_file} is missing or damaged: --overwrite deletes {self.path} and starts again"
             ) from None
+        began = before.pop(_SHARES, None)
         self._work_settings.check(before)
+        if began != shares:
+            then, now = (f"with --shard I/{count}" if count else "without --shard" for count in (began, shares))
+            ways = "--merge puts finished shards together" if began else "--resume continues it"
+            raise ValueError(f"{self.path} was begun {then}, not {now}: {ways}; delete the folder to start again")
+
+    def _remove_leftovers(self) -> None:
+        """Remove what a run left that was stopped while it put its files together."""
+        for path in self.path.iterdir():
+            if path.is_dir() and not path.is_symlink() and path != self.shards:
+                shutil.rmtree(path)
+            elif path not in (self.shards, self.settings_file):
+                path.unlink()
 
     def publish(self, shards: Sequence[tuple[str, Path]], summary: dict[str, Any], arrow: bool) -> None:
         """Move finished shards to `data/SPLIT-I-of-N.parquet`, write the summary and put the dataset in its place.
@@ -144,7 +266,13 @@ class WorkFolder:
         cache = self.path / "cache"
         files = {split: [str(file) for file in files] for split, files in splits.items()}
         with _no_progress_bars():
-            load_dataset("parquet", data_files=files, cache_dir=str(cache)).save_to_disk(self.path)
+            loaded = load_dataset("parquet", data_files=files, cache_dir=str(cache))
+            # The fingerprint of `load_dataset` depends on the time at which the files were written.
+            fixed = {
+                split: Dataset(rows.data, info=rows.info, split=rows.split, fingerprint=_digest(splits[split]))
+                for split, rows in loaded.items()
+            }
+            DatasetDict(fixed).save_to_disk(self.path)
         shutil.rmtree(cache)
 
     def _put_in_place(self) -> None:
@@ -164,6 +292,16 @@ def check_output(output: Path, overwrite: bool) -> None:
             raise ValueError(f"{output} exists and is no dataset of studies: expected a new folder")
         if not overwrite:
             raise ValueError(f"{output} exists: --overwrite replaces it, another --output keeps it")
+
+
+def _digest(files: Sequence[Path]) -> str:
+    """A fingerprint for `datasets` of the content of files, in order."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -33,14 +33,18 @@ from markdown_it import MarkdownIt
 ROOT = Path(otdrg.__file__).parent
 EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.py")) if path.stem != "quickstart"]
 #: Options that make an example short.
-SHORT = {"phantom_table": "--studies 4", "train_in_python": "--studies 12 --max-steps 1"}
+SHORT = {
+    "phantom_table": "--studies 4",
+    "prepare_with_datatrove": "--tasks 2 --workers 1",
+    "train_in_python": "--studies 12 --max-steps 1",
+}
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SLOW_MARK, SLOW = "<!-- slow -->", "the slow tests"
 NEEDS = re.compile(r"<!-- needs: (\S.*\S) -->\s*")
 RECIPE_FIELD = re.compile(r"(studies|labels|model|ircp|predictor|report|reward)\.\w")
 OTHER_LANGUAGES = {"bibtex", "csv", "json", "text", "yaml"}
 #: Programs that are not ours; the tests do not know their arguments.
-OTHER_PROGRAMS = {"git", "hf", "pre-commit", "source", "ssh"}
+OTHER_PROGRAMS = {"git", "hf", "pip", "pre-commit", "sbatch", "source", "ssh"}
 
 
 class Block(NamedTuple):
@@ -327,6 +331,8 @@ def registries():
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs_as_its_docstring_says(example, workspace, registries, monkeypatch):
+    if example.stem == "prepare_with_datatrove":
+        pytest.importorskip("datatrove", reason="datatrove is not installed (the extra `distributed`)")
     docstring = ast.get_docstring(ast.parse(example.read_text(encoding="utf-8")))
     (command,) = re.findall(rf"^python examples/{example.name}.*", docstring, re.M)
     run_command(f"{command} {SHORT.get(example.stem, '')}", monkeypatch)

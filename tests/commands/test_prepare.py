@@ -31,7 +31,16 @@ def test_prepare_help_shows_options_and_example(source, capsys):
     assert exit.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert f"Example: otdrg prepare {source} --" in shown
-    for words in ("options of the source", "--output DIR", "--resume", "--num-proc N", "--sections"):
+    for words in (
+        "options of the source",
+        "--output DIR",
+        "--resume",
+        "--num-proc N",
+        "--sections",
+        "--shard I/N",
+        "from 1/N to N/N",
+        "--merge",
+    ):
         assert words in shown
 
 
@@ -64,6 +73,16 @@ def test_prepare_options_reach_source_and_build(tmp_path):
         ([*PHANTOM, "--num-proc", "0"], "num_proc=0: expected a whole number of 1 or more"),
         ([*PHANTOM, "--seed", "-1"], "option 'seed' is -1"),
         ([*PHANTOM, "--public"], "--public is given without --push-to-hub"),
+        (
+            [*PHANTOM, "--shard", "0/3"],
+            "--shard 0/3: expected I/N with I from 1 to N, such as 1/64 for the first of 64",
+        ),
+        ([*PHANTOM, "--shard", "1/3", "--overwrite"], "--overwrite cannot be used with --shard or --merge: to start"),
+        (
+            [*PHANTOM, "--shard", "1/3", "--push-to-hub", "a/b"],
+            "--push-to-hub uploads a whole dataset: expected it with",
+        ),
+        ([*PHANTOM, "--merge"], "studies.partial does not exist: expected the shards of the same command with --shard"),
     ],
 )
 def test_prepare_wrong_arguments_are_one_line(arguments, message, tmp_path, capsys, monkeypatch):
@@ -82,3 +101,15 @@ def test_prepare_strict_is_one_line_and_resumes(table, tmp_path, capsys):
     assert "studies.partial is an unfinished dataset: --resume continues it" in capsys.readouterr().err
     assert main([*command, "--resume"]) == 0
     assert "| total | 2 |" in capsys.readouterr().out
+
+
+def test_prepare_shards_are_merged(table, tmp_path, capsys):
+    command = ["prepare", "csv", "--table", str(table), "--studies-per-shard", "1", "--output", str(tmp_path / "o")]
+    for share in ("2/2", "1/2"):
+        assert main([*command, "--shard", share]) == 0
+    shown = capsys.readouterr().out
+    assert "skipped: 1 faults, which --merge lists with their reasons\nshard " in shown
+    assert f"shard 1/2: 2 of 3 files, in {tmp_path / 'o.partial'}\n" in shown
+    assert main([*command, "--merge"]) == 0
+    assert "| total | 2 | 2 | 0 | 0 | 2 | 1 | 0 | 1 | 0 |" in capsys.readouterr().out
+    assert len((tmp_path / "o" / "skipped.jsonl").read_text().splitlines()) == 1
