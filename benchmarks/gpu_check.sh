@@ -21,7 +21,7 @@ parts="versions:20 bf16:45 sdpa:40 flash_attention:40 4bit:45 fsdp2:70 paper_ste
 factor=1
 if [ "${1:-}" = --cpu ]; then
     factor=6
-    export CUDA_VISIBLE_DEVICES=""
+    export CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1
 elif [ $# -gt 0 ]; then
     echo "gpu_check.sh: unknown option $1: expected --cpu or nothing" >&2
     exit 2
