@@ -430,8 +430,10 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGGenerationMixin):
                     )
             # 4. Run the LLM (3.5)
             if targets is not None and self.training:
-                # Skip the head, most of a small LLM's cost, before the first target: those positions have no loss.
-                logits_to_keep = targets.shape[1] - int((targets != -100).any(dim=0).int().argmax())
+                # Skip the head, most of a small LLM's cost, before the first target: those positions have no loss. By
+                # index, because the slice of an int is not contiguous, and the head's weights are then copied per row.
+                first = int((targets != -100).any(dim=0).int().argmax())
+                logits_to_keep = torch.arange(first, targets.shape[1], device=targets.device)
             text_output = self.language_model(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,

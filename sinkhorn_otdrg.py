@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
+
+#: Iterations between two checks of the marginals.
+CHECK_EVERY = 5
+#: Largest factor, and inverse of the smallest, by which iterations may scale a plan outside of the log domain.
+MAXIMUM_SCALING = 1e9
 
 
 class SinkhornOutput(NamedTuple):
@@ -52,15 +58,16 @@ def sinkhorn(
     r"""Entropic optimal transport between uniform marginals (eqs. 7 and 8, Algorithm 1), computed stably.
 
     Minimises <T, C> + epsilon * sum T log T over plans T with row sums u and column sums v, uniform over the unmasked
-    rows and columns. The iterations are those of Algorithm 1 in the log domain: its kernel exp(-C / epsilon) underflows
-    to 0, and the result becomes NaN, as soon as costs exceed about 100 epsilon. A problem with no unmasked row or
-    column has distance 0 and plan 0.
+    rows and columns. The iterations are those of Algorithm 1, stabilised: its kernel exp(-C / epsilon) underflows to 0,
+    and the result becomes NaN, as soon as costs exceed about 100 epsilon. A problem with no unmasked row or column has
+    distance 0 and plan 0.
 
     Args:
         cost (`torch.Tensor` of shape `(B, M, N)`): of any float type and scale; masked entries are ignored.
         epsilon (`float`): weight of the entropy, in units of the cost.
         max_iterations (`int`): maximum number of iterations; each updates the rows and then the columns.
-        tolerance (`float`): a problem stops once its marginal error is at most this; 0 runs all iterations.
+        tolerance (`float`): a problem stops once its marginal error, checked after every 5th iteration, is at most
+            this; 0 runs all iterations.
         row_mask, column_mask (`torch.Tensor` of shape `(B, M)` and `(B, N)`, *optional*): true where there is mass.
         gradient (`str`): `"envelope"` treats the plan as a constant, so that the derivative of both values with respect
             to the cost is the plan; `"unroll"` differentiates through the iterations.
@@ -104,7 +111,12 @@ def _sinkhorn_plan(
     row_mask: torch.Tensor,
     column_mask: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Plan, iterations and marginal error."""
+    """Plan, iterations and marginal error.
+
+    A few iterations at a time scale the plan so far, as those of Algorithm 1 scale a kernel. Unlike the kernel, it does
+    not underflow (Schmitzer, "Stabilized Sparse Scaling Algorithms for Entropy Regularized Transport Problems", 2019).
+    Where they would change it extremely, and where they are differentiated, they are done in the log domain.
+    """
     # A problem without mass on one side is solved as if nothing were masked, and its plan set to 0 at the end.
     solvable = row_mask.any(dim=1) & column_mask.any(dim=1)
     row_mask, column_mask = row_mask | ~solvable[:, None], column_mask | ~solvable[:, None]
@@ -112,36 +124,82 @@ def _sinkhorn_plan(
     # Subtracting a constant from all costs does not change the plan and keeps the float32 exponents more exact.
     shift = cost.masked_fill(~mask, torch.inf).amin(dim=(1, 2), keepdim=True)
     log_kernel = ((shift - cost) / epsilon).masked_fill(~mask, 0.0)
-    # Masked rows and columns add nothing to the sums below because their own potential stays at minus infinity.
-    log_u = -row_mask.sum(dim=1, keepdim=True).to(cost.dtype).log()
-    log_v = -column_mask.sum(dim=1, keepdim=True).to(cost.dtype).log()
-    u = log_u.exp() * row_mask
-
-    def log_row_sums(g):
-        return (log_kernel + g[:, None, :]).logsumexp(dim=2)
+    rows, columns = _Side.of(row_mask[:, :, None], cost.dtype), _Side.of(column_mask[:, None, :], cost.dtype)
 
     # f and g are the logarithms of Algorithm 1's alpha and beta; beta starts at 1 / N.
-    g = log_v.expand(column_mask.shape).masked_fill(~column_mask, -torch.inf)
-    f = torch.zeros_like(u)
-    row_sums = log_row_sums(g)
+    f, g = rows.masked(torch.zeros_like(rows.mass)), columns.masked(columns.log_mass.expand_as(columns.mass))
+    plan = (log_kernel + f + g).exp()
     active = torch.ones_like(solvable)
     iterations = torch.zeros(len(cost), dtype=torch.long, device=cost.device)
-    for _ in range(max_iterations):
-        new_f = (log_u - row_sums).masked_fill(~row_mask, -torch.inf)
-        new_g = (log_v - (log_kernel + new_f[:, :, None]).logsumexp(dim=1)).masked_fill(~column_mask, -torch.inf)
+    for done in range(0, max_iterations, CHECK_EVERY):
+        count = min(CHECK_EVERY, max_iterations - done)
+        if torch.is_grad_enabled():
+            new_f, new_g = _iterate_logs(log_kernel, rows, columns, g, count)
+        else:
+            new_f, new_g, moderate = _scale(plan, rows, columns, f, g, count)
+            if not moderate.all():
+                logs = _iterate_logs(log_kernel, rows, columns, g, count)
+                new_f, new_g = torch.where(moderate, new_f, logs[0]), torch.where(moderate, new_g, logs[1])
         # A problem that has converged is left unchanged, so that a batch gives exactly what its problems give alone.
-        keep = active[:, None]
+        keep = active[:, None, None]
         f, g = torch.where(keep, new_f, f), torch.where(keep, new_g, g)
-        row_sums = torch.where(keep, log_row_sums(g), row_sums)
-        iterations = iterations + active
+        plan = (log_kernel + f + g).exp()
+        iterations = iterations + count * active
         if tolerance > 0:
-            active = active & (((f + row_sums).exp() - u).abs().sum(dim=1) > tolerance)
+            active = active & (_row_error(plan, rows) > tolerance)
             if not active.any():
                 break
-    plan = (log_kernel + f[:, :, None] + g[:, None, :]).exp()
     plan = torch.where(solvable[:, None, None] & mask, plan, torch.zeros_like(plan))
-    marginal_error = torch.where(solvable, (plan.sum(dim=2) - u).abs().sum(dim=1), torch.zeros_like(u[:, 0]))
-    return plan, iterations * solvable, marginal_error.detach()
+    return plan, iterations * solvable, _row_error(plan, rows).detach() * solvable
+
+
+class _Side(NamedTuple):
+    """The rows (B, M, 1) or the columns (B, 1, N) of a problem: their uniform masses, 0 where they are masked."""
+
+    mask: torch.Tensor
+    mass: torch.Tensor
+    log_mass: torch.Tensor
+    #: 1 where masked, else 0.
+    absent: torch.Tensor
+
+    @classmethod
+    def of(cls, mask: torch.Tensor, dtype: torch.dtype) -> _Side:
+        log_mass = -mask.sum(dim=(1, 2), keepdim=True).to(dtype).log()
+        return cls(mask, log_mass.exp() * mask, log_mass, (~mask).to(dtype))
+
+    def masked(self, potential: torch.Tensor) -> torch.Tensor:
+        """The potential, minus infinity where masked, so that masked rows and columns add nothing to any sum."""
+        return potential.masked_fill(~self.mask, -torch.inf)
+
+
+def _row_error(plan: torch.Tensor, rows: _Side) -> torch.Tensor:
+    return (plan.sum(dim=2, keepdim=True) - rows.mass).abs().sum(dim=(1, 2))
+
+
+def _iterate_logs(
+    log_kernel: torch.Tensor, rows: _Side, columns: _Side, g: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The potentials after some iterations from g."""
+    for _ in range(count):
+        f = rows.masked(rows.log_mass - (log_kernel + g).logsumexp(dim=2, keepdim=True))
+        g = columns.masked(columns.log_mass - (log_kernel + f).logsumexp(dim=1, keepdim=True))
+    return f, g
+
+
+def _scale(
+    plan: torch.Tensor, rows: _Side, columns: _Side, f: torch.Tensor, g: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The potentials after some iterations from the plan of f and g, and whether they are exact, (B, 1, 1).
+
+    Entries of the plan that underflow are less than 1e-20 after scalings up to `MAXIMUM_SCALING`.
+    """
+    b = torch.ones_like(g)
+    for _ in range(count):
+        a = (rows.mass + rows.absent) / torch.baddbmm(rows.absent, plan, b.mT)
+        b = (columns.mass + columns.absent) / torch.baddbmm(columns.absent, a.mT, plan)
+    log_a, log_b = a.log(), b.log()
+    largest = torch.maximum(log_a.abs().amax(dim=1, keepdim=True), log_b.abs().amax(dim=2, keepdim=True))
+    return f + log_a, g + log_b, largest < math.log(MAXIMUM_SCALING)
 
 
 def plan_entropy(plan: torch.Tensor) -> torch.Tensor:

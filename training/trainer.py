@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -80,9 +81,19 @@ class StageTrainer(ResumableTrainer):
         self.model_accepts_loss_kwargs = True
 
     def get_eval_dataloader(self, eval_dataset=None):
+        with self._evaluation_batches():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        with self._evaluation_batches():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _evaluation_batches(self) -> Iterator[None]:
+        """Give the dataloaders made in this context the collator of evaluation, also those of `predict`."""
         train_collator, self.data_collator = self.data_collator, self.eval_collator
         try:
-            return super().get_eval_dataloader(eval_dataset)
+            yield
         finally:
             self.data_collator = train_collator
 

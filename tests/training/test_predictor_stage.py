@@ -127,7 +127,9 @@ def test_predictor_stage_tags_and_indications_are_learned(tiny_recipe, tmp_path,
         return study
 
     monkeypatch.setattr(PhantomSource, "read", read)
-    _, model = run(
+    # So large that the words decide.
+    monkeypatch.setattr("otdrg.training.predictor.WORD_WEIGHT", 100.0)
+    results, model = run(
         tiny_recipe,
         tmp_path / "run",
         *("predictor.tag_weight=1", "predictor.thresholds=cross_validation"),
@@ -138,6 +140,8 @@ def test_predictor_stage_tags_and_indications_are_learned(tiny_recipe, tmp_path,
     assert int(words.abs().sum(dim=(1, 2)).gt(0).sum()) == 2, "two words were seen"
     dyspnoea, cough = (zlib.crc32(word) % INDICATION_BUCKETS for word in (b"dyspnoea", b"cough"))
     assert words[dyspnoea, EDEMA, 1] > 0.05 > -0.05 > words[cough, EDEMA, 1]
+    # Figures, calibration and thresholds are of predictions that read the indication.
+    assert results["validation"]["findings"]["edema"]["ece"] < 0.01
 
 
 def test_predictor_stage_tag_weight_without_tags_is_an_error(tiny_recipe, tmp_path, capsys):
