@@ -13,11 +13,13 @@ from .arguments import (
     SPLITS,
     add_consensus,
     add_device,
+    add_engine,
     add_guidance,
     add_metrics,
     add_resamples,
     check_consensus,
     check_device,
+    check_engine,
     check_guidance,
     check_least,
     reference_tokens,
@@ -65,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
     reports.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens of a report (default: the model's)")
     add_guidance(reports)
     add_consensus(reports)
+    add_engine(reports)
     reports.add_argument("--batch-size", type=int, default=8, metavar="N", help="studies in a batch (default: 8)")
     reports.add_argument(
         "--indication",
@@ -99,6 +102,7 @@ def run(options: argparse.Namespace) -> None:
     check_guidance(options)
     check_consensus(options)
     check_device(options)
+    check_engine(options)
     if options.output is None and not Path(options.model).is_dir():
         raise ValueError(f"{options.model} is not a folder here: expected --output, the folder of the evaluation")
     output = options.output or Path(options.model) / f"evaluation-{options.split}"
