@@ -17,7 +17,7 @@ from ..files_otdrg import read_json, write_json
 from ..inference.features import model_digest
 from ..inference.loading import load_published, published_folder
 from ..inference.model_files import read_processor
-from ..inference.vllm import save_language_model
+from ..inference.vllm import save_language_model, served_name
 from ..studies.publish import hub_errors, make_repo
 from ..weight_files_otdrg import check_weights, read_stated, record_sha256, sha256
 from .card import build_card
@@ -40,7 +40,7 @@ def assemble_full(
     license: str | None = None,
     serving: bool = False,
     dtype: str | None = None,
-) -> None:
+) -> str | None:
     """Write a complete model for the Hub: weights with merged LoRA, code, processor, card, metrics and licence.
 
     The model is loaded, so that a model that does not load is not published.
@@ -53,6 +53,9 @@ def assemble_full(
         serving: also write the LLM as a plain causal LM (`language_model`) and the modules between the backbones
             (`projector.safetensors`), for engines that serve LLMs; see `get_prompt_embeddings`.
         dtype: name of the torch type of the stored weights; the model's by default.
+
+    Returns:
+        With `serving`, the name under which this package finds the LLM in a server.
 
     Raises:
         ValueError: there is no model, or a file of the run has the wrong content.
@@ -75,6 +78,7 @@ def assemble_full(
         save_file(between, folder / "projector.safetensors", {"format": "pt"})
         record_sha256(folder)
     _describe(run, repo_id, folder, "full", evaluations, license, digest)
+    return served_name(model) if serving else None
 
 
 def assemble_adapter(

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import socket
+import subprocess
 import tempfile
 import threading
 import time
@@ -29,6 +30,7 @@ from ..processing_otdrg import OTDRGProcessor
 from ..runtime.interruptions import EngineError
 from ..runtime.vllm_server import Server, serve_arguments, vllm_server
 from .features import language_model_digest
+from .loading import bytes_a_token, device_memory
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,9 @@ Item, Found = TypeVar("Item"), TypeVar("Found")
 
 #: Batches that wait for the server while the next one is encoded.
 BATCHES_AHEAD = 8
+
+#: Most tokens of reports whose keys and values a server of one's own holds, at a time and of one report.
+CACHED_TOKENS, LONGEST_PROMPT = 65_536, 8192
 
 #: Seconds that an answer, or the start of a server, may take.
 LONGEST_ANSWER, LONGEST_START = 1800.0, 3600.0
@@ -51,10 +56,10 @@ _FOLLOWED = {
 
 
 class VLLM:
-    """A vLLM server that writes a model's reports in place of `model.generate`, while this context is open.
+    """A vLLM server that writes a model's reports in place of `model.generate`, see [`map`].
 
     Without a `url`, the LLM is written to a temporary folder and served by `vllm serve` as soon as a report is needed;
-    the server ends with the context.
+    the server ends with this context.
 
     Args:
         model, processor: the model's LoRA adapters are merged when the server is needed.
@@ -80,11 +85,9 @@ class VLLM:
         self._is_stopped = False
 
     def __enter__(self) -> VLLM:
-        self.model.generate = self.generate
         return self
 
     def __exit__(self, *_) -> None:
-        del self.model.generate
         self._held.close()
 
     # --- many batches ------------------------------------------------------------------------------------------------
@@ -92,7 +95,7 @@ class VLLM:
     def map(self, work: Callable[[Item], Found], items: Iterable[Item]) -> Iterator[Found]:
         """What `work` finds for each item, in order, as `map` does; while some items wait for reports, others begin.
 
-        One at a time runs `work`; it hands over while it waits in [`generate`].
+        Meanwhile `model.generate` is [`generate`]. One item at a time is worked on, unless the others wait in it.
         """
 
         def in_turn(item: Item) -> Found:
@@ -101,9 +104,10 @@ class VLLM:
 
         begun: deque = deque()
         pool = ThreadPoolExecutor(BATCHES_AHEAD + 1, "vllm")
+        self.model.generate = self.generate
         try:
             for item in items:
-                self._connect()
+                self.connect()
                 begun.append(pool.submit(in_turn, item))
                 if len(begun) > BATCHES_AHEAD:
                     yield begun.popleft().result()
@@ -115,6 +119,7 @@ class VLLM:
                 _disconnect(connection)
             pool.shutdown(cancel_futures=True)
             self._is_stopped = False
+            del self.model.generate
 
     @contextmanager
     def _others_turn(self) -> Iterator[None]:
@@ -167,7 +172,7 @@ class VLLM:
                 f"num_beams={num_beams}, guidance_scale={guidance_scale}, return_dict_in_generate="
                 f"{return_dict_in_generate}: expected 1, 1 and False, vLLM has neither"
             )
-        self._connect()
+        self.connect()
         embeddings, mask = self.model.get_prompt_embeddings(
             input_ids, attention_mask, view_features=view_features, view_mask=view_mask, finding_states=finding_states
         )
@@ -220,8 +225,12 @@ class VLLM:
 
     # --- the server --------------------------------------------------------------------------------------------------
 
-    def _connect(self) -> None:
-        """Start the server, or find the running one, unless that was done; and check which LLM it has."""
+    def connect(self) -> None:
+        """Start the server, or find the running one, unless that was done; and check which LLM it has.
+
+        Raises:
+            EngineError: it does not start, is not there, or serves another LLM.
+        """
         if self._served:
             return
         self.model.merge_lora()
@@ -232,8 +241,7 @@ class VLLM:
         if name not in served:
             raise EngineError(
                 f"{self._url} serves {', '.join(served) or 'no model'}: expected {name}, this model's LLM in "
-                f"{self.model.dtype}".replace("torch.", "")
-                + "; otdrg push --merge writes it and prints the command that serves it"
+                f"{_name(self.model.dtype)}; otdrg push --merge writes it and prints the command that serves it"
             )
         self._served = name
 
@@ -241,7 +249,8 @@ class VLLM:
         """Start a server of its own, and wait until it answers."""
         folder = Path(self._held.enter_context(tempfile.TemporaryDirectory(prefix="otdrg-vllm-")))
         save_language_model(self.model, self.processor, folder / "language_model")
-        arguments = [*serve_arguments(folder / "language_model", name), "--dtype", str(self.model.dtype)[6:]]
+        arguments = [*serve_arguments(folder / "language_model", name), *self._limits()]
+        arguments += ["--dtype", _name(self.model.dtype)]
         if self.model.device.type == "cpu":
             # Compilation takes minutes and a compiler, and gains little here.
             arguments.append("--enforce-eager")
@@ -255,6 +264,18 @@ class VLLM:
                     return
             time.sleep(0.2)
         raise EngineError(f"vllm serve did not answer within {LONGEST_START:,.0f} seconds")
+
+    def _limits(self) -> list[str]:
+        """Arguments for a server beside the model, instead of one that takes nearly the whole memory."""
+        a_token, there = bytes_a_token(self.model), device_memory(self.model.device)
+        tokens = CACHED_TOKENS if there is None else min(CACHED_TOKENS, there // 4 // a_token)
+        positions = getattr(self.model.config.text_config, "max_position_embeddings", None) or tokens
+        return [
+            *("--kv-cache-memory-bytes", str(tokens * a_token)),
+            *("--max-model-len", str(min(positions, tokens, LONGEST_PROMPT))),
+            # With the size of the cache, this is only the share that must be free.
+            *("--gpu-memory-utilization", "0.1"),
+        ]
 
     def _ask(self, path: str, request: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The server's answer.
@@ -276,7 +297,7 @@ class VLLM:
                 return answer
             fault = f"answered {status}: {_reason(body)}"
         if self._server is not None and not self._is_stopped:
-            with suppress(Exception):
+            with suppress(subprocess.TimeoutExpired):
                 self._server.process.wait(1)
             fault = self._server.failure() or f"{self._url} {fault}"
             raise EngineError(fault)
@@ -383,6 +404,10 @@ def save_language_model(model: OTDRGForReportGeneration, processor: OTDRGProcess
     llm.generation_config.update(suppress_tokens=model.config.placeholder_token_ids)
     llm.save_pretrained(folder)
     processor.tokenizer.save_pretrained(folder)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _encoded(embeddings: torch.Tensor) -> str:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -50,8 +51,13 @@ def paths(view, tmp_path):
 
 def writer(llm):
     """Writes as the LLM does, from the embeddings that the server got."""
+    lock = threading.Lock()  # there is one random state
 
     def write(request):
+        with lock:
+            return sampled(request)
+
+    def sampled(request):
         reports = []
         never = [int(token) for token in request["logit_bias"]]
         for encoded in request["prompt_embeds"]:
@@ -184,20 +190,18 @@ def test_vllm_interrupted_does_not_wait_for_the_server(tiny, studies, serve):
         begin = time.monotonic()
 
         items = (studies.select([place]) for place in range(4))
-        found = engine.map(lambda batch: tiny[0].generate(**_inputs(tiny, batch), max_new_tokens=2), items)
+        decoder = engine.decoder(ConsensusDecoder(ConsensusSettings(candidates=1, agreement_weight=0.0)))
+        found = engine.map(lambda batch: decoder.sample(*tiny, *_study(tiny, batch), GREEDY), items)
         next(found)
         found.close()
         assert time.monotonic() - begin < 20
 
 
-def _inputs(tiny, batch):
-    model, processor = tiny
-    inputs = processor(images=batch["images"])
-    study = model.read_study(inputs["pixel_values"], inputs["view_mask"])
-    return {
-        **{name: inputs[name] for name in ("input_ids", "attention_mask")},
-        **{"view_features": study.view_features, "view_mask": study.view_mask, "finding_states": study.finding_states},
-    }
+def _study(tiny, batch):
+    """The prompts of studies, and what the model reads in their views."""
+    inputs = tiny[1](images=batch["images"])
+    prompt = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    return prompt, tiny[0].read_study(inputs["pixel_values"], inputs["view_mask"])
 
 
 # --- a server of one's own -------------------------------------------------------------------------------------------
@@ -341,3 +345,25 @@ def test_vllm_settings_of_the_model_that_it_has_not_are_refused(build_model, set
         engine.decoding(decoding(model), None)
     if "num_beams" in settings:
         assert engine.decoding(decoding(model), ConsensusDecoder(ConsensusSettings(), label=len))["num_beams"] == 1
+
+
+# --- vLLM itself -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get(PROGRAM), reason=f"{PROGRAM} does not name the program of vLLM")
+def test_vllm_itself_writes_what_transformers_writes(build_model, studies):
+    # vLLM has no attention heads of fewer than 32 numbers.
+    text = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
+    tiny = build_model(text_config={**text, "max_position_embeddings": 512})
+    greedy = {**GREEDY, "bad_words_ids": [[5], [300]]}
+    expected = generate_reports(*tiny, studies, batch_size=2, generation=greedy)
+    with VLLM(*tiny) as engine:
+        found = generate_reports(*tiny, studies, batch_size=2, generation=greedy, engine=engine)
+        decoder = engine.decoder(ConsensusDecoder(ConsensusSettings(candidates=8, agreement_weight=0.0)))
+        samples = [
+            next(engine.map(lambda batch: decoder.sample(*tiny, *_study(tiny, batch), GREEDY), [studies]))
+            for _ in range(2)
+        ]
+    assert found.reports == expected.reports and len(set(found.reports)) > 1
+    assert samples[0] == samples[1] and all(len(set(texts)) > 1 for texts in samples[0])
