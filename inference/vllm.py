@@ -88,6 +88,7 @@ class VLLM:
         return self
 
     def __exit__(self, *_) -> None:
+        self._stop()
         self._held.close()
 
     # --- many batches ------------------------------------------------------------------------------------------------
@@ -104,7 +105,7 @@ class VLLM:
 
         begun: deque = deque()
         pool = ThreadPoolExecutor(BATCHES_AHEAD + 1, "vllm")
-        self.model.generate = self.generate
+        self.model.generate, self._is_stopped = self.generate, False
         try:
             for item in items:
                 self.connect()
@@ -114,12 +115,17 @@ class VLLM:
             while begun:
                 yield begun.popleft().result()
         finally:
-            self._is_stopped = True
-            for connection in tuple(self._waiting):
-                _disconnect(connection)
+            self._stop()
             pool.shutdown(cancel_futures=True)
-            self._is_stopped = False
             del self.model.generate
+
+    def _stop(self) -> None:
+        """Wake the threads that wait for the server; they end, and no request is sent any more."""
+        self._is_stopped = True
+        for connection in tuple(self._waiting):
+            with suppress(OSError, AttributeError):
+                # Closing it would not wake them.
+                connection.sock.shutdown(socket.SHUT_RDWR)
 
     @contextmanager
     def _others_turn(self) -> Iterator[None]:
@@ -212,12 +218,12 @@ class VLLM:
             reports = [[int(token) for token in choice["token_ids"]] for choice in choices]
             ended = [choice["finish_reason"] == "stop" for choice in choices]
         except (KeyError, TypeError, ValueError):
-            raise EngineError(f"{self._url} does not answer as vLLM 0.11 and later do: no token_ids") from None
+            raise EngineError(f"{self._url} does not answer as vLLM 0.32 does: no token_ids") from None
         if len(reports) != count:
             raise EngineError(f"{self._url} wrote {len(reports)} reports: expected {count}")
         ends, pad = self._ends(), self.model.generation_config.pad_token_id
         for tokens, end in zip(reports, ended, strict=True):
-            if end and not set(ends) & set(tokens):
+            if end and ends and not set(ends) & set(tokens):
                 tokens.append(ends[0])
         rows = [torch.tensor(tokens, dtype=torch.long) for tokens in reports]
         pad = pad if pad is not None else next(iter(ends), 0)
@@ -312,8 +318,9 @@ class VLLM:
             headers["Authorization"] = f"Bearer {key}"
         self._waiting.add(connection)
         try:
-            if self._is_stopped:
-                raise ConnectionAbortedError("stopped")
+            connection.connect()
+            if self._is_stopped:  # checked when there is a socket: `_stop` may have come before it
+                raise ConnectionAbortedError
             connection.request(method, place.path + path, request and json.dumps(request), headers)
             response = connection.getresponse()
             return response.status, response.read()
@@ -426,12 +433,6 @@ def _reason(body: bytes) -> str:
     except (ValueError, AttributeError):
         text = body.decode(errors="replace")
     return " ".join(text.split())[:300] or "no reason"
-
-
-def _disconnect(connection: HTTPConnection) -> None:
-    """Wake the thread that waits for an answer; closing alone would not."""
-    with suppress(OSError, AttributeError):
-        connection.sock.shutdown(socket.SHUT_RDWR)
 
 
 __all__ = ["BATCHES_AHEAD", "VLLM", "asked_engine", "save_language_model", "served_name"]
