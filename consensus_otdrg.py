@@ -353,29 +353,52 @@ class ConsensusDecoder:
         for number, (group, size) in enumerate(zip(plan, sizes, strict=True)):
             if not size:
                 continue
-            uniforms = np.random.default_rng([self.settings.seed, number]).random((size, steps))
-            sampling = _NucleusSampling(
-                torch.from_numpy(uniforms).repeat(batch, 1), group, model.config.placeholder_token_ids
-            )
             inputs = {**prompt, "view_features": study.view_features, "view_mask": study.view_mask}
             if model.config.dle:
                 inputs["finding_states"] = given_states(study.finding_states, group.states)
-            sequences = model.generate(
-                **{name: value.repeat_interleave(size, dim=0) for name, value in inputs.items()},
-                **{
-                    **generation,
-                    **{"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "max_new_tokens": steps},
-                    "return_dict_in_generate": False,
-                    "logits_processor": LogitsProcessorList([*generation.get("logits_processor", ()), sampling]),
-                    "guidance_scale": group.guidance_scale,
-                },
-            )
+            sequences = self.draw(model, inputs, generation, group, number, size, steps)
             written = sequences[:, prompt["input_ids"].shape[1] :]
             ended = is_complete(written, generation.get("eos_token_id", config.eos_token_id))
             texts = processor.batch_decode(written, skip_special_tokens=True)
             for place, (text, end) in enumerate(zip(texts, ended, strict=True)):
                 samples[place // size].append((" ".join(text.split()), end))
         return samples
+
+    def draw(
+        self,
+        model,
+        inputs: Mapping[str, torch.Tensor],
+        generation: Mapping[str, Any],
+        group: SampleGroup,
+        number: int,
+        size: int,
+        steps: int,
+    ) -> torch.Tensor:
+        """Samples of a group for each of B studies, (B * size, L + new tokens).
+
+        Args:
+            model: as published.
+            inputs: prompt, views and states of the B studies.
+            generation: other arguments of `generate`.
+            group, number: the group, and its place in the plan.
+            size: samples per study.
+            steps: most new tokens.
+        """
+        batch = len(inputs["input_ids"])
+        uniforms = np.random.default_rng([self.settings.seed, number]).random((size, steps))
+        sampling = _NucleusSampling(
+            torch.from_numpy(uniforms).repeat(batch, 1), group, model.config.placeholder_token_ids
+        )
+        return model.generate(
+            **{name: value.repeat_interleave(size, dim=0) for name, value in inputs.items()},
+            **{
+                **generation,
+                **{"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "max_new_tokens": steps},
+                "return_dict_in_generate": False,
+                "logits_processor": LogitsProcessorList([*generation.get("logits_processor", ()), sampling]),
+                "guidance_scale": group.guidance_scale,
+            },
+        )
 
 
 def given_states(finding_states: torch.Tensor, kind: str) -> torch.Tensor:

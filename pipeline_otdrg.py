@@ -82,8 +82,8 @@ class ReportGenerationPipeline(Pipeline):
 
     Consensus decoding chooses the report among many ([`ConsensusDecoder`]): `candidates`, how many are sampled (by
     default those of the model's generation config; 1 writes one report by `generate`); `bank`, the folder of a report
-    bank (`otdrg bank`) or a [`ReportBank`]; `consensus`, other [`ConsensusSettings`] by name. Agreement with the
-    finding states needs the package `otdrg`.
+    bank (`otdrg bank`) or a [`ReportBank`]; `consensus`, other [`ConsensusSettings`] by name, or a [`ConsensusDecoder`]
+    in place of all three. Agreement with the finding states needs the package `otdrg`.
     """
 
     _load_processor = True
@@ -137,6 +137,8 @@ class ReportGenerationPipeline(Pipeline):
 
     def _decoder(self, candidates, bank, consensus, search: list[str]) -> ConsensusDecoder | None:
         """The decoder that a call asks for, the same as long as it asks for the same; None for `generate`."""
+        if isinstance(consensus, ConsensusDecoder):
+            return consensus
         asked = candidates is not None or bank is not None or bool(consensus)
         settings = consensus_settings(self.model.generation_config, candidates, bank, consensus)
         if settings is None or (search and not asked):

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import Any
 
 from ..labelers import LABELERS
 from ..metrics.protocols import PROTOCOLS, R2GENGPT_TOKENS
 from ..metrics.registry import metric_choices
+from ..runtime.shared_work import launched_processes
+from ..runtime.vllm_server import vllm_program
 
 SPLITS = ("train", "validation", "test")
 #: Types of weights that a model can be run with.
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("4bit", "8bit")
+#: What can run the LLM.
+ENGINES = ("transformers", "vllm")
 #: Options that choose the device and the type of the weights.
 PLACEMENT = ("device", "dtype", "quantization")
 
@@ -48,6 +53,45 @@ def check_device(options: argparse.Namespace) -> None:
 def placement(options: argparse.Namespace) -> dict[str, str | None]:
     """The arguments of [`load_published`] for the device."""
     return {name: getattr(options, name) for name in PLACEMENT}
+
+
+def add_engine(parser) -> None:
+    """What runs the LLM ([`check_engine`] checks it)."""
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default=ENGINES[0],
+        help="what runs the LLM: transformers, or vLLM in an environment of its own, which is faster for many studies "
+        "or candidates (default: transformers)",
+    )
+    parser.add_argument(
+        "--engine-url",
+        metavar="URL",
+        help="vLLM server that runs the model's LLM (default: one is started with the program that OTDRG_VLLM names, "
+        "or vllm on PATH)",
+    )
+
+
+def check_engine(options: argparse.Namespace) -> None:
+    """Raise a `ValueError` for an engine that cannot do what is asked, or that is not there."""
+    url = options.engine_url
+    if options.engine != "vllm":
+        if url is not None:
+            raise ValueError("--engine-url needs --engine vllm: expected both or neither")
+        return
+    lacking = {"num_beams": "beam search", "guidance_scale": "state guidance"}
+    for name, what in lacking.items():
+        value = getattr(options, name)
+        if value is not None and value != 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value:g}: expected 1, --engine vllm has no {what}")
+    if options.quantization is not None:
+        raise ValueError("--quantization and --engine vllm were both given: expected one, vLLM holds the LLM's weights")
+    if url is None:
+        if launched_processes() > 1:
+            raise ValueError("--engine vllm in several processes needs --engine-url, a server for all of them")
+        vllm_program()
+    elif not re.fullmatch(r"https?://[^/\s]+(/\S*)?", url):
+        raise ValueError(f"--engine-url is {url!r}: expected an address such as http://127.0.0.1:8000")
 
 
 def add_resamples(parser, flag: str = "--resamples") -> None:

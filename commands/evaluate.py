@@ -14,11 +14,13 @@ from .arguments import (
     SPLITS,
     add_consensus,
     add_device,
+    add_engine,
     add_guidance,
     add_metrics,
     add_resamples,
     check_consensus,
     check_device,
+    check_engine,
     check_guidance,
     check_least,
     placement,
@@ -67,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
     reports.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens of a report (default: the model's)")
     add_guidance(reports)
     add_consensus(reports)
+    add_engine(reports)
     reports.add_argument("--batch-size", type=int, default=8, metavar="N", help="studies in a batch (default: 8)")
     reports.add_argument(
         "--indication",
@@ -101,6 +104,7 @@ def run(options: argparse.Namespace) -> None:
     check_guidance(options)
     check_consensus(options)
     check_device(options)
+    check_engine(options)
     if options.output is None and not Path(options.model).is_dir():
         raise ValueError(f"{options.model} is not a folder here: expected --output, the folder of the evaluation")
     output = options.output or Path(options.model) / f"evaluation-{options.split}"
@@ -168,6 +172,8 @@ def _evaluate(options: argparse.Namespace, output: Path) -> str:
             floor=options.floor,
             bootstrap=options.bootstrap,
             seed=options.seed,
+            engine=options.engine,
+            engine_url=options.engine_url,
             **placement(options),
         ),
         clean_generated=studies.cleaning != "none" and (own is None or own.studies.cleaning != studies.cleaning),

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,11 @@ from ..runtime.shared_work import (
 from .arguments import (
     add_consensus,
     add_device,
+    add_engine,
     add_guidance,
     check_consensus,
     check_device,
+    check_engine,
     check_guidance,
     check_least,
     placement,
@@ -92,6 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
     )
     add_guidance(conditions)
     add_consensus(conditions)
+    add_engine(conditions)
     conditions.add_argument("--batch-size", type=int, default=1, metavar="N", help="studies in a batch (default: 1)")
     output = parser.add_argument_group("output")
     form = output.add_mutually_exclusive_group()
@@ -141,6 +145,7 @@ def _run(options: argparse.Namespace) -> None:
 
     from ..inference.loading import asked_decoder, decoding, described_consensus, load_pipeline
     from ..inference.resumption import begin_output, settings_of
+    from ..inference.vllm import asked_engine
 
     pipe = load_pipeline(options.model, **placement(options))
     if studies[0].rows is not None and pipe.model.config.indication_reader != "report":
@@ -148,15 +153,19 @@ def _run(options: argparse.Namespace) -> None:
     options.batch_size = min(options.batch_size, len(studies))
     decoder = asked_decoder(pipe.model, pipe.processor, vars(options))
     asked = options.num_beams, options.max_new_tokens, options.batch_size, options.guidance_scale
-    arguments = decoding(pipe.model, *asked, decoder)
+    engine = asked_engine(pipe.model, pipe.processor, vars(options))
+    arguments = decoding(pipe.model, *asked, decoder if engine is None else None)
+    if engine is not None:
+        arguments, decoder = engine.decoding(arguments, decoder), engine.decoder(decoder)
     if decoder is None and options.runners_up is not None:
         raise ValueError("--runners-up needs --candidates or --bank: expected one of them")
     described = {**arguments, **described_consensus(decoder)}
+    if engine is not None:
+        described["engine"] = engine.name
     if decoder is None:
         arguments["candidates"] = 1
     else:
-        arguments = {"max_new_tokens": arguments["max_new_tokens"], "bank": decoder.bank}
-        arguments |= {"consensus": decoder.settings.to_dict()}
+        arguments = {"max_new_tokens": arguments["max_new_tokens"], "consensus": decoder}
         if options.runners_up is not None:
             described["runners_up"] = options.runners_up
             arguments["return_candidates"] = options.runners_up + 1
@@ -169,7 +178,8 @@ def _run(options: argparse.Namespace) -> None:
 
         kept = by_main_process(begin)
     try:
-        written, left_out = _write(pipe, studies, options, arguments)
+        with engine or nullcontext():
+            written, left_out = _write(pipe, studies, options, arguments, engine)
     except KeyboardInterrupt as stop:
         raise type(stop)(_so_far(options, len(studies))) from None
     if options.output is not None:
@@ -195,6 +205,7 @@ def _check(options: argparse.Namespace) -> None:
     check_guidance(options)
     check_consensus(options)
     check_device(options)
+    check_engine(options)
     if options.output is None and (options.resume or options.overwrite):
         raise ValueError(f"--{'resume' if options.resume else 'overwrite'} needs --output: expected both")
     if options.resume and options.overwrite:
@@ -231,7 +242,7 @@ def _studies(options: argparse.Namespace, findings: dict[str, str], indications:
     return listed_studies(lines, name, options.indication, findings)
 
 
-def _write(pipe, studies: list[ListedStudy], options, arguments: dict[str, Any]) -> tuple[int, int]:
+def _write(pipe, studies: list[ListedStudy], options, arguments: dict[str, Any], engine) -> tuple[int, int]:
     """Write or print the reports of the studies, and list those that cannot be read; gives the number of both."""
     from ..inference.records import study_blocks, study_records
 
@@ -244,9 +255,11 @@ def _write(pipe, studies: list[ListedStudy], options, arguments: dict[str, Any])
         reason = fault_of_study(error)
         faults[study.id] = reason if reason.startswith(f"{study.id}:") else f"{study.id}: {reason}"
 
+    def write_batch(block) -> list[dict[str, Any]]:
+        return study_records(pipe, [studies[place] for place in block], arguments, skip, options.heatmap)
+
     def work(blocks) -> Iterator[list[dict[str, Any]]]:
-        for block in blocks:
-            records = study_records(pipe, [studies[place] for place in block], arguments, skip, options.heatmap)
+        for records in (map if engine is None else engine.map)(write_batch, blocks):
             if printing and not several:
                 _print(records, options.json)
             yield records

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import tempfile
 from pathlib import Path
 
 from ..runtime.output_lock import OutputLock
 from ..runtime.printable import show
+from ..runtime.vllm_server import serve_arguments
 
 DESCRIPTION = """\
 Publish a trained model in one commit: weights (safetensors, LoRA merged), the code that loads them, processor,
@@ -100,10 +102,11 @@ def _push(options: argparse.Namespace, folder: Path, backbones: dict[str, str]) 
     from ..hub_card.push import assemble_adapter, assemble_full, pin_backbones, upload_model, upload_space
     from ..hub_card.space_files import space_files
 
+    served = None
     if options.adapter:
         assemble_adapter(options.source, options.repo, folder, backbones, options.evaluation, options.license)
     else:
-        assemble_full(
+        served = assemble_full(
             options.source,
             options.repo,
             folder,
@@ -129,6 +132,10 @@ def _push(options: argparse.Namespace, folder: Path, backbones: dict[str, str]) 
             show(f"pushed: {upload_space(options.repo, options.space, options.private)}")
             if options.private:
                 show(f"to read {options.repo}, the Space needs a secret HF_TOKEN in its settings")
+
+    if served is not None:
+        place = "language_model" if options.output is None else folder / "language_model"
+        show(f"its LLM for otdrg generate --engine vllm: vllm {shlex.join(serve_arguments(place, served))}")
 
 
 def _list(repo: str, sizes: dict[str, int]) -> None:

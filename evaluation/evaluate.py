@@ -15,6 +15,7 @@ from ..findings_otdrg import UNMENTIONED
 from ..inference.features import CachedStudies
 from ..inference.generation import GeneratedReports, derangement, generate_reports
 from ..inference.retrieval import MOST_STUDIES, RetrievedReports, pooled_features, retrieve_reports
+from ..inference.vllm import VLLM
 from ..labelers.as_typed import label_quietly, labeler_of
 from ..metrics import ReportScores, best_constants, display_name, score_reports, score_tables
 from ..metrics.baselines import SEARCHED_SCORES
@@ -160,6 +161,7 @@ def evaluate_model(
     consensus: ConsensusDecoder | None = None,
     collections: Sequence[str] = (),
     scored_alone: bool = False,
+    engine: VLLM | None = None,
 ) -> Evaluation:
     """Generate a report for each study, and score the reports beside those of controls and baselines.
 
@@ -194,6 +196,7 @@ def evaluate_model(
             retrieved candidates and without consensus decoding.
         collections: of the studies; the table of a single one with [`PAPER_SCORES`] has a row with these.
         scored_alone: whether all processes but the main one end when the reports are generated ([`continue_alone`]).
+        engine: writes the reports in place of the model, see [`generate_reports`].
 
     Raises:
         ValueError: a control that needs training studies, without them.
@@ -215,6 +218,7 @@ def evaluate_model(
             indication,
             None if journals is None else journals / f"{name}.jsonl",
             condition.consensus,
+            engine,
         )
         for name, condition in conditions.items()
     }

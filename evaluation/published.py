@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from datasets import Dataset
 
 from ..inference.features import cache_features
 from ..inference.loading import asked_decoder, decoding, described_consensus, load_published, model_settings
+from ..inference.vllm import asked_engine
 from ..metrics.protocols import truncate_to_tokens
 from ..runtime.journal import WorkSettings
 from ..runtime.shared_work import by_main_process
@@ -42,6 +44,7 @@ class EvaluationOptions:
         bootstrap: number of resamples.
         seed: of shuffling, flips and resamples.
         device, dtype, quantization: as of [`load_published`].
+        engine, engine_url: as of [`asked_engine`].
     """
 
     num_beams: int | None
@@ -62,6 +65,8 @@ class EvaluationOptions:
     device: str | None = None
     dtype: str | None = None
     quantization: str | None = None
+    engine: str | None = None
+    engine_url: str | None = None
 
 
 def evaluate_published(
@@ -107,7 +112,10 @@ def evaluate_published(
     batch_size = min(options.batch_size, len(rows))
     decoder = asked_decoder(model, processor, vars(options))
     asked = options.num_beams, options.max_new_tokens, batch_size, options.guidance_scale
-    decoded_by = decoding(model, *asked, decoder)
+    engine = asked_engine(model, processor, vars(options))
+    decoded_by = decoding(model, *asked, decoder if engine is None else None)
+    if engine is not None:
+        decoded_by, decoder = engine.decoding(decoded_by, decoder), engine.decoder(decoder)
     indication = options.indication
     if indication is None:
         indication = model.config.indication_reader != "report"
@@ -118,6 +126,7 @@ def evaluate_published(
             "studies": fingerprint({facts["split"]: rows}),
             **decoded_by,
             **described_consensus(decoder),
+            **({} if engine is None else {"engine": engine.name}),
             "indication": indication,
             "seed": options.seed,
         }
@@ -132,26 +141,28 @@ def evaluate_published(
         raise ValueError(f"no study is left: {next(iter(left_out.values()))}")
     for reason in left_out.values():
         print(f"left out: {reason}", file=sys.stderr)
-    evaluation = evaluate_model(
-        model,
-        processor,
-        rows,
-        training,
-        batch_size=batch_size,
-        generation=decoded_by,
-        controls=(*CONTROLS, "flipped"),
-        labeler=options.labeler,
-        metrics=options.metrics,
-        seed=options.seed,
-        indication=indication,
-        labeler_options=options.labeler_options,
-        references=[references[study] for study in rows["id"]],
-        clean=(lambda text: " ".join(clean_report(text, facts["cleaning"]).split())) if clean_generated else None,
-        journals=output / REPORTS,
-        consensus=decoder,
-        collections=facts["data"][facts["split"]]["collections"],
-        scored_alone=True,
-    )
+    with engine or nullcontext():
+        evaluation = evaluate_model(
+            model,
+            processor,
+            rows,
+            training,
+            batch_size=batch_size,
+            generation=decoded_by,
+            controls=(*CONTROLS, "flipped"),
+            labeler=options.labeler,
+            metrics=options.metrics,
+            seed=options.seed,
+            indication=indication,
+            labeler_options=options.labeler_options,
+            references=[references[study] for study in rows["id"]],
+            clean=(lambda text: " ".join(clean_report(text, facts["cleaning"]).split())) if clean_generated else None,
+            journals=output / REPORTS,
+            consensus=decoder,
+            collections=facts["data"][facts["split"]]["collections"],
+            scored_alone=True,
+            engine=engine,
+        )
     described = {
         "model": model_name,
         **facts,

@@ -115,6 +115,7 @@ def describe_search(generation: Mapping[str, Any]) -> str:
     """How each report was found, by the settings of an evaluation."""
     beams = "greedy search" if generation["num_beams"] == 1 else f"{generation['num_beams']} beams"
     single = beams + (f", guidance scale {generation['guidance_scale']:g}" if generation.get("guidance_scale") else "")
+    single += " by vLLM" if generation.get("engine") == "vllm" else ""
     consensus, bank = generation.get("consensus"), generation.get("bank")
     if consensus is None:
         return single

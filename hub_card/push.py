@@ -17,6 +17,7 @@ from ..files_otdrg import read_json, write_json
 from ..inference.features import model_digest
 from ..inference.loading import load_published, published_folder
 from ..inference.model_files import read_processor
+from ..inference.vllm import save_language_model, served_name
 from ..studies.publish import hub_errors, make_repo
 from ..weight_files_otdrg import check_weights, read_stated, record_sha256, sha256
 from .card import build_card
@@ -39,7 +40,7 @@ def assemble_full(
     license: str | None = None,
     serving: bool = False,
     dtype: str | None = None,
-) -> None:
+) -> str | None:
     """Write a complete model for the Hub: weights with merged LoRA, code, processor, card, metrics and licence.
 
     The model is loaded, so that a model that does not load is not published.
@@ -52,6 +53,9 @@ def assemble_full(
         serving: also write the LLM as a plain causal LM (`language_model`) and the modules between the backbones
             (`projector.safetensors`), for engines that serve LLMs; see `get_prompt_embeddings`.
         dtype: name of the torch type of the stored weights; the model's by default.
+
+    Returns:
+        With `serving`, the name under which this package finds the LLM in a server.
 
     Raises:
         ValueError: there is no model, or a file of the run has the wrong content.
@@ -69,16 +73,12 @@ def assemble_full(
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     if serving:
-        llm = model.language_model
-        llm.generation_config.update(eos_token_id=model.generation_config.eos_token_id)
-        # Placeholders mark features in the prompt and must not be generated.
-        llm.generation_config.update(suppress_tokens=model.config.placeholder_token_ids)
-        llm.save_pretrained(folder / "language_model")
-        processor.tokenizer.save_pretrained(folder / "language_model")
+        save_language_model(model, processor, folder / "language_model")
         between = {name: weight for name, weight in model.state_dict().items() if name.startswith(_BETWEEN)}
         save_file(between, folder / "projector.safetensors", {"format": "pt"})
         record_sha256(folder)
     _describe(run, repo_id, folder, "full", evaluations, license, digest)
+    return served_name(model) if serving else None
 
 
 def assemble_adapter(

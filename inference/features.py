@@ -346,6 +346,11 @@ def model_digest(model: OTDRGForReportGeneration, processor: OTDRGProcessor) -> 
     return _digest_weights(model, settings, "")
 
 
+def language_model_digest(model: OTDRGForReportGeneration) -> str:
+    """A digest of the weights of the LLM and their type."""
+    return _digest_weights(model, {}, "language_model.")
+
+
 def _digest_weights(model: OTDRGForReportGeneration, settings: dict[str, Any], prefixes: str | tuple[str, ...]) -> str:
     """A digest of settings and of the weights whose names start with one of the prefixes."""
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
@@ -370,5 +375,6 @@ __all__ = [
     "encode_batches",
     "encoder_digest",
     "encoder_is_frozen",
+    "language_model_digest",
     "model_digest",
 ]

@@ -20,6 +20,7 @@ from ..runtime.processes import is_sharded, open_methods
 from ..runtime.shared_work import fixed_blocks, share_work
 from .collation import PromptCollator
 from .features import CachedStudies
+from .vllm import VLLM
 
 
 @dataclass
@@ -47,6 +48,7 @@ def generate_reports(
     indication: bool = False,
     journal: Path | None = None,
     consensus: ConsensusDecoder | None = None,
+    engine: VLLM | None = None,
 ) -> GeneratedReports:
     """Generate reports for studies, in their order, from the images and, if requested, the indications only.
 
@@ -62,6 +64,7 @@ def generate_reports(
         journal: `.jsonl` file of finished reports of these studies and settings, which the caller checks by
             [`WorkSettings`]. They are not generated again; the others are added as they are finished.
         consensus: chooses each report among candidates; without it, `generate` writes one.
+        engine: writes the reports in place of the model; it is open.
 
     Raises:
         ValueError: `finding_states` does not fit the studies, or the journal is damaged.
@@ -77,20 +80,23 @@ def generate_reports(
 
     def write(blocks: Sequence[Sequence[int]]) -> Iterator[list[dict[str, Any]]]:
         loader = DataLoader(inputs, batch_sampler=blocks, collate_fn=PromptCollator(processor, indication))
-        for positions, batch in zip(blocks, loader, strict=True):
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            prompt = {name: batch.pop(name) for name in ("input_ids", "attention_mask")}
-            given = None
-            if finding_states is not None:
-                given = torch.as_tensor(np.asarray(finding_states)[positions], device=model.device)
-            with torch.no_grad():
-                study = model.read_study(**batch, finding_states=given)
-                indications = [studies["indication"][position] for position in positions] if indication else None
-                arguments = {**waits, **(generation or {})}
-                texts, chosen = _write(model, processor, prompt, study, arguments, consensus, indications)
-            reports = [" ".join(text.split()) for text in texts]
-            named = [ids[position] for position in positions]
-            yield list(map(_row, named, reports, study.finding_states.tolist(), chosen))
+        yield from (map if engine is None else engine.map)(write_batch, zip(blocks, loader, strict=True))
+
+    def write_batch(block: tuple[Sequence[int], dict[str, torch.Tensor]]) -> list[dict[str, Any]]:
+        positions, batch = block
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        prompt = {name: batch.pop(name) for name in ("input_ids", "attention_mask")}
+        given = None
+        if finding_states is not None:
+            given = torch.as_tensor(np.asarray(finding_states)[positions], device=model.device)
+        with torch.no_grad():
+            study = model.read_study(**batch, finding_states=given)
+            indications = [studies["indication"][position] for position in positions] if indication else None
+            arguments = {**waits, **(generation or {})}
+            texts, chosen = _write(model, processor, prompt, study, arguments, consensus, indications)
+        reports = [" ".join(text.split()) for text in texts]
+        named = [ids[position] for position in positions]
+        return list(map(_row, named, reports, study.finding_states.tolist(), chosen))
 
     open_methods(model, "read_study", "generate")
     model.eval()

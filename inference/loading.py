@@ -170,8 +170,8 @@ def decoding(
         raise ValueError(f"--num-beams is {beams}: expected at most {text.vocab_size}, the tokens of the LLM")
     views = 3 * model.config.image_size**2 * torch.float32.itemsize
     sequences = beams if decoder is None else decoder.settings.sequences
-    needed = batch_size * (sequences * (tokens + model.config.image_tokens) * _bytes_a_token(model) + views)
-    there = _memory(model.device)
+    needed = batch_size * (sequences * (tokens + model.config.image_tokens) * bytes_a_token(model) + views)
+    there = device_memory(model.device)
     if there is not None and needed > there:
         raise ValueError(
             f"--batch-size {batch_size} with {sequences} {'beams' if decoder is None else 'samples at a time'} and "
@@ -238,7 +238,7 @@ def described_consensus(decoder: ConsensusDecoder | None) -> dict[str, Any]:
     return {"consensus": decoder.settings.to_dict(), "bank": bank}
 
 
-def _bytes_a_token(model: OTDRGForReportGeneration) -> int:
+def bytes_a_token(model: OTDRGForReportGeneration) -> int:
     """Bytes of the keys and values of one token in all layers of the LLM."""
     text = model.config.text_config
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -246,7 +246,7 @@ def _bytes_a_token(model: OTDRGForReportGeneration) -> int:
     return 2 * text.num_hidden_layers * heads * width * model.language_model.dtype.itemsize
 
 
-def _memory(device: torch.device) -> int | None:
+def device_memory(device: torch.device) -> int | None:
     """The memory of a device in bytes; None if it is not known."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
@@ -257,9 +257,11 @@ def _memory(device: torch.device) -> int | None:
 
 __all__ = [
     "asked_decoder",
+    "bytes_a_token",
     "consensus_decoder",
     "decoding",
     "described_consensus",
+    "device_memory",
     "load_pipeline",
     "load_published",
     "model_settings",

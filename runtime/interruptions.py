@@ -38,6 +38,10 @@ class RunInterruptedError(RuntimeError):
     """A run was ended from outside, but not by its user; the message names the last good checkpoint."""
 
 
+class EngineError(OSError):
+    """A server that writes the reports of all studies failed; the message names it."""
+
+
 @contextmanager
 def terminations() -> Iterator[None]:
     """Raise [`Terminated`] on SIGTERM."""
@@ -121,7 +125,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def is_system_fault(error: BaseException) -> bool:
     """Whether an error in one study would occur in all studies: the disk is full, the file system is gone..."""
-    if isinstance(error, OSError) and error.errno in _SYSTEM:
+    if isinstance(error, EngineError) or (isinstance(error, OSError) and error.errno in _SYSTEM):
         return True
     return isinstance(error, RuntimeError) and (
         "CUDA error" in str(error) or type(error).__name__ == "AcceleratorError"
