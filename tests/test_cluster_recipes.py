@@ -5,6 +5,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import otdrg
@@ -123,6 +124,5 @@ def test_hf_job_metadata_names_extras_that_exist():
     path = ROOT / "recipes" / "hf_job.py"
     head, _, _ = path.read_text(encoding="utf-8").partition("# ///\n")
     assert head.startswith("# /// script\n") and ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
-    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 or later")
     metadata = tomllib.loads("".join(line[2:] or "\n" for line in head.splitlines(keepends=True)[1:]))
     assert metadata["dependencies"] == ["otdrg[metrics]"]

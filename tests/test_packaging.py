@@ -4,14 +4,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import otdrg
 import pytest
 import yaml
-
-tomllib = pytest.importorskip("tomllib", reason="Python 3.11 or later")
 
 ROOT = Path(otdrg.__file__).parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

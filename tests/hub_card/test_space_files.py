@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import otdrg
@@ -64,7 +65,6 @@ def test_space_files_hold_the_model_id():
 
 
 def test_space_requirements_match_the_package():
-    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
     if not (ROOT / "pyproject.toml").is_file():
         pytest.skip("the package is installed without its pyproject.toml")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
