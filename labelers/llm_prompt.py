@@ -31,13 +31,13 @@ class Prompt:
         instruction: text before the findings.
         answers: word for each state, by its id.
         findings: description of each of the 13 findings.
-        examples: reports and the ids of their 13 states.
+        examples: reports and the state ids of the findings they mention, in the order in which they mention them.
     """
 
     instruction: str
     answers: tuple[str, ...]
     findings: tuple[str, ...]
-    examples: tuple[tuple[str, tuple[int, ...]], ...]
+    examples: tuple[tuple[str, dict[str, int]], ...]
 
     def chat(self, report: str) -> list[dict[str, str]]:
         """The messages that ask for the states of a report: the instruction and the examples come first.
@@ -52,16 +52,19 @@ class Prompt:
         messages[0]["content"] = "\n".join([self.instruction, *lines, "", messages[0]["content"]])
         return messages
 
-    def answer(self, states: tuple[int, ...]) -> str:
-        """The JSON object of 13 state ids: the mentioned findings and their words."""
-        named = zip(ASKED, states, strict=True)
-        return json.dumps({FINDING_DISPLAY_NAMES[name]: self.answers[state] for name, state in named if state})
+    def answer(self, states: dict[str, int]) -> str:
+        """The JSON object of the findings that a report mentions."""
+        return json.dumps({FINDING_DISPLAY_NAMES[name]: self.answers[state] for name, state in states.items()})
 
     def schema(self) -> dict[str, Any]:
-        """The JSON schema of an answer."""
-        words = {"type": "string", "enum": [word for state, word in enumerate(self.answers) if state != UNMENTIONED]}
-        properties = {FINDING_DISPLAY_NAMES[name]: words for name in ASKED}
-        return {"type": "object", "properties": properties, "additionalProperties": False}
+        """The JSON schema of an answer.
+
+        Not `properties`: servers then let the LLM write them in that order only, and a finding that it has passed over
+        cannot be written any more.
+        """
+        words = [word for state, word in enumerate(self.answers) if state != UNMENTIONED]
+        names = [FINDING_DISPLAY_NAMES[name] for name in ASKED]
+        return {"type": "object", "propertyNames": {"enum": names}, "additionalProperties": {"enum": words}}
 
     def parse(self, text: str) -> list[int] | None:
         """Ids of the 13 states in an answer.
@@ -103,7 +106,7 @@ def load_prompt(path: str | Path = PROMPT) -> Prompt:
             answers=tuple(words[state] for state in range(len(FINDING_STATES))),
             findings=tuple(findings[name] for name in ASKED),
             examples=tuple(
-                (report, tuple(finding_state_id(states.get(name, UNMENTIONED)) for name in ASKED))
+                (report, {name: finding_state_id(state) for name, state in states.items()})
                 for report, states in examples
             ),
         )
