@@ -1,12 +1,20 @@
-"""The prompt of the labeler `llm`, and its possible answers (paper, section 3.2.1)."""
+"""The question that the labeler `llm` asks about a report, and its possible answers (paper, section 3.2.1)."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, UNMENTIONED, finding_state_id
+from ..findings_otdrg import (
+    FINDING_DISPLAY_NAMES,
+    FINDING_STATES,
+    FINDINGS,
+    UNMENTIONED,
+    finding_key,
+    finding_state_id,
+)
 from ..runtime.yaml_files import read_yaml
 
 PROMPT = Path(__file__).parent / "prompts" / "llm.yaml"
@@ -15,67 +23,66 @@ PROMPT = Path(__file__).parent / "prompts" / "llm.yaml"
 ASKED: tuple[str, ...] = FINDINGS[:-1]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Prompt:
     """The content of a prompt file.
 
     Args:
-        instruction: text before the examples.
+        instruction: text before the findings.
         answers: word for each state, by its id.
-        names: name of each of the 13 findings.
-        examples: reports and the ids of their 13 states.
-        json: request for JSON.
+        findings: description of each of the 13 findings.
+        examples: reports and the state ids of the findings they mention, in the order in which they mention them.
     """
 
     instruction: str
     answers: tuple[str, ...]
-    names: tuple[str, ...]
-    examples: tuple[tuple[str, tuple[int, ...]], ...]
-    json: str
+    findings: tuple[str, ...]
+    examples: tuple[tuple[str, dict[str, int]], ...]
 
-    def head(self, few_shot: int) -> str:
-        """The text before each report: the instruction and the first `few_shot` examples."""
-        shots = [
-            f"{self.report(report)}{''.join(self.question(i) + self.answer(states[i]) + chr(10) for i in range(13))}"
-            for report, states in self.examples[:few_shot]
-        ]
-        return "\n".join([f"{self.instruction}\n", *shots]) + "\n"
+    def chat(self, report: str) -> list[dict[str, str]]:
+        """The messages that ask for the states of a report: the instruction and the examples come first.
 
-    def report(self, text: str) -> str:
-        """A report, and the beginning of the list of its findings."""
-        return f"Report: {' '.join(text.split())}\nFindings:\n"
+        There is no system message, which the chat templates of some LLMs refuse.
+        """
+        lines = [f"- {FINDING_DISPLAY_NAMES[name]}: {text}" for name, text in zip(ASKED, self.findings, strict=True)]
+        messages = []
+        for example, states in self.examples:
+            messages += [_message("user", f"Report: {example}"), _message("assistant", self.answer(states))]
+        messages.append(_message("user", f"Report: {report}"))
+        messages[0]["content"] = "\n".join([self.instruction, *lines, "", messages[0]["content"]])
+        return messages
 
-    def question(self, finding: int) -> str:
-        """The line of a finding up to its answer."""
-        return f"{self.names[finding]}:"
+    def answer(self, states: dict[str, int]) -> str:
+        """The JSON object of the findings that a report mentions."""
+        return json.dumps({FINDING_DISPLAY_NAMES[name]: self.answers[state] for name, state in states.items()})
 
-    def answer(self, state: int) -> str:
-        """The answer for a state."""
-        return f" {self.answers[state]}"
+    def schema(self) -> dict[str, Any]:
+        """The JSON schema of an answer.
 
-    def json_request(self, text: str, few_shot: int) -> str:
-        """The complete request in mode "json"."""
-        parts = [f"{self.instruction}\n"]
-        for report, states in (*self.examples[:few_shot], (text, None)):
-            parts.append(f"Report: {' '.join(report.split())}")
-            if states is not None:
-                named = dict(zip(self.names, (self.answers[state] for state in states), strict=True))
-                parts.append(f"{json.dumps(named)}\n")
-        return "\n".join([*parts, "", self.json])
+        Not `properties`: servers then let the LLM write them in that order only, and a finding that it has passed over
+        cannot be written any more.
+        """
+        words = [word for state, word in enumerate(self.answers) if state != UNMENTIONED]
+        names = [FINDING_DISPLAY_NAMES[name] for name in ASKED]
+        return {"type": "object", "propertyNames": {"enum": names}, "additionalProperties": {"enum": words}}
 
-    def parse_json(self, text: str) -> list[int] | None:
-        """Ids of the 13 states in a JSON answer; None if it is invalid or has other findings."""
-        start, end = text.find("{"), text.find("}")
+    def parse(self, text: str) -> list[int] | None:
+        """Ids of the 13 states in an answer.
+
+        Text around the first JSON object, and a thinking LLM's text before `</think>`, are skipped. None if there is no
+        object, or it has a finding or a word that was not asked for.
+        """
+        text = text.rpartition("</think>")[2]
         try:
-            given = json.loads(text[start : end + 1]) if start >= 0 else None
-        except ValueError:
+            given, _ = json.JSONDecoder().raw_decode(text[text.index("{") :])
+            states = {finding_key(name): self.answers.index(word.strip().lower()) for name, word in given.items()}
+        except (ValueError, AttributeError, RecursionError):
             return None
-        if not isinstance(given, dict):
-            return None
-        given = {str(name).strip().lower(): str(word).strip().lower() for name, word in given.items()}
-        if set(given) != set(self.names) or not set(given.values()) <= set(self.answers):
-            return None
-        return [self.answers.index(given[name]) for name in self.names]
+        return [states.get(name, UNMENTIONED) for name in ASKED]
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
 
 
 def load_prompt(path: str | Path = PROMPT) -> Prompt:
@@ -86,23 +93,22 @@ def load_prompt(path: str | Path = PROMPT) -> Prompt:
     """
     try:
         content = read_yaml(path)
-        states = {finding_state_id(state): str(word) for state, word in content["answers"].items()}
-        names = {**FINDING_DISPLAY_NAMES, **content["findings"]}
-        unknown = [name for name in names if name not in FINDINGS]
-        examples = [(example["report"], example["states"]) for example in content["examples"]]
-        unknown += [name for _, stated in examples for name in stated if name not in ASKED]
-        if unknown or len(set(states.values())) != len(FINDING_STATES):
-            wrong = f"finding {unknown[0]!r}" if unknown else "answers"
-            raise ValueError(f"{wrong}: expected findings of {', '.join(ASKED)} and four different answers")
+        words = {finding_state_id(state): str(word).lower() for state, word in content["answers"].items()}
+        findings = {name: str(text) for name, text in content["findings"].items()}
+        examples = [(str(example["report"]), example["states"]) for example in content["examples"]]
+        named = [set(findings), *(set(states) for _, states in examples)]
+        if wrong := sorted(set().union(*named) - set(ASKED)) or sorted(set(ASKED) - set(findings)):
+            raise ValueError(f"finding {wrong[0]!r}: expected the findings {', '.join(ASKED)}")
+        if len(set(words.values())) != len(FINDING_STATES):
+            raise ValueError("answers: expected four different words")
         return Prompt(
-            instruction=content["instruction"],
-            answers=tuple(states[state] for state in range(len(FINDING_STATES))),
-            names=tuple(names[name].lower() for name in ASKED),
+            instruction=str(content["instruction"]),
+            answers=tuple(words[state] for state in range(len(FINDING_STATES))),
+            findings=tuple(findings[name] for name in ASKED),
             examples=tuple(
-                (report, tuple(finding_state_id(stated.get(name, UNMENTIONED)) for name in ASKED))
-                for report, stated in examples
+                (report, {name: finding_state_id(state) for name, state in states.items()})
+                for report, states in examples
             ),
-            json=content["json"],
         )
     except OSError as error:
         raise ValueError(f"prompt {path}: cannot be read ({error.strerror})") from None
