@@ -62,7 +62,7 @@ def build_card(
         form: form of the weights, one of `FORMS`.
         base_models: Hub ids of the models it was initialised from; by default those in the configuration.
         license: licence of the weights, by the Hub's name; by default as described above.
-        model_digest: [`otdrg.inference.features.model_digest`] of the model; evaluations of another model are refused.
+        model_digest: [`otdrg.inference.digests.model_digest`] of the model; evaluations of another model are refused.
 
     Raises:
         ValueError: the form is unknown, an evaluation belongs to another model, or a file has the wrong content.

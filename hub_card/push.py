@@ -14,7 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..configuration_otdrg import resolve_backbone
 from ..files_otdrg import read_json, write_json
-from ..inference.features import model_digest
+from ..inference.digests import model_digest
 from ..inference.loading import load_published, published_folder
 from ..inference.model_files import read_processor
 from ..inference.vllm import save_language_model, served_name

@@ -20,7 +20,7 @@ from ..runtime.devices import inference_device
 from ..runtime.yaml_files import read_yaml
 from ..weight_files_otdrg import read_stated
 from ..weights_otdrg import quantization_of
-from .features import model_digest
+from .digests import model_digest
 from .model_files import check_fit, read_model, read_processor
 
 #: Number of beams and maximum length of a report if neither the command nor the model sets them.

@@ -29,7 +29,7 @@ from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from ..runtime.interruptions import EngineError
 from ..runtime.vllm_server import Server, serve_arguments, vllm_server
-from .features import language_model_digest
+from .digests import language_model_digest
 from .loading import bytes_a_token, device_memory
 
 logger = logging.getLogger(__name__)

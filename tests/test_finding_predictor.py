@@ -5,7 +5,7 @@ import pytest
 import torch
 from otdrg import FINDINGS, OTDRGConfig, OTDRGForReportGeneration, OTDRGProcessor
 from otdrg.inference.collation import FindingCollator
-from otdrg.inference.features import encoder_digest
+from otdrg.inference.digests import encoder_digest
 from otdrg.pipeline_otdrg import ReportGenerationPipeline
 from otdrg.predictor_otdrg import OTDRGFindingPredictor
 from otdrg.training.model import set_trained_parts

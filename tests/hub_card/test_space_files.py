@@ -108,7 +108,7 @@ def test_space_runs_on_its_own_files(model, processor, tmp_path):
     named = requirements(content(files["requirements.txt"]).decode().splitlines())
     modules = {"pillow": "PIL", "pyyaml": "yaml", "python-gdcm": "gdcm"}
     provided = {modules.get(name, name) for name in named} | set(sys.stdlib_module_names)
-    provided |= {"app", "otdrg", "gradio", "huggingface_hub", "safetensors"}  # the last two with transformers
+    provided |= {"app", "otdrg", "gradio", "huggingface_hub", "filelock", "safetensors", "tqdm"}  # with transformers
     assert imported(found["ours"].values()) <= provided
 
 

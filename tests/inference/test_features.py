@@ -12,7 +12,8 @@ import torch
 from otdrg import OTDRGConfig
 from otdrg.inference import features
 from otdrg.inference.collation import FindingCollator, PromptCollator
-from otdrg.inference.features import cache_features, encoder_digest, encoder_is_frozen
+from otdrg.inference.digests import encoder_digest
+from otdrg.inference.features import cache_features, encoder_is_frozen
 from otdrg.inference.generation import generate_reports
 from otdrg.modeling_otdrg import OTDRGForReportGeneration
 from otdrg.processing_otdrg import OTDRGProcessor
