@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
@@ -212,15 +213,17 @@ def four_bits(check: Check) -> str:
     kinds = [type(module).__name__ for module in packed.modules()]
     assert kinds.count("Linear4bit") == 28, f"{kinds.count('Linear4bit')} layers of Linear4bit, expected 28"
     ids = torch.randint(3, 1000, (4, 32), device=check.device)
-    with torch.no_grad():
-        found, expected = (model(ids).logits.float() for model in (packed, plain.to(check.device)))
-    alike = torch.corrcoef(torch.stack((found.flatten(), expected.flatten())))[0, 1].item()
-    assert alike > 0.9, f"correlation of the logits {alike:.3f}"
     packed.requires_grad_(False)
     inject_adapter_in_model(LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), packed)
-    packed(ids, labels=ids).loss.backward()
+    # Training first: on a CPU, a forward pass of evaluation repacks the weights, which then have no backward pass.
+    packed.train()(ids, labels=ids).loss.backward()
     gradients = [weight.grad for weight in packed.parameters() if weight.grad is not None]
-    assert gradients and all(bool(gradient.isfinite().all()) for gradient in gradients), "LoRA has no finite gradients"
+    finite = sum(bool(gradient.isfinite().all()) for gradient in gradients)
+    assert len(gradients) == finite == 16, f"{len(gradients)} gradients of LoRA, {finite} of them finite, expected 16"
+    with torch.no_grad():
+        found, expected = (model.eval()(ids).logits.float() for model in (packed, plain.to(check.device)))
+    alike = torch.corrcoef(torch.stack((found.flatten(), expected.flatten())))[0, 1].item()
+    assert alike > 0.9, f"correlation of the logits {alike:.3f}"
     return f"correlation with bfloat16 {alike:.3f}{check.peak()}"
 
 
@@ -298,7 +301,9 @@ def losses(check: Check, name: str) -> tuple[float, float]:
     """The first and the last training loss of the report stage."""
     lines = (check.folder / name / "report" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     found = [row["loss"] for row in map(json.loads, lines) if "loss" in row]
-    assert found and found[-1] < found[0] * 1.05, f"the loss went from {found[:1]} to {found[-1:]}"
+    assert found and all(map(math.isfinite, found)), f"losses {found}, expected finite ones"
+    # Two steps on a CPU need not lower it.
+    assert check.cpu or found[-1] < found[0], f"the loss rose from {found[0]:.3f} to {found[-1]:.3f}"
     return found[0], found[-1]
 
 
