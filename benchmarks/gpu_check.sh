@@ -17,7 +17,7 @@ cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python}
 folder=${OTDRG_CHECK:-$(mktemp -d)}
 # Seconds for each part. A busy CPU needs more for the imports alone.
-parts="versions:20 bf16:45 sdpa:40 flash_attention:40 4bit:45 fsdp2:70 paper_step:60 generation:90 phantoms:110 iu_xray:130"
+parts="versions:20 bf16:40 sdpa:35 flash_attention:40 4bit:45 fsdp2:70 paper_step:70 generation:90 phantoms:110 iu_xray:130"
 factor=1
 if [ "${1:-}" = --cpu ]; then
     factor=6
