@@ -1,6 +1,6 @@
 """Time the reports of transformers beside those of vLLM, and count equal ones; features are encoded before.
 
-CPU seconds are those of this process and the server it starts: where other work runs beside, they say more than the clock.
+CPU seconds are those of this process and the server it starts; on a busy machine they say more than the clock.
 
 OTDRG_VLLM=~/vllm/bin/vllm python benchmarks/engines.py checkpoints/otdrg-iu-xray recipes/iu_xray_scratch.yaml
 """
