@@ -196,7 +196,8 @@ def expected_ids(trained, image):
 
 def test_push_uploads_model_code_card_and_licence(hub, pushed, trained):
     repo = hub.repos["models", "org/otdrg"]
-    assert repo.private and pushed.stdout.endswith(f"pushed: {hub.url}/org/otdrg\n")
+    assert repo.private and f"pushed: {hub.url}/org/otdrg\n" in pushed.stdout
+    assert "vllm serve language_model --served-model-name otdrg-" in pushed.stdout.splitlines()[-1]
     names = set(repo.files)
     assert names >= SHIPPED | {"README.md", "LICENSE", "metrics.json", "config.json", "generation_config.json"}
     assert names >= {"model.safetensors", "processor_config.json", "tokenizer.json", "chat_template.jinja"}
