@@ -18,6 +18,7 @@ from otdrg.inference.generation import generate_reports
 from otdrg.inference.vllm import BATCHES_AHEAD, VLLM, served_name
 from otdrg.runtime.interruptions import EngineError
 from otdrg.runtime.vllm_server import PROGRAM, vllm_server
+from otdrg.studies import prepare_studies
 from PIL import Image
 from transformers import GenerationConfig
 
@@ -39,14 +40,6 @@ def studies(view):
 @pytest.fixture(scope="module")
 def expected(tiny, studies):
     return generate_reports(*tiny, studies, batch_size=2, generation=GREEDY)
-
-
-@pytest.fixture
-def paths(view, tmp_path):
-    names = [str(tmp_path / f"{seed}.png") for seed in range(3)]
-    for seed, name in enumerate(names):
-        Image.fromarray(view(seed)).save(name)
-    return names
 
 
 def writer(llm):
@@ -241,21 +234,21 @@ def test_vllm_server_ends_with_the_body_also_after_an_error(program, tmp_path):
     assert is_gone(path)
 
 
-def test_generate_starts_vllm_with_the_model_and_ends_it(tiny, program, paths, tmp_path, capsys):
+def test_generate_starts_vllm_with_the_model_and_ends_it(
+    run_folder, model, processor, program, paths, tmp_path, capsys
+):
     path = program()
-    tiny[0].save_pretrained(tmp_path / "model")
-    tiny[1].save_pretrained(tmp_path / "model")
     (tmp_path / "list").write_text("\n".join(paths))
     output = tmp_path / "reports.jsonl"
-    command = ["generate", str(tmp_path / "model"), "--studies", str(tmp_path / "list"), "--output", str(output), *FEW]
+    command = ["generate", str(run_folder), "--studies", str(tmp_path / "list"), "--output", str(output), *FEW]
     assert main([*command, "--engine", "vllm"]) == 0
     assert is_gone(path)
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["id"] for row in rows] == paths and all(row["complete"] for row in rows)
-    assert {row["report"] for row in rows} == {tiny[1].tokenizer.decode([5, 6])}
+    assert {row["report"] for row in rows} == {processor.tokenizer.decode([5, 6])}
     arguments = json.loads((tmp_path / "vllm.arguments").read_text())
     assert arguments[0] == "serve" and not os.path.exists(arguments[1])
-    assert {"--enable-prompt-embeds", "--enforce-eager", "float32", served_name(tiny[0])} <= set(arguments)
+    assert {"--enable-prompt-embeds", "--enforce-eager", "float32", served_name(model)} <= set(arguments)
     # Nothing is left to do: no server is started. Reports of another engine are not continued.
     program("start")
     assert main([*command, "--engine", "vllm", "--resume"]) == 0
@@ -271,13 +264,11 @@ def test_generate_starts_vllm_with_the_model_and_ends_it(tiny, program, paths, t
         (("die", 1), "vllm serve ended with status 3: RuntimeError: Engine core is dead."),
     ],
 )
-def test_generate_vllm_that_fails_is_one_line(tiny, program, paths, tmp_path, capsys, arguments, message):
+def test_generate_vllm_that_fails_is_one_line(run_folder, program, paths, tmp_path, capsys, arguments, message):
     path = program(*arguments)
-    tiny[0].save_pretrained(tmp_path / "model")
-    tiny[1].save_pretrained(tmp_path / "model")
     (tmp_path / "list").write_text("\n".join(paths))
     output = tmp_path / "reports.jsonl"
-    command = ["generate", str(tmp_path / "model"), "--studies", str(tmp_path / "list"), "--output", str(output), *FEW]
+    command = ["generate", str(run_folder), "--studies", str(tmp_path / "list"), "--output", str(output), *FEW]
     assert main([*command, "--engine", "vllm"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == f"otdrg generate: error: {message}"
@@ -289,13 +280,11 @@ def test_generate_vllm_that_fails_is_one_line(tiny, program, paths, tmp_path, ca
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_generate_interrupted_ends_vllm(tiny, program, paths, tmp_path, start_process, number):
+def test_generate_interrupted_ends_vllm(run_folder, program, paths, tmp_path, start_process, number):
     path = program("silence", 1)
-    tiny[0].save_pretrained(tmp_path / "model")
-    tiny[1].save_pretrained(tmp_path / "model")
     (tmp_path / "list").write_text("\n".join(paths))
     output = tmp_path / "reports.jsonl"
-    command = ["generate", tmp_path / "model", "--studies", tmp_path / "list", "--output", output, *FEW]
+    command = ["generate", run_folder, "--studies", tmp_path / "list", "--output", output, *FEW]
     process = start_process(["-m", "otdrg", *command, "--engine", "vllm"])
     deadline = time.monotonic() + 120
     while not (output.exists() and output.read_text()) and time.monotonic() < deadline:
@@ -305,6 +294,22 @@ def test_generate_interrupted_ends_vllm(tiny, program, paths, tmp_path, start_pr
     assert process.returncode == 128 + number
     assert error.splitlines()[-1].endswith(f"1 of 3 studies were written to {output}; --resume continues")
     assert is_gone(path)
+
+
+def test_evaluate_reports_of_vllm_are_scored_and_named(run_folder, model, program, tmp_path, capsys):
+    path = program()
+    options = {"train": 4, "validation": 3, "test": 0, "image_size": 64, "views": ["frontal"], "seed": 5}
+    prepare_studies("phantom", tmp_path / "built", **options)
+    command = ["evaluate", str(run_folder), str(tmp_path / "built"), "--output", str(tmp_path / "out")]
+    command += ["--engine", "vllm", "--candidates", "4", "--max-new-tokens", "8", "--bootstrap", "0"]
+    assert main([*command, "--metrics", "bleu_1"]) == 0, capsys.readouterr().err
+    assert is_gone(path)
+    result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert result["generation"]["engine"] == "vllm" and "by vLLM" in (tmp_path / "out" / "evaluation.md").read_text()
+    assert {group["guidance_scale"] for group in result["generation"]["consensus"]["plan"]} == {1.0}
+    # The control without consensus decoding is greedy, though the model would search with beams.
+    assert result["generation"]["num_beams"] == 1
+    assert "model, without consensus decoding" in result["rows"]
 
 
 @pytest.mark.parametrize(
