@@ -1,6 +1,6 @@
 """The parts of `benchmarks/gpu_check.sh`: each is a process that prints one line, or fails.
 
-    python benchmarks/gpu_check.py generation /tmp/check --cpu
+    python benchmarks/gpu_check.py generation check --cpu
 
 Not run on a GPU yet, only with `--cpu`. Exit status 3: skipped, with the reason.
 """
