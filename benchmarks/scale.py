@@ -3,6 +3,8 @@
     python benchmarks/scale.py > benchmarks/scale.md
     python benchmarks/scale.py --mfu 0.3 0.3 --gpu-hour 2.5
 
+Long, because every assumption of the page stands here beside its source.
+
 Nothing here was measured on a GPU. Parameters are counted on the model itself, built on the device `meta`; every other
 number is in `ASSUMPTIONS`, with its kind and source. `tests/test_scale.py` compares the formulas with what
 `torch.utils.flop_counter` counts in small models.
