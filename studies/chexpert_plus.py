@@ -83,8 +83,8 @@ class CheXpertPlusSource(ListedSource):
     found with another ending, by default .png. The indication is the clinical history or, without one, the history. A
     study with a damaged line is skipped.
 
-    The official split has train and validation (`valid`), not test. Ids are as patient42142_study5; the `time` of a
-    listed study is its `patient_report_date_order`.
+    The official split has train and validation (`valid`), not test. Ids are as patient42142_study5. The `time` of a
+    listed study is its `patient_report_date_order`, which has not been compared with dates.
     """
 
     name = "chexpert-plus"
@@ -121,11 +121,11 @@ class CheXpertPlusSource(ListedSource):
         self._images = _images_folder(root if self.images is None else needed_folder(self.images, "images", _WHAT))
         if self.labels is not None:
             self.labels = os.path.abspath(needed_file(self.labels, "labels", "JSON Lines with CheXpert's labels"))
-        self._counts = ListedCounts()
+        self._differences: list[str] = []
 
     def published_differences(self) -> list[str]:
         self.entries()
-        return self._counts.differences({**PUBLISHED_SPLITS, **PUBLISHED} if self.split == "official" else PUBLISHED)
+        return self._differences
 
     def read(self, entry: StudyEntry) -> Study:
         return entry.location.study(LICENCE)
@@ -152,11 +152,13 @@ class CheXpertPlusSource(ListedSource):
             dealt = seeded_split(
                 (row.patient for rows in studies.values() for row in rows), self.seed, self.split_shares
             )
-        self._counts = ListedCounts()
+        counts = ListedCounts()
         for study, rows in studies.items():
             entry = self._entry(study, rows, faults.get(study), labels, dealt)
-            self._counts.add(entry.split, rows[0].patient if rows else study.split("_")[0], len(rows))
+            counts.add(entry.split, rows[0].patient if rows else study.split("_")[0], len(rows))
             listing.append(entry)
+        official = PUBLISHED_SPLITS if self.split == "official" else {}
+        self._differences = counts.differences({**official, **PUBLISHED})
         return listing
 
     def _entry(

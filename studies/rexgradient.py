@@ -89,28 +89,29 @@ class ReXGradientSource(ListedSource):
             raise ValueError(
                 f"{self.images} does not exist, and {self.root} has no {_TOP}.part00 to unpack: expected one of them"
             )
-        self._counts = ListedCounts()
+        self._differences: list[str] = []
 
     def published_differences(self) -> list[str]:
         self.entries()
-        return self._counts.differences(PUBLISHED)
+        return self._differences
 
     def read(self, entry: StudyEntry) -> Study:
         return entry.location.study(LICENCE)
 
     def _list(self) -> list[StudyEntry | Skipped]:
-        self._counts = ListedCounts()
+        counts = ListedCounts()
         listing = []
         for split, path in self._metadata.items():
             for name, record in read_json(path, limit=2**32).items():
                 entry = self._entry(name, record, split, f"{path}, {name}")
                 images = record.get("ImagePath") if isinstance(record, dict) else None
                 patient = entry.patient_id if isinstance(entry, StudyEntry) else name
-                self._counts.add(split, patient, len(images) if isinstance(images, list) else 0)
+                counts.add(split, patient, len(images) if isinstance(images, list) else 0)
                 listing.append(entry)
         if not listing:
             names = ", ".join(map(str, self._metadata.values()))
             raise ValueError(f"no study in {names}: expected an object of studies by id")
+        self._differences = counts.differences(PUBLISHED)
         self._unpack(image for item in listing if isinstance(item, StudyEntry) for image in item.location.images)
         return listing
 
@@ -201,10 +202,10 @@ def _was_unpacked(folder: Path, parts: list[Path]) -> bool:
 
 
 def _waiting_lock(folder: Path) -> OutputLock:
-    """A lock of the folder, whose holder is waited for and named."""
+    """A lock of the folder that waits for its holder, and says so."""
     try:
         with OutputLock(folder):
             pass
-    except OutputLockedError as error:
-        logger.warning("waiting: %s", error)
+    except OutputLockedError:
+        logger.warning("another process unpacks images to %s: waiting for it", folder)
     return OutputLock(folder, wait=float("inf"))

@@ -252,7 +252,7 @@ def test_rexgradient_waits_for_the_process_that_unpacks(three, caplog):
     with OutputLock(three.root / "deid_png"):
         waiting = threading.Thread(target=lambda: list(source.entries()))
         waiting.start()
-        while "waiting: " not in caplog.text:
+        while "deid_png: waiting for it" not in caplog.text:
             waiting.join(0.05)
         assert waiting.is_alive() and not (three.root / "deid_png").exists()
     waiting.join(20)
