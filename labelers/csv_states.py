@@ -10,10 +10,9 @@ import numpy as np
 
 from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDINGS, NEGATIVE, NO_FINDING, POSITIVE, UNCLEAR, UNMENTIONED
 from ..runtime.csv_files import write_csv
+from ..studies.chexpert_states import CHEXPERT_VALUES
 from .report_table import check_id, csv_rows, fold_name
 
-#: The values of the format; other spellings of the same number are accepted ("1", "1.0").
-_VALUES = {1.0: POSITIVE, 0.0: NEGATIVE, -1.0: UNCLEAR}
 _EXPECTED = "1 (positive), 0 (negative), -1 (unclear) or blank (unmentioned)"
 
 
@@ -43,7 +42,7 @@ def _state(path: Path, row: int, finding: str, text: str) -> int:
     if not text or text.casefold() == "nan":
         return UNMENTIONED
     try:
-        return _VALUES[float(text)]
+        return CHEXPERT_VALUES[float(text)]
     except (ValueError, KeyError):
         raise ValueError(
             f"{path}, line {row}, column {FINDING_DISPLAY_NAMES[finding]}: {text!r}, expected {_EXPECTED}"

@@ -23,6 +23,8 @@ SOURCES: dict[str, tuple[str, str, str]] = {
     "r2gen": (".r2gen", "R2GenSource", "R2Gen's annotation.json and images, for IU X-Ray or MIMIC-CXR"),
     "open-i": (".open_i", "OpenISource", "the Indiana University collection as Open-i publishes it"),
     "mimic-cxr": (".mimic_cxr", "MimicCXRSource", "the reports of MIMIC-CXR and the images of MIMIC-CXR-JPG"),
+    "rexgradient": (".rexgradient", "ReXGradientSource", "ReXGradient-160K, also from the parts of its archive"),
+    "chexpert-plus": (".chexpert_plus", "CheXpertPlusSource", "CheXpert Plus, its table and PNG images"),
     "csv": (".csv_table", "CSVSource", "a table of images and reports"),
     "dicom": (".dicom", "DICOMSource", "folders of DICOM files with their reports as text files"),
     "hub": (".hub", "HubSource", "a dataset on the Hub or on disk, with its columns mapped"),

@@ -298,8 +298,8 @@ def _says_what_is_kept(work: WorkFolder, how: str) -> Iterator[None]:
 
 
 def _official(source: StudySource, options: BuildOptions) -> OfficialCheck | None:
-    """The comparison with the published counts, which include only studies with findings."""
-    return OfficialCheck(source) if options.limit is None and options.sections == "findings" else None
+    """The comparison with the published counts."""
+    return OfficialCheck(source, kept=options.sections == "findings") if options.limit is None else None
 
 
 def _run(

@@ -50,13 +50,19 @@ def read_rows(lines: list[str], delimiter: str) -> Iterator[Row]:
         begin = first + 1
 
 
-def read_columns(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
-    """Number and values of each line of a CSV, compressed or not; a missing value is ""."""
+def read_columns(
+    path: Path, columns: tuple[str, ...], optional: tuple[str, ...] = (), errors: str = "strict"
+) -> Iterator[tuple[int, list[str]]]:
+    """Number and values of each line of a CSV, compressed or not.
+
+    The values are those of `columns` and then of `optional`, columns that the file may lack; a missing value is "".
+    `errors` says what happens to bytes that are not UTF-8, as in `open`.
+    """
     try:
         with path.open("rb") as file:
             packed = file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
         # By the content: browsers decompress files without renaming them.
-        with (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+        with (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig", errors=errors, newline="") as file:
             reader = csv.reader(file)
             header = [name.strip() for name in next(reader, [])]
             for column in columns:
@@ -65,10 +71,10 @@ def read_columns(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, li
                     raise ValueError(
                         f"{path} has no column {column!r}: expected {', '.join(columns)}; columns: {shown}"
                     )
-            places = [header.index(column) for column in columns]
+            places = [header.index(column) if column in header else None for column in (*columns, *optional)]
             for cells in reader:
                 if cells:
-                    yield reader.line_num, [cells[place].strip() if place < len(cells) else "" for place in places]
+                    yield reader.line_num, [_cell(cells, place) for place in places]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start} of a block): expected a CSV") from None
     except csv.Error as error:
@@ -77,6 +83,10 @@ def read_columns(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, li
         raise ValueError(f"{path} is a damaged gzip file ({error}): download it again") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _cell(cells: list[str], place: int | None) -> str:
+    return "" if place is None or place >= len(cells) else cells[place].strip()
 
 
 def check_encoding(encoding: str) -> None:

@@ -21,8 +21,9 @@ _UPLOADED = ["README.md", "data/*.parquet"]
 #: Files of an earlier upload that are deleted: `load_dataset` would read its shards as well.
 _REPLACED = ["data/*.parquet"]
 
-#: Words of licences that forbid publishing a changed collection (no derivatives, PhysioNet's).
-_NOT_PUBLIC = {"nd", "noderivatives", "noderivs", "physionet", "credentialed"}
+#: Words of licences that forbid publishing a changed collection (no derivatives, PhysioNet's, use agreements that each
+#: user signs).
+_NOT_PUBLIC = {"nd", "noderivatives", "noderivs", "physionet", "credentialed", "agreement"}
 
 
 def push_studies(folder: str | os.PathLike, repo_id: str, public: bool = False) -> str:

@@ -6,15 +6,19 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ..files_otdrg import read_json
+from ..findings_otdrg import FINDINGS, finding_state_id
 from ..runtime.interruptions import fault_of_study
+from .chexpert_states import without_denied_no_finding
 from .iu_xray_split import IU_XRAY_COUNTS, r2gen_split_ids
 from .placeholders import shown_value
-from .source import ListedSource, Skipped, Study, StudyEntry, needed_file, needed_folder, option, path_inside
+from .source import SPLITS, ListedSource, Skipped, Study, StudyEntry, needed_file, needed_folder, option, path_inside
 
 _SPLITS = {"train": "train", "val": "validation", "test": "test"}
+#: Findings of PromptMRG's own that follow CheXbert's 14 in its labels of MIMIC-CXR.
+_MORE_LABELS = 4
 _IU_XRAY_ID = re.compile(r"CXR\d+(?=_)")
 
 #: R2Gen's annotation of MIMIC-CXR has an entry for each image.
@@ -29,6 +33,10 @@ class R2GenSource(ListedSource):
 
     R2Gen's reports are the FINDINGS section. Views are "unknown", because the annotation does not have them.
     Indications and tags come from a file of their own.
+
+    Other works publish annotations in this form with more fields, which are ignored. PromptMRG's have `labels`: the
+    states of CheXbert's 14 findings (in MIMIC-CXR's file followed by 4 of its own), 0 unmentioned, 1 positive, 2
+    negative, 3 uncertain, in the order of `FINDINGS`. Its file of IU X-Ray is a list without splits.
     """
 
     name = "r2gen"
@@ -42,19 +50,31 @@ class R2GenSource(ListedSource):
         "JSON Lines with `id`, `indication` and a list of tags, for the studies that it names.", None, metavar="FILE"
     )
     tags: str | None = option("Field of these lines with the tags, such as mesh_major.", None, metavar="FIELD")
+    labels: str | None = option(
+        "Field of the annotation with the finding states, as PromptMRG's labels: 0 unmentioned, 1 positive, "
+        "2 negative, 3 unclear.",
+        None,
+        metavar="FIELD",
+    )
+    split: Literal["train", "validation", "test"] = option(
+        "Split of an annotation that is a list of studies, without splits.", "test"
+    )
 
     def __post_init__(self):
         if self.details is not None:
             self.details = str(needed_file(self.details, "details", "JSON Lines with ids and indications"))
         if self.tags is not None and self.details is None:
             raise ValueError(f"option 'tags' is {self.tags!r}: expected option 'details' beside it")
+        if self.split not in SPLITS:
+            raise ValueError(f"option 'split' is {self.split!r}: expected one of {', '.join(SPLITS)}")
         self.annotation = str(needed_file(self.annotation, "annotation", "R2Gen's JSON file"))
         self.images = str(needed_folder(self.images, "images", "the folder of R2Gen's images"))
         self._collection: str | None = None
 
     def read(self, entry: StudyEntry) -> Study:
-        report, images, licence, details = entry.location
-        return Study(images=images, views=["unknown"] * len(images), findings=report, licence=licence, **details)
+        report, images, licence, states, details = entry.location
+        views = ["unknown"] * len(images)
+        return Study(images, views, findings=report, finding_states=states, licence=licence, **details)
 
     @property
     def official_counts(self) -> dict[str, int] | None:
@@ -78,13 +98,15 @@ class R2GenSource(ListedSource):
         return self._collection or ""
 
     def _list(self) -> list[StudyEntry | Skipped]:
-        annotated = _read_annotation(self.annotation)
+        annotated, has_splits = _read_annotation(self.annotation, self.split)
         first = next((study for studies in annotated.values() for study in studies), {})
         first = first if isinstance(first, dict) else {}
         is_iu_xray = _IU_XRAY_ID.match(str(first.get("id", "")))
-        self._collection = "mimic_cxr" if "subject_id" in first else "iu_xray" if is_iu_xray else ""
+        # The published counts are those of R2Gen's splits.
+        kind = "mimic_cxr" if "subject_id" in first else "iu_xray" if is_iu_xray else ""
+        self._collection = kind if has_splits else ""
         listed = [
-            _entry(study, _SPLITS[name], self.images, f"{self.annotation}, {name}[{position}]")
+            _entry(study, _SPLITS[name], self.images, self.labels, f"{self.annotation}, {name}[{position}]")
             for name, studies in annotated.items()
             for position, study in enumerate(studies)
         ]
@@ -99,17 +121,21 @@ class R2GenSource(ListedSource):
         ]
 
 
-def _read_annotation(path: str) -> dict[str, list]:
+def _read_annotation(path: str, split: str) -> tuple[dict[str, list], bool]:
+    """The studies by R2Gen's name of their split, and whether the annotation has splits; else they are in `split`."""
     try:
         content = read_json(path, kind=object, limit=2**32)
     except ValueError as error:
         raise ValueError(f"annotation {error}") from None
+    if isinstance(content, list) and content:
+        name = next(name for name, ours in _SPLITS.items() if ours == split)
+        return {name: content}, False
     if not isinstance(content, dict) or any(not isinstance(entries, list) for entries in content.values()):
         raise ValueError(f"annotation {path} is not in R2Gen's form: expected lists under {', '.join(_SPLITS)}")
     unknown = [name for name in content if name not in _SPLITS]
     if unknown:
         raise ValueError(f"annotation {path} has an unknown split {unknown[0]!r}: expected {', '.join(_SPLITS)}")
-    return {name: content[name] for name in _SPLITS if name in content}
+    return {name: content[name] for name in _SPLITS if name in content}, True
 
 
 def _read_details(path: str, tags: str | None) -> dict[str, dict[str, Any]]:
@@ -138,7 +164,7 @@ def _read_details(path: str, tags: str | None) -> dict[str, dict[str, Any]]:
     return details
 
 
-def _entry(study: Any, split: str, root: str, place: str) -> StudyEntry | Skipped:
+def _entry(study: Any, split: str, root: str, labels: str | None, place: str) -> StudyEntry | Skipped:
     name = str(study["id"]) if isinstance(study, dict) and isinstance(study.get("id"), (str, int)) else place
 
     def malformed(reason: str) -> Skipped:
@@ -158,6 +184,10 @@ def _entry(study: Any, split: str, root: str, place: str) -> StudyEntry | Skippe
         return malformed(
             f"has image_path {shown_value(path)}, which leaves the image folder: expected a path inside it"
         )
+    try:
+        states = None if labels is None else _states(study.get(labels))
+    except ValueError as error:
+        return malformed(f"has {labels} {error}")
     in_iu_xray = _IU_XRAY_ID.match(name)
     if "subject_id" in study:
         patient_id, licence = str(study["subject_id"]), MIMIC_LICENCE
@@ -165,7 +195,23 @@ def _entry(study: Any, split: str, root: str, place: str) -> StudyEntry | Skippe
         patient_id, licence = in_iu_xray.group(), IU_XRAY_LICENCE
     else:
         patient_id, licence = name, ""
-    return StudyEntry(name, patient_id, split, (study["report"], images, licence))
+    return StudyEntry(name, patient_id, split, (study["report"], images, licence, states))
+
+
+def _states(values: Any) -> list[int]:
+    """The states of the 14 findings in a list that begins with them.
+
+    Raises:
+        ValueError: another value.
+    """
+    count = len(FINDINGS)
+    if not isinstance(values, list) or len(values) not in (count, count + _MORE_LABELS):
+        found = f"of {len(values)} values" if isinstance(values, list) else shown_value(values)
+        raise ValueError(f"{found}: expected a list of {count} or {count + _MORE_LABELS} states")
+    try:
+        return without_denied_no_finding([finding_state_id(value) for value in values[:count]])
+    except ValueError as error:
+        raise ValueError(f"with a wrong state ({error})") from None
 
 
 def _shown_paths(paths: Any) -> str:

@@ -7,6 +7,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -56,6 +57,29 @@ class StudyEntry(NamedTuple):
     patient_id: str
     split: str
     location: Any
+
+
+class TableStudy(NamedTuple):
+    """What a table says of a study: a location of [`StudyEntry`] that is read without opening another file.
+
+    Args:
+        images: paths of the views.
+        views: "frontal", "lateral" or "unknown" for each image.
+        texts: the texts of the study in the order of `TEXTS`, "" if absent.
+        time: the date of the study, or its number in the order of its patient's studies; None if unknown.
+        finding_states: 14 state ids, None if not labelled.
+    """
+
+    images: tuple[str, ...]
+    views: tuple[str, ...]
+    texts: tuple[str, ...]
+    time: date | int | None = None
+    finding_states: tuple[int, ...] | None = None
+
+    def study(self, licence: str) -> Study:
+        """The study with this licence."""
+        texts = dict(zip(TEXTS, self.texts, strict=True))
+        return Study(self.images, self.views, finding_states=self.finding_states, licence=licence, **texts)
 
 
 class Skipped(NamedTuple):
@@ -150,6 +174,10 @@ class StudySource(ABC):
     def official_ids(self, split: str) -> Iterable[str] | None:
         """Ids of a published split, if known: those that the source does not list are reported as missing."""
         return None
+
+    def published_differences(self) -> list[str]:
+        """One line for each difference of the listing from the published collection, whatever is kept of it."""
+        return []
 
     @classmethod
     def collection_of(cls, licence: str) -> str:

@@ -88,15 +88,21 @@ class OfficialCheck:
 
     Args:
         source: the source that is built.
+        kept: whether to compare the studies that are kept, too: `official_counts` are of studies with findings.
     """
 
-    def __init__(self, source: StudySource):
+    def __init__(self, source: StudySource, kept: bool = True):
         self.source = source
+        self.kept = kept
         self._absent: dict[str, dict[str, None]] = {}
-        for split in source.official_counts or {}:
+        for split in self._counts:
             ids = source.official_ids(split)
             if ids is not None:
                 self._absent[split] = dict.fromkeys(ids)
+
+    @property
+    def _counts(self) -> dict[str, int]:
+        return (self.source.official_counts or {}) if self.kept else {}
 
     def see(self, entry: StudyEntry | Skipped) -> None:
         """Record a listed study."""
@@ -104,9 +110,10 @@ class OfficialCheck:
             self._absent[entry.split].pop(entry.id, None)
 
     def warnings(self, counts: dict[str | None, SplitCounts], skipped: dict[str, Iterable[str]]) -> list[str]:
-        """One line for each split whose count of kept studies differs from the published one, with the missing ids."""
-        lines = []
-        for split, official in (self.source.official_counts or {}).items():
+        """One line for each difference of the listing, and for each split whose kept studies are not as many as the
+        published ones, with the missing ids."""
+        lines = self.source.published_differences()
+        for split, official in self._counts.items():
             unit = self.source.official_unit
             kept = getattr(counts.get(split, SplitCounts()), unit)
             if kept == official:

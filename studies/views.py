@@ -13,7 +13,8 @@ def view_named(text: str) -> str:
 
     "unknown" if the text names neither or both. Case, hyphens and underscores are ignored.
     """
-    words = set(re.findall(r"[A-Z]+", text.upper().replace("-", "")))
+    text = re.sub(r"(POSTERO|ANTERO|LATERO)[\s_]+", r"\1", text.upper().replace("-", ""))
+    words = set(re.findall(r"[A-Z]+", text))
     # In "lateral decubitus", "lateral" is the patient's position and not the view.
     lateral = bool(words & _LATERAL) and not any(word.startswith("DECUB") for word in words)
     frontal = bool(words & _FRONTAL)

@@ -227,6 +227,7 @@ def test_push_other_folder_is_refused(tmp_path, summary):
         ("cc-by-nc-nd-4.0", "under cc-by-nc-nd-4.0, which forbids publishing"),
         ("CC BY-NC-ND 4.0 International", "forbids publishing"),
         ("PhysioNet Credentialed Health Data License 1.5.1", "forbids publishing"),
+        ("Stanford University Dataset Research Use Agreement", "forbids publishing"),
     ],
 )
 def test_push_licences_are_recognised_by_words(tmp_path, licence, message):

@@ -157,6 +157,48 @@ def test_r2gen_official_counts_follow_the_collection(collection):
     assert open_source("r2gen", **collection({"train": [entry("mine", "a.png")]})).official_counts is None
 
 
+def test_r2gen_labels_of_promptmrg_are_finding_states(collection):
+    states = [3, 1, 0, 2, *[0] * 9, 1]
+    options = collection(
+        {
+            "train": [
+                entry("a", "a.png", subject_id=1, labels=[*states, 1, 0, 0, 1], clip_indices=[5, 7]),
+                entry("b", "b.png", subject_id=2, labels=[0] * 13 + [2]),
+                entry("c", "c.png", subject_id=3, labels=[0, 1]),
+                entry("d", "d.png", subject_id=4, labels=[0] * 13 + [3]),
+                entry("e", "e.png", subject_id=5, labels=[4] * 14),
+                entry("f", "f.png", subject_id=6),
+            ]
+        }
+    )
+    source = open_source("r2gen", **options, labels="labels")
+    entries = list(source.entries())
+    studies = [source.read(item) for item in entries[:2]]
+    assert [study.finding_states for study in studies] == [states, [0] * 14]
+    assert [item.reason.partition(" has ")[2] for item in entries[2:]] == [
+        "labels of 2 values: expected a list of 14 or 18 states",
+        "labels with a wrong state (No Finding is uncertain: expected positive, negative or unmentioned)",
+        "labels with a wrong state (unknown finding state 4: expected one of unmentioned, positive, negative, unclear "
+        "(or 0 to 3))",
+        "labels None: expected a list of 14 or 18 states",
+    ]
+    assert load_studies("r2gen", **options)["train"]["finding_states"][:] == [None] * 6
+
+
+def test_r2gen_list_without_splits_is_one_split(collection):
+    options = collection({"test": [entry("CXR7_IM-0001", "CXR7_IM-0001/0.png"), entry("CXR8_IM-0002", "b.png")]})
+    studies = json.loads(options["annotation"].read_text())["test"]
+    options["annotation"].write_text(json.dumps(studies))
+    assert list(load_studies("r2gen", **options)) == ["test"]
+    source = open_source("r2gen", **options, split="train")
+    assert [item.split for item in source.entries()] == ["train", "train"]
+    # R2Gen's counts are of its splits.
+    assert source.official_counts is None and source.official_ids("train") is None
+    assert source.read(next(source.entries())).licence == "CC BY-NC-ND 4.0"
+    with pytest.raises(ValueError, match="option 'split' is 'dev': expected one of train, validation, test"):
+        open_source("r2gen", **options, split="dev")
+
+
 def test_r2gen_iu_xray_is_complete():
     folder = os.environ.get("OTDRG_IU_XRAY")
     if not folder:

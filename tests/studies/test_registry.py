@@ -74,7 +74,8 @@ def test_prepare_registered_source_is_in_the_help(toy, capsys):
 def test_load_studies_unknown_source_names_the_known_ones():
     with pytest.raises(
         ValueError,
-        match="unknown source of studies 'iu': expected one of csv, dicom, hub, mimic-cxr, open-i, phantom, r2gen",
+        match="unknown source of studies 'iu': expected one of chexpert-plus, csv, dicom, hub, mimic-cxr, open-i, "
+        "phantom, r2gen, rexgradient",
     ):
         load_studies("iu")
 

@@ -8,6 +8,8 @@ from otdrg.studies.views import view_named
         *((position, "frontal") for position in ("PA", "AP", "AP AXIAL", "AP LLD", "PA RLD", "ap ", "AP|Erect")),
         *((position, "lateral") for position in ("LATERAL", "LL", "RL", "XTABLE LATERAL", "Lateral")),
         ("postero-anterior", "frontal"),
+        ("POSTERO_ANTERIOR", "frontal"),
+        ("antero posterior", "frontal"),
         ("chest_lat", "lateral"),
         ("PA and lateral", "unknown"),
         *((position, "unknown") for position in ("", "LAO", "RAO", "LPO", "SWIMMERS", "LEFT LATERAL DECUBITUS", "nan")),
