@@ -1,4 +1,4 @@
-"""The labeler `llm`: a frozen LLM reads the finding states from a report (DLE; paper, section 3.2.1)."""
+"""The labeler `llm`: a frozen LLM reads the finding states from a report's sentences (DLE; paper, section 3.2.1)."""
 
 from __future__ import annotations
 
@@ -11,30 +11,35 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..findings_otdrg import FINDINGS, POSITIVE, UNCLEAR, UNMENTIONED
+from ..findings_otdrg import FINDINGS, NEGATIVE, POSITIVE, UNCLEAR, UNMENTIONED
 from ..runtime.journal import Journal
 from . import check_reports, warn_of_reports
 from .llm_prompt import ASKED, PROMPT, load_prompt
+from .sentences import split_sentences
 
-#: Receives a report and the ids of its 13 states, None if no answer was valid.
+#: Receives a sentence and the ids of its 13 states, None if no answer was valid.
 Keep = Callable[[str, "list[int] | None"], None]
 
 _BARRING = [position for position, name in enumerate(ASKED) if name != "support_devices"]
+#: Of the states of one finding in several sentences, the last of these counts, as in CheXpert's labels.
+_STRENGTH = {state: place for place, state in enumerate((UNMENTIONED, NEGATIVE, UNCLEAR, POSITIVE))}
 
 
 class AskedLLM(Protocol):
     """An LLM in this process or on a server."""
 
-    def ask(self, reports: list[str], keep: Keep) -> None:
-        """Ask for the states of different reports; `keep` is called for each as soon as it is answered."""
+    def ask(self, sentences: list[str], keep: Keep) -> None:
+        """Ask for the states of different sentences; `keep` is called for each as soon as it is answered."""
 
 
 class LLMLabeler:
     """Reads finding states with a frozen instruction-tuned LLM.
 
-    The LLM is asked in its chat template for a JSON object of the findings that the report mentions. An answer with
-    another finding or state is invalid; then the LLM is asked again, with sampling. "No Finding" is positive if nothing
-    but support devices is positive or unclear (CheXpert's rule).
+    The LLM is asked in its chat template for a JSON object of the findings that a sentence mentions. Each different
+    sentence is asked about once. What the answer says of other findings is ignored; an answer without JSON, or with
+    another state, is invalid, and the LLM is asked again, with sampling. A finding of several sentences is positive if
+    it is in one of them, else unclear if it is in one of them. "No Finding" is positive if nothing but support devices
+    is positive or unclear (CheXpert's rule).
 
     Args:
         model: Hub id, folder or GGUF file of the LLM; with `endpoint`, its name on the server.
@@ -42,11 +47,11 @@ class LLMLabeler:
             `OPENAI_API_KEY` holds its key, if it needs one. By default the LLM is loaded into this process.
         concurrency: requests to the endpoint at a time.
         timeout: seconds to wait for an answer of the endpoint.
-        batch_size: reports in a batch. Only without `endpoint`.
+        batch_size: sentences in a batch. Only without `endpoint`.
         retries: how often the LLM is asked again after an invalid answer.
         max_new_tokens: longest answer; more for an LLM that thinks first.
-        cache: file that stores the states of each report by model and prompt, so that an interrupted labelling can
-            continue and no report is read twice. By default `otdrg/llm_states.jsonl` in the folder `HF_HOME`.
+        cache: file that stores the states of each sentence by model and prompt, so that an interrupted labelling can
+            continue and no sentence is read twice. By default `otdrg/llm_states.jsonl` in the folder `HF_HOME`.
         prompt: prompt file; by default that of the package.
         dtype: type of the LLM's weights. Only without `endpoint`.
         device: by default accelerate's choice, see [`inference_device`]. Only without `endpoint`.
@@ -69,7 +74,7 @@ class LLMLabeler:
         timeout: float = 600,
         batch_size: int = 8,
         retries: int = 2,
-        max_new_tokens: int = 400,
+        max_new_tokens: int = 150,
         cache: str | os.PathLike | None = None,
         prompt: str | os.PathLike = PROMPT,
         dtype: str = "bfloat16",
@@ -109,50 +114,65 @@ class LLMLabeler:
     def label(self, reports: Sequence[str]) -> np.ndarray:
         """(N, 14) int64 state ids of N reports.
 
-        Reports without text, and those without a valid answer, have all findings unmentioned, including "No Finding".
-        Warnings count and list these reports.
+        Reports without text, and those with a sentence without a valid answer, have all findings unmentioned, including
+        "No Finding". Warnings count and list these reports.
 
         Raises:
             ConnectionError: the endpoint does not answer, or refuses to; the answers so far are in the cache.
             TypeError, ValueError: as [`check_reports`].
         """
+        check_reports(reports)
+        read = [_sentences(report) for report in reports]
+        found = self._answers({sentence for sentences in read for sentence in sentences})
+        rows = np.full((len(read), len(FINDINGS)), UNMENTIONED, dtype=np.int64)
+        empty, invalid = [], []
+        for place, sentences in enumerate(read):
+            states = [answer for sentence in sentences if (answer := found[sentence]) is not None]
+            if not sentences:
+                empty.append(place)
+            elif len(states) < len(sentences):
+                invalid.append(place)
+            else:
+                rows[place] = _with_no_finding([max(given, key=_STRENGTH.get) for given in zip(*states, strict=True)])
+        warn_of_reports(empty, len(read), "hold no text: all findings unmentioned")
+        warn_of_reports(
+            invalid, len(read), "hold a sentence that got no valid answer: all findings of the report unmentioned"
+        )
+        return rows
+
+    def _answers(self, sentences: set[str]) -> dict[str, list[int] | None]:
+        """States of each sentence, from the cache or the LLM; None without a valid answer."""
         from tqdm.auto import tqdm
 
-        check_reports(reports)
-        # Lone surrogates can be neither encoded nor sent.
-        texts = [" ".join(report.encode("utf-8", "replace").decode().split()) for report in reports]
-        places: dict[str, list[int]] = {}
-        for place, text in enumerate(texts):
-            places.setdefault(text, []).append(place)
-        empty = places.pop("", [])
-        found = {text: self._cache.get(text) for text in places}
-        # Sorted by length, so that batches need little padding.
-        unknown = sorted((text for text, states in found.items() if states is None), key=len)
-        with tqdm(total=len(unknown), desc=self.name, unit="report", disable=not self.progress) as bar:
+        found = {sentence: self._cache.get(sentence) for sentence in sentences}
+        # Sorted by length, so that batches need little padding; then by text, so that two runs have the same batches.
+        unknown = sorted((text for text, states in found.items() if states is None), key=lambda text: (len(text), text))
+        if not unknown:
+            return found
+        with tqdm(total=len(unknown), desc=self.name, unit="sentence", disable=not self.progress) as bar:
 
-            def keep(text: str, states: list[int] | None) -> None:
-                found[text] = states
+            def keep(sentence: str, states: list[int] | None) -> None:
+                found[sentence] = states
                 if states is not None:
-                    self._cache.put(text, states)
+                    self._cache.put(sentence, states)
                 bar.update()
 
-            if unknown:
-                try:
-                    self._llm.ask(unknown, keep)
-                except ConnectionError as error:
-                    answered = sum(found[text] is not None for text in unknown)
-                    raise ConnectionError(
-                        f"{error}; {answered:,} of {len(unknown):,} reports are answered and kept in "
-                        f"{self._cache.path}, and will not be asked again"
-                    ) from error
-        rows = np.full((len(texts), len(FINDINGS)), UNMENTIONED, dtype=np.int64)
-        for text, states in found.items():
-            if states is not None:
-                rows[places[text]] = _with_no_finding(states)
-        warn_of_reports(empty, len(texts), "hold no text: all findings unmentioned")
-        invalid = [place for text, states in found.items() if states is None for place in places[text]]
-        warn_of_reports(invalid, len(texts), "got no valid answer: all findings unmentioned")
-        return rows
+            try:
+                self._llm.ask(unknown, keep)
+            except ConnectionError as error:
+                answered = sum(found[sentence] is not None for sentence in unknown)
+                raise ConnectionError(
+                    f"{error}; {answered:,} of {len(unknown):,} sentences are answered and kept in {self._cache.path}, "
+                    "and will not be asked again"
+                ) from error
+        return found
+
+
+def _sentences(report: str) -> list[str]:
+    """The sentences of a report, each with a capital letter and a full stop."""
+    # Lone surrogates can be neither encoded nor sent.
+    parts = (" ".join(part.split()) for part in split_sentences(report.encode("utf-8", "replace").decode()))
+    return [f"{part[0].upper()}{part[1:]}." for part in parts if any(map(str.isalnum, part))]
 
 
 def _with_no_finding(states: Sequence[int]) -> list[int]:
@@ -175,13 +195,17 @@ def _changed(model: str | os.PathLike) -> int | None:
 
 
 class _Cache:
-    """States by report, in memory and on disk; rows of other settings are kept."""
+    """States by sentence, in memory and on disk; rows of other settings are kept."""
 
     def __init__(self, path: str | os.PathLike, settings: list[Any]):
         self.path = Path(path)
         self._settings = json.dumps(settings)
         self._journal = Journal(path)
-        self._states: dict[str, list[int]] = {row["report"]: row["states"] for row in self._journal.rows}
+        self._states: dict[str, list[int]] = {
+            row["sentence"]: row["states"]
+            for row in self._journal.rows
+            if "sentence" in row  # earlier versions asked about whole reports
+        }
 
     def _key(self, text: str) -> str:
         return hashlib.sha256(f"{self._settings}\n{text}".encode()).hexdigest()
@@ -190,6 +214,6 @@ class _Cache:
         return self._states.get(self._key(text))
 
     def put(self, text: str, states: list[int]) -> None:
-        row = {"report": self._key(text), "states": states}
-        self._states[row["report"]] = states
+        row = {"sentence": self._key(text), "states": states}
+        self._states[row["sentence"]] = states
         self._journal.add([row])

@@ -33,7 +33,7 @@ _HINTS = {
 
 
 class Endpoint:
-    """Asks an LLM on a server, many reports at a time; the arguments are those of [`LLMLabeler`].
+    """Asks an LLM on a server, many sentences at a time; the arguments are those of [`LLMLabeler`].
 
     Answers are limited to the JSON schema if the server supports it. `huggingface_hub.InferenceClient` is not used: it
     does not retry, rewrites the JSON schema for servers other than the Hub's, and refuses any request when
@@ -70,7 +70,7 @@ class Endpoint:
         ]
         self._reached = False
 
-    def ask(self, reports: list[str], keep: Keep) -> None:
+    def ask(self, sentences: list[str], keep: Keep) -> None:
         """As [`AskedLLM.ask`].
 
         Raises:
@@ -80,46 +80,46 @@ class Endpoint:
 
         # A thread of its own, because a notebook's has a loop already. An interruption cancels the requests.
         with start_blocking_portal() as portal:
-            portal.call(self._ask, reports, keep)
+            portal.call(self._ask, sentences, keep)
 
-    async def _ask(self, reports: list[str], keep: Keep) -> None:
+    async def _ask(self, sentences: list[str], keep: Keep) -> None:
         import openai
 
-        waiting = iter(reports)
+        waiting = iter(sentences)
 
         async def work() -> None:
-            for report in waiting:
-                keep(report, await self._answer(client, report))
+            for sentence in waiting:
+                keep(sentence, await self._answer(client, sentence))
 
         options = {"base_url": self.endpoint, "api_key": self._key or "none", "timeout": self.timeout}
         async with openai.AsyncOpenAI(**options, max_retries=_HTTP_RETRIES) as client:
             try:
                 if not self._reached:
-                    report = next(waiting)
-                    keep(report, await self._answer(client.with_options(max_retries=_FIRST_HTTP_RETRIES), report))
+                    sentence = next(waiting)
+                    keep(sentence, await self._answer(client.with_options(max_retries=_FIRST_HTTP_RETRIES), sentence))
                 await asyncio.gather(*(work() for _ in range(self.concurrency)))
             except openai.APIError as error:
                 raise ConnectionError(self._reason(error)) from error
 
-    async def _answer(self, client: openai.AsyncOpenAI, report: str) -> list[int] | None:
-        """Ids of the 13 states; None if no answer is valid, or the server refuses this report."""
+    async def _answer(self, client: openai.AsyncOpenAI, sentence: str) -> list[int] | None:
+        """Ids of the 13 states; None if no answer is valid, or the server refuses this sentence."""
         for attempt in range(self.retries + 1):
-            text = await self._write(client, report, attempt)
+            text = await self._write(client, sentence, attempt)
             if text is None:
                 return None
             if (states := self.prompt.parse(text)) is not None:
                 return states
         return None
 
-    async def _write(self, client: openai.AsyncOpenAI, report: str, attempt: int) -> str | None:
-        """What the LLM writes, with temperature 0 in the first attempt; None if the report is refused (too long)."""
+    async def _write(self, client: openai.AsyncOpenAI, sentence: str, attempt: int) -> str | None:
+        """What the LLM writes, with temperature 0 in the first attempt; None if the sentence is refused (too long)."""
         import openai
 
         for place, answer_format in enumerate(formats := self._formats):
             try:
                 reply = await client.chat.completions.create(
                     model=self.model,
-                    messages=self.prompt.chat(report),
+                    messages=self.prompt.chat(sentence),
                     max_tokens=self.max_new_tokens,
                     temperature=0.7 if attempt else 0.0,
                     seed=attempt,

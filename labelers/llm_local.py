@@ -52,37 +52,37 @@ class LocalLLM:
         self._room = limit - len(self._chat("")) - max_new_tokens
         if self._room < 1:
             raise ValueError(f"model {model} reads {limit} tokens, which the prompt and the answer fill")
-        # Up to the first token that depends on the report.
+        # Up to the first token that depends on the sentence.
         pairs = list(zip(self._chat("A b"), self._chat("The c"), strict=False))
         self._head = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
         self._head_cache = self._read(self._head)
 
-    def ask(self, reports: list[str], keep: Keep) -> None:
-        """As [`AskedLLM.ask`]; reports that do not fit into the context of the LLM are truncated."""
-        for start in range(0, len(reports), self.batch_size):
-            waiting = reports[start : start + self.batch_size]
+    def ask(self, sentences: list[str], keep: Keep) -> None:
+        """As [`AskedLLM.ask`]; sentences that do not fit into the context of the LLM are truncated."""
+        for start in range(0, len(sentences), self.batch_size):
+            waiting = sentences[start : start + self.batch_size]
             for attempt in range(self.retries + 1):
-                written = self._write([self._chat(self._cut(report)) for report in waiting], attempt)
-                answered = {report: self.prompt.parse(text) for report, text in zip(waiting, written, strict=True)}
-                for report, states in answered.items():
+                written = self._write([self._chat(self._cut(sentence)) for sentence in waiting], attempt)
+                answered = {sentence: self.prompt.parse(text) for sentence, text in zip(waiting, written, strict=True)}
+                for sentence, states in answered.items():
                     if states is not None or attempt == self.retries:
-                        keep(report, states)
-                waiting = [report for report, states in answered.items() if states is None]
+                        keep(sentence, states)
+                waiting = [sentence for sentence, states in answered.items() if states is None]
                 if not waiting:
                     break
 
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def _chat(self, report: str) -> list[int]:
+    def _chat(self, sentence: str) -> list[int]:
         return self._tokens(
-            self.tokenizer.apply_chat_template(self.prompt.chat(report), tokenize=False, add_generation_prompt=True)
+            self.tokenizer.apply_chat_template(self.prompt.chat(sentence), tokenize=False, add_generation_prompt=True)
         )
 
-    def _cut(self, report: str) -> str:
-        tokens = self._tokens(report)
+    def _cut(self, sentence: str) -> str:
+        tokens = self._tokens(sentence)
         if len(tokens) <= self._room:
-            return report
+            return sentence
         return self.tokenizer.decode(tokens[: self._room], skip_special_tokens=True)
 
     def _read(self, tokens: list[int]) -> Any:
@@ -110,7 +110,7 @@ class LocalLLM:
             shared[CACHE] = copy.deepcopy(self._head_cache)
             shared[CACHE].batch_repeat_interleave(len(rows))
         else:
-            head = 0  # the tokenizer merges the beginning of a report with what precedes it
+            head = 0  # the tokenizer merges the beginning of a sentence with what precedes it
         # Padded after the shared tokens, which are not encoded again.
         gaps = [longest - len(row) for row in rows]
         inputs = [row[:head] + [pad] * gap + row[head:] for row, gap in zip(rows, gaps, strict=True)]

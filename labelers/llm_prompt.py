@@ -1,4 +1,4 @@
-"""The question that the labeler `llm` asks about a report, and its possible answers (paper, section 3.2.1)."""
+"""The question that the labeler `llm` asks about a sentence, and its possible answers (paper, section 3.2.1)."""
 
 from __future__ import annotations
 
@@ -31,54 +31,57 @@ class Prompt:
         instruction: text before the findings.
         answers: word for each state, by its id.
         findings: description of each of the 13 findings.
-        examples: reports and the state ids of the findings they mention, in the order in which they mention them.
+        examples: sentences and the words for the findings they mention, in the order in which they mention them. Names
+            that are not among the 13 findings keep the LLM from taking other findings for one of them.
     """
 
     instruction: str
     answers: tuple[str, ...]
     findings: tuple[str, ...]
-    examples: tuple[tuple[str, dict[str, int]], ...]
+    examples: tuple[tuple[str, dict[str, str]], ...]
 
-    def chat(self, report: str) -> list[dict[str, str]]:
-        """The messages that ask for the states of a report: the instruction and the examples come first.
+    def chat(self, sentence: str) -> list[dict[str, str]]:
+        """The messages that ask for the states of a sentence: the instruction and the examples come first.
 
         There is no system message, which the chat templates of some LLMs refuse.
         """
         lines = [f"- {FINDING_DISPLAY_NAMES[name]}: {text}" for name, text in zip(ASKED, self.findings, strict=True)]
         messages = []
-        for example, states in self.examples:
-            messages += [_message("user", f"Report: {example}"), _message("assistant", self.answer(states))]
-        messages.append(_message("user", f"Report: {report}"))
+        for example, answer in self.examples:
+            messages += [_message("user", f"Sentence: {example}"), _message("assistant", json.dumps(answer))]
+        messages.append(_message("user", f"Sentence: {sentence}"))
         messages[0]["content"] = "\n".join([self.instruction, *lines, "", messages[0]["content"]])
         return messages
-
-    def answer(self, states: dict[str, int]) -> str:
-        """The JSON object of the findings that a report mentions."""
-        return json.dumps({FINDING_DISPLAY_NAMES[name]: self.answers[state] for name, state in states.items()})
 
     def schema(self) -> dict[str, Any]:
         """The JSON schema of an answer.
 
-        Not `properties`: servers then let the LLM write them in that order only, and a finding that it has passed over
-        cannot be written any more.
+        It does not limit the names: a finding that the LLM has no name for would be written as one of the 13.
         """
         words = [word for state, word in enumerate(self.answers) if state != UNMENTIONED]
-        names = [FINDING_DISPLAY_NAMES[name] for name in ASKED]
-        return {"type": "object", "propertyNames": {"enum": names}, "additionalProperties": {"enum": words}}
+        return {"type": "object", "additionalProperties": {"enum": words}}
 
     def parse(self, text: str) -> list[int] | None:
         """Ids of the 13 states in an answer.
 
-        Text around the first JSON object, and a thinking LLM's text before `</think>`, are skipped. None if there is no
-        object, or it has a finding or a word that was not asked for.
+        Text around the first JSON object, a thinking LLM's text before `</think>`, and names that were not asked for
+        are skipped. None if there is no object, or it has a word that was not asked for.
         """
         text = text.rpartition("</think>")[2]
         try:
             given, _ = json.JSONDecoder().raw_decode(text[text.index("{") :])
-            states = {finding_key(name): self.answers.index(word.strip().lower()) for name, word in given.items()}
+            states = {_key(name): self.answers.index(word.strip().lower()) for name, word in given.items()}
         except (ValueError, AttributeError, RecursionError):
             return None
         return [states.get(name, UNMENTIONED) for name in ASKED]
+
+
+def _key(name: str) -> str | None:
+    """A finding's key, None of another name."""
+    try:
+        return finding_key(name)
+    except ValueError:
+        return None
 
 
 def _message(role: str, content: str) -> dict[str, str]:
@@ -95,20 +98,18 @@ def load_prompt(path: str | Path = PROMPT) -> Prompt:
         content = read_yaml(path)
         words = {finding_state_id(state): str(word).lower() for state, word in content["answers"].items()}
         findings = {name: str(text) for name, text in content["findings"].items()}
-        examples = [(str(example["report"]), example["states"]) for example in content["examples"]]
-        named = [set(findings), *(set(states) for _, states in examples)]
-        if wrong := sorted(set().union(*named) - set(ASKED)) or sorted(set(ASKED) - set(findings)):
+        examples = tuple((str(sentence), dict(answer)) for sentence, answer in content["examples"].items())
+        if wrong := sorted(set(findings) ^ set(ASKED)):
             raise ValueError(f"finding {wrong[0]!r}: expected the findings {', '.join(ASKED)}")
         if len(set(words.values())) != len(FINDING_STATES):
             raise ValueError("answers: expected four different words")
+        if wrong := [word for _, answer in examples for word in answer.values() if word not in words.values()]:
+            raise ValueError(f"answer {wrong[0]!r} of an example: expected one of {', '.join(words.values())}")
         return Prompt(
             instruction=str(content["instruction"]),
             answers=tuple(words[state] for state in range(len(FINDING_STATES))),
             findings=tuple(findings[name] for name in ASKED),
-            examples=tuple(
-                (report, {name: finding_state_id(state) for name, state in states.items()})
-                for report, states in examples
-            ),
+            examples=examples,
         )
     except OSError as error:
         raise ValueError(f"prompt {path}: cannot be read ({error.strerror})") from None

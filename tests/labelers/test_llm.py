@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from otdrg.cli import main
-from otdrg.findings_otdrg import FINDING_STATES, FINDINGS
+from otdrg.findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS
 from otdrg.labelers import UnreadReportsWarning, load_labeler
 from otdrg.labelers.llm import LLMLabeler
 from otdrg.labelers.llm_prompt import ASKED, PROMPT, load_prompt
@@ -19,7 +19,7 @@ from transformers import (
 
 REPORTS = [
     "The heart is large.",
-    "No effusion. There is a port and an old fracture of a rib.",
+    "No effusion, but a port and an old fracture of a rib.",
     "Clear lungs.",
     "Normal heart and mediastinum.",
     "Opacity at the left base.",
@@ -71,7 +71,7 @@ def test_llm_shared_prefix_and_batches_equal_the_whole_text(llm, load, tmp_path)
 
 @pytest.mark.parametrize("kinds", [["sliding_attention", "full_attention"], ["sliding_attention"] * 2])
 def test_llm_sliding_window_equals_the_whole_text(write_llm, load, tmp_path, kinds):
-    fields = {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 64, "layer_types": kinds, "seed": 3}
+    fields = {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 64, "layer_types": kinds, "seed": 11}
     folder = write_llm(tmp_path / "llm", model=Gemma3ForCausalLM, config=Gemma3TextConfig, **fields)
     expected = answers_to_whole_texts(folder, Gemma3ForCausalLM)
     assert len(set(map(tuple, expected))) > 1
@@ -83,15 +83,15 @@ def test_llm_cache_is_continued(llm, load, tmp_path):
     expected = load(llm).label(REPORTS[:3]).tolist()
     assert len(cache.read_text().splitlines()) == 3
     with cache.open("a") as file:
-        file.write('{"report": "torn')
+        file.write('{"report": "of an earlier version", "states": []}\n{"sentence": "torn')
     labeler = load(llm)
     assert labeler.label([*REPORTS[:4], REPORTS[0]]).tolist()[:3] == expected
-    assert len(cache.read_text().splitlines()) == 4
+    assert len(cache.read_text().splitlines()) == 5
     # Another prompt has states of its own.
     prompt = tmp_path / "prompt.yaml"
     prompt.write_text(PROMPT.read_text(encoding="utf-8").replace("chest radiograph", "radiograph"), encoding="utf-8")
     load(llm, prompt=prompt).label(REPORTS[:3])
-    assert len(cache.read_text().splitlines()) == 4 + 3
+    assert len(cache.read_text().splitlines()) == 5 + 3
 
 
 def test_llm_cache_of_changed_weights_is_not_used(write_llm, load, tmp_path):
@@ -115,7 +115,7 @@ def test_llm_invalid_answers_are_asked_again_and_counted(write_llm, load, tmp_pa
 
 def test_llm_nonsense_is_counted(write_llm, load, tmp_path):
     labeler = load(write_llm(tmp_path / "llm", "none"), retries=1, max_new_tokens=4)
-    with pytest.warns(UnreadReportsWarning, match=r"2 of 2 reports \(positions 0, 1\) got no valid answer"):
+    with pytest.warns(UnreadReportsWarning, match=r"2 of 2 reports \(positions 0, 1\) hold a sentence that got"):
         assert not labeler.label(REPORTS[:2]).any()
     assert not (tmp_path / "states.jsonl").exists()
 
@@ -166,18 +166,40 @@ def test_llm_prompt_examples_are_answers_of_their_own_schema():
     prompt = load_prompt()
     chat = prompt.chat("Clear lungs.")
     assert [message["role"] for message in chat] == ["user", "assistant"] * len(prompt.examples) + ["user"]
-    assert prompt.instruction in chat[0]["content"] and chat[-1]["content"] == "Report: Clear lungs."
-    schema = prompt.schema()
-    for message, (_, states) in zip(chat[1::2], prompt.examples, strict=True):
+    assert prompt.instruction in chat[0]["content"] and chat[-1]["content"] == "Sentence: Clear lungs."
+    words = ["unmentioned", *prompt.schema()["additionalProperties"]["enum"]]
+    assert words == ["unmentioned", "present", "absent", "uncertain"]
+    named = set()
+    for message in chat[1::2]:
         answer = json.loads(message["content"])
-        assert set(answer) <= set(schema["propertyNames"]["enum"])
-        assert set(answer.values()) <= set(schema["additionalProperties"]["enum"])
-        assert prompt.parse(message["content"]) == [states.get(name, 0) for name in ASKED]
+        expected = [words.index(answer.get(FINDING_DISPLAY_NAMES[name], "unmentioned")) for name in ASKED]
+        assert prompt.parse(message["content"]) == expected
+        named |= set(answer)
+    # Each finding has an example, and so have findings that are not asked for.
+    assert named > {FINDING_DISPLAY_NAMES[name] for name in ASKED}
+
+
+def test_llm_sentences_are_asked_once_and_the_strongest_state_counts(llm, load, tmp_path):
+    sentences = ["Small effusion.", "No effusion.", "Heart is large."]
+    alone = dict(zip(sentences, load(llm).label(sentences)[:, :13].tolist(), strict=True))
+    assert len({tuple(states) for states in alone.values()}) > 1
+    lines = tmp_path / "states.jsonl"
+    assert len(lines.read_text().splitlines()) == 3
+    strength = {0: 0, 2: 1, 3: 2, 1: 3}
+    reports = ["No effusion.\n\nSMALL  effusion!", "1. Heart is large\n2. Small effusion"]
+    reports.append("No effusion. Heart is large.")
+    parts = [sentences[1::-1], sentences[::2], sentences[1:]]
+    expected = [
+        [max(given, key=strength.get) for given in zip(*(alone[part] for part in own), strict=True)] for own in parts
+    ]
+    assert load(llm).label(reports)[:, :13].tolist() == expected
+    assert len(lines.read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize(
     ("text", "states"),
     [
+        ('{"Gout": "absent", "Edema": "absent", "No Finding": "present"}', {"edema": 2}),
         ('Here it is: {"Edema": "absent"} {"Edema": "present"}', {"edema": 2}),
         ('```json\n{"pleural_effusion": " Present ", "EDEMA": "unmentioned"}\n```', {"pleural_effusion": 1}),
         ('<think>{"Edema": "present"}</think>{"Edema": "uncertain", "No Finding": "absent"}', {"edema": 3}),
@@ -190,7 +212,7 @@ def test_llm_valid_answers_are_parsed(text, states):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "none", "[]", '{"Edema": "absent"', '{"Edema": "yes"}', '{"Edema": 1}', '{"Gout": "absent"}', "{" * 100_000],
+    ["", "none", "[]", '{"Edema": "absent"', '{"Edema": "yes"}', '{"Edema": 1}', "{" * 100_000],
 )
 def test_llm_invalid_answers_are_refused(text):
     assert load_prompt().parse(text) is None
@@ -199,7 +221,8 @@ def test_llm_invalid_answers_are_refused(text):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("cardiomegaly: positive", "big_heart: positive", "finding 'big_heart': expected the findings"),
+        ('cardiomegaly: "heart', 'big_heart: "heart', "finding 'big_heart': expected the findings"),
+        ("Atelectasis: uncertain", "Atelectasis: maybe", "answer 'maybe' of an example: expected one of"),
         ('  fracture: "fracture"\n', "", "finding 'fracture': expected the findings"),
         ("positive: present", "sure: present", "unknown finding state 'sure'"),
         ("positive: present", "positive: absent", "four different words"),

@@ -18,12 +18,13 @@ from otdrg.labelers.llm_prompt import load_prompt
 
 pytest.importorskip("openai")
 
-REPORTS = [f"The heart is {size}. {'No ' if place % 2 else ''}effusion." for place, size in enumerate("abcdefgh")]
+# Of one sentence each.
+REPORTS = [f"Heart of size {size}, {'no ' if place % 2 else ''}effusion." for place, size in enumerate("abcdefgh")]
 
 
 def well(report, attempt):
     """A valid answer."""
-    return json.dumps({"Cardiomegaly": "present", "Pleural Effusion": "absent" if "No " in report else "present"})
+    return json.dumps({"Cardiomegaly": "present", "Pleural Effusion": "absent" if "no " in report else "present"})
 
 
 class ChatServer:
@@ -53,7 +54,7 @@ class ChatServer:
 
     def answer(self, handler):
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
-        report = body["messages"][-1]["content"].removeprefix("Report: ")
+        report = body["messages"][-1]["content"].removeprefix("Sentence: ")
         with self.lock:
             attempt = self.asked[report]
             self.asked[report] += 1
@@ -157,7 +158,7 @@ def test_endpoint_refusing_for_now_is_asked_again(server, load):
 
 
 def test_endpoint_nonsense_is_asked_again_and_counted(server, load):
-    nonsense = {0: ["late", well], 1: ['{"Gout": "present"}'], 2: ['{"Edema": "maybe"}'], 3: ["{}"]}
+    nonsense = {0: ["late", well], 1: ['{"Edema": 1}'], 2: ['{"Edema": "maybe"}'], 3: ["{}"]}
 
     def behave(report, attempt):
         answers = nonsense[REPORTS.index(report)]
@@ -165,7 +166,7 @@ def test_endpoint_nonsense_is_asked_again_and_counted(server, load):
         return answer(report, attempt) if callable(answer) else answer
 
     server.behaviour = behave
-    with pytest.warns(UnreadReportsWarning, match=r"2 of 4 reports \(positions 1, 2\) got no valid answer"):
+    with pytest.warns(UnreadReportsWarning, match=r"2 of 4 reports \(positions 1, 2\) hold a sentence that got"):
         states = load(retries=1).label(REPORTS[:4])
     assert of(states, "no_finding") == [0, 0, 0, 1] and not states[1:3].any()
     assert [server.asked[report] for report in REPORTS[:4]] == [2, 2, 2, 1]
@@ -173,15 +174,15 @@ def test_endpoint_nonsense_is_asked_again_and_counted(server, load):
 
 
 def test_endpoint_refused_report_is_skipped(server, load):
-    long = "No effusion. " * 50
+    long = f"{'No effusion, ' * 50}clear."
 
     def behave(report, attempt):
         return (400, {"error": {"message": "too many tokens"}}) if len(report) > 500 else well(report, attempt)
 
     server.behaviour = behave
-    with pytest.warns(UnreadReportsWarning, match=r"1 of 2 reports \(positions 0\) got no valid answer"):
+    with pytest.warns(UnreadReportsWarning, match=r"1 of 2 reports \(positions 0\) hold a sentence that got"):
         assert of(load().label([long, REPORTS[0]]), "cardiomegaly") == [0, 1]
-    assert server.asked[long.strip()] == 1
+    assert server.asked[long.lower().capitalize()] == 1
 
 
 def closed_port():
@@ -240,7 +241,7 @@ def test_endpoint_wrong_is_one_line(server, load, tmp_path, behaviour, path, mes
         load(endpoint=endpoint, timeout=timeout).label(REPORTS)
     line = str(caught.value)
     assert line.startswith(endpoint) and "\n" not in line and "sk-secret" not in line
-    assert "; 0 of 8 reports are answered and kept in " in line
+    assert "; 0 of 8 sentences are answered and kept in " in line
     assert set(server.asked) <= {REPORTS[0]}
     assert server.keys <= {"Bearer sk-secret"}
 
@@ -264,7 +265,7 @@ def test_endpoint_dying_server_keeps_the_answers(server, load, tmp_path, monkeyp
     monkeypatch.setattr(llm_endpoint, "_HTTP_RETRIES", 1)
     server.behaviour = lambda report, attempt: well(report, attempt) if len(server.asked) <= 3 else None
     labeler = load(concurrency=1)
-    with pytest.raises(ConnectionError, match=r"cannot be reached .*; 3 of 8 reports are answered and kept in "):
+    with pytest.raises(ConnectionError, match=r"cannot be reached .*; 3 of 8 sentences are answered and kept in "):
         labeler.label(REPORTS)
     assert len((tmp_path / "states.jsonl").read_text().splitlines()) == 3
     server.asked.clear()
@@ -281,7 +282,7 @@ def test_endpoint_killed_command_asks_nothing_twice(server, tmp_path, signal):
 
     server.behaviour = slow
     reports, cache, output = tmp_path / "reports.csv", tmp_path / "states.jsonl", tmp_path / "states.csv"
-    reports.write_text("id,report\n" + "".join(f"{place},{text}\n" for place, text in enumerate(REPORTS)))
+    reports.write_text("id,report\n" + "".join(f'{place},"{text}"\n' for place, text in enumerate(REPORTS)))
     options = {"endpoint": server.url, "model": "m", "concurrency": 2, "cache": cache}
     command = ["label", "--reports", str(reports), "--labeler", "llm", "--output", str(output)]
     command += [part for name, value in options.items() for part in ("--option", f"{name}={value}")]
