@@ -201,6 +201,7 @@ def test_push_uploads_model_code_card_and_licence(hub, pushed, trained):
     names = set(repo.files)
     assert names >= SHIPPED | {"README.md", "LICENSE", "metrics.json", "config.json", "generation_config.json"}
     assert names >= {"model.safetensors", "processor_config.json", "tokenizer.json", "chat_template.jinja"}
+    assert names >= {"handler.py", "requirements.txt"}
     assert all(not name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5")) for name in names)
     assert "adapter_config.json" not in names
     everything = pushed.stdout + pushed.stderr + "".join(map(str, repo.files.values()))
@@ -357,7 +358,8 @@ def test_push_adapter_uploads_only_the_models_files(hub, push, backbones_on_hub,
     assert done.returncode == 0, done.stderr
     files = hub.repos["models", "org/bare"].files
     written = {path.name for path in (trained[2] / "run" / "adapter").iterdir()}
-    assert files.keys() == written | SHIPPED | {"README.md", "LICENSE", "metrics.json"}
+    described = {"README.md", "LICENSE", "metrics.json", "handler.py", "requirements.txt"}
+    assert files.keys() == written | SHIPPED | described
     assert not [name for name, content in files.items() if b"of a patient" in content]
     weights = bytearray((folder / "model.safetensors").read_bytes())
     weights[-1] ^= 1
