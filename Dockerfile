@@ -14,7 +14,8 @@ ENV PIP_NO_CACHE_DIR=1 \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
-# In a layer of its own, because it is large and changes rarely.
+# In a layer of its own, because it is large and changes rarely. Versions are those that pyproject.toml allows.
+# hadolint ignore=DL3013
 RUN pip install torch torchvision --index-url "${TORCH_INDEX}"
 
 WORKDIR /src
@@ -30,16 +31,17 @@ COPY runtime/ runtime/
 COPY serving/ serving/
 COPY studies/ studies/
 COPY training/ training/
+# hadolint ignore=DL3013
 RUN pip install ".[serve,dicom]" && rm -rf /src/*
 
 RUN useradd --create-home --uid 1000 otdrg
-USER otdrg
+USER 1000
 WORKDIR /home/otdrg
 
 EXPOSE 8000
 # A large model takes minutes to load.
 HEALTHCHECK --start-period=10m --interval=30s --timeout=10s \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=8)"]
-# The port is opened by docker's -p, which decides who can ask. Other models: docker run ... otdrg org/name --server-name 0.0.0.0
+# Inside the container; docker's -p decides who can ask. Arguments of `docker run` replace those of CMD.
 ENTRYPOINT ["otdrg", "serve"]
 CMD ["/model", "--server-name", "0.0.0.0"]

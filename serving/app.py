@@ -223,7 +223,7 @@ def _refusal(error: Exception) -> RefusedError:
 
 
 def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(content)}\n\n"
 
 
 def _finish_reason(record: dict[str, Any]) -> str:

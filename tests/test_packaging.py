@@ -104,6 +104,6 @@ def test_dockerfile_copies_the_package_and_dockerignore_allows_it():
     allowed = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     assert "*" in allowed and {f"!{name.rstrip('/')}" for name in copied} == {one for one in allowed if one[:1] == "!"}
     user, entry = (next(line for line in reversed(lines) if line.startswith(word)) for word in ("USER", "ENTRYPOINT"))
-    assert user == "USER otdrg" and lines.index(user) < lines.index(entry)
+    assert user == "USER 1000" and lines.index(user) < lines.index(entry)
     extras = re.search(r'pip install "\.\[([\w,]+)\]"', "\n".join(lines))[1]
     assert set(extras.split(",")) <= PROJECT["project"]["optional-dependencies"].keys()

@@ -30,6 +30,8 @@ from otdrg.serving.gate import Limits
 from otdrg.serving.writer import ReportWriter
 
 TOKENS = 24
+SIZE = {"hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 512}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
 NAME = "org/otdrg"
 GREEDY = {"num_beams": 1, "max_new_tokens": TOKENS, "candidates": 1}
 LIMITS = Limits(requests=4, images=2, image_bytes=2**20, body_bytes=3 * 2**20, held_bytes=4 * 2**20, seconds=2)
@@ -37,7 +39,9 @@ LIMITS = Limits(requests=4, images=2, image_bytes=2**20, body_bytes=3 * 2**20, h
 
 @pytest.fixture(scope="module")
 def pipe(build_model):
-    model, processor = build_model()
+    """Wide weights and a head of its own, so that an untrained LLM's text depends on the study."""
+    text = {**SIZE, **HEADS, "initializer_range": 0.3, "tie_word_embeddings": False}
+    model, processor = build_model(seed=2, text_config=text)
     return ReportGenerationPipeline(model=model, processor=processor)
 
 
@@ -127,7 +131,7 @@ def eventually(condition):
 
 
 def test_completion_and_stream_equal_the_pipeline(client, pipe, view):
-    parts = []
+    parts, texts = [], set()
     for views, text in (([view(0)], None), ([view(1), view(2)], "Cough."), ([view(3)], "Chest pain, rule out edema.")):
         expected = pipe({"images": views, "indication": text}, return_contradictions=True, **GREEDY)[0]
         whole = client.chat.completions.create(**study(*views, text=text))
@@ -141,7 +145,8 @@ def test_completion_and_stream_equal_the_pipeline(client, pipe, view):
         assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
         assert len({chunk.id for chunk in chunks}) == 1
         parts.append(len(chunks))
-    assert max(parts) > 5  # those without words are three
+        texts.add(expected["generated_text"])
+    assert max(parts) > 6 and len(texts) == 3  # a report of one word has four chunks
 
 
 def same(found, expected):
@@ -170,7 +175,7 @@ def test_concurrent_requests_share_batches_and_keep_their_texts(client, server, 
     texts = [first.choices[0].message.content, stream, two.choices[0].message.content, edema.choices[0].message.content]
     expected = [pipe([[view(0)]], **GREEDY), pipe([[view(1)]], **GREEDY), pipe([[view(2), view(3)]], **GREEDY)]
     expected.append(pipe([[view(4)]], findings={"edema": "positive"}, **GREEDY))
-    assert texts == [found[0][0]["generated_text"] for found in expected]
+    assert texts == [found[0][0]["generated_text"] for found in expected] and len(set(texts)) == 4
     assert edema.otdrg["findings"]["edema"]["state"] == "positive"
 
 
