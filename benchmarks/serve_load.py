@@ -57,8 +57,9 @@ def main() -> None:
             memory.mark()
     print(load.table())
     print(memory.summary())
-    if load.failed or load.differing():
-        raise SystemExit(f"{sum(load.failed.values())} requests failed, {load.differing()} phantoms have several texts")
+    failed, differing = sum(load.failed.values()), load.differing()
+    if failed or differing:
+        raise SystemExit(f"{failed} requests failed, {differing} phantoms have several texts")
 
 
 def make_study(index: int, side: int) -> list[dict]:

@@ -118,7 +118,10 @@ def run(options: argparse.Namespace) -> None:
     limits = Limits(requests=options.queue, images=options.max_images)
     key = os.environ.get(KEY_VARIABLE) or None
     app = build_app(writer, name, Hosts(options.server_name), limits, key, options.allow_origin)
-    _serve(app, options, name)
+    try:
+        _serve(app, options, name)
+    finally:
+        writer.close()
 
 
 def _name(model: str) -> str:
