@@ -35,6 +35,8 @@ from otdrg.studies.phantom import make_phantom
 #: Phantoms that users ask about, in turn.
 PHANTOMS = 8
 KINDS = ("whole", "stream")
+#: Name of the model in requests.
+MODEL = "model"
 
 
 def main() -> None:
@@ -78,7 +80,7 @@ def serving(model: str, arguments: list[str]) -> Iterator[tuple[psutil.Process, 
     """Start `otdrg serve` in another process; yields the process and its address."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "otdrg.cli", "serve", model, "--port", str(port), "--name", "model", *arguments]
+    command = [sys.executable, "-m", "otdrg.cli", "serve", model, "--port", str(port), "--name", MODEL, *arguments]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         if not server.stdout.readline():
@@ -147,7 +149,7 @@ class Load:
         start = time.monotonic()
         messages = [{"role": "user", "content": self.studies[study]}]
         try:
-            answer = await client.chat.completions.create(model="model", messages=messages, stream=kind == "stream")
+            answer = await client.chat.completions.create(model=MODEL, messages=messages, stream=kind == "stream")
             if kind == "whole":
                 text = answer.choices[0].message.content
             else:

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
 
@@ -110,7 +111,12 @@ class Completions:
         asked = await self._read(request)
         events: asyncio.Queue[Any] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        job = Job(asked, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
+
+        def put(event: Any) -> None:
+            with suppress(RuntimeError):  # the server has ended
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        job: Job | None = Job(asked, put)
         self.writer.submit(job)
         identity = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.name}
         try:
@@ -118,7 +124,7 @@ class Completions:
             if isinstance(event, Exception):
                 raise _refusal(event)
             if asked.stream:
-                stream, job = self._stream(job, event, events, identity), None
+                stream, job = self._stream(job, event, events, identity), None  # the stream ends the job
                 return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
             return JSONResponse(self._completion(asked, event, identity))
         finally:

@@ -68,11 +68,12 @@ class Gate:
                 body = await self._read(incoming, share)
                 await self.app({**scope, "free": share.free}, _replayed(body, receive), send)
         except RefusedError as refused:
-            # Clients read an answer only after they have sent the whole request.
-            with suppress(TimeoutError, _Left):
-                async with asyncio.timeout(self.limits.seconds):
-                    while not incoming.complete:
-                        await incoming()
+            if refused.status != HTTPStatus.REQUEST_TIMEOUT:
+                # Clients read an answer only after they have sent the whole request.
+                with suppress(TimeoutError, _Left):
+                    async with asyncio.timeout(self.limits.seconds):
+                        while not incoming.complete:
+                            await incoming()
             await refused.response()(scope, receive, send)
         except _Left:
             pass
@@ -92,10 +93,8 @@ class Gate:
             )
         given = headers.get("authorization", "").partition("Bearer ")[2]
         if self.key and path != "/health" and not hmac.compare_digest(given.encode(), self.key.encode()):
-            raise RefusedError(
-                HTTPStatus.UNAUTHORIZED, f"wrong or no API key: expected the {KEY_VARIABLE} of the server",
-                code="invalid_api_key",
-            )  # fmt: skip
+            message = f"wrong or no API key: expected the {KEY_VARIABLE} of the server"
+            raise RefusedError(HTTPStatus.UNAUTHORIZED, message, code="invalid_api_key")
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:
@@ -121,12 +120,16 @@ class Gate:
 
     async def _read(self, incoming: _Incoming, share: _Share) -> list[bytes]:
         """The body of a request, in parts."""
-        chunks, limits = [], self.limits
+        chunks: list[bytes] = []
+        limits = self.limits
         try:
             async with asyncio.timeout(limits.seconds):
                 while not incoming.complete:
                     chunks.append(await incoming())
                     share.add(len(chunks[-1]))
+        except RefusedError:
+            chunks.clear()  # the error refers to this frame, and the rest of the request is still to be read
+            raise
         except TimeoutError as error:
             raise RefusedError(
                 HTTPStatus.REQUEST_TIMEOUT, f"the request did not arrive within {limits.seconds:g} seconds"

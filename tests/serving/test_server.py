@@ -1,6 +1,8 @@
 """The server of `otdrg serve`, asked by OpenAI's own client: equal reports, limits, the queue, and refusals."""
 
+import asyncio
 import base64
+import importlib
 import io
 import json
 import logging
@@ -10,9 +12,12 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import numpy as np
+import otdrg
 import pytest
 from otdrg import ReportGenerationPipeline
 from PIL import Image
@@ -397,3 +402,19 @@ def test_other_hosts_pages_and_keys_are_refused(pipe, http, view):
         answer = client_of(guarded, api_key="sk-otdrg").chat.completions.with_raw_response.create(**asked)
         assert answer.headers["access-control-allow-origin"] == "https://viewer.example"
         assert httpx.get(f"{guarded.address}/health", trust_env=False).status_code == 200
+
+
+def test_serve_load_few_users_are_all_answered_alike(pipe):
+    pytest.importorskip("psutil", reason="psutil is not installed")
+    benchmarks = Path(otdrg.__file__).parent / "benchmarks"
+    if not benchmarks.is_dir():
+        pytest.skip("an installed package has no benchmarks")
+    with pytest.MonkeyPatch.context() as patch, running(pipe, limits=replace(LIMITS, requests=2)) as server:
+        patch.syspath_prepend(str(benchmarks))
+        serve_load = importlib.import_module("serve_load")
+        patch.setattr(serve_load, "MODEL", NAME)
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        load = serve_load.Load(f"{server.address}/v1", [serve_load.make_study(index, 64) for index in range(8)])
+        asyncio.run(load.run(3, 0))  # more users than places: the client repeats refused requests
+    assert not any(load.failed.values()) and not load.differing(), load.table()
+    assert sum(map(len, load.seconds.values())) == 6 and load.first
