@@ -64,6 +64,7 @@ _COMMANDS = {
     "push": "publish a trained model on the Hub, with its card and its demo",
     "ablate": "train the paper's ablations of a recipe and tabulate them",
     "demo": "try a model in a browser on this machine",
+    "serve": "serve a model by OpenAI's API",
 }
 
 #: Commands that share their studies among several processes.

@@ -6,6 +6,7 @@ Long, because it reads every common kind of image without other packages: it shi
 from __future__ import annotations
 
 import base64
+import binascii
 import errno
 import http.client
 import io
@@ -89,8 +90,9 @@ def read_view(view, max_pixels: int = MAX_PIXELS, name: str | None = None) -> Im
     of an animation or page of a file is read; DICOM with several frames is refused.
 
     Args:
-        view: a path, an http(s) URL, the bytes of a file, a PIL image, an array or tensor (H, W), (H, W, C) or
-            (C, H, W), or a pydicom dataset. The pixels of a decoded PIL image are used unchanged.
+        view: a path, an http(s) URL, a data URL (`data:image/png;base64,...`), the bytes of a file, a PIL image, an
+            array or tensor (H, W), (H, W, C) or (C, H, W), or a pydicom dataset. The pixels of a decoded PIL image are
+            used unchanged, and the type that a data URL names is ignored.
         max_pixels (`int`): larger images are refused before they are decoded, and so are files too large for an image.
         name (`str`, *optional*): name of the view in error messages; by default its path or URL.
 
@@ -99,7 +101,7 @@ def read_view(view, max_pixels: int = MAX_PIXELS, name: str | None = None) -> Im
             name.
         ImportError: a DICOM file without pydicom.
     """
-    path = os.fsdecode(view) if isinstance(view, (str, os.PathLike)) else None
+    path = os.fsdecode(view) if isinstance(view, (str, os.PathLike)) and not is_data_url(view) else None
     kind, read = _reader(view)
     name = shown_name(name or (kind if path is None else path))
     try:
@@ -132,7 +134,9 @@ def read_file(path: str) -> bytes:
 
 
 def shown_name(name: str) -> str:
-    """A path or URL for error messages: without a URL's user, password and query, and without control characters."""
+    """A path or URL for error messages: without control characters, a URL's user, password and query, or its data."""
+    if is_data_url(name):
+        return "data URL"
     name = re.sub(r"^(https?://[^?#]*)[?#].*", r"\1", without_credentials(name), flags=re.IGNORECASE | re.DOTALL)
     return name if name.isprintable() and name else repr(name)[1:-1] or "''"
 
@@ -147,6 +151,11 @@ def is_dicom(data: bytes, name: str = "") -> bool:
     """Whether the content or the file name is that of a DICOM file."""
     path = urlsplit(name).path if _is_url(name) else name
     return data[128:132] == b"DICM" or path.lower().endswith(_DICOM_NAMES)
+
+
+def is_data_url(view) -> bool:
+    """Whether a view is a text that begins with `data:`, in any case of letters."""
+    return isinstance(view, str) and view[:5].lower() == "data:"
 
 
 def reads_alike(path: str) -> bool:
@@ -175,6 +184,8 @@ def reads_alike(path: str) -> bool:
 
 def _reader(view) -> tuple[str, Callable[..., Image.Image]]:
     """The name for views of this kind in error messages, and the function that reads them."""
+    if is_data_url(view):
+        return "data URL", _from_data_url
     torch, pydicom = sys.modules.get("torch"), sys.modules.get("pydicom")  # without them there is no such view
     if isinstance(view, (str, os.PathLike)):
         return "file", _from_path
@@ -210,6 +221,19 @@ def _from_path(view, path: str, max_pixels: int) -> Image.Image:
     limit = _most_bytes(max_pixels)
     data = _download(path, limit) if _is_url(path) else _file_bytes(path, limit)
     return _from_bytes(data, path, max_pixels)
+
+
+def _from_data_url(view, name: str, max_pixels: int) -> Image.Image:
+    header, comma, content = view.partition(",")
+    if not comma or not header.lower().endswith(";base64"):
+        raise _Refusal("a data URL without base64, expected data:image/png;base64,...")
+    if len(content) * 3 // 4 > _most_bytes(max_pixels):
+        raise _Refusal(f"the file has more than {_most_bytes(max_pixels):,} bytes, expected a smaller image")
+    try:
+        data = base64.b64decode(content, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise _Refusal(f"the data URL is not base64 ({_line(error)}), expected data:image/png;base64,...") from error
+    return _from_bytes(data, name, max_pixels)
 
 
 def _is_url(name: str) -> bool:
@@ -887,6 +911,7 @@ __all__ = [
     "FORMATS",
     "MAX_PIXELS",
     "MINIMUM_SIDE",
+    "is_data_url",
     "is_dicom",
     "read_file",
     "read_view",

@@ -18,6 +18,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     PreTrainedModel,
 )
 from transformers import initialization as init
@@ -729,5 +730,6 @@ OTDRGForReportGeneration.register_for_auto_class("AutoModel")
 if __name__ == "otdrg.modeling_otdrg":  # the installed package, not a copy that came with weights
     AutoModel.register(OTDRGConfig, OTDRGForReportGeneration, exist_ok=True)
     AutoModelForImageTextToText.register(OTDRGConfig, OTDRGForReportGeneration, exist_ok=True)
+    AutoModelForMultimodalLM.register(OTDRGConfig, OTDRGForReportGeneration, exist_ok=True)
 
 __all__ = ["OTDRGForReportGeneration", "OTDRGOutput", "OTDRGStudy"]

@@ -359,6 +359,7 @@ class OTDRGPreTrainedModel(PreTrainedModel):
         self.config.auto_map = {
             **(getattr(self.config, "auto_map", None) or {}),
             "AutoModelForImageTextToText": "modeling_otdrg.OTDRGForReportGeneration",
+            "AutoModelForMultimodalLM": "modeling_otdrg.OTDRGForReportGeneration",
         }
         self.config.custom_pipelines = {
             "image-to-text": {

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import re
+import socket
 from typing import Any
 
 from ..labelers import LABELERS
@@ -53,6 +56,33 @@ def check_device(options: argparse.Namespace) -> None:
 def placement(options: argparse.Namespace) -> dict[str, str | None]:
     """The arguments of [`load_published`] for the device."""
     return {name: getattr(options, name) for name in PLACEMENT}
+
+
+def add_address(parser, port: int) -> None:
+    """Where a server listens ([`check_address`] checks it); `port` is the default."""
+    parser.add_argument(
+        "--server-name",
+        default="127.0.0.1",
+        metavar="NAME",
+        help="address to listen on (default: 127.0.0.1, this machine only; 0.0.0.0: all its addresses)",
+    )
+    parser.add_argument("--port", type=int, default=port, metavar="N", help=f"port to listen on (default: {port})")
+
+
+def check_address(options: argparse.Namespace) -> None:
+    """Raise an error if a server cannot listen on the address."""
+    server_name, port = options.server_name, options.port
+    if not 1 <= port <= 65535:
+        raise ValueError(f"--port is {port}: expected 1 to 65535")
+    try:
+        socket.getaddrinfo(server_name, port, socket.AF_INET)
+        socket.create_server((server_name, port)).close()
+    except (socket.gaierror, UnicodeError) as error:
+        raise OSError(f"--server-name {server_name!r} is not an IPv4 address: expected this machine's") from error
+    except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise OSError(f"--server-name {server_name!r} is not an address of this machine") from error
+        raise OSError(f"--port {port} cannot be used ({os.strerror(error.errno)}): expected a free one") from error
 
 
 def add_engine(parser) -> None:

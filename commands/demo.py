@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
-import socket
 import threading
 from importlib.util import find_spec
 
 from ..runtime.interruptions import terminations
-from .arguments import add_device, check_device, check_least, placement
+from .arguments import add_address, add_device, check_address, check_device, check_least, placement
 
 DESCRIPTION = """\
 Try a model in a browser: upload a study, watch its report being written, change the states of the findings and write
@@ -34,13 +32,7 @@ Requests under other host names are refused; OTDRG_ALLOWED_HOSTS=demo.example.or
 def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     """Add the arguments of the command. `arguments`, those on the command line, are not used."""
     parser.add_argument("model", metavar="MODEL", help="folder of a run or a model, or a Hub id")
-    parser.add_argument(
-        "--server-name",
-        default="127.0.0.1",
-        metavar="NAME",
-        help="address to listen on (default: 127.0.0.1, this machine only; 0.0.0.0: all its addresses)",
-    )
-    parser.add_argument("--port", type=int, default=7860, metavar="N", help="port to listen on (default: 7860)")
+    add_address(parser, 7860)
     parser.add_argument(
         "--max-new-tokens", type=int, metavar="N", help="maximum number of tokens of a report (default: the model's)"
     )
@@ -57,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
             raise ImportError(f"the demo needs {library}: pip install 'otdrg[demo]'")
     check_least(options, max_new_tokens=1)
     check_device(options)
-    _check_address(options.server_name, options.port)  # before a large model is loaded
+    check_address(options)  # before a large model is loaded
     from ..hub_card.space.temporary import upload_folder
 
     with terminations(), upload_folder() as uploads:
@@ -81,17 +73,3 @@ def run(options: argparse.Namespace) -> None:
             print()
         finally:
             demo.close(verbose=False)
-
-
-def _check_address(server_name: str, port: int) -> None:
-    if not 1 <= port <= 65535:
-        raise ValueError(f"--port is {port}: expected 1 to 65535")
-    try:
-        socket.getaddrinfo(server_name, port, socket.AF_INET)
-        socket.create_server((server_name, port)).close()
-    except (socket.gaierror, UnicodeError) as error:
-        raise OSError(f"--server-name {server_name!r} is not an IPv4 address: expected this machine's") from error
-    except OSError as error:
-        if error.errno == errno.EADDRNOTAVAIL:
-            raise OSError(f"--server-name {server_name!r} is not an address of this machine") from error
-        raise OSError(f"--port {port} cannot be used ({os.strerror(error.errno)}): expected a free one") from error

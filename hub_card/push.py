@@ -25,6 +25,8 @@ from .run_files import read_run
 from .space_files import space_files
 
 PACKAGE = Path(__file__).resolve().parents[1]
+#: What an Inference Endpoint runs and installs.
+_ENDPOINT = ("handler.py", "requirements.txt")
 #: Files of the repository's previous version that are deleted unless they are uploaded again: old weights and code
 #: would be loaded, and transformers follows adapter_config.json to another model.
 _REPLACED = ["*.safetensors", "*.safetensors.index.json", "*_otdrg.py", "language_model/*", "adapter_config.json"]
@@ -163,6 +165,8 @@ def _describe(run, repo_id, folder, form, evaluations, license, digest, base_mod
     card.save(folder / "README.md")
     write_json(folder / "metrics.json", read_run(Path(run), evaluations).metrics())
     shutil.copy(PACKAGE / "LICENSE", folder / "LICENSE")
+    for name in _ENDPOINT:
+        shutil.copy(PACKAGE / "hub_card" / "endpoint" / name, folder / name)
 
 
 def pin_backbones(folder: Path) -> None:

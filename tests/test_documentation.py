@@ -44,7 +44,7 @@ NEEDS = re.compile(r"<!-- needs: (\S.*\S) -->\s*")
 RECIPE_FIELD = re.compile(r"(studies|labels|model|ircp|predictor|report|reward)\.\w")
 OTHER_LANGUAGES = {"bibtex", "csv", "json", "text", "yaml"}
 #: Programs that are not ours; the tests do not know their arguments.
-OTHER_PROGRAMS = {"git", "hf", "pip", "pre-commit", "sbatch", "source", "ssh"}
+OTHER_PROGRAMS = {"docker", "git", "hf", "pip", "pre-commit", "sbatch", "source", "ssh"}
 
 
 class Block(NamedTuple):

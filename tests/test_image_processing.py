@@ -1,5 +1,6 @@
 """What is refused of the files, URLs and DICOM objects that people bring, and what odd ones look like."""
 
+import base64
 import http.server
 import io
 import os
@@ -49,6 +50,21 @@ def test_read_view_of_a_file_larger_than_any_image_is_refused(tmp_path):
         file.write(encoded("PNG"))
         file.truncate(2**40)  # a terabyte of nothing
     assert "the file has more than" in refused(tmp_path / "view.png")
+
+
+def test_read_view_of_a_data_url_is_the_file_in_it(monkeypatch):
+    def data_url(content, kind="image/png"):
+        return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+    for kind in ("PNG", "TIFF"):
+        for name in (data_url(encoded(kind)), data_url(encoded(kind), "").replace("data:", "DATA:")):
+            assert np.array_equal(np.asarray(read_view(name)), np.asarray(read_view(encoded(kind))))
+    assert refused(data_url(b"a text")) == "data URL: " + refused(b"a text").removeprefix("image: ")
+    for name in (data_url(encoded("PNG"))[:-3] + "!", "data:image/png,abc", "data:image/png;base64", "data:"):
+        line = refused(name)
+        assert line.startswith("data URL: ") and "expected data:image/png;base64,..." in line and len(line) < 150
+    monkeypatch.setattr(image_processing, "_most_bytes", lambda _: 10)
+    assert refused(data_url(encoded("PNG"))) == "data URL: the file has more than 10 bytes, expected a smaller image"
 
 
 @pytest.mark.parametrize("name", ["view\0.png", "view\n.png", "view\x1b[31m.png", "\udcff.png", ""])

@@ -3,12 +3,14 @@
 Long because it follows one module that ships as one file.
 """
 
+import copy
 import os
 
 import numpy as np
 import ot
 import pytest
 import torch
+import transformers
 from otdrg import (
     FINDING_STATES,
     FINDINGS,
@@ -111,6 +113,11 @@ def seed():
 
 
 # --- from pretrained backbones ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"])
+def test_auto_classes_build_the_installed_model(tiny_config, name):
+    assert type(getattr(transformers, name).from_config(copy.deepcopy(tiny_config))) is OTDRGForReportGeneration
 
 
 @pytest.mark.parametrize("vision", VISION_CONFIGS)

@@ -90,3 +90,20 @@ def test_mkdocs_navigation_has_every_page():
 
     navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
     assert set(pages(navigation)) == {path.name for path in (ROOT / "docs").glob("*.md")}
+
+
+def test_dockerfile_copies_the_package_and_dockerignore_allows_it():
+    if not (ROOT / "Dockerfile").is_file():
+        pytest.skip("the package is installed without its Dockerfile")
+    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    copied = [name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]]
+    assert copied and all(list(ROOT.glob(name)) for name in copied)
+    rooms = {name.partition(".")[2].partition(".")[0] for name in PROJECT["tool"]["setuptools"]["packages"]} - {""}
+    assert {name.rstrip("/") for name in copied if name.endswith("/")} == rooms
+    assert {"*.py", "pyproject.toml", *PROJECT["tool"]["setuptools"]["package-data"]["otdrg"]} <= set(copied)
+    allowed = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    assert "*" in allowed and {f"!{name.rstrip('/')}" for name in copied} == {one for one in allowed if one[:1] == "!"}
+    user, entry = (next(line for line in reversed(lines) if line.startswith(word)) for word in ("USER", "ENTRYPOINT"))
+    assert user == "USER 1000" and lines.index(user) < lines.index(entry)
+    extras = re.search(r'pip install "\.\[([\w,]+)\]"', "\n".join(lines))[1]
+    assert set(extras.split(",")) <= PROJECT["project"]["optional-dependencies"].keys()

@@ -22,7 +22,7 @@ hide("otdrg", "scipy", "pycocoevalcap")
 import json, os
 import torch
 from transformers import (
-    AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline, logging
+    AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor, pipeline, logging
 )
 
 logging.set_verbosity_error()
@@ -41,6 +41,8 @@ def doors(folder):
     found["logits"] = model(**inputs).logits.double().sum().item()
     found["ids"] = model.generate(**inputs, **few).tolist()
     found["same"] = found["ids"] == other.generate(**inputs, **few).tolist()
+    multimodal = AutoModelForMultimodalLM.from_pretrained(folder, **trust)
+    found["multimodal"] = found["ids"] == multimodal.generate(**inputs, **few).tolist()
 
     pipe = pipeline("image-to-text", model=folder, **trust)
     found["image-to-text"] = pipe([[image, image], image], batch_size=2, **few)
@@ -240,7 +242,7 @@ def test_saved_folder_opens_by_every_door_and_again_after_saving(build_model, im
     assert set(once["modules"]) == {"transformers_modules"}
     assert once["logits"] == pytest.approx(logits, abs=1e-3)
     assert once["ids"] == ids.tolist()
-    assert once["same"]
+    assert once["same"] and once["multimodal"]
     reports = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert [records[0]["generated_text"] for records in once["image-to-text"]] == [text.strip() for text in reports]
     assert once["shape"] == [1, 2, 2]

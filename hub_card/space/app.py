@@ -2,7 +2,7 @@
 
 import atexit
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from otdrg.hub_card.space.temporary import upload_folder
 
@@ -12,6 +12,10 @@ if "GRADIO_TEMP_DIR" not in os.environ:
     until_the_end = ExitStack()
     atexit.register(until_the_end.close)
     os.environ["GRADIO_TEMP_DIR"] = str(until_the_end.enter_context(upload_folder()))
+
+with suppress(ImportError):
+    # On ZeroGPU, before anything imports torch.
+    import spaces  # noqa: F401
 
 from otdrg.hub_card.space.interface import build_demo
 from otdrg.hub_card.space.serving import serve

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
-import os
-import re
-import socket
 from collections.abc import AsyncIterator
 from http import HTTPStatus
 
@@ -17,60 +13,17 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ...runtime.hosts import HOSTS_VARIABLE, Hosts
 from .uploads import KEPT_UNREAD, MAX_REQUEST, UPLOAD_SECONDS, NoRoomError, UploadFolder
 
-#: Further host names of the page, separated by commas, such as a proxy's or a Space's own domain.
-HOSTS_VARIABLE = "OTDRG_ALLOWED_HOSTS"
 #: Most bytes of a request other than an upload: 14 states and an indication take 5,000.
 MAX_JSON = 256 * 2**10
 
-_THIS_MACHINE = frozenset({"127.0.0.1", "localhost", "::1"})
-_ANY_ADDRESS = ("0.0.0.0", "::")
-_HOST = re.compile(r"(?:\[(?P<address>[0-9a-f:.]+)\]|(?P<name>[^\s:/@\[\]]+))(?::\d{1,5})?", re.IGNORECASE)
 _PREFIX = "/gradio_api/"
 #: Routes that the page posts to; Gradio has more, for components and tools that are not on the page.
 _POSTED = frozenset({"upload", "queue", "run", "api", "call", "cancel", "reset"})
 #: Routes that the page does not use: files of the server, addresses to fetch, and sessions written to disk.
 _NOT_SERVED = ("file=", "file/", "proxy=", "stream/", "deep_link")
-
-
-class Hosts:
-    """The host names of the page.
-
-    The `Host` header of a browser that reached this server by DNS rebinding holds another name. An IP address cannot be
-    rebound, so a server that listens on all addresses accepts all of them.
-
-    Args:
-        server_name: address that the server listens on.
-    """
-
-    def __init__(self, server_name: str):
-        configured = os.environ.get(HOSTS_VARIABLE, "").lower().split(",")
-        #: Set by the administrator or the Hub; a proxy may forward requests for them under another name.
-        self.public = {name.strip() for name in [*configured, os.environ.get("SPACE_HOST", "").lower()]} - {""}
-        self.own = _THIS_MACHINE | {server_name.lower().strip("[]")}
-        self.any_address = server_name.strip("[]") in _ANY_ADDRESS
-        if self.any_address:
-            self.own |= {socket.gethostname().lower()}
-        # There, the Hub's proxy decides which Space a name leads to.
-        self.on_the_hub = "SPACE_ID" in os.environ
-
-    def __contains__(self, header: str | None) -> bool:
-        """Whether a `Host` header names this server; any port is allowed, because ssh may forward any."""
-        name = _host_name(header)
-        if name is None:
-            return False
-        if name in self.own or name in self.public or (self.on_the_hub and name.endswith(".hf.space")):
-            return True
-        return self.any_address and _is_address(name)
-
-    def same_site(self, headers: Headers) -> bool:
-        """Whether a request comes from this page or not from a web page."""
-        origin = headers.get("origin")
-        if origin is None:
-            return headers.get("sec-fetch-site", "none") in ("none", "same-origin")
-        host = origin.partition("://")[2].lower()
-        return host == headers.get("host", "").lower() or _host_name(host) in self.public
 
 
 class Guard:
@@ -200,17 +153,3 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         return messages.pop() if messages else await receive()
 
     return replay
-
-
-def _host_name(header: str | None) -> str | None:
-    """The name or address in a `Host` header, without the port."""
-    match = _HOST.fullmatch(header or "")
-    return (match["address"] or match["name"]).lower() if match else None
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True

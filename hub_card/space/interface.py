@@ -9,26 +9,25 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gradio as gr
-import numpy as np
-from PIL import Image
 
 from ...bank_otdrg import ReportBank
 from ...findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS
+from ...inference.views import MAX_INDICATION, model_input
 from ...pipeline_otdrg import ReportGenerationPipeline
 from .pictures import heatmap, preview, printable
 from .results import contradiction_list, findings_table, runners_up_table
 from .uploads import View, phantom_examples, read_uploads
 from .writing import stream_report
+from .zero_gpu import on_gpu
 
 _LOG = logging.getLogger(__name__)
 
-#: Longest indication in characters; also checked on the server, because programs can send more.
-MAX_INDICATION = 500
 #: Numbers of candidates to choose from; more than one is consensus decoding.
 CANDIDATES = (1, 8, 32)
 #: Sessions whose studies are kept; beyond that, the least recently used is forgotten.
@@ -112,7 +111,13 @@ class _Page:
     """The components of the page and their events."""
 
     def __init__(self, pipe: ReportGenerationPipeline, max_new_tokens: int | None, bank: ReportBank | None):
-        self.pipe, self.max_new_tokens, self.bank = pipe, max_new_tokens, bank
+        self.pipe, self.bank = pipe, bank
+
+        def stream(views, indication, states, candidates) -> Iterator[str | dict[str, Any]]:
+            """Stream a report; the model and the bank are no arguments, because ZeroGPU would pickle them."""
+            yield from stream_report(pipe, views, indication, states, max_new_tokens, candidates, bank)
+
+        self.stream = on_gpu(stream)
         self.steerable, self.has_plan = pipe.model.config.dle, pipe.model.has_heatmaps
         self.examples = phantom_examples(max(pipe.model.config.image_size, 256))
         # Reading a view takes up to 1 GB, and matplotlib is not thread-safe: one thread for each, for all visitors.
@@ -269,7 +274,7 @@ class _Page:
             before, most = visitor.views, self.pipe.processor.max_image_pixels
             # During an upload, the list still has the files of the one before, which are read and deleted by now.
             unread = [path for path in paths or [] if Path(path).exists()]
-            views = read_uploads(unread, before, most, self._resize)
+            views = read_uploads(unread, before, most, partial(model_input, self.pipe.processor))
             if visitor.views is before:  # neither cleared nor replaced by an example meanwhile
                 visitor.views, visitor.written = views, None
 
@@ -277,11 +282,6 @@ class _Page:
             await _in(self.reader, read)
         except (ValueError, ImportError) as error:
             visitor.problem = _one_line(error)
-
-    def _resize(self, view: Image.Image) -> Image.Image:
-        """Resize a view as the model's image processor does, which gives the same report as the full view."""
-        pixels = self.pipe.processor.image_processor(view, do_rescale=False, do_normalize=False, return_tensors="np")
-        return Image.fromarray(np.moveaxis(pixels["pixel_values"][0], 0, -1).astype(np.uint8))
 
     def take_example(self, index: int, visitor: Visitor) -> str:
         """Use a phantom as the study; returns the indication, which is empty."""
@@ -348,8 +348,7 @@ class _Page:
         }
         try:
             inputs = [view.model_input for view in views]
-            asked = (indication or None, states, self.max_new_tokens, visitor.candidates, self.bank)
-            for written in stream_report(self.pipe, inputs, *asked):
+            for written in self.stream(inputs, indication or None, states, visitor.candidates):
                 if turn != visitor.turn:
                     return
                 if isinstance(written, str):
@@ -362,7 +361,9 @@ class _Page:
                 yield {self.finding: shown, **dict(zip(self.states, chosen, strict=True))}
         except Exception as error:  # any: the page stays usable
             visitor.written = None
-            if not isinstance(error, (ValueError, OSError, ImportError)):
+            if isinstance(error, gr.Error):  # raised by ZeroGPU, such as for a visitor without quota
+                error = error.message
+            elif not isinstance(error, (ValueError, OSError, ImportError)):
                 _LOG.exception("a report could not be written")
                 error = f"the report could not be written ({type(error).__name__}): see the log of the server"
             yield self._fail(visitor, error)

@@ -8,7 +8,8 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
-from .guard import Guard, Hosts
+from ...runtime.hosts import Hosts
+from .guard import Guard
 from .interface import MAX_VISITORS
 from .uploads import MAX_FILE_SIZE, UploadFolder
 

@@ -24,10 +24,10 @@ pytest.importorskip("gradio", reason="gradio is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
 from otdrg.hub_card.space import guard, interface, serving, uploads
-from otdrg.hub_card.space.guard import Hosts
 from otdrg.hub_card.space.pictures import preview
 from otdrg.hub_card.space.temporary import upload_folder
 from otdrg.hub_card.space.uploads import UploadFolder, View, read_uploads
+from otdrg.runtime.hosts import Hosts
 
 TOKENS = 6
 QUEUE = 4

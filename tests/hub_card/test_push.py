@@ -3,6 +3,7 @@
 The Hub and these processes, whose start takes most of the time, are started once for all tests.
 """
 
+import base64
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from types import SimpleNamespace
 import otdrg as package
 import pytest
 import torch
-from otdrg import OTDRGConfig, OTDRGForReportGeneration, OTDRGProcessor
+from otdrg import OTDRGConfig, OTDRGForReportGeneration, OTDRGProcessor, ReportGenerationPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -30,8 +31,13 @@ SHIPPED = {
 # A process that runs one request a line, so that it is started only once.
 LOADER = """
 hide("otdrg")
+import base64
+import importlib.util
+import io
 import json
 import torch
+from huggingface_hub import snapshot_download
+from PIL import Image
 from transformers import AutoModel, AutoProcessor, logging, pipeline
 
 logging.set_verbosity_error()
@@ -51,6 +57,22 @@ def everything(model):
     message = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "Describe."}]}
     found["chat"] = built_in(text=[message], generate_kwargs=few, return_full_text=False)[0]["generated_text"]
     return found
+
+def endpoint(model, requests):
+    # As an Inference Endpoint does: the handler in the folder of the model.
+    folder = snapshot_download(model)
+    spec = importlib.util.spec_from_file_location("handler", folder + "/handler.py")
+    handler = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(handler)
+    handler, found = handler.EndpointHandler(folder), []
+    for data in requests:
+        if "image" in data:
+            data = {**data, "inputs": Image.open(io.BytesIO(base64.b64decode(data.pop("image"))))}
+        try:
+            found.append(handler(data))
+        except ValueError as error:
+            found.append(str(error))
+    return {"found": found}
 
 def model_only(model, **where):
     network = AutoModel.from_pretrained(model, trust_remote_code=True, **where)
@@ -201,6 +223,7 @@ def test_push_uploads_model_code_card_and_licence(hub, pushed, trained):
     names = set(repo.files)
     assert names >= SHIPPED | {"README.md", "LICENSE", "metrics.json", "config.json", "generation_config.json"}
     assert names >= {"model.safetensors", "processor_config.json", "tokenizer.json", "chat_template.jinja"}
+    assert names >= {"handler.py", "requirements.txt"}
     assert all(not name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5")) for name in names)
     assert "adapter_config.json" not in names
     everything = pushed.stdout + pushed.stderr + "".join(map(str, repo.files.values()))
@@ -222,6 +245,35 @@ def test_pushed_model_loads_without_the_package(pushed, load, trained, image):
     reports = trained[1].batch_decode([row[start:] for row in ids], skip_special_tokens=True)
     assert [record["generated_text"] for (record,) in found["written"]] == [report.strip() for report in reports]
     assert len(found["written"][0][0]["findings"]) == 14 and isinstance(found["chat"], str)
+
+
+def test_pushed_handler_gives_the_pipelines_records(pushed, load, trained, image):
+    coded = base64.b64encode(Path(image).read_bytes()).decode()
+    few = {"max_new_tokens": 8, "num_beams": 1}
+    steered = {"findings": {"edema": "positive"}, **few}
+    one, two, edema, *wrong = [
+        [{"inputs": coded}, {"inputs": f"data:image/png;base64,{coded}"}, {"image": coded}],
+        [{"inputs": [coded] * 2}, {"inputs": {"images": [coded] * 2, "indication": None}}],
+        [{"inputs": coded, "parameters": steered}],
+        [{"inputs": base64.b64encode(b"The lungs are clear.").decode()}],
+        [{"inputs": "radiograph.png"}],
+        [{"inputs": coded, "parameters": {"findings": {"edema": "present"}}}],
+        [{"inputs": coded, "parameters": {"return_heatmaps": True}}],
+    ]
+    requests = [{"parameters": few, **request} for asked in (one, two, edema, *wrong) for request in asked]
+    found = load("endpoint", "org/otdrg", requests=requests)["found"]
+    pipe = ReportGenerationPipeline(model=trained[0], processor=trained[1])
+    expected = [pipe(image, **few)] * 3 + [pipe([[image, image]], **few)[0]] * 2 + [pipe(image, **steered)]
+    for records, same in zip(found, expected, strict=False):
+        assert [record["generated_text"] for record in records] == [record["generated_text"] for record in same]
+        states = [[finding["state"] for finding in given[0]["findings"].values()] for given in (records, same)]
+        assert states[0] == states[1]
+    for message, line in zip(
+        ("data URL: not an image, expected PNG", "data URL: the data URL is not base64", "present", "return_heatmaps"),
+        found[6:],
+        strict=True,
+    ):
+        assert isinstance(line, str) and message in line and "\n" not in line
 
 
 def test_pushed_tiny_preset_loads_without_the_package(push, load, reports, image, tmp_path):
@@ -357,7 +409,8 @@ def test_push_adapter_uploads_only_the_models_files(hub, push, backbones_on_hub,
     assert done.returncode == 0, done.stderr
     files = hub.repos["models", "org/bare"].files
     written = {path.name for path in (trained[2] / "run" / "adapter").iterdir()}
-    assert files.keys() == written | SHIPPED | {"README.md", "LICENSE", "metrics.json"}
+    described = {"README.md", "LICENSE", "metrics.json", "handler.py", "requirements.txt"}
+    assert files.keys() == written | SHIPPED | described
     assert not [name for name, content in files.items() if b"of a patient" in content]
     weights = bytearray((folder / "model.safetensors").read_bytes())
     weights[-1] ^= 1

@@ -1,0 +1,1 @@
+"""`otdrg serve`: an HTTP server with OpenAI's chat completions API."""
