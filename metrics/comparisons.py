@@ -58,21 +58,24 @@ def comparison_reader() -> ComparisonReader:
 
 
 def comparisons(predictions: Sequence[str], references: Sequence[str]) -> MetricResult:
-    """The share of generated reports with a comparison, and of those among them whose true report has none."""
+    """The share of generated reports that mention a comparison, and of those whose true report does not.
+
+    All are invented where the model reads no earlier study; the second figure is for models that do.
+    """
     written, true = (comparison_reader()(reports) for reports in (predictions, references))
-    shares = {"comparisons": written, "invented_comparisons": written & ~true}
+    shares = {"invented_comparisons": written, "unshared_comparisons": written & ~true}
     result = MetricResult.from_means({name: values.astype(float).tolist() for name, values in shares.items()})
     result.details["comparisons_in_references"] = float(true.mean())
     return result
 
 
-_TABLE = "comparisons with earlier studies"
+_TABLE = "share of reports"
 
 COMPARISONS = Metric(
     "comparisons",
     {
-        "comparisons": Score("reports with a comparison", _TABLE, main=True, higher_is_better=False),
-        "invented_comparisons": Score("the true report has none", _TABLE, higher_is_better=False),
+        "invented_comparisons": Score("invented comparisons", _TABLE, main=True, higher_is_better=False),
+        "unshared_comparisons": Score("comparisons only in the generated report", _TABLE, higher_is_better=False),
     },
     comparisons,
     section="comparisons",
