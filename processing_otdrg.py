@@ -329,10 +329,10 @@ class OTDRGProcessor(ProcessorMixin):
         if return_tensors not in ("pt", "np", None):
             raise ValueError(f"return_tensors={return_tensors!r}: expected 'pt', 'np' or None")
         texts = [text] if isinstance(text, str) else text
-        if images is None and texts and not any(self.image_token in one for one in texts):
-            if all(given is None for given in (report, indication, finding_states)):
-                rows = self._tokens(texts, [None] * len(texts), None, **text_kwargs)
-                return BatchFeature({name: _converted(name, value, return_tensors) for name, value in rows.items()})
+        no_study = all(given is None for given in (images, report, indication, finding_states))
+        if texts and no_study and not any(self.image_token in one for one in texts):
+            rows = self._tokens(texts, [None] * len(texts), None, **text_kwargs)
+            return BatchFeature({name: _converted(name, value, return_tensors) for name, value in rows.items()})
         studies = self._studies(images, texts)
         views = list(map(len, studies))
         rows = self._encode_rows(views, text, report, indication, max_report_tokens, **text_kwargs)

@@ -24,10 +24,10 @@ from .arguments import (
 
 DESCRIPTION = """\
 Score generated reports: BLEU-1 to 4, METEOR, ROUGE-L, CIDEr, clinical efficacy by a labeler's states and the share of
-reports with invented comparisons, with bootstrap intervals; where --metrics names them, BERTScore, RadGraph-F1, RadCliQ,
-RaTEScore, SRR-BERT, F1-temporal, GREEN and CRIMSON by RadEval. With --against, compare two systems by paired bootstrap
-and permutation tests. Files are CSV or .jsonl with id and report, joined by id, or ReXrank's. Writes OUT.json and
-OUT.csv, with one row per study, and prints tables.
+reports with invented comparisons, with bootstrap intervals; where --metrics names them, BERTScore, RadGraph-F1,
+RadCliQ, RaTEScore, SRR-BERT, F1-temporal, GREEN and CRIMSON by RadEval. With --against, compare two systems by paired
+bootstrap and permutation tests. Files are CSV or .jsonl with id and report, joined by id, or ReXrank's. Writes OUT.json
+and OUT.csv, with one row per study, and prints tables.
 """
 EPILOG = """\
 Examples:

@@ -67,8 +67,8 @@ def join_reports(
         against: as `predictions`, of another system.
         allow_missing: keep the ids that all files have.
         prediction_column: the column of the generated reports in the predictions' file; by default `report`.
-        form: of the files, `table` or `rexrank`; in the latter `model_prediction` are the generated reports and `report`
-            the true ones by default.
+        form: of the files, `table` or `rexrank`; in the latter, by default, `model_prediction` are the generated
+            reports and `report` the true ones.
 
     Raises:
         ValueError: a file is wrong (see [`read_reports`]) or empty, the files have no id in common, or, without

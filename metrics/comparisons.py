@@ -21,8 +21,8 @@ class ComparisonReader:
     """Reads whether a report mentions a comparison with an earlier examination.
 
     Words of change count also where they are denied ("no interval change"). An earlier examination counts unless the
-    sentence says that there is none ("no prior for comparison"). What is asked for does not count ("recommend comparison
-    with prior studies", "follow-up to document resolution").
+    sentence says that there is none ("no prior for comparison"). What is asked for does not count ("recommend
+    comparison with prior studies", "follow-up to document resolution").
 
     Args:
         vocabulary: folder with comparisons.yaml and spelling.yaml; by default that of the package.

@@ -49,7 +49,8 @@ def _text(completion: Completion, place: int) -> str:
                 last = "".join(part["text"] for part in last if part["type"] == "text")
         except (TypeError, KeyError, IndexError):
             raise TypeError(
-                f"completions[{place}] is {type(completion).__name__}: expected a text, or messages with role and content"
+                f"completions[{place}] is {type(completion).__name__}: expected a text, or messages with role and "
+                "content"
             ) from None
     return str(last)
 

@@ -1,7 +1,7 @@
 """ReXrank's files: a JSON object that has for each study, under its id, its images, context and true report.
 
-The shape of `data/` and `example_files/` in github.com/rajpurkarlab/ReXrank. A file of predictions holds the same objects
-with `model_prediction`.
+The shape of `data/` and `example_files/` in github.com/rajpurkarlab/ReXrank. A file of predictions holds the same
+objects with `model_prediction`.
 """
 
 from __future__ import annotations

@@ -858,7 +858,7 @@ def test_word_tokenizer_gives_cleaned_reports_back(build_config, reports, rare):
     assert tokenizer.decode(tokenizer.encode(f"{texts[0]} {rare}s s{rare}", add_special_tokens=False)).endswith("<unk>")
 
 
-# --- what trainers of other libraries ask for --------------------------------------------------------------------------
+# --- what trainers of other libraries ask for -------------------------------------------------------------------------
 
 
 def test_processor_texts_alone_are_tokens(processor, reports):
@@ -867,11 +867,9 @@ def test_processor_texts_alone_are_tokens(processor, reports):
     for row, report in enumerate(reports[:2]):
         ids = processor.tokenizer.encode(report, add_special_tokens=False)
         assert found["input_ids"][row, : len(ids)].tolist() == ids and found["attention_mask"][row].sum() == len(ids)
-    assert (
-        processor(text=reports[0], padding=False, return_tensors=None)["input_ids"] == [
-            processor.tokenizer.encode(reports[0], add_special_tokens=False)
-        ]
-    )
+    assert processor(text=reports[0], padding=False, return_tensors=None)["input_ids"] == [
+        processor.tokenizer.encode(reports[0], add_special_tokens=False)
+    ]
     with pytest.raises(ValueError, match="no image: expected at least one view"):
         processor(text=reports[0], report=reports[0])
 
