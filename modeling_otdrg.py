@@ -44,7 +44,7 @@ from .predictor_otdrg import (
     OTDRGWords,
     predictor_loss,
 )
-from .prompt_otdrg import check_batch
+from .prompt_otdrg import OTDRGBackbone, check_batch
 from .sinkhorn_otdrg import SinkhornOutput, cost_matrix, plan_entropy, sinkhorn
 from .vision_otdrg import (
     blocks_feature_size,
@@ -216,9 +216,9 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGHeatmapMixin, OTDRGGen
                 tower._set_gradient_checkpointing(enable)
 
     @property
-    def base_model(self) -> PreTrainedModel:
-        """The LLM. `base_model_prefix` stays empty, because saved weights are those of the whole model."""
-        return self.language_model
+    def base_model(self) -> OTDRGBackbone:
+        """The model without the LLM's head. `base_model_prefix` stays empty: saved weights are the whole model's."""
+        return OTDRGBackbone(self)
 
     def get_input_embeddings(self):
         return self.language_model.get_input_embeddings()

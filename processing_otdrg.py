@@ -80,7 +80,11 @@ _EMPTY_SYSTEM_TURN = """\
 {%- endif -%}
 """
 
-_PLAIN_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
+_PLAIN_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ message['content'] + (eos_token if message['role'] == 'assistant' else '\\n') }}"
+    "{% endfor %}"
+)
 
 
 #: A word tokenizer has the words that occur at least this often in training reports, and at most this many.
@@ -113,6 +117,8 @@ class OTDRGProcessor(ProcessorMixin):
         prompt (`str`): instruction after the image.
         indication_reader (`str`, defaults to `"report"`): as in [`OTDRGConfig`].
         max_image_pixels (`int`, defaults to 64 million): larger images are refused before they are decoded.
+        return_view_mask (`bool`, defaults to `True`): whether the output has `view_mask`. Without it the model takes
+            views of zeros only, with which studies are padded, for missing ones. TRL's GRPO needs this.
 
     Raises:
         ValueError: the tokenizer lacks a placeholder.
@@ -133,6 +139,7 @@ class OTDRGProcessor(ProcessorMixin):
         prompt: str = DEFAULT_PROMPT,
         indication_reader: str = "report",
         max_image_pixels: int = 64_000_000,
+        return_view_mask: bool = True,
         **kwargs,
     ):
         fields = {
@@ -155,6 +162,7 @@ class OTDRGProcessor(ProcessorMixin):
         for name, value in fields.items():
             setattr(self, name, value)
         self.max_image_pixels = max_image_pixels
+        self.return_view_mask = return_view_mask
         self.image_token = IMAGE_TOKEN
         for token in _PLACEHOLDERS:
             if token not in tokenizer.get_added_vocab():
@@ -282,7 +290,8 @@ class OTDRGProcessor(ProcessorMixin):
             images: studies. A view is a path, a URL, a PIL image, an array (H, W) or (H, W, C), or a DICOM file;
                 `[a, b]` is two studies of one view, `[[a, b]]` one study of two.
             text (`str` or `list[str]`, *optional*): prompts in place of the default one, each with one `<image>` (or
-                one for each view) in the place of the study; without any, an `<image>` is put before the text.
+                one for each view) in the place of the study; without any, an `<image>` is put before the text. Texts
+                alone, such as reports that follow a prompt, are converted to tokens only.
             report (`str` or `list[str]`, *optional*): training targets. With them, padding is on the right, otherwise
                 on the left.
             indication (`str` or `list[str]`, *optional*): reason for the study, put before the instruction and, as
@@ -319,10 +328,17 @@ class OTDRGProcessor(ProcessorMixin):
         return_tensors = getattr(return_tensors, "value", return_tensors)
         if return_tensors not in ("pt", "np", None):
             raise ValueError(f"return_tensors={return_tensors!r}: expected 'pt', 'np' or None")
-        studies = self._studies(images, [text] if isinstance(text, str) else text)
+        texts = [text] if isinstance(text, str) else text
+        no_study = all(given is None for given in (images, report, indication, finding_states))
+        if texts and no_study and not any(self.image_token in one for one in texts):
+            rows = self._tokens(texts, [None] * len(texts), None, **text_kwargs)
+            return BatchFeature({name: _converted(name, value, return_tensors) for name, value in rows.items()})
+        studies = self._studies(images, texts)
         views = list(map(len, studies))
         rows = self._encode_rows(views, text, report, indication, max_report_tokens, **text_kwargs)
         features = {**rows, **self.encode_images(studies, **merged["images_kwargs"])}
+        if not self.return_view_mask:
+            del features["view_mask"]
         features |= self.encode_indications(_one_each("indication", indication, len(views)))
         if finding_states is not None:
             features["finding_states"] = self._states(finding_states, len(views))
@@ -553,7 +569,8 @@ class OTDRGProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "pixel_values", "view_mask"]
+        names = ["input_ids", "attention_mask", "pixel_values", "view_mask"]
+        return names if self.return_view_mask else names[:-1]
 
 
 def _is_there(source: str | os.PathLike, file: str, hub: dict) -> bool:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from .configuration_otdrg import OTDRGConfig
 from .findings_otdrg import FINDINGS, NOT_GIVEN, UNMENTIONED, check_finding_states
@@ -21,11 +23,13 @@ class OTDRGPromptMixin:
 
     config: OTDRGConfig
     training: bool
+    language_model: PreTrainedModel
     get_input_embeddings: Callable[[], Any]
     read_study: Callable[..., OTDRGStudy]
     project_views: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     _label_features: Callable[[torch.Tensor], torch.Tensor | None]
     _place_study: Callable[..., tuple[torch.Tensor, Any]]
+    _select_reader: Callable[..., str]
 
     def expand_finding_text(
         self,
@@ -162,13 +166,65 @@ class OTDRGPromptMixin:
         """
         prompt = {"input_ids": input_ids, "attention_mask": attention_mask}
         inputs = self._read_prompt(prompt, pixel_values, view_mask, view_features, finding_states, indication_ids)
+        return self._embed(inputs), inputs["attention_mask"]
+
+    def _embed(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """The LLM's input embeddings (B, L', hidden_size) of prompts whose label text is written out."""
         image_features, image_mask = self.project_views(inputs["view_features"], inputs["view_mask"])
-        states = inputs["finding_states"]
-        embeddings = self.get_input_embeddings()(inputs["input_ids"])
-        embeddings, _ = self._place_study(
-            inputs["input_ids"], embeddings, image_features, image_mask, self._label_features(states), states
+        ids, states = inputs["input_ids"], inputs["finding_states"]
+        embeddings = self.get_input_embeddings()(ids)
+        return self._place_study(ids, embeddings, image_features, image_mask, self._label_features(states), states)[0]
+
+    def encode_prompt(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        view_mask: torch.Tensor | None = None,
+        view_features: torch.Tensor | None = None,
+        finding_states: torch.Tensor | None = None,
+        indication_ids: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutput:
+        """The last hidden states of prompts and reports, without the LLM's head.
+
+        The label text is written out where `input_ids` has its place, and its states are left out again.
+
+        Args:
+            input_ids, attention_mask (`torch.Tensor` of shape `(B, L)`): as in [`forward`], padded on either side.
+            pixel_values, view_mask, view_features, finding_states, indication_ids: as in [`forward`].
+            kwargs: the LLM's.
+
+        Returns:
+            `last_hidden_state` (B, L, hidden_size), from which the head computes the logits of the next tokens.
+
+        Raises:
+            ValueError: as in [`forward`].
+        """
+        reader = self._select_reader(True, finding_states, None, report_only=True)
+        study = self.read_study(pixel_values, view_mask, view_features, finding_states, reader, False, indication_ids)
+        # Weights are moved with their tokens, and are 0 in the label text and in padding: here they are places, from 1.
+        places = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device).expand_as(input_ids)
+        inputs = self.expand_finding_text(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            label_weights=places,
+            view_features=study.view_features,
+            view_mask=study.view_mask,
+            finding_states=study.finding_states,
         )
-        return embeddings, inputs["attention_mask"]
+        mask = inputs["attention_mask"]
+        states = self.language_model.base_model(
+            inputs_embeds=self._embed(inputs),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+            **{**kwargs, "use_cache": False, "return_dict": True},
+        ).last_hidden_state
+        if states.shape[1] != input_ids.shape[1] or (inputs["label_weights"] != places).any():
+            states = states.gather(
+                1, _moved_to(places, inputs["label_weights"])[:, :, None].expand(-1, -1, states.shape[-1])
+            )
+        return BaseModelOutput(last_hidden_state=states)
 
     # -- the places of features ------------------------------------------------------------------------------------
 
@@ -198,6 +254,34 @@ class OTDRGPromptMixin:
                 f"features: {int(expected[row])}"
             )
         return inputs_embeds.masked_scatter(placeholders[:, :, None], features[mask].to(inputs_embeds.dtype))
+
+
+class OTDRGBackbone:
+    """The model without the LLM's head, which transformers calls a model's `base_model`.
+
+    Called, it is [`encode_prompt`]; otherwise it is the LLM. TRL's trainers compute log-probabilities with it.
+    """
+
+    def __init__(self, model: OTDRGPromptMixin):
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model.language_model, name)
+
+    def __call__(self, *args, **kwargs) -> BaseModelOutput:
+        return self._model.encode_prompt(*args, **kwargs)
+
+
+def _moved_to(places: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
+    """Where each token (B, L) is in prompts with label text, from `moved` (B, L'), the place of each token from 1 or 0.
+
+    The place of the label text is where the text ends.
+    """
+    positions = torch.arange(moved.shape[1], device=moved.device).expand_as(moved)
+    # The first column takes all that is no token of the prompt, the last one is behind the prompt.
+    found = torch.full((len(places), places.shape[1] + 2), -1, device=moved.device).scatter(1, moved, positions)
+    here, following = found[:, 1:-1], found[:, 2:]
+    return torch.where(here < 0, following - 1, here).clamp(min=0)
 
 
 # --- prompts as token ids ---------------------------------------------------------------------------------------------
@@ -308,4 +392,4 @@ def check_batch(**inputs: torch.Tensor | None) -> None:
             raise ValueError(f"{name} has {found}: expected {expected}, as many rows as {first}")
 
 
-__all__ = ["OTDRGPromptMixin", "check_batch", "default_prompt"]
+__all__ = ["OTDRGBackbone", "OTDRGPromptMixin", "check_batch", "default_prompt"]

@@ -192,9 +192,14 @@ def blocks_feature_size(vision_tower: PreTrainedModel, blocks: Sequence[int]) ->
 
 
 def full_view_mask(views: torch.Tensor, view_mask: torch.Tensor | None) -> torch.Tensor:
-    """`view_mask` (B, V) of `views` (B, V, ...), all true if it is None; checks that each study has a view."""
+    """`view_mask` (B, V) of `views` (B, V, ...), their pixels or features; checks that each study has a view.
+
+    If it is None, views of zeros only do not exist: so the processor, and the encoding of views, pad studies.
+    """
     if view_mask is None:
-        return torch.ones(views.shape[:2], dtype=torch.bool, device=views.device)
+        if views.shape[1] == 1:
+            return torch.ones(views.shape[:2], dtype=torch.bool, device=views.device)
+        view_mask = (views != 0).flatten(2).any(dim=2)
     if view_mask.shape != views.shape[:2]:
         raise ValueError(f"view_mask has shape {tuple(view_mask.shape)}: expected {tuple(views.shape[:2])}")
     if not view_mask.any(dim=1).all():

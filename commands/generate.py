@@ -12,7 +12,16 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from ..inference.listing import ListedStudy, listed_studies, prepared_studies, read_lines, typed_findings, typed_studies
+from ..inference.listing import (
+    ListedStudy,
+    listed_studies,
+    prepared_studies,
+    read_lines,
+    rexrank_studies,
+    typed_findings,
+    typed_studies,
+)
+from ..labelers.report_table import read_reports
 from ..runtime.interruptions import fault_of_study
 from ..runtime.printable import one_line, printable, show
 from ..runtime.shared_work import (
@@ -25,6 +34,7 @@ from ..runtime.shared_work import (
     share_work,
     shared_lock,
 )
+from ..studies.rexrank import write_predictions
 from .arguments import (
     add_consensus,
     add_device,
@@ -44,11 +54,12 @@ Write the report of each study from its views. The output also has the states of
 conditioned on, the predictor's probability of each, and the findings whose state in the report, as read by the labeler
 "rules", differs.
 """
+FORMATS = ("jsonl", "rexrank")
 EPILOG = """\
 A list of studies has a line for each: the paths of the views separated by tabs, or a JSON object
   {"id": "s1", "images": ["frontal.png", "lateral.png"], "indication": "cough", "findings": {"edema": "positive"}}
 in which only "images" is required. A study of a list or dataset that cannot be read is skipped and listed, and the exit
-status is 1.
+status is 1. With --format rexrank, --studies and --output are ReXrank's JSON files.
 
 Examples:
   otdrg generate runs/quickstart --study frontal.png lateral.png --findings edema=positive --heatmap heatmaps
@@ -56,6 +67,7 @@ Examples:
   otdrg generate runs/quickstart --study frontal.png --candidates 32 --bank bank --runners-up 4
   otdrg generate org/otdrg --studies studies.jsonl --output reports.jsonl --batch-size 8
   otdrg generate org/otdrg --studies studies.jsonl --output reports.jsonl --batch-size 8 --resume
+  otdrg generate org/otdrg --format rexrank --studies in.json --image-root images --output out.json
   accelerate launch -m otdrg generate org/otdrg --studies studies.jsonl --output reports.jsonl --batch-size 8
 """
 
@@ -71,6 +83,16 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
         "--studies",
         metavar="LIST",
         help="file with a study on each line, - for standard input, or folder of otdrg prepare",
+    )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default=FORMATS[0],
+        help="form of --studies and --output; rexrank: a JSON object of studies, and the same with model_prediction "
+        "(default: jsonl)",
+    )
+    parser.add_argument(
+        "--image-root", type=Path, metavar="DIR", help="with --format rexrank, the folder of the images"
     )
     conditions = parser.add_argument_group("how reports are written")
     conditions.add_argument("--split", metavar="NAME", help="split of a folder of otdrg prepare")
@@ -121,9 +143,15 @@ def run(options: argparse.Namespace) -> None:
     if options.output is None:
         _run(options)
         return
+    if options.format == "rexrank":
+        options.predictions = options.output
+        options.output = options.output.with_suffix(".jsonl")
     with shared_lock(options.output):
-        if by_main_process(lambda: is_begun(options.output)) and not options.resume and not options.overwrite:
+        begun = by_main_process(lambda: is_begun(options.output))
+        if begun and not options.resume and not options.overwrite:
             raise ValueError(f"{options.output} exists: --resume continues it, --overwrite replaces it")
+        if options.format == "rexrank" and options.predictions.exists() and not begun and not options.overwrite:
+            raise ValueError(f"{options.predictions} exists, and no {options.output.name}: --overwrite replaces it")
         _run(options)
 
 
@@ -148,7 +176,8 @@ def _run(options: argparse.Namespace) -> None:
     from ..inference.vllm import asked_engine
 
     pipe = load_pipeline(options.model, **placement(options))
-    if studies[0].rows is not None and pipe.model.config.indication_reader != "report":
+    own = studies[0].rows is not None or options.format == "rexrank"
+    if own and pipe.model.config.indication_reader != "report":
         studies = _studies(options, findings, indications=True)
     options.batch_size = min(options.batch_size, len(studies))
     decoder = asked_decoder(pipe.model, pipe.processor, vars(options))
@@ -185,7 +214,12 @@ def _run(options: argparse.Namespace) -> None:
     if options.output is not None:
         existing = f", {kept:,} were there" if options.resume else ""
         count = written - kept
-        show(f"{count:,} report{'' if count == 1 else 's'} written{existing}: {options.output}", file=sys.stderr)
+        path = options.predictions if options.format == "rexrank" else options.output
+        show(f"{count:,} report{'' if count == 1 else 's'} written{existing}: {path}", file=sys.stderr)
+    if options.format == "rexrank":
+        by_main_process(
+            lambda: write_predictions(options.predictions, options.studies, dict(read_reports(options.output)))
+        )
     if left_out:
         raise ValueError(
             f"{left_out:,} of {len(studies):,} studies were left out, for the reasons above; the others were written"
@@ -212,11 +246,13 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("--resume and --overwrite were both given: expected one")
     if options.split is not None and not (options.studies and Path(options.studies).is_dir()):
         raise ValueError("--split needs --studies with a folder of otdrg prepare: expected both")
+    _check_rexrank(options)
     if options.output is not None:
-        if options.output.is_dir() or options.output.suffix != ".jsonl":
+        suffix = ".json" if options.format == "rexrank" else ".jsonl"
+        if options.output.is_dir() or options.output.suffix != suffix:
             # `otdrg score` and `otdrg label` recognise it by its suffix.
             what = "this is a folder" if options.output.is_dir() else "another kind of file"
-            raise ValueError(f"--output {options.output}: {what}, expected the name of a .jsonl file")
+            raise ValueError(f"--output {options.output}: {what}, expected the name of a {suffix} file")
         nearest = next(folder for folder in options.output.absolute().parents if folder.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise ValueError(f"--output {options.output}: {nearest} is not a writable folder")
@@ -226,15 +262,36 @@ def _check(options: argparse.Namespace) -> None:
         raise ImportError("--heatmap needs matplotlib: pip install 'otdrg[demo]'")
 
 
+def _check_rexrank(options: argparse.Namespace) -> None:
+    """Raise a `ValueError` for options that do not fit to the format."""
+    if options.format != "rexrank":
+        if options.image_root is not None:
+            raise ValueError("--image-root needs --format rexrank: expected both or neither")
+        return
+    needed = {"--studies": options.studies, "--output": options.output, "--image-root": options.image_root}
+    for flag, given in needed.items():
+        if given is None:
+            raise ValueError(
+                f"--format rexrank needs --studies IN.json, --output OUT.json and --image-root: {flag} is missing"
+            )
+    if not options.image_root.is_dir():
+        raise ValueError(f"--image-root {options.image_root}: expected a folder that exists")
+    if options.output.exists() and Path(options.studies).exists() and options.output.samefile(options.studies):
+        raise ValueError(f"{options.output} would be written over, and is --studies: expected another --output")
+
+
 def _studies(options: argparse.Namespace, findings: dict[str, str], indications: bool = False) -> list[ListedStudy]:
     """The studies that were typed, listed in a file, or prepared in a folder, where they can have own indications."""
     if options.study:
         return typed_studies(options.study, options.indication, findings)
-    if options.studies != "-" and Path(options.studies).is_dir():
+    is_rexrank = options.format == "rexrank"
+    if is_rexrank or (options.studies != "-" and Path(options.studies).is_dir()):
         from ..training.recipe import published_recipe
 
         recipe = published_recipe(options.model)
         indications = indications or (recipe is not None and recipe.gives_indication)
+        if is_rexrank:
+            return rexrank_studies(options.studies, options.image_root, options.indication, indications, findings)
         return prepared_studies(options.studies, options.split, options.indication, indications, findings)
     name = "standard input" if options.studies == "-" else options.studies
     # Standard input can be read once.

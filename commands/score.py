@@ -23,10 +23,11 @@ from .arguments import (
 )
 
 DESCRIPTION = """\
-Score generated reports: BLEU-1 to 4, METEOR, ROUGE-L, CIDEr, and clinical efficacy by a labeler's states, with
-bootstrap intervals; where --metrics names them, RadGraph-F1, RadCliQ, RaTEScore and SRR-BERT by RadEval. With
---against, compare two systems by paired bootstrap and permutation tests. Files are CSV or .jsonl with id and report,
-joined by id. Writes OUT.json and OUT.csv, with one row per study, and prints tables.
+Score generated reports: BLEU-1 to 4, METEOR, ROUGE-L, CIDEr, clinical efficacy by a labeler's states and the share of
+reports with invented comparisons, with bootstrap intervals; where --metrics names them, BERTScore, RadGraph-F1,
+RadCliQ, RaTEScore, SRR-BERT, F1-temporal, GREEN and CRIMSON by RadEval. With --against, compare two systems by paired
+bootstrap and permutation tests. Files are CSV or .jsonl with id and report, joined by id, or ReXrank's. Writes OUT.json
+and OUT.csv, with one row per study, and prints tables.
 """
 EPILOG = """\
 Examples:
@@ -34,6 +35,7 @@ Examples:
   otdrg score --predictions ours.jsonl --references test.jsonl --against theirs.csv --output ours.json
   otdrg score --predictions ours.jsonl --references test.jsonl --metrics rouge_l radgraph --output ours.json
   otdrg score --predictions runs/quickstart/predictions.csv --output scores.json
+  otdrg score --format rexrank --predictions out.json --output scores.json
 """
 
 
@@ -41,6 +43,18 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
     """Add the arguments of the command. `arguments`, those on the command line, are not used."""
     files = parser.add_argument_group("files")
     files.add_argument("--predictions", required=True, metavar="FILE", help="generated reports: id and report")
+    files.add_argument(
+        "--format",
+        choices=("table", "rexrank"),
+        default="table",
+        help="form of the files: CSV or .jsonl, or ReXrank's JSON, in which model_prediction is the generated report "
+        "and report the true one (default: table)",
+    )
+    files.add_argument(
+        "--prediction-column",
+        metavar="NAME",
+        help="column of the predictions' generated reports (default: report, or model_prediction in ReXrank's files)",
+    )
     files.add_argument("--references", metavar="FILE", help="true reports (default: in the predictions' file)")
     files.add_argument(
         "--reference-column",
@@ -88,7 +102,13 @@ def run(options: argparse.Namespace) -> None:
         from ..evaluation.score_files import format_scored, join_reports, score_files, write_scored
 
         joined = join_reports(
-            options.predictions, options.references, options.reference_column, options.against, options.allow_missing
+            options.predictions,
+            options.references,
+            options.reference_column,
+            options.against,
+            options.allow_missing,
+            options.prediction_column,
+            options.format,
         )
         scored = score_files(
             joined,

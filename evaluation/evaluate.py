@@ -19,6 +19,7 @@ from ..inference.vllm import VLLM
 from ..labelers.as_typed import label_quietly, labeler_of
 from ..metrics import ReportScores, best_constants, display_name, score_reports, score_tables
 from ..metrics.baselines import SEARCHED_SCORES
+from ..metrics.comparisons import COMPARISONS
 from ..metrics.efficacy import example_ceiling
 from ..metrics.faithfulness import flip_states
 from ..modeling_otdrg import OTDRGForReportGeneration
@@ -402,7 +403,8 @@ def _add_constants(
     rows = {report: scorer.score_constant(report) for report in dict.fromkeys(best.reports.values())}
     evaluation.constants = {score: rows[report] for score, report in best.reports.items()}
     evaluation.notes += best.notes
-    tabled = {name for headings in score_tables().values() for name in headings}
+    # Almost every training report is a best constant for comparisons: it mentions none.
+    tabled = {name for headings in score_tables().values() for name in headings} - COMPARISONS.scores.keys()
     missing = [
         display_name(name)
         for name in evaluation.rows["model"].results.scores

@@ -21,6 +21,7 @@ from ..metrics.significance import Comparison, Interval
 from ..metrics.tables import CIDER_NOTE, clinical_table, comparison_table, finding_table, score_table
 from ..runtime.csv_files import write_csv
 from ..studies.cleaning import clean_report
+from ..studies.rexrank import PREDICTION, rexrank_reports
 
 #: Columns of the written CSV, named as in a training run's predictions.csv, so that it can be scored again.
 _COLUMNS = {"references": "reference", "predictions": "report", "against": "report, against"}
@@ -54,28 +55,37 @@ def join_reports(
     reference_column: str | None = None,
     against: str | None = None,
     allow_missing: bool = False,
+    prediction_column: str | None = None,
+    form: str = "table",
 ) -> JoinedReports:
     """Read generated and true reports of the same studies.
 
     Args:
-        predictions: CSV or .jsonl with `id` and `report`.
+        predictions: CSV or .jsonl with `id` and `report`, or a JSON file of ReXrank.
         references: likewise, the true reports; by default they are in the predictions' file.
         reference_column: the column of the true reports; by default `report`, or `reference` in the predictions' file.
         against: as `predictions`, of another system.
         allow_missing: keep the ids that all files have.
+        prediction_column: the column of the generated reports in the predictions' file; by default `report`.
+        form: of the files, `table` or `rexrank`; in the latter, by default, `model_prediction` are the generated
+            reports and `report` the true ones.
 
     Raises:
         ValueError: a file is wrong (see [`read_reports`]) or empty, the files have no id in common, or, without
             `allow_missing`, not the same ones.
     """
     same = references is None or _is_one_file(references, predictions)
-    column = reference_column or ("reference" if same else "report")
-    if same and column == "report":
-        raise ValueError(f"{predictions}, column report: the predictions themselves, expected the true reports' column")
-    places = {"references": (references or predictions, column), "predictions": (predictions, "report")}
+    ours = PREDICTION if form == "rexrank" else "report"
+    column = reference_column or ("reference" if same and form == "table" else "report")
+    written = prediction_column or ours
+    if same and column == written:
+        raise ValueError(
+            f"{predictions}, column {column}: the predictions themselves, expected the true reports' column"
+        )
+    places = {"references": (references or predictions, column), "predictions": (predictions, written)}
     if against:
-        places["against"] = (against, "report")
-    read = {name: _by_id(path, column) for name, (path, column) in places.items()}
+        places["against"] = (against, ours)
+    read = {name: _by_id(path, column, form) for name, (path, column) in places.items()}
     files = {name: path for name, (path, _) in places.items()}
     known = list(dict.fromkeys(study for reports in read.values() for study in reports))
     missing = {name: [study for study in known if study not in reports] for name, reports in read.items()}
@@ -94,7 +104,9 @@ def join_reports(
             "in common"
         )
     uncleaned = {
-        name: _by_id(path, f"uncleaned {column}") if has_column(path, f"uncleaned {column}") else read[name]
+        name: _by_id(path, f"uncleaned {column}")
+        if form == "table" and has_column(path, f"uncleaned {column}")
+        else read[name]
         for name, (path, column) in places.items()
     }
     reports, uncleaned = (
@@ -108,8 +120,8 @@ def _is_one_file(path: str, other: str) -> bool:
     return Path(path).exists() and Path(other).exists() and Path(path).samefile(other)
 
 
-def _by_id(path: str, column: str) -> dict[str, str]:
-    with closing(read_reports(path, column)) as rows:
+def _by_id(path: str, column: str, form: str = "table") -> dict[str, str]:
+    with closing((rexrank_reports if form == "rexrank" else read_reports)(path, column)) as rows:
         reports = dict(rows)
     if not reports:
         raise ValueError(f"{path}: no report in it, expected at least one")

@@ -1,4 +1,5 @@
-"""The studies of `otdrg generate`: from the command line, a list with one on each line, or a prepared dataset."""
+"""The studies of `otdrg generate`: from the command line, a list with one on each line, a prepared dataset or a file of
+ReXrank."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..findings_otdrg import CONDITIONING_STATES, FINDINGS, finding_key, parse_findings
 from ..image_processing_otdrg import without_credentials
+from ..studies.rexrank import read_rexrank, study_images, study_indication
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -188,6 +190,27 @@ def prepared_studies(
         ListedStudy(study, None, reason or None, findings, rows, place)
         for place, (study, reason) in enumerate(zip(rows["id"], own, strict=True))
     ]
+
+
+def rexrank_studies(
+    path: str, root: str | os.PathLike, indication: str | None, indications: bool, findings: dict[str, str]
+) -> list[ListedStudy]:
+    """The studies of a file of ReXrank.
+
+    Args:
+        path: of the file.
+        root: folder of the images.
+        indication, findings: for all studies.
+        indications: whether the indications in the studies' contexts are used if `indication` is None.
+
+    Raises:
+        ValueError: as [`read_rexrank`], or a study has no image.
+    """
+    listed = []
+    for study, fields in read_rexrank(path).items():
+        reason = indication or (study_indication(fields) if indications else None)
+        listed.append(ListedStudy(study, tuple(study_images(path, study, fields, root)), reason, findings))
+    return listed
 
 
 def _joined(images: Sequence[str]) -> str:

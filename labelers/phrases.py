@@ -59,6 +59,8 @@ WORD_KINDS = (
     "views",
     "parts",
 )
+#: The keys of comparisons.yaml.
+COMPARISON_ROLES = ("changes", "priors", "absent", "wanted", "not_meant")
 #: The row of abnormalities outside the 14 findings, which only rule out "No Finding".
 OTHER = len(FINDINGS)
 #: Words and marks of a sentence; a hyphen is a space, unless it is separated by spaces.
@@ -96,7 +98,7 @@ def _read(path: Path) -> object:
         raise ValueError(f"{path}: cannot be read ({error.strerror}): expected a vocabulary file") from None
 
 
-def _add(meanings: dict[str, set], path: Path, phrases: object, role: str, meaning: tuple) -> None:
+def _add(meanings: dict[str, set], path: Path, phrases: object, role: str, meaning: tuple | str) -> None:
     if not isinstance(phrases, list) or not all(isinstance(phrase, str) for phrase in phrases):
         raise ValueError(f"{path}: {role!r} must be a list of phrases")
     for phrase in phrases:
@@ -174,6 +176,22 @@ def load_spelling(folder: str | Path = VOCABULARY) -> dict[str, str]:
     ):
         raise ValueError(f"{path}: expected a form and its replacement on each line")
     return forms
+
+
+def load_comparisons(folder: str | Path = VOCABULARY) -> dict[str, set[str]]:
+    """Read comparisons.yaml as `{plain phrase: roles}`.
+
+    Raises:
+        ValueError: a missing file, an unknown key or a wrong phrase; the message names the file.
+    """
+    path = Path(folder) / "comparisons.yaml"
+    entries = _read(path)
+    if not isinstance(entries, dict) or set(entries) != set(COMPARISON_ROLES):
+        raise ValueError(f"{path}: expected exactly the keys {', '.join(COMPARISON_ROLES)}")
+    meanings: dict[str, set[str]] = {}
+    for role, phrases in entries.items():
+        _add(meanings, path, phrases, role, role)
+    return meanings
 
 
 def load_mistakes(folder: str | Path = VOCABULARY) -> dict[str, set[tuple[int, int, int]]]:

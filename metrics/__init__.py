@@ -21,6 +21,7 @@ _HOMES = {
     "nlg_scores": "scoring",
     "NLG_METRICS": "fluency",
     "NLG_NAMES": "fluency",
+    "ComparisonReader": "comparisons",
     "RADEVAL_METRICS": "rad_eval",
     "AVERAGES": "efficacy",
     "LABEL_SETS": "efficacy",

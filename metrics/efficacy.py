@@ -207,6 +207,7 @@ CLINICAL_EFFICACY = Metric(
     reads="states",
     section="clinical_efficacy",
     hub_type="f1",
+    chest_only=True,
 )
 
 __all__ = [

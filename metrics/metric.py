@@ -39,7 +39,7 @@ class MetricResult:
             and permutation resample its rows; a metric without it has no intervals.
         aggregate: from sums (R, K) over `studies` studies, and `studies`, to `{score: (R,)}`.
         details: further values for JSON files, which are not scores.
-        notes: why a score is None.
+        notes: why a score is None, or lacks studies.
     """
 
     scores: dict[str, float | None]
@@ -51,14 +51,33 @@ class MetricResult:
 
     @classmethod
     def from_means(cls, per_study: Mapping[str, Sequence[float]]) -> MetricResult:
-        """The result of a metric whose scores are the means of the studies' values."""
-        values = np.column_stack([np.asarray(column, float) for column in per_study.values()])
+        """The result of a metric whose scores are the means of the studies' values.
+
+        NaN stands for a study without a value; the mean leaves it out, and a note counts them.
+        """
         names = list(per_study)
+        values = np.column_stack([np.asarray(column, float) for column in per_study.values()])
+        known = ~np.isnan(values)
+        counts, columns = known.sum(axis=0), len(names)
+        notes = {
+            name: f"no value for {len(values) - count:,} of {len(values):,} reports; the mean is of the others"
+            for name, count in zip(names, counts.tolist(), strict=True)
+            if count < len(values)
+        }
+        sums = np.where(known, values, 0.0)
+        means = [total / count if count else None for total, count in zip(sums.sum(axis=0), counts, strict=True)]
+
+        def aggregate(totals: np.ndarray, studies: int) -> dict[str, np.ndarray]:
+            number = totals[:, columns:] if notes else studies
+            with np.errstate(invalid="ignore"):
+                return dict(zip(names, (totals[:, :columns] / number).T, strict=True))
+
         return cls(
-            scores=dict(zip(names, values.mean(axis=0).tolist(), strict=True)),
+            scores={name: None if mean is None else float(mean) for name, mean in zip(names, means, strict=True)},
             per_study=dict(zip(names, values.T.tolist(), strict=True)),
-            contributions=values,
-            aggregate=lambda sums, studies: dict(zip(names, sums.T / studies, strict=True)),
+            contributions=np.concatenate([sums, known], axis=1) if notes else values,
+            aggregate=aggregate,
+            notes=notes,
         )
 
 
@@ -75,6 +94,7 @@ class Metric:
         section: key of its scores in the JSON of `otdrg score`.
         default: whether it is computed where no metrics are named.
         hub_type: the Hub's name of the metric, for the metadata of a model card.
+        chest_only: whether it is made for reports of chest radiographs.
     """
 
     name: str
@@ -84,6 +104,7 @@ class Metric:
     section: str = "other"
     default: bool = True
     hub_type: str | None = None
+    chest_only: bool = False
 
 
 __all__ = ["Metric", "MetricResult", "Score"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from . import efficacy, fluency, rad_eval
+from . import comparisons, efficacy, fluency, rad_eval
 from .metric import Metric, Score
 
 #: By name, in the order of the tables.
@@ -17,6 +17,7 @@ METRICS: dict[str, Metric] = {
         fluency.ROUGE_L,
         fluency.CIDER,
         efficacy.CLINICAL_EFFICACY,
+        comparisons.COMPARISONS,
         *rad_eval.RADEVAL_METRICS.values(),
     )
 }

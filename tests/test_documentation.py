@@ -223,6 +223,8 @@ def files(trained_run, build_backbones, tmp_path_factory):
     for name in ("ours", "test"):
         (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     entries = [{"id": row["id"], "report": row["report"], "image_path": [row["image"]]} for row in rows]
+    rexrank = {row["id"]: {"image_path": [row["image"]], "report": row["report"]} for row in rows[:2]}
+    (folder / "in.json").write_text(json.dumps(rexrank))
     annotation = {"train": entries[:8], "val": entries[8:10], "test": entries[10:]}
     (folder / "annotation.json").write_text(json.dumps(annotation))
 

@@ -228,8 +228,64 @@ def test_forward_shift_labels_are_the_labels_one_place_earlier(inputs, training)
     assert not torch.allclose(other.loss, by_labels.loss)
 
 
-def test_base_model_is_the_llm(model):
-    assert model.base_model is model.language_model
+@pytest.mark.parametrize("fields", [{}, {"fiot": False}, {"finding_text": "none"}, {"finding_tokens": "transported"}])
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_base_model_gives_the_states_that_the_head_turns_into_logits(prompts, side, fields):
+    model = make_model(**fields)
+    if fields == {"fiot": False}:
+        prompts["input_ids"][prompts["input_ids"] == FINDING] = 40
+    prompts["input_ids"][0] = prompts["input_ids"][0].roll(-2)  # not padded
+    prompts["attention_mask"][0] = 1
+    if fields == {"finding_text": "none"}:
+        prompts["input_ids"][:, 19] = 41
+    states = torch.randint(0, 4, (BATCH, 14), generator=torch.Generator().manual_seed(1))
+    states[:, -1], states[2] = 0, 0  # the last study has no label text
+    amount = {"left": (3, 0), "right": (0, 3), "both": (2, 5)}[side]
+    rows = [
+        F.pad(torch.stack([prompts["input_ids"][row], prompts["attention_mask"][row]]), amount) for row in (0, 1, 2)
+    ]
+    rows[1] = rows[1][:, amount[0] :] if side == "left" else rows[1]
+    length = max(row.shape[1] for row in rows)
+    rows = [F.pad(row, (length - row.shape[1], 0)) for row in rows]
+    ids, mask = torch.stack(rows).unbind(dim=1)
+    inputs = {"pixel_values": prompts["pixel_values"], "finding_states": states}
+    with torch.no_grad():
+        found = model.base_model(input_ids=ids, attention_mask=mask, **inputs).last_hidden_state
+        assert found.shape == (BATCH, ids.shape[1], SIZE)
+        for row in range(BATCH):
+            alone = ids[row, mask[row].bool()][None]
+            one = {name: value[row : row + 1] for name, value in inputs.items()}
+            written = model.expand_finding_text(input_ids=alone, **one)
+            logits = model(**written).logits[0]
+            place, size = int((alone[0] == FINDING_TEXT).int().argmax()), logits.shape[0] - alone.shape[1]
+            # One state for each token; the place of the label text is where the text ends.
+            kept = [*range(place), *range(place + size, len(logits))] if FINDING_TEXT in alone else range(len(logits))
+            expected = model.get_output_embeddings()(found[row, mask[row].bool()])
+            torch.testing.assert_close(expected, logits[list(kept)], atol=1e-4, rtol=1e-4)
+
+
+def test_base_model_passes_gradients_and_is_otherwise_the_llm(model, prompts):
+    model.base_model(**prompts).last_hidden_state.sum().backward()
+    for part in (model.vision_tower, model.image_projector, model.label_projector, model.language_model.model):
+        assert any(weight.grad is not None and weight.grad.any() for weight in part.parameters())
+    assert all(weight.grad is None for weight in model.finding_predictor.parameters())
+    model.zero_grad()
+    assert model.base_model.get_decoder() is model.language_model.get_decoder() and model.get_decoder() is not None
+    with pytest.raises(ValueError, match="no image: pixel_values is missing"):
+        model.base_model(input_ids=prompts["input_ids"])
+
+
+def test_views_of_zeros_are_missing_where_there_is_no_mask(model):
+    pixels, mask = torch.randn(2, 3, 3, 28, 28), torch.tensor([[True, True, False], [True, False, False]])
+    pixels[~mask] = 0
+    with torch.no_grad():
+        with_mask, without = model.read_study(pixels, mask), model.read_study(pixels)
+    assert torch.equal(without.view_mask, mask)
+    assert torch.equal(without.view_features, with_mask.view_features)
+    assert torch.equal(without.finding_logits, with_mask.finding_logits)
+    pixels[1] = 0
+    with pytest.raises(ValueError, match="a study has no image"):
+        model.read_study(pixels)
 
 
 def test_forward_starts_with_the_main_input():

@@ -856,3 +856,39 @@ def test_word_tokenizer_gives_cleaned_reports_back(build_config, reports, rare):
         assert len(ids) == len(text.split())
         assert tokenizer.decode(ids, skip_special_tokens=True) == " ".join(text.split())
     assert tokenizer.decode(tokenizer.encode(f"{texts[0]} {rare}s s{rare}", add_special_tokens=False)).endswith("<unk>")
+
+
+# --- what trainers of other libraries ask for -------------------------------------------------------------------------
+
+
+def test_processor_texts_alone_are_tokens(processor, reports):
+    found = processor(text=reports[:2], padding_side="right")
+    assert set(found) == {"input_ids", "attention_mask"}
+    for row, report in enumerate(reports[:2]):
+        ids = processor.tokenizer.encode(report, add_special_tokens=False)
+        assert found["input_ids"][row, : len(ids)].tolist() == ids and found["attention_mask"][row].sum() == len(ids)
+    assert processor(text=reports[0], padding=False, return_tensors=None)["input_ids"] == [
+        processor.tokenizer.encode(reports[0], add_special_tokens=False)
+    ]
+    with pytest.raises(ValueError, match="no image: expected at least one view"):
+        processor(text=reports[0], report=reports[0])
+
+
+def test_processor_without_view_mask_pads_with_zeros_and_is_saved_so(processor, views, tmp_path):
+    processor = copy.deepcopy(processor)
+    expected = processor(images=[views[:2], views[2]])
+    processor.return_view_mask = False
+    processor.save_pretrained(tmp_path)
+    for one in (processor, OTDRGProcessor.from_pretrained(tmp_path)):
+        found = one(images=[views[:2], views[2]])
+        assert "view_mask" not in found and "view_mask" not in one.model_input_names
+        assert torch.equal(found["pixel_values"], expected["pixel_values"])
+    assert not expected["pixel_values"][1, 1].any() and expected["view_mask"].tolist() == [[True, True], [True, False]]
+
+
+def test_processor_conversation_with_an_answer_is_prompt_report_and_end(processor, views, reports):
+    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"\n{processor.prompt}"}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": reports[0]}]}
+    text = processor.apply_chat_template([user, answer], tokenize=False)
+    found = processor(images=[views[0]], text=[text])
+    assert torch.equal(found["input_ids"], processor(images=[views[0]], report=reports[:1])["input_ids"])

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from ..inference.collation import PromptCollator
-from ..metrics.rewards import REWARDS, RewardFunction
+from ..metrics.rewards import REWARDS, RewardFunction, completion_texts
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..runtime.processes import is_sharded, open_methods
 from .arguments import StageArguments
@@ -270,7 +270,7 @@ class RewardTrainer(StageTrainer):
         written = [tokens[mask].tolist() for tokens, mask in zip(samples.tokens, samples.mask, strict=True)]
         texts = self.processor.batch_decode(written, skip_special_tokens=True)
         columns = {
-            "completions": [" ".join(text.split()) for text in texts],
+            "completions": completion_texts(texts),
             "references": [reference for reference in references for _ in range(k)],
             "finding_states": samples.finding_states.cpu().numpy(),
         }

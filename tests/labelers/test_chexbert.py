@@ -353,27 +353,28 @@ def test_chexbert_unloadable_tokenizer_names_the_fix(save, weights, tmp_path, co
 
 
 def test_chexbert_checkpoint_is_downloaded_from_the_hub(hub_server, save, weights, tokenizer, bert, tmp_path):
-    hub_server.add_repo("models", "org/scorers", {"chexbert.pth": save(weights).read_bytes()})
+    for name in ("StanfordAIMI/RRG_scorers", "org/scorers"):
+        hub_server.add_repo("models", name, {"chexbert.pth": save(weights).read_bytes()})
     hub_server.add_repo("models", "org/empty", {"README.md": b"# Nothing\n"})
     hub_server.add_repo("models", "org/gated", {"chexbert.pth": b""}).gated = True
     code = (
         "import gc, json\n"
         "gc.disable()\n"
         "from otdrg.labelers import load_labeler\n"
-        "def label(checkpoint):\n"
+        "def label(**checkpoint):\n"
         f"    options = {{'tokenizer': {str(tokenizer)!r}, 'attention_heads': 4}}\n"
         "    try:\n"
-        f"        return load_labeler('chexbert', checkpoint=checkpoint, **options).label({REPORTS!r}).tolist()\n"
+        f"        return load_labeler('chexbert', **checkpoint, **options).label({REPORTS!r}).tolist()\n"
         "    except ValueError as error:\n"
         "        return str(error)\n"
         "names = ('scorers', 'empty', 'gated', 'absent')\n"
-        "print(json.dumps([label(f'org/{name}') for name in names]))\n"
+        "print(json.dumps([label(), *(label(checkpoint=f'org/{name}') for name in names)]))\n"
     )
     environment = hub_server.environment(tmp_path / "home")
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    states, *errors = json.loads(done.stdout)
-    assert states == [expected_states(bert, tokenizer, report) for report in REPORTS]
+    default, states, *errors = json.loads(done.stdout)
+    assert default == states == [expected_states(bert, tokenizer, report) for report in REPORTS]
     for error, name, reason in zip(errors, ("empty", "gated", "absent"), ("404", "restricted", "404"), strict=True):
         assert error.startswith(f"checkpoint org/{name}: ") and reason in error and "\n" not in error
         assert error.endswith("and set option checkpoint to its path")

@@ -18,6 +18,11 @@ from transformers import (
     BertForTokenClassification,
     BertModel,
     BertTokenizerFast,
+    DistilBertConfig,
+    DistilBertModel,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 
 sys.modules.setdefault("RadEval", radeval)
@@ -106,7 +111,23 @@ def write_srrbert():
         (sentences / name).touch()
 
 
+def write_llm(repository, **generation):
+    """A language model of random weights, which never writes what GREEN and CRIMSON look for."""
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": len(VOCABULARY)}
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, max_position_embeddings=4096, **sizes))
+    model.generation_config = GenerationConfig(eos_token_id=3, pad_token_id=0, **generation)
+    folder = snapshot(repository)
+    save(folder, model)
+    tokenizer = BertTokenizerFast.from_pretrained(folder, eos_token="[SEP]", bos_token="[CLS]")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+
+
 torch.manual_seed(0)
+write_llm("StanfordAIMI/GREEN-radllama2-7b")
+write_llm("rajpurkarlab/medgemma-4b-it-crimson", max_new_tokens=2)
+distilbert = DistilBertConfig(dim=16, n_heads=2, n_layers=6, hidden_dim=16, vocab_size=len(VOCABULARY))
+save(snapshot("distilbert-base-uncased"), DistilBertModel(distilbert))
 write_radgraph("radgraph")
 write_radgraph("radgraph-xl")
 write_chexbert()

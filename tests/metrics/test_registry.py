@@ -2,7 +2,10 @@
 
 import csv
 import json
+import re
+from pathlib import Path
 
+import otdrg
 import pytest
 from otdrg.cli import main
 from otdrg.evaluation.evaluate import evaluate_model
@@ -114,3 +117,13 @@ def test_score_names_short_clinical_score_means_unclear_as_negative():
 def test_register_taken_name_is_refused():
     with pytest.raises(ValueError, match="metric 'mine': the name 'bleu_4' is taken"):
         register(Metric("mine", {"bleu_4": Score("mine")}, mean_words))
+
+
+def test_metrics_table_of_the_pages_names_all_and_which_are_chest_only():
+    page = (Path(otdrg.__file__).parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    table = page.partition("| `--metrics` |")[2].partition("\n\n")[0]
+    stated = {}
+    for row in table.splitlines()[2:]:
+        names, _, chest_only = (cell.strip() for cell in row.strip("|").split("|"))
+        stated |= dict.fromkeys(re.findall(r"`(\w+)`", names), chest_only == "yes")
+    assert stated == {name: metric.chest_only for name, metric in METRICS.items()}

@@ -123,7 +123,7 @@ def test_reward_stage_without_a_report_stage_is_refused(tiny_recipe, trained_run
     ("override", "message"),
     [
         ("reward.num_samples=1", "reward.num_samples=1: expected a number of at least 2"),
-        ("reward.rewards={cidr: 1}", "reward.rewards='cidr': expected some of cider, bleu_4, rouge_l, agreement"),
+        ("reward.rewards={cidr: 1}", "reward.rewards='cidr': expected some of cider, bleu_4, rouge_l, find"),
         ("reward.rewards={cider: .inf}", "reward.rewards.cider=inf: expected a finite number"),
         ("reward.rewards={cider: 0}", "reward.rewards={'cider': 0}: expected a weight other than 0"),
         ("reward.temperature=0", "reward.temperature=0: expected a number above 0"),
