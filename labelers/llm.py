@@ -11,18 +11,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..findings_otdrg import FINDINGS, NEGATIVE, POSITIVE, UNCLEAR, UNMENTIONED
+from ..findings_otdrg import FINDINGS, POSITIVE, UNCLEAR, UNMENTIONED
 from ..runtime.journal import Journal
 from . import check_reports, warn_of_reports
-from .llm_prompt import ASKED, PROMPT, load_prompt
+from .llm_prompt import ASKED, PROMPT, load_prompt, strongest
 from .sentences import split_sentences
 
-#: Receives a sentence and the ids of its 13 states, None if no answer was valid.
+#: Receives a sentence and the state ids of [`Prompt.parse`], None if no answer was valid.
 Keep = Callable[[str, "list[int] | None"], None]
 
-_BARRING = [position for position, name in enumerate(ASKED) if name != "support_devices"]
-#: Of the states of one finding in several sentences, the last of these counts, as in CheXpert's labels.
-_STRENGTH = {state: place for place, state in enumerate((UNMENTIONED, NEGATIVE, UNCLEAR, POSITIVE))}
+#: Positions in the states of [`Prompt.parse`] that rule out "No Finding"; the last is that of other findings.
+_BARRING = [position for position, name in enumerate((*ASKED, None)) if name != "support_devices"]
 
 
 class AskedLLM(Protocol):
@@ -36,10 +35,10 @@ class LLMLabeler:
     """Reads finding states with a frozen instruction-tuned LLM.
 
     The LLM is asked in its chat template for a JSON object of the findings that a sentence mentions. Each different
-    sentence is asked about once. What the answer says of other findings is ignored; an answer without JSON, or with
-    another state, is invalid, and the LLM is asked again, with sampling. A finding of several sentences is positive if
-    it is in one of them, else unclear if it is in one of them. "No Finding" is positive if nothing but support devices
-    is positive or unclear (CheXpert's rule).
+    sentence is asked about once. An answer without JSON, or with another state, is invalid, and the LLM is asked again,
+    with sampling. A finding of several sentences is positive if it is in one of them, else unclear if it is in one of
+    them. "No Finding" is positive if no other finding, support devices left out, is positive or unclear (CheXpert's
+    rule); findings that are not among the 14 count too.
 
     Args:
         model: Hub id, folder or GGUF file of the LLM; with `endpoint`, its name on the server.
@@ -133,7 +132,7 @@ class LLMLabeler:
             elif len(states) < len(sentences):
                 invalid.append(place)
             else:
-                rows[place] = _with_no_finding([max(given, key=_STRENGTH.get) for given in zip(*states, strict=True)])
+                rows[place] = _with_no_finding([strongest(given) for given in zip(*states, strict=True)])
         warn_of_reports(empty, len(read), "hold no text: all findings unmentioned")
         warn_of_reports(
             invalid, len(read), "hold a sentence that got no valid answer: all findings of the report unmentioned"
@@ -176,9 +175,9 @@ def _sentences(report: str) -> list[str]:
 
 
 def _with_no_finding(states: Sequence[int]) -> list[int]:
-    """The 14 states from 13, with No Finding by CheXpert's rule."""
+    """The 14 states of a report from those of [`Prompt.parse`], with No Finding by CheXpert's rule."""
     abnormal = any(states[position] in (POSITIVE, UNCLEAR) for position in _BARRING)
-    return [*states, UNMENTIONED if abnormal else POSITIVE]
+    return [*states[: len(ASKED)], UNMENTIONED if abnormal else POSITIVE]
 
 
 def _default_cache() -> Path:

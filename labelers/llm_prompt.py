@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from ..findings_otdrg import (
     FINDING_DISPLAY_NAMES,
     FINDING_STATES,
     FINDINGS,
+    NEGATIVE,
+    POSITIVE,
+    UNCLEAR,
     UNMENTIONED,
     finding_key,
     finding_state_id,
@@ -21,6 +25,7 @@ PROMPT = Path(__file__).parent / "prompts" / "llm.yaml"
 
 #: Findings in the prompt; No Finding follows from them.
 ASKED: tuple[str, ...] = FINDINGS[:-1]
+_STRENGTH = (UNMENTIONED, NEGATIVE, UNCLEAR, POSITIVE)
 
 
 @dataclass(frozen=True)
@@ -62,26 +67,32 @@ class Prompt:
         return {"type": "object", "additionalProperties": {"enum": words}}
 
     def parse(self, text: str) -> list[int] | None:
-        """Ids of the 13 states in an answer.
+        """Ids of the 13 states in an answer, and the first state of a finding that was not asked for.
 
-        Text around the first JSON object, a thinking LLM's text before `</think>`, and names that were not asked for
-        are skipped. None if there is no object, or it has a word that was not asked for.
+        Text around the first JSON object, and a thinking LLM's text before `</think>`, are skipped. None if there is no
+        object, or it has a word that was not asked for.
         """
         text = text.rpartition("</think>")[2]
         try:
             given, _ = json.JSONDecoder().raw_decode(text[text.index("{") :])
-            states = {_key(name): self.answers.index(word.strip().lower()) for name, word in given.items()}
+            states = [(_key(name), self.answers.index(word.strip().lower())) for name, word in given.items()]
         except (ValueError, AttributeError, RecursionError):
             return None
-        return [states.get(name, UNMENTIONED) for name in ASKED]
+        return [strongest(state for key, state in states if key == name) for name in (*ASKED, None)]
+
+
+def strongest(states: Iterable[int]) -> int:
+    """Of several states of a finding, the one that counts in CheXpert's labels; unmentioned without any."""
+    return max(states, key=_STRENGTH.index, default=UNMENTIONED)
 
 
 def _key(name: str) -> str | None:
-    """A finding's key, None of another name."""
+    """A finding's key, None of a name that was not asked for."""
     try:
-        return finding_key(name)
+        key = finding_key(name)
     except ValueError:
         return None
+    return key if key in ASKED else None
 
 
 def _message(role: str, content: str) -> dict[str, str]:

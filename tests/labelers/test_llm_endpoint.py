@@ -173,6 +173,17 @@ def test_endpoint_nonsense_is_asked_again_and_counted(server, load):
     assert sorted(body["temperature"] for body in server.requests) == [0] * 4 + [0.7] * 3
 
 
+def test_endpoint_other_findings_rule_out_no_finding(server, load):
+    answers = [
+        '{"Hernia": "present"}',
+        '{"Hernia": "absent"}',
+        '{"Hernia": "uncertain"}',
+        '{"Support Devices": "present"}',
+    ]
+    server.behaviour = lambda report, attempt: answers[REPORTS.index(report)]
+    assert of(load().label(REPORTS[:4]), "no_finding") == [0, 1, 0, 1]
+
+
 def test_endpoint_refused_report_is_skipped(server, load):
     long = f"{'No effusion, ' * 50}clear."
 
