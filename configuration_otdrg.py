@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import cached_file, is_peft_available
 
 from .findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS
+from .sections_otdrg import SECTIONS
 
 DEFAULT_PROMPT = (
     "Generate a comprehensive diagnosis report for this radiology image. ###Focus on diagnostic accuracy###"
@@ -149,6 +150,9 @@ class OTDRGConfig(PreTrainedConfig):
         vision_lora (`dict` or `peft.LoraConfig`, *optional*):
             LoRA adapters in the vision encoder and in the predictor's own: `target_modules` are `["qkv"]` in timm's
             encoders and `["q_proj", "v_proj"]` in DINOv2.
+        report_sections (`list[str]`, *optional*):
+            The sections of the reports, `["findings", "impression"]`, each below its heading, which the pipeline also
+            returns apart; without them a report is one text. Set by training, from the training reports.
         prompt (`str`, *optional*):
             Instruction after the image; the paper's by default.
         image_token_id, finding_token_id, finding_text_token_id (`int`, *optional*):
@@ -184,7 +188,7 @@ class OTDRGConfig(PreTrainedConfig):
             *("ot_weight", "ot_contrastive_weight", "ot_contrastive_temperature", "focal_gamma", "focal_reduction"),
             *("predictor_dropout", "predictor_heads", "predictor_pooling", "predictor_epsilon", "predictor_iterations"),
             *("predictor_tags", "indication_reader", "predicted_state_ratio", "finding_state_dropout", "image_dropout"),
-            *("finding_thresholds", "finding_calibration", "finding_text", "prompt"),
+            *("finding_thresholds", "finding_calibration", "finding_text", "report_sections", "prompt"),
             *("image_token_id", "finding_token_id", "finding_text_token_id", "prompt_token_ids"),
             *(
                 "finding_tokens",
@@ -244,6 +248,7 @@ class OTDRGConfig(PreTrainedConfig):
         finding_calibration: list[list[float]] | None = None,
         lora: Any = None,
         vision_lora: Any = None,
+        report_sections: list[str] | None = None,
         prompt: str = DEFAULT_PROMPT,
         image_token_id: int | None = None,
         finding_token_id: int | None = None,
@@ -556,6 +561,10 @@ ALLOWED_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "indication_reader": _one_of("report", "predictor", "both"),
     "predicted_state_ratio": (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
     "finding_state_dropout": _PROBABILITY,
+    "report_sections": (
+        lambda value: value is None or (isinstance(value, (list, tuple)) and tuple(value) == SECTIONS),
+        f"{list(SECTIONS)}, or null",
+    ),
     "image_dropout": _PROBABILITY,
     "finding_thresholds": (
         lambda value: (

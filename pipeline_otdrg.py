@@ -16,6 +16,7 @@ from .bank_otdrg import ReportBank
 from .consensus_otdrg import Candidate, ConsensusDecoder, consensus_settings, is_complete
 from .findings_otdrg import CONDITIONING_STATES, FINDINGS, NOT_GIVEN
 from .processing_otdrg import read_view
+from .sections_otdrg import split_sections
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,8 @@ class ReportGenerationPipeline(Pipeline):
     dictionaries, several (a list, a generator, a dataset) give one such list each. The dictionaries hold
 
     - `generated_text` (`str`): the report;
+    - `findings_section` and `impression` (`str`), if the model writes both sections (`config.report_sections`): their
+      texts; if headings are missing or misplaced, all of the report is the findings;
     - `complete` (`bool`): whether the report ended by itself, and was not cut off at the maximum length;
     - `findings` (`dict`): for each of the 14, the `state` that conditioned the LLM and the probability that the
       predictor gives to this state (None for `"not_given"`);
@@ -311,6 +314,8 @@ class ReportGenerationPipeline(Pipeline):
             {"generated_text": report.strip(), "complete": complete, "findings": findings, **model_outputs["consensus"]}
             for report, complete in zip(model_outputs["reports"], model_outputs["complete"], strict=True)
         ]
+        if self.model.config.report_sections:
+            records = [{**record, **_sections(record["generated_text"])} for record in records]
         if model_outputs["heatmaps"] is not None:
             # Unbatching adds a leading axis of size 1 to an array.
             lift = model_outputs["heatmaps"]
@@ -322,6 +327,12 @@ class ReportGenerationPipeline(Pipeline):
             found = self_check(reports, [model_outputs["states"]] * len(reports))
             records = [{**record, "contradictions": each} for record, each in zip(records, found, strict=True)]
         return records
+
+
+def _sections(report: str) -> dict[str, str]:
+    """What a record says of the sections of its report; `findings` are the states."""
+    sections = split_sections(report)
+    return {"findings_section": sections.findings, "impression": sections.impression}
 
 
 def _consensus_record(ranked: list[Candidate], count: int) -> dict[str, Any]:

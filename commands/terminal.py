@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from ..findings_otdrg import FINDING_DISPLAY_NAMES
 from ..runtime.printable import printable
+from ..sections_otdrg import lay_out_sections
 
 #: States in the order of the table, with their mark and colour (SGR).
 _STATES: dict[str, tuple[str, str]] = {
@@ -54,7 +55,9 @@ def format_record(record: dict[str, Any], width: int, colour: bool = False) -> s
     blocks = [paint(_wrapped(record["id"], width, "", "  "), _HEADING)]
     if record.get("indication"):
         blocks.append(_wrapped(f"Indication: {record['indication']}", width))
-    blocks.append(_wrapped(record["report"] or "(the model wrote nothing)", width))
+    report = record["report"] or "(the model wrote nothing)"
+    sections = lay_out_sections(report).split("\n\n") if "impression" in record else [report]
+    blocks += [_wrapped(section, width) for section in sections]
     if not record["complete"]:
         blocks.append(paint(_wrapped("! cut off at --max-new-tokens", width), _DISAGREEMENT))
     if record.get("retrieved"):

@@ -25,6 +25,7 @@ from ..metrics.faithfulness import flip_states
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from ..runtime.shared_work import continue_alone
+from ..sections_otdrg import SECTIONS, has_sections, split_sections, without_headings
 from ..studies.loading import uncleaned_reports, with_column
 from ..studies.streaming import StreamedStudies
 
@@ -109,6 +110,8 @@ class Evaluation:
         notes: why something is missing.
         training: the training reports; empty if there are none to compare with.
         paper: scores of [`PAPER_SCORES`] for the studies' collection.
+        sections: by section, the evaluation of this part of the reports on the studies whose true report has it; empty
+            if true reports do not consist of sections.
     """
 
     ids: list[str]
@@ -123,6 +126,7 @@ class Evaluation:
     notes: list[str] = field(default_factory=list)
     training: frozenset[str] = frozenset()
     paper: Mapping[str, float] = field(default_factory=dict)
+    sections: dict[str, Evaluation] = field(default_factory=dict)
 
     def scores(self) -> dict[str, Any]:
         """All aggregate scores, ready for JSON."""
@@ -134,12 +138,14 @@ class Evaluation:
             rows[ROWS["constant"]] = {score: row.scores[score] for score, row in self.constants.items()}
         if self.paper:
             rows[ROWS["paper"]] = dict(self.paper)
+        apart = {name: section.scores() for name, section in self.sections.items()}
         return {
             "studies": len(self.ids),
             "labeler": self.labeler,
             "rows": {name: rows[name] for name in ROWS.values() if name in rows},
             "constants": {score: row.reports[0] for score, row in self.constants.items()},
             "notes": self.notes,
+            **({"sections": apart} if apart else {}),
         }
 
 
@@ -160,6 +166,7 @@ def evaluate_model(
     clean: Callable[[str], str] | None = None,
     journals: Path | None = None,
     consensus: ConsensusDecoder | None = None,
+    sections: bool = True,
     collections: Sequence[str] = (),
     scored_alone: bool = False,
     engine: VLLM | None = None,
@@ -176,6 +183,9 @@ def evaluate_model(
       F1 also a text with every finding positive ([`best_constants`]).
     - `true_states`: the model conditioned on the true states, the ceiling of a better predictor.
     - `flipped`: the same with one finding of each study flipped ([`flip_states`]), for faithfulness.
+
+    If the true reports consist of sections ([`has_sections`]), whole reports are compared without their headings, and
+    each section is scored apart as well.
 
     Args:
         model, processor: as published.
@@ -195,6 +205,7 @@ def evaluate_model(
         journals: folder in which reports are saved as they are generated, see [`generate_reports`].
         consensus: chooses the model's reports, also in the controls. The table then has rows of the same model without
             retrieved candidates and without consensus decoding.
+        sections: whether sections are scored apart.
         collections: of the studies; the table of a single one with [`PAPER_SCORES`] has a row with these.
         scored_alone: whether all processes but the main one end when the reports are generated ([`continue_alone`]).
         engine: writes the reports in place of the model, see [`generate_reports`].
@@ -231,7 +242,9 @@ def evaluate_model(
     metrics = None if metrics is None else list(metrics)
     references = list(studies["report"] if references is None else references)
     uncleaned_references = uncleaned_reports(studies)
-    scorer = _Scorer(labeler, labeler_options, references, uncleaned_references, metrics, clean)
+    read_by, sectioned = labeler_of(labeler, dict(labeler_options or {})), has_sections(references)
+    headed = sectioned or bool(model.config.report_sections)
+    scorer = _Scorer(read_by, references, uncleaned_references, metrics, clean, headed)
     evaluation = Evaluation(
         ids=list(studies["id"]),
         references=references,
@@ -251,13 +264,21 @@ def evaluate_model(
             evaluation, scorer, retrieve_reports(*features, studies, training, seed, indication), len(training)
         )
     if "constant" in controls:
-        _add_constants(evaluation, scorer, training, seed)
+        _add_constants(evaluation, scorer, list(training["report"]), uncleaned_reports(training), seed)
     evaluation.rows = {name: evaluation.rows[name] for name in ROWS if name in evaluation.rows}
     if given and not model.config.dle:
         evaluation.notes.append("this model does not use finding states (dle=False), so true states change nothing")
     elif given and len(known) < len(studies):
         evaluation.notes.append(f"true states are known for only {len(known)} of {len(studies)} studies")
     evaluation.notes += _notes_on_states(evaluation)
+    if sectioned and sections:
+        constants_from = training if "constant" in controls else None
+        evaluation.sections = {
+            section: _score_section(section, evaluation, scorer, constants_from, seed) for section in SECTIONS
+        }
+        evaluation.notes += _notes_on_headings(evaluation.rows["model"].reports)
+    elif model.config.report_sections and sections:
+        evaluation.notes.append("true reports do not consist of sections: those of the model are not scored apart")
     return evaluation
 
 
@@ -316,32 +337,41 @@ class _Scorer:
     """Makes the rows of an evaluation.
 
     Args:
-        labeler, labeler_options: reads the states.
+        labeler: reads the states.
         references: N true reports that fluency is scored against.
         uncleaned_references: the true reports before cleaning, whose states are read.
         metrics: of [`score_reports`].
         clean: cleans a generated report; None leaves it as it is.
+        headed: whether the sections of reports have headings, which are left out.
     """
 
     def __init__(
-        self, labeler, labeler_options, references: list[str], uncleaned_references: list[str], metrics, clean
+        self, labeler, references: list[str], uncleaned_references: list[str], metrics, clean=None, headed=False
     ):
-        self.labeler = labeler_of(labeler, dict(labeler_options or {}))
-        self.references, self.metrics, self.clean = references, metrics, clean
+        self.labeler, self.metrics, self.clean, self.headed = labeler, metrics, clean, headed
+        self.references = self.compared(references)
         self.true_states = self.read_states(uncleaned_references)
+
+    def compared(self, reports: list[str]) -> list[str]:
+        """Reports as they are compared and labelled."""
+        return [without_headings(report) for report in reports] if self.headed else reports
 
     def read_states(self, reports: list[str]) -> np.ndarray:
         """(N, 14) states of reports."""
-        return label_quietly(self.labeler, reports)
+        return label_quietly(self.labeler, self.compared(reports))
 
     def score_generated(self, reports: list[str]) -> SystemReports:
         """The row of generated reports: states are read before cleaning, fluency is scored after it."""
         cleaned = reports if self.clean is None else [self.clean(report) for report in reports]
-        return self._row(cleaned, self.read_states(reports), reports)
+        return self.score(cleaned, reports)
+
+    def score(self, reports: list[str], uncleaned: list[str]) -> SystemReports:
+        """The row of cleaned reports, whose states are read in the uncleaned ones."""
+        return self._row(reports, self.read_states(uncleaned), uncleaned)
 
     def score_training(self, reports: list[str]) -> SystemReports:
         """The row of training reports, which are cleaned as the references are."""
-        return self._row(reports, self.read_states(reports), reports)
+        return self.score(reports, reports)
 
     def score_constant(self, report: str) -> SystemReports:
         """The row of one report written for every study."""
@@ -349,7 +379,7 @@ class _Scorer:
         return self._row(reports, np.tile(self.read_states([report]), (len(reports), 1)), reports)
 
     def _row(self, reports: list[str], states: np.ndarray, uncleaned: list[str]) -> SystemReports:
-        found = score_reports(reports, self.references, states, self.true_states, self.metrics)
+        found = score_reports(self.compared(reports), self.references, states, self.true_states, self.metrics)
         return SystemReports(reports, states, found, uncleaned)
 
 
@@ -393,13 +423,48 @@ def _add_retrieved(evaluation: Evaluation, scorer: _Scorer, retrieved: Retrieved
         )
 
 
+def _score_section(
+    section: str,
+    whole: Evaluation,
+    scorer: _Scorer,
+    training: Dataset | StreamedStudies | CachedStudies | None,
+    seed: int,
+) -> Evaluation:
+    """The evaluation of one section of all rows, on the studies whose true report has it; constants of `training`."""
+    kept = [place for place, report in enumerate(whole.references) if _section(section, report)]
+
+    def texts(reports: Sequence[str]) -> list[str]:
+        return [_section(section, reports[place]) for place in kept]
+
+    part = _Scorer(scorer.labeler, texts(whole.references), texts(whole.uncleaned_references), scorer.metrics)
+    found = Evaluation(
+        ids=[whole.ids[place] for place in kept],
+        references=part.references,
+        uncleaned_references=texts(whole.uncleaned_references),
+        true_states=part.true_states,
+        finding_states=whole.finding_states[kept],
+        labeler=whole.labeler,
+        rows={name: part.score(texts(row.reports), texts(row.uncleaned)) for name, row in whole.rows.items()},
+        training=frozenset(filter(None, (_section(section, report) for report in whole.training))),
+    )
+    if training is not None:
+        pairs = zip(training["report"], uncleaned_reports(training), strict=True)
+        pairs = [(text, _section(section, uncleaned)) for each, uncleaned in pairs if (text := _section(section, each))]
+        _add_constants(found, part, *map(list, zip(*pairs, strict=True)), seed)
+    return found
+
+
+def _section(section: str, report: str) -> str:
+    return getattr(split_sections(report), section)
+
+
 def _add_constants(
-    evaluation: Evaluation, scorer: _Scorer, training: Dataset | StreamedStudies | CachedStudies, seed: int
+    evaluation: Evaluation, scorer: _Scorer, training: list[str], uncleaned_training: list[str], seed: int
 ) -> None:
-    """For each score the row of its own best constant, chosen on training."""
+    """For each score the row of its own best constant, chosen among the reports of training."""
     scores = [name for name in evaluation.rows["model"].results.scores if name in SEARCHED_SCORES]
-    states = scorer.read_states(uncleaned_reports(training))
-    best = best_constants(list(training["report"]), states, scorer.labeler, scores, seed)
+    states = scorer.read_states(uncleaned_training)
+    best = best_constants(scorer.compared(training), states, scorer.labeler, scores, seed)
     rows = {report: scorer.score_constant(report) for report in dict.fromkeys(best.reports.values())}
     evaluation.constants = {score: rows[report] for score, report in best.reports.items()}
     evaluation.notes += best.notes
@@ -412,6 +477,23 @@ def _add_constants(
     ]
     if missing:
         evaluation.notes.append(f"no best constant report is searched for {', '.join(missing)}")
+
+
+def _notes_on_headings(reports: list[str]) -> list[str]:
+    """How many generated reports do not have the form of two sections."""
+    split = [split_sections(report) for report in reports]
+    headless = sum(not report.has_headings for report in split)
+    notes = []
+    if headless:
+        notes.append(
+            f"{headless} of {len(reports)} generated reports have no headings or misplaced ones: all of their text "
+            "counts as findings"
+        )
+    for section in SECTIONS:
+        lacking = sum(report.has_headings and not getattr(report, section) for report in split)
+        if lacking:
+            notes.append(f"{lacking} of {len(reports)} generated reports have no {section}")
+    return notes
 
 
 def _notes_on_states(evaluation: Evaluation) -> list[str]:

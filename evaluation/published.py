@@ -15,10 +15,11 @@ from datasets import Dataset
 from ..inference.features import cache_features
 from ..inference.loading import asked_decoder, decoding, described_consensus, load_published, model_settings
 from ..inference.vllm import asked_engine
-from ..metrics.protocols import truncate_to_tokens
+from ..metrics.protocols import check_one_section, truncate_to_tokens
 from ..runtime.journal import WorkSettings
 from ..runtime.shared_work import by_main_process
-from ..studies.cleaning import clean_report
+from ..sections_otdrg import has_sections
+from ..studies.cleaning import clean_report, clean_sections
 from ..studies.fingerprint import fingerprint
 from ..studies.streaming import StreamedStudies
 from .evaluate import CONTROLS, evaluate_model
@@ -105,7 +106,9 @@ def evaluate_published(
         ValueError: `output` holds reports of other settings, or no study can be read.
     """
     texts = list(rows["report"])
+    sectioned = has_sections(texts)
     if reference_tokens is not None:
+        check_one_section(sectioned)
         texts = truncate_to_tokens(texts, tokenizer, reference_tokens)
     references = dict(zip(rows["id"], texts, strict=True))
     model, processor = load_published(model_name, options.device, options.dtype, options.quantization)
@@ -141,6 +144,7 @@ def evaluate_published(
         raise ValueError(f"no study is left: {next(iter(left_out.values()))}")
     for reason in left_out.values():
         print(f"left out: {reason}", file=sys.stderr)
+    clean = clean_sections if sectioned or model.config.report_sections else clean_report
     with engine or nullcontext():
         evaluation = evaluate_model(
             model,
@@ -156,7 +160,7 @@ def evaluate_published(
             indication=indication,
             labeler_options=options.labeler_options,
             references=[references[study] for study in rows["id"]],
-            clean=(lambda text: " ".join(clean_report(text, facts["cleaning"]).split())) if clean_generated else None,
+            clean=(lambda text: " ".join(clean(text, facts["cleaning"]).split())) if clean_generated else None,
             journals=output / REPORTS,
             consensus=decoder,
             collections=facts["data"][facts["split"]]["collections"],

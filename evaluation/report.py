@@ -66,6 +66,7 @@ def write_evaluation(
         f"# Evaluation of {settings['model']}",
         _preamble(settings, len(evaluation.ids)),
         format_scores(evaluation, intervals, differences),
+        *(format_section(section, found, bootstrap) for section, found in evaluation.sections.items()),
         "## Faithfulness: do reports state the findings they were conditioned on?",
         format_faithfulness(faithfulness_scores),
         "\n".join(f"- {note}" for note in (*notes, *evaluation.notes)),
@@ -165,8 +166,13 @@ def bootstrap_rows(
 
 def format_table(evaluation: Evaluation) -> str:
     """The rows of an evaluation in the main scores, as a Markdown table with notes."""
-    table = _rows_table("", evaluation.scores()["rows"], main_scores())
-    return "\n".join([table, "", _caption(evaluation), *evaluation.notes])
+    table = rows_table("", evaluation.scores()["rows"], main_scores())
+    apart = [
+        line
+        for section, found in evaluation.sections.items()
+        for line in ("", rows_table(section, found.scores()["rows"], main_scores()), "", _caption(found))
+    ]
+    return "\n".join([table, "", _caption(evaluation), *apart, *evaluation.notes])
 
 
 def format_scores(
@@ -183,11 +189,30 @@ def format_scores(
     rows = evaluation.scores()["rows"]
     found = rows[ROWS["model"]]
     tables = {title: headings for title, headings in score_tables().items() if found.keys() & headings}
-    blocks = [*(_rows_table(title, rows, headings) for title, headings in tables.items()), _caption(evaluation)]
+    blocks = [*(rows_table(title, rows, headings) for title, headings in tables.items()), _caption(evaluation)]
     if intervals:
         columns = {name: shown for name, shown in main_scores().items() if name in intervals[ROWS["model"]]}
         cells = [[name, *(shown_interval(row.get(column)) for column in columns)] for name, row in intervals.items()]
         blocks += [markdown_table(["95 % interval", *columns.values()], cells), difference_table(differences)]
+    return "\n\n".join(blocks)
+
+
+def format_section(section: str, evaluation: Evaluation, bootstrap: Mapping[str, int]) -> str:
+    """The rows of a section in the main scores, with the model's intervals.
+
+    Args:
+        section: its name.
+        evaluation: one of [`Evaluation.sections`].
+        bootstrap: `resamples`, 0 for no intervals, and `seed`.
+    """
+    rows, headings = evaluation.scores()["rows"], main_scores()
+    blocks = [f"## The section {section}", rows_table(section, rows, headings), _caption(evaluation)]
+    if bootstrap["resamples"]:
+        statistics = evaluation.rows["model"].results.statistics
+        found = bootstrap_intervals(statistics, bootstrap["resamples"], seed=bootstrap["seed"])
+        columns = {name: shown for name, shown in headings.items() if name in found}
+        cells = [[ROWS["model"], *(shown_interval(found[name]) for name in columns)]]
+        blocks.insert(2, markdown_table(["95 % interval", *columns.values()], cells))
     return "\n\n".join(blocks)
 
 
@@ -239,7 +264,7 @@ def format_faithfulness(faithfulness: Mapping[str, Any]) -> str:
     )
 
 
-def _rows_table(title: str, rows: Mapping[str, Mapping[str, Any]], headings: Mapping[str, str]) -> str:
+def rows_table(title: str, rows: Mapping[str, Mapping[str, Any]], headings: Mapping[str, str]) -> str:
     """The columns the model has scores in, and the share of training reports; a dash where another row has none."""
     headings = {**headings, **IN_TRAINING}
     columns = [column for column in headings if column in rows[ROWS["model"]]]
@@ -315,8 +340,10 @@ __all__ = [
     "describe_search",
     "difference_table",
     "format_scores",
+    "format_section",
     "format_faithfulness",
     "format_table",
+    "rows_table",
     "shown_difference",
     "write_contradictions",
     "write_evaluation",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from ..labelers.as_typed import label_quietly
 from ..labelers.report_table import has_column, read_reports
 from ..metrics import METRICS, ReportScores, bootstrap_intervals, compare_systems, score_reports, score_tables
 from ..metrics.efficacy import example_ceiling
-from ..metrics.protocols import truncate_to_tokens
+from ..metrics.protocols import check_one_section, truncate_to_tokens
 from ..metrics.significance import Comparison, Interval
-from ..metrics.tables import CIDER_NOTE, clinical_table, comparison_table, finding_table, score_table
+from ..metrics.tables import CIDER_NOTE, clinical_table, comparison_table, finding_table, score_table, section_table
 from ..runtime.csv_files import write_csv
-from ..studies.cleaning import clean_report
+from ..sections_otdrg import SECTIONS, has_sections, split_sections, without_headings
+from ..studies.cleaning import clean_report, clean_sections
 from ..studies.rexrank import PREDICTION, rexrank_reports
 
 #: Columns of the written CSV, named as in a training run's predictions.csv, so that it can be scored again.
@@ -140,6 +141,8 @@ class ScoredFiles:
         intervals: of each score of the predictions.
         comparison: of each score that both systems have.
         settings: how the scores were made, for the JSON.
+        sections: by section, the scores of this part of the predictions, on the studies whose true report has it, and
+            the number of these; empty if the true reports do not consist of sections.
     """
 
     joined: JoinedReports
@@ -149,6 +152,7 @@ class ScoredFiles:
     intervals: dict[str, Interval]
     comparison: dict[str, Comparison]
     settings: dict[str, Any]
+    sections: dict[str, tuple[ReportScores, int]] = field(default_factory=dict)
 
     @property
     def without_states(self) -> dict[str, list[str]]:
@@ -171,6 +175,12 @@ class ScoredFiles:
             )
         if self.states and self.settings["protocol"] != "full":
             notes["clinical_efficacy"] = "states are those of the whole true reports; only fluency truncates them"
+        if self.sections:
+            headless = sum(not split_sections(text).has_headings for text in self.texts["predictions"])
+            notes["sections"] = (
+                f"{headless} of {len(self.joined.ids)} generated reports have no headings or misplaced ones: all of "
+                "their text counts as findings"
+            )
         ceiling = example_ceiling(self.states["references"]) if self.states else None
         return notes if ceiling is None else {**notes, "example averages": ceiling}
 
@@ -181,6 +191,7 @@ class ScoredFiles:
             **{section: system.section(section) for section in dict.fromkeys(m.section for m in METRICS.values())},
             "intervals": {name: {"low": it.low, "high": it.high} for name, it in self.intervals.items()},
             "per_finding": system.details.get("per_finding", {}),
+            **({"sections": self._section_scores()} if self.sections else {}),
             **({"comparison": {name: it._asdict() for name, it in self.comparison.items()}} if self.comparison else {}),
             **self.settings,
             "files": self.joined.files,
@@ -189,6 +200,9 @@ class ScoredFiles:
             "without_states": self.without_states,
             "notes": self.notes(),
         }
+
+    def _section_scores(self) -> dict[str, dict[str, Any]]:
+        return {name: {"studies": studies, **scored.scores} for name, (scored, studies) in self.sections.items()}
 
 
 def score_files(
@@ -204,6 +218,9 @@ def score_files(
 ) -> ScoredFiles:
     """Score the reports that [`join_reports`] read.
 
+    If the true reports consist of sections ([`has_sections`]), whole reports are compared without their headings, and
+    the predictions' sections are scored apart as well.
+
     Args:
         joined: the reports.
         metrics: see [`score_reports`].
@@ -214,16 +231,23 @@ def score_files(
         resamples: of the bootstrap and the permutations; 0 for no intervals.
         seed: of the draws.
     """
-    texts = {name: [clean_report(text, cleaning) for text in reports] for name, reports in joined.reports.items()}
-    # States are read before cleaning, which joins words: "scarring/atelectasis" becomes one.
-    states = {} if labeler is None else {name: label_quietly(labeler, joined.uncleaned[name]) for name in texts}
+    sectioned = has_sections(joined.reports["references"])
+    clean, whole = (clean_sections, without_headings) if sectioned else (clean_report, str)
+    texts = {name: [clean(text, cleaning) for text in reports] for name, reports in joined.reports.items()}
+    states = {}
+    if labeler is not None:
+        # States are read before cleaning, which joins words: "scarring/atelectasis" becomes one.
+        states = {name: label_quietly(labeler, list(map(whole, joined.uncleaned[name]))) for name in texts}
     if reference_tokens is not None:
+        check_one_section(sectioned)
         texts["references"] = truncate_to_tokens(texts["references"], tokenizer, reference_tokens)
+    compared = {name: list(map(whole, reports)) for name, reports in texts.items()}
     systems = {
-        name: score_reports(texts[name], texts["references"], states.get(name), states.get("references"), metrics)
+        name: score_reports(compared[name], compared["references"], states.get(name), states.get("references"), metrics)
         for name in texts
         if name != "references"
     }
+    sections = _score_sections(joined, texts, metrics, labeler) if sectioned else {}
     ours, confidence = systems["predictions"].statistics, 0.95
     intervals = bootstrap_intervals(ours, resamples, confidence, seed) if resamples else {}
     comparison = {}
@@ -238,7 +262,26 @@ def score_files(
         "reference_tokens": reference_tokens,
         "bootstrap": {"resamples": resamples, "confidence": confidence, "seed": seed},
     }
-    return ScoredFiles(joined, texts, states, systems, intervals, comparison, settings)
+    return ScoredFiles(joined, texts, states, systems, intervals, comparison, settings, sections)
+
+
+def _score_sections(
+    joined: JoinedReports, texts: dict[str, list[str]], metrics: list[str] | None, labeler
+) -> dict[str, tuple[ReportScores, int]]:
+    """The scores of each section, as of [`ScoredFiles.sections`]."""
+    found = {}
+    for section in SECTIONS:
+        pairs = {
+            name: [[getattr(split_sections(text), section) for text in each] for each in (texts[name], uncleaned)]
+            for name, uncleaned in joined.uncleaned.items()
+        }
+        kept = [place for place, text in enumerate(pairs["references"][0]) if text]
+        (ours, our_source), (true, true_source) = (
+            ([text[place] for place in kept] for text in pairs[name]) for name in ("predictions", "references")
+        )
+        read = (None, None) if labeler is None else (label_quietly(labeler, each) for each in (our_source, true_source))
+        found[section] = score_reports(ours, true, *read, metrics), len(kept)
+    return found
 
 
 def write_scored(scored: ScoredFiles, output: Path) -> None:
@@ -287,6 +330,8 @@ def format_scored(scored: ScoredFiles) -> str:
     if clinical:
         blocks.append(clinical_table(clinical, scored.intervals))
         blocks.append(finding_table(system.details["per_finding"]["uncertain_negative"]))
+    if scored.sections:
+        blocks.append(section_table({name: (found.scores, n) for name, (found, n) in scored.sections.items()}))
     if scored.comparison:
         blocks += [f"against {scored.joined.files['against']}", comparison_table(scored.comparison)]
     return "\n\n".join([*blocks, *(f"{name}: {note}" for name, note in scored.notes().items())])

@@ -18,6 +18,7 @@ from ..metrics import PairedDifference, StudyStatistics, higher_is_better, main_
 from ..runtime.csv_files import read_csv
 from ..runtime.printable import enumerated, markdown_table
 from ..runtime.run_record import read_results
+from ..sections_otdrg import has_sections, without_headings
 from .ablation import FULL, TABLES, Plan, Row, Run
 from .ablation_figure import draw_ablation
 
@@ -217,6 +218,9 @@ class _StatisticsReader:
             evaluation = read_results(run.folder)["report"]["evaluation"]
             labeler = load_labeler(evaluation["labeler"])
             rows = read_csv(run.folder / "predictions.csv")
+            if has_sections(row["reference"] for row in rows):
+                # As in the evaluation, reports are compared without the headings of their sections.
+                rows = [{name: without_headings(text) for name, text in row.items()} for row in rows]
             if self._true_states is None:
                 # As in the evaluation, states are read before cleaning.
                 self._true_states = labeler.label([row.get("uncleaned reference", row["reference"]) for row in rows])

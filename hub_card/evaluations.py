@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..evaluation.evaluate import IN_TRAINING, ROWS
-from ..evaluation.report import F1_HEADINGS, describe_search, difference_table, format_faithfulness
+from ..evaluation.report import F1_HEADINGS, describe_search, difference_table, format_faithfulness, rows_table
 from ..findings_otdrg import FINDING_DISPLAY_NAMES
-from ..metrics import METRICS, UNCERTAIN_POLICIES, Interval, PairedDifference, display_name
+from ..metrics import METRICS, UNCERTAIN_POLICIES, Interval, PairedDifference, display_name, main_scores
 from ..metrics.classification import MINIMUM_INTERVAL_POSITIVES
 from ..metrics.tables import clinical_table, markdown_table, shown_interval, shown_number
 
@@ -155,6 +155,14 @@ class EvaluationFacts:
     def score_table(self) -> str:
         """All scores except clinical efficacy, for every row."""
         return self._table("score", {**score_headings(), **IN_TRAINING})
+
+    @property
+    def section_tables(self) -> dict[str, str]:
+        """The main scores of each section of the reports, for every row, by its name; empty for one section."""
+        return {
+            f"{name}, {section['studies']:,} studies": rows_table(name, section["rows"], main_scores())
+            for name, section in self.evaluation.get("sections", {}).items()
+        }
 
     @property
     def f1_tables(self) -> dict[str, str]:

@@ -13,7 +13,7 @@ from ..processing_otdrg import OTDRGProcessor
 
 #: The parts of a model that compute its view features.
 ENCODERS: tuple[str, ...] = ("vision_tower", "finding_vision_tower")
-#: Fields of a configuration about its origin, which change nothing that is computed.
+#: Fields of a configuration which change nothing that is computed: about its origin, and how its reports are split.
 _PROVENANCE = (
     "_name_or_path",
     "architectures",
@@ -22,6 +22,7 @@ _PROVENANCE = (
     "backbone_sha256",
     "dtype",
     "processor_class",
+    "report_sections",
     "transformers_version",
     "weights",
     "weights_sha256",

@@ -15,6 +15,12 @@ PROTOCOLS = ("full", "r2gengpt")
 R2GENGPT_TOKENS = {"r2gen_iu": 60, "r2gen_mimic": 100}
 
 
+def check_one_section(sectioned: bool) -> None:
+    """Refuse `r2gengpt` for true reports of several sections, of which it would cut the last; raises `ValueError`."""
+    if sectioned:
+        raise ValueError("protocol r2gengpt would cut the impression off true reports with sections: expected full")
+
+
 def truncate_to_tokens(texts: Sequence[str], tokenizer: str, tokens: int) -> list[str]:
     """Cut each text after its `tokens`-th token.
 
@@ -46,4 +52,4 @@ def truncate_to_tokens(texts: Sequence[str], tokenizer: str, tokens: int) -> lis
     ]
 
 
-__all__ = ["PROTOCOLS", "R2GENGPT_TOKENS", "truncate_to_tokens"]
+__all__ = ["PROTOCOLS", "R2GENGPT_TOKENS", "check_one_section", "truncate_to_tokens"]

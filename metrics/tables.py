@@ -8,7 +8,7 @@ from ..findings_otdrg import FINDING_DISPLAY_NAMES
 from ..runtime.printable import markdown_table
 from .efficacy import AVERAGES, LABEL_SETS, MEASURES, UNCERTAIN_POLICIES
 from .fluency import NLG_NAMES
-from .registry import display_name, score_tables
+from .registry import display_name, main_scores, score_tables
 from .significance import Comparison, Interval, PairedDifference
 
 CIDER_NOTE = "intervals and tests are of the mean of the studies' values, with document frequencies of all references"
@@ -23,6 +23,18 @@ def score_table(title: str, scores: Mapping[str, float | None], intervals: Mappi
         if name in headings
     ]
     return markdown_table([title, "score", "95 % interval"], rows)
+
+
+def section_table(sections: Mapping[str, tuple[Mapping[str, float | None], int]]) -> str:
+    """One row per section: the number of studies whose true report has it, and the main scores on these."""
+    columns = {
+        name: shown for name, shown in main_scores().items() if any(name in found for found, _ in sections.values())
+    }
+    rows = [
+        [section, f"{studies:,}", *(shown_number(scores.get(name)) for name in columns)]
+        for section, (scores, studies) in sections.items()
+    ]
+    return markdown_table(["section", "studies", *columns.values()], rows)
 
 
 def clinical_table(scores: Mapping[str, float | int], intervals: Mapping[str, Interval]) -> str:

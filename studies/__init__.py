@@ -72,8 +72,8 @@ def load_studies(source: str, *, sections: str = "findings", **options: Any) -> 
 
     Args:
         source: a registered source, or "prepared" for a folder written by [`prepare_studies`].
-        sections: what `report` consists of: "findings", "impression" or "findings+impression". Not for "prepared",
-            whose reports are already written.
+        sections: what `report` consists of: "findings", "impression", or "findings+impression", both below
+            headings as far as a study has them. Not for "prepared", whose reports are already written.
         options: options of the source.
 
     Returns:

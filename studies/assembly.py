@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import pyarrow as pa
 
 from ..runtime.interruptions import fault_of_study
+from ..sections_otdrg import join_sections
 from .placeholders import present_text
 from .schema import STUDY_FEATURES
 from .source import SPLITS, TEXTS, VIEWS, Skipped, SkipStudy, Study, StudyEntry, StudySource
@@ -19,22 +20,32 @@ if TYPE_CHECKING:
 
 Sections = Literal["findings", "impression", "findings+impression"]
 
-#: What the report can consist of.
-SECTIONS: tuple[str, ...] = ("findings", "impression", "findings+impression")
+#: What the report can consist of: one section, or both, each below its heading.
+SECTIONS: tuple[str, ...] = get_args(Sections)
 
 ImageForm = Callable[["str | bytes | Image.Image"], dict]
 
 
 def choose_report(study: Study, sections: Sections) -> str:
-    """The text a model learns to write: a section, or findings and impression as far as the study has them.
+    """The text a model learns to write: a section, or both below their headings as far as the study has them.
 
     Raises:
         ValueError: unknown sections.
     """
     if sections not in SECTIONS:
         raise ValueError(f"unknown sections {sections!r}: expected one of {', '.join(SECTIONS)}")
-    texts = (getattr(study, section).strip() for section in sections.split("+"))
-    return " ".join(text for text in texts if text)
+    if sections == "findings+impression":
+        return join_sections(study.findings, study.impression)
+    return getattr(study, sections).strip()
+
+
+def check_sections(source: StudySource, sections: Sections) -> None:
+    """Refuse sections that no study of the source has; raises `ValueError`."""
+    there = source.report_sections()
+    if lacking := [section for section in sections.split("+") if section not in there]:
+        raise ValueError(
+            f"sections={sections!r}, but source {source.name!r} has no {lacking[0]} here: expected {' or '.join(there)}"
+        )
 
 
 class StudyListing:
@@ -126,10 +137,12 @@ class Assembled:
     Args:
         row: values by `STUDY_FEATURES`; None if the study is skipped.
         faults: everything wrong with the study, including views that are missing from a row that is kept.
+        lacks: the section that the report of a row does not have, though both were asked for.
     """
 
     row: dict | None
     faults: list[Skipped] = field(default_factory=list)
+    lacks: str | None = None
 
 
 def assemble_study(
@@ -183,7 +196,8 @@ def assemble_study(
     except Exception as error:
         reason = f"the content does not have the form of a study ({fault_of_study(error, quotes=False)})"
         return Assembled(None, [*faults, *skipped("malformed", reason).faults])
-    return Assembled(row, faults)
+    asked = sections.split("+")
+    return Assembled(row, faults, next((name for name in asked if not row[name].strip()), None))
 
 
 def _read_views(study: Study, image_form: ImageForm) -> tuple[list[dict], list[int], list[tuple[str, str]]]:

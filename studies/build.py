@@ -27,7 +27,8 @@ from ..files_otdrg import read_json, write_json, write_text
 from ..runtime.interruptions import end_with_parent
 from ..runtime.journal import WorkSettings
 from ..runtime.output_lock import OutputLock
-from .assembly import SECTIONS, Sections, StudyListing, assemble_study
+from ..sections_otdrg import HEADINGS
+from .assembly import SECTIONS, Sections, StudyListing, assemble_study, check_sections
 from .card import dataset_card
 from .images import stored_image
 from .shards import Share, WorkFolder, check_output, row_batches, write_shard
@@ -42,7 +43,9 @@ SKIPPED = "skipped.jsonl"
 class BuildOptions:
     """Options of a build that do not depend on the source."""
 
-    sections: Sections = option("What the report consists of.", "findings")
+    sections: Sections = option(
+        "What the report consists of; both sections are below headings, and the model returns them apart.", "findings"
+    )
     limit: int | None = option("Take at most this many studies of each split, from its start.", None, metavar="N")
     shorter_side: int | None = option(
         "Scale down images whose shorter side is longer than this.", None, metavar="PIXELS"
@@ -279,6 +282,7 @@ def merge_shares(source: StudySource, output: str | os.PathLike, options: BuildO
 
 
 def _work(source: StudySource, output: str | os.PathLike, options: BuildOptions) -> WorkFolder:
+    check_sections(source, options.sections)
     # If the output is a link, its target is replaced.
     return WorkFolder(Path(os.path.realpath(output)), _settings(source, options), "build")
 
@@ -367,6 +371,9 @@ def _report(output: Path, shards: list[_Shard], official: OfficialCheck | None) 
 
 def _settings(source: StudySource, options: BuildOptions) -> dict[str, Any]:
     build = {name: value for name, value in asdict(options).items() if name not in ("num_proc", "strict")}
+    if "+" in options.sections:
+        # An older version wrote no headings: its shards are not continued with shards that have them.
+        build["headings"] = list(HEADINGS.values())
     return {"source": source.name, **{f"source.{name}": value for name, value in asdict(source).items()}, **build}
 
 

@@ -28,6 +28,7 @@ def dataset_card(source: StudySource, counts: dict[str | None, SplitCounts], sec
         tags=["radiology", "chest-radiograph", "medical"],
         configs=[{"config_name": "default", "data_files": files}],
     )
+    form = f"{sections}, each below its heading" if "+" in sections else sections
     return f"""---
 {metadata.to_yaml()}
 ---
@@ -35,7 +36,7 @@ def dataset_card(source: StudySource, counts: dict[str | None, SplitCounts], sec
 # Chest radiograph studies: {source.name}
 
 Studies with views, report sections and the states of 14 findings, built by `otdrg prepare {source.name}`. `report`
-consists of: {sections}. Licence of the studies: {", ".join(licence or "not stated" for licence in licences)}.
+consists of: {form}. Licence of the studies: {", ".join(licence or "not stated" for licence in licences)}.
 
 {format_counts({split: counts[split] for split in splits})}
 """

@@ -7,6 +7,8 @@ are kept, decimal points are removed ("0.5" becomes "05"), empty sentences are k
 
 from __future__ import annotations
 
+from ..sections_otdrg import join_sections, split_sections
+
 _ENUMERATION = (
     ("1. ", ""),
     *((f". {number}. ", ". ") for number in range(2, 6)),
@@ -51,6 +53,14 @@ def clean_report(text: str, style: str) -> str:
         text = text.replace(old, new)
     sentences = (_clean_sentence(sentence) for sentence in text.strip().lower().split(". "))
     return " . ".join(sentences) + " ."
+
+
+def clean_sections(text: str, style: str) -> str:
+    """[`clean_report`] of each section of a report, so that the headings stay; of all of it if it has none."""
+    sections = split_sections(text)
+    if not sections.has_headings or style == "none":
+        return clean_report(text, style)
+    return join_sections(*(clean_report(section, style) if section else "" for section in sections[:2]))
 
 
 def _clean_sentence(sentence: str) -> str:

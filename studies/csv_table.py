@@ -99,6 +99,9 @@ class CSVSource(ListedSource):
         columns = match_columns(header, _FIELDS, self.column, self.table, image="image")
         self._width, self._columns = len(header), {field: header.index(name) for field, name in columns.items()}
 
+    def report_sections(self) -> tuple[str, ...]:
+        return tuple(section for section in super().report_sections() if section in self._columns)
+
     def read(self, entry: StudyEntry) -> Study:
         texts: dict[str, tuple[str, int]] = {}
         for row in entry.location:

@@ -110,6 +110,10 @@ class HubSource(StudySource):
                     item = item._replace(split=dealt[item.patient_id] if isinstance(item, StudyEntry) else None)
                 yield item
 
+    def report_sections(self) -> tuple[str, ...]:
+        names = set().union(*(split.names for split in self._open().values()))
+        return tuple(section for section in super().report_sections() if section in names)
+
     def read(self, entry: StudyEntry) -> Study:
         name, number = entry.location
         split, place = self._open()[name], _place(name, number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, Lis
 
 from ..files_otdrg import interpret, read_json
 from ..runtime.printable import listed
-from .assembly import Sections, StudyListing, assemble_study
+from .assembly import Sections, StudyListing, assemble_study, check_sections
 from .images import referenced_image
 from .schema import STUDY_FEATURES, UNCLEANED
 from .source import SPLITS, Skipped, StudySource
@@ -25,8 +26,10 @@ def load_in_memory(source: StudySource, sections: Sections = "findings") -> Data
     """Load the studies of a source; image files are referenced, not read.
 
     Raises:
-        ValueError: no study is left.
+        ValueError: no study is left, or the source does not have the sections.
     """
+    check_sections(source, sections)
+    lacking: Counter[str] = Counter()
     rows: dict[str, list[dict]] = {split: [] for split in SPLITS}
     faults: list[Skipped] = []
     for item in StudyListing(source):
@@ -37,6 +40,7 @@ def load_in_memory(source: StudySource, sections: Sections = "findings") -> Data
         faults += assembled.faults
         if assembled.row is not None:
             rows[item.split].append(assembled.row)
+            lacking.update(filter(None, [assembled.lacks]))
     skipped = len({fault.id for fault in faults})
     if not any(rows.values()):
         reason = f": all {skipped} were skipped, the first for {faults[0].kind}: {faults[0].reason}" if faults else ""
@@ -44,6 +48,9 @@ def load_in_memory(source: StudySource, sections: Sections = "findings") -> Data
     if faults:
         reasons = listed([f"{fault.id} ({fault.kind}: {fault.reason})" for fault in faults], separator="; ")
         logger.warning("%s: %d studies left out: %s", source.name, skipped, reasons)
+    for section, count in lacking.items():
+        kept = sum(map(len, rows.values()))
+        logger.warning("%s: %d of %d studies have no %s: their report lacks it", source.name, count, kept, section)
     return DatasetDict(
         {split: Dataset.from_list(kept, features=STUDY_FEATURES) for split, kept in rows.items() if kept}
     )

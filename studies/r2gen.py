@@ -71,6 +71,9 @@ class R2GenSource(ListedSource):
         self.images = str(needed_folder(self.images, "images", "the folder of R2Gen's images"))
         self._collection: str | None = None
 
+    def report_sections(self) -> tuple[str, ...]:
+        return ("findings",)
+
     def read(self, entry: StudyEntry) -> Study:
         report, images, licence, states, details = entry.location
         views = ["unknown"] * len(images)

@@ -11,6 +11,8 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from ..sections_otdrg import SECTIONS
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -28,7 +30,7 @@ SPLIT_NAMES: dict[str, str] = {
 }
 
 #: Texts of a study besides its report.
-TEXTS: tuple[str, ...] = ("findings", "impression", "indication", "comparison")
+TEXTS: tuple[str, ...] = (*SECTIONS, "indication", "comparison")
 
 #: Reasons for skipping a study.
 SKIP_KINDS: tuple[str, ...] = (
@@ -170,6 +172,10 @@ class StudySource(ABC):
         Raises:
             SkipStudy: the study cannot be used.
         """
+
+    def report_sections(self) -> tuple[str, ...]:
+        """The sections of the report that studies of this source can have."""
+        return SECTIONS
 
     def official_ids(self, split: str) -> Iterable[str] | None:
         """Ids of a published split, if known: those that the source does not list are reported as missing."""

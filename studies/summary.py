@@ -30,6 +30,7 @@ class SplitCounts:
         empty_reports: studies skipped because they have no report.
         missing_images, unreadable_images: image files, of kept and skipped studies.
         not_chest: DICOM files of another modality or body part, and studies without any other file.
+        without_findings, without_impression: studies kept whose report lacks one of the two sections asked for.
     """
 
     studies: int = 0
@@ -42,6 +43,8 @@ class SplitCounts:
     missing_images: int = 0
     unreadable_images: int = 0
     not_chest: int = 0
+    without_findings: int = 0
+    without_impression: int = 0
 
     def add(self, assembled: Assembled) -> None:
         """Count a study."""
@@ -51,6 +54,9 @@ class SplitCounts:
             self.skipped += 1
             return
         self.studies += 1
+        if assembled.lacks is not None:
+            name = f"without_{assembled.lacks}"
+            setattr(self, name, getattr(self, name) + 1)
         views = Counter(VIEWS[view] for view in assembled.row["views"])
         self.images += sum(views.values())
         for view, count in views.items():
@@ -72,15 +78,17 @@ class SplitCounts:
 
 
 def format_counts(counts: dict[str | None, SplitCounts]) -> str:
-    """A Markdown table with a row for each split, for studies with an unknown split ("none"), and for the total."""
+    """A Markdown table with a row for each split, for studies with an unknown split ("none"), and for the total.
+
+    Studies that lack a section have columns only if there are any.
+    """
     rows = {split or "none": counts[split] for split in (*SPLITS, None) if split in counts}
     total = SplitCounts()
     for row in rows.values():
         total.merge(row)
-    cells = [
-        [name, *(f"{value:,}" for value in asdict(row).values())] for name, row in {**rows, "total": total}.items()
-    ]
-    return markdown_table(["split", *(count.name.replace("_", " ") for count in fields(SplitCounts))], cells)
+    names = [name for name, count in asdict(total).items() if count or not name.startswith("without_")]
+    cells = [[split, *(f"{getattr(row, name):,}" for name in names)] for split, row in {**rows, "total": total}.items()]
+    return markdown_table(["split", *(name.replace("_", " ") for name in names)], cells)
 
 
 class OfficialCheck:

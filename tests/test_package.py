@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(otdrg.__file__).parent
 SHIPPED = (
     "findings_otdrg",
+    "sections_otdrg",
     "files_otdrg",
     "configuration_otdrg",
     "sinkhorn_otdrg",

@@ -20,9 +20,10 @@ from ..findings_otdrg import FINDINGS, POSITIVE
 from ..inference.features import CachedStudies
 from ..labelers import labeler_class, read_states
 from ..labelers.as_typed import labeler_of
+from ..sections_otdrg import has_sections, without_headings
 from ..studies import PREPARED, load_studies, open_source, source_class
 from ..studies.card import collection_name
-from ..studies.cleaning import clean_report
+from ..studies.cleaning import clean_report, clean_sections
 from ..studies.loading import load_prepared, prepared_column, prepared_splits, undecoded, with_column
 from ..studies.placeholders import present_text
 from ..studies.schema import UNCLEANED
@@ -87,6 +88,9 @@ def build_studies(
     Studies without a report are skipped and counted. States come from the CSV for the studies it names, else from the
     labeler, else they are the studies' own. A labeler reads the reports before cleaning.
 
+    If all reports consist of sections ([`has_sections`]), each section is cleaned by itself, and a labeler does not
+    read the headings.
+
     Args:
         studies, labels: sections of the recipe.
         seed: of the order of streamed studies.
@@ -119,7 +123,10 @@ def build_studies(
         if split not in found:
             kind = "training" if split == "train" else split
             raise ValueError(f"studies.source={studies.source!r} gives no {kind} study with a report")
-    labelled = _labelled(found, labels, {study for rows in loaded.values() for study in rows["id"]})
+    sectioned = has_sections(report for rows in loaded.values() for report in rows["report"] if present_text(report))
+    if not sectioned and studies.source == PREPARED:
+        _warn_of_joined_sections(Path(studies.options["folder"]))
+    labelled = _labelled(found, labels, {study for rows in loaded.values() for study in rows["id"]}, sectioned)
     for split, rows in labelled.items():
         unknown = sum(states is None for states in rows["finding_states"])
         if unknown and split == "train":
@@ -129,7 +136,7 @@ def build_studies(
             )
         if unknown:
             logger.warning("%s: %d of %d studies have no finding states", split, unknown, len(rows))
-    cleaned = {split: _cleaned(rows, studies.cleaning) for split, rows in labelled.items()}
+    cleaned = {split: _cleaned(rows, studies.cleaning, sectioned) for split, rows in labelled.items()}
     for split, rows in cleaned.items():
         logger.info("%s: %d studies", split, len(rows))
     return {split: undecoded(rows) if isinstance(rows, Dataset) else rows for split, rows in cleaned.items()}
@@ -141,16 +148,27 @@ def _streamed(studies: StudiesRecipe, seed: int) -> StudySplits:
     return {"train": train, **load_prepared(folder, leave_out=["train"])}
 
 
-def _cleaned(rows: Dataset | StreamedStudies, style: str) -> Dataset | StreamedStudies:
+def _cleaned(rows: Dataset | StreamedStudies, style: str, sectioned: bool) -> Dataset | StreamedStudies:
     if style == "none":
         return rows
-    reports = list(rows["report"])
-    return with_column(
-        with_column(rows, UNCLEANED, reports), "report", [clean_report(report, style) for report in reports]
-    )
+    reports, clean = list(rows["report"]), clean_sections if sectioned else clean_report
+    return with_column(with_column(rows, UNCLEANED, reports), "report", [clean(report, style) for report in reports])
 
 
-def _labelled(splits: StudySplits, labels: LabelsRecipe, ids: Collection[str]) -> StudySplits:
+def _warn_of_joined_sections(folder: Path) -> None:
+    """Say that a dataset of both sections is from a version that joined them without headings."""
+    if not (folder / SUMMARY).is_file():
+        return
+    made = read_json(folder / SUMMARY, parse=lambda summary: summary.get("settings", {}))
+    if made.get("sections") == "findings+impression" and "headings" not in made:
+        logger.warning(
+            "%s: findings and impression were joined without headings by an older version, and are learned as one "
+            "text; prepare it again to learn them as sections",
+            folder,
+        )
+
+
+def _labelled(splits: StudySplits, labels: LabelsRecipe, ids: Collection[str], sectioned: bool) -> StudySplits:
     """The splits with states; a CSV has to name at least one of `ids`, the ids of all studies."""
     if labels.csv is None and labels.labeler is None:
         return splits
@@ -160,7 +178,9 @@ def _labelled(splits: StudySplits, labels: LabelsRecipe, ids: Collection[str]) -
         raise ValueError(f"labels.csv={labels.csv!r} names none of the studies: expected their ids in its column id")
     labelled = {}
     for split, rows in splits.items():
-        reports, states = rows["report"], list(rows["finding_states"])
+        reports, states = list(rows["report"]), list(rows["finding_states"])
+        if sectioned:
+            reports = [without_headings(report) for report in reports]
         others = []
         for position, study in enumerate(rows["id"]):
             if study in from_csv:

@@ -241,7 +241,7 @@ def load_model(
     wanted = preset_config(recipe)
     for name in _joining_fields():
         # A stage found these, and a text encoder of the labels is stored with its weights.
-        if name not in ("finding_thresholds", "finding_calibration", "predictor_tags") and not (
+        if name not in ("finding_thresholds", "finding_calibration", "predictor_tags", "report_sections") and not (
             name == "label_encoder" and recipe.label_text_encoder is not None
         ):
             setattr(config, name, getattr(wanted, name))

@@ -32,7 +32,9 @@ class StudiesRecipe(Section):
         "none", "How reports are cleaned before they are learned and scored; R2Gen's cleaners, or not at all."
     )
     sections: Literal["findings", "impression", "findings+impression"] = option(
-        "findings", "Sections that make up the report; always findings for source prepared, whose reports are made."
+        "findings",
+        "Sections that make up the report; both are below headings, and the model returns them apart. Always findings "
+        "for source prepared, whose reports are made.",
     )
     streaming: bool = option(False, "Read training studies from the shards of source prepared as they are needed.")
     shuffle_buffer: int = option(256, "Streamed studies among which the next one is drawn.")

@@ -24,6 +24,7 @@ from ..runtime.interruptions import FULL, RunInterruptedError, ended_by, is_out_
 from ..runtime.output_lock import OutputLock
 from ..runtime.processes import has_accelerator, start_processes
 from ..runtime.run_record import RunRecord, read_results
+from ..sections_otdrg import SECTIONS, has_sections
 from ..studies.fingerprint import fingerprint
 from .arguments import StageArguments, check_report_to
 from .callbacks import FIGURES
@@ -221,11 +222,14 @@ class _Run:
         set_seed(self.recipe.seed if seed is None else seed)
         # The other stages do not use the LLM, and their folders can be loaded without bitsandbytes.
         quantization = self.recipe.model.quantization if stage_of(name).reads_quantization else None
+        train = self.studies["train"]
         if source is None:
-            train = self.studies["train"]
             texts = [*train["report"], *(filter(None, train["indication"]) if self.recipe.prompts_indication else ())]
-            return build_model(self.recipe.model, texts, quantization)
-        return load_model(source, self.recipe.model, quantization)
+            model, processor = build_model(self.recipe.model, texts, quantization)
+        else:
+            model, processor = load_model(source, self.recipe.model, quantization)
+        model.config.report_sections = list(SECTIONS) if has_sections(train["report"]) else None
+        return model, processor
 
     def _train_stage(self, name: str, run: StageRun) -> None:
         """Train a stage, publish and evaluate its model."""

@@ -19,6 +19,7 @@ from ..metrics import best_constants, full_score_name, score_names, score_report
 from ..metrics.baselines import SEARCHED_SCORES
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
+from ..sections_otdrg import without_headings
 from ..studies.loading import uncleaned_reports
 from ..studies.streaming import StreamedStudies
 from .arguments import StageArguments, WeightedScores
@@ -136,6 +137,7 @@ class Validation:
             metrics=wanted.values(),
             seed=self.recipe.seed,
             indication=self.recipe.gives_indication,
+            sections=False,
         )
         if PartialState().is_main_process:
             write_predictions(evaluation, self.folder / "validation" / f"step-{step:06d}.csv")
@@ -155,9 +157,13 @@ class Validation:
         if wanted.keys() != self.best.weights.keys() or not set(SEARCHED_SCORES).issuperset(wanted.values()):
             return None
         labeler, rows = labeler_of(self.recipe.report.evaluation.labeler, {}), self._rows()
-        states = label_quietly(labeler, uncleaned_reports(training))
-        chosen = best_constants(list(training["report"]), states, labeler, list(wanted.values()), self.recipe.seed)
-        references, true_states = list(rows["report"]), label_quietly(labeler, uncleaned_reports(rows))
+        # As in the evaluation, reports are compared without the headings of their sections.
+        read = without_headings if self.model.config.report_sections else str
+        reports, references = (list(map(read, texts)) for texts in (training["report"], rows["report"]))
+        states, true_states = (
+            label_quietly(labeler, list(map(read, uncleaned_reports(studies)))) for studies in (training, rows)
+        )
+        chosen = best_constants(reports, states, labeler, list(wanted.values()), self.recipe.seed)
         values = []
         for report in set(chosen.reports.values()):
             said = np.tile(label_quietly(labeler, [report]), (len(rows), 1))

@@ -20,6 +20,7 @@ from ...bank_otdrg import ReportBank
 from ...findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS
 from ...inference.views import MAX_INDICATION, model_input
 from ...pipeline_otdrg import ReportGenerationPipeline
+from ...sections_otdrg import lay_out_sections
 from .pictures import heatmap, preview, printable
 from .results import contradiction_list, findings_table, runners_up_table
 from .uploads import View, phantom_examples, read_uploads
@@ -352,7 +353,7 @@ class _Page:
                 if turn != visitor.turn:
                     return
                 if isinstance(written, str):
-                    yield {self.report: written}
+                    yield {self.report: self._laid_out(written)}
                     continue
                 shown = finding or _main_finding(written["findings"])
                 drawn = self.painter.submit(heatmap, views, written, shown).result() if self.has_plan else ""
@@ -367,6 +368,10 @@ class _Page:
                 _LOG.exception("a report could not be written")
                 error = f"the report could not be written ({type(error).__name__}): see the log of the server"
             yield self._fail(visitor, error)
+
+    def _laid_out(self, report: str) -> str:
+        """A report as the page shows it, with its sections apart if the model writes them."""
+        return lay_out_sections(report) if self.pipe.model.config.report_sections else report
 
     def _fail(self, visitor: Visitor, error: Exception | str) -> dict:
         visitor.problem = _one_line(error)
@@ -397,7 +402,7 @@ class _Page:
         record = visitor.written.record
         return {
             **updates,
-            self.report: record["generated_text"] or "(the model wrote nothing)",
+            self.report: self._laid_out(record["generated_text"]) or "(the model wrote nothing)",
             self.contradictions: _visible(contradiction_list(record)),
             self.runners_up: _visible(runners_up_table(record)),
             self.table: _visible(findings_table(record, self.steerable)),

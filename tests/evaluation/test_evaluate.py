@@ -15,6 +15,7 @@ from otdrg.inference.features import cache_features
 from otdrg.inference.generation import derangement, generate_reports
 from otdrg.inference.retrieval import build_bank, pooled_features, retrieve_reports
 from otdrg.labelers import load_labeler
+from otdrg.metrics import nlg_scores
 from otdrg.metrics.efficacy import F1_SCORES
 from otdrg.modeling_otdrg import OTDRGForReportGeneration
 from otdrg.processing_otdrg import OTDRGProcessor
@@ -355,3 +356,22 @@ def test_generate_reports_by_consensus_continue_from_the_journal(model, processo
     again = generate_reports(model, processor, studies, 1, journal=path, **arguments)
     assert (again.reports, again.sampled) == (whole.reports, whole.sampled)
     assert path.read_text(encoding="utf-8").splitlines(keepends=True) == lines
+
+
+def test_evaluate_model_of_one_section_on_reports_of_two_counts_all_as_findings(model, processor):
+    options = {"train": 0, "validation": 6, "test": 0, "image_size": 112, "views": ["frontal"]}
+    studies = load_studies("phantom", sections="findings+impression", **options)["validation"]
+    # In place of what an untrained model writes.
+    written = {"clean": lambda report: "There is no consolidation.", "metrics": ["bleu_1", "rouge_l"]}
+    found = evaluate_model(model, processor, studies, None, 4, GENERATION, [], **written)
+    note = "6 of 6 generated reports have no headings or misplaced ones: all of their text counts as findings"
+    assert note in found.notes and list(found.sections) == ["findings", "impression"]
+    findings, impression = found.sections.values()
+    assert findings.references == list(studies["findings"]) and impression.references == list(studies["impression"])
+    reports = found.rows["model"].reports
+    assert findings.rows["model"].reports == reports and impression.rows["model"].reports == [""] * 6
+    apart = nlg_scores(reports, list(studies["findings"]), ["bleu_1", "rouge_l"])
+    assert findings.rows["model"].scores["rouge_l"] == apart["rouge_l"] > 0
+    assert impression.rows["model"].scores["rouge_l"] == 0
+    joined = [f"{row['findings']} {row['impression']}" for row in studies]
+    assert found.rows["model"].scores["bleu_1"] == nlg_scores(reports, joined, ["bleu_1"])["bleu_1"]

@@ -1,5 +1,6 @@
 """Parts of the demo's page, without a browser."""
 
+import json
 import threading
 import time
 from pathlib import Path
@@ -11,7 +12,9 @@ from PIL import Image
 
 pytest.importorskip("gradio", reason="gradio is not installed")
 
+import gradio as gr
 from otdrg.findings_otdrg import FINDING_DISPLAY_NAMES
+from otdrg.hub_card.space.interface import Visitor, Written, _Page
 from otdrg.hub_card.space.results import contradiction_list, findings_table, runners_up_table
 from otdrg.hub_card.space.uploads import phantom_examples, read_uploads
 from otdrg.hub_card.space.writing import stream_report
@@ -64,6 +67,19 @@ def test_stream_report_closed_stops_the_model(pipe, study):
         hook.remove()
     assert threading.active_count() == threads
     assert time.monotonic() - start < 5  # 200 tokens take 10 seconds
+
+
+def test_page_shows_each_section_below_its_heading(build_model, study):
+    model, processor = build_model(report_sections=["findings", "impression"])
+    page = _Page(ReportGenerationPipeline(model=model, processor=processor), 8, None)
+    with gr.Blocks():
+        page.lay_out_study()
+        page.lay_out_report()
+    (written,) = page.pipe([study], max_new_tokens=8)[0]
+    written |= {"generated_text": "Findings: Clear. Impression: Normal.", "findings_section": "Clear."}
+    shown = page.show(Visitor(written=Written([], written, "")))
+    assert shown[page.report] == "Findings:\nClear.\n\nImpression:\nNormal."
+    assert json.loads(shown[page.record_text])["findings_section"] == "Clear."
 
 
 def record(**states):

@@ -17,7 +17,7 @@ from datasets import load_dataset, load_from_disk
 from otdrg.cli import main
 from otdrg.studies import load_studies, prepare_studies
 from otdrg.studies.build import BuildOptions, build_studies_dataset
-from otdrg.studies.loading import load_prepared, prepared_column, stream_prepared
+from otdrg.studies.loading import load_in_memory, load_prepared, prepared_column, stream_prepared
 from otdrg.studies.schema import STUDY_FEATURES
 from otdrg.studies.source import Skipped, SkipStudy, Study, StudyEntry, StudySource
 from PIL import Image
@@ -178,7 +178,7 @@ def test_build_incomplete_study_is_kept_with_the_option_only(tmp_path, picture):
     [
         ("findings", ["F.", "F."]),
         ("impression", ["I.", "I."]),
-        ("findings+impression", ["F. I.", "I.", "F."]),
+        ("findings+impression", ["Findings: F. Impression: I.", "Impression: I.", "Findings: F."]),
     ],
 )
 def test_build_sections_option_selects_the_report(tmp_path, picture, sections, reports):
@@ -190,10 +190,50 @@ def test_build_sections_option_selects_the_report(tmp_path, picture, sections, r
             listed_study("findings", view, findings="F.", impression=""),
         ]
     )
-    build_studies_dataset(source, tmp_path / "built", BuildOptions(sections=sections))
+    report = build_studies_dataset(source, tmp_path / "built", BuildOptions(sections=sections))
     rows = load_from_disk(tmp_path / "built")["train"]
     assert rows["report"] == reports
     assert set(rows["impression"]) <= {"I.", ""}
+    both = sections == "findings+impression"
+    assert ("without findings | without impression |" in str(report)) == both
+    assert (report.counts["train"].without_findings, report.counts["train"].without_impression) == (both, both)
+
+
+def test_load_in_memory_says_how_many_studies_lack_a_section(picture, caplog):
+    view = picture()
+    listed = [listed_study("a", view, impression="I."), *(listed_study(name, view) for name in "bc")]
+    load_in_memory(ListedSource(listed), "findings+impression")
+    assert "2 of 3 studies have no impression: their report lacks it" in caplog.text
+
+
+def test_sections_that_a_source_never_has_are_refused(tmp_path, picture):
+    (tmp_path / "annotation.json").write_text('{"train": [], "val": [], "test": []}', encoding="utf-8")
+    table = tmp_path / "reports.csv"
+    table.write_text(f"image,impression\n{picture()},Normal.\n", encoding="utf-8")
+    for source, options, sections, message in (
+        (
+            "r2gen",
+            {"annotation": str(tmp_path / "annotation.json"), "images": str(tmp_path)},
+            "findings+impression",
+            "source 'r2gen' has no impression here: expected findings",
+        ),
+        ("csv", {"table": str(table)}, "findings", "source 'csv' has no findings here: expected impression"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_studies(source, sections=sections, **options)
+        with pytest.raises(ValueError, match=message):
+            prepare_studies(source, tmp_path / "built", build=BuildOptions(sections=sections), **options)
+    assert not list(tmp_path.glob("built*"))
+
+
+def test_build_begun_without_headings_is_not_resumed(tmp_path, picture):
+    source, options = ListedSource([listed_study("a", picture())]), BuildOptions(sections="findings+impression")
+    build_studies_dataset(source, tmp_path / "built", options)
+    summary = json.loads((tmp_path / "built/summary.json").read_text(encoding="utf-8"))
+    del summary["settings"]["headings"]  # as an older version made it
+    (tmp_path / "built/summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"other settings \(headings=None, now \['Findings:', 'Impression:'\]\)"):
+        build_studies_dataset(source, tmp_path / "built", options, resume=True)
 
 
 def test_build_shorter_side_scales_large_images_only(tmp_path, picture):

@@ -336,5 +336,5 @@ def test_mimic_dataset_is_built(release, tmp_path):
         "test: 1 images, 3,858",
     ]
     assert load_studies("mimic-cxr", sections="findings+impression", **release.write())["train"]["report"] == [
-        "The lungs of 50000001 are clear. Clear lungs."
+        "Findings: The lungs of 50000001 are clear. Impression: Clear lungs."
     ]

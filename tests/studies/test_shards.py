@@ -101,8 +101,8 @@ def test_shares_of_other_options_sources_or_counts_are_refused(table, tmp_path):
     ):
         with pytest.raises(ValueError, match=r"was made with other settings \(source\.seed=0, now 3\)"):
             refused()
-    with pytest.raises(ValueError, match=r"other settings \(sections='findings', now 'impression'\)"):
-        build_share(source, output, Share(2, 2), replace(OPTIONS, sections="impression"))
+    with pytest.raises(ValueError, match=r"other settings \(shorter_side=None, now 64\)"):
+        build_share(source, output, Share(2, 2), replace(OPTIONS, shorter_side=64))
     with pytest.raises(ValueError, match=r"was begun with --shard I/2, not with --shard I/3"):
         build_share(source, output, Share(2, 3), OPTIONS)
     with pytest.raises(ValueError, match=r"was begun with --shard I/2, not without --shard: --merge puts"):

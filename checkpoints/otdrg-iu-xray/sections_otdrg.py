@@ -1,0 +1,1 @@
+../../sections_otdrg.py
