@@ -381,6 +381,7 @@ def test_ablate_failure_before_training_starts_no_other_run(recipe, tmp_path):
     assert not any(run.log.exists() for run in plan.runs[1:])
 
 
+@pytest.mark.slow
 def test_ablate_killed_ends_its_runs_and_leaves_no_lock(recipe, start_process, tmp_path, capsys):
     longer = ["report.max_steps=100000", "report.logging_steps=1000", "report.save_steps=100000"]
     command = ["ablate", str(recipe), *longer, "--tables", "modules", "--seeds", "1", "--output", str(tmp_path / "out")]

@@ -88,7 +88,7 @@ def test_comparisons_are_in_the_output_of_otdrg_score(tmp_path, capsys):
         rows = [("id", "greedy", "reference"), (1, COMPARED[0], NOT_COMPARED[1]), (2, NOT_COMPARED[1], NOT_COMPARED[1])]
         csv.writer(file).writerows(rows)
     typed = ["score", "--predictions", str(tmp_path / "reports.csv"), "--prediction-column", "greedy"]
-    assert main([*typed, "--bootstrap", "0", "--output", str(tmp_path / "out.json")]) == 0
+    assert main([*typed, "--bootstrap", "0", "--metrics", "comparisons", "--output", str(tmp_path / "out.json")]) == 0
     result = json.loads((tmp_path / "out.json").read_text())["comparisons"]
     shares = {"invented_comparisons": 0.5, "unshared_comparisons": 0.5, "comparisons_in_references": 0.0}
     assert result == shares

@@ -70,6 +70,7 @@ def test_distributed_without_datatrove_names_the_extra(monkeypatch):
         importlib.import_module("otdrg.studies.distributed")
 
 
+@pytest.mark.slow
 def test_distributed_local_tasks_killed_give_the_dataset_of_one_process(table, tmp_path):
     pytest.importorskip("datatrove", reason="datatrove is not installed (the extra `distributed`)")
     (tmp_path / "prepare.py").write_text(KILLED)
