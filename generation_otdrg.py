@@ -128,12 +128,13 @@ class OTDRGGenerationMixin(OTDRGPromptMixin, GenerationMixin):
         """How many beams or samples start from each prompt; 1 also where they cannot share what is read of it."""
 
         def setting(name: str) -> Any:
-            given = (arguments.get(name), *(getattr(it, name, None) for it in (generation_config, self.generation_config)))
+            configs = (generation_config, self.generation_config)
+            given = [arguments.get(name), *(getattr(config, name, None) for config in configs)]
             return next((value for value in given if value is not None), None)
 
         # Other caches, and outputs that hold what each beam reads of the prompt.
-        others = ("cache_implementation", "prefill_chunk_size", "output_attentions", "output_hidden_states")
-        others += ("assistant_model", "custom_generate")
+        others = ["cache_implementation", "prefill_chunk_size", "output_attentions", "output_hidden_states"]
+        others += ["assistant_model", "custom_generate"]
         if CACHE != "cache" or setting("use_cache") is False or any(setting(name) for name in others):
             return 1
         return max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
@@ -152,8 +153,10 @@ class OTDRGGenerationMixin(OTDRGPromptMixin, GenerationMixin):
         if type(cache) is not DynamicCache:
             return prompt
         cache.batch_repeat_interleave(repeats)
-        kept = {name: prompt[name] for name in ("input_ids", "attention_mask", "position_ids") if name in prompt}
-        return {**kept, "inputs_embeds": embeds, CACHE: cache}
+        # What the cache holds already.
+        read_before = ("view_features", "view_mask", "finding_states")
+        prompt = {name: value for name, value in prompt.items() if name not in read_before}
+        return {**prompt, "inputs_embeds": embeds, CACHE: cache}
 
     def _guidance_scale(self, generation_config, guidance_scale: float | None) -> float:
         """The scale that was asked for, by argument or by a generation config.

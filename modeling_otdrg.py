@@ -139,7 +139,7 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGHeatmapMixin, OTDRGGen
 
     Args:
         config (`OTDRGConfig`)
-        vision_tower, language_model, text_encoder (`PreTrainedModel`, *optional*): the backbones; new ones without them.
+        vision_tower, language_model, text_encoder (`PreTrainedModel`, *optional*): the backbones; by default new ones.
         backbone_dtype (`str` or `torch.dtype`, *optional*): type of the weights of new backbones, also in
             `from_pretrained`, where `dtype` is that of the others.
 

@@ -115,12 +115,11 @@ def cpu_seconds(work: Callable[[], object]) -> float:
 
 def in_turns(works: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
     """CPU seconds of each work in each round; rounds run all works in turn: A B A B."""
-    return measured_in_turns({name: lambda work=work: cpu_seconds(work) for name, work in works.items()}, rounds, warm_up)
+    measures = {name: lambda work=work: cpu_seconds(work) for name, work in works.items()}
+    return measured_in_turns(measures, rounds, warm_up)
 
 
-def measured_in_turns(
-    measures: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 0
-) -> dict[str, list[Any]]:
+def measured_in_turns(measures: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 0) -> dict[str, list[Any]]:
     """What each function returns in each round, after some rounds that are not kept."""
     found: dict[str, list[Any]] = {name: [] for name in measures}
     for number in range(warm_up + rounds):
@@ -169,8 +168,16 @@ def spent(command: Sequence[str], environment: Mapping[str, str] | None = None) 
 
 def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """What a function returns in a new process, whose memory holds nothing else."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    with multiprocessing.get_context("spawn").Pool(1, quiet) as pool:
         return pool.apply(function, arguments)
+
+
+def quiet() -> None:
+    """Hide progress bars and warnings of transformers in this process."""
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    disable_progress_bar()
+    set_verbosity_error()
 
 
 def peak_bytes(work: Callable[[], object]) -> tuple[int, int]:
@@ -209,6 +216,7 @@ __all__ = [
     "measured_in_turns",
     "median_interval",
     "peak_bytes",
+    "quiet",
     "ratios",
     "spent",
 ]

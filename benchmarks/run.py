@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from measure import CONFIDENCE, NotAvailable, Row
+from measure import CONFIDENCE, NotAvailable, Row, quiet
 
 FOLDER = Path(__file__).parent
 #: Modules of `rows`, in the order of the page; each has TITLE, ABOUT and `measure(rounds, folder)`.
@@ -78,10 +78,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(name: str, rounds: int, folder: Path) -> int:
     """Measure a row in this process, and keep what it found."""
-    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
-
-    disable_progress_bar()
-    set_verbosity_error()
+    quiet()
     module, start = import_module(f"rows.{name}"), time.perf_counter()
     try:
         row = module.measure(rounds, folder)
@@ -114,10 +111,10 @@ def format_page(found: dict[str, dict[str, Any]]) -> str:
     lines = [
         "# Measured comparisons",
         "",
-        "Written by `make benchmark` (`benchmarks/run.py`; one row again: `--rows NAME --again`). Each figure is the median",
-        "of paired measurements: in every round the alternatives run in turn (A B A B), on one thread, and their CPU",
-        "times (user and system, all threads) are divided. The interval holds the median with a confidence of at least",
-        f"{CONFIDENCE:.0%} (sign test; with fewer than 5 rounds it is the range). Higher is better where the target says ≥.",
+        "Written by `make benchmark` (`benchmarks/run.py`; one row again: `--rows NAME --again`). Each figure is the",
+        "median of paired measurements: in each round the alternatives run in turn (A B A B), on one thread, and their",
+        "CPU times (user and system, all threads) are divided. The interval holds the median with a confidence of at",
+        f"least {CONFIDENCE:.0%} (sign test; with fewer than 5 rounds it is the range).",
     ]
     for machine, names in _by_versions(found).items():
         lines += ["", f"{', '.join(names) if len(found) > len(names) else 'All rows'}: {machine}."]

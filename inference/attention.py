@@ -12,7 +12,7 @@ from ..modeling_otdrg import OTDRGForReportGeneration
 
 #: Name of [`recomputed_attention`] in transformers.
 RECOMPUTED = "otdrg_recomputed"
-#: By device and type, what was fastest in `benchmarks/rows/attention.py`, where this is not transformers' default, `sdpa`.
+#: By device and type, what was fastest in `benchmarks/rows/attention.py`, where this is not the default, `sdpa`.
 FASTEST = {("cpu", torch.bfloat16): RECOMPUTED}
 
 
@@ -43,7 +43,7 @@ def recomputed_attention(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Attention by two matrix products, as transformers' `eager`, whose weights are computed again in the backward pass.
+    """Attention by two matrix products, as transformers' `eager`, which the backward pass computes again.
 
     It needs no more memory than `sdpa`. In bfloat16 on a CPU its products are faster than the kernel of `sdpa`.
 

@@ -58,9 +58,7 @@ def test_generate_reads_a_prompt_once_for_all_its_sequences(model, prompts, argu
 
 
 def test_generate_outputs_of_beams_hold_what_each_reads_of_the_prompt(model, prompts):
-    output = model.generate(
-        **prompts, **GREEDY, num_beams=2, output_hidden_states=True, return_dict_in_generate=True
-    )
+    output = model.generate(**prompts, **GREEDY, num_beams=2, output_hidden_states=True, return_dict_in_generate=True)
     assert len(output.hidden_states[0][0]) == 6 and output.hidden_states[0][0].shape[1] > 10
 
 

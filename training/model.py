@@ -266,7 +266,7 @@ def load_model(
 def cast_backbones(model: OTDRGForReportGeneration, dtype: str) -> None:
     """Cast the backbones' weights to `dtype` and everything between them to float32.
 
-    Buffers that are not saved keep their type, as in `from_pretrained`: the frequencies of rotary embeddings are float32.
+    Buffers that are not saved keep their type, as in `from_pretrained`: frequencies of rotary embeddings are float32.
     """
     for name, part in model.named_children():
         wanted = getattr(torch, dtype) if name.endswith(("vision_tower", "language_model")) else torch.float32

@@ -14,9 +14,10 @@ from .models import TYPES
 
 TITLE = "Attention"
 ABOUT = (
-    "Two layers of DINOv2-small and of SmolLM2-135M with random weights on the CPU: a training step of the LLM on 8 sequences "
-    "of 200 tokens, the encoder on 8 views, and 8 tokens of greedy decoding for 24 sequences after 200 tokens. "
-    "`otdrg.inference.attention` takes the kind that is fastest for the type, and needs no more memory than `sdpa`."
+    "Two layers of DINOv2-small and of SmolLM2-135M with random weights on the CPU: a training step of the LLM on "
+    "8 sequences of 200 tokens, the encoder on 8 views, and 8 tokens of greedy decoding for 24 sequences after "
+    "200 tokens. `otdrg.inference.attention` takes the kind that is fastest for the type, and needs no more "
+    "memory than `sdpa`."
 )
 NOTES: tuple[str, ...] = ()
 _ENCODER = {"hidden_size": 384, "num_attention_heads": 6, "image_size": 224, "patch_size": 14}

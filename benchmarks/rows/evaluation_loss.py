@@ -11,8 +11,9 @@ from . import models
 
 TITLE = "Evaluation loss"
 ABOUT = (
-    "The loss of the preset `small` on 16 studies in bfloat16, without gradients, in a new process: how far the resident set "
-    "rises, at its peak. *Report only* is how our Trainer evaluates: logits from the first report token on."
+    "The loss of the preset `small` on 16 studies in bfloat16, without gradients, in a new process: how far the "
+    "resident set rises, at its peak. *Report only* is how our Trainer evaluates: logits from the first report "
+    "token on."
 )
 NOTES: tuple[str, ...] = ()
 _BATCH_SIZE = 16

@@ -18,10 +18,11 @@ from transformers import AutoTokenizer, CLIPImageProcessor, LlavaConfig, LlavaFo
 
 TITLE = "First report"
 ABOUT = (
-    "A new Python process that makes a pipeline of a local folder and writes one report of 40 tokens by greedy search: ours "
-    "(`image-to-text`, `trust_remote_code=True`) against transformers' own LLaVA (`image-text-to-text`) with random weights, "
-    "a LLaMA of the size of our language model and, for the checkpoint, the same vision encoder. LLaVA cannot take the quick "
-    "start's encoder, which is timm's: it has a ViT of two layers in its place. *Local* is `load_pipeline` of the package."
+    "A new Python process that makes a pipeline of a local folder and writes one report of 40 tokens by greedy "
+    "search: ours (`image-to-text`, `trust_remote_code=True`) against transformers' own LLaVA "
+    "(`image-text-to-text`) with random weights, a LLaMA of the size of our language model and, for the "
+    "checkpoint, the same vision encoder. LLaVA cannot take the quick start's encoder, which is timm's: it has a "
+    "ViT of two layers in its place. *Local* is `load_pipeline` of the package."
 )
 NOTES: tuple[str, ...] = ()
 _ROOT = Path(__file__).parents[2]
@@ -56,7 +57,9 @@ def measure(rounds: int, folder: Path) -> Row:
                 kind: [sys.executable, "-c", script.format(model=str(model), image=str(image))]
                 for kind, (script, model) in scripts.items()
             }
-            found = measured_in_turns({kind: lambda c=command: spent(c).cpu for kind, command in commands.items()}, rounds, 1)
+            found = measured_in_turns(
+                {kind: lambda c=command: spent(c).cpu for kind, command in commands.items()}, rounds, 1
+            )
             lines.append(Line(name, "CPU time, ours / LLaVA", ratios(found["ours"], found["theirs"]), "≤ 1.05"))
             lines.append(Line(name, "CPU time, local / LLaVA", ratios(found["local"], found["theirs"])))
             lines.append(Line(name, "CPU seconds, ours", found["ours"]))
@@ -83,7 +86,12 @@ def checkpoint(place: Path) -> tuple[Path, Path]:
     folder = _ROOT / "checkpoints" / "otdrg-iu-xray"
     config = OTDRGConfig.from_pretrained(folder)
     gpt2 = config.text_config
-    text = {"model_type": "llama", "vocab_size": gpt2.vocab_size, "hidden_size": gpt2.n_embd, "num_hidden_layers": gpt2.n_layer}
+    text = {
+        "model_type": "llama",
+        "vocab_size": gpt2.vocab_size,
+        "hidden_size": gpt2.n_embd,
+        "num_hidden_layers": gpt2.n_layer,
+    }
     text |= {"num_attention_heads": gpt2.n_head, "intermediate_size": 4 * gpt2.n_embd, "tie_word_embeddings": True}
     return folder, llava(folder, place / "llava", config.vision_config.to_dict(), text)
 

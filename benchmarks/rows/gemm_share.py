@@ -13,8 +13,9 @@ from .training_step import step_of
 
 TITLE = "Share of the GEMM peak"
 ABOUT = (
-    "FLOPs of the step of the preset `small` (as above, views encoded), counted by torch's `FlopCounterMode`, per CPU "
-    "second, divided by the FLOPs per CPU second of multiplying two matrices of 2048 × 2048 in the same round."
+    "FLOPs of the step of the preset `small` (as above, views encoded), counted by torch's `FlopCounterMode`, per "
+    "CPU second, divided by the FLOPs per CPU second of multiplying two matrices of 2048 × 2048 in the same "
+    "round."
 )
 NOTES: tuple[str, ...] = ()
 _SIZE = 2048
@@ -35,7 +36,9 @@ def measure(rounds: int, folder: Path) -> Row:
         functions = {"step": lambda s=step: cpu_seconds(s), "gemm": lambda x=square: cpu_seconds(lambda: multiply(x))}
         found = measured_in_turns(functions, rounds, warm_up=1)
         pairs = list(zip(found["step"], found["gemm"], strict=True))
-        lines.append(Line(name, "share of the GEMM peak", [(work / ours) / (gemm / peak) for ours, peak in pairs], reach))
+        lines.append(
+            Line(name, "share of the GEMM peak", [(work / ours) / (gemm / peak) for ours, peak in pairs], reach)
+        )
         lines.append(Line(name, "GEMM peak, GFLOP/s", [gemm / peak / 1e9 for _, peak in pairs]))
     return Row(lines, list(NOTES))
 

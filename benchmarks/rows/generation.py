@@ -13,10 +13,10 @@ from . import models
 
 TITLE = "Generation"
 ABOUT = (
-    "Reports of exactly 24 tokens with 3 beams, from encoded features: reports per CPU second of a batch of 8 against the same "
-    "studies one at a time, and of a batch of 16 against two of 8. The preset `small` is in bfloat16, with LoRA merged; the "
-    "published checkpoint `checkpoints/otdrg-iu-xray` in its own type. *Same text* is the share of reports, of up to 60 "
-    "tokens in float32, that are the same in a batch of 8 as alone."
+    "Reports of exactly 24 tokens with 3 beams, from encoded features: reports per CPU second of a batch of 8 "
+    "against the same studies one at a time, and of a batch of 16 against two of 8. The preset `small` is in "
+    "bfloat16, with LoRA merged; the published checkpoint `checkpoints/otdrg-iu-xray` in its own type. *Same "
+    "text* is the share of reports, of up to 60 tokens in float32, that are the same in a batch of 8 as alone."
 )
 NOTES: tuple[str, ...] = ()
 CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "otdrg-iu-xray"

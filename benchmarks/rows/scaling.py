@@ -14,9 +14,10 @@ from .training_step import step_of
 
 TITLE = "Scaling"
 ABOUT = (
-    "CPU time of a step of the preset `small` (bfloat16 autocast, views encoded) with 4 studies of one view, 49 image tokens "
-    "and reports of 60 tokens, where one of these is varied. The exponent is the slope of log time over log size, by least "
-    "squares on the medians: 1 is linear, and below 1 a part of the step does not depend on the size."
+    "CPU time of a step of the preset `small` (bfloat16 autocast, views encoded) with 4 studies of one view, 49 "
+    "image tokens and reports of 60 tokens, where one of these is varied. The exponent is the slope of log time "
+    "over log size, by least squares on the medians: 1 is linear, and below 1 a part of the step does not depend "
+    "on the size."
 )
 NOTES: tuple[str, ...] = ()
 #: Name of an axis, its sizes, and the targets of its exponent.

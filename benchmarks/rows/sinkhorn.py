@@ -12,10 +12,10 @@ from otdrg.sinkhorn_otdrg import cost_matrix, sinkhorn
 
 TITLE = "Sinkhorn"
 ABOUT = (
-    "64 problems of 49 image tokens and 14 labels with features of 576 dimensions, 100 iterations without early stopping, and "
-    "the gradient of the transport cost with respect to the costs. POT solves them in batches in the log domain "
-    "(`ot.solve_batch`), with its graph (`grad=\"envelope\"`) and without it (`grad=\"detach\"`, the plan being the gradient); "
-    "the faster of the two is compared. *Raw* costs are about 34, far above ε = 0.1."
+    "64 problems of 49 image tokens and 14 labels with features of 576 dimensions, 100 iterations without early "
+    "stopping, and the gradient of the transport cost with respect to the costs. POT solves them in batches in "
+    'the log domain (`ot.solve_batch`), with its graph (`grad="envelope"`) and without it (`grad="detach"`, the '
+    "plan being the gradient); the faster of the two is compared. *Raw* costs are about 34, far above ε = 0.1."
 )
 NOTES: tuple[str, ...] = ()
 _PROBLEMS, _ROWS, _COLUMNS, _WIDTH, _ITERATIONS = 64, 49, 14, 576, 100

@@ -13,12 +13,13 @@ from . import models
 
 TITLE = "Training step"
 ABOUT = (
-    f"Forward, backward and AdamW on {models.BATCH_SIZE} studies of one view with reports of {models.REPORT_TOKENS} tokens, "
-    "bfloat16 autocast: DINOv2-small (frozen) and SmolLM2-135M with LoRA (rank 16, dropout 0.1, `q_proj` and `v_proj`). "
-    "R2GenGPT is its design from its paper, rebuilt with classes of transformers and peft; it is not its authors' file. It "
-    "reads the image tokens in a prompt, and computes the logits of all positions. Ours reads label tokens and the label "
-    "text as well, and computes the transport; *same function* is ours without them (`dle` and `fiot` off). *Cached* is ours "
-    "with the features of the frozen encoder computed before, as training does by default."
+    f"Forward, backward and AdamW on {models.BATCH_SIZE} studies of one view with reports of "
+    f"{models.REPORT_TOKENS} tokens, bfloat16 autocast: DINOv2-small (frozen) and SmolLM2-135M with LoRA (rank 16, "
+    "dropout 0.1, `q_proj` and `v_proj`). R2GenGPT is its design from its paper, rebuilt with classes of "
+    "transformers and peft; it is not its authors' file. It reads the image tokens in a prompt, and computes the "
+    "logits of all positions. Ours reads label tokens and the label text as well, and computes the transport; "
+    "*same function* is ours without them (`dle` and `fiot` off). *Cached* is ours with the features of the "
+    "frozen encoder computed before, as training does by default."
 )
 _SAME = {"dle": False, "fiot": False}
 
@@ -27,7 +28,9 @@ def measure(rounds: int, folder: Path) -> Row:
     vision, text = models.backbones(folder)
     names = ("ours", "cached", "same", "49 tokens", "257 tokens")
     seconds = in_turns({name: small_step(name, vision, text) for name in names}, rounds)
-    memory = {name: in_process(peak_of_step, name, vision, text) for name in ("ours", "same", "49 tokens", "257 tokens")}
+    memory = {
+        name: in_process(peak_of_step, name, vision, text) for name in ("ours", "same", "49 tokens", "257 tokens")
+    }
     speed, space = "samples/s, ours / R2GenGPT", "peak memory, ours / R2GenGPT"
     lines = []
     for work, ours, theirs, faster, smaller in (
@@ -115,4 +118,6 @@ def tiny_cache(rounds: int) -> Line:
             for name, batch in batches.items()
         }
         found = in_turns({name: lambda step=step: [step() for _ in range(5)] for name, step in steps.items()}, rounds)
-    return Line("quick start, 16 phantoms", "steps/s, cached features / images", ratios(found["images"], found["features"]))
+    return Line(
+        "quick start, 16 phantoms", "steps/s, cached features / images", ratios(found["images"], found["features"])
+    )

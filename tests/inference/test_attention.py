@@ -52,7 +52,9 @@ def test_recomputed_attention_keeps_no_weights_for_the_backward_pass():
     kept = {}
     for kind in ("eager", RECOMPUTED):
         model, sizes = llama(kind), []
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor, s=sizes: s.append(tensor.numel()) or tensor, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, s=sizes: s.append(tensor.numel()) or tensor, lambda x: x
+        ):
             model(torch.zeros(1, 200, dtype=torch.long), use_cache=False).logits.sum()
         kept[kind] = max(sizes)
     assert kept["eager"] >= 4 * 200 * 200 > kept[RECOMPUTED]

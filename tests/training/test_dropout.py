@@ -71,5 +71,8 @@ def test_use_fast_dropout_replaces_the_dropout_of_lora_layers_only():
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1))
     inject_adapter_in_model(LoraConfig(target_modules=["0"], lora_dropout=0.2), model)
     use_fast_dropout(model)
-    assert [type(part).__name__ for part in model.modules() if isinstance(part, nn.Dropout)] == ["FastDropout", "Dropout"]
+    assert [type(part).__name__ for part in model.modules() if isinstance(part, nn.Dropout)] == [
+        "FastDropout",
+        "Dropout",
+    ]
     assert next(part for part in model.modules() if isinstance(part, FastDropout)).p == 0.2
