@@ -64,9 +64,9 @@ def recomputed_attention(
         groups = query.shape[1] // key.shape[1]
         if groups > 1:
             key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
-        scores = query @ key.mT * scaling
+        scores = (query * scaling) @ key.mT
         if attention_mask is not None:
-            scores = scores + attention_mask[..., : key.shape[2]]
+            scores += attention_mask[..., : key.shape[2]]
         weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
         weights = nn.functional.dropout(weights, dropout)
         return (weights @ value).transpose(1, 2).contiguous()
