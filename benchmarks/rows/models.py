@@ -133,6 +133,12 @@ class R2GenGPT(nn.Module):
         self.encoder.eval()
         return self
 
+    def length(self, report: torch.Tensor) -> int:
+        """Tokens that the LLM reads for each report (B, L)."""
+        config, side = self.encoder.config, self.image_side
+        image = side**2 if side is not None else (IMAGE_SIZE // config.patch_size) ** 2 + 1
+        return image + sum(ids.shape[1] for ids in self.around) + report.shape[1]
+
     def forward(self, pixel_values: torch.Tensor, report: torch.Tensor) -> torch.Tensor:
         """The loss of reports (B, L) given views (B, V, 3, H, W), whose tokens are averaged over the views."""
         size, views = pixel_values.shape[:2]
