@@ -18,10 +18,10 @@ ABOUT = (
     "`GOMP_SPINCOUNT` when it is loaded; `KMP_BLOCKTIME` belongs to Intel's and LLVM's."
 )
 NOTES = (
-    "Commands set `OMP_WAIT_POLICY=PASSIVE` unless the user has set a variable of OpenMP. When this was chosen, on two "
-    "cores whose other jobs had a lower priority, libgomp's default took 0.25 s a step alone, 0.35 s beside one busy process "
-    "and 0.45 s beside two, `PASSIVE` 0.25, 0.31 and 0.43 s: it costs nothing, and the slowdown that is left is little more "
-    "than the share of the cores that the other jobs take.",
+    "Commands set `OMP_WAIT_POLICY=PASSIVE` unless the user has set a variable of OpenMP. When this was chosen, "
+    "on two cores whose other jobs had a lower priority, libgomp's default took 0.25 s a step alone, 0.35 s "
+    "beside one busy process and 0.45 s beside two, `PASSIVE` 0.25, 0.31 and 0.43 s: it costs nothing, and the "
+    "slowdown that is left is little more than the share of the cores that the other jobs take.",
 )
 SETTINGS: dict[str, dict[str, str]] = {
     "spinning": {"OMP_WAIT_POLICY": "ACTIVE"},

@@ -51,10 +51,11 @@ def measure(rounds: int, folder: Path) -> Row:
 
 
 NOTES = (
-    "At first, 38 % of the profile of ours was matrix products of frozen weights, 30 % attention, 11 % LoRA's dropout and "
-    "copies, and 6 % the gradient of the softmax over the vocabulary; R2GenGPT's was the same, so that what can be saved "
-    "beside the products is small. Ours reads 1.5 times as many tokens, for the label tokens and the label text: being 1.5 "
-    "times as fast with no more memory would need 2.3 times the speed and two thirds of the memory for each token.",
+    "At first, 38 % of the profile of ours was matrix products of frozen weights, 30 % attention, 11 % LoRA's "
+    "dropout and copies, and 6 % the gradient of the softmax over the vocabulary; R2GenGPT's was the same, so "
+    "that what can be saved beside the products is small. Ours reads 1.5 times as many tokens, for the label "
+    "tokens and the label text: being 1.5 times as fast with no more memory would need 2.3 times the speed and "
+    "two thirds of the memory for each token.",
 )
 
 
