@@ -27,9 +27,9 @@ docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # The rows of benchmarks/results.md that are not measured yet, about 25 minutes on one core. OTDRG_DINOV2 names a folder
-# of DINOv2-small; the LLM is that of `make llm`. One row again: ARGUMENTS="--rows sinkhorn --again".
+# of DINOv2-small; the LLM is that of `make llm`..
 benchmark: .venv/installed
-	$(BIN)/python benchmarks/run.py $(ARGUMENTS)
+	$(BIN)/python benchmarks/run.py
 
 # The LLM of the small preset without a Hub: SmolLM2-135M-Instruct as a GGUF file of 98 MB.
 llm: .venv/installed
