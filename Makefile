@@ -27,7 +27,7 @@ docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # The rows of benchmarks/results.md that are not measured yet, about 25 minutes on one core. OTDRG_DINOV2 names a folder
-# of DINOv2-small; the LLM is that of `make llm`..
+# of DINOv2-small; the LLM is that of `make llm`.
 benchmark: .venv/installed
 	$(BIN)/python benchmarks/run.py
 

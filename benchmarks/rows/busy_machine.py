@@ -12,10 +12,10 @@ from measure import Line, NotAvailable, Row, ratios
 
 TITLE = "A busy machine"
 ABOUT = (
-    "Elapsed time of 10 steps of the quick start's report stage (batch of 16, features cached) on two cores, "
-    "alone and beside a process that keeps one of them busy. All processes are started before and measured in "
-    "turns. PyTorch for Linux brings GNU's OpenMP library (libgomp), which reads `OMP_WAIT_POLICY` and "
-    "`GOMP_SPINCOUNT` when it is loaded; `KMP_BLOCKTIME` belongs to Intel's and LLVM's."
+    "Elapsed time of 4 steps of the quick start's report stage (batch of 16, features cached) on two cores, alone "
+    "and beside a process that keeps one of them busy. All processes are started before and measured in turns. "
+    "PyTorch for Linux brings GNU's OpenMP library (libgomp), which reads `OMP_WAIT_POLICY` and `GOMP_SPINCOUNT` "
+    "when it is loaded; `KMP_BLOCKTIME` belongs to Intel's and LLVM's."
 )
 NOTES = (
     "Commands set `OMP_WAIT_POLICY=PASSIVE` unless the user has set a variable of OpenMP. When this was chosen, "
@@ -30,6 +30,8 @@ SETTINGS: dict[str, dict[str, str]] = {
     "GOMP_SPINCOUNT=10000": {"GOMP_SPINCOUNT": "10000"},
     "one thread": {"OTDRG_STEP_THREADS": "1"},
 }
+#: Of `busy_step.py` for each line.
+STEPS = 4
 _BASELINE = "libgomp's default"
 _STEP = Path(__file__).with_name("busy_step.py")
 
@@ -47,7 +49,7 @@ def measure(rounds: int, folder: Path) -> Row:
             seconds[state] = {name: [] for name in steps}
             for number in range(1 + rounds):
                 for name, step in steps.items():
-                    value = ten_steps(step)
+                    value = make_steps(step)
                     seconds[state][name] += [value] if number else []
             if state == "busy":
                 other.kill()
@@ -56,7 +58,7 @@ def measure(rounds: int, folder: Path) -> Row:
             step.kill()
     lines = []
     for name in steps:
-        lines.append(Line(name, "seconds a step, busy", [value / 10 for value in seconds["busy"][name]]))
+        lines.append(Line(name, "seconds a step, busy", [value / STEPS for value in seconds["busy"][name]]))
         if name != _BASELINE:
             alone, busy = (ratios(seconds[state][name], seconds[state][_BASELINE]) for state in ("alone", "busy"))
             lines.append(Line(name, "elapsed / default, alone", alone, "≤ 1.05" if "=" in name else ""))
@@ -65,7 +67,7 @@ def measure(rounds: int, folder: Path) -> Row:
 
 
 def start(variables: dict[str, str]) -> subprocess.Popen:
-    """A process that makes ten steps for each line that it reads, and writes how long they took."""
+    """A process that makes a few steps for each line that it reads, and writes how long they took."""
     others = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     command = [sys.executable, str(_STEP)]
     return subprocess.Popen(
@@ -73,7 +75,7 @@ def start(variables: dict[str, str]) -> subprocess.Popen:
     )
 
 
-def ten_steps(step: subprocess.Popen) -> float:
+def make_steps(step: subprocess.Popen) -> float:
     """Elapsed seconds."""
     assert step.stdin is not None and step.stdout is not None
     step.stdin.write("\n")

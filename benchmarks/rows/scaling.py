@@ -36,7 +36,7 @@ def measure(rounds: int, folder: Path) -> Row:
     lines, medians = [], {}
     for axis, sizes in AXES.items():
         steps = {str(size): step(model, processors, axis, size, vision, text) for size in sizes}
-        seconds = in_turns(steps, min(rounds, 3))
+        seconds = in_turns(steps, min(rounds, 2))
         medians[axis] = [float(np.median(seconds[str(size)])) for size in sizes]
         per_round = [exponent(sizes, times) for times in zip(*seconds.values(), strict=True)]
         lines.append(Line(f"{axis} {sizes[0]} to {sizes[-1]}", "exponent", per_round, "≤ 1.1"))
