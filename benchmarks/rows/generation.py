@@ -14,7 +14,7 @@ from . import models
 TITLE = "Generation"
 ABOUT = (
     "Reports of exactly 16 tokens with 3 beams, from encoded features: reports per CPU second of a batch of 8 "
-    "against the same studies one at a time, and of a batch of 16 against two of 8. The preset `small` is in "
+    "against four of the studies one at a time, and of a batch of 16 against two of 8. The preset `small` is in "
     "bfloat16, with LoRA merged; the published checkpoint `checkpoints/otdrg-iu-xray` in its own type. *Same "
     "text* is the share of reports, of up to 30 tokens in float32, that are the same in a batch of 4 as alone."
 )
