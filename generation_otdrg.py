@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 import torch
-from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.utils import logging
 
 from .configuration_otdrg import OTDRGConfig
@@ -97,6 +97,9 @@ class OTDRGGenerationMixin(OTDRGPromptMixin, GenerationMixin):
                 processors.insert(0, self._state_guidance(unread, prompt, guidance_scale))
             if given is None and inputs_embeds is None:
                 given = default_prompt(self.config, prompt["view_mask"])["input_ids"]
+            repeats = self._sequences_per_prompt(generation_config, kwargs)
+            if repeats > 1 and cache is None and prompt.get("input_ids") is not None:
+                prompt = self._read_prompt_once(prompt, repeats)
         elif guidance_scale != 1:
             raise ValueError(f"guidance_scale={guidance_scale}: expected 1 where a prompt is given without views")
         else:
@@ -120,6 +123,40 @@ class OTDRGGenerationMixin(OTDRGPromptMixin, GenerationMixin):
             return sequences
         output.sequences = sequences
         return output
+
+    def _sequences_per_prompt(self, generation_config, arguments: dict[str, Any]) -> int:
+        """How many beams or samples start from each prompt; 1 also where they cannot share what is read of it."""
+
+        def setting(name: str) -> Any:
+            configs = (generation_config, self.generation_config)
+            given = [arguments.get(name), *(getattr(config, name, None) for config in configs)]
+            return next((value for value in given if value is not None), None)
+
+        # Other caches, and outputs that hold what each beam reads of the prompt.
+        others = ["cache_implementation", "prefill_chunk_size", "output_attentions", "output_hidden_states"]
+        others += ["assistant_model", "custom_generate"]
+        if CACHE != "cache" or setting("use_cache") is False or any(setting(name) for name in others):
+            return 1
+        return max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
+
+    def _read_prompt_once(self, prompt: dict[str, Any], repeats: int) -> dict[str, Any]:
+        """The prompts with a cache of all but their last token, which `repeats` sequences each share.
+
+        transformers repeats the prompts before it reads them, and would read each as often.
+        """
+        embeds, mask, positions = self._embed(prompt), prompt["attention_mask"], prompt.get("position_ids")
+        if positions is None:
+            # Those that transformers gives to prompts padded on the left.
+            positions = (mask.long().cumsum(dim=1) - 1).masked_fill(mask == 0, 0)
+        read = {"inputs_embeds": embeds[:, :-1], "attention_mask": mask[:, :-1], "position_ids": positions[:, :-1]}
+        cache = self(**read, use_cache=True, logits_to_keep=1, return_dict=True)[CACHE]
+        if type(cache) is not DynamicCache:
+            return prompt
+        cache.batch_repeat_interleave(repeats)
+        # What the cache holds already.
+        read_before = ("view_features", "view_mask", "finding_states")
+        prompt = {name: value for name, value in prompt.items() if name not in read_before}
+        return {**prompt, "inputs_embeds": embeds, CACHE: cache}
 
     def _guidance_scale(self, generation_config, guidance_scale: float | None) -> float:
         """The scale that was asked for, by argument or by a generation config.

@@ -137,6 +137,12 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGHeatmapMixin, OTDRGGen
     reports = processor.batch_decode(sequences, skip_special_tokens=True)
     ```
 
+    Args:
+        config (`OTDRGConfig`)
+        vision_tower, language_model, text_encoder (`PreTrainedModel`, *optional*): the backbones; by default new ones.
+        backbone_dtype (`str` or `torch.dtype`, *optional*): type of the weights of new backbones, also in
+            `from_pretrained`, where `dtype` is that of the others.
+
     Attributes:
         ot_weight (`float`): lambda of eq. 12; the configuration's unless a schedule changes it.
         ot_epsilon (`float`): epsilon of the transport; likewise.
@@ -152,6 +158,7 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGHeatmapMixin, OTDRGGen
         vision_tower: PreTrainedModel | None = None,
         language_model: PreTrainedModel | None = None,
         text_encoder: PreTrainedModel | None = None,
+        backbone_dtype: str | torch.dtype | None = None,
     ):
         super().__init__(config)
         config.check_fields()
@@ -163,13 +170,19 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGHeatmapMixin, OTDRGGen
                 "OTDRGConfig.finding_text_token_ids=None: the label texts have no token ids yet; call "
                 "config.bind_tokenizer(tokenizer), or make the processor first"
             )
-        self.vision_tower = AutoModel.from_config(config.vision_config) if vision_tower is None else vision_tower
-        self.language_model = (
-            AutoModelForCausalLM.from_config(config.text_config) if language_model is None else language_model
-        )
+        # In the type in which their weights are loaded, so that they are not held in a wider one first.
+        typed = {} if backbone_dtype is None else {"dtype": backbone_dtype}
+        if vision_tower is None:
+            self.vision_tower = AutoModel.from_config(config.vision_config, **typed)
+        else:
+            self.vision_tower = vision_tower
+        if language_model is None:
+            self.language_model = AutoModelForCausalLM.from_config(config.text_config, **typed)
+        else:
+            self.language_model = language_model
         if config.predictor_encoder == "own":
             if vision_tower is None:
-                self.finding_vision_tower = AutoModel.from_config(config.vision_config)
+                self.finding_vision_tower = AutoModel.from_config(config.vision_config, **typed)
             else:
                 self.finding_vision_tower = copy.deepcopy(vision_tower)
                 _mark_initialized(self.finding_vision_tower)  # copied parameters lose their mark

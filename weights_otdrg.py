@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -42,10 +44,6 @@ from .weight_files_otdrg import (
     weight_files,
     weight_shapes,
 )
-
-if is_peft_available():
-    from peft import LoraConfig, inject_adapter_in_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
 _AUTO_CLASSES = {"vision": AutoModel, "text": AutoModelForCausalLM}
 #: The backbone that each of these parts of the model is made of.
@@ -175,20 +173,19 @@ class OTDRGPreTrainedModel(PreTrainedModel):
                 continue
             if not is_peft_available():
                 raise ImportError(f"OTDRGConfig.{field} is set: LoRA needs peft (pip install peft)")
+            peft = import_module("peft")
             for option in ("use_dora", "lora_bias"):
                 if field == "lora" and self.is_llm_quantized and fields.get(option):
                     raise ValueError(
                         f"OTDRGConfig.lora.{option}={fields[option]!r}: expected false, since the LLM is quantised"
                     )
             for part in parts:
-                if not _has_adapters(part):
+                if not _lora_layers(part):
                     try:
-                        inject_adapter_in_model(LoraConfig(**{**fields, **changes}), part)
+                        peft.inject_adapter_in_model(peft.LoraConfig(**{**fields, **changes}), part)
                     except ValueError as error:
                         raise ValueError(f"OTDRGConfig.{field}={fields!r}: {error}") from None
-                    layers = [
-                        module.get_base_layer() for module in part.modules() if isinstance(module, BaseTunerLayer)
-                    ]
+                    layers = [module.get_base_layer() for module in _lora_layers(part).values()]
                     if fields.get("lora_bias") and any(layer.bias is None for layer in layers):
                         raise ValueError(
                             f"OTDRGConfig.{field}.lora_bias=True: expected modules with a bias, to merge it"
@@ -197,16 +194,14 @@ class OTDRGPreTrainedModel(PreTrainedModel):
     @property
     def has_lora(self) -> bool:
         """Whether the LLM or a vision encoder has LoRA adapters."""
-        return _has_adapters(self)
+        return bool(_lora_layers(self))
 
     def merge_lora(self) -> None:
         """Merge all LoRA adapters into the weights and set `lora` and `vision_lora` to None; peft is then not needed.
 
         A quantised LLM is dequantised first, so that no weight is rounded a second time.
         """
-        adapters = {}
-        if self.has_lora:
-            adapters = {name: module for name, module in self.named_modules() if isinstance(module, BaseTunerLayer)}
+        adapters = _lora_layers(self)
         quantized = self.is_llm_quantized
         if quantized:
             self.language_model.dequantize(self.language_model.get_input_embeddings().weight.dtype)
@@ -405,8 +400,13 @@ def _is_another_rank() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0
 
 
-def _has_adapters(part: nn.Module) -> bool:
-    return is_peft_available() and any(isinstance(module, BaseTunerLayer) for module in part.modules())
+def _lora_layers(part: nn.Module) -> dict[str, Any]:
+    """The layers of a part that have adapters, by name."""
+    # Importing peft takes a large part of a second, and without it there are none.
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    if tuners is None:
+        return {}
+    return {name: module for name, module in part.named_modules() if isinstance(module, tuners.BaseTunerLayer)}
 
 
 def quantization_of(quantization):

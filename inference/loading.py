@@ -20,6 +20,7 @@ from ..runtime.devices import inference_device
 from ..runtime.yaml_files import read_yaml
 from ..weight_files_otdrg import read_stated
 from ..weights_otdrg import quantization_of
+from .attention import use_fastest_attention
 from .digests import model_digest
 from .model_files import check_fit, read_model, read_processor
 
@@ -78,6 +79,7 @@ def load_published(
         raise ValueError(f"{error}; quantization={quantization!r} on {place.type} may be at fault") from error
     if quantization is None:
         network.to(place)
+    use_fastest_attention(network)
     check_fit(name, network, processor, **hub)
     return network.eval(), processor
 

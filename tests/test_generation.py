@@ -37,6 +37,31 @@ def test_generate_cached_equals_uncached(model, prompts, beams):
     assert torch.equal(cached, uncached)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 3}],
+)
+def test_generate_reads_a_prompt_once_for_all_its_sequences(model, prompts, arguments, monkeypatch):
+    rows = []
+    hook = model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    torch.manual_seed(0)
+    once = model.generate(**prompts, **{**GREEDY, **arguments})
+    hook.remove()
+    repeats = max(arguments.get("num_beams", 1), arguments.get("num_return_sequences", 1))
+    assert rows[0][0] == 3 and rows[0][1] > 10
+    assert set(rows[1:]) == {(3 * repeats, 1)}
+    monkeypatch.setattr(type(model), "_sequences_per_prompt", lambda *_: 1)
+    torch.manual_seed(0)
+    assert torch.equal(once, model.generate(**prompts, **{**GREEDY, **arguments}))
+
+
+def test_generate_outputs_of_beams_hold_what_each_reads_of_the_prompt(model, prompts):
+    output = model.generate(**prompts, **GREEDY, num_beams=2, output_hidden_states=True, return_dict_in_generate=True)
+    assert len(output.hidden_states[0][0]) == 6 and output.hidden_states[0][0].shape[1] > 10
+
+
 def test_generate_greedy_equals_repeated_forward(model, prompts):
     """Greedy decoding, step by step, with the whole sequence run anew each time."""
     states = model.predict_states(model(**prompts).finding_logits)

@@ -25,6 +25,7 @@ from ..runtime.interruptions import is_out_of_memory
 from ..vision_otdrg import encoder_blocks
 from ..weights_otdrg import load_backbone, quantization_of
 from .data import Rows
+from .dropout import use_fast_dropout
 from .fields import convert, need, unknown_key
 from .recipe import ModelRecipe, Recipe
 from .stages import stage_of
@@ -223,6 +224,7 @@ def attach_lora(model: OTDRGForReportGeneration, recipe: Recipe, stage: str) -> 
         setattr(model.config, field, value)
     if wanted:
         model.add_lora()
+        use_fast_dropout(model)
 
 
 def load_model(
@@ -248,20 +250,33 @@ def load_model(
     trained = read_processor(folder)
     views = trained.image_processor
     processor = OTDRGProcessor.from_config(config, trained.tokenizer, views.image_mean, views.image_std)
-    # In float32 first: from_pretrained casts all weights to one type and would round those trained in float32.
+    # Weights of a quantised LLM are loaded in the type of all others, and packed.
     model = read_model(
-        folder, may_lack=True, config=config, dtype=torch.float32, quantization_config=quantization_config(quantization)
+        folder,
+        may_lack=True,
+        config=config,
+        dtype=torch.float32,
+        backbone_dtype=recipe.dtype if quantization is None else None,
+        quantization_config=quantization_config(quantization),
     )
     cast_backbones(model, recipe.dtype)
     return model, processor
 
 
 def cast_backbones(model: OTDRGForReportGeneration, dtype: str) -> None:
-    """Cast the backbones' weights to `dtype` and everything between them to float32."""
+    """Cast the backbones' weights to `dtype` and everything between them to float32.
+
+    Buffers that are not saved keep their type, as in `from_pretrained`: frequencies of rotary embeddings are float32.
+    """
     for name, part in model.named_children():
         wanted = getattr(torch, dtype) if name.endswith(("vision_tower", "language_model")) else torch.float32
         if not getattr(part, "is_quantized", False):
+            saved = part.state_dict().keys()
+            kept = {path: buffer for path, buffer in part.named_buffers() if path not in saved}
             part.to(wanted)
+            for path, buffer in kept.items():
+                owner, _, leaf = path.rpartition(".")
+                setattr(part.get_submodule(owner), leaf, buffer)
             continue
         for weight in part.parameters():
             # Packed weights are integers.

@@ -16,6 +16,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traine
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import IntervalStrategy
 
+from ..inference.attention import use_fastest_attention
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from ..runtime.processes import check_wrapper, fill, is_sharded, open_methods, weightless_copy
@@ -172,6 +173,7 @@ class StageTrainer(ResumableTrainer):
             callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
         # Not as `processing_class`, to which Trainer would adapt the model's special tokens.
         super().__init__(model, args, data_collator=train_collator, callbacks=callbacks, **kwargs)
+        use_fastest_attention(self.model, torch.bfloat16 if args.bf16 else None)
         self.processor = processor
         self.loss_callback = loss_callback
         self.frozen = frozen

@@ -12,6 +12,7 @@ from otdrg.training.model import (
     build_model,
     cast_backbones,
     check_lora_targets,
+    load_model,
     lora_fields,
     quantization_config,
     set_trained_parts,
@@ -42,6 +43,45 @@ def test_set_trained_parts_modes_freeze_and_unfreeze():
         assert weight.requires_grad == ("lora_" in name or name.startswith(("image_projector", "label_projector")))
         is_backbone = name.startswith(("vision_tower", "language_model")) and "lora_" not in name
         assert str(weight.dtype) == ("torch.bfloat16" if is_backbone else "torch.float32"), name
+
+
+def test_cast_backbones_keeps_the_type_of_buffers_that_are_not_saved():
+    model, _ = build_model(ModelRecipe(), ["the lungs are clear ."])
+    cast_backbones(model, "bfloat16")
+    buffers = dict(model.language_model.named_buffers())
+    assert buffers["model.rotary_emb.inv_freq"].dtype == torch.float32
+    assert torch.equal(buffers["model.rotary_emb.inv_freq"], model.language_model.model.rotary_emb.inv_freq)
+    assert model.vision_tower.dtype == model.language_model.dtype == torch.bfloat16
+    saved = [buffer for buffer in model.vision_tower.state_dict().values() if buffer.is_floating_point()]
+    assert {buffer.dtype for buffer in saved} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_load_model_equals_loading_in_float32_and_casting(dtype, tmp_path):
+    recipe = ModelRecipe(dtype=dtype)
+    model, processor = build_model(recipe, ["the lungs are clear ."])
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded, _ = load_model(tmp_path, recipe)
+    expected = OTDRGForReportGeneration.from_pretrained(tmp_path, dtype=torch.float32)
+    cast_backbones(expected, dtype)
+    found, wanted = loaded.state_dict(), expected.state_dict()
+    assert found.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        assert found[name].dtype == weight.dtype and torch.equal(found[name], weight), name
+
+
+def test_load_model_makes_the_backbones_in_their_own_type(tmp_path, monkeypatch):
+    recipe = ModelRecipe(dtype="bfloat16")
+    model, processor = build_model(recipe, ["the lungs are clear ."])
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    before = []
+    monkeypatch.setattr(
+        "otdrg.training.model.cast_backbones", lambda model, _: before.append(model.language_model.dtype)
+    )
+    loaded, _ = load_model(tmp_path, recipe)
+    assert before == [torch.bfloat16] and loaded.image_projector.linear.weight.dtype == torch.float32
 
 
 def recipe_of(stage=None, overrides=None, quantization=None, **fields):

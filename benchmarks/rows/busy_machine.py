@@ -1,0 +1,92 @@
+"""A training step with two threads beside another job, by how OpenMP's threads wait."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from measure import Line, NotAvailable, Row, ratios
+
+TITLE = "A busy machine"
+ABOUT = (
+    "Elapsed time of 4 steps of the quick start's report stage (batch of 16, features cached) on two cores, alone "
+    "and beside a process that keeps one of them busy. All processes are started before and measured in turns. "
+    "PyTorch for Linux brings GNU's OpenMP library (libgomp), which reads `OMP_WAIT_POLICY` and `GOMP_SPINCOUNT` "
+    "when it is loaded; `KMP_BLOCKTIME` belongs to Intel's and LLVM's."
+)
+NOTES = (
+    "Commands set `OMP_WAIT_POLICY=PASSIVE` unless the user has set a variable of OpenMP. When this was chosen, "
+    "on two cores whose other jobs had a lower priority, libgomp's default took 0.25 s a step alone, 0.35 s "
+    "beside one busy process and 0.45 s beside two, `PASSIVE` 0.25, 0.31 and 0.43 s: it costs nothing, and the "
+    "slowdown that is left is little more than the share of the cores that the other jobs take.",
+)
+SETTINGS: dict[str, dict[str, str]] = {
+    "spinning": {"OMP_WAIT_POLICY": "ACTIVE"},
+    "libgomp's default": {},
+    "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "GOMP_SPINCOUNT=10000": {"GOMP_SPINCOUNT": "10000"},
+    "one thread": {"OTDRG_STEP_THREADS": "1"},
+}
+#: Of `busy_step.py` for each line.
+STEPS = 4
+_BASELINE = "libgomp's default"
+_STEP = Path(__file__).with_name("busy_step.py")
+
+
+def measure(rounds: int, folder: Path) -> Row:
+    if (os.cpu_count() or 1) < 2:
+        raise NotAvailable("it needs two cores")
+    steps = {name: start(variables) for name, variables in SETTINGS.items()}
+    seconds: dict[str, dict[str, list[float]]] = {}
+    try:
+        for state in ("alone", "busy"):
+            other = multiprocessing.get_context("spawn").Process(target=spin, daemon=True)
+            if state == "busy":
+                other.start()
+            seconds[state] = {name: [] for name in steps}
+            for number in range(1 + rounds):
+                for name, step in steps.items():
+                    value = make_steps(step)
+                    seconds[state][name] += [value] if number else []
+            if state == "busy":
+                other.kill()
+    finally:
+        for step in steps.values():
+            step.kill()
+    lines = []
+    for name in steps:
+        lines.append(Line(name, "seconds a step, busy", [value / STEPS for value in seconds["busy"][name]]))
+        if name != _BASELINE:
+            alone, busy = (ratios(seconds[state][name], seconds[state][_BASELINE]) for state in ("alone", "busy"))
+            lines.append(Line(name, "elapsed / default, alone", alone, "≤ 1.05" if "=" in name else ""))
+            lines.append(Line(name, "elapsed / default, busy", busy, "≤ 0.5" if "=" in name else ""))
+    return Row(lines, list(NOTES))
+
+
+def start(variables: dict[str, str]) -> subprocess.Popen:
+    """A process that makes a few steps for each line that it reads, and writes how long they took."""
+    others = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    command = [sys.executable, str(_STEP)]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**others, **variables}
+    )
+
+
+def make_steps(step: subprocess.Popen) -> float:
+    """Elapsed seconds."""
+    assert step.stdin is not None and step.stdout is not None
+    step.stdin.write("\n")
+    step.stdin.flush()
+    answer = step.stdout.readline()
+    if not answer:
+        raise RuntimeError("a process of the busy machine ended early")
+    return float(answer)
+
+
+def spin() -> None:
+    """Keep a core busy."""
+    while True:
+        pass
