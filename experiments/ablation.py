@@ -182,8 +182,8 @@ def plan_runs(
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds {' '.join(map(str, seeds))}: expected at least one, each once")
     given = load_recipe(recipe, list(overrides))
-    _check_recipe(recipe, given, rows)
     config = OTDRGConfig.from_preset(given.model.preset, **{**given.model.overrides, **_switches(FULL)})
+    _check_recipe(recipe, given, config, rows)
     plan = Plan([], {})
     made: dict[tuple[str, int], Run] = {}
 
@@ -221,9 +221,14 @@ def _switches(modules: Sequence[str]) -> dict[str, Any]:
     return {"dle": "dle" in modules, "fiot": "fiot" in modules, **tokens}
 
 
-def _check_recipe(path: str | os.PathLike, recipe: Recipe, rows: Sequence[Row]) -> None:
+def _check_recipe(path: str | os.PathLike, recipe: Recipe, config: OTDRGConfig, rows: Sequence[Row]) -> None:
     if recipe.report.evaluation.split == "none":
         raise ValueError(f"recipe {path}: report.evaluation.split='none': expected validation or test, to be compared")
+    if config.finding_text == "none" and any("dle" in row.modules and "fiot" not in row.modules for row in rows):
+        raise ValueError(
+            f"recipe {path}: model.overrides.finding_text='none': without FIOT's label tokens the LLM would not read "
+            "the findings, and rows with DLE would equal those without; expected mentioned or all"
+        )
     shares = recipe.model.overrides.get("predictor_encoder") != "own"
     if (
         shares

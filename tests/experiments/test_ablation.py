@@ -171,6 +171,7 @@ def test_ablate_wrong_arguments_are_one_line(recipe, tmp_path, capsys, arguments
         ("seed=3", "override 'seed=3': an ablation sets this field itself, --seeds names the seeds"),
         ("model.overrides.dle=false", "each row has its own modules"),
         ("report.evaluation.split=none", "report.evaluation.split='none': expected validation or test"),
+        ("model.overrides.finding_text=none", "rows with DLE would equal those without; expected mentioned or all"),
         ("report={vision: full, predictor: full}", "would learn from labels in the rows without DLE"),
         ("report.learning_rat=1", "unknown key 'learning_rat' in report: did you mean 'learning_rate'?"),
         ("model.overrides.ot_epsilonn=1", "unknown OTDRGConfig field 'ot_epsilonn'"),
@@ -290,6 +291,8 @@ def test_format_summary_of_one_seed_has_no_deviation(recipe, references, tmp_pat
     finish_all(plan, references)
     document = format_summary(summarize(plan, resamples=50), "Title")
     assert "±" not in document and "do not cover training again" in document
+    assert "- With one seed, the initialisation alone may make such differences" in document
+    assert "raises" not in document and "lowers" not in document
 
 
 def test_summarize_refuses_runs_scored_on_other_studies(recipe, references, tmp_path):
