@@ -74,8 +74,16 @@ def _priors(rows: Dataset) -> str | None:
         return None
     tables = rows.select_columns(names).with_format("arrow").iter(batch_size=1000)
     texts = (row for table in tables for row in zip(*(table.column(name).to_pylist() for name in names), strict=True))
-    priors = list(zip(texts, _view_sizes(rows, "prior_images"), strict=True))
-    return _digest(map(json.dumps, priors)) if any(text[0] or sizes for text, sizes in priors) else None
+    found = False
+
+    def priors() -> Iterator[str]:
+        nonlocal found
+        for text, sizes in zip(texts, _view_sizes(rows, "prior_images"), strict=True):
+            found = found or bool(text[0] or sizes)
+            yield json.dumps([text, sizes])
+
+    digest = _digest(priors())
+    return digest if found else None
 
 
 def _view_sizes(rows: Dataset, column: str) -> Iterator[list[int]]:
