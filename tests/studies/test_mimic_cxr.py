@@ -376,5 +376,5 @@ def test_prepare_mimic_priors_are_the_nearest_earlier_studies(tmp_path):
     assert "| priors |" in str(report) and "unusable priors" not in str(report)
     # Without the option nothing is looked for, and tables have no column of it.
     plain = prepare_studies("mimic-cxr", tmp_path / "plain", build=BuildOptions(parquet_only=True), **options)
-    assert "priors" not in str(plain)
+    assert "| priors" not in str(plain)
     assert set(load_studies("prepared", folder=tmp_path / "plain")["train"]["prior_report"]) == {""}
