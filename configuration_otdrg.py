@@ -129,6 +129,12 @@ class OTDRGConfig(PreTrainedConfig):
         indication_reader (`str`, defaults to `"report"`):
             What reads a study's indication: `"report"`, the LLM in its prompt; `"predictor"`, as a hashed bag of words
             that is added to its logits; or `"both"`. A study without an indication is predicted from its views alone.
+        priors (`str`, defaults to `"none"`):
+            What the LLM reads of an earlier study of the patient, where there is one: `"images"`, as image tokens
+            marked by a learned embedding; `"report"`, as text in the prompt; `"both"`; or `"none"`. FIOT and the label
+            predictor read the current views only, because the finding states are those of the current study.
+        max_prior_tokens (`int`, defaults to 128):
+            Longer prior reports are cut to this many tokens.
         predicted_state_ratio (`float`, defaults to 0.0):
             Share of training studies conditioned on predicted instead of given states (0 is the paper), drawn by
             the model's `expand_finding_text`.
@@ -188,6 +194,7 @@ class OTDRGConfig(PreTrainedConfig):
             *("ot_weight", "ot_contrastive_weight", "ot_contrastive_temperature", "focal_gamma", "focal_reduction"),
             *("predictor_dropout", "predictor_heads", "predictor_pooling", "predictor_epsilon", "predictor_iterations"),
             *("predictor_tags", "indication_reader", "predicted_state_ratio", "finding_state_dropout", "image_dropout"),
+            *("priors", "max_prior_tokens"),
             *("finding_thresholds", "finding_calibration", "finding_text", "report_sections", "prompt"),
             *("image_token_id", "finding_token_id", "finding_text_token_id", "prompt_token_ids"),
             *(
@@ -241,6 +248,8 @@ class OTDRGConfig(PreTrainedConfig):
         predictor_iterations: int = 20,
         predictor_tags: list[str] | None = None,
         indication_reader: str = "report",
+        priors: str = "none",
+        max_prior_tokens: int = 128,
         predicted_state_ratio: float = 0.0,
         finding_state_dropout: float = 0.0,
         image_dropout: float = 0.0,
@@ -373,6 +382,11 @@ class OTDRGConfig(PreTrainedConfig):
         """Ids of the placeholder tokens that are set."""
         ids = (getattr(self, field) for field in _PLACEHOLDER_FIELDS)
         return [token for token in ids if token is not None]
+
+    @property
+    def reads_prior_images(self) -> bool:
+        """Whether the model reads the views of prior studies."""
+        return self.priors in ("images", "both")
 
     @property
     def image_grid(self) -> int:
@@ -559,6 +573,8 @@ ALLOWED_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
         f"up to {_MAXIMUM_TAGS:,} different strings, or null",
     ),
     "indication_reader": _one_of("report", "predictor", "both"),
+    "priors": _one_of("none", "images", "report", "both"),
+    "max_prior_tokens": _count(_MAXIMUM_PROMPT_TOKENS),
     "predicted_state_ratio": (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
     "finding_state_dropout": _PROBABILITY,
     "report_sections": (

@@ -353,7 +353,7 @@ class ConsensusDecoder:
         for number, (group, size) in enumerate(zip(plan, sizes, strict=True)):
             if not size:
                 continue
-            inputs = {**prompt, "view_features": study.view_features, "view_mask": study.view_mask}
+            inputs = {**prompt, **study.encoded_views}
             if model.config.dle:
                 inputs["finding_states"] = given_states(study.finding_states, group.states)
             sequences = self.draw(model, inputs, generation, group, number, size, steps)

@@ -12,7 +12,7 @@ from transformers.utils import logging
 from .configuration_otdrg import OTDRGConfig
 from .guidance_otdrg import StateGuidanceLogitsProcessor, without_positives
 from .outputs_otdrg import CACHE
-from .prompt_otdrg import OTDRGPromptMixin, check_batch, default_prompt
+from .prompt_otdrg import OTDRGPromptMixin, check_batch, default_prompt, given_priors
 
 logger = logging.get_logger(__name__)
 
@@ -49,6 +49,9 @@ class OTDRGGenerationMixin(OTDRGPromptMixin, GenerationMixin):
         view_features: torch.Tensor | None = None,
         finding_states: torch.Tensor | None = None,
         indication_ids: torch.Tensor | None = None,
+        prior_pixel_values: torch.Tensor | None = None,
+        prior_view_mask: torch.Tensor | None = None,
+        prior_view_features: torch.Tensor | None = None,
         guidance_scale: float | None = None,
         **kwargs,
     ):
@@ -62,8 +65,8 @@ class OTDRGGenerationMixin(OTDRGPromptMixin, GenerationMixin):
             inputs_embeds (`torch.Tensor` of shape `(B, L, hidden_size)`, *optional*):
                 Embeddings of the prompts, such as those of [`get_prompt_embeddings`]. Without views they are used
                 unchanged.
-            pixel_values, view_mask, view_features, finding_states, indication_ids: as in [`forward`]; given states
-                steer the report.
+            pixel_values, view_mask, view_features, finding_states, indication_ids, prior_pixel_values, prior_view_mask,
+                prior_view_features: as in [`forward`]; given states steer the report.
                 With a key-value cache of the prompt they are not needed.
             guidance_scale (`float`, *optional*):
                 Above 1, reports state more of the positive findings that they are conditioned on
@@ -92,11 +95,13 @@ class OTDRGGenerationMixin(OTDRGPromptMixin, GenerationMixin):
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         if has_views or needs_views(inputs_embeds, finding_states, cache):
             unread = prompt
-            prompt = self._read_prompt(unread, pixel_values, view_mask, view_features, finding_states, indication_ids)
+            views = pixel_values, view_mask, view_features
+            priors = given_priors(prior_pixel_values, prior_view_mask, prior_view_features)
+            prompt = self._read_prompt(unread, *views, finding_states, indication_ids, **priors)
             if guidance_scale != 1:
                 processors.insert(0, self._state_guidance(unread, prompt, guidance_scale))
             if given is None and inputs_embeds is None:
-                given = default_prompt(self.config, prompt["view_mask"])["input_ids"]
+                given = default_prompt(self.config, prompt["view_mask"], prompt.get("prior_view_mask"))["input_ids"]
             repeats = self._sequences_per_prompt(generation_config, kwargs)
             if repeats > 1 and cache is None and prompt.get("input_ids") is not None:
                 prompt = self._read_prompt_once(prompt, repeats)
@@ -154,8 +159,8 @@ class OTDRGGenerationMixin(OTDRGPromptMixin, GenerationMixin):
             return prompt
         cache.batch_repeat_interleave(repeats)
         # What the cache holds already.
-        read_before = ("view_features", "view_mask", "finding_states")
-        prompt = {name: value for name, value in prompt.items() if name not in read_before}
+        views = ("view_features", "view_mask", "prior_view_features", "prior_view_mask")
+        prompt = {name: value for name, value in prompt.items() if name not in (*views, "finding_states")}
         return {**prompt, "inputs_embeds": embeds, CACHE: cache}
 
     def _guidance_scale(self, generation_config, guidance_scale: float | None) -> float:
@@ -186,7 +191,8 @@ class OTDRGGenerationMixin(OTDRGPromptMixin, GenerationMixin):
             )
         states = without_positives(prompt["finding_states"])
         guided = (states != prompt["finding_states"]).any(dim=1)
-        second = self._read_prompt(unread, None, prompt["view_mask"], prompt["view_features"], states)
+        priors = given_priors(None, prompt.get("prior_view_mask"), prompt.get("prior_view_features"))
+        second = self._read_prompt(unread, None, prompt["view_mask"], prompt["view_features"], states, **priors)
         return StateGuidanceLogitsProcessor(self.forward, second, guided, guidance_scale, CACHE)
 
     def prepare_inputs_for_generation(
@@ -197,6 +203,8 @@ class OTDRGGenerationMixin(OTDRGPromptMixin, GenerationMixin):
         view_features=None,
         view_mask=None,
         finding_states=None,
+        prior_view_features=None,
+        prior_view_mask=None,
         is_first_iteration=False,
         **kwargs,
     ):
@@ -213,6 +221,8 @@ class OTDRGGenerationMixin(OTDRGPromptMixin, GenerationMixin):
                 "view_features": view_features,
                 "view_mask": view_mask,
                 "finding_states": finding_states,
+                "prior_view_features": prior_view_features,
+                "prior_view_mask": prior_view_mask,
                 "report_only": True,
             }
         return model_inputs

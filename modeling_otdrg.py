@@ -110,6 +110,10 @@ class OTDRGLabelEncoder(nn.Module):
         return features.reshape(len(FINDINGS), len(FINDING_STATES), -1)
 
 
+class OTDRGPriorEmbedding(nn.Embedding):
+    """Added to the image tokens of prior studies: a class of its own because it starts larger than other embeddings."""
+
+
 class OTDRGProjector(nn.Module):
     """Linear projection into the LLM's embedding space (eqs. 4 and 5), followed by R2GenGPT's LayerNorm."""
 
@@ -196,6 +200,8 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGHeatmapMixin, OTDRGGen
             self.label_projector = OTDRGProjector(self.label_encoder.feature_size, hidden_size, config.projection_norm)
         feature_size += blocks_feature_size(self.vision_towers[-1], config.predictor_layers or ())
         self.finding_predictor = OTDRGFindingPredictor(config, feature_size)
+        if config.reads_prior_images:
+            self.prior_embedding = OTDRGPriorEmbedding(1, hidden_size)
         self.ot_weight = config.ot_weight
         self.ot_epsilon = config.ot_epsilon
         self.finding_logit_adjustment: torch.Tensor | None = None
@@ -215,8 +221,9 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGHeatmapMixin, OTDRGGen
     def _init_weights(self, module):
         super()._init_weights(module)
         # transformers skips custom modules without weights of their own: these are the classes of parts with weights.
-        if isinstance(module, OTDRGQueries):
-            # With weights as small as those of other embeddings, attention stays uniform for most of a short training.
+        if isinstance(module, (OTDRGQueries, OTDRGPriorEmbedding)):
+            # With weights as small as those of other embeddings, attention stays uniform for most of a short training,
+            # and image tokens, whose features are of unit variance, would hardly be marked.
             init.normal_(module.weight)
         elif isinstance(module, OTDRGWords):
             init.zeros_(module.weight)
@@ -264,6 +271,9 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGHeatmapMixin, OTDRGGen
         finding_labels: torch.Tensor | None = None,
         tag_labels: torch.Tensor | None = None,
         indication_ids: torch.Tensor | None = None,
+        prior_pixel_values: torch.Tensor | None = None,
+        prior_view_mask: torch.Tensor | None = None,
+        prior_view_features: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         report_only: bool = False,
@@ -297,6 +307,9 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGHeatmapMixin, OTDRGGen
                 `finding_labels`.
             indication_ids (`torch.Tensor` of shape `(B, W)`, *optional*):
                 The indications' words as the processor hashes them, -1 where there is none, for the label predictor.
+            prior_pixel_values, prior_view_mask, prior_view_features (*optional*):
+                As the arguments of the same names without `prior_`, of an earlier study of the patient, for a model
+                that reads them (`config.priors`). A study need not have any view.
             report_only (`bool`): compute only what the report and the losses need: no image outputs, without `labels`
                 no transport plan, and without `finding_labels` no logits of given states.
             logits_to_keep: as the LLM's; while training on `labels`, or with `report_only`, the positions before the
@@ -326,6 +339,9 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGHeatmapMixin, OTDRGGen
             finding_labels=finding_labels,
             tag_labels=tag_labels,
             indication_ids=indication_ids,
+            prior_pixel_values=prior_pixel_values,
+            prior_view_mask=prior_view_mask,
+            prior_view_features=prior_view_features,
         )
         targets = shift_labels
         if targets is None and labels is not None:
@@ -342,8 +358,9 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGHeatmapMixin, OTDRGGen
         if pixel_values is not None or view_features is not None:
             reader = self._select_reader(has_prompt, finding_states, finding_labels, report_only)
             supervised = finding_labels is not None
+            priors = prior_pixel_values, prior_view_mask, prior_view_features
             study = self.read_study(
-                pixel_values, view_mask, view_features, finding_states, reader, supervised, indication_ids
+                pixel_values, view_mask, view_features, finding_states, reader, supervised, indication_ids, *priors
             )
             output["finding_logits"] = study.finding_logits
             if finding_labels is not None and study.prediction is not None:
@@ -368,7 +385,8 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGHeatmapMixin, OTDRGGen
                 # 2. Project image and label features into the LLM's space (eqs. 3 to 5), to the places of their tokens
                 image_features, image_mask = self.project_views(study.view_features, study.view_mask)
                 features = image_features, image_mask, self._label_features(study.finding_states), study.finding_states
-                inputs_embeds, transport = self._place_study(input_ids, inputs_embeds, *features)
+                prior_features = self.project_priors(study.prior_view_features, study.prior_view_mask)
+                inputs_embeds, transport = self._place_study(input_ids, inputs_embeds, *features, prior_features)
                 # 3. Align them by optimal transport (3.3.2)
                 if self.config.fiot and (targets is not None or not report_only):
                     output |= self._align(*features, transport, with_loss=targets is not None)
@@ -446,6 +464,9 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGHeatmapMixin, OTDRGGen
         reader: str = "both",
         supervised: bool = False,
         indication_ids: torch.Tensor | None = None,
+        prior_pixel_values: torch.Tensor | None = None,
+        prior_view_mask: torch.Tensor | None = None,
+        prior_view_features: torch.Tensor | None = None,
     ) -> OTDRGStudy:
         """Encode the views, predict the finding states (3.4) and determine those that condition the LLM.
 
@@ -453,7 +474,7 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGHeatmapMixin, OTDRGGen
             pixel_values, view_mask, view_features, finding_states: as in [`forward`].
             reader (`str`): as in [`encode_views`]; for `"report"` nothing is predicted and all states must be given.
             supervised (`bool`): whether gradients pass through the label predictor.
-            indication_ids: as in [`forward`].
+            indication_ids, prior_pixel_values, prior_view_mask, prior_view_features: as in [`forward`].
 
         Raises:
             ValueError: no image, impossible states, or arguments of different numbers of studies.
@@ -464,20 +485,26 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGHeatmapMixin, OTDRGGen
             view_features=view_features,
             finding_states=finding_states,
             indication_ids=indication_ids,
+            prior_pixel_values=prior_pixel_values,
+            prior_view_mask=prior_view_mask,
+            prior_view_features=prior_view_features,
         )
         if view_features is None:
             if pixel_values is None:
                 raise ValueError(NO_IMAGE)
             view_features = self.encode_views(pixel_values, view_mask, reader)
         view_mask = full_view_mask(view_features, view_mask)
+        priors: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+        if reader != "predictor":
+            priors = self._encode_priors(prior_pixel_values, prior_view_mask, prior_view_features)
         if finding_states is not None:
             check_finding_states(finding_states, len(view_features))
             if reader == "report":
-                return OTDRGStudy(view_features, view_mask, None, finding_states)
+                return OTDRGStudy(view_features, view_mask, None, finding_states, None, *priors)
         with torch.set_grad_enabled(supervised and torch.is_grad_enabled()):
             prediction = self.finding_predictor(view_features, view_mask, indication_ids)
         states = self.condition_states(prediction.finding_logits.detach(), finding_states)
-        return OTDRGStudy(view_features, view_mask, prediction.finding_logits, states, prediction)
+        return OTDRGStudy(view_features, view_mask, prediction.finding_logits, states, prediction, *priors)
 
     def encode_views(
         self, pixel_values: torch.Tensor, view_mask: torch.Tensor | None = None, reader: str = "both"
@@ -505,6 +532,28 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGHeatmapMixin, OTDRGGen
             features.append(encode_pixels(tower, pixels, self.config, for_predictor, patch_dropout)[0])
         # Concatenating a trained encoder's features and a frozen one's gives the wider of their types.
         return unflatten_views(torch.cat(features, -1), view_mask)
+
+    def _encode_priors(
+        self, pixel_values: torch.Tensor | None, view_mask: torch.Tensor | None, view_features: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+        """Features (B, V', P * P, D) of the views of prior studies, and their mask (B, V'); None without any."""
+        given = pixel_values if view_features is None else view_features
+        if given is None:
+            return None, None
+        if not self.config.reads_prior_images:
+            raise ValueError(
+                f"prior views were given: expected none, this model does not read them (OTDRGConfig.priors="
+                f"{self.config.priors!r})"
+            )
+        view_mask = full_view_mask(given, view_mask, required=False)
+        if not view_mask.any():
+            return None, None
+        if view_features is None:
+            pixels, _ = existing_views(given, view_mask, required=False)
+            patch_dropout = self.patch_dropout if self.vision_tower.training else 0.0
+            features = encode_pixels(self.vision_tower, pixels, self.config, patch_dropout=patch_dropout)[0]
+            view_features = unflatten_views(features, view_mask)
+        return view_features, view_mask
 
     @can_return_tuple
     def get_image_features(
@@ -596,9 +645,9 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGHeatmapMixin, OTDRGGen
         batch, views, tokens, size = view_features.shape
         if self.config.view_fusion == "concat":
             return view_features.reshape(batch, views * tokens, size), view_mask.repeat_interleave(tokens, dim=1)
-        weights = view_mask / view_mask.sum(dim=1, keepdim=True)
+        weights = view_mask / view_mask.sum(dim=1, keepdim=True).clamp(min=1)
         fused = (view_features * weights[:, :, None, None].to(view_features.dtype)).sum(dim=1)
-        return fused, torch.ones(batch, tokens, dtype=torch.bool, device=fused.device)
+        return fused, view_mask.any(dim=1, keepdim=True).expand(-1, tokens)
 
     def project_views(
         self, view_features: torch.Tensor, view_mask: torch.Tensor | None = None
@@ -606,6 +655,18 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGHeatmapMixin, OTDRGGen
         """f_p(X) of eq. 4, (B, M, hidden_size), and its mask (B, M), from the features of [`encode_views`]."""
         fused, mask = self.fuse_views(view_features, full_view_mask(view_features, view_mask))
         return self.image_projector(fused), mask
+
+    def project_priors(
+        self, view_features: torch.Tensor | None, view_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Image tokens (B, M', hidden_size) of the views of prior studies, marked as such, and their mask (B, M').
+
+        They are fused among themselves, not with the current views, and only studies with a prior have any.
+        """
+        if view_features is None or view_mask is None:
+            return None
+        fused, mask = self.fuse_views(view_features, view_mask)
+        return self.image_projector(fused) + self.prior_embedding.weight, mask
 
     def _drop_images(self, image_features: torch.Tensor) -> torch.Tensor:
         """Image tokens (B, M, hidden_size); while training, those of a share of the studies are 0 (`image_dropout`)."""
@@ -625,9 +686,11 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGHeatmapMixin, OTDRGGen
         return self.get_label_features(finding_states) if self.config.fiot else None
 
     def _place_study(
-        self, input_ids, inputs_embeds, image_features, image_mask, label_features, finding_states
+        self, input_ids, inputs_embeds, image_features, image_mask, label_features, finding_states, priors=None
     ) -> tuple[torch.Tensor, tuple[SinkhornOutput, torch.Tensor] | None]:
         """`inputs_embeds` with image tokens and, with FIOT, label tokens (eqs. 4 and 5) in their places.
+
+        `priors`, the result of [`project_priors`], follow the study's own image tokens.
 
         With `finding_tokens="transported"` a label token is the label feature plus the image transported to the label,
         N sum_m T_mj x_m, of N labels: the mean of the image tokens, weighted by column j of the plan.
@@ -640,8 +703,15 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGHeatmapMixin, OTDRGGen
                 f"input_ids holds {FINDING_TEXT_TOKEN}: the LLM reads the placeholder and not the label text; call "
                 "model(**model.expand_finding_text(**inputs))"
             )
-        read = self._drop_images(image_features)
-        inputs_embeds = self._place_features("image", input_ids, inputs_embeds, read, image_mask)
+        placed, placed_mask = image_features, image_mask
+        if priors is not None:
+            placed, placed_mask = torch.cat((placed, priors[0]), dim=1), torch.cat((placed_mask, priors[1]), dim=1)
+        elif self.training and self.config.reads_prior_images:
+            # Distributed training wants a gradient of every weight, also where no study of the batch has a prior.
+            placed = placed + 0 * self.prior_embedding.weight
+        placed = self._drop_images(placed)
+        read = placed[:, : image_features.shape[1]]
+        inputs_embeds = self._place_features("image", input_ids, inputs_embeds, placed, placed_mask)
         if label_features is None:
             return inputs_embeds, None
         transport, tokens = None, label_features

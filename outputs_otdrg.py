@@ -31,6 +31,7 @@ class OTDRGStudy(NamedTuple):
         finding_logits (`torch.Tensor` of shape `(B, 14, 4)`): the label predictor's; None if it was not run.
         finding_states (`torch.Tensor` of shape `(B, 14)`): the states the LLM is conditioned on.
         prediction (`FindingPrediction`): all that the label predictor predicts; None if it was not run.
+        prior_view_features, prior_view_mask: as the first two, of the prior studies; None if no study has one.
     """
 
     view_features: torch.Tensor
@@ -38,6 +39,14 @@ class OTDRGStudy(NamedTuple):
     finding_logits: torch.Tensor | None
     finding_states: torch.Tensor
     prediction: FindingPrediction | None = None
+    prior_view_features: torch.Tensor | None = None
+    prior_view_mask: torch.Tensor | None = None
+
+    @property
+    def encoded_views(self) -> dict[str, torch.Tensor]:
+        """The views as arguments of [`OTDRGForReportGeneration.forward`] and `generate`."""
+        names = ("view_features", "view_mask", "prior_view_features", "prior_view_mask")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 @dataclass

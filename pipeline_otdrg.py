@@ -182,6 +182,10 @@ class ReportGenerationPipeline(Pipeline):
     def __call__(self, inputs, **kwargs):
         """Reports of one study or of several; see the class."""
         if hasattr(inputs, "column_names") and hasattr(inputs, "features"):
+            unread = [name for name in ("prior_images", "prior_report") if name in (inputs.column_names or ())]
+            # Datasets have these columns, whether or not a model reads them.
+            unread = [name for name in unread if self.processor.priors not in (name.removeprefix("prior_"), "both")]
+            inputs = inputs.remove_columns(unread) if unread else inputs
             inputs = _Studies(inputs) if hasattr(inputs, "__len__") else (row for row in inputs)
         elif isinstance(inputs, (list, tuple)):
             inputs = list(inputs)
@@ -212,7 +216,15 @@ class ReportGenerationPipeline(Pipeline):
         views = list(images) if isinstance(images, (list, tuple)) else [images]
         if not views:
             raise ValueError("no image: a study has no view, expected at least one")
-        return {"views": [read_view(view, self.processor.max_image_pixels) for view in views], "indication": indication}
+        priors = inputs.get("prior_images") if isinstance(inputs, dict) else None
+        priors = list(priors) if isinstance(priors, (list, tuple)) else [] if priors is None else [priors]
+        most = self.processor.max_image_pixels
+        return {
+            "views": [read_view(view, most) for view in views],
+            "indication": indication,
+            "prior_views": [read_view(view, most) for view in priors],
+            "prior_report": (inputs.get("prior_report") or None) if isinstance(inputs, dict) else None,
+        }
 
     def _forward(
         self,
@@ -233,13 +245,18 @@ class ReportGenerationPipeline(Pipeline):
         batched = not isinstance(model_inputs["views"][0], Image.Image)
         studies = model_inputs["views"] if batched else [model_inputs["views"]]
         indications = model_inputs["indication"] if batched else [model_inputs["indication"]]
-        inputs = self.processor(images=studies, indication=indications, finding_states=findings).to(self.device)
+        priors = {"prior_images": model_inputs["prior_views"], "prior_report": model_inputs["prior_report"]}
+        priors = {name: value if batched else [value] for name, value in priors.items()}
+        inputs = self.processor(images=studies, indication=indications, finding_states=findings, **priors)
+        inputs = inputs.to(self.device)
         given_states = inputs.get("finding_states")
         study = self.model.read_study(
             inputs["pixel_values"],
             inputs["view_mask"],
             finding_states=given_states,
             indication_ids=inputs.get("indication_ids"),
+            prior_pixel_values=inputs.get("prior_pixel_values"),
+            prior_view_mask=inputs.get("prior_view_mask"),
         )
         states = study.finding_states
         prompt = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
@@ -273,8 +290,7 @@ class ReportGenerationPipeline(Pipeline):
         """Reports by `generate`, and whether each is complete."""
         sequences = self.model.generate(
             **prompt,
-            view_features=study.view_features,
-            view_mask=study.view_mask,
+            **study.encoded_views,
             finding_states=study.finding_states if self.model.config.dle else given_states,
             **self._generate_arguments(arguments),
         )

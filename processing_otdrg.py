@@ -116,6 +116,7 @@ class OTDRGProcessor(ProcessorMixin):
         finding_text (`str`, defaults to `"mentioned"`): as in [`OTDRGConfig`].
         prompt (`str`): instruction after the image.
         indication_reader (`str`, defaults to `"report"`): as in [`OTDRGConfig`].
+        priors (`str`, defaults to `"none"`), max_prior_tokens (`int`, defaults to 128): as in [`OTDRGConfig`].
         max_image_pixels (`int`, defaults to 64 million): larger images are refused before they are decoded.
         return_view_mask (`bool`, defaults to `True`): whether the output has `view_mask`. Without it the model takes
             views of zeros only, with which studies are padded, for missing ones. TRL's GRPO needs this.
@@ -138,6 +139,8 @@ class OTDRGProcessor(ProcessorMixin):
         finding_text: str = "mentioned",
         prompt: str = DEFAULT_PROMPT,
         indication_reader: str = "report",
+        priors: str = "none",
+        max_prior_tokens: int = 128,
         max_image_pixels: int = 64_000_000,
         return_view_mask: bool = True,
         **kwargs,
@@ -150,6 +153,8 @@ class OTDRGProcessor(ProcessorMixin):
             "finding_text": finding_text,
             "prompt": prompt,
             "indication_reader": indication_reader,
+            "priors": priors,
+            "max_prior_tokens": max_prior_tokens,
         }
         check_values("OTDRGProcessor", fields)
         for size in dict(getattr(image_processor, "size", None) or {}).values():
@@ -267,6 +272,8 @@ class OTDRGProcessor(ProcessorMixin):
             finding_text=config.finding_text,
             prompt=config.prompt,
             indication_reader=config.indication_reader,
+            priors=config.priors,
+            max_prior_tokens=config.max_prior_tokens,
         )
         config.prompt_token_ids = tokenizer.encode(
             processor._expand(processor.default_prompt(), 1), add_special_tokens=False
@@ -283,6 +290,8 @@ class OTDRGProcessor(ProcessorMixin):
         indication: str | list[str | None] | None = None,
         finding_states=None,
         max_report_tokens: int | None = None,
+        prior_images=None,
+        prior_report: str | list[str | None] | None = None,
         **kwargs: Unpack[OTDRGProcessorKwargs],
     ) -> BatchFeature:
         """
@@ -299,6 +308,10 @@ class OTDRGProcessor(ProcessorMixin):
             finding_states (*optional*): states that condition the report: ids (B, 14), -1 where they are to be
                 predicted, or a dictionary `{"edema": "positive"}` a study.
             max_report_tokens (`int`, *optional*): longer reports are cut to this many tokens.
+            prior_images (*optional*): the views of an earlier study of each study's patient, for a model that reads
+                them (`priors`): a view, a list of views, or None for a study without one.
+            prior_report (`str` or `list[str]`, *optional*): the report of that study, put before the indication and cut
+                to `max_prior_tokens`; None where there is none.
             kwargs: of `ProcessingKwargs`, flat or in `text_kwargs`, `images_kwargs` and `common_kwargs`. Those of the
                 text are `padding`, `padding_side`, `truncation`, `max_length`, `pad_to_multiple_of` and
                 `return_tensors` (`"pt"` by default, `"np"`, or None for lists); those of the images are the image
@@ -306,11 +319,12 @@ class OTDRGProcessor(ProcessorMixin):
 
         Returns:
             `BatchFeature` with `input_ids` and `attention_mask` (B, L), `pixel_values` (B, V, 3, H, W), `view_mask`
-            (B, V), and, where asked for, `labels` (B, L), `finding_states` (B, 14) and `indication_ids` (B, W).
+            (B, V), and, where asked for, `labels` (B, L), `finding_states` (B, 14) and `indication_ids` (B, W). If any
+            study has prior views, `prior_pixel_values` (B, V', 3, H, W) and `prior_view_mask` (B, V').
 
         Raises:
-            ValueError: no image, an image that cannot be read, arguments whose lengths differ, or an argument that is
-                not known.
+            ValueError: no image, an image that cannot be read, arguments whose lengths differ, priors that the model
+                does not read, or an argument that is not known.
         """
         if kwargs.pop("videos", None) is not None or kwargs.pop("audio", None) is not None:
             raise ValueError("videos and audio were given: expected images of radiographs")
@@ -335,10 +349,15 @@ class OTDRGProcessor(ProcessorMixin):
             return BatchFeature({name: _converted(name, value, return_tensors) for name, value in rows.items()})
         studies = self._studies(images, texts)
         views = list(map(len, studies))
-        rows = self._encode_rows(views, text, report, indication, max_report_tokens, **text_kwargs)
+        priors = self._prior_studies(prior_images, len(views))
+        counts = list(map(len, priors))
+        rows = self._encode_rows(
+            views, text, report, indication, max_report_tokens, counts, prior_report, **text_kwargs
+        )
         features = {**rows, **self.encode_images(studies, **merged["images_kwargs"])}
+        features |= self.encode_priors(priors, **merged["images_kwargs"])
         if not self.return_view_mask:
-            del features["view_mask"]
+            features = {name: value for name, value in features.items() if name not in ("view_mask", "prior_view_mask")}
         features |= self.encode_indications(_one_each("indication", indication, len(views)))
         if finding_states is not None:
             features["finding_states"] = self._states(finding_states, len(views))
@@ -366,13 +385,16 @@ class OTDRGProcessor(ProcessorMixin):
         indication: str | list[str | None] | None = None,
         max_report_tokens: int | None = None,
         finding_states=None,
+        prior_views: Sequence[int] | None = None,
+        prior_report: str | list[str | None] | None = None,
         **kwargs,
     ) -> dict[str, torch.Tensor]:
         """A batch without its pixels, for studies whose views are encoded already.
 
         Args:
             views (`Sequence[int]`): number of views of each study.
-            text, report, indication, max_report_tokens, finding_states: as in [`__call__`].
+            text, report, indication, max_report_tokens, finding_states, prior_report: as in [`__call__`].
+            prior_views (`Sequence[int]`, *optional*): number of prior views of each study.
             kwargs: `padding`, `padding_side`, `truncation`, `max_length` and `pad_to_multiple_of`.
 
         Returns:
@@ -382,7 +404,9 @@ class OTDRGProcessor(ProcessorMixin):
         Raises:
             ValueError: arguments whose lengths differ, or prompts that do not fit the studies.
         """
-        rows = self._encode_rows(views, text, report, indication, max_report_tokens, **kwargs)
+        rows = self._encode_rows(
+            views, text, report, indication, max_report_tokens, prior_views, prior_report, **kwargs
+        )
         features = {name: _converted(name, value, "pt") for name, value in rows.items()}
         features |= self.encode_indications(_one_each("indication", indication, len(views)))
         if finding_states is not None:
@@ -399,11 +423,15 @@ class OTDRGProcessor(ProcessorMixin):
         rows = [torch.tensor(_buckets(indication or ""), dtype=torch.long) for indication in indications]
         return {"indication_ids": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)}
 
-    def _encode_rows(self, views, text, report, indication, max_report_tokens, **kwargs) -> dict[str, list[list[int]]]:
+    def _encode_rows(
+        self, views, text, report, indication, max_report_tokens, prior_views, prior_report, **kwargs
+    ) -> dict[str, list[list[int]]]:
         texts = [text] if isinstance(text, str) else text
         if texts is not None and len(texts) != len(views):
             raise ValueError(f"text has {len(texts)} prompts for {len(views)} studies: expected one each")
-        prompts = self._prompts(views, texts, _one_each("indication", indication, len(views)))
+        prior_views = [0] * len(views) if prior_views is None else prior_views
+        asked = (_one_each("indication", indication, len(views)), _one_each("prior_report", prior_report, len(views)))
+        prompts = self._prompts(views, texts, *asked, prior_views)
         return self._tokens(prompts, _one_each("report", report, len(views)), max_report_tokens, **kwargs)
 
     def encode_images(self, images, **kwargs) -> dict[str, torch.Tensor]:
@@ -416,7 +444,22 @@ class OTDRGProcessor(ProcessorMixin):
         Raises:
             ValueError: no image, or one that cannot be read.
         """
-        studies = self._studies(images, None)
+        pixel_values, view_mask = self._read_views(self._studies(images, None), **kwargs)
+        return {"pixel_values": pixel_values, "view_mask": view_mask}
+
+    def encode_priors(self, prior_images, **kwargs) -> dict[str, torch.Tensor]:
+        """`prior_pixel_values` (B, V', 3, H, W) and `prior_view_mask` (B, V') of the prior studies of B studies.
+
+        Empty if no study has one. Arguments and errors are those of [`encode_images`], but for studies without a view.
+        """
+        priors = self._prior_studies(prior_images, len(prior_images))
+        if not any(priors):
+            return {}
+        pixel_values, view_mask = self._read_views(priors, **kwargs)
+        return {"prior_pixel_values": pixel_values, "prior_view_mask": view_mask}
+
+    def _read_views(self, studies: Sequence[list], **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pixels (B, V, 3, H, W) of studies, of which one has a view, and their mask (B, V)."""
         views = [read_view(view, self.max_image_pixels) for study in studies for view in study]
         pixels = self.image_processor(views, **{**kwargs, "return_tensors": "pt"})["pixel_values"]
         view_mask = torch.zeros(len(studies), max(map(len, studies)), dtype=torch.bool)
@@ -424,7 +467,7 @@ class OTDRGProcessor(ProcessorMixin):
             view_mask[row, : len(study)] = True
         pixel_values = pixels.new_zeros(*view_mask.shape, *pixels.shape[1:])
         pixel_values[view_mask] = pixels
-        return {"pixel_values": pixel_values, "view_mask": view_mask}
+        return pixel_values, view_mask
 
     def _studies(self, images, texts: list[str] | None) -> list[list]:
         if images is None or (isinstance(images, (list, tuple)) and len(images) == 0):
@@ -442,6 +485,29 @@ class OTDRGProcessor(ProcessorMixin):
                 raise ValueError(f"no image: study {position} has no view, expected at least one")
         return studies
 
+    def _prior_studies(self, prior_images, studies: int) -> list[list]:
+        """The prior views of each study, [] where there are none."""
+        if prior_images is None:
+            return [[] for _ in range(studies)]
+        if not isinstance(prior_images, (list, tuple)):
+            prior_images = [prior_images]
+        if len(prior_images) != studies:
+            raise ValueError(
+                f"prior_images has {len(prior_images)} entries for {studies} studies: expected one each, a list of "
+                "views or None"
+            )
+        priors = [
+            list(views) if isinstance(views, (list, tuple)) else [] if views is None else [views]
+            for views in prior_images
+        ]
+        if any(priors) and self.priors not in ("images", "both"):
+            raise ValueError(f"prior_images were given: expected none, this model does not read them ({self._reads})")
+        return priors
+
+    @property
+    def _reads(self) -> str:
+        return f"OTDRGProcessor.priors={self.priors!r}"
+
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
         """A conversation in the chat template, as in `ProcessorMixin`.
 
@@ -453,32 +519,51 @@ class OTDRGProcessor(ProcessorMixin):
             check_chat_template(template, partial(super().apply_chat_template, add_generation_prompt=True))
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
-    def default_prompt(self, indication: str | None = None) -> str:
+    def default_prompt(self, indication: str | None = None, prior_report: str | None = None) -> str:
         """The prompt of one study in the LLM's chat template, with one `<image>` in the place of the study."""
         instruction = f"Indication: {indication.strip()}\n{self.prompt}" if indication else self.prompt
+        if prior_report:
+            instruction = f"Prior report: {self._cut_prior(prior_report)}\n{instruction}"
         content = [{"type": "image"}, {"type": "text", "text": f"\n{instruction}"}]
         return self.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
 
-    def _prompts(self, views: Sequence[int], texts: list[str] | None, indications: list) -> list[str]:
+    def _cut_prior(self, report: str) -> str:
+        """A prior report in one line, cut to `max_prior_tokens`."""
+        report = " ".join(report.split())
+        ids = self.tokenizer.encode(report, add_special_tokens=False)
+        return report if len(ids) <= self.max_prior_tokens else self.tokenizer.decode(ids[: self.max_prior_tokens])
+
+    def _prompts(
+        self,
+        views: Sequence[int],
+        texts: list[str] | None,
+        indications: list,
+        prior_reports: list,
+        prior_views: Sequence[int],
+    ) -> list[str]:
+        if any(prior_reports) and self.priors not in ("report", "both"):
+            raise ValueError(f"prior_report was given: expected none, this model does not read it ({self._reads})")
         if texts is None:
             if self.indication_reader == "predictor":
                 indications = [None] * len(indications)
-            prompts = [self.default_prompt(indication) for indication in indications]
+            prompts = list(map(self.default_prompt, indications, prior_reports))
         else:
+            if any(prior_reports):
+                raise ValueError("text and prior_report were both given: the report belongs to the default prompt")
             if self.indication_reader != "predictor" and any(indication is not None for indication in indications):
                 raise ValueError("text and indication were both given: the indication belongs to the default prompt")
             prompts = [text if self.image_token in text else f"{self.image_token}\n{text}" for text in texts]
-        return [self._expand(prompt, count) for prompt, count in zip(prompts, views, strict=True)]
+        return [self._expand(*study) for study in zip(prompts, views, prior_views, strict=True)]
 
-    def _expand(self, prompt: str, views: int) -> str:
-        """Replace the first `<image>` of a prompt by the placeholders of a study of `views` views."""
+    def _expand(self, prompt: str, views: int, prior_views: int = 0) -> str:
+        """Replace the first `<image>` of a prompt by the placeholders of a study, followed by those of its prior."""
         places = prompt.count(self.image_token)
         if places not in (1, views):
             raise ValueError(f"a prompt has {places} {self.image_token} for {views} views: expected 1 or {views}")
-        tokens = self.image_tokens * (views if self.view_fusion == "concat" else 1)
-        study = self.image_token * tokens
+        images = views + prior_views if self.view_fusion == "concat" else 1 + min(prior_views, 1)
+        study = self.image_token * (self.image_tokens * images)
         if self.dle:
             study += FINDING_TOKEN * len(FINDINGS) if self.fiot else ""
             study += FINDING_TEXT_TOKEN if self.finding_text != "none" else ""

@@ -27,6 +27,7 @@ class OTDRGPromptMixin:
     get_input_embeddings: Callable[[], Any]
     read_study: Callable[..., OTDRGStudy]
     project_views: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    project_priors: Callable[..., tuple[torch.Tensor, torch.Tensor] | None]
     _label_features: Callable[[torch.Tensor], torch.Tensor | None]
     _place_study: Callable[..., tuple[torch.Tensor, Any]]
     _select_reader: Callable[..., str]
@@ -59,7 +60,7 @@ class OTDRGPromptMixin:
             labels, label_weights, position_ids (`torch.Tensor` of shape `(B, L)`, *optional*): moved with their tokens.
             inputs_embeds (`torch.Tensor` of shape `(B, L, hidden_size)`, *optional*): embeddings of `input_ids`.
             pixel_values, view_mask, view_features, finding_states, indication_ids: as in [`forward`].
-            kwargs: returned unchanged.
+            kwargs: returned unchanged, such as the views of prior studies.
 
         Returns:
             The inputs of [`forward`]: of length L', padded on the side they were, with `finding_states` complete and,
@@ -114,7 +115,7 @@ class OTDRGPromptMixin:
         return {name: value for name, value in given.items() if value is not None}
 
     def _read_prompt(
-        self, prompt: dict, pixel_values, view_mask, view_features, finding_states, indication_ids=None
+        self, prompt: dict, pixel_values, view_mask, view_features, finding_states, indication_ids=None, **priors
     ) -> dict[str, Any]:
         """The features and states of the studies, and `prompt`, or the default one, with its label text."""
         check_batch(
@@ -123,20 +124,18 @@ class OTDRGPromptMixin:
             view_mask=view_mask,
             view_features=view_features,
             finding_states=finding_states,
+            **priors,
         )
         if finding_states is not None and not self.config.dle:
             raise ValueError(
                 "finding_states were given, but OTDRGConfig.dle=False: this model does not use finding states"
             )
-        study = self.read_study(pixel_values, view_mask, view_features, finding_states, indication_ids=indication_ids)
-        if prompt.get("input_ids") is None and prompt.get("inputs_embeds") is None:
-            prompt = {**prompt, **default_prompt(self.config, study.view_mask)}
-        return self.expand_finding_text(
-            **prompt,
-            view_features=study.view_features,
-            view_mask=study.view_mask,
-            finding_states=study.finding_states,
+        study = self.read_study(
+            pixel_values, view_mask, view_features, finding_states, indication_ids=indication_ids, **priors
         )
+        if prompt.get("input_ids") is None and prompt.get("inputs_embeds") is None:
+            prompt = {**prompt, **default_prompt(self.config, study.view_mask, study.prior_view_mask)}
+        return self.expand_finding_text(**prompt, **study.encoded_views, finding_states=study.finding_states)
 
     @torch.no_grad()
     def get_prompt_embeddings(
@@ -148,14 +147,17 @@ class OTDRGPromptMixin:
         finding_states: torch.Tensor | None = None,
         view_features: torch.Tensor | None = None,
         indication_ids: torch.Tensor | None = None,
+        prior_pixel_values: torch.Tensor | None = None,
+        prior_view_mask: torch.Tensor | None = None,
+        prior_view_features: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The LLM's input embeddings for studies, for an inference engine that serves the LLM alone.
 
         Args:
             input_ids, attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
                 The processor's prompts, padded on the left; the default prompt without them.
-            pixel_values, view_mask, view_features, finding_states, indication_ids: as in [`forward`]; given states
-                steer the report.
+            pixel_values, view_mask, view_features, finding_states, indication_ids, prior_pixel_values, prior_view_mask,
+                prior_view_features: as in [`forward`]; given states steer the report.
 
         Returns:
             Embeddings (B, L', hidden_size) of the prompt with image tokens, label tokens and label text, and their mask
@@ -165,15 +167,18 @@ class OTDRGPromptMixin:
             ValueError: as in [`generate`].
         """
         prompt = {"input_ids": input_ids, "attention_mask": attention_mask}
-        inputs = self._read_prompt(prompt, pixel_values, view_mask, view_features, finding_states, indication_ids)
+        views = pixel_values, view_mask, view_features
+        priors = given_priors(prior_pixel_values, prior_view_mask, prior_view_features)
+        inputs = self._read_prompt(prompt, *views, finding_states, indication_ids, **priors)
         return self._embed(inputs), inputs["attention_mask"]
 
     def _embed(self, inputs: dict[str, Any]) -> torch.Tensor:
         """The LLM's input embeddings (B, L', hidden_size) of prompts whose label text is written out."""
         image_features, image_mask = self.project_views(inputs["view_features"], inputs["view_mask"])
+        priors = self.project_priors(inputs.get("prior_view_features"), inputs.get("prior_view_mask"))
         ids, states = inputs["input_ids"], inputs["finding_states"]
-        embeddings = self.get_input_embeddings()(ids)
-        return self._place_study(ids, embeddings, image_features, image_mask, self._label_features(states), states)[0]
+        embeddings, labels = self.get_input_embeddings()(ids), self._label_features(states)
+        return self._place_study(ids, embeddings, image_features, image_mask, labels, states, priors)[0]
 
     def encode_prompt(
         self,
@@ -184,6 +189,9 @@ class OTDRGPromptMixin:
         view_features: torch.Tensor | None = None,
         finding_states: torch.Tensor | None = None,
         indication_ids: torch.Tensor | None = None,
+        prior_pixel_values: torch.Tensor | None = None,
+        prior_view_mask: torch.Tensor | None = None,
+        prior_view_features: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutput:
         """The last hidden states of prompts and reports, without the LLM's head.
@@ -192,7 +200,8 @@ class OTDRGPromptMixin:
 
         Args:
             input_ids, attention_mask (`torch.Tensor` of shape `(B, L)`): as in [`forward`], padded on either side.
-            pixel_values, view_mask, view_features, finding_states, indication_ids: as in [`forward`].
+            pixel_values, view_mask, view_features, finding_states, indication_ids, prior_pixel_values, prior_view_mask,
+                prior_view_features: as in [`forward`].
             kwargs: the LLM's.
 
         Returns:
@@ -202,15 +211,17 @@ class OTDRGPromptMixin:
             ValueError: as in [`forward`].
         """
         reader = self._select_reader(True, finding_states, None, report_only=True)
-        study = self.read_study(pixel_values, view_mask, view_features, finding_states, reader, False, indication_ids)
+        priors = given_priors(prior_pixel_values, prior_view_mask, prior_view_features)
+        study = self.read_study(
+            pixel_values, view_mask, view_features, finding_states, reader, False, indication_ids, **priors
+        )
         # Weights are moved with their tokens, and are 0 in the label text and in padding: here they are places, from 1.
         places = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device).expand_as(input_ids)
         inputs = self.expand_finding_text(
             input_ids=input_ids,
             attention_mask=attention_mask,
             label_weights=places,
-            view_features=study.view_features,
-            view_mask=study.view_mask,
+            **study.encoded_views,
             finding_states=study.finding_states,
         )
         mask = inputs["attention_mask"]
@@ -287,8 +298,22 @@ def _moved_to(places: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
 # --- prompts as token ids ---------------------------------------------------------------------------------------------
 
 
-def default_prompt(config: OTDRGConfig, view_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask` (B, L) of the default prompt, padded on the left, for views (B, V).
+def given_priors(
+    pixel_values: torch.Tensor | None, view_mask: torch.Tensor | None, view_features: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """The views of prior studies that were given, as arguments of [`forward`]."""
+    given = {
+        "prior_pixel_values": pixel_values,
+        "prior_view_mask": view_mask,
+        "prior_view_features": view_features,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def default_prompt(
+    config: OTDRGConfig, view_mask: torch.Tensor, prior_view_mask: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` (B, L) of the default prompt, padded on the left, for views (B, V) and (B, V').
 
     Raises:
         ValueError: the configuration has no default prompt.
@@ -298,8 +323,9 @@ def default_prompt(config: OTDRGConfig, view_mask: torch.Tensor) -> dict[str, to
         raise ValueError("input_ids is missing, and OTDRGConfig.prompt_token_ids=None: pass the processor's output")
     first = ids.index(config.image_token_id)
     rows = []
-    for views in view_mask.sum(dim=1).tolist():
-        repeats = views - 1 if config.view_fusion == "concat" else 0
+    priors = [0] * len(view_mask) if prior_view_mask is None else prior_view_mask.sum(dim=1).tolist()
+    for views, prior_views in zip(view_mask.sum(dim=1).tolist(), priors, strict=True):
+        repeats = views - 1 + prior_views if config.view_fusion == "concat" else min(prior_views, 1)
         more = [config.image_token_id] * (repeats * config.image_tokens)
         rows.append(torch.tensor(ids[:first] + more + ids[first:], device=view_mask.device))
     masks = [torch.ones_like(row) for row in rows]
@@ -392,4 +418,4 @@ def check_batch(**inputs: torch.Tensor | None) -> None:
             raise ValueError(f"{name} has {found}: expected {expected}, as many rows as {first}")
 
 
-__all__ = ["OTDRGBackbone", "OTDRGPromptMixin", "check_batch", "default_prompt"]
+__all__ = ["OTDRGBackbone", "OTDRGPromptMixin", "check_batch", "default_prompt", "given_priors"]

@@ -191,29 +191,31 @@ def blocks_feature_size(vision_tower: PreTrainedModel, blocks: Sequence[int]) ->
     return sum(widths[block - 1] for block in blocks)
 
 
-def full_view_mask(views: torch.Tensor, view_mask: torch.Tensor | None) -> torch.Tensor:
-    """`view_mask` (B, V) of `views` (B, V, ...), their pixels or features; checks that each study has a view.
+def full_view_mask(views: torch.Tensor, view_mask: torch.Tensor | None, required: bool = True) -> torch.Tensor:
+    """`view_mask` (B, V) of `views` (B, V, ...), their pixels or features; each study has a view, if `required`.
 
     If it is None, views of zeros only do not exist: so the processor, and the encoding of views, pad studies.
     """
     if view_mask is None:
-        if views.shape[1] == 1:
+        if required and views.shape[1] == 1:
             return torch.ones(views.shape[:2], dtype=torch.bool, device=views.device)
         view_mask = (views != 0).flatten(2).any(dim=2)
     if view_mask.shape != views.shape[:2]:
         raise ValueError(f"view_mask has shape {tuple(view_mask.shape)}: expected {tuple(views.shape[:2])}")
-    if not view_mask.any(dim=1).all():
+    if required and not view_mask.any(dim=1).all():
         raise ValueError("a study has no image: a report is only written from at least one view")
     return view_mask.bool()
 
 
-def existing_views(pixel_values: torch.Tensor, view_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The A existing views (A, C, H, W) and their mask (B, V)."""
+def existing_views(
+    pixel_values: torch.Tensor, view_mask: torch.Tensor | None, required: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The A existing views (A, C, H, W) and their mask (B, V); each study has a view, if `required`."""
     if pixel_values.ndim != 5:
         raise ValueError(
             f"pixel_values has shape {tuple(pixel_values.shape)}: expected (studies, views, channels, height, width)"
         )
-    view_mask = full_view_mask(pixel_values, view_mask)
+    view_mask = full_view_mask(pixel_values, view_mask, required)
     return pixel_values[view_mask], view_mask
 
 

@@ -58,8 +58,9 @@ FORMATS = ("jsonl", "rexrank")
 EPILOG = """\
 A list of studies has a line for each: the paths of the views separated by tabs, or a JSON object
   {"id": "s1", "images": ["frontal.png", "lateral.png"], "indication": "cough", "findings": {"edema": "positive"}}
-in which only "images" is required. A study of a list or dataset that cannot be read is skipped and listed, and the exit
-status is 1. With --format rexrank, --studies and --output are ReXrank's JSON files.
+in which only "images" is required; "prior_images" and "prior_report", an earlier study of the patient, are for models
+that read them. A study of a list or dataset that cannot be read is skipped and listed, and the exit status is 1. With
+--format rexrank, --studies and --output are ReXrank's JSON files.
 
 Examples:
   otdrg generate runs/quickstart --study frontal.png lateral.png --findings edema=positive --heatmap heatmaps

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset
 
 from ..consensus_otdrg import ConsensusDecoder
@@ -36,6 +37,7 @@ ROWS: dict[str, str] = {
     "single": "model, without consensus decoding",
     "shuffled": "images shuffled across studies",
     "no_indication": "without indications",
+    "no_prior": "without priors",
     "nearest": "nearest neighbour",
     "expected": "retrieval by expected utility",
     "constant": "best constant report",
@@ -53,7 +55,7 @@ IN_TRAINING = {"in_training": "in training"}
 
 #: What can be asked for beside the model's row; `retrieval` gives the rows `nearest` and `expected`. `flipped` can be
 #: asked for as well; it is no row of the table, but a condition under which faithfulness is measured.
-Control = Literal["shuffled", "no_indication", "retrieval", "constant", "true_states"]
+Control = Literal["shuffled", "no_indication", "no_prior", "retrieval", "constant", "true_states"]
 CONTROLS: tuple[str, ...] = get_args(Control)
 
 
@@ -177,6 +179,7 @@ def evaluate_model(
       constant, the model does not use the image.
     - `no_indication`: the same model without the studies' indications; only where it reads them. What is left is from
       the images.
+    - `no_prior`: the same model without the prior studies; only where it reads them, and some study has one.
     - `retrieval`: the report of the training study with the nearest image features, the model's own, and the one with
       the highest expected utility ([`retrieve_reports`]).
     - `constant`: for each score, the training report that scores best when it is written for every training study, for
@@ -324,6 +327,10 @@ def _conditions(
     if "no_indication" in controls and indication:
         unread = with_column(studies, "indication", [None] * len(studies))
         found["no_indication"] = _Condition(unread, consensus=consensus)
+    priors = [name for name in studies.column_names if name.startswith("prior_")]
+    if "no_prior" in controls and has_priors(model, studies):
+        alone = studies.select_columns([name for name in studies.column_names if name not in priors])
+        found["no_prior"] = _Condition(alone, consensus=consensus)
     if known and len(known) == len(studies):
         if "true_states" in controls:
             found["true_states"] = _Condition(studies, np.array(known), consensus)
@@ -331,6 +338,21 @@ def _conditions(
             states, flipped = flip_states(np.array(known), seed)
             found["flipped"] = _Condition(studies, states, consensus, flipped)
     return found
+
+
+def has_priors(model: OTDRGForReportGeneration, studies: Dataset | CachedStudies) -> bool:
+    """Whether the model reads the priors of any of the studies."""
+    reads = model.config.priors
+    if reads in ("report", "both") and "prior_report" in studies.column_names and any(studies["prior_report"]):
+        return True
+    if not model.config.reads_prior_images:
+        return False
+    if isinstance(studies, CachedStudies):
+        return studies.has_priors
+    if "prior_images" not in studies.column_names:
+        return False
+    tables = studies.select_columns("prior_images").with_format("arrow").iter(batch_size=1000)
+    return any(pc.any(pc.greater(pc.list_value_length(table["prior_images"]), 0)).as_py() for table in tables)
 
 
 class _Scorer:

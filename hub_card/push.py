@@ -31,7 +31,7 @@ _ENDPOINT = ("handler.py", "requirements.txt")
 #: would be loaded, and transformers follows adapter_config.json to another model.
 _REPLACED = ["*.safetensors", "*.safetensors.index.json", "*_otdrg.py", "language_model/*", "adapter_config.json"]
 #: Parameters between the backbones.
-_BETWEEN = ("image_projector.", "label_projector.", "label_encoder.", "finding_predictor.")
+_BETWEEN = ("image_projector.", "label_projector.", "label_encoder.", "finding_predictor.", "prior_embedding.")
 
 
 def assemble_full(

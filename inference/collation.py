@@ -35,13 +35,59 @@ def collate_views(processor: OTDRGProcessor, rows: list[dict[str, Any]]) -> dict
     return {"view_features": torch.nn.utils.rnn.pad_sequence(features, batch_first=True), "view_mask": view_mask}
 
 
-def _pictures(processor: OTDRGProcessor, row: dict[str, Any]) -> list[Image.Image]:
+def prior_names(processor: OTDRGProcessor, columns: Sequence[str]) -> list[str]:
+    """The columns of priors that a model reads, out of those that there are."""
+    names = {"images": ("prior_images", "prior_view_features"), "report": ("prior_report",)}
+    read = [name for kind, these in names.items() for name in these if processor.priors in (kind, "both")]
+    return [name for name in read if name in columns]
+
+
+def collate_priors(
+    processor: OTDRGProcessor, rows: list[dict[str, Any]]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The views of the priors of studies, and the arguments of `encode_text` that tell of them.
+
+    Both are empty if the model reads no priors, or no study has one.
+
+    Args:
+        processor: the model's.
+        rows: with `prior_images` or `prior_view_features`, and `prior_report`, where there are any; as of
+            [`collate_views`].
+    """
+    views, asked = {}, {}
+    if processor.priors in ("images", "both"):
+        if any(row.get("prior_view_features") is not None for row in rows):
+            views = _padded_features([row.get("prior_view_features") for row in rows])
+        elif any(row.get("prior_images") for row in rows):
+            pictures = [_pictures(processor, row, "prior_images", "prior view") for row in rows]
+            views = processor.encode_priors(pictures)
+        if views:
+            asked["prior_views"] = views["prior_view_mask"].sum(dim=1).tolist()
+    if processor.priors in ("report", "both"):
+        reports = [(row.get("prior_report") or "").strip() or None for row in rows]
+        asked |= {"prior_report": reports} if any(reports) else {}
+    return views, asked
+
+
+def _padded_features(features: list[torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    some = next(views for views in features if views is not None)
+    stacked = [some[:0] if views is None else views for views in features]
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(views), dtype=torch.bool) for views in stacked], True)
+    return {
+        "prior_view_features": torch.nn.utils.rnn.pad_sequence(stacked, batch_first=True),
+        "prior_view_mask": mask,
+    }
+
+
+def _pictures(
+    processor: OTDRGProcessor, row: dict[str, Any], column: str = "images", what: str = "view"
+) -> list[Image.Image]:
     study = f"study {row.get('id')!r}"
-    if not row["images"]:
+    if not row.get(column) and column == "images":
         raise ValueError(f"{study} has no view: a report is only written from at least one")
     pictures = []
-    for number, image in enumerate(row["images"]):
-        name = f"{study}, view {number}"
+    for number, image in enumerate(row.get(column) or ()):
+        name = f"{study}, {what} {number}"
         if isinstance(image, dict):
             name = name if image["bytes"] is not None else f"{name}, {image['path']}"
             image = image["path"] if image["bytes"] is None else image["bytes"]
@@ -63,8 +109,10 @@ class PromptCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         views = collate_views(self.processor, rows)
+        priors, asked = collate_priors(self.processor, rows)
         indications = indications_of(rows) if self.indication else None
-        return self.processor.encode_text(views["view_mask"].sum(dim=1).tolist(), indication=indications) | views
+        counts = views["view_mask"].sum(dim=1).tolist()
+        return self.processor.encode_text(counts, indication=indications, **asked) | views | priors
 
 
 class FindingCollator:
@@ -108,4 +156,12 @@ def indications_of(rows: list[dict[str, Any]]) -> list[str | None]:
     return [(row["indication"] or "").strip() or None for row in rows]
 
 
-__all__ = ["FindingCollator", "PromptCollator", "collate_views", "expand_tags", "indications_of"]
+__all__ = [
+    "FindingCollator",
+    "PromptCollator",
+    "collate_priors",
+    "collate_views",
+    "expand_tags",
+    "indications_of",
+    "prior_names",
+]

@@ -33,18 +33,27 @@ class CachedStudies(torch.utils.data.Dataset):
     """Studies whose views are read as features from disk; their small columns are held in memory.
 
     `[position]` is a row with `view_features` (V, tokens, D) in the encoder's type and the columns, `[name]` a
-    column as a list; the methods are those of a `datasets.Dataset`.
+    column as a list; the methods are those of a `datasets.Dataset`. If priors are read, `prior_view_features` (V',
+    tokens, D) are those of the prior study, None without one.
 
     Args:
         store: holds the features.
         views: for each study, the digests of its views in order.
         columns: values for each study, by name.
+        priors: for each study, the digests of the views of its prior; None if priors are not read.
     """
 
-    def __init__(self, store: FeatureStore, views: list[list[bytes]], columns: dict[str, list]):
+    def __init__(
+        self,
+        store: FeatureStore,
+        views: list[list[bytes]],
+        columns: dict[str, list],
+        priors: list[list[bytes]] | None = None,
+    ):
         self._store = store
         self._views = views
         self._columns = columns
+        self._priors = priors
 
     def __len__(self) -> int:
         return len(self._views)
@@ -52,28 +61,39 @@ class CachedStudies(torch.utils.data.Dataset):
     def __getitem__(self, key: int | str) -> dict[str, Any] | list:
         if isinstance(key, str):
             return self._columns[key]
-        features = torch.stack([self._store[digest] for digest in self._views[key]])
-        return {"view_features": features, **{name: values[key] for name, values in self._columns.items()}}
+        row = {"view_features": torch.stack([self._store[digest] for digest in self._views[key]])}
+        if self._priors is not None:
+            prior = [self._store[digest] for digest in self._priors[key]]
+            row["prior_view_features"] = torch.stack(prior) if prior else None
+        return {**row, **{name: values[key] for name, values in self._columns.items()}}
 
     @property
     def column_names(self) -> list[str]:
         """Names of the columns of a row."""
-        return ["view_features", *self._columns]
+        return ["view_features", *(() if self._priors is None else ("prior_view_features",)), *self._columns]
+
+    @property
+    def has_priors(self) -> bool:
+        """Whether any study has views of a prior."""
+        return any(self._priors or ())
 
     def select(self, positions: Iterable[int]) -> CachedStudies:
         """The studies at these positions, in this order."""
         positions = list(positions)
         columns = {name: [values[i] for i in positions] for name, values in self._columns.items()}
-        return CachedStudies(self._store, [self._views[i] for i in positions], columns)
+        priors = None if self._priors is None else [self._priors[i] for i in positions]
+        return CachedStudies(self._store, [self._views[i] for i in positions], columns, priors)
 
     def select_columns(self, names: Collection[str]) -> CachedStudies:
         """The same studies with `view_features` and only these columns."""
-        columns = {name: self._columns[name] for name in names if name != "view_features"}
-        return CachedStudies(self._store, self._views, columns)
+        features = ("view_features", "prior_view_features")
+        columns = {name: self._columns[name] for name in names if name not in features}
+        priors = self._priors if "prior_view_features" in names else None
+        return CachedStudies(self._store, self._views, columns, priors)
 
     def with_column(self, name: str, values: list) -> CachedStudies:
         """The same studies with another column."""
-        return CachedStudies(self._store, self._views, {**self._columns, name: values})
+        return CachedStudies(self._store, self._views, {**self._columns, name: values}, self._priors)
 
 
 def encoder_is_frozen(model: OTDRGForReportGeneration) -> bool:
@@ -151,16 +171,22 @@ def cache_features(
     store = FeatureStore(Path(folder) / encoder_digest(model, processor))
     ids = list(studies["id"])
     # Digests of the views of each study, by the study's position: first those of this process, then all.
-    mine = {place: [_digest(file) for file in files] for place, files in _image_files(studies, left_out=left_out)}
-    views: dict[int, list[bytes]] = {}
+    columns = _view_columns(model, studies)
+    mine = {
+        place: ([_digest(file) for file in files], count)
+        for place, files, count in _image_files(studies, columns, left_out=left_out)
+    }
+    found: dict[int, tuple[list[bytes], int]] = {}
     for theirs, unread in exchange((mine, left_out)):
-        views |= theirs
+        found |= theirs
         if left_out is not None:
             left_out |= unread
+    # The views of each study and, if they are read, of its prior; the first `current` are its own.
+    views = {place: digests for place, (digests, current) in found.items() if current}
     for place, study in enumerate(ids):
-        if not views.get(place) and study not in (left_out or ()):
+        if place not in views and study not in (left_out or ()):
             _leave_out(study, f"study {study!r} has no view: a report is only written from at least one", left_out)
-    places = [place for place in range(len(ids)) if views.get(place)]
+    places = [place for place in range(len(ids)) if place in views]
     first: dict[bytes, int] = {}
     for place in places:
         for digest in views[place]:
@@ -186,10 +212,18 @@ def cache_features(
             f"{store.folder} lacks features that were written: expected a folder that all processes see, and image "
             "files that do not change"
         )
-    names = ("id", "report", UNCLEANED, "indication", "finding_states", "tags")
-    columns = {name: list(studies[name]) for name in names if name in studies.column_names}
-    columns = {name: [values[place] for place in places] for name, values in columns.items()}
-    return CachedStudies(store, [views[place] for place in places], columns)
+    names = ("id", "report", UNCLEANED, "indication", "finding_states", "tags", "prior_report")
+    kept = {name: list(studies[name]) for name in names if name in studies.column_names}
+    kept = {name: [values[place] for place in places] for name, values in kept.items()}
+    current = [views[place][: found[place][1]] for place in places]
+    priors = [views[place][found[place][1] :] for place in places] if len(columns) > 1 else None
+    return CachedStudies(store, current, kept, priors)
+
+
+def _view_columns(model: OTDRGForReportGeneration, studies: Dataset | StreamedStudies) -> tuple[str, ...]:
+    """The columns of the views that the model reads."""
+    names = studies.stored_names if isinstance(studies, StreamedStudies) else studies.column_names
+    return ("images", "prior_images") if model.config.reads_prior_images and "prior_images" in names else ("images",)
 
 
 def _batches_of_views(
@@ -227,7 +261,8 @@ def _encode_views(
     """
     refused: dict[bytes, str] = {}
     share = {digest: first[digest] for block in blocks for digest in block}
-    images = _images(studies, share, processor.max_image_pixels, None if strict else refused)
+    columns = _view_columns(model, studies)
+    images = _images(studies, columns, share, processor.max_image_pixels, None if strict else refused)
     digests: list[bytes] = []
     features: list[torch.Tensor] = []
     hidden = None if process_place()[0] == 0 else True
@@ -257,14 +292,18 @@ def _leave_out(study: str, reason: str, left_out: dict[str, str] | None, cause: 
 
 
 def _images(
-    studies: Dataset | StreamedStudies, share: dict[bytes, int], max_pixels: int, refused: dict[bytes, str] | None
+    studies: Dataset | StreamedStudies,
+    columns: tuple[str, ...],
+    share: dict[bytes, int],
+    max_pixels: int,
+    refused: dict[bytes, str] | None,
 ) -> Iterator[tuple[bytes, Image.Image | None]]:
     """Digest and image of each view of `share`, which gives the position of its study, in the order of the studies.
 
     `refused` collects the views that cannot be read, and why; without it they are an error.
     """
     wanted, ids = set(share), studies["id"]
-    for place, files in _image_files(studies, set(share.values())):
+    for place, files, _ in _image_files(studies, columns, set(share.values())):
         for number, file in enumerate(files):
             digest = _digest(file)
             if digest not in wanted:
@@ -281,29 +320,32 @@ def _images(
 
 def _image_files(
     studies: Dataset | StreamedStudies,
+    columns: tuple[str, ...],
     places: Collection[int] | None = None,
     left_out: dict[str, str] | None = None,
-) -> Iterator[tuple[int, list[bytes]]]:
-    """Position and image files of the studies in this process's share, or of those at `places`.
+) -> Iterator[tuple[int, list[bytes], int]]:
+    """Position of the studies in this process's share, or of those at `places`, the image files in `columns`, one
+    column after another, and the number of those in the first column.
 
     Of streamed studies, those at `places` must be in its share.
     """
     (index, count), ids = process_place(), studies["id"]
     if isinstance(studies, StreamedStudies):
-        rows = studies.image_files(index, count)
+        rows = studies.image_files(index, count, columns)
     else:
         share = range(index, len(studies), count) if places is None else sorted(places)
-        tables = studies.select_columns("images").with_format("arrow").select(share).iter(batch_size=32)
-        rows = zip(share, chain.from_iterable(table["images"].to_pylist() for table in tables), strict=True)
-    for place, views in rows:
+        tables = studies.select_columns(list(columns)).with_format("arrow").select(share).iter(batch_size=32)
+        rows = zip(share, chain.from_iterable(table.to_pylist() for table in tables), strict=True)
+    for place, row in rows:
         if places is not None and place not in places:
             continue
         try:
-            files = [read_file(view["path"]) if view["bytes"] is None else view["bytes"] for view in views or ()]
+            views = [view for name in columns for view in row[name] or ()]
+            files = [read_file(view["path"]) if view["bytes"] is None else view["bytes"] for view in views]
         except ValueError as error:
             _leave_out(ids[place], f"study {ids[place]!r}: {error}", left_out, error)
         else:
-            yield place, files
+            yield place, files, len(row[columns[0]] or ())
 
 
 # --- digests ---------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from ..modeling_otdrg import OTDRGForReportGeneration, OTDRGStudy
 from ..processing_otdrg import OTDRGProcessor
 from ..runtime.processes import is_sharded, open_methods
 from ..runtime.shared_work import fixed_blocks, share_work
-from .collation import PromptCollator
+from .collation import PromptCollator, prior_names
 from .features import CachedStudies
 from .vllm import VLLM
 
@@ -74,7 +74,8 @@ def generate_reports(
             f"finding_states has shape {np.shape(finding_states)}: expected {(len(studies), len(FINDINGS))}"
         )
     views = "view_features" if "view_features" in studies.column_names else "images"
-    inputs = studies.select_columns(["id", views, "indication"] if indication else ["id", views])
+    names = ["id", views, *(["indication"] if indication else []), *prior_names(processor, studies.column_names)]
+    inputs = studies.select_columns(names)
     waits = {"synced_gpus": True} if is_sharded(model) else {}
     ids = list(studies["id"])
 
@@ -145,8 +146,7 @@ def _write(
         return [candidates[0].report for candidates in ranked], [_chosen(candidates) for candidates in ranked]
     ids = model.generate(
         **prompt,
-        view_features=study.view_features,
-        view_mask=study.view_mask,
+        **study.encoded_views,
         # A model without DLE predicts finding states but does not use them.
         finding_states=study.finding_states if model.config.dle else None,
         **generation,

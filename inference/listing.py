@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from PIL import Image
 
-_KEYS = ("id", "images", "indication", "findings")
+_KEYS = ("id", "images", "indication", "findings", "prior_images", "prior_report")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class ListedStudy:
         indication: reason for the study.
         findings: states that condition the report, by names of `FINDINGS` and `CONDITIONING_STATES`.
         rows, place: the dataset and the position of the study in it.
+        prior_images, prior_report: paths or URLs of the views of an earlier study, and its report; of a study of a
+            dataset, they are in `rows`.
 
     Raises:
         ValueError: a text cannot be encoded as UTF-8, such as the name of a file from another system.
@@ -43,9 +45,18 @@ class ListedStudy:
     findings: dict[str, str] = field(default_factory=dict)
     rows: Dataset | None = field(default=None, compare=False, repr=False)
     place: int = 0
+    prior_images: tuple[str, ...] = ()
+    prior_report: str | None = None
 
     def __post_init__(self):
-        for name, texts in (("images", self.images or ()), ("id", [self.id]), ("indication", [self.indication or ""])):
+        texts_of = {
+            "images": self.images or (),
+            "id": [self.id],
+            "indication": [self.indication or ""],
+            "prior_images": self.prior_images,
+            "prior_report": [self.prior_report or ""],
+        }
+        for name, texts in texts_of.items():
             for text in texts:
                 try:
                     text.encode()
@@ -59,6 +70,8 @@ class ListedStudy:
             **({} if self.images is None else {"images": [without_credentials(image) for image in self.images]}),
             **({"indication": self.indication} if self.indication else {}),
             **({"steered": self.findings} if self.findings else {}),
+            **({"prior_images": list(map(without_credentials, self.prior_images))} if self.prior_images else {}),
+            **({"prior_report": self.prior_report} if self.prior_report else {}),
         }
 
     def read_views(self, max_pixels: int) -> list[Image.Image]:
@@ -75,6 +88,30 @@ class ListedStudy:
         if not images:
             raise ValueError("the study has no view: expected at least one")
         return [read_view(image, max_pixels) for image in images]
+
+    def read_prior(self, max_pixels: int, names: Sequence[str]) -> dict[str, Any]:
+        """The views and the report of its prior, as `prior_images` and `prior_report`; empty without one.
+
+        Args:
+            max_pixels: most pixels of a view.
+            names: what the model reads of a prior in a dataset. What a list names is always read.
+
+        Raises:
+            ValueError: a view cannot be read.
+        """
+        from ..image_processing_otdrg import read_view
+
+        images: Sequence[Any] = self.prior_images
+        report = self.prior_report
+        if self.rows is not None:
+            stored = [name for name in names if name in self.rows.column_names]
+            row = self.rows.select_columns(stored)[self.place] if stored else {}
+            images = [image["bytes"] or image["path"] for image in row.get("prior_images") or ()]
+            report = row.get("prior_report")
+        return {
+            **({"prior_images": [read_view(image, max_pixels) for image in images]} if images else {}),
+            **({"prior_report": report} if report else {}),
+        }
 
 
 def typed_findings(pairs: Iterable[str]) -> dict[str, str]:
@@ -119,9 +156,9 @@ def listed_studies(
 ) -> list[ListedStudy]:
     """Studies listed one per line; blank lines are ignored.
 
-    A line is a JSON object with `images`, the path of a view or a list of paths, and optionally `id`, `indication` and
-    `findings`; or it consists of the paths of a study's views, separated by tabs. Paths are relative to the working
-    directory.
+    A line is a JSON object with `images`, the path of a view or a list of paths, and optionally `id`, `indication`,
+    `findings`, `prior_images` (as `images`) and `prior_report`; or it consists of the paths of a study's views,
+    separated by tabs. Paths are relative to the working directory.
 
     Args:
         lines: lines of the list.
@@ -146,6 +183,8 @@ def listed_studies(
                 images,
                 fields.get("indication") or indication,
                 {**findings, **fields.get("findings", {})},
+                prior_images=tuple(fields.get("prior_images", ())),
+                prior_report=fields.get("prior_report"),
             )
         except ValueError as error:
             raise ValueError(f"{name}, line {number}: {error}") from error
@@ -231,16 +270,18 @@ def _json_fields(line: str) -> dict[str, Any]:
         if key not in _KEYS:
             raise ValueError(f"unknown key {key!r}, expected some of {', '.join(_KEYS)}")
     fields = {key: value for key, value in fields.items() if value is not None}
-    images = fields.get("images")
-    images = [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not images or not all(isinstance(image, str) and image for image in images):
-        raise ValueError("images: expected the path of a view, or a list of paths")
-    for key in ("id", "indication"):
+    for key in ("images", "prior_images") if "prior_images" in fields else ("images",):
+        images = fields.get(key)
+        images = [images] if isinstance(images, str) else images
+        if not isinstance(images, list) or not images or not all(isinstance(image, str) and image for image in images):
+            raise ValueError(f"{key}: expected the path of a view, or a list of paths")
+        fields[key] = images
+    for key in ("id", "indication", "prior_report"):
         if key in fields and not isinstance(fields[key], str):
             raise ValueError(f"{key} is {fields[key]!r}, expected a string")
     if not isinstance(fields.get("findings", {}), dict):
         raise ValueError(f'findings is {fields["findings"]!r}, expected an object such as {{"edema": "positive"}}')
-    return {**fields, "images": images, "findings": _named_states(fields.get("findings", {}))}
+    return {**fields, "findings": _named_states(fields.get("findings", {}))}
 
 
 def _tabbed(line: str) -> list[str]:

@@ -27,7 +27,7 @@ _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 #: A view to test a model with.
 _VIEW = np.tile(np.arange(64, dtype=np.uint8), (64, 1))
 #: Fields that configuration and processor share.
-_SHARED_FIELDS = ("image_tokens", "view_fusion", "finding_text", "indication_reader")
+_SHARED_FIELDS = ("image_tokens", "view_fusion", "finding_text", "indication_reader", "priors")
 #: Fields of a generation configuration that hold token ids, alone or in lists.
 _TOKEN_FIELDS = (
     *(f"{name}_token_id" for name in ("bos", "eos", "pad", "decoder_start", "forced_bos", "forced_eos")),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..image_processing_otdrg import without_credentials
 from ..runtime.interruptions import fault_of_study, is_out_of_memory
 from ..runtime.shared_work import fixed_blocks
+from .collation import prior_names
 from .heatmaps import draw_heatmaps
 from .listing import ListedStudy
 
@@ -20,9 +21,12 @@ if TYPE_CHECKING:
 
 #: Most characters of a picture's name that are from the id of the study.
 _LONGEST_NAME = 60
+#: What a dataset can have of a prior.
+_PRIORS = ("prior_images", "prior_report")
 
 Skip = Callable[[ListedStudy, Exception], None]
-Batch = list[tuple[ListedStudy, "list[Image.Image]"]]
+#: Studies with their views and the pipeline's arguments of their priors.
+Batch = list[tuple[ListedStudy, "list[Image.Image]", dict[str, Any]]]
 
 
 def study_blocks(studies: list[ListedStudy], batch_size: int) -> list[list[int]]:
@@ -53,16 +57,19 @@ def study_records(
     return _records_or_skip(pipe, batch, heatmap, arguments, skip) if batch else []
 
 
-def _readable(processor, studies: list[ListedStudy], skip: Skip) -> Iterator[tuple[ListedStudy, list]]:
+def _readable(processor, studies: list[ListedStudy], skip: Skip) -> Iterator[tuple[ListedStudy, list, dict[str, Any]]]:
     for study in studies:
         try:
             views = study.read_views(processor.max_image_pixels)
-            # An indication may contain a placeholder of the prompt.
-            processor.encode_text([len(views)], indication=study.indication)
+            prior = study.read_prior(processor.max_image_pixels, prior_names(processor, _PRIORS))
+            # An indication may contain a placeholder of the prompt, and the model may read no priors.
+            if "prior_images" in prior:
+                processor.encode_priors([prior["prior_images"][:1]])
+            processor.encode_text([len(views)], indication=study.indication, prior_report=prior.get("prior_report"))
         except Exception as error:  # decoders raise any exception for a damaged file
             skip(study, error)
         else:
-            yield study, views
+            yield study, views, prior
 
 
 def _records_or_skip(
@@ -76,11 +83,11 @@ def _records_or_skip(
             raise
         fault_of_study(error)
         records = []
-        for study, views in batch:
+        for item in batch:
             try:
-                records += _records(pipe, [(study, views)], heatmap, arguments)
+                records += _records(pipe, [item], heatmap, arguments)
             except Exception as fault:
-                skip(study, fault)
+                skip(item[0], fault)
         if not records and len(batch) > 1:
             raise
         return records
@@ -88,7 +95,7 @@ def _records_or_skip(
 
 def _records(pipe, batch: Batch, heatmap: Path | None, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
     outputs = pipe(
-        [{"images": views, "indication": study.indication} for study, views in batch],
+        [{"images": views, "indication": study.indication, **prior} for study, views, prior in batch],
         batch_size=len(batch),
         findings=batch[0][0].findings or None,
         return_heatmaps=heatmap is not None,
@@ -96,7 +103,7 @@ def _records(pipe, batch: Batch, heatmap: Path | None, arguments: dict[str, Any]
         return_contradictions=pipe.model.config.dle,
         **arguments,
     )
-    for (study, views), (output, *_) in zip(batch, outputs, strict=True):
+    for (study, views, _), (output, *_) in zip(batch, outputs, strict=True):
         report, heatmaps = output.pop("generated_text"), output.pop("heatmaps", None)
         record = {**study.asked(), "report": report, **output}
         if heatmaps is not None:

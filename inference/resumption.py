@@ -12,6 +12,9 @@ from ..studies.fingerprint import fingerprint
 from .listing import ListedStudy
 from .loading import model_settings
 
+#: What a report depends on besides the settings.
+_ASKED = ("images", "indication", "steered", "prior_images", "prior_report")
+
 
 def settings_of(
     pipe: ReportGenerationPipeline, studies: list[ListedStudy], arguments: dict[str, Any], heatmap: Path | None
@@ -52,10 +55,10 @@ def begin_output(path: Path, resume: bool, settings: dict[str, Any], studies: li
         )
     for study in studies:
         asked, row = study.asked(), written.get(study.id)
-        if row is not None and any(asked.get(key) != row.get(key) for key in ("images", "indication", "steered")):
+        if row is not None and any(asked.get(key) != row.get(key) for key in _ASKED):
             raise ValueError(
-                f"{path} holds a report of {study.id!r} with other images, indication or findings: expected the same, "
-                "another --output, or --overwrite"
+                f"{path} holds a report of {study.id!r} with other images, indication, findings or prior: expected the "
+                "same, another --output, or --overwrite"
             )
     WorkSettings(path, settings, ("model", "studies")).keep(beside)
     return sum(study.id in written for study in studies)

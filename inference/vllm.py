@@ -149,6 +149,8 @@ class VLLM:
         view_features: torch.Tensor,
         view_mask: torch.Tensor,
         finding_states: torch.Tensor | None = None,
+        prior_view_features: torch.Tensor | None = None,
+        prior_view_mask: torch.Tensor | None = None,
         max_new_tokens: int,
         num_return_sequences: int = 1,
         temperature: float = 0.0,
@@ -180,7 +182,13 @@ class VLLM:
             )
         self.connect()
         embeddings, mask = self.model.get_prompt_embeddings(
-            input_ids, attention_mask, view_features=view_features, view_mask=view_mask, finding_states=finding_states
+            input_ids,
+            attention_mask,
+            view_features=view_features,
+            view_mask=view_mask,
+            finding_states=finding_states,
+            prior_view_features=prior_view_features,
+            prior_view_mask=prior_view_mask,
         )
         request = {
             "model": self._served,

@@ -20,7 +20,7 @@ from ..findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, UN
 from ..runtime.output_lock import OutputLock
 from ..runtime.printable import markdown_table
 from ..runtime.shared_work import by_main_process, continue_alone, shared_lock
-from ..studies.schema import STUDY_FEATURES
+from ..studies.schema import ADDED_LATER, STUDY_FEATURES
 from ..studies.shards import SUMMARY, Share, WorkFolder, check_output, write_shard
 from ..studies.source import SPLITS
 
@@ -270,7 +270,7 @@ def _files(folder: Path) -> dict[str, Path]:
             names = pq.read_schema(file).names
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"{file} cannot be read ({error}): otdrg prepare makes it again") from error
-        if missing := set(STUDY_FEATURES) - {"tags"} - set(names):  # earlier versions did not write tags
+        if missing := set(STUDY_FEATURES).difference(ADDED_LATER, names):
             raise ValueError(f"{file}: no column {min(missing)!r}, expected those that otdrg prepare writes")
     return files
 
@@ -344,10 +344,17 @@ def _with_states(file: Path, states: list[list[int] | None]) -> Iterator[pa.Reco
             for batch in source.iter_batches(_COPIED_ROWS, row_groups=[group]):
                 column = pa.array(states[start : start + len(batch)], schema.field("finding_states").type)
                 start += len(batch)
-                if "tags" not in batch.schema.names:  # by an earlier version
-                    batch = batch.append_column("tags", pa.nulls(len(batch), schema.field("tags").type))
+                for name in ADDED_LATER:
+                    if name not in batch.schema.names:
+                        batch = batch.append_column(name, _absent(name, len(batch)))
                 arrays = [column if name == "finding_states" else batch.column(name) for name in schema.names]
                 yield pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _absent(column: str, rows: int) -> pa.Array:
+    """The values of a column that a dataset of an earlier version lacks."""
+    empty = {"prior_images": [], "prior_report": ""}.get(column)
+    return pa.array([empty] * rows, STUDY_FEATURES.arrow_schema.field(column).type)
 
 
 def _report(output: Path, shards: dict[str, _Shard]) -> LabelReport:

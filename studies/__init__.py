@@ -64,7 +64,7 @@ def open_source(source: str, **options: Any) -> StudySource:
     return cls(**options)
 
 
-def load_studies(source: str, *, sections: str = "findings", **options: Any) -> DatasetDict:
+def load_studies(source: str, *, sections: str = "findings", priors: bool = False, **options: Any) -> DatasetDict:
     """Load the studies of a source as splits train, validation and test; empty splits are left out.
 
     Image files are not copied: they are read when a row is. Images that are not files are held in memory. Skipped
@@ -74,6 +74,7 @@ def load_studies(source: str, *, sections: str = "findings", **options: Any) -> 
         source: a registered source, or "prepared" for a folder written by [`prepare_studies`].
         sections: what `report` consists of: "findings", "impression", or "findings+impression", both below
             headings as far as a study has them. Not for "prepared", whose reports are already written.
+        priors: whether the nearest earlier study of the patient is added to each study. Not for "prepared".
         options: options of the source.
 
     Returns:
@@ -87,7 +88,7 @@ def load_studies(source: str, *, sections: str = "findings", **options: Any) -> 
         if set(options) != {"folder"}:
             raise ValueError(f"source {PREPARED!r} has one option, 'folder', which is required: {list(options)} given")
         return loading.load_prepared(options["folder"])
-    return loading.load_in_memory(open_source(source, **options), sections)
+    return loading.load_in_memory(open_source(source, **options), sections, priors)
 
 
 def prepare_studies(

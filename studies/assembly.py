@@ -12,6 +12,7 @@ import pyarrow as pa
 from ..runtime.interruptions import fault_of_study
 from ..sections_otdrg import join_sections
 from .placeholders import present_text
+from .priors import PriorFinder, prior_columns
 from .schema import STUDY_FEATURES
 from .source import SPLITS, TEXTS, VIEWS, Skipped, SkipStudy, Study, StudyEntry, StudySource
 
@@ -57,15 +58,17 @@ class StudyListing:
     Args:
         source: the source; it is listed once here, and once for each iteration.
         limit: list at most this many studies and faults of each split, from its start.
+        priors: whether entries have their `prior`, which may be beyond the limit.
 
     Attributes:
         total: number of studies and faults in the listing.
     """
 
-    def __init__(self, source: StudySource, limit: int | None = None):
+    def __init__(self, source: StudySource, limit: int | None = None, priors: bool = False):
         self.source = source
         self.limit = limit
         self._patients: dict[str, str] = {}
+        self._priors = PriorFinder(source) if priors else None
         counts: Counter[str | None] = Counter()
         for entry in self._entries():
             counts[entry.split] += 1
@@ -77,6 +80,8 @@ class StudyListing:
                 kept = self._patients.get(entry.patient_id)
                 if kept is None or SPLITS.index(entry.split) > SPLITS.index(kept):
                     self._patients[entry.patient_id] = entry.split
+                if self._priors is not None:
+                    self._priors.add(entry)
         self.total = sum(counts.values() if limit is None else (min(limit, count) for count in counts.values()))
 
     def __iter__(self) -> Iterator[StudyEntry | Skipped]:
@@ -99,7 +104,7 @@ class StudyListing:
                 reason = f"patient {entry.patient_id} is in {home} too: the studies of {home} are kept"
                 yield Skipped(entry.id, entry.split, "patient in two splits", reason)
             else:
-                yield entry
+                yield entry if self._priors is None else entry._replace(prior=self._priors.of(entry))
             seen.add(entry.id)
 
     def _entries(self) -> Iterator[StudyEntry | Skipped]:
@@ -136,7 +141,7 @@ class Assembled:
 
     Args:
         row: values by `STUDY_FEATURES`; None if the study is skipped.
-        faults: everything wrong with the study, including views that are missing from a row that is kept.
+        faults: everything wrong with the study, including views and priors that are missing from a row that is kept.
         lacks: the section that the report of a row does not have, though both were asked for.
     """
 
@@ -161,9 +166,7 @@ def assemble_study(
         return Assembled(None, [Skipped(entry.id, entry.split, kind, reason)])
 
     try:
-        study = source.read(entry)
-        # Present texts are kept unchanged, with their white space.
-        study = replace(study, **{name: "" for name in TEXTS if not present_text(getattr(study, name), name)})
+        study = _without_placeholders(source.read(entry))
         report = choose_report(study, sections)
     except SkipStudy as skip:
         return skipped(skip.kind, skip.reason)
@@ -177,6 +180,12 @@ def assemble_study(
     faults = [Skipped(entry.id, entry.split, *fault) for fault in faults]
     if not images or (faults and not keep_incomplete):
         return Assembled(None, faults)
+
+    def report_of(prior: Study) -> str:
+        return choose_report(_without_placeholders(prior), sections)
+
+    prior, prior_faults = prior_columns(source, entry, study, image_form, report_of)
+    faults += [Skipped(entry.id, entry.split, "unusable prior", reason) for reason in prior_faults]
     row = {
         "id": entry.id,
         "patient_id": entry.patient_id,
@@ -186,6 +195,7 @@ def assemble_study(
         "report": report,
         "finding_states": study.finding_states,
         "tags": None if study.tags is None else list(study.tags),
+        **prior,
         "source": source.name,
         "licence": study.licence,
     }
@@ -198,6 +208,11 @@ def assemble_study(
         return Assembled(None, [*faults, *skipped("malformed", reason).faults])
     asked = sections.split("+")
     return Assembled(row, faults, next((name for name in asked if not row[name].strip()), None))
+
+
+def _without_placeholders(study: Study) -> Study:
+    """The study without texts that are placeholders; the others are kept unchanged, with their white space."""
+    return replace(study, **{name: "" for name in TEXTS if not present_text(getattr(study, name), name)})
 
 
 def _read_views(study: Study, image_form: ImageForm) -> tuple[list[dict], list[int], list[tuple[str, str]]]:
@@ -217,5 +232,8 @@ def _read_views(study: Study, image_form: ImageForm) -> tuple[list[dict], list[i
 
 def _check_row(row: dict[str, Any]) -> None:
     """Raise an error if a row cannot be written: text that is not UTF-8, a number in place of a text..."""
-    names = [{"bytes": b"", "path": image["path"]} for image in row["images"]]
-    pa.RecordBatch.from_pylist([{**row, "images": names}], schema=STUDY_FEATURES.arrow_schema)
+    named = {
+        column: [{"bytes": b"", "path": image["path"]} for image in row[column]]
+        for column in ("images", "prior_images")
+    }
+    pa.RecordBatch.from_pylist([{**row, **named}], schema=STUDY_FEATURES.arrow_schema)

@@ -51,6 +51,11 @@ class BuildOptions:
         "Scale down images whose shorter side is longer than this.", None, metavar="PIXELS"
     )
     keep_incomplete: bool = option("Keep a study if some, not all, of its images are missing or unreadable.", False)
+    priors: bool = option(
+        "Add the nearest earlier study of the patient to each study, with its images and report, for sources that say "
+        "when studies were made. The dataset is up to twice as large.",
+        False,
+    )
     strict: bool = option("Stop with an error at the first study that would be skipped.", False)
     parquet_only: bool = option("Do not write the Arrow files of load_from_disk, which double the size.", False)
     studies_per_shard: int = option("Studies in a file.", 500, metavar="N")
@@ -200,7 +205,7 @@ def build_studies_dataset(
             return report
         check_output(work.output, overwrite)
         # Listed first: an error of the source leaves no files.
-        listing, official = StudyListing(source, options.limit), _official(source, options)
+        listing, official = StudyListing(source, options.limit, options.priors), _official(source, options)
         work.enter(resume, overwrite)
         jobs = _jobs(listing, official, options.studies_per_shard)
         shards = _run(jobs, listing.total, source, options, work)
@@ -232,7 +237,7 @@ def build_share(
     """
     options = options or BuildOptions()
     work = _work(source, output, options)
-    listing = StudyListing(source, options.limit)
+    listing = StudyListing(source, options.limit, options.priors)
     files = 0
 
     def jobs() -> Iterator[_Job]:
@@ -273,7 +278,7 @@ def merge_shares(source: StudySource, output: str | os.PathLike, options: BuildO
         if (report := _finished(work, overwrite=False)) is not None:
             return report
         check_output(work.output, overwrite=False)
-        listing, official = StudyListing(source, options.limit), _official(source, options)
+        listing, official = StudyListing(source, options.limit, options.priors), _official(source, options)
         count = work.end_shares()
         jobs = _jobs(listing, official, options.studies_per_shard)
         shards = [_built(work.shards / f"{job.name}.json", job.digest) for job in jobs]
@@ -370,7 +375,9 @@ def _report(output: Path, shards: list[_Shard], official: OfficialCheck | None) 
 
 
 def _settings(source: StudySource, options: BuildOptions) -> dict[str, Any]:
-    build = {name: value for name, value in asdict(options).items() if name not in ("num_proc", "strict")}
+    # Datasets of earlier versions have no such option.
+    left_out = ("num_proc", "strict", *(() if options.priors else ("priors",)))
+    build = {name: value for name, value in asdict(options).items() if name not in left_out}
     if "+" in options.sections:
         # An older version wrote no headings: its shards are not continued with shards that have them.
         build["headings"] = list(HEADINGS.values())

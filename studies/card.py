@@ -29,6 +29,9 @@ def dataset_card(source: StudySource, counts: dict[str | None, SplitCounts], sec
         configs=[{"config_name": "default", "data_files": files}],
     )
     form = f"{sections}, each below its heading" if "+" in sections else sections
+    priors = sum(counts[split].priors for split in splits)
+    with_priors = f"\n{priors:,} of them have a prior study of the patient, in the columns `prior_*`." if priors else ""
+    stated = ", ".join(licence or "not stated" for licence in licences)
     return f"""---
 {metadata.to_yaml()}
 ---
@@ -36,7 +39,7 @@ def dataset_card(source: StudySource, counts: dict[str | None, SplitCounts], sec
 # Chest radiograph studies: {source.name}
 
 Studies with views, report sections and the states of 14 findings, built by `otdrg prepare {source.name}`. `report`
-consists of: {form}. Licence of the studies: {", ".join(licence or "not stated" for licence in licences)}.
+consists of: {form}. Licence of the studies: {stated}.{with_priors}
 
 {format_counts({split: counts[split] for split in splits})}
 """

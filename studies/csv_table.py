@@ -16,6 +16,7 @@ from .source import (
     SPLIT_NAMES,
     TEXTS,
     ListedSource,
+    Prior,
     Skipped,
     SkipStudy,
     Study,
@@ -37,7 +38,13 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "split": ("split",),
     **{text: (text,) for text in TEXTS},
     "findings": ("findings", "report"),
+    "prior_image": ("prior_image",),
+    "prior_report": ("prior_report",),
+    "prior_days": ("prior_days",),
+    "prior_patient_id": ("prior_patient_id",),
 }
+#: Fields of a prior study that are the same in all rows of a study.
+_PRIOR_FIELDS = ("prior_report", "prior_days", "prior_patient_id")
 
 #: `surrogateescape` decodes invalid bytes to these.
 _NO_TEXT = re.compile("[\udc80-\udcff]")
@@ -62,6 +69,10 @@ class CSVSource(ListedSource):
     Rows with the same `study_id` are one study with its views in the order of the rows; its texts are in one row, or
     repeated in several. Without this column, each row is a study, and its id is the path of its image without suffix.
     Without `split`, patients (or studies if no patient is given) are assigned to splits at random.
+
+    An earlier study of the patient is described by `prior_image` (one in each row, or blank), `prior_report`,
+    `prior_days` (how many days before the study it was made) and `prior_patient_id` (to be compared with `patient_id`).
+    A prior that is later than its study, or of another patient, is left out.
 
     The table is read into memory.
     """
@@ -115,6 +126,33 @@ class CSVSource(ListedSource):
             views=[row.view for row in entry.location],
             **{name: value for name, (value, _) in texts.items()},
             licence=self.licence,
+            prior=self._prior(entry.location),
+        )
+
+    def _prior(self, rows: tuple[_View, ...]) -> Prior | None:
+        """The prior that the rows of a study describe."""
+        images = tuple(dict.fromkeys(row.prior["prior_image"] for row in rows if "prior_image" in row.prior))
+        fields: dict[str, str] = {}
+        fault = ""
+        for row in rows:
+            for name in _PRIOR_FIELDS:
+                value = row.prior.get(name, "")
+                if value and fields.setdefault(name, value) != value:
+                    fault = fault or f"line {row.line}: {name} differs from that of another row of the study"
+        for image in images:
+            if self._image_path(image) is None:
+                fault = fault or f"prior_image {shown_value(image)} leaves the folder of images"
+        days = fields.get("prior_days", "")
+        if not re.fullmatch(r"-?[0-9]{0,6}", days) or days == "-":
+            fault = fault or f"prior_days is {shown_value(days)}: expected a whole number of days"
+        if not images and "prior_report" not in fields:
+            return None
+        return Prior(
+            images=[] if fault else [str(self._image_path(image)) for image in images],
+            report=fields.get("prior_report", ""),
+            days=int(days) if days and not fault else None,
+            patient_id=fields.get("prior_patient_id"),
+            fault=fault and f"{self.table}, {fault}",
         )
 
     def _read(self) -> tuple[list[str], Iterator[Row]]:
@@ -181,7 +219,8 @@ class CSVSource(ListedSource):
         key = name if "study_id" in self._columns else row.first
         study_id = name or os.path.splitext(os.path.relpath(image, self.images))[0].replace(os.sep, "/")
         texts = tuple(present_text(cells.get(text, ""), text) for text in TEXTS)
-        view = _View(row.first, image, view_named(cells.get("view", "")), texts)
+        prior = {name: cells[name] for name in ("prior_image", *_PRIOR_FIELDS) if cells.get(name)}
+        view = _View(row.first, image, view_named(cells.get("view", "")), texts, prior)
         return key, _Listed(_writable(study_id), _writable(cells.get("patient_id", "")), split, (view,), fault)
 
     def _check(self, field: str, cell: str) -> None:
@@ -210,6 +249,7 @@ class _View(NamedTuple):
     image: str
     view: str
     texts: tuple[str, ...]
+    prior: dict[str, str]
 
 
 class _Listed(NamedTuple):

@@ -18,7 +18,8 @@ def fingerprint(studies: Mapping[str, Dataset | StreamedStudies]) -> dict[str, d
     """The number of `studies` of each split, a digest of their `text` and a digest of their `views`.
 
     `text` covers ids, reports and finding states, in order. `views` covers the sizes of the image files in bytes, so
-    that no image is read. Streamed studies have the sizes of their Parquet files (`shards`) instead.
+    that no image is read. Streamed studies have the sizes of their Parquet files (`shards`) instead. Datasets in which
+    studies have priors also have a digest of these (`priors`).
     """
     found = {}
     for split, rows in studies.items():
@@ -27,7 +28,10 @@ def fingerprint(studies: Mapping[str, Dataset | StreamedStudies]) -> dict[str, d
         if isinstance(rows, StreamedStudies):
             found[split]["shards"] = _digest(json.dumps([path.name, path.stat().st_size]) for path in rows.shards)
         else:
-            found[split]["views"] = _digest(map(json.dumps, _view_sizes(rows)))
+            found[split]["views"] = _digest(map(json.dumps, _view_sizes(rows, "images")))
+            priors = _priors(rows)
+            if priors is not None:
+                found[split]["priors"] = priors
     return found
 
 
@@ -36,10 +40,15 @@ def differing_splits(before: dict[str, dict[str, Any]], now: dict[str, dict[str,
     return [
         split
         for split in sorted({*before, *now})
-        if split not in before
-        or split not in now
-        or any(before[split][key] != now[split][key] for key in before[split].keys() & now[split].keys())
+        if split not in before or split not in now or _differ(before[split], now[split])
     ]
+
+
+def _differ(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    names = before.keys() & now.keys()
+    if "views" in names:
+        names |= {"priors"}
+    return any(before.get(name) != now.get(name) for name in names)
 
 
 def _digest(texts: Iterable[str]) -> str:
@@ -58,10 +67,29 @@ def _text(rows: Dataset | StreamedStudies) -> Iterator[tuple]:
         yield from zip(*(table.column(name).to_pylist() for name in names), strict=True)
 
 
-def _view_sizes(rows: Dataset) -> Iterator[list[int]]:
+def _priors(rows: Dataset) -> str | None:
+    """A digest of the reports, days and sizes of views of priors; None if no study has one."""
+    names = ["prior_report", "prior_days"]
+    if "prior_images" not in rows.column_names:
+        return None
+    tables = rows.select_columns(names).with_format("arrow").iter(batch_size=1000)
+    texts = (row for table in tables for row in zip(*(table.column(name).to_pylist() for name in names), strict=True))
+    found = False
+
+    def priors() -> Iterator[str]:
+        nonlocal found
+        for text, sizes in zip(texts, _view_sizes(rows, "prior_images"), strict=True):
+            found = found or bool(text[0] or sizes)
+            yield json.dumps([text, sizes])
+
+    digest = _digest(priors())
+    return digest if found else None
+
+
+def _view_sizes(rows: Dataset, column: str) -> Iterator[list[int]]:
     """For each study the sizes of its views: of the bytes in the table, or of the files it references."""
-    for table in rows.select_columns("images").with_format("arrow").iter(batch_size=1000):
-        for views in table.column("images").chunks:
+    for table in rows.select_columns(column).with_format("arrow").iter(batch_size=1000):
+        for views in table.column(column).chunks:
             flat = views.flatten()
             sizes = pc.binary_length(flat.field("bytes")).to_pylist()
             if any(size is None for size in sizes):

@@ -17,6 +17,7 @@ from .source import (
     SPLIT_NAMES,
     SPLITS,
     TEXTS,
+    Prior,
     Skipped,
     SkipStudy,
     Study,
@@ -39,7 +40,8 @@ class HubSource(StudySource):
     A column named as a field is used for this field; `image` is also used for images, `view` for views, `report` or
     `text` for findings. A column of images holds an image or a list of images, or paths. Without ids, a study is named
     by its split and row ("train-12"); without patient ids, each study is a patient. States of the findings are lists of
-    14, in the order of `FINDINGS`.
+    14, in the order of `FINDINGS`. An earlier study of the patient is in `prior_images`, `prior_report`, `prior_days`
+    and, to be compared with `patient_id`, `prior_patient_id`.
 
     The patients of a dataset with one split are assigned to three splits at random.
     """
@@ -129,7 +131,21 @@ class HubSource(StudySource):
             **{text: row.get(text) or "" for text in TEXTS},
             finding_states=split.states(row.get("finding_states"), place),
             licence=self.licence or row.get("licence") or "",
+            prior=self._prior(row, f"{place}, column {split.names.get('prior_images')!r}"),
         )
+
+    def _prior(self, row: dict[str, Any], place: str) -> Prior | None:
+        """The prior in the columns `prior_*` of a row."""
+        stored, patient = row.get("prior_images") or [], row.get("prior_patient_id")
+        report = (row.get("prior_report") or "").strip()
+        if not stored and not report:
+            return None
+        prior = Prior(report=report, days=row.get("prior_days"), patient_id=None if patient is None else str(patient))
+        try:
+            prior.images = self._images(stored, place) if stored else []
+        except SkipStudy as skip:
+            prior.fault = str(skip)
+        return prior
 
     def _images(self, stored: Any, place: str) -> list[str | bytes]:
         stored = stored if isinstance(stored, list) else [stored]

@@ -23,7 +23,12 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     **{text: (text,) for text in TEXTS[1:]},
     "finding_states": ("finding_states",),
     "licence": ("licence", "license"),
+    **{name: (name,) for name in ("prior_images", "prior_report", "prior_days", "prior_patient_id")},
 }
+
+
+#: Fields that are text, not numbers.
+_TEXT_FIELDS = (*TEXTS, "licence", "prior_report")
 
 
 @dataclass
@@ -106,8 +111,9 @@ def _check_types(features: Features, names: dict[str, str], place: str) -> dict[
         nested = isinstance(feature, (List, LargeList))
         item = feature.feature if nested else feature
         expected = None
-        if field == "images":
-            types["image_paths"] = _is(item, "string")
+        if field in ("images", "prior_images"):
+            if field == "images":
+                types["image_paths"] = _is(item, "string")
             if not (isinstance(item, Image) or _is(item, "string") or _is(item, "binary")):
                 expected = "images, paths, or lists of them"
         elif field == "views":
@@ -118,7 +124,10 @@ def _check_types(features: Features, names: dict[str, str], place: str) -> dict[
             types["state_ids"] = _state_ids(item) if nested else []
             if not types["state_ids"]:
                 expected = "lists of 14 states, or --column finding_states= to leave them out"
-        elif nested or not (_is(item, "string") or (field not in (*TEXTS, "licence") and _is(item, "int"))):
+        elif field == "prior_days":
+            if not _is(item, "int") or nested:
+                expected = "whole numbers of days"
+        elif nested or not (_is(item, "string") or (field not in _TEXT_FIELDS and _is(item, "int"))):
             expected = "text"
         if expected is not None:
             raise ValueError(f"{place}, column {column!r} for {field} holds {feature}: expected {expected}")

@@ -22,17 +22,18 @@ from .source import SPLITS, Skipped, StudySource
 logger = logging.getLogger(__name__)
 
 
-def load_in_memory(source: StudySource, sections: Sections = "findings") -> DatasetDict:
+def load_in_memory(source: StudySource, sections: Sections = "findings", priors: bool = False) -> DatasetDict:
     """Load the studies of a source; image files are referenced, not read.
 
     Raises:
-        ValueError: no study is left, or the source does not have the sections.
+        ValueError: no study is left, the source does not have the sections, or `priors` are wanted of a source that
+            does not say when studies were made.
     """
     check_sections(source, sections)
     lacking: Counter[str] = Counter()
     rows: dict[str, list[dict]] = {split: [] for split in SPLITS}
     faults: list[Skipped] = []
-    for item in StudyListing(source):
+    for item in StudyListing(source, priors=priors):
         if isinstance(item, Skipped):
             faults.append(item)
             continue
@@ -41,16 +42,18 @@ def load_in_memory(source: StudySource, sections: Sections = "findings") -> Data
         if assembled.row is not None:
             rows[item.split].append(assembled.row)
             lacking.update(filter(None, [assembled.lacks]))
-    skipped = len({fault.id for fault in faults})
+    kept = {row["id"] for split in rows.values() for row in split}
+    skipped = len({fault.id for fault in faults if fault.id not in kept})
     if not any(rows.values()):
         reason = f": all {skipped} were skipped, the first for {faults[0].kind}: {faults[0].reason}" if faults else ""
         raise ValueError(f"source {source.name!r} holds no studies{reason}")
     if faults:
         reasons = listed([f"{fault.id} ({fault.kind}: {fault.reason})" for fault in faults], separator="; ")
-        logger.warning("%s: %d studies left out: %s", source.name, skipped, reasons)
+        priors = sum(fault.kind == "unusable prior" for fault in faults)
+        also = f", {priors} faults of priors" if priors else ""
+        logger.warning("%s: %d studies left out%s: %s", source.name, skipped, also, reasons)
     for section, count in lacking.items():
-        kept = sum(map(len, rows.values()))
-        logger.warning("%s: %d of %d studies have no %s: their report lacks it", source.name, count, kept, section)
+        logger.warning("%s: %d of %d studies have no %s: their report lacks it", source.name, count, len(kept), section)
     return DatasetDict(
         {split: Dataset.from_list(kept, features=STUDY_FEATURES) for split, kept in rows.items() if kept}
     )
@@ -94,7 +97,8 @@ def undecoded(rows: Dataset) -> Dataset:
     """The same studies with images as `{"bytes", "path"}` of files that are not decoded."""
     # Not with `cast_column`, which writes a new copy of a column of lists.
     rows = rows.with_format(None)
-    rows.info.features = Features({**rows.features, "images": List(Image(decode=False))})
+    views = {name: List(Image(decode=False)) for name in ("images", "prior_images") if name in rows.features}
+    rows.info.features = Features({**rows.features, **views})
     return rows
 
 

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +38,8 @@ class MimicCXRSource(StudySource):
 
     Ids are the numbers in the official CSV files; patients are the subjects. Studies are sorted by subject and study,
     views of a study as frontal, lateral, unknown, then by `dicom_id`. A study with a malformed line in the split is
-    skipped; an image without metadata has an unknown view.
+    skipped; an image without metadata has an unknown view. A study was made at the first `StudyDate` and `StudyTime` of
+    its images in the metadata.
 
     The published counts are R2Gen's, of the images of studies with findings. R2Gen used another parser, so the counts
     of a complete collection may differ.
@@ -119,6 +121,14 @@ class MimicCXRSource(StudySource):
         for key, group in groupby(rows, key=lambda row: row.study):
             yield self._entry(key, list(group), faults.get(key))
 
+    def study_times(self) -> dict[str, datetime]:
+        times: dict[str, datetime] = {}
+        for _, (study, day, clock) in read_columns(self._metadata, ("study_id", "StudyDate", "StudyTime")):
+            made = _time(day, clock)
+            if made is not None:
+                times[study] = min(made, times.get(study, made))
+        return times
+
     def _entry(self, key: str, rows: list[_Row], fault: tuple[str | None, str] | None) -> StudyEntry | Skipped:
         subject, study = key.split("/")
         splits = sorted({row.split for row in rows})
@@ -177,6 +187,15 @@ def _read_views(path: Path) -> dict[str, int]:
         if VIEWS[places[position]] != "unknown":
             views[dicom_id] = places[position]
     return views
+
+
+def _time(day: str, clock: str) -> datetime | None:
+    """The time of "21800506" and "82602.25", whose leading zeros are missing; None if it is none."""
+    seconds = re.match(r"([0-9]{1,6})(\.[0-9]*)?$", clock)
+    try:
+        return datetime.strptime(day + seconds[1].zfill(6), "%Y%m%d%H%M%S") if seconds else None
+    except ValueError:
+        return None
 
 
 def _read_report(path: str) -> str:

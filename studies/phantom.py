@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -18,15 +19,18 @@ from .phantom_canvas import Canvas
 from .phantom_frontal import Frontal
 from .phantom_lateral import Lateral
 from .phantom_wording import (
+    CHANGES,
     FindingDetail,
     complete_states,
     sample_details,
     sample_question,
+    write_change,
+    write_follow_up,
     write_impression,
     write_indication,
     write_report,
 )
-from .source import Study, StudyEntry, StudySource, option
+from .source import Prior, Study, StudyEntry, StudySource, option
 
 #: Share of the studies that are normal before findings are drawn; more are normal afterwards.
 _NORMAL = 0.10
@@ -56,6 +60,8 @@ _SPLIT_STRIDE = 10_000_000
 #: Index of the first study of each split.
 SPLIT_STARTS = {"train": 0, "validation": _SPLIT_STRIDE, "test": 2 * _SPLIT_STRIDE}
 LICENCE = "Apache-2.0"
+#: Findings in which the prior of a phantom may differ, unless others are named.
+PRIOR_FINDINGS: tuple[str, ...] = ("cardiomegaly", "pleural_effusion", "pneumothorax")
 
 
 @dataclass
@@ -112,6 +118,7 @@ def make_phantom(
     image_size: int = 224,
     views: Sequence[str] = ("frontal", "lateral"),
     states: Sequence[int | str] | None = None,
+    exposure: str = "canvas",
 ) -> Phantom:
     """Make the study with this seed and index.
 
@@ -122,6 +129,7 @@ def make_phantom(
         views: "frontal" or "lateral" for each image.
         states: states of the first 13 findings or all 14, instead of those drawn from the seed; the rest of the study
             does not change, so that two phantoms differ only by their findings. No Finding follows from the others.
+        exposure: another name takes other images of the same patient: position, contrast and noise differ.
 
     Raises:
         ValueError: an option outside these bounds.
@@ -130,16 +138,13 @@ def make_phantom(
     _check("index", index, 0)
     _check("image_size", image_size, _SMALLEST)
     views = _checked_views(views)
-
-    def stream(name: str) -> np.random.Generator:
-        return np.random.default_rng([seed, index, zlib.crc32(name.encode())])
-
+    stream = partial(_stream, seed, index)
     chosen = sample_states(stream("states")) if states is None else complete_states(states)
     details = sample_details(stream("details"))
     strengths = {finding: _STRENGTH[int(state)] for finding, state in zip(FINDINGS, chosen, strict=True)}
     images, drawn = [], []
     for position, view in enumerate(views):
-        canvas = Canvas(image_size, stream(f"canvas {position}"))
+        canvas = Canvas(image_size, stream(f"{exposure} {position}"))
         drawn.append(_DRAWINGS[view](canvas, stream, strengths, details).draw())
         images.append(canvas.expose())
     nowhere = np.zeros((image_size, image_size), bool)
@@ -166,10 +171,67 @@ def make_phantom(
 
 
 @dataclass
+class FollowUp:
+    """A phantom with an earlier study of the same patient that differs in at most one finding.
+
+    Args:
+        phantom: the study, whose sections end with a sentence on the finding. Its indication names the finding.
+        prior: the earlier study.
+        finding: the finding.
+        change: "new" (in the study only), "unchanged" (in both) or "resolved" (in the earlier one only).
+        days: how many days before the study the earlier one was made.
+    """
+
+    phantom: Phantom
+    prior: Phantom
+    finding: str
+    change: str
+    days: int
+
+
+def make_follow_up(
+    seed: int,
+    index: int,
+    image_size: int = 224,
+    views: Sequence[str] = ("frontal", "lateral"),
+    findings: Sequence[str] = PRIOR_FINDINGS,
+) -> FollowUp:
+    """Make the study with this seed and index and its prior; `findings`, and changes, are equally frequent.
+
+    Raises:
+        ValueError: an option outside the bounds of [`make_phantom`], or an unknown finding.
+    """
+    findings = _checked_findings(findings)
+    rng = _stream(seed, index, "prior")
+    finding, change, days = str(rng.choice(findings)), str(rng.choice(list(CHANGES))), int(rng.integers(1, 366))
+
+    def states(state: int) -> np.ndarray:
+        drawn = sample_states(_stream(seed, index, "states"))
+        drawn[FINDINGS.index(finding)] = state
+        return drawn
+
+    now, before = NEGATIVE if change == "resolved" else POSITIVE, NEGATIVE if change == "new" else POSITIVE
+    prior = make_phantom(seed, index, image_size, views, states(before), exposure="prior canvas")
+    phantom = make_phantom(seed, index, image_size, views, states(now))
+    told = write_change(finding, phantom.details[finding], change)
+    findings_section = f"{phantom.findings} {told}"
+    phantom = replace(
+        phantom,
+        question="",
+        indication=write_follow_up(finding),
+        findings=findings_section,
+        impression=f"{write_impression(phantom.states, phantom.details)} {told}",
+        report=findings_section,
+    )
+    return FollowUp(phantom, prior, finding, change, days)
+
+
+@dataclass
 class PhantomSource(StudySource):
     """Procedural studies whose findings, masks, states and reports are known exactly.
 
-    A larger split begins with the studies of a smaller one, and splits do not overlap.
+    A larger split begins with the studies of a smaller one, and splits do not overlap. Studies with a prior are those
+    of [`make_follow_up`].
     """
 
     name = "phantom"
@@ -182,6 +244,13 @@ class PhantomSource(StudySource):
     image_size: int = option("Height and width in pixels.", 224, metavar="PIXELS")
     seed: int = option("Seed of the collection.", 0)
     views: list[str] = option("Views of a study: frontal, lateral.", ["frontal"], metavar="VIEW")
+    prior_share: float = option(
+        "Share of the studies with a prior study, which differs in at most one finding; their reports say whether the "
+        "finding is new, unchanged or resolved.",
+        0.0,
+        metavar="SHARE",
+    )
+    prior_findings: list[str] = option("Findings that may differ.", list(PRIOR_FINDINGS), metavar="FINDING")
 
     def __post_init__(self):
         for split in SPLIT_STARTS:
@@ -194,6 +263,9 @@ class PhantomSource(StudySource):
         _check("seed", self.seed, 0)
         _check("image_size", self.image_size, _SMALLEST)
         self.views = list(_checked_views(self.views))
+        if not 0 <= self.prior_share <= 1:
+            raise ValueError(f"option 'prior_share' is {self.prior_share!r}: expected a share from 0 to 1")
+        self.prior_findings = _checked_findings(self.prior_findings)
 
     def entries(self) -> Iterator[StudyEntry]:
         for split, start in SPLIT_STARTS.items():
@@ -202,16 +274,31 @@ class PhantomSource(StudySource):
                 yield StudyEntry(name, name, split, index)
 
     def read(self, entry: StudyEntry) -> Study:
-        phantom = make_phantom(self.seed, entry.location, self.image_size, self.views)
+        phantom, prior, comparison = self._read(entry.location)
         return Study(
             images=phantom.images,
             views=phantom.views,
             findings=phantom.findings,
             impression=phantom.impression,
             indication=phantom.indication,
+            comparison=comparison,
             finding_states=phantom.states.tolist(),
             licence=LICENCE,
+            prior=prior,
         )
+
+    def _read(self, index: int) -> tuple[Phantom, Prior | None, str]:
+        """A phantom, its prior and its comparison."""
+        if _stream(self.seed, index, "has prior").random() >= self.prior_share:
+            return make_phantom(self.seed, index, self.image_size, self.views), None, ""
+        made = make_follow_up(self.seed, index, self.image_size, self.views, self.prior_findings)
+        prior = Prior(made.prior.images, made.prior.report, made.days)
+        return made.phantom, prior, f"Radiograph of {made.days} days before."
+
+
+def _stream(seed: int, index: int, name: str) -> np.random.Generator:
+    """Random numbers of a study for one purpose."""
+    return np.random.default_rng([seed, index, zlib.crc32(name.encode())])
 
 
 def phantom_id(seed: int, index: int) -> str:
@@ -222,6 +309,13 @@ def phantom_id(seed: int, index: int) -> str:
 def _check(name: str, value: int, least: int) -> None:
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
         raise ValueError(f"option {name!r} is {value!r}: expected a whole number of {least} or more")
+
+
+def _checked_findings(findings: Sequence[str]) -> list[str]:
+    known = FINDINGS[:-1]
+    if isinstance(findings, str) or not findings or any(finding not in known for finding in findings):
+        raise ValueError(f"option 'prior_findings' is {findings!r}: expected one or more of {', '.join(known)}")
+    return list(findings)
 
 
 def _checked_views(views: Sequence[str]) -> tuple[str, ...]:

@@ -179,6 +179,12 @@ _ANSWERS = {
     NEGATIVE: ("No {asked}.", "No evidence of {asked}."),
     UNCLEAR: ("{item}.", "{item}, not certain on this examination."),
 }
+#: How a finding can differ from the prior study, and how a report says so.
+CHANGES: dict[str, str] = {
+    "new": "The {item} is new.",
+    "unchanged": "The {item} is unchanged.",
+    "resolved": "The {item} has resolved.",
+}
 #: Share of the studies with an indication, if any finding is mentioned.
 _ASKED = 0.6
 
@@ -275,6 +281,16 @@ def write_impression(
     if states[FINDINGS.index("no_finding")] == POSITIVE or not items:
         items.append("No acute cardiopulmonary abnormality.")
     return " ".join(items)
+
+
+def write_follow_up(finding: str) -> str:
+    """Write the indication of a study that follows up a finding of the prior study, or its absence."""
+    return f"Follow-up of {_QUESTIONS[finding][1]}."
+
+
+def write_change(finding: str, detail: FindingDetail, change: str) -> str:
+    """Write the sentence on a finding that is "new", "unchanged" or "resolved" since the prior study."""
+    return CHANGES[change].format(item=_item(finding, POSITIVE, detail).lower())
 
 
 def _item(finding: str, state: int, detail: FindingDetail, sized: bool = False) -> str:

@@ -29,6 +29,7 @@ from .source import (
     needed_folder,
     option,
     path_inside,
+    table_times,
 )
 from .tar_parts import find_parts, unpack_images
 from .views import view_named
@@ -94,6 +95,9 @@ class ReXGradientSource(ListedSource):
     def published_differences(self) -> list[str]:
         self.entries()
         return self._differences
+
+    def study_times(self) -> dict[str, date | int]:
+        return table_times(self.entries())
 
     def read(self, entry: StudyEntry) -> Study:
         return entry.location.study(LICENCE)

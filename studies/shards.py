@@ -76,7 +76,7 @@ def row_batches(rows: Iterable[dict]) -> Iterator[pa.RecordBatch]:
     size = 0
     for row in rows:
         batch.append(row)
-        size += sum(len(image["bytes"]) for image in row["images"])
+        size += sum(len(image["bytes"]) for image in (*row["images"], *row["prior_images"]))
         if len(batch) >= _BATCH_ROWS or size >= _BATCH_BYTES:
             yield pa.RecordBatch.from_pylist(batch, schema=STUDY_FEATURES.arrow_schema)
             batch, size = [], 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -42,7 +42,20 @@ SKIP_KINDS: tuple[str, ...] = (
     "missing image",
     "unreadable image",
     "not a chest radiograph",
+    "unusable prior",
 )
+
+
+class FoundPrior(NamedTuple):
+    """A listed study that is the prior of another one.
+
+    Args:
+        entry: the study.
+        days: how many days before it was made; None if unknown.
+    """
+
+    entry: StudyEntry
+    days: int | None
 
 
 class StudyEntry(NamedTuple):
@@ -53,12 +66,14 @@ class StudyEntry(NamedTuple):
         patient_id: all studies of one patient are in the same split.
         split: "train", "validation" or "test".
         location: where the study is; any picklable value that the source understands.
+        prior: its prior study, set by the listing of a build with priors.
     """
 
     id: str
     patient_id: str
     split: str
     location: Any
+    prior: FoundPrior | None = None
 
 
 class TableStudy(NamedTuple):
@@ -100,6 +115,12 @@ class Skipped(NamedTuple):
     reason: str
 
 
+def table_times(entries: Iterable[StudyEntry | Skipped]) -> dict[str, date | int]:
+    """The known times of listed studies with a [`TableStudy`], by their ids."""
+    listed = ((entry.id, entry.location.time) for entry in entries if isinstance(entry, StudyEntry))
+    return {study: time for study, time in listed if time is not None}
+
+
 class SkipStudy(Exception):
     """Raised by [`StudySource.read`] to skip a study.
 
@@ -118,6 +139,25 @@ class SkipStudy(Exception):
 
 
 @dataclass
+class Prior:
+    """An earlier study of the same patient, as a record of the later one describes it.
+
+    Args:
+        images: its views, as in [`Study`].
+        report: its report, "" if unknown.
+        days: how many days before it was made; None if unknown.
+        patient_id: its patient; None or "" if the record does not say.
+        fault: why it cannot be used, "" if it can.
+    """
+
+    images: Sequence[str | bytes | Image.Image] = ()
+    report: str = ""
+    days: int | None = None
+    patient_id: str | None = None
+    fault: str = ""
+
+
+@dataclass
 class Study:
     """The content of a study.
 
@@ -128,6 +168,7 @@ class Study:
         finding_states: 14 state ids in the order of `FINDINGS`, None if not labelled.
         licence: licence of the study.
         tags: further labels such as MeSH terms, None if unknown; "A/b" is a kind of "A".
+        prior: the prior study, if the record of the study describes one.
     """
 
     images: Sequence[str | bytes | Image.Image]
@@ -139,6 +180,7 @@ class Study:
     finding_states: Sequence[int] | None = None
     licence: str = ""
     tags: Sequence[str] | None = None
+    prior: Prior | None = None
 
 
 class StudySource(ABC):
@@ -180,6 +222,18 @@ class StudySource(ABC):
     def official_ids(self, split: str) -> Iterable[str] | None:
         """Ids of a published split, if known: those that the source does not list are reported as missing."""
         return None
+
+    def study_times(self) -> Mapping[str, date | int]:
+        """When studies were made, by id, as dates, times or numbers in the order of their patient's studies.
+
+        Priors are found by these times; studies without one are left out.
+
+        Raises:
+            ValueError: the source does not say.
+        """
+        raise ValueError(
+            f"source {self.name!r} does not say when studies were made, so it has no priors to find: leave --priors out"
+        )
 
     def published_differences(self) -> list[str]:
         """One line for each difference of the listing from the published collection, whatever is kept of it."""

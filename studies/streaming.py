@@ -17,8 +17,8 @@ from .loading import prepared_column, prepared_shards, stream_prepared
 class StreamedStudies(torch.utils.data.IterableDataset):
     """A split of a prepared dataset: views are streamed from its shards, in another order in each epoch.
 
-    The columns `id`, `report`, `indication`, `finding_states` and `tags` are held in memory and can be read and
-    replaced as columns of a `datasets.Dataset`. `shards` are the Parquet files.
+    The columns `id`, `report`, `indication`, `finding_states`, `tags` and `prior_report` are held in memory and can be
+    read and replaced as columns of a `datasets.Dataset`. `shards` are the Parquet files.
 
     Args:
         folder: the dataset.
@@ -33,11 +33,15 @@ class StreamedStudies(torch.utils.data.IterableDataset):
     def __init__(self, folder: str | os.PathLike, split: str, seed: int = 0, buffer: int = 256):
         self.shards = prepared_shards(folder, split)
         # Decoded later, by the function that `generate` uses.
-        self._on_disk = stream_prepared(folder, split).cast_column("images", List(Image(decode=False)))
+        self._on_disk = stream_prepared(folder, split)
+        for name in ("images", "prior_images"):
+            if name in (self._on_disk.features or ()):  # earlier versions did not write priors
+                self._on_disk = self._on_disk.cast_column(name, List(Image(decode=False)))
         self._stream = self._on_disk.shuffle(seed=seed, buffer_size=buffer)
         names = ["id", "report", "indication", "finding_states"]
-        if self.shards and "tags" in pq.read_schema(self.shards[0]).names:  # earlier versions did not write tags
-            names.append("tags")
+        if self.shards:
+            stored = pq.read_schema(self.shards[0]).names
+            names += [name for name in ("tags", "prior_report") if name in stored]
         self._columns = {name: prepared_column(folder, split, name) for name in names}
 
     def __len__(self) -> int:
@@ -69,11 +73,18 @@ class StreamedStudies(torch.utils.data.IterableDataset):
         for place, row in self._placed(self._stream):
             yield {**row, **{name: values[place] for name, values in self._columns.items()}}
 
-    def image_files(self, process: int = 0, processes: int = 1) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        """The position and the views (`{"bytes", "path"}`, not decoded) of one process's share of the studies."""
-        views = self._on_disk.select_columns(["id", "images"])
+    @property
+    def stored_names(self) -> list[str]:
+        """Names of the columns on disk."""
+        return list(self._on_disk.features or ())
+
+    def image_files(
+        self, process: int = 0, processes: int = 1, columns: Sequence[str] = ("images",)
+    ) -> Iterator[tuple[int, dict[str, list[dict[str, Any]]]]]:
+        """The position and the columns of views (`{"bytes", "path"}`, not decoded) of one process's share."""
+        views = self._on_disk.select_columns(["id", *columns])
         for place, row in self._placed(split_dataset_by_node(views, process, processes)):
-            yield place, row["images"]
+            yield place, {name: row[name] for name in columns}
 
     def _placed(self, stream: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
         places = {study: place for place, study in enumerate(self._columns["id"])}

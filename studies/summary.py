@@ -16,7 +16,10 @@ _COUNTED = {
     "missing image": "missing_images",
     "unreadable image": "unreadable_images",
     "not a chest radiograph": "not_chest",
+    "unusable prior": "unusable_priors",
 }
+#: Counts that a table has only if they are not 0 in all rows.
+_ONLY_IF_ANY = ("without_findings", "without_impression", "priors", "unusable_priors")
 
 
 @dataclass
@@ -31,6 +34,8 @@ class SplitCounts:
         missing_images, unreadable_images: image files, of kept and skipped studies.
         not_chest: DICOM files of another modality or body part, and studies without any other file.
         without_findings, without_impression: studies kept whose report lacks one of the two sections asked for.
+        priors: studies kept with a prior study.
+        unusable_priors: priors, and images of priors, that are left out; their studies are kept.
     """
 
     studies: int = 0
@@ -45,6 +50,8 @@ class SplitCounts:
     not_chest: int = 0
     without_findings: int = 0
     without_impression: int = 0
+    priors: int = 0
+    unusable_priors: int = 0
 
     def add(self, assembled: Assembled) -> None:
         """Count a study."""
@@ -57,6 +64,7 @@ class SplitCounts:
         if assembled.lacks is not None:
             name = f"without_{assembled.lacks}"
             setattr(self, name, getattr(self, name) + 1)
+        self.priors += bool(assembled.row["prior_images"] or assembled.row["prior_report"])
         views = Counter(VIEWS[view] for view in assembled.row["views"])
         self.images += sum(views.values())
         for view, count in views.items():
@@ -86,7 +94,7 @@ def format_counts(counts: dict[str | None, SplitCounts]) -> str:
     total = SplitCounts()
     for row in rows.values():
         total.merge(row)
-    names = [name for name, count in asdict(total).items() if count or not name.startswith("without_")]
+    names = [name for name, count in asdict(total).items() if count or name not in _ONLY_IF_ANY]
     cells = [[split, *(f"{getattr(row, name):,}" for name in names)] for split, row in {**rows, "total": total}.items()]
     return markdown_table(["split", *(name.replace("_", " ") for name in names)], cells)
 

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from ..inference.collation import collate_views, indications_of
+from ..inference.collation import collate_priors, collate_views, indications_of
 from ..labelers.abnormal import Spans, is_abnormal
 from ..processing_otdrg import OTDRGProcessor
 
@@ -123,18 +123,20 @@ class ReportCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         views = collate_views(self.processor, rows)
+        priors, asked = collate_priors(self.processor, rows)
         text = self.processor.encode_text(
             views["view_mask"].sum(dim=1).tolist(),
             report=[row["report"] for row in rows],
             indication=indications_of(rows) if self.indication else None,
             max_report_tokens=self.max_report_tokens,
             finding_states=[row["finding_states"] for row in rows] if self.training else None,
+            **asked,
         )
         if self.training and self.supervise_predictor:
             text["finding_labels"] = text["finding_states"].clone()
         if self.training and self.sentence_weight != 1:
             text["label_weights"] = self._label_weights([row["report"] for row in rows], text["labels"])
-        return text | views
+        return text | views | priors
 
     def _label_weights(self, reports: list[str], labels: torch.Tensor) -> torch.Tensor:
         """Weights (B, L) of the tokens in `labels`; the end of text has weight 1."""

@@ -323,7 +323,7 @@ def set_trained_parts(
     Args:
         vision, text: "frozen", "lora" (adapters only) or "full".
         predictor: "frozen" or "full".
-        joining: whether the projections and a label table are trained.
+        joining: whether the projections, a label table and the mark of prior views are trained.
         finding_vision: as `vision`, of the predictor's own encoder.
         vision_layers: last blocks that "full" trains in an encoder, with what follows them; None trains all of it.
 
@@ -348,6 +348,8 @@ def set_trained_parts(
         model.finding_predictor.words.requires_grad_(False)
     if joining:
         model.image_projector.requires_grad_(True)
+        if model.config.reads_prior_images:
+            model.prior_embedding.requires_grad_(True)
         if model.config.fiot:
             model.label_projector.requires_grad_(True)
             if model.config.label_encoder == "table":

@@ -179,6 +179,8 @@ class ReportStage(Stage):
         "predicted_state_ratio",
         "finding_state_dropout",
         "image_dropout",
+        "priors",
+        "max_prior_tokens",
         "lora",
     )
     publishes = "model"

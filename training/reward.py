@@ -205,7 +205,8 @@ class RewardTrainer(StageTrainer):
         model = self.model
         open_methods(model, "read_study", "expand_finding_text", "generate")
         names = ("pixel_values", "view_mask", "view_features", "indication_ids")
-        views = {name: inputs[name] for name in names if name in inputs}
+        priors = ("prior_pixel_values", "prior_view_mask", "prior_view_features")
+        views = {name: inputs[name] for name in (*names, *priors) if name in inputs}
         prompt = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), self.accelerator.autocast():
@@ -217,12 +218,7 @@ class RewardTrainer(StageTrainer):
             # Image dropout is off from here on: samples and log-probabilities must be of the same model.
             model.eval()
             study = model.read_study(**views, finding_states=drawn["finding_states"])
-            prompt = model.expand_finding_text(
-                **prompt,
-                view_features=study.view_features,
-                view_mask=study.view_mask,
-                finding_states=study.finding_states,
-            )
+            prompt = model.expand_finding_text(**prompt, **study.encoded_views, finding_states=study.finding_states)
             given = prompt if model.config.dle else {**prompt, "finding_states": None}
             sequences = model.generate(
                 **given,

@@ -243,8 +243,8 @@ def test_generate_file_of_other_settings_is_not_resumed(generate, build_model, p
         (["--study", paths[0]], {"model": other}, "was made with other settings (model): expected the same"),
         (["--study", paths[0]], {"few": ["--num-beams", "1", "--max-new-tokens", "4"]}, "(max_new_tokens=6, now 4)"),
         (["--study", paths[0], "--heatmap", "maps"], {}, "(heatmap=None, now 'maps')"),
-        (["--study", paths[0], "--indication", "fall"], {}, "with other images, indication or findings"),
-        (["--study", paths[0], "--findings", "edema=negative"], {}, "with other images, indication or findings"),
+        (["--study", paths[0], "--indication", "fall"], {}, "with other images, indication, findings or prior"),
+        (["--study", paths[0], "--findings", "edema=negative"], {}, "with other images, indication, findings or prior"),
     ):
         status, _, error = generate(*arguments, *again, **more)
         assert status == 1

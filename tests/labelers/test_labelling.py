@@ -25,7 +25,8 @@ def build(folder, arrow=True, images=1):
     random = np.random.default_rng(0)
     (folder / "data").mkdir(parents=True)
     names = ["train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"]
-    empty = {name: [] if name in ("images", "views") else "" for name in STUDY_FEATURES}
+    lists = ("images", "views", "prior_images")
+    empty = {name: [] if name in lists else "" for name in STUDY_FEATURES} | {"prior_days": None}
     for number, name in enumerate(names):
         rows = []
         for place, states in enumerate((None, [3] * 13 + [0])):

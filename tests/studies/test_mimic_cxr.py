@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from datasets import load_from_disk
 from otdrg.studies import load_studies, prepare_studies
+from otdrg.studies.build import BuildOptions
 from otdrg.studies.mimic_cxr import MimicCXRSource
 from otdrg.studies.source import Skipped, SkipStudy, StudyEntry
 from PIL import Image
@@ -27,6 +28,8 @@ HEADER = b"dicom_id,study_id,subject_id,split,ViewPosition\n"
 
 class Release:
     """A tree of MIMIC-CXR's shape, reports and images apart. Lines are added with `image`, others with `lines`."""
+
+    METADATA_COLUMNS = "dicom_id,subject_id,study_id,Procedure,ViewPosition,Rows"
 
     def __init__(self, folder):
         self.root, self.images = folder / "mimic-cxr", folder / "mimic-cxr-jpg"
@@ -51,7 +54,7 @@ class Release:
         """Put the CSV files on disk; returns the source's options."""
         for name, header, lines in (
             (SPLIT, "dicom_id,study_id,subject_id,split", self.lines),
-            (METADATA, "dicom_id,subject_id,study_id,Procedure,ViewPosition,Rows", self.metadata),
+            (METADATA, self.METADATA_COLUMNS, self.metadata),
         ):
             data = "".join(f"{line}\n" for line in (header, *lines)).encode()
             path = (folder or self.images) / (f"{name}.gz" if packed else name)
@@ -338,3 +341,40 @@ def test_mimic_dataset_is_built(release, tmp_path):
     assert load_studies("mimic-cxr", sections="findings+impression", **release.write())["train"]["report"] == [
         "Findings: The lungs of 50000001 are clear. Impression: Clear lungs."
     ]
+
+
+class TimedRelease(Release):
+    """A release whose metadata says when studies were made."""
+
+    METADATA_COLUMNS = f"{Release.METADATA_COLUMNS},StudyDate,StudyTime"
+
+    def timed(self, study, day, clock="120000", **options):
+        self.image(f"d{study}", study, **options)
+        self.metadata[-1] += f",{day},{clock}"
+
+
+def test_prepare_mimic_priors_are_the_nearest_earlier_studies(tmp_path):
+    release = TimedRelease(tmp_path)
+    # Not in the order of their numbers; times lack leading zeros; a time that is none.
+    release.timed(50000001, "21800507", "82602.25")
+    release.timed(50000002, "21800506", "93000")
+    release.timed(50000003, "21800506", "1234.5")
+    release.timed(50000004, "21800601", "")
+    # Only studies of another patient are earlier.
+    release.timed(50000005, "21800508", subject=10000002)
+    options = release.write()
+    report = prepare_studies(
+        "mimic-cxr", tmp_path / "studies", build=BuildOptions(priors=True, parquet_only=True), **options
+    )
+    rows = {row["id"]: row for row in load_studies("prepared", folder=tmp_path / "studies")["train"]}
+    days = {study: row["prior_days"] for study, row in rows.items()}
+    assert days == {"50000001": 1, "50000002": 0, **dict.fromkeys(("50000003", "50000004", "50000005"))}
+    assert rows["50000001"]["prior_report"] == rows["50000002"]["report"]
+    assert rows["50000002"]["prior_report"] == rows["50000003"]["report"]
+    assert [image.size for image in rows["50000001"]["prior_images"]] == [(32, 24)]
+    assert (report.counts["train"].priors, report.counts["train"].unusable_priors) == (2, 0)
+    assert "| priors |" in str(report) and "unusable priors" not in str(report)
+    # Without the option nothing is looked for, and tables have no column of it.
+    plain = prepare_studies("mimic-cxr", tmp_path / "plain", build=BuildOptions(parquet_only=True), **options)
+    assert "| priors" not in str(plain)
+    assert set(load_studies("prepared", folder=tmp_path / "plain")["train"]["prior_report"]) == {""}
