@@ -11,12 +11,12 @@ from importlib import import_module
 from .runtime.interruptions import exit_status
 from .runtime.printable import PrintableFormatter
 from .runtime.shared_work import launched_processes, leave_processes, run_together
-from .runtime.threads import wait_passively
+from .runtime.threads import wait_passively_if_busy
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit status ([`exit_status`])."""
-    wait_passively()
+    wait_passively_if_busy()
     arguments = sys.argv[1:] if arguments is None else arguments
     is_first = os.environ.get("RANK", "0") == "0"
     if not is_first:

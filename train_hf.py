@@ -19,9 +19,9 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit status: 0 or, after one line on what is wrong, 1; after Ctrl-C 130, after SIGTERM 143.
     """
-    from otdrg.runtime.threads import wait_passively
+    from otdrg.runtime.threads import wait_passively_if_busy
 
-    wait_passively()
+    wait_passively_if_busy()
     parser = argparse.ArgumentParser(
         prog="train_hf.py",
         description="Train OTDRG by a recipe: its stages in order, each from the folder of the one before.",
