@@ -18,7 +18,10 @@ ABOUT = (
     "bfloat16, with LoRA merged; the published checkpoint `checkpoints/otdrg-iu-xray` in its own type. *Same "
     "text* is the share of reports, of up to 30 tokens in float32, that are the same in a batch of 4 as alone."
 )
-NOTES: tuple[str, ...] = ()
+NOTES = (
+    "In the profile of `small`, the matrix products of a batch of 8 take 2.4 times as long as those of one study: they "
+    "alone allow 3.3 times the speed. Most of the rest is the cache, which is copied when beams are reordered.",
+)
 CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "otdrg-iu-xray"
 _TOKENS, _STUDIES = 16, 16
 

@@ -160,7 +160,9 @@ def test_vllm_map_keeps_order_and_bounds_what_is_open(tiny, view):
         ("other", "does not answer as vLLM"),
     ],
 )
-def test_vllm_fault_is_one_line_and_finished_reports_are_kept(tiny, studies, tmp_path, fault, message):
+def test_vllm_fault_is_one_line_and_finished_reports_are_kept(tiny, studies, tmp_path, monkeypatch, fault, message):
+    # One request at a time, so that the server answers the first batch.
+    monkeypatch.setattr("otdrg.inference.vllm.BATCHES_AHEAD", 0)
     journal, name = tmp_path / "reports.jsonl", served_name(tiny[0])
     with played.Server(name, fault=fault, after=1) as server, pytest.raises(EngineError) as error:
         longest = 3 if fault == "silence" else 60
