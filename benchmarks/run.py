@@ -2,7 +2,7 @@
 
     python benchmarks/run.py
     python benchmarks/run.py --rows sinkhorn score --again
-    python benchmarks/run.py --rounds 1 --output /tmp/results.md
+    python benchmarks/run.py --rounds 1 --output results.md
 
 A row that is measured is kept in build/benchmark and not measured again, so that an interrupted run continues.
 """

@@ -1,4 +1,7 @@
-"""Evaluation by generation: the model's reports, and the baselines and controls that its scores are compared with."""
+"""Evaluation by generation: the model's reports, and the baselines and controls that its scores are compared with.
+
+Long, because all rows of the table are made here, from the same studies and by the same scorer.
+"""
 
 from __future__ import annotations
 
@@ -245,8 +248,8 @@ def evaluate_model(
     metrics = None if metrics is None else list(metrics)
     references = list(studies["report"] if references is None else references)
     uncleaned_references = uncleaned_reports(studies)
-    read_by, sectioned = labeler_of(labeler, dict(labeler_options or {})), has_sections(references)
-    headed = sectioned or bool(model.config.report_sections)
+    headed = has_sections(references) or bool(model.config.report_sections)
+    read_by = labeler_of(labeler, dict(labeler_options or {}))
     scorer = _Scorer(read_by, references, uncleaned_references, metrics, clean, headed)
     evaluation = Evaluation(
         ids=list(studies["id"]),
@@ -269,19 +272,11 @@ def evaluate_model(
     if "constant" in controls:
         _add_constants(evaluation, scorer, list(training["report"]), uncleaned_reports(training), seed)
     evaluation.rows = {name: evaluation.rows[name] for name in ROWS if name in evaluation.rows}
-    if given and not model.config.dle:
-        evaluation.notes.append("this model does not use finding states (dle=False), so true states change nothing")
-    elif given and len(known) < len(studies):
-        evaluation.notes.append(f"true states are known for only {len(known)} of {len(studies)} studies")
+    if given:
+        evaluation.notes += _notes_on_conditions(model, len(known), len(studies))
     evaluation.notes += _notes_on_states(evaluation)
-    if sectioned and sections:
-        constants_from = training if "constant" in controls else None
-        evaluation.sections = {
-            section: _score_section(section, evaluation, scorer, constants_from, seed) for section in SECTIONS
-        }
-        evaluation.notes += _notes_on_headings(evaluation.rows["model"].reports)
-    elif model.config.report_sections and sections:
-        evaluation.notes.append("true reports do not consist of sections: those of the model are not scored apart")
+    if sections:
+        _add_sections(evaluation, scorer, model, training if "constant" in controls else None, seed)
     return evaluation
 
 
@@ -299,6 +294,26 @@ class _Condition(NamedTuple):
     states: np.ndarray | None = None
     consensus: ConsensusDecoder | None = None
     flipped: np.ndarray | None = None
+
+
+def _notes_on_conditions(model: OTDRGForReportGeneration, known: int, studies: int) -> list[str]:
+    """What limits the rows of given states."""
+    if not model.config.dle:
+        return ["this model does not use finding states (dle=False), so true states change nothing"]
+    return [f"true states are known for only {known} of {studies} studies"] if known < studies else []
+
+
+def _add_sections(
+    evaluation: Evaluation, scorer: _Scorer, model: OTDRGForReportGeneration, constants_from: Any, seed: int
+) -> None:
+    """Score the sections apart, with constants from these training studies, if the true reports consist of sections."""
+    if has_sections(evaluation.references):
+        evaluation.sections = {
+            section: _score_section(section, evaluation, scorer, constants_from, seed) for section in SECTIONS
+        }
+        evaluation.notes += _notes_on_headings(evaluation.rows["model"].reports)
+    elif model.config.report_sections:
+        evaluation.notes.append("true reports do not consist of sections: those of the model are not scored apart")
 
 
 def _conditions(

@@ -83,7 +83,7 @@ class ReportWriter:
             self._write([job for job in jobs if not job.left.is_set()])
 
     def _next_batch(self) -> list[Job]:
-        """Wait for a job, and take it with those behind it that can share its batch; empty after `close`."""
+        """Wait for a job; take it and the next ones that can share its batch; empty after `close`."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             if self._closed:

@@ -1,6 +1,7 @@
 """Build a dataset of studies on disk: in shards, by several processes, so that an interrupted build can continue.
 
-The dataset is built in `OUTPUT.partial`, which becomes `OUTPUT` in one step when it is complete.
+The dataset is built in `OUTPUT.partial`, which becomes `OUTPUT` in one step when it is complete. Long, because the
+steps of a build, from the options to the last shard, depend on each other's files.
 """
 
 from __future__ import annotations

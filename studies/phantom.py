@@ -213,14 +213,14 @@ def make_follow_up(
     now, before = NEGATIVE if change == "resolved" else POSITIVE, NEGATIVE if change == "new" else POSITIVE
     prior = make_phantom(seed, index, image_size, views, states(before), exposure="prior canvas")
     phantom = make_phantom(seed, index, image_size, views, states(now))
-    told = write_change(finding, phantom.details[finding], change)
-    findings_section = f"{phantom.findings} {told}"
+    change_sentence = write_change(finding, phantom.details[finding], change)
+    findings_section = f"{phantom.findings} {change_sentence}"
     phantom = replace(
         phantom,
         question="",
         indication=write_follow_up(finding),
         findings=findings_section,
-        impression=f"{write_impression(phantom.states, phantom.details)} {told}",
+        impression=f"{write_impression(phantom.states, phantom.details)} {change_sentence}",
         report=findings_section,
     )
     return FollowUp(phantom, prior, finding, change, days)
