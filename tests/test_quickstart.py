@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def quickstart():
-    return runpy.run_path(Path(otdrg.__file__).parent / "examples" / "quickstart.py")
+    return runpy.run_path(str(Path(otdrg.__file__).parent / "examples" / "quickstart.py"))
 
 
 @pytest.fixture

@@ -176,5 +176,5 @@ def test_rexrank_inference_script_takes_their_arguments(source, run_folder, tmp_
     arguments = [word for pair in zip(names, values, strict=True) for word in pair] if flags else values
     monkeypatch.setattr(sys, "argv", ["inference.py", *arguments, "--model", str(run_folder)])
     monkeypatch.chdir(tmp_path)
-    assert runpy.run_path(ROOT / "examples" / "rexrank_inference.py")["main"]() == 1  # one study has no image
+    assert runpy.run_path(str(ROOT / "examples" / "rexrank_inference.py"))["main"]() == 1  # one study has no image
     assert set(json.loads((tmp_path / "out.json").read_text())) == {"one", "two"}
