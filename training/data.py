@@ -1,4 +1,7 @@
-"""Studies of a recipe by split, with reports and finding states, and the studies a model is evaluated on."""
+"""Studies of a recipe by split, with reports and finding states, and the studies a model is evaluated on.
+
+Long, because training and evaluation must read, clean and label the same studies in the same way.
+"""
 
 from __future__ import annotations
 
