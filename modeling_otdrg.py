@@ -738,16 +738,19 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGHeatmapMixin, OTDRGGen
             The transport and its cost (B, M, 14).
         """
         cost = cost_matrix(image_features, label_features, self.config.ot_cost_normalization)
-        transport = sinkhorn(
+        return self._solve(cost, image_mask, self._label_mask(finding_states)), cost
+
+    def _solve(self, cost: torch.Tensor, image_mask: torch.Tensor, label_mask: torch.Tensor) -> SinkhornOutput:
+        """The transport of costs (B, M, 14) with masks (B, M) and (B, 14)."""
+        return sinkhorn(
             cost,
             self.ot_epsilon,
             self.config.ot_max_iterations,
             self.config.ot_tolerance,
             row_mask=image_mask,
-            column_mask=self._label_mask(finding_states),
+            column_mask=label_mask,
             gradient=self.config.ot_gradient,
         )
-        return transport, cost
 
     def _label_mask(self, finding_states: torch.Tensor) -> torch.Tensor:
         """The labels (B, 14) that take part in the transport: those that are given."""
@@ -774,10 +777,13 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGHeatmapMixin, OTDRGGen
     def _contrastive_ot_loss(self, image_features, image_mask, label_features, finding_states) -> torch.Tensor:
         """InfoNCE over -d_OT of each study's image with its own labels against other studies' different labels."""
         batch = len(finding_states)
+        # One matrix of all tokens with all labels takes a small part of the memory, and of the time, of one per pair.
+        tokens, labels = image_features.flatten(0, 1)[None], label_features.flatten(0, 1)[None]
+        cost = cost_matrix(tokens, labels, self.config.ot_cost_normalization)
+        cost = cost.reshape(batch, -1, batch, label_features.shape[1]).transpose(1, 2).flatten(0, 1)
+        label_mask = self._label_mask(finding_states).repeat(batch, 1)
+        distance = self._solve(cost, image_mask.repeat_interleave(batch, 0), label_mask).distance.reshape(batch, batch)
         studies = torch.arange(batch, device=finding_states.device)
-        images, labels = torch.cartesian_prod(studies, studies).unbind(dim=1)
-        pairs = image_features[images], image_mask[images], label_features[labels], finding_states[labels]
-        distance = self.transport(*pairs)[0].distance.reshape(batch, batch)
         same = (finding_states[:, None] == finding_states[None]).all(dim=-1)
         same = same & ~torch.eye(batch, dtype=torch.bool, device=same.device)
         scale = self.config.ot_contrastive_temperature * distance.detach().mean().clamp(min=1e-6)

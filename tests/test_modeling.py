@@ -4,6 +4,7 @@ Long because it follows one module that ships as one file.
 """
 
 import copy
+import itertools
 import os
 
 import numpy as np
@@ -900,22 +901,48 @@ def test_forward_contrastive_ot_term_equals_the_loop(build_model, study):
     plain, _ = build_model()
     model, _ = build_model(ot_contrastive_weight=0.5, ot_contrastive_temperature=0.2)
     study["finding_states"][2] = study["finding_states"][0]  # the same labels are no negatives
-    image, _, label = features_of(model, study)
-    distance = torch.stack(
-        [
-            torch.stack(
-                [sinkhorn(cost_matrix(image[i : i + 1], label[j : j + 1], "unit")).distance[0] for j in range(3)]
-            )
-            for i in range(3)
-        ]
-    )
-    logits = -distance / (0.2 * distance.mean())
-    logits[0, 2] = logits[2, 0] = -torch.inf
-    expected = F.cross_entropy(logits, torch.arange(3))
+    image, image_mask, label = features_of(model, study)
+    expected = contrastive_loss_by_loop(image, image_mask, label, torch.ones(3, 14, dtype=torch.bool), 0.2)
     difference = model(**study).ot_loss - plain(**study).ot_loss
     assert difference.item() == pytest.approx(0.5 * expected.item(), rel=1e-3)
     one = {key: value[:1] for key, value in study.items()}
     assert torch.equal(model(**one).ot_loss, plain(**one).ot_loss)
+
+
+def test_contrastive_ot_term_keeps_masks(build_model, study):
+    """Each pair has the view mask of its image and the labels of its other study, in the loss and in its gradient."""
+    model, _ = build_model(ot_contrastive_temperature=0.2, ot_labels="mentioned")
+    image, _, label = features_of(model, study)
+    states = torch.zeros(3, 14, dtype=torch.long)
+    states[0, 2] = states[1, EDEMA] = states[2, [2, EDEMA]] = 1
+    image_mask = torch.ones(image.shape[:2], dtype=torch.bool)
+    image_mask[1, image.shape[1] // 2 :] = False
+    losses, gradients = [], []
+    for loss in (
+        lambda *features: model._contrastive_ot_loss(features[0], image_mask, features[1], states),
+        lambda *features: contrastive_loss_by_loop(features[0], image_mask, features[1], states != 0, 0.2),
+    ):
+        features = [part.detach().clone().requires_grad_() for part in (image, label)]
+        losses.append(loss(*features))
+        losses[-1].backward()
+        gradients.append([part.grad for part in features])
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+
+
+def contrastive_loss_by_loop(image, image_mask, label, label_mask, temperature):
+    """InfoNCE of the distances of all pairs; studies of equal labels are no negatives of each other."""
+    rows = []
+    for i in range(len(image)):
+        costs = [cost_matrix(image[i : i + 1], label[j : j + 1], "unit") for j in range(len(label))]
+        masks = [{"row_mask": image_mask[i : i + 1], "column_mask": label_mask[j : j + 1]} for j in range(len(label))]
+        rows.append(torch.stack([sinkhorn(cost, **mask).distance[0] for cost, mask in zip(costs, masks, strict=True)]))
+    distance = torch.stack(rows)
+    logits = -distance / (temperature * distance.detach().mean())
+    for i, j in itertools.permutations(range(len(label)), 2):
+        if torch.equal(label[i], label[j]):
+            logits[i, j] = -torch.inf
+    return F.cross_entropy(logits, torch.arange(len(label)))
 
 
 def test_transport_lift_is_the_plan_over_the_grid(build_model, views):
