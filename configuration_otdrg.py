@@ -181,7 +181,8 @@ class OTDRGConfig(PreTrainedConfig):
     """
 
     model_type = "otdrg"
-    keys_to_ignore_at_inference = ("cache", "past_key_values", "hidden_states", "attentions", "image_outputs")
+    # A list, because transformers' Trainer adds one to it.
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "hidden_states", "attentions", "image_outputs"]  # noqa: RUF012
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig, "label_encoder_config": AutoConfig}  # noqa: RUF012
 
     #: Fields that `encode_views` does not depend on. Cached features are valid for one set of values of all the others,

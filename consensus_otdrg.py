@@ -102,8 +102,9 @@ class ConsensusSettings:
     most: ClassVar[int] = 4096
 
     def __post_init__(self):
-        if isinstance(self.plan, (list, tuple)) and all(isinstance(group, Mapping) for group in self.plan):
-            object.__setattr__(self, "plan", tuple(_made(SampleGroup, group, "plan: ") for group in self.plan))
+        if isinstance(self.plan, (list, tuple)):
+            made = [_made(SampleGroup, it, "plan: ") if isinstance(it, Mapping) else it for it in self.plan]
+            object.__setattr__(self, "plan", tuple(made))
         plan, utility = self.plan, self.utility
         for name, is_right, expected in (
             (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -80,9 +81,10 @@ class OTDRGGenerationMixin(OTDRGPromptMixin, GenerationMixin):
 
         Raises:
             ValueError: no image, states for a model that does not use them, impossible states, placeholders that do not
-                match, arguments of different numbers of studies, or guidance that is impossible.
+                match, arguments of different numbers of studies, guidance that is impossible, or a
+                `prefill_chunk_size` below the features of a study.
         """
-        guidance_scale = self._guidance_scale(generation_config, guidance_scale)
+        guidance_scale = self._guidance_scale(generation_config, guidance_scale, kwargs)
         processors = list(kwargs.get("logits_processor") or ())
         given = inputs if input_ids is None else input_ids
         prompt: dict[str, Any] = {
@@ -102,6 +104,7 @@ class OTDRGGenerationMixin(OTDRGPromptMixin, GenerationMixin):
                 processors.insert(0, self._state_guidance(unread, prompt, guidance_scale))
             if given is None and inputs_embeds is None:
                 given = default_prompt(self.config, prompt["view_mask"], prompt.get("prior_view_mask"))["input_ids"]
+            self._check_chunks(prompt, self._setting("prefill_chunk_size", generation_config, kwargs))
             repeats = self._sequences_per_prompt(generation_config, kwargs)
             if repeats > 1 and cache is None and prompt.get("input_ids") is not None:
                 prompt = self._read_prompt_once(prompt, repeats)
@@ -117,7 +120,13 @@ class OTDRGGenerationMixin(OTDRGPromptMixin, GenerationMixin):
         no_placeholders = _SuppressPlaceholders(self.config.placeholder_token_ids)
         kwargs["logits_processor"] = LogitsProcessorList([*processors, no_placeholders])
         prompt = {name: value for name, value in prompt.items() if value is not None}
-        output = super().generate(generation_config=generation_config, guidance_scale=1.0, **prompt, **kwargs)
+        # transformers' own guidance is for text; in a config, since an argument beside a config is deprecated.
+        if generation_config is None:
+            kwargs["guidance_scale"] = 1.0
+        else:
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.guidance_scale = 1.0
+        output = super().generate(generation_config=generation_config, **prompt, **kwargs)
         if given is None:
             return output
         # Callers cut the prompt off by its length, which for them is the length without the label text.
@@ -133,9 +142,7 @@ class OTDRGGenerationMixin(OTDRGPromptMixin, GenerationMixin):
         """How many beams or samples start from each prompt; 1 also where they cannot share what is read of it."""
 
         def setting(name: str) -> Any:
-            configs = (generation_config, self.generation_config)
-            given = [arguments.get(name), *(getattr(config, name, None) for config in configs)]
-            return next((value for value in given if value is not None), None)
+            return self._setting(name, generation_config, arguments)
 
         # Other caches, and outputs that hold what each beam reads of the prompt.
         others = ["cache_implementation", "prefill_chunk_size", "output_attentions", "output_hidden_states"]
@@ -143,6 +150,22 @@ class OTDRGGenerationMixin(OTDRGPromptMixin, GenerationMixin):
         if CACHE != "cache" or setting("use_cache") is False or any(setting(name) for name in others):
             return 1
         return max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
+
+    def _setting(self, name: str, generation_config, arguments: dict[str, Any]) -> Any:
+        """An argument of `generate`, or what the generation configs say; None without any."""
+        configs = (generation_config, self.generation_config)
+        given = [arguments.get(name), *(getattr(config, name, None) for config in configs)]
+        return next((value for value in given if value is not None), None)
+
+    def _check_chunks(self, prompt: dict[str, Any], size: int | None) -> None:
+        """Refuse a `prefill_chunk_size` with which the features of a study would not be read at once."""
+        if size is None or prompt.get("input_ids") is None:
+            return
+        placeholders = torch.tensor(self.config.placeholder_token_ids, device=prompt["input_ids"].device)
+        is_read = torch.isin(prompt["input_ids"], placeholders).any(dim=0)
+        least = int((is_read * torch.arange(1, len(is_read) + 1, device=is_read.device)).max())
+        if size < least:
+            raise ValueError(f"prefill_chunk_size={size}: expected at least {least}, the features are read at once")
 
     def _read_prompt_once(self, prompt: dict[str, Any], repeats: int) -> dict[str, Any]:
         """The prompts with a cache of all but their last token, which `repeats` sequences each share.
@@ -163,15 +186,14 @@ class OTDRGGenerationMixin(OTDRGPromptMixin, GenerationMixin):
         prompt = {name: value for name, value in prompt.items() if name not in (*views, "finding_states")}
         return {**prompt, "inputs_embeds": embeds, CACHE: cache}
 
-    def _guidance_scale(self, generation_config, guidance_scale: float | None) -> float:
+    def _guidance_scale(self, generation_config, guidance_scale: float | None, arguments: dict[str, Any]) -> float:
         """The scale that was asked for, by argument or by a generation config.
 
         Raises:
-            ValueError: it is below 1 or infinite, or the model does not use finding states.
+            ValueError: it is below 1 or infinite, the model does not use finding states, or decoding is assisted.
         """
-        for source in (generation_config, self.generation_config):
-            if guidance_scale is None:
-                guidance_scale = getattr(source, "guidance_scale", None)
+        if guidance_scale is None:
+            guidance_scale = self._setting("guidance_scale", generation_config, {})
         if guidance_scale is None:
             return 1.0
         if not 1 <= guidance_scale < float("inf"):
@@ -180,6 +202,9 @@ class OTDRGGenerationMixin(OTDRGPromptMixin, GenerationMixin):
             raise ValueError(
                 f"guidance_scale={guidance_scale}: expected 1, this model does not use finding states (dle=False)"
             )
+        for name in ("assistant_model", "prompt_lookup_num_tokens"):
+            if guidance_scale != 1 and self._setting(name, generation_config, arguments) is not None:
+                raise ValueError(f"guidance_scale={guidance_scale}: expected 1 with {name}")
         return guidance_scale
 
     def _state_guidance(self, unread: dict, prompt: dict[str, Any], guidance_scale: float):

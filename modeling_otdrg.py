@@ -8,7 +8,7 @@ encoder), `predictor_otdrg`, `sinkhorn_otdrg`, `prompt_otdrg`, `generation_otdrg
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +42,7 @@ from .predictor_otdrg import (
     OTDRGFindingPredictor,
     OTDRGQueries,
     OTDRGWords,
+    all_rows,
     predictor_loss,
 )
 from .prompt_otdrg import OTDRGBackbone, check_batch
@@ -92,18 +93,18 @@ class OTDRGLabelEncoder(nn.Module):
             self.text_encoder.eval()  # frozen: its features are constants, computed without dropout
         return self
 
-    def forward(self, word_embeddings: nn.Embedding) -> torch.Tensor:
-        """Features (14, 4, D); `word_embeddings` are the LLM's, taken as constants."""
+    def forward(self, embed: Callable[..., torch.Tensor], device: torch.device | None = None) -> torch.Tensor:
+        """Features (14, 4, D); `embed` gives the LLM's word embeddings, as constants, of token ids on `device`."""
         if self.kind == "table":
-            return self.table.weight.reshape(len(FINDINGS), len(FINDING_STATES), -1)
+            return all_rows(self.table, device).unflatten(0, (len(FINDINGS), len(FINDING_STATES)))
         texts = [torch.tensor(ids) for row in self.token_ids for ids in row]
-        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(word_embeddings.weight.device)
+        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(device)
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True).to(ids.device)
         with torch.no_grad():
             if self.kind == "text_encoder":
                 features = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
             else:
-                features = word_embeddings(ids)
+                features = embed(ids)
             features = (features.float() * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
             # Uncentred, "x: positive" and "x: negative" are almost the same vector.
             features = features - features.mean(dim=0)
@@ -666,7 +667,8 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGHeatmapMixin, OTDRGGen
         if view_features is None or view_mask is None:
             return None
         fused, mask = self.fuse_views(view_features, view_mask)
-        return self.image_projector(fused) + self.prior_embedding.weight, mask
+        tokens = self.image_projector(fused)
+        return tokens + all_rows(self.prior_embedding, tokens.device), mask
 
     def _drop_images(self, image_features: torch.Tensor) -> torch.Tensor:
         """Image tokens (B, M, hidden_size); while training, those of a share of the studies are 0 (`image_dropout`)."""
@@ -677,7 +679,10 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGHeatmapMixin, OTDRGGen
 
     def get_label_features(self, finding_states: torch.Tensor) -> torch.Tensor:
         """f_p(Y) of eq. 5, (B, 14, hidden_size), of states (B, 14); 0 for a finding that is not given."""
-        table = self.label_projector(self.label_encoder(self.get_input_embeddings()))
+        word_embeddings = self.get_input_embeddings()
+        # A function, because accelerate moves modules among the arguments to the part's device.
+        features = self.label_encoder(lambda ids: word_embeddings(ids), finding_states.device)
+        table = self.label_projector(features)
         table = F.pad(table, (0, 0, 0, 1))
         return table[torch.arange(len(FINDINGS), device=finding_states.device), finding_states]
 
@@ -708,7 +713,7 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGHeatmapMixin, OTDRGGen
             placed, placed_mask = torch.cat((placed, priors[0]), dim=1), torch.cat((placed_mask, priors[1]), dim=1)
         elif self.training and self.config.reads_prior_images:
             # Distributed training wants a gradient of every weight, also where no study of the batch has a prior.
-            placed = placed + 0 * self.prior_embedding.weight
+            placed = placed + 0 * all_rows(self.prior_embedding, placed.device)
         placed = self._drop_images(placed)
         read = placed[:, : image_features.shape[1]]
         inputs_embeds = self._place_features("image", input_ids, inputs_embeds, placed, placed_mask)
@@ -775,19 +780,26 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGHeatmapMixin, OTDRGGen
         return output
 
     def _contrastive_ot_loss(self, image_features, image_mask, label_features, finding_states) -> torch.Tensor:
-        """InfoNCE over -d_OT of each study's image with its own labels against other studies' different labels."""
+        """InfoNCE over -d_OT of each study's image with its own labels against other studies' different labels.
+
+        Labels that differ only in what is not given may be the same. A study without labels has no distance.
+        """
         batch = len(finding_states)
         # One matrix of all tokens with all labels takes a small part of the memory, and of the time, of one per pair.
         tokens, labels = image_features.flatten(0, 1)[None], label_features.flatten(0, 1)[None]
         cost = cost_matrix(tokens, labels, self.config.ot_cost_normalization)
         cost = cost.reshape(batch, -1, batch, label_features.shape[1]).transpose(1, 2).flatten(0, 1)
-        label_mask = self._label_mask(finding_states).repeat(batch, 1)
-        distance = self._solve(cost, image_mask.repeat_interleave(batch, 0), label_mask).distance.reshape(batch, batch)
+        label_mask = self._label_mask(finding_states)
+        masks = image_mask.repeat_interleave(batch, dim=0), label_mask.repeat(batch, 1)
+        distance = self._solve(cost, *masks).distance.reshape(batch, batch)
+        one, other = finding_states[:, None], finding_states[None]
+        same = ((one == other) | (one == NOT_GIVEN) | (other == NOT_GIVEN)).all(dim=-1)
+        labelled = label_mask.any(dim=1)
         studies = torch.arange(batch, device=finding_states.device)
-        same = (finding_states[:, None] == finding_states[None]).all(dim=-1)
-        same = same & ~torch.eye(batch, dtype=torch.bool, device=same.device)
+        no_negative = (same | ~labelled) & (studies[:, None] != studies)
         scale = self.config.ot_contrastive_temperature * distance.detach().mean().clamp(min=1e-6)
-        return F.cross_entropy((-distance / scale).masked_fill(same, -torch.inf), studies)
+        losses = F.cross_entropy((-distance / scale).masked_fill(no_negative, -torch.inf), studies, reduction="none")
+        return (losses * labelled).sum() / labelled.sum().clamp(min=1)
 
     @torch.no_grad()
     def _transport_figures(self, transport, cost, image_mask, label_features, states) -> dict[str, torch.Tensor]:
@@ -799,7 +811,7 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGHeatmapMixin, OTDRGGen
         return {
             "ot_marginal_error": transport.marginal_error.mean(),
             "plan_entropy": (plan_entropy(transport.plan) / cells.log()).mean(),
-            "epsilon_to_cost": self.ot_epsilon / cost[mass].mean().clamp(min=1e-12),
+            "epsilon_to_cost": self.ot_epsilon / ((cost * mass).sum() / mass.sum().clamp(min=1)).clamp(min=1e-12),
             "label_spread": centred.norm(dim=-1).mean() / label_features.norm(dim=-1).mean().clamp(min=1e-12),
         }
 

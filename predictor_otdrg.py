@@ -52,12 +52,29 @@ class FindingPrediction(NamedTuple):
     tag_logits: torch.Tensor | None
 
 
+def all_rows(embedding: nn.Embedding, device: torch.device) -> torch.Tensor:
+    """The weight (N, D) of an embedding, through its `forward`, for which accelerate loads offloaded weights."""
+    return embedding(torch.arange(embedding.num_embeddings, device=device))
+
+
 class OTDRGQueries(nn.Embedding):
     """Attention queries: a class of its own because they start larger than other embeddings."""
 
 
 class OTDRGWords(nn.Embedding):
     """Logits of words: a class of its own because they start at 0."""
+
+
+class OTDRGClassifiers(nn.Linear):
+    """G linear classifiers in one weight: features (B, G, D) -> logits (B, G, N)."""
+
+    def __init__(self, feature_size: int, classifiers: int, classes: int, **where):
+        super().__init__(feature_size, classifiers * classes, **where)
+        self.classifiers = classifiers
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        weight, bias = (parameter.unflatten(0, (self.classifiers, -1)) for parameter in (self.weight, self.bias))
+        return torch.einsum("bgd,gnd->bgn", features, weight) + bias
 
 
 class OTDRGFindingPredictor(nn.Module):
@@ -81,15 +98,18 @@ class OTDRGFindingPredictor(nn.Module):
             self.standardize = nn.BatchNorm1d(feature_size, affine=False)
         self.dropout = nn.Dropout(config.predictor_dropout)
         pooled_size = 2 * feature_size if self.pooling == "attention" else feature_size
-        self.classifier = nn.Linear(pooled_size, cells * len(FINDING_STATES))
+        # Of the mean, which is the same for all findings, a head has one classifier for all 14.
+        classifiers = self.heads if self.pooling == "mean" else cells
+        self.classifier = OTDRGClassifiers(pooled_size, classifiers, cells // classifiers * len(FINDING_STATES))
         self.set_tags(len(config.predictor_tags or ()))
         if config.indication_reader != "report":
             self.words = OTDRGWords(INDICATION_BUCKETS, len(FINDINGS) * len(FINDING_STATES))
 
     def set_tags(self, tags: int) -> None:
         """Give the predictor a classifier of this number of tags, or with 0 take it away."""
-        size, device = self.classifier.in_features, self.classifier.weight.device
-        self.tag_classifier = nn.Linear(size, self.heads * tags, device=device) if tags else None
+        size, weight = self.classifier.in_features, self.classifier.weight
+        where = {"device": weight.device, "dtype": weight.dtype}
+        self.tag_classifier = OTDRGClassifiers(size, self.heads, tags, **where) if tags else None
 
     def forward(
         self,
@@ -103,9 +123,7 @@ class OTDRGFindingPredictor(nn.Module):
         """
         features, mask = self._features(view_features, view_mask)
         pooled = self.dropout(self._pooled(features, mask))
-        shape = (self.heads, len(FINDINGS), -1)
-        weight, bias = self.classifier.weight.unflatten(0, shape), self.classifier.bias.reshape(shape)
-        head_logits = torch.einsum("bhfd,hfsd->bhfs", pooled, weight) + bias
+        head_logits = self.classifier(pooled.flatten(1, 2)).reshape(-1, self.heads, len(FINDINGS), len(FINDING_STATES))
         if indication_ids is not None and hasattr(self, "words"):
             head_logits = head_logits + self._indication_logits(indication_ids)[:, None]
         finding_logits = head_logits[:, 0]
@@ -113,8 +131,7 @@ class OTDRGFindingPredictor(nn.Module):
             finding_logits = head_logits.log_softmax(dim=-1).logsumexp(dim=1) - math.log(self.heads)
         tag_logits = None
         if self.tag_classifier is not None:
-            weight, bias = (tensor.unflatten(0, (self.heads, -1)) for tensor in self.tag_classifier.parameters())
-            tag_logits = torch.einsum("bhd,htd->bht", pooled.mean(dim=2), weight) + bias
+            tag_logits = self.tag_classifier(pooled.mean(dim=2))
         return FindingPrediction(finding_logits, head_logits, tag_logits)
 
     def token_weights(self, view_features: torch.Tensor, view_mask: torch.Tensor) -> torch.Tensor:
@@ -147,11 +164,11 @@ class OTDRGFindingPredictor(nn.Module):
 
     def _weights(self, features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Pooling weights (B, H * 14, V * N): attention, or the plan of each head, its columns scaled to sum 1."""
-        keys = self.key(features)
+        keys, queries = self.key(features), all_rows(self.queries, features.device)
         if self.pooling == "attention":
-            scores = self.queries.weight @ keys.transpose(1, 2) / self.feature_size**0.5
+            scores = queries @ keys.transpose(1, 2) / self.feature_size**0.5
             return scores.masked_fill(~mask[:, None, :], -torch.inf).softmax(dim=-1)
-        anchors = self.queries.weight.unflatten(0, (self.heads, len(FINDINGS)))
+        anchors = queries.unflatten(0, (self.heads, len(FINDINGS)))
         cost = torch.stack([cost_matrix(keys, head.expand(len(keys), -1, -1), "unit") for head in anchors], dim=1)
         row_mask = mask.repeat_interleave(self.heads, dim=0)
         plan = sinkhorn(cost.flatten(0, 1), self.epsilon, self.iterations, 0.0, row_mask, gradient="unroll").plan

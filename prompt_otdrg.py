@@ -69,6 +69,8 @@ class OTDRGPromptMixin:
         Raises:
             ValueError: no image, impossible states, or arguments of different numbers of studies.
         """
+        if kwargs.get("shift_labels") is not None:
+            raise ValueError("shift_labels were given: expected labels, which are moved with their tokens")
         prompt = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -133,8 +135,14 @@ class OTDRGPromptMixin:
         study = self.read_study(
             pixel_values, view_mask, view_features, finding_states, indication_ids=indication_ids, **priors
         )
-        if prompt.get("input_ids") is None and prompt.get("inputs_embeds") is None:
+        ids, text = prompt.get("input_ids"), self.config.text_config
+        if ids is None and prompt.get("inputs_embeds") is None:
             prompt = {**prompt, **default_prompt(self.config, study.view_mask, study.prior_view_mask)}
+        elif ids is not None and prompt.get("attention_mask") is None and text.pad_token_id is not None:
+            ends = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
+            if text.pad_token_id not in ends:
+                # As transformers does, which would see a mask of ones.
+                prompt = {**prompt, "attention_mask": (ids != text.pad_token_id).long()}
         return self.expand_finding_text(**prompt, **study.encoded_views, finding_states=study.finding_states)
 
     @torch.no_grad()

@@ -7,8 +7,8 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +111,24 @@ def record_sha256(folder: str | os.PathLike) -> None:
         write_json(path, config, sort_keys=True)
 
 
-def remove_former_weights(folder: str | os.PathLike) -> None:
-    """Delete the weights or the index of shards of an earlier save, which transformers would load."""
-    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
-        Path(folder, name).unlink(missing_ok=True)
+@contextmanager
+def replaced_weights(folder: str | os.PathLike) -> Iterator[None]:
+    """Replace the weights or the index of shards of an earlier save, which transformers would load beside new ones.
+
+    They are deleted once the new ones are saved; after an error they are as before.
+    """
+    names = [name for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME) if Path(folder, name).exists()]
+    former = {Path(folder, f".former.{name}"): Path(folder, name) for name in names}
+    for aside, path in former.items():
+        path.replace(aside)
+    try:
+        yield
+    except BaseException:
+        for aside, path in former.items():
+            aside.replace(path)
+        raise
+    for aside in former:
+        aside.unlink()
 
 
 # --- which files a model has -----------------------------------------------------------------------------------------
@@ -336,7 +350,7 @@ __all__ = [
     "check_weights",
     "read_stated",
     "record_sha256",
-    "remove_former_weights",
+    "replaced_weights",
     "sha256",
     "weight_files",
     "weight_shapes",

@@ -39,7 +39,7 @@ from .weight_files_otdrg import (
     check_weights,
     read_stated,
     record_sha256,
-    remove_former_weights,
+    replaced_weights,
     sha256,
     weight_files,
     weight_shapes,
@@ -119,7 +119,7 @@ class OTDRGPreTrainedModel(PreTrainedModel):
                 `label_encoder="text_encoder"`.
             dtype (`str` or `torch.dtype`, *optional*): type of the backbones' weights; the checkpoint's by default.
             quantization_config (*optional*): of the LLM's weights, as in [`quantization_of`].
-            config_fields: fields of [`OTDRGConfig`].
+            config_fields: fields of [`OTDRGConfig`]. [`add_lora`] attaches the adapters that `lora` describes.
 
         Raises:
             OSError: a backbone cannot be loaded; the message names it.
@@ -269,7 +269,14 @@ class OTDRGPreTrainedModel(PreTrainedModel):
                 described = config
                 if not isinstance(config, PreTrainedConfig):
                     described = cls.config_class.from_pretrained(config or source, **hub)
-                check_shapes(place_of(source, hub), cls._on_meta(described), weight_shapes(files))
+                shapes = weight_shapes(files)
+                lora = any(kwargs.get(field, getattr(described, field)) for field in ("lora", "vision_lora"))
+                if lora and not any(".lora_" in name for name in shapes):
+                    raise ValueError(
+                        f"{source} has no adapters, but OTDRGConfig.lora or vision_lora is set: load it without, then "
+                        "set config.lora and call add_lora()"
+                    )
+                check_shapes(place_of(source, hub), cls._on_meta(described), shapes)
             loaded = super().from_pretrained(source, *model_args, config=config, **hub, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._settle_quantization()
@@ -375,14 +382,17 @@ class OTDRGPreTrainedModel(PreTrainedModel):
                 "state_dict": _adapter_weights(own, backbones, self.is_llm_quantized),
                 "save_original_format": False,
             }
+        for field, parts in (("lora", (self.language_model,)), ("vision_lora", self.vision_towers)):
+            if not any(map(_lora_layers, parts)):
+                stated[field] = None  # LoRA that has not been attached
         # These fields describe files and not the model, which has all its weights.
         kept = {field: getattr(self.config, field) for field in stated} | {"weights": "full"}
         writes = is_main_process and not _is_another_rank()
-        if writes and kwargs.get("variant") is None:
-            remove_former_weights(save_directory)
+        replaces = writes and kwargs.get("variant") is None
         try:
             self.config.update(stated)
-            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+            with replaced_weights(save_directory) if replaces else nullcontext():
+                super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         finally:
             self.config.update(kept)
         if writes:

@@ -143,6 +143,10 @@ def test_bank_reports_with_a_suppressed_word_are_no_candidates():
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
+def test_settings_take_groups_in_a_list():
+    assert ConsensusSettings(plan=list(SAMPLE_PLAN)) == ConsensusSettings()
+
+
 def test_settings_come_from_the_call_then_the_generation_config():
     config = GenerationConfig()
     assert consensus_settings(config) is None and consensus_settings(config, candidates=1) is None

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from otdrg import FINDINGS
 from otdrg.findings_otdrg import NOT_GIVEN
 from otdrg.guidance_otdrg import PLAUSIBLE, drop_states, without_positives
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 NO_FINDING = FINDINGS.index("no_finding")
 
@@ -115,6 +116,21 @@ def test_guidance_of_a_prompt_without_views_is_refused(model, guided):
     embeddings, mask = model.get_prompt_embeddings(**guided)
     with pytest.raises(ValueError, match=r"guidance_scale=2: expected 1 where a prompt is given without views"):
         model.generate(inputs_embeds=embeddings, attention_mask=mask, guidance_scale=2)
+
+
+def test_guidance_of_assisted_decoding_is_refused(model, guided):
+    with pytest.raises(ValueError, match=r"guidance_scale=2: expected 1 with prompt_lookup_num_tokens"):
+        model.generate(**guided, guidance_scale=2, prompt_lookup_num_tokens=2)
+    with pytest.raises(ValueError, match=r"guidance_scale=2: expected 1 with assistant_model"):
+        model.generate(**guided, guidance_scale=2, assistant_model=model)
+
+
+def test_generate_with_a_config_warns_of_no_argument_that_was_not_given(model, guided, caplog):
+    transformers.logging.enable_propagation()
+    config = GenerationConfig(max_new_tokens=2, guidance_scale=1.5)
+    model.generate(**guided, generation_config=config)
+    assert "deprecated" not in caplog.text
+    assert config.guidance_scale == 1.5
 
 
 def test_without_positives_keeps_denials_and_gives_no_positive_and_no_normal():

@@ -22,6 +22,7 @@ from otdrg import (
     focal_loss,
     sinkhorn,
 )
+from otdrg.findings_otdrg import NOT_GIVEN
 from torch.nn import functional as F
 from transformers import (
     AutoModel,
@@ -928,6 +929,24 @@ def test_contrastive_ot_term_keeps_masks(build_model, study):
         gradients.append([part.grad for part in features])
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+
+
+def test_contrastive_ot_term_of_states_that_may_be_the_same(build_model, study):
+    """A finding that is not given is no difference, and a study without labels takes no part."""
+    model, _ = build_model(ot_labels="mentioned", ot_contrastive_temperature=0.2)
+    image, image_mask, label = features_of(model, study)
+    states = torch.zeros(3, 14, dtype=torch.long)
+    states[:, 2], states[1, EDEMA] = 1, 2
+    two = model._contrastive_ot_loss(image[:2], image_mask[:2], label[:2], states[:2])
+    assert two > 0.1
+    states[2, 2] = 0
+    empty = model._contrastive_ot_loss(image, image_mask, label, states)
+    assert torch.isfinite(empty)
+    states[0, EDEMA] = NOT_GIVEN
+    assert model._contrastive_ot_loss(image[:2], image_mask[:2], label[:2], states[:2]).item() == 0
+    assert model._contrastive_ot_loss(image[2:], image_mask[2:], label[2:], states[2:]).item() == 0
+    output = model(**{**study, "finding_states": torch.zeros(3, 14, dtype=torch.long)})
+    assert torch.isfinite(output.epsilon_to_cost) and torch.isfinite(output.loss)
 
 
 def contrastive_loss_by_loop(image, image_mask, label, label_mask, temperature):

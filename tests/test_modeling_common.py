@@ -1,13 +1,14 @@
 """What transformers expects of any model that sees and writes: outputs, lengths, caches, ways of decoding."""
 
 import inspect
+import re
 
 import pytest
 import torch
 from otdrg import FINDINGS, OTDRGConfig, OTDRGForReportGeneration, modeling_otdrg, sinkhorn
 from otdrg.generation_otdrg import CACHE
 from torch.nn import functional as F
-from transformers import Dinov2Config, DynamicCache, LlamaConfig
+from transformers import Dinov2Config, DynamicCache, LlamaConfig, Trainer, TrainingArguments
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -487,6 +488,62 @@ def test_generate_writes_the_same_in_another_way(inputs, way, place):
     }[way]
     del arguments["min_new_tokens"]
     assert_same(model.generate(**one, **arguments, **more), model.generate(**one, **arguments))
+
+
+def test_generate_chunks_smaller_than_the_features_are_refused(model, prompts):
+    with pytest.raises(ValueError, match=r"prefill_chunk_size=1: expected at least \d+, ") as refused:
+        model.generate(**prompts, **GREEDY, prefill_chunk_size=1)
+    least = int(re.search(r"least (\d+)", str(refused.value))[1])
+    with pytest.raises(ValueError, match=f"expected at least {least}"):
+        model.generate(**prompts, **GREEDY, prefill_chunk_size=least - 1)
+    arguments = {**GREEDY, "output_scores": True}
+    assert_same(
+        model.generate(**prompts, **arguments, prefill_chunk_size=least), model.generate(**prompts, **arguments)
+    )
+
+
+def test_generate_takes_padding_of_given_prompts_for_padding(model, prompts):
+    without = {name: value for name, value in prompts.items() if name != "attention_mask"}
+    arguments = {**GREEDY, "output_scores": True}
+    assert_same(model.generate(**without, **arguments), model.generate(**prompts, **arguments))
+
+
+def test_expand_finding_text_refuses_shifted_labels(model, prompts):
+    with pytest.raises(ValueError, match=r"shift_labels were given: expected labels"):
+        model.expand_finding_text(**prompts, shift_labels=prompts["input_ids"])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"predictor_pooling": "mean", "label_encoder": "table"},
+        {"predictor_pooling": "attention"},
+        {"predictor_pooling": "transport", "predictor_heads": 2},
+    ],
+)
+def test_parts_that_are_offloaded_give_the_same(prompts, fields, tmp_path):
+    """With `device_map`, parts without room in memory are read from disk, each when its `forward` is called."""
+    model = make_model(**fields)
+    expected = model.generate(**prompts, **GREEDY, output_scores=True)
+    model.save_pretrained(tmp_path / "model")
+    leaves = {name for name, module in model.named_modules() if not list(module.children())}
+    kept = ("vision_tower", "language_model")
+    disk = {name: "disk" for name in leaves if not name.startswith(kept) and model.get_submodule(name)._parameters}
+    parts = {name: "cpu" for name, _ in model.named_children()}
+    for devices in (dict.fromkeys(kept, "cpu") | disk, {**parts, "language_model": "disk"}):
+        loaded = OTDRGForReportGeneration.from_pretrained(
+            tmp_path / "model", device_map=devices, offload_folder=tmp_path / "offload"
+        )
+        assert_same(loaded.generate(**prompts, **GREEDY, output_scores=True), expected)
+
+
+def test_stock_trainer_measures_the_loss(prompts, tmp_path):
+    inputs = {name: list(value) for name, value in prompts.items()}
+    rows = [{name: value[row] for name, value in inputs.items()} for row in range(BATCH)]
+    rows = [{**row, "labels": row["input_ids"]} for row in rows]
+    arguments = TrainingArguments(tmp_path, label_names=["labels"], report_to=[], use_cpu=True)
+    trainer = Trainer(make_model(ot_contrastive_weight=0.0), arguments, eval_dataset=rows)
+    assert trainer.evaluate()["eval_loss"] > 0
 
 
 def test_generate_with_positions_moves_them_after_the_label_text(model, prompts):

@@ -20,6 +20,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BertConfig, BitsAndBytesConfig
 
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 FEW = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -590,6 +591,37 @@ def test_save_pretrained_over_another_number_of_shards_leaves_none_of_them(model
     model.save_pretrained(tmp_path, max_shard_size=shards[1])
     again = OTDRGForReportGeneration.from_pretrained(tmp_path)
     assert all(torch.equal(again.state_dict()[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_save_pretrained_that_fails_keeps_the_former_weights(build_model, tmp_path):
+    model, _ = build_model()
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    model.generation_config.temperature = 0.7  # without sampling, which transformers refuses to save
+    with pytest.raises(ValueError, match="GenerationConfig is invalid"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert not list(tmp_path.glob(".former*"))
+
+
+def test_lora_that_is_not_attached_is_not_saved(build_model, study, tmp_path):
+    model, _ = build_model()
+    model.config.lora = LORA
+    model.save_pretrained(tmp_path)
+    assert model.config.lora == LORA
+    again = OTDRGForReportGeneration.from_pretrained(tmp_path)
+    assert again.config.lora is None
+    with torch.no_grad():
+        assert torch.equal(again(**study).logits, model(**study).logits)
+
+
+def test_from_pretrained_with_lora_of_a_model_without_adapters_is_refused(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has no adapters, but OTDRGConfig\.lora.*add_lora"):
+        OTDRGForReportGeneration.from_pretrained(tmp_path, lora=LORA)
+    config = OTDRGConfig.from_pretrained(tmp_path, lora=LORA)
+    with pytest.raises(ValueError, match="has no adapters"):
+        OTDRGForReportGeneration.from_pretrained(tmp_path, config=config)
 
 
 # --- permissions, sizes, folders in repositories ---------------------------------------------------------------------
