@@ -109,7 +109,7 @@ def test_build_image_file_deleted_later_dataset_is_complete(tmp_path, picture):
     (row,) = load_from_disk(tmp_path / "moved")["train"]
     assert row["images"][0].size == (40, 30)
     stored = load_from_disk(tmp_path / "moved")["train"].data.column("images")[0].as_py()
-    assert stored == [{"bytes": data, "path": "view.png"}]
+    assert stored == [{"bytes": data, "path": None}]
 
 
 def test_build_faulty_studies_are_counted_and_listed(tmp_path, picture):
