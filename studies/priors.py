@@ -9,6 +9,7 @@ from datetime import date, datetime
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.interruptions import fault_of_study
+from .columns import without_fraction
 from .placeholders import present_text
 from .source import FoundPrior, Prior, SkipStudy, Study, StudyEntry, StudySource
 
@@ -117,7 +118,7 @@ def _prior(source: StudySource, entry: StudyEntry, study: Study, report_of: Call
     prior = study.prior
     if prior is not None:
         fault = prior.fault
-        if not fault and prior.patient_id and prior.patient_id != entry.patient_id:
+        if not fault and prior.patient_id and without_fraction(prior.patient_id) != without_fraction(entry.patient_id):
             fault = f"the prior is of patient {prior.patient_id}: expected {entry.patient_id}, the patient of the study"
         if not fault and prior.days is not None and prior.days < 0:
             fault = f"the prior is {-prior.days} days later than its study: expected an earlier one"

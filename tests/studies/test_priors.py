@@ -1,11 +1,13 @@
 """Prior studies: found by sources, described by tables, kept by datasets."""
 
 import json
+import math
 import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset, DatasetDict
 from otdrg.labelers.as_typed import labeler_of
 from otdrg.labelers.labelling import label_dataset
 from otdrg.studies import load_studies, open_source, prepare_studies
@@ -147,6 +149,34 @@ def test_csv_unusable_prior_is_left_out_counted_and_its_study_kept(tmp_path, tab
     (fault,) = map(json.loads, (tmp_path / "studies" / "skipped.jsonl").read_text().splitlines())
     assert fault["kept"] and fault["kind"] == "unusable prior" and reason in fault["reason"]
     assert "\n" not in fault["reason"]
+
+
+@pytest.mark.parametrize(("patient", "prior_patient"), [("13", "13.0"), ("13.0", "13"), ("13", "nan")])
+def test_csv_prior_numbers_of_pandas_are_read(tmp_path, table, patient, prior_patient):
+    path = table(
+        f"0.png,s1,{patient},train,Clear lungs.,1.png,Effusion.,30.0,{prior_patient}",
+        f"2.png,s2,{patient},train,Clear lungs.,nan,nan,nan,nan",
+    )
+    prepare_studies("csv", tmp_path / "studies", build=BuildOptions(parquet_only=True), table=path)
+    assert days_of(rows_of(tmp_path / "studies")) == {"s1": 30, "s2": None}
+
+
+def test_hub_prior_numbers_of_pandas_are_read(tmp_path, views):
+    rows = {
+        "id": ["s1", "s2", "s3", "s4"],
+        "patient_id": [13] * 4,
+        "image": [Image.fromarray(views[0])] * 4,
+        "report": ["Clear lungs."] * 4,
+        "prior_report": ["Effusion."] * 4,
+        "prior_days": [30.0, math.nan, None, 0.5],
+        "prior_patient_id": [13.0, math.nan, None, 13.0],
+    }
+    DatasetDict({"train": Dataset.from_dict(rows)}).save_to_disk(tmp_path / "table")
+    options = {"dataset": str(tmp_path / "table"), "split_map": ["train=train"]}
+    prepare_studies("hub", tmp_path / "studies", build=BuildOptions(parquet_only=True), **options)
+    assert days_of(rows_of(tmp_path / "studies")) == {"s1": 30, "s2": None, "s3": None, "s4": None}
+    (fault,) = map(json.loads, (tmp_path / "studies" / "skipped.jsonl").read_text().splitlines())
+    assert fault["id"] == "s4" and "column 'prior_days': 0.5: expected a whole number of days" in fault["reason"]
 
 
 def test_hub_prior_columns_are_read_again(tmp_path):
