@@ -60,7 +60,11 @@ class BuildOptions:
         False,
     )
     strict: bool = option("Stop with an error at the first study that would be skipped.", False)
-    parquet_only: bool = option("Do not write the Arrow files of load_from_disk, which double the size.", False)
+    parquet_only: bool = option(
+        "Do not write the Arrow files of load_from_disk, which double the size; writing them needs disk space for "
+        "three times the size.",
+        False,
+    )
     studies_per_shard: int = option("Studies in a file.", 500, metavar="N")
     num_proc: int = option("Number of processes.", 1, metavar="N")
 

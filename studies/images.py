@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
 
 from ..image_processing_otdrg import is_dicom, read_file, read_view, reads_alike, shown_name
+from ..runtime.interruptions import fault_of_study
 from .chest import NOT_CHEST, dicom_chest_fault
 from .metadata import without_metadata
 from .source import SkipStudy
@@ -67,6 +69,22 @@ def stored_image(view: str | bytes | Image.Image, shorter_side: int | None = Non
     else:
         encoded = _kept(data, picture) or _encoded(_gray(picture), "PNG")
     return {"bytes": encoded, "path": None}
+
+
+def read_images(
+    images: Sequence[str | bytes | Image.Image], image_form: Callable[[str | bytes | Image.Image], dict]
+) -> tuple[dict[int, dict], list[tuple[str, str]]]:
+    """The converted images by their positions, and (kind, reason) of those that cannot be used."""
+    read, faults = {}, []
+    for number, image in enumerate(images):
+        try:
+            read[number] = image_form(image)
+        except SkipStudy as skip:
+            faults.append((skip.kind, skip.reason))
+        except Exception as error:  # decoders raise any exception for a damaged file
+            name = image if isinstance(image, str) else f"view {number}"
+            faults.append(("unreadable image", f"{name}: {fault_of_study(error)}"))
+    return read, faults
 
 
 def _check_exists(path: str) -> None:

@@ -144,7 +144,8 @@ class Prior:
 
     Args:
         images: its views, as in [`Study`].
-        report: its report, "" if unknown.
+        report: its report; "" if unknown, or if it consists of the sections.
+        findings, impression: sections of its report, "" if absent.
         days: how many days before it was made; None if unknown.
         patient_id: its patient; None or "" if the record does not say.
         fault: why it cannot be used, "" if it can.
@@ -152,6 +153,8 @@ class Prior:
 
     images: Sequence[str | bytes | Image.Image] = ()
     report: str = ""
+    findings: str = ""
+    impression: str = ""
     days: int | None = None
     patient_id: str | None = None
     fault: str = ""
@@ -236,7 +239,7 @@ class StudySource(ABC):
         )
 
     def published_differences(self) -> list[str]:
-        """One line for each difference of the listing from the published collection, whatever is kept of it."""
+        """One line for each difference of the listing, skipped studies included, from the published collection."""
         return []
 
     @classmethod

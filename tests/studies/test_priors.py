@@ -57,7 +57,7 @@ def test_prepare_prior_without_its_image_is_left_out_and_counted(tmp_path):
         "5": "",
     }
     assert [len(rows[number]["prior_images"]) for number in "2345"] == [0, 1, 1, 0]
-    assert (report.counts["train"].priors, report.counts["train"].unusable_priors) == (3, 1)
+    assert (report.counts["train"].priors, report.counts["train"].unusable_priors) == (3, 0)
     skipped = [json.loads(line) for line in (tmp_path / "studies" / "skipped.jsonl").read_text().splitlines()]
     fault = next(line for line in skipped if line["kind"] == "unusable prior")
     assert fault["kept"] and "GRDNACCESSION2" in fault["id"] and "the prior's missing image: " in fault["reason"]
@@ -260,6 +260,26 @@ def test_phantom_prior_differs_in_one_finding_and_the_report_says_so():
         assert not np.array_equal(*(np.asarray(study.images[0]) for study in (made.phantom, made.prior)))
         seen.add((made.finding, made.change))
     assert len(seen) == 6
+
+
+def test_phantom_prior_report_has_the_sections_of_the_report(tmp_path):
+    options = {"train": 3, "validation": 0, "test": 0, "image_size": 32, "prior_share": 1.0}
+    priors = [make_follow_up(0, index, 32, ["frontal"]).prior for index in range(3)]
+    for sections, reports in (
+        ("findings", [prior.findings for prior in priors]),
+        ("impression", [prior.impression for prior in priors]),
+        ("findings+impression", [f"Findings: {prior.findings} Impression: {prior.impression}" for prior in priors]),
+    ):
+        build = BuildOptions(sections=sections, parquet_only=True)
+        prepare_studies("phantom", tmp_path / sections, build=build, **options)
+        assert [row["prior_report"] for row in rows_of(tmp_path / sections).values()] == reports
+
+
+def test_csv_prior_without_any_image_is_counted_once(tmp_path, table):
+    path = table("0.png,s1,p1,train,Clear lungs.,gone.png,,,", "1.png,s1,p1,train,,absent.png,,,")
+    report = prepare_studies("csv", tmp_path / "studies", build=BuildOptions(parquet_only=True), table=path)
+    counts = report.counts["train"]
+    assert (counts.studies, counts.priors, counts.unusable_priors, report.skipped) == (1, 0, 1, 2)
 
 
 def test_phantom_source_without_priors_is_as_before():
