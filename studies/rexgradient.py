@@ -90,11 +90,6 @@ class ReXGradientSource(ListedSource):
             raise ValueError(
                 f"{self.images} does not exist, and {self.root} has no {_TOP}.part00 to unpack: expected one of them"
             )
-        self._differences: list[str] = []
-
-    def published_differences(self) -> list[str]:
-        self.entries()
-        return self._differences
 
     def study_times(self) -> dict[str, date | int]:
         return table_times(self.entries())

@@ -249,9 +249,13 @@ class StudySource(ABC):
 
 
 class ListedSource(StudySource):
-    """A source that makes its listing once, in `_list`, and keeps it; copies in other processes do not get it."""
+    """A source that makes its listing once, in `_list`, and keeps it; copies in other processes do not get it.
+
+    `_list` can set `_differences`, the [`published_differences`].
+    """
 
     _listing: list[StudyEntry | Skipped] | None = None
+    _differences: Sequence[str] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_listing": None}
@@ -260,6 +264,10 @@ class ListedSource(StudySource):
         if self._listing is None:
             self._listing = self._list()
         return iter(self._listing)
+
+    def published_differences(self) -> list[str]:
+        self.entries()
+        return list(self._differences)
 
     @abstractmethod
     def _list(self) -> list[StudyEntry | Skipped]:

@@ -34,7 +34,7 @@ def days_of(rows):
     return {study: row["prior_days"] for study, row in rows.items()}
 
 
-def test_prepare_prior_without_its_image_is_left_out_and_counted(tmp_path):
+def test_prepare_prior_without_its_image_keeps_its_report_and_is_listed(tmp_path):
     download = ReXGradientDownload(tmp_path)
     for number in (1, 2, 3):
         download.study(number, patient="GRDNPATIENT1", Findings=f"Findings {number}.")
