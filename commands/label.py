@@ -68,7 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
     output.add_argument(
         "--resume", action="store_true", help="continue an interrupted labelling of DATASET, or by a model of --reports"
     )
-    output.add_argument("--overwrite", action="store_true", help="replace --output, or delete an interrupted labelling")
+    output.add_argument(
+        "--overwrite", action="store_true", help="replace --output or, without --resume, an interrupted labelling"
+    )
     tasks = output.add_mutually_exclusive_group()
     tasks.add_argument(
         "--shard",

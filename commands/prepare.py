@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
         output = source.add_argument_group("output")
         output.add_argument("--output", required=is_typed, metavar="DIR", help="Folder of the dataset.")
         output.add_argument("--resume", action="store_true", help="Continue an interrupted build.")
-        output.add_argument("--overwrite", action="store_true", help="Replace a dataset or an interrupted build.")
+        output.add_argument(
+            "--overwrite", action="store_true", help="Replace a dataset or, without --resume, an interrupted build."
+        )
         tasks = output.add_mutually_exclusive_group()
         tasks.add_argument(
             "--shard",

@@ -21,7 +21,7 @@ from ..runtime.output_lock import OutputLock
 from ..runtime.printable import markdown_table
 from ..runtime.shared_work import by_main_process, continue_alone, shared_lock
 from ..studies.schema import ADDED_LATER, STUDY_FEATURES
-from ..studies.shards import SUMMARY, Share, WorkFolder, check_output, write_shard
+from ..studies.shards import SUMMARY, Share, WorkFolder, write_shard
 from ..studies.source import SPLITS
 
 #: Gives the state ids of studies by their ids and reports, None for a study it does not know.
@@ -92,7 +92,7 @@ def label_dataset(
         output: folder of the labelled dataset; by default the dataset is replaced.
         relabel: also label the studies that have states.
         resume: continue an interrupted labelling; a complete one is not changed.
-        overwrite: replace a dataset at `output`, and delete an interrupted labelling.
+        overwrite: replace a dataset at `output` and, without `resume`, delete an interrupted labelling.
         prepare: called before `read` by every process, with all reports that are to be read and the path of a journal.
 
     Raises:
@@ -103,7 +103,8 @@ def label_dataset(
     """
     work = _work(folder, output, relabel, settings)
     folder = _dataset(folder)
-    with shared_lock(work.output), _says_what_is_kept(work, "--resume continues"):
+    how = f"--resume{' --overwrite' if overwrite else ''} continues"
+    with shared_lock(work.output), _says_what_is_kept(work, how):
         finished = by_main_process(lambda: _begin(folder, work, resume, overwrite))
         if prepare is not None and finished is None:
             prepare(_wanted_reports(folder, relabel), work.shards / "reports.jsonl")
@@ -135,7 +136,7 @@ def label_share(
         OutputLockedError: another process labels this share or puts the shares together.
         ValueError: as [`label_dataset`], or the labelling was begun with other settings.
     """
-    work = _work(folder, output, relabel, settings)
+    work = _work(folder, output, relabel, settings, shared=True)
     folder = _dataset(folder)
 
     def finished() -> LabelReport | None:
@@ -170,7 +171,7 @@ def merge_labels(
         OutputLockedError: another process labels one of the shares.
         ValueError: a share is missing or not finished, or was labelled with other settings.
     """
-    work = _work(folder, output, relabel, settings)
+    work = _work(folder, output, relabel, settings, shared=True)
     folder = _dataset(folder)
     with OutputLock(work.output), _says_what_is_kept(work, "--merge continues"):
         if finished := _finished(work, work.output == folder):
@@ -206,11 +207,15 @@ def _dataset(folder: str | os.PathLike) -> Path:
 
 
 def _work(
-    folder: str | os.PathLike, output: str | os.PathLike | None, relabel: bool, settings: dict[str, Any]
+    folder: str | os.PathLike,
+    output: str | os.PathLike | None,
+    relabel: bool,
+    settings: dict[str, Any],
+    shared: bool = False,
 ) -> WorkFolder:
     dataset = _dataset(folder)
     settings = {"dataset": str(dataset), "relabel": relabel, **settings}
-    return WorkFolder(dataset if output is None else _dataset(output), settings, "label")
+    return WorkFolder(dataset if output is None else _dataset(output), settings, "label", shared)
 
 
 @contextmanager
@@ -277,10 +282,10 @@ def _files(folder: Path) -> dict[str, Path]:
 
 def _finished(work: WorkFolder, overwrite: bool) -> LabelReport | None:
     """The report of a complete labelling with the same settings."""
-    labels = (work.finished(overwrite) or {}).get("labels")
+    summary = work.output / SUMMARY
+    labels = read_json(summary).get("labels") if work.finished(overwrite) else None
     if labels is None:
         return None
-    summary = work.output / SUMMARY
     report = interpret(summary, lambda: LabelReport(work.output, labels.pop("studies"), labels.pop("states")))
     if labels != work.settings:
         return None
@@ -298,7 +303,7 @@ def _check_output(folder: Path, work: WorkFolder, overwrite: bool) -> None:
     if work.path.exists() and not work.settings_file.is_file():
         raise ValueError(f"{work.path} exists and is not an unfinished labelling: rename or delete it")
     if work.output != folder:
-        check_output(work.output, overwrite)
+        work.check_output(overwrite)
 
 
 def _label_shard(file: Path, record: Path, read: StateReader, relabel: bool) -> _Shard:

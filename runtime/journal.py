@@ -63,20 +63,32 @@ class WorkSettings:
         work: file or folder of the work, for error messages.
         settings: values that JSON can hold; others are converted to text.
         digests: names of settings whose values are digests, which errors do not show.
+        defaults: values of settings that did not exist when older work was begun.
     """
 
-    def __init__(self, work: str | os.PathLike, settings: dict[str, Any], digests: Collection[str] = ()):
+    def __init__(
+        self,
+        work: str | os.PathLike,
+        settings: dict[str, Any],
+        digests: Collection[str] = (),
+        defaults: dict[str, Any] | None = None,
+    ):
         self.work = work
         # Through JSON, so that values compare equal to those read from a file.
-        self.settings = json.loads(json.dumps(settings, default=str))
+        self.settings, self.defaults = json.loads(json.dumps([settings, defaults or {}], default=str))
         self.digests = digests
 
-    def check(self, before: dict[str, Any]) -> None:
+    def check(self, before: dict[str, Any], anew: str = "--overwrite") -> None:
         """Refuse to continue work that was begun with other settings.
+
+        Args:
+            before: the settings it was begun with.
+            anew: how the user starts anew, for the error.
 
         Raises:
             ValueError: `before` differs; the message names the settings and both values.
         """
+        before = {**self.defaults, **before}
         changes = [
             name if name in self.digests else f"{name}={before.get(name)!r}, now {self.settings.get(name)!r}"
             for name in {**self.settings, **before}
@@ -85,7 +97,7 @@ class WorkSettings:
         if changes:
             raise ValueError(
                 f"{self.work} was made with other settings ({'; '.join(changes)}): expected the same, another "
-                "--output, or --overwrite, which starts anew"
+                f"--output, or {anew}, which starts anew"
             )
 
     def keep(self, path: str | os.PathLike) -> None:

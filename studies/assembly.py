@@ -11,10 +11,11 @@ import pyarrow as pa
 
 from ..runtime.interruptions import fault_of_study
 from ..sections_otdrg import join_sections
+from .images import read_images
 from .placeholders import present_text
 from .priors import PriorFinder, prior_columns
 from .schema import STUDY_FEATURES
-from .source import SPLITS, TEXTS, VIEWS, Skipped, SkipStudy, Study, StudyEntry, StudySource
+from .source import SPLITS, TEXTS, VIEWS, Prior, Skipped, SkipStudy, Study, StudyEntry, StudySource
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -168,6 +169,7 @@ def assemble_study(
     try:
         study = _without_placeholders(source.read(entry))
         report = choose_report(study, sections)
+        views = [VIEWS.index(view) for _, view in zip(study.images, study.views, strict=True)]
     except SkipStudy as skip:
         return skipped(skip.kind, skip.reason)
     except Exception as error:  # parsers raise any exception for a damaged file
@@ -176,21 +178,22 @@ def assemble_study(
         return skipped("empty report", f"the study has no {sections.replace('+', ' and no ')}")
     if not study.images:
         return skipped("missing image", "the study names no image")
-    images, views, faults = _read_views(study, image_form)
-    faults = [Skipped(entry.id, entry.split, *fault) for fault in faults]
+    images, image_faults = read_images(study.images, image_form)
+    faults = [Skipped(entry.id, entry.split, *fault) for fault in image_faults]
     if not images or (faults and not keep_incomplete):
         return Assembled(None, faults)
 
-    def report_of(prior: Study) -> str:
-        return choose_report(_without_placeholders(prior), sections)
+    def report_of(prior: Study | Prior) -> str:
+        prior_sections = Study((), (), findings=prior.findings, impression=prior.impression)
+        return choose_report(_without_placeholders(prior_sections), sections)
 
     prior, prior_faults = prior_columns(source, entry, study, image_form, report_of)
     faults += [Skipped(entry.id, entry.split, "unusable prior", reason) for reason in prior_faults]
     row = {
         "id": entry.id,
         "patient_id": entry.patient_id,
-        "images": images,
-        "views": views,
+        "images": list(images.values()),
+        "views": [views[place] for place in images],
         **{name: getattr(study, name) for name in TEXTS},
         "report": report,
         "finding_states": study.finding_states,
@@ -213,21 +216,6 @@ def assemble_study(
 def _without_placeholders(study: Study) -> Study:
     """The study without texts that are placeholders; the others are kept unchanged, with their white space."""
     return replace(study, **{name: "" for name in TEXTS if not present_text(getattr(study, name), name)})
-
-
-def _read_views(study: Study, image_form: ImageForm) -> tuple[list[dict], list[int], list[tuple[str, str]]]:
-    """Images and view ids of the readable views, and (kind, reason) of the others."""
-    images, views, faults = [], [], []
-    for number, (image, view) in enumerate(zip(study.images, study.views, strict=True)):
-        try:
-            images.append(image_form(image))
-            views.append(VIEWS.index(view))
-        except SkipStudy as skip:
-            faults.append((skip.kind, skip.reason))
-        except Exception as error:
-            name = image if isinstance(image, str) else f"view {number}"
-            faults.append(("unreadable image", f"{name}: {fault_of_study(error)}"))
-    return images, views, faults
 
 
 def _check_row(row: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import partial
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -26,18 +26,20 @@ from tqdm.auto import tqdm
 
 from ..files_otdrg import read_json, write_json, write_text
 from ..runtime.interruptions import end_with_parent
-from ..runtime.journal import WorkSettings
 from ..runtime.output_lock import OutputLock
 from ..sections_otdrg import HEADINGS
 from .assembly import SECTIONS, Sections, StudyListing, assemble_study, check_sections
 from .card import dataset_card
 from .images import stored_image
-from .shards import Share, WorkFolder, check_output, row_batches, write_shard
+from .shards import SUMMARY, Share, WorkFolder, row_batches, write_shard
 from .source import SPLITS, Skipped, StudyEntry, StudySource, option
 from .summary import OfficialCheck, SplitCounts, format_counts
 
 #: Each skipped study and the reason.
 SKIPPED = "skipped.jsonl"
+
+#: Options of a build that do not determine the content of the dataset.
+_NOT_CONTENT = ("num_proc", "strict")
 
 
 @dataclass
@@ -58,7 +60,11 @@ class BuildOptions:
         False,
     )
     strict: bool = option("Stop with an error at the first study that would be skipped.", False)
-    parquet_only: bool = option("Do not write the Arrow files of load_from_disk, which double the size.", False)
+    parquet_only: bool = option(
+        "Do not write the Arrow files of load_from_disk, which double the size; writing them needs disk space for "
+        "three times the size.",
+        False,
+    )
     studies_per_shard: int = option("Studies in a file.", 500, metavar="N")
     num_proc: int = option("Number of processes.", 1, metavar="N")
 
@@ -191,7 +197,7 @@ def build_studies_dataset(
         options: options of the build.
         resume: continue an interrupted build: shards whose listed studies have not changed are kept, and a complete
             build is not changed.
-        overwrite: replace an existing dataset, and delete an interrupted build.
+        overwrite: replace an existing dataset and, without `resume`, delete an interrupted build.
 
     Raises:
         OutputLockedError: another process builds this dataset.
@@ -201,10 +207,11 @@ def build_studies_dataset(
     """
     options = options or BuildOptions()
     work = _work(source, output, options)
-    with OutputLock(work.output), _says_what_is_kept(work, "--resume continues"):
+    how = f"--resume{' --overwrite' if overwrite else ''} continues"
+    with OutputLock(work.output), _says_what_is_kept(work, how):
         if resume and (report := _finished(work, overwrite)) is not None:
             return report
-        check_output(work.output, overwrite)
+        work.check_output(overwrite)
         # Listed first: an error of the source leaves no files.
         listing, official = StudyListing(source, options.limit, options.priors), _official(source, options)
         work.enter(resume, overwrite)
@@ -237,7 +244,7 @@ def build_share(
             study would be skipped.
     """
     options = options or BuildOptions()
-    work = _work(source, output, options)
+    work = _work(source, output, options, shared=True)
     listing = StudyListing(source, options.limit, options.priors)
     files = 0
 
@@ -251,7 +258,7 @@ def build_share(
     def finished() -> BuildReport | None:
         report = _finished(work, overwrite=False)
         if report is None:
-            check_output(work.output, overwrite=False)
+            work.check_output(overwrite=False)
         return report
 
     with _says_what_is_kept(work, "the same command continues"), work.join(share, finished) as dataset:
@@ -274,11 +281,11 @@ def merge_shares(source: StudySource, output: str | os.PathLike, options: BuildO
             options.
     """
     options = options or BuildOptions()
-    work = _work(source, output, options)
+    work = _work(source, output, options, shared=True)
     with OutputLock(work.output), _says_what_is_kept(work, "--merge continues"):
         if (report := _finished(work, overwrite=False)) is not None:
             return report
-        check_output(work.output, overwrite=False)
+        work.check_output(overwrite=False)
         listing, official = StudyListing(source, options.limit, options.priors), _official(source, options)
         count = work.end_shares()
         jobs = _jobs(listing, official, options.studies_per_shard)
@@ -287,10 +294,11 @@ def merge_shares(source: StudySource, output: str | os.PathLike, options: BuildO
         return _publish(_in_order(shards), official, source, options, work)
 
 
-def _work(source: StudySource, output: str | os.PathLike, options: BuildOptions) -> WorkFolder:
+def _work(source: StudySource, output: str | os.PathLike, options: BuildOptions, shared: bool = False) -> WorkFolder:
     check_sections(source, options.sections)
+    defaults = {**_defaults(source, "source."), **_defaults(options)}
     # If the output is a link, its target is replaced.
-    return WorkFolder(Path(os.path.realpath(output)), _settings(source, options), "build")
+    return WorkFolder(Path(os.path.realpath(output)), _settings(source, options), "build", shared, defaults)
 
 
 @contextmanager
@@ -351,14 +359,16 @@ def _publish(
 
 
 def _finished(work: WorkFolder, overwrite: bool) -> BuildReport | None:
-    """The report of the complete dataset; None if it is not complete."""
-    try:
-        summary = work.finished(overwrite)
-    except ValueError as error:
-        raise ValueError(f"{error}: --overwrite builds the dataset again") from None
-    if summary is None:
+    """The report of the complete dataset; None if it is not complete, or is to be replaced by another one."""
+    if not work.finished(overwrite):
         return None
-    WorkSettings(work.output, work.settings).check(summary["settings"])
+    try:
+        summary = read_json(work.output / SUMMARY)
+        work.check_settings(work.output, summary["settings"])
+    except ValueError:
+        if overwrite:
+            return None
+        raise
     return BuildReport.from_summary(work.output, summary)
 
 
@@ -376,13 +386,21 @@ def _report(output: Path, shards: list[_Shard], official: OfficialCheck | None) 
 
 
 def _settings(source: StudySource, options: BuildOptions) -> dict[str, Any]:
-    # Datasets of earlier versions have no such option.
-    left_out = ("num_proc", "strict", *(() if options.priors else ("priors",)))
-    build = {name: value for name, value in asdict(options).items() if name not in left_out}
+    build = {name: value for name, value in asdict(options).items() if name not in _NOT_CONTENT}
     if "+" in options.sections:
         # An older version wrote no headings: its shards are not continued with shards that have them.
         build["headings"] = list(HEADINGS.values())
     return {"source": source.name, **{f"source.{name}": value for name, value in asdict(source).items()}, **build}
+
+
+def _defaults(options: Any, prefix: str = "") -> dict[str, Any]:
+    """The options that have a default, for the settings of a dataset that was made before an option existed."""
+    values = {
+        option.name: option.default if option.default_factory is MISSING else option.default_factory()
+        for option in fields(options)
+        if option.name not in _NOT_CONTENT
+    }
+    return {f"{prefix}{name}": value for name, value in values.items() if value is not MISSING}
 
 
 def _jobs(listing: StudyListing, official: OfficialCheck | None, size: int) -> Iterator[_Job]:

@@ -130,11 +130,6 @@ class CheXpertPlusSource(ListedSource):
         self._images = _images_folder(root if self.images is None else needed_folder(self.images, "images", _WHAT))
         if self.labels is not None:
             self.labels = os.path.abspath(needed_file(self.labels, "labels", "JSON Lines with CheXpert's labels"))
-        self._differences: list[str] = []
-
-    def published_differences(self) -> list[str]:
-        self.entries()
-        return self._differences
 
     def study_times(self) -> dict[str, date | int]:
         if not self.order_as_time:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from .source import parse_pairs
@@ -55,6 +56,12 @@ def match_columns(
                 f"{place} has no column {field!r}; {listed}; if it has another name, set option 'column': {field}=NAME"
             )
     return matched
+
+
+def without_fraction(cell: str) -> str:
+    """The cell, "30" instead of "30.0", as pandas writes whole numbers of a column in which values are missing."""
+    whole = re.fullmatch(r"(-?[0-9]+)\.0+", cell)
+    return whole[1] if whole else cell
 
 
 def _fold(name: str) -> str:

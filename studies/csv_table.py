@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import PureWindowsPath
 from typing import NamedTuple
 
-from .columns import match_columns
+from .columns import match_columns, without_fraction
 from .csv_rows import Row, check_encoding, read_rows
 from .placeholders import present_text, shown_value
 from .source import (
@@ -142,7 +142,7 @@ class CSVSource(ListedSource):
         for image in images:
             if self._image_path(image) is None:
                 fault = fault or f"prior_image {shown_value(image)} leaves the folder of images"
-        days = fields.get("prior_days", "")
+        days = without_fraction(fields.get("prior_days", ""))
         if not re.fullmatch(r"-?[0-9]{0,6}", days) or days == "-":
             fault = fault or f"prior_days is {shown_value(days)}: expected a whole number of days"
         if not images and "prior_report" not in fields:
@@ -219,7 +219,9 @@ class CSVSource(ListedSource):
         key = name if "study_id" in self._columns else row.first
         study_id = name or os.path.splitext(os.path.relpath(image, self.images))[0].replace(os.sep, "/")
         texts = tuple(present_text(cells.get(text, ""), text) for text in TEXTS)
-        prior = {name: cells[name] for name in ("prior_image", *_PRIOR_FIELDS) if cells.get(name)}
+        # Checked as an indication is: texts without letters are kept.
+        stated = {name: present_text(cells.get(name), "indication") for name in ("prior_image", *_PRIOR_FIELDS)}
+        prior = {name: text for name, text in stated.items() if text}
         view = _View(row.first, image, view_named(cells.get("view", "")), texts, prior)
         return key, _Listed(_writable(study_id), _writable(cells.get("patient_id", "")), split, (view,), fault)
 

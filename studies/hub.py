@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -131,18 +132,21 @@ class HubSource(StudySource):
             **{text: row.get(text) or "" for text in TEXTS},
             finding_states=split.states(row.get("finding_states"), place),
             licence=self.licence or row.get("licence") or "",
-            prior=self._prior(row, f"{place}, column {split.names.get('prior_images')!r}"),
+            prior=self._prior(row, split.names, place),
         )
 
-    def _prior(self, row: dict[str, Any], place: str) -> Prior | None:
+    def _prior(self, row: dict[str, Any], names: dict[str, str], place: str) -> Prior | None:
         """The prior in the columns `prior_*` of a row."""
-        stored, patient = row.get("prior_images") or [], row.get("prior_patient_id")
-        report = (row.get("prior_report") or "").strip()
+        stored, report = row.get("prior_images") or [], (row.get("prior_report") or "").strip()
         if not stored and not report:
             return None
-        prior = Prior(report=report, days=row.get("prior_days"), patient_id=None if patient is None else str(patient))
+        days, patient = _number(row.get("prior_days")), _number(row.get("prior_patient_id"))
+        prior = Prior(report=report, days=days, patient_id=None if patient is None else str(patient))
+        if isinstance(days, float):
+            prior.fault = f"{place}, column {names['prior_days']!r}: {days}: expected a whole number of days"
+            return prior
         try:
-            prior.images = self._images(stored, place) if stored else []
+            prior.images = self._images(stored, f"{place}, column {names['prior_images']!r}") if stored else []
         except SkipStudy as skip:
             prior.fault = str(skip)
         return prior
@@ -263,6 +267,13 @@ class HubSource(StudySource):
 
 def _place(split: str, row: int) -> str:
     return f"split {split}, row {row}"
+
+
+def _number(value: Any) -> Any:
+    """The value; None for NaN, and an int for a whole float: a column of floats can be of ints, some missing."""
+    if not isinstance(value, float):
+        return value
+    return None if math.isnan(value) else int(value) if value.is_integer() else value
 
 
 def _first_line(error: Exception) -> str:

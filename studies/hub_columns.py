@@ -125,8 +125,10 @@ def _check_types(features: Features, names: dict[str, str], place: str) -> dict[
             if not types["state_ids"]:
                 expected = "lists of 14 states, or --column finding_states= to leave them out"
         elif field == "prior_days":
-            if not _is(item, "int") or nested:
+            if nested or not (_is(item, "int") or _is(item, "float")):
                 expected = "whole numbers of days"
+        elif field == "prior_patient_id" and _is(item, "float") and not nested:
+            pass  # whole numbers, of which some are missing
         elif nested or not (_is(item, "string") or (field not in _TEXT_FIELDS and _is(item, "int"))):
             expected = "text"
         if expected is not None:

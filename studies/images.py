@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
 
 from ..image_processing_otdrg import is_dicom, read_file, read_view, reads_alike, shown_name
+from ..runtime.interruptions import fault_of_study
 from .chest import NOT_CHEST, dicom_chest_fault
 from .metadata import without_metadata
 from .source import SkipStudy
@@ -39,7 +41,7 @@ def stored_image(view: str | bytes | Image.Image, shorter_side: int | None = Non
     """A view for a dataset on disk: `{"bytes", "path"}` of an image that every library decodes as [`read_view`] does.
 
     The pixel data of JPEG and PNG files is kept byte for byte if it decodes to the same pixels; everything else becomes
-    an 8-bit PNG. Metadata is removed.
+    an 8-bit PNG. Metadata is removed, and `path` is None, because file names can hold names of patients.
 
     Args:
         view: a path (also of a DICOM file), the bytes of an image file, or an image.
@@ -48,11 +50,11 @@ def stored_image(view: str | bytes | Image.Image, shorter_side: int | None = Non
     Raises:
         SkipStudy: the file is missing, cannot be read, or is no chest radiograph according to its header.
     """
-    data, path, name = view if isinstance(view, bytes) else None, None, "an image in memory"
+    data, name = view if isinstance(view, bytes) else None, "an image in memory"
     try:
         if isinstance(view, str):
             _check_exists(view)
-            data, path, name = read_file(view), os.path.basename(view), view
+            data, name = read_file(view), view
         picture = read_view(view if data is None else data, name=name)
     except ValueError as error:
         raise SkipStudy("unreadable image", str(error)) from None
@@ -60,17 +62,29 @@ def stored_image(view: str | bytes | Image.Image, shorter_side: int | None = Non
         fault = dicom_chest_fault(data)
         if fault is not None:
             raise SkipStudy(NOT_CHEST, f"{shown_name(name)}: {fault}")
-        data = path = None
+        data = None
     if shorter_side is not None and min(picture.size) > shorter_side:
         kind = "JPEG" if data is not None and data[:2] == b"\xff\xd8" else "PNG"
         encoded = _encoded(_scaled(_gray(picture), shorter_side), kind)
     else:
-        kind, encoded = "kept", _kept(data, picture)
-        if encoded is None:
-            kind, encoded = "PNG", _encoded(_gray(picture), "PNG")
-    if path is not None and kind == "PNG":
-        path = f"{os.path.splitext(path)[0]}.png"
-    return {"bytes": encoded, "path": path}
+        encoded = _kept(data, picture) or _encoded(_gray(picture), "PNG")
+    return {"bytes": encoded, "path": None}
+
+
+def read_images(
+    images: Sequence[str | bytes | Image.Image], image_form: Callable[[str | bytes | Image.Image], dict]
+) -> tuple[dict[int, dict], list[tuple[str, str]]]:
+    """The converted images by their positions, and (kind, reason) of those that cannot be used."""
+    read, faults = {}, []
+    for number, image in enumerate(images):
+        try:
+            read[number] = image_form(image)
+        except SkipStudy as skip:
+            faults.append((skip.kind, skip.reason))
+        except Exception as error:  # decoders raise any exception for a damaged file
+            name = image if isinstance(image, str) else f"view {number}"
+            faults.append(("unreadable image", f"{name}: {fault_of_study(error)}"))
+    return read, faults
 
 
 def _check_exists(path: str) -> None:

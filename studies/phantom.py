@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ..findings_otdrg import FINDINGS, NEGATIVE, POSITIVE, UNCLEAR, UNMENTIONED
+from ..sections_otdrg import SECTIONS
 from .phantom_canvas import Canvas
 from .phantom_frontal import Frontal
 from .phantom_lateral import Lateral
@@ -292,7 +293,8 @@ class PhantomSource(StudySource):
         if _stream(self.seed, index, "has prior").random() >= self.prior_share:
             return make_phantom(self.seed, index, self.image_size, self.views), None, ""
         made = make_follow_up(self.seed, index, self.image_size, self.views, self.prior_findings)
-        prior = Prior(made.prior.images, made.prior.report, made.days)
+        sections = {name: getattr(made.prior, name) for name in SECTIONS}
+        prior = Prior(made.prior.images, days=made.days, **sections)
         return made.phantom, prior, f"Radiograph of {made.days} days before."
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date, datetime
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.interruptions import fault_of_study
+from .columns import without_fraction
+from .images import read_images
 from .placeholders import present_text
 from .source import FoundPrior, Prior, SkipStudy, Study, StudyEntry, StudySource
 
@@ -62,7 +65,7 @@ class PriorFinder:
         self._sorted = True
         if self._unknown:
             logger.warning(
-                "%s: %d studies have no prior and are none, because it is not known when they were made",
+                "%s: %d studies have no prior and are not priors of others: it is not known when they were made",
                 self._source,
                 self._unknown,
             )
@@ -73,7 +76,7 @@ def prior_columns(
     entry: StudyEntry,
     study: Study,
     image_form: Callable[[str | bytes | Image.Image], dict],
-    report_of: Callable[[Study], str],
+    report_of: Callable[[Study | Prior], str],
 ) -> tuple[dict[str, Any], list[str]]:
     """The columns of the prior of a study, and why a prior or an image of it cannot be used.
 
@@ -82,7 +85,7 @@ def prior_columns(
         entry: the listed study.
         study: the study.
         image_form: converts a view to `{"bytes", "path"}`.
-        report_of: the report of a study.
+        report_of: the report that consists of the sections of a study or of a prior.
     """
     columns: dict[str, Any] = {"prior_images": [], "prior_report": "", "prior_days": None}
     try:
@@ -91,15 +94,9 @@ def prior_columns(
         return columns, [skip.reason]
     if prior is None:
         return columns, []
-    faults = []
-    for number, image in enumerate(prior.images):
-        try:
-            columns["prior_images"].append(image_form(image))
-        except SkipStudy as skip:
-            faults.append(f"the prior's {skip.kind}: {skip.reason}")
-        except Exception as error:  # decoders raise any exception for a damaged file
-            name = image if isinstance(image, str) else f"view {number}"
-            faults.append(f"the prior's unreadable image: {name}: {fault_of_study(error)}")
+    images, image_faults = read_images(prior.images, image_form)
+    faults = [f"the prior's {kind}: {reason}" for kind, reason in image_faults]
+    columns["prior_images"] = list(images.values())
     columns["prior_report"] = present_text(prior.report)
     if columns["prior_images"] or columns["prior_report"]:
         columns["prior_days"] = prior.days
@@ -108,7 +105,9 @@ def prior_columns(
     return columns, faults
 
 
-def _prior(source: StudySource, entry: StudyEntry, study: Study, report_of: Callable[[Study], str]) -> Prior | None:
+def _prior(
+    source: StudySource, entry: StudyEntry, study: Study, report_of: Callable[[Study | Prior], str]
+) -> Prior | None:
     """The prior of a study, described by its record or found in the listing.
 
     Raises:
@@ -117,19 +116,19 @@ def _prior(source: StudySource, entry: StudyEntry, study: Study, report_of: Call
     prior = study.prior
     if prior is not None:
         fault = prior.fault
-        if not fault and prior.patient_id and prior.patient_id != entry.patient_id:
+        if not fault and prior.patient_id and without_fraction(prior.patient_id) != without_fraction(entry.patient_id):
             fault = f"the prior is of patient {prior.patient_id}: expected {entry.patient_id}, the patient of the study"
         if not fault and prior.days is not None and prior.days < 0:
             fault = f"the prior is {-prior.days} days later than its study: expected an earlier one"
         if fault:
             raise SkipStudy("unusable prior", fault)
-        return prior
+        return replace(prior, report=prior.report or report_of(prior))
     if entry.prior is None:
         return None
     earlier, days = entry.prior
     try:
         read = source.read(earlier)
-        return Prior(read.images, report_of(read), days)
+        return Prior(read.images, report_of(read), days=days)
     except SkipStudy as skip:
         raise SkipStudy("unusable prior", f"the prior {earlier.id} is left out: {skip.kind}: {skip.reason}") from None
     except Exception as error:  # parsers raise any exception for a damaged file

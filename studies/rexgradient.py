@@ -50,7 +50,7 @@ _METADATA = "{split}_metadata_view_position.json"
 _TEXT_FIELDS = ("Findings", "Impression", "Indication", "Comparison")
 #: Folder of the images, in the archive and on disk.
 _TOP = "deid_png"
-#: In the folder of the images: sizes of the parts that were unpacked to it.
+#: In the folder of the images: sizes of the parts that were unpacked to it, and the listed images that they lack.
 _UNPACKED = ".unpacked.json"
 
 
@@ -90,11 +90,6 @@ class ReXGradientSource(ListedSource):
             raise ValueError(
                 f"{self.images} does not exist, and {self.root} has no {_TOP}.part00 to unpack: expected one of them"
             )
-        self._differences: list[str] = []
-
-    def published_differences(self) -> list[str]:
-        self.entries()
-        return self._differences
 
     def study_times(self) -> dict[str, date | int]:
         return table_times(self.entries())
@@ -153,20 +148,19 @@ class ReXGradientSource(ListedSource):
         return StudyEntry(name, patient if isinstance(patient, str) else inside[0].split("/")[0], split, study)
 
     def _unpack(self, images: Iterable[str]) -> None:
-        """Unpack the parts if images are missing, unless these parts were unpacked before."""
+        """Unpack the parts if images are missing that these parts are not known to lack."""
         folder, parts = Path(self.images), find_parts(Path(self.root), _TOP)
-        if not parts or _was_unpacked(folder, parts):
-            return
-        images = list(images)
-        if all(map(os.path.isfile, images)):
+        if not parts:
             return
         wanted = {os.path.relpath(image, folder).replace(os.sep, "/") for image in images}
+        if _missing(folder, wanted) <= _lacking(folder, parts):
+            return
         with _waiting_lock(folder):
-            if _was_unpacked(folder, parts):
+            if _missing(folder, wanted) <= _lacking(folder, parts):
                 return
             unpacked = unpack_images(parts, wanted, _TOP, folder)
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / _UNPACKED, _sizes(parts))
+            write_json(folder / _UNPACKED, {"parts": _sizes(parts), "lacking": sorted(_missing(folder, wanted))})
         if unpacked.damaged:
             names = listed(unpacked.damaged, most=3)
             logger.warning("%d images are damaged in the parts and were not unpacked: %s", len(unpacked.damaged), names)
@@ -198,11 +192,17 @@ def _sizes(parts: list[Path]) -> dict[str, int]:
     return {part.name: part.stat().st_size for part in parts}
 
 
-def _was_unpacked(folder: Path, parts: list[Path]) -> bool:
+def _missing(folder: Path, images: set[str]) -> set[str]:
+    return {image for image in images if not os.path.isfile(os.path.join(folder, image))}
+
+
+def _lacking(folder: Path, parts: list[Path]) -> set[str]:
+    """Images that were missing after these parts were unpacked to the folder."""
     try:
-        return read_json(folder / _UNPACKED) == _sizes(parts)
-    except (OSError, ValueError):
-        return False
+        content = read_json(folder / _UNPACKED)
+        return set(content["lacking"]) if content["parts"] == _sizes(parts) else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def _waiting_lock(folder: Path) -> OutputLock:

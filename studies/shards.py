@@ -111,46 +111,74 @@ class WorkFolder:
         output: the dataset.
         settings: what determines the content of the dataset.
         task: "build" or "label"; the settings file is `TASK.json`.
+        shared: whether the command has `--shard` or `--merge`, which exclude `--overwrite`.
+        defaults: values of settings that did not exist when older work was begun.
     """
 
-    def __init__(self, output: Path, settings: dict[str, Any], task: str):
+    def __init__(
+        self,
+        output: Path,
+        settings: dict[str, Any],
+        task: str,
+        shared: bool = False,
+        defaults: dict[str, Any] | None = None,
+    ):
         self.output = output
         self.path = output.with_name(f"{output.name}.partial")
         self.shards = self.path / "shards"
-        self._work_settings = WorkSettings(self.path, settings)
-        self.settings = self._work_settings.settings
+        self.settings = WorkSettings(self.path, settings).settings
         self.settings_file = self.path / f"{task}.json"
+        self._shared = shared
+        self._defaults = defaults
 
-    def finished(self, overwrite: bool) -> dict[str, Any] | None:
-        """The summary of the complete dataset, None if there is none or the work folder is incomplete."""
+    def finished(self, overwrite: bool) -> bool:
+        """Whether the output is a dataset and there is no unfinished work."""
         if (self.path / SUMMARY).is_file() and not self.settings_file.exists():
             # Stopped just before the last step.
-            summary = read_json(self.path / SUMMARY)
-            check_output(self.output, overwrite)
+            self.check_output(overwrite)
             self._put_in_place()
-            return summary
-        if self.path.exists() or not (self.output / SUMMARY).is_file():
-            return None
-        return read_json(self.output / SUMMARY)
+        return not self.path.exists() and (self.output / SUMMARY).is_file()
+
+    def check_output(self, overwrite: bool) -> None:
+        """Raise a `ValueError` if something at the output may not be replaced by the dataset."""
+        if not self.output.exists() or (self.output.is_dir() and not any(self.output.iterdir())):
+            return
+        if not (self.output / SUMMARY).is_file():
+            raise ValueError(f"{self.output} exists and is no dataset of studies: expected a new folder")
+        if not overwrite:
+            how = "delete it to replace it" if self._shared else "--overwrite replaces it"
+            raise ValueError(f"{self.output} exists: {how}, another --output keeps it")
+
+    def check_settings(self, folder: Path, before: dict[str, Any]) -> None:
+        """Raise a `ValueError` if a dataset, or unfinished work, was made with other settings than these."""
+        WorkSettings(folder, self.settings, defaults=self._defaults).check(before, self._anew(folder))
+
+    def _anew(self, folder: Path) -> str:
+        """How the user starts anew."""
+        return f"deleting {folder}" if self._shared else "--overwrite instead of --resume"
 
     def enter(self, resume: bool, overwrite: bool) -> None:
         """Create the folder, or continue with the one of an interrupted run.
+
+        Args:
+            resume: continue with a folder that exists.
+            overwrite: without `resume`, delete a folder that exists.
 
         Raises:
             ValueError: the folder exists and is not to be continued, or belongs to other work.
         """
         if self.path.exists():
-            if overwrite:
+            if resume:
+                self._check_same_work(None)
+                self._remove_leftovers()
+            elif overwrite:
                 self._check_no_share_runs()
                 shutil.rmtree(self.path)
-            elif not resume:
+            else:
                 raise ValueError(
                     f"{self.path} is an unfinished dataset: --resume continues it, "
                     "--overwrite deletes it and starts again"
                 )
-            else:
-                self._check_same_work(None)
-                self._remove_leftovers()
         self._write_settings(None)
 
     @contextmanager
@@ -225,11 +253,10 @@ class WorkFolder:
         try:
             before = read_json(self.settings_file)
         except (OSError, ValueError):
-            raise ValueError(
-                f"{self.settings_file} is missing or damaged: --overwrite deletes {self.path} and starts again"
-            ) from None
+            anew = self._anew(self.path)
+            raise ValueError(f"{self.settings_file} is missing or damaged: {anew} starts anew") from None
         began = before.pop(_SHARES, None)
-        self._work_settings.check(before)
+        self.check_settings(self.path, before)
         if began != shares:
             then, now = (f"with --shard I/{count}" if count else "without --shard" for count in (began, shares))
             ways = "--merge puts finished shards together" if began else "--resume continues it"
@@ -244,9 +271,10 @@ class WorkFolder:
                 path.unlink()
 
     def publish(self, shards: Sequence[tuple[str, Path]], summary: dict[str, Any], arrow: bool) -> None:
-        """Move finished shards to `data/SPLIT-I-of-N.parquet`, write the summary and put the dataset in its place.
+        """Name finished shards `data/SPLIT-I-of-N.parquet`, write the summary and put the dataset in its place.
 
-        `shards` are the split and the Parquet file of each; `arrow` adds the format of `load_from_disk`.
+        `shards` are the split and the Parquet file of each; `arrow` adds the format of `load_from_disk`. If it is
+        interrupted, no shard is lost: the next run repeats these steps, or only the last one.
         """
         splits: dict[str, list[Path]] = {}
         for split, file in shards:
@@ -256,9 +284,8 @@ class WorkFolder:
         (self.path / "data").mkdir()
         for split, files in splits.items():
             for index, file in enumerate(files):
-                os.replace(file, self.path / "data" / f"{split}-{index:05d}-of-{len(files):05d}.parquet")
+                _link(file, self.path / "data" / f"{split}-{index:05d}-of-{len(files):05d}.parquet")
         write_json(self.path / SUMMARY, summary)
-        shutil.rmtree(self.shards)
         self.settings_file.unlink()
         self._put_in_place()
 
@@ -277,6 +304,8 @@ class WorkFolder:
 
     def _put_in_place(self) -> None:
         """Rename the folder to the output; a dataset that is replaced stays until then."""
+        if self.shards.exists():
+            shutil.rmtree(self.shards)
         old = self.output.with_name(f".{self.output.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if (self.output / SUMMARY).is_file():
@@ -285,13 +314,12 @@ class WorkFolder:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def check_output(output: Path, overwrite: bool) -> None:
-    """Raise a `ValueError` if something at `output` may not be replaced by a dataset."""
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        if not (output / SUMMARY).is_file():
-            raise ValueError(f"{output} exists and is no dataset of studies: expected a new folder")
-        if not overwrite:
-            raise ValueError(f"{output} exists: --overwrite replaces it, another --output keeps it")
+def _link(file: Path, name: Path) -> None:
+    """Give a file a second name, or another one if the file system has no hard links."""
+    try:
+        os.link(file, name)
+    except OSError:
+        os.replace(file, name)
 
 
 def _digest(files: Sequence[Path]) -> str:

@@ -144,7 +144,8 @@ class Prior:
 
     Args:
         images: its views, as in [`Study`].
-        report: its report, "" if unknown.
+        report: its report; "" if unknown, or if it consists of the sections.
+        findings, impression: sections of its report, "" if absent.
         days: how many days before it was made; None if unknown.
         patient_id: its patient; None or "" if the record does not say.
         fault: why it cannot be used, "" if it can.
@@ -152,6 +153,8 @@ class Prior:
 
     images: Sequence[str | bytes | Image.Image] = ()
     report: str = ""
+    findings: str = ""
+    impression: str = ""
     days: int | None = None
     patient_id: str | None = None
     fault: str = ""
@@ -236,7 +239,7 @@ class StudySource(ABC):
         )
 
     def published_differences(self) -> list[str]:
-        """One line for each difference of the listing from the published collection, whatever is kept of it."""
+        """One line for each difference of the listing, skipped studies included, from the published collection."""
         return []
 
     @classmethod
@@ -246,9 +249,13 @@ class StudySource(ABC):
 
 
 class ListedSource(StudySource):
-    """A source that makes its listing once, in `_list`, and keeps it; copies in other processes do not get it."""
+    """A source that makes its listing once, in `_list`, and keeps it; copies in other processes do not get it.
+
+    `_list` can set `_differences`, the [`published_differences`].
+    """
 
     _listing: list[StudyEntry | Skipped] | None = None
+    _differences: Sequence[str] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_listing": None}
@@ -257,6 +264,10 @@ class ListedSource(StudySource):
         if self._listing is None:
             self._listing = self._list()
         return iter(self._listing)
+
+    def published_differences(self) -> list[str]:
+        self.entries()
+        return list(self._differences)
 
     @abstractmethod
     def _list(self) -> list[StudyEntry | Skipped]:

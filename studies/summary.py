@@ -16,7 +16,6 @@ _COUNTED = {
     "missing image": "missing_images",
     "unreadable image": "unreadable_images",
     "not a chest radiograph": "not_chest",
-    "unusable prior": "unusable_priors",
 }
 #: Counts that a table has only if they are not 0 in all rows.
 _ONLY_IF_ANY = ("without_findings", "without_impression", "priors", "unusable_priors")
@@ -35,7 +34,7 @@ class SplitCounts:
         not_chest: DICOM files of another modality or body part, and studies without any other file.
         without_findings, without_impression: studies kept whose report lacks one of the two sections asked for.
         priors: studies kept with a prior study.
-        unusable_priors: priors, and images of priors, that are left out; their studies are kept.
+        unusable_priors: studies kept whose prior study is left out.
     """
 
     studies: int = 0
@@ -64,7 +63,9 @@ class SplitCounts:
         if assembled.lacks is not None:
             name = f"without_{assembled.lacks}"
             setattr(self, name, getattr(self, name) + 1)
-        self.priors += bool(assembled.row["prior_images"] or assembled.row["prior_report"])
+        has_prior = bool(assembled.row["prior_images"] or assembled.row["prior_report"])
+        self.priors += has_prior
+        self.unusable_priors += not has_prior and any(fault.kind == "unusable prior" for fault in assembled.faults)
         views = Counter(VIEWS[view] for view in assembled.row["views"])
         self.images += sum(views.values())
         for view, count in views.items():

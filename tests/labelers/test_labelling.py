@@ -166,6 +166,22 @@ def test_label_interrupted_at_its_end_continues(built, tmp_path, monkeypatch, la
     assert None not in states_of(built).values()
 
 
+def test_label_interrupted_overwrite_continues_as_the_message_says(built, tmp_path):
+    labelled = tmp_path / "labelled"
+    label_dataset(built, Reader(), {"labeler": "other"}, output=labelled)
+
+    def interrupted(ids, reports):
+        if "s2" in ids:
+            raise KeyboardInterrupt
+        return Reader()(ids, reports)
+
+    with pytest.raises(KeyboardInterrupt, match="; --resume --overwrite continues"):
+        label_dataset(built, interrupted, SETTINGS, output=labelled, overwrite=True)
+    rest = Reader()
+    label_dataset(built, rest, SETTINGS, output=labelled, resume=True, overwrite=True)
+    assert rest.seen == ["s2", "s4"]
+
+
 def test_label_complete_is_not_changed_by_resume(built, tmp_path):
     labelled = tmp_path / "labelled"
     for output in (labelled, None):

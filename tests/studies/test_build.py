@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,7 +109,7 @@ def test_build_image_file_deleted_later_dataset_is_complete(tmp_path, picture):
     (row,) = load_from_disk(tmp_path / "moved")["train"]
     assert row["images"][0].size == (40, 30)
     stored = load_from_disk(tmp_path / "moved")["train"].data.column("images")[0].as_py()
-    assert stored == [{"bytes": data, "path": "view.png"}]
+    assert stored == [{"bytes": data, "path": None}]
 
 
 def test_build_faulty_studies_are_counted_and_listed(tmp_path, picture):
@@ -337,9 +338,48 @@ def test_build_resumed_keeps_finished_shards(tmp_path, picture):
     assert load_from_disk(tmp_path / "built")["train"]["id"] == ["s0", "s1", "s2", "s3"]
 
 
+def test_build_interrupted_overwrite_continues_as_the_message_says(tmp_path, picture):
+    output, options = tmp_path / "built", BuildOptions(studies_per_shard=1)
+    build_studies_dataset(ListedSource([listed_study("old", picture())]), output, options)
+    new = [listed_study(name, picture(f"{name}.png")) for name in "ab"]
+
+    class Interrupted(ListedSource):
+        def read(self, entry):
+            if entry.id == "b":
+                raise KeyboardInterrupt
+            return super().read(entry)
+
+    with pytest.raises(KeyboardInterrupt, match=r"1 studies in 1 complete shards .*; --resume --overwrite continues"):
+        build_studies_dataset(Interrupted(new), output, options, overwrite=True)
+    with pytest.raises(ValueError, match="built exists: --overwrite replaces it"):
+        build_studies_dataset(ListedSource(new), output, options, resume=True)
+    os.unlink(tmp_path / "a.png")
+    build_studies_dataset(ListedSource(new), output, options, resume=True, overwrite=True)
+    assert load_from_disk(output)["train"]["id"] == ["a", "b"]
+
+
+@pytest.mark.parametrize(("module", "step", "name"), [(shutil, "rmtree", "shards"), (os, "replace", "summary.json")])
+def test_build_interrupted_at_its_end_keeps_the_shards(tmp_path, picture, monkeypatch, module, step, name):
+    source = ListedSource([listed_study("a", picture())])
+    real = getattr(module, step)
+
+    def stopped(*paths, **options):
+        if os.path.basename(paths[-1]) == name:
+            raise KeyboardInterrupt
+        return real(*paths, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="1 studies in 1 complete shards"):
+        patch.setattr(module, step, stopped)
+        build_studies_dataset(source, tmp_path / "built")
+    os.unlink(tmp_path / "view.png")
+    build_studies_dataset(source, tmp_path / "built", resume=True)
+    assert load_from_disk(tmp_path / "built")["train"]["id"] == ["a"]
+    assert not list(tmp_path.glob("built.partial")) and not (tmp_path / "built" / "shards").exists()
+
+
 def test_build_without_settings_file_is_not_resumed(tmp_path):
     (tmp_path / "built.partial").mkdir()
-    with pytest.raises(ValueError, match=r"build\.json is missing or damaged: --overwrite deletes .* and starts again"):
+    with pytest.raises(ValueError, match=r"build\.json is missing or damaged: --overwrite instead of --resume starts"):
         prepare_studies("phantom", tmp_path / "built", resume=True, **PHANTOMS)
     prepare_studies("phantom", tmp_path / "built", overwrite=True, **PHANTOMS)
 
@@ -352,6 +392,18 @@ def test_build_complete_is_not_changed_by_resume(tmp_path):
     assert (tmp_path / "built" / "summary.json").stat().st_mtime_ns == made
     with pytest.raises(ValueError, match=r"was made with other settings \(source\.train=7, now 8\)"):
         prepare_studies("phantom", tmp_path / "built", resume=True, **{**PHANTOMS, "train": 8})
+
+
+def test_build_made_before_an_option_existed_is_resumed(tmp_path):
+    prepare_studies("phantom", tmp_path / "built", **PHANTOMS)
+    path = tmp_path / "built" / "summary.json"
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("source.prior_share", "source.prior_findings", "priors"):
+        del summary["settings"][name]
+    path.write_text(json.dumps(summary), encoding="utf-8")
+    assert prepare_studies("phantom", tmp_path / "built", resume=True, **PHANTOMS).counts["train"].studies == 7
+    with pytest.raises(ValueError, match=r"other settings \(source\.prior_share=0\.0, now 1\.0\)"):
+        prepare_studies("phantom", tmp_path / "built", resume=True, prior_share=1.0, **PHANTOMS)
 
 
 def test_build_source_without_studies_is_an_error(tmp_path):

@@ -323,6 +323,22 @@ def test_prepare_scales_upright_images(prepare, kind):
     assert np.abs(np.asarray(image.convert("L"), float) - np.asarray(expected)).max() < 12
 
 
+def test_prepare_file_name_is_not_in_the_dataset(tmp_path):
+    for name in ("Musterfrau.png", "Musterfrau.tiff", "Musterfrau_prior.jpg"):
+        Image.fromarray(GRAY).save(tmp_path / name)
+    table = tmp_path / "table.csv"
+    cells = "Musterfrau_prior.jpg,Clear."
+    table.write_text(
+        "image,study_id,report,split,prior_image,prior_report\n"
+        f"Musterfrau.png,s1,Clear.,train,{cells}\nMusterfrau.tiff,s2,Clear.,train,{cells}\n"
+    )
+    prepare_studies("csv", tmp_path / "built", table=table)
+    for row in load_from_disk(tmp_path / "built")["train"]:
+        assert [image.size for image in (*row["images"], *row["prior_images"])] == [(48, 64)] * 2
+    files = [path for path in (tmp_path / "built").rglob("*") if path.suffix in (".parquet", ".arrow", ".md")]
+    assert len(files) == 3 and not any(b"Musterfrau" in path.read_bytes() for path in files)
+
+
 def test_prepare_unreadable_images_are_skipped_and_counted(prepare, tmp_path):
     whole = io.BytesIO()
     Image.fromarray(GRAY).save(whole, "PNG")

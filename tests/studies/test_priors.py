@@ -1,11 +1,13 @@
 """Prior studies: found by sources, described by tables, kept by datasets."""
 
 import json
+import math
 import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset, DatasetDict
 from otdrg.labelers.as_typed import labeler_of
 from otdrg.labelers.labelling import label_dataset
 from otdrg.studies import load_studies, open_source, prepare_studies
@@ -32,7 +34,7 @@ def days_of(rows):
     return {study: row["prior_days"] for study, row in rows.items()}
 
 
-def test_prepare_prior_without_its_image_is_left_out_and_counted(tmp_path):
+def test_prepare_prior_without_its_image_keeps_its_report_and_is_listed(tmp_path):
     download = ReXGradientDownload(tmp_path)
     for number in (1, 2, 3):
         download.study(number, patient="GRDNPATIENT1", Findings=f"Findings {number}.")
@@ -55,7 +57,7 @@ def test_prepare_prior_without_its_image_is_left_out_and_counted(tmp_path):
         "5": "",
     }
     assert [len(rows[number]["prior_images"]) for number in "2345"] == [0, 1, 1, 0]
-    assert (report.counts["train"].priors, report.counts["train"].unusable_priors) == (3, 1)
+    assert (report.counts["train"].priors, report.counts["train"].unusable_priors) == (3, 0)
     skipped = [json.loads(line) for line in (tmp_path / "studies" / "skipped.jsonl").read_text().splitlines()]
     fault = next(line for line in skipped if line["kind"] == "unusable prior")
     assert fault["kept"] and "GRDNACCESSION2" in fault["id"] and "the prior's missing image: " in fault["reason"]
@@ -149,6 +151,34 @@ def test_csv_unusable_prior_is_left_out_counted_and_its_study_kept(tmp_path, tab
     assert "\n" not in fault["reason"]
 
 
+@pytest.mark.parametrize(("patient", "prior_patient"), [("13", "13.0"), ("13.0", "13"), ("13", "nan")])
+def test_csv_prior_numbers_of_pandas_are_read(tmp_path, table, patient, prior_patient):
+    path = table(
+        f"0.png,s1,{patient},train,Clear lungs.,1.png,Effusion.,30.0,{prior_patient}",
+        f"2.png,s2,{patient},train,Clear lungs.,nan,nan,nan,nan",
+    )
+    prepare_studies("csv", tmp_path / "studies", build=BuildOptions(parquet_only=True), table=path)
+    assert days_of(rows_of(tmp_path / "studies")) == {"s1": 30, "s2": None}
+
+
+def test_hub_prior_numbers_of_pandas_are_read(tmp_path, views):
+    rows = {
+        "id": ["s1", "s2", "s3", "s4"],
+        "patient_id": [13] * 4,
+        "image": [Image.fromarray(views[0])] * 4,
+        "report": ["Clear lungs."] * 4,
+        "prior_report": ["Effusion."] * 4,
+        "prior_days": [30.0, math.nan, None, 0.5],
+        "prior_patient_id": [13.0, math.nan, None, 13.0],
+    }
+    DatasetDict({"train": Dataset.from_dict(rows)}).save_to_disk(tmp_path / "table")
+    options = {"dataset": str(tmp_path / "table"), "split_map": ["train=train"]}
+    prepare_studies("hub", tmp_path / "studies", build=BuildOptions(parquet_only=True), **options)
+    assert days_of(rows_of(tmp_path / "studies")) == {"s1": 30, "s2": None, "s3": None, "s4": None}
+    (fault,) = map(json.loads, (tmp_path / "studies" / "skipped.jsonl").read_text().splitlines())
+    assert fault["id"] == "s4" and "column 'prior_days': 0.5: expected a whole number of days" in fault["reason"]
+
+
 def test_hub_prior_columns_are_read_again(tmp_path):
     prepare_studies("phantom", tmp_path / "phantoms", build=BuildOptions(parquet_only=True), **PHANTOMS)
     prepare_studies("hub", tmp_path / "again", dataset=str(tmp_path / "phantoms"))
@@ -230,6 +260,26 @@ def test_phantom_prior_differs_in_one_finding_and_the_report_says_so():
         assert not np.array_equal(*(np.asarray(study.images[0]) for study in (made.phantom, made.prior)))
         seen.add((made.finding, made.change))
     assert len(seen) == 6
+
+
+def test_phantom_prior_report_has_the_sections_of_the_report(tmp_path):
+    options = {"train": 3, "validation": 0, "test": 0, "image_size": 32, "prior_share": 1.0}
+    priors = [make_follow_up(0, index, 32, ["frontal"]).prior for index in range(3)]
+    for sections, reports in (
+        ("findings", [prior.findings for prior in priors]),
+        ("impression", [prior.impression for prior in priors]),
+        ("findings+impression", [f"Findings: {prior.findings} Impression: {prior.impression}" for prior in priors]),
+    ):
+        build = BuildOptions(sections=sections, parquet_only=True)
+        prepare_studies("phantom", tmp_path / sections, build=build, **options)
+        assert [row["prior_report"] for row in rows_of(tmp_path / sections).values()] == reports
+
+
+def test_csv_prior_without_any_image_is_counted_once(tmp_path, table):
+    path = table("0.png,s1,p1,train,Clear lungs.,gone.png,,,", "1.png,s1,p1,train,,absent.png,,,")
+    report = prepare_studies("csv", tmp_path / "studies", build=BuildOptions(parquet_only=True), table=path)
+    counts = report.counts["train"]
+    assert (counts.studies, counts.priors, counts.unusable_priors, report.skipped) == (1, 0, 1, 2)
 
 
 def test_phantom_source_without_priors_is_as_before():

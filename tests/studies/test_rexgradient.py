@@ -86,6 +86,24 @@ def test_rexgradient_unpacked_parts_are_not_read_again(three, monkeypatch):
     assert len(entries) == 3 and not (images / missing).exists()
 
 
+def test_rexgradient_images_of_metadata_added_later_are_unpacked(three):
+    options = three.write()
+    train = three.root / "metadata" / "train_metadata_view_position.json"
+    train.rename(three.root / "later.json")
+    assert list(load_studies("rexgradient", **options)) == ["validation", "test"]
+    (three.root / "later.json").rename(train)
+    assert list(load_studies("rexgradient", **options)) == ["train", "validation", "test"]
+    assert three.unpacked() == three.images
+
+
+def test_rexgradient_deleted_image_is_unpacked_again(three):
+    options = three.write()
+    list(open_source("rexgradient", **options).entries())
+    next((three.root / "deid_png").rglob("*.png")).unlink()
+    list(open_source("rexgradient", **options).entries())
+    assert three.unpacked() == three.images
+
+
 def half(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 

@@ -1,5 +1,6 @@
 """A dataset made in shares by several processes: the same as by one, and what is refused."""
 
+import shutil
 import signal
 from dataclasses import replace
 
@@ -107,6 +108,23 @@ def test_shares_of_other_options_sources_or_counts_are_refused(table, tmp_path):
         build_share(source, output, Share(2, 3), OPTIONS)
     with pytest.raises(ValueError, match=r"was begun with --shard I/2, not without --shard: --merge puts"):
         build_studies_dataset(source, output, OPTIONS, resume=True)
+
+
+def test_shares_hints_do_not_name_overwrite(table, tmp_path):
+    source, output = open_source("csv", table=table), tmp_path / "o"
+    build_share(source, output, Share(1, 2), OPTIONS)
+    with pytest.raises(ValueError, match=r"or deleting \S+o\.partial, which starts anew$"):
+        build_share(source, output, Share(2, 2), replace(OPTIONS, limit=3))
+    (tmp_path / "o.partial" / "build.json").unlink()
+    with pytest.raises(ValueError, match=r"is missing or damaged: deleting \S+o\.partial starts anew$"):
+        build_share(source, output, Share(2, 2), OPTIONS)
+    shutil.rmtree(tmp_path / "o.partial")
+    build_studies_dataset(source, output, OPTIONS)
+    with pytest.raises(ValueError, match=r"other settings .* or deleting \S+o, which starts anew$"):
+        build_share(source, output, Share(1, 2), replace(OPTIONS, limit=3))
+    (tmp_path / "o.partial").mkdir()
+    with pytest.raises(ValueError, match=r"o exists: delete it to replace it, another --output keeps it$"):
+        build_share(source, output, Share(1, 2), OPTIONS)
 
 
 def test_shares_source_changed_since_is_refused(table, tmp_path):
