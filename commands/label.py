@@ -20,7 +20,14 @@ from ..labelers.csv_states import read_states, write_states
 from ..labelers.report_table import read_reports
 from ..labelers.shared import label_together, placed_options, runs_model
 from ..runtime.printable import listed, show
-from ..runtime.shared_work import by_main_process, continue_alone, is_begun, shared_lock, temporary_journal
+from ..runtime.shared_work import (
+    by_main_process,
+    continue_alone,
+    discard_journals,
+    is_begun,
+    shared_lock,
+    temporary_journal,
+)
 from .arguments import PLACEMENT, add_device, check_device, placement
 
 DESCRIPTION = """\
@@ -148,8 +155,11 @@ def _write_labels(options: argparse.Namespace, output: Path) -> None:
         _write_states(options, output, labeler.name, lambda reports: label_quietly(labeler, reports))
         return
     settings = {"labeler": options.labeler, "options": options.option}
+    if options.overwrite and not options.resume:
+        by_main_process(lambda: discard_journals(journal))
+    how = "--resume --overwrite" if options.overwrite else "--resume"
     with (
-        temporary_journal(journal, lambda: settings, options.overwrite),
+        temporary_journal(journal, lambda: settings, options.overwrite, how),
         closing(read_reports(options.reports)) as rows,
     ):
         reports = list(dict.fromkeys(report for _, report in rows))

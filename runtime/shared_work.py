@@ -273,31 +273,40 @@ def merge_journals(
 
 
 @contextmanager
-def temporary_journal(journal: Path, settings: Callable[[], Row], overwrite: bool) -> Iterator[Path]:
-    """A journal that is deleted when the body is done, and found again by the same command if it is interrupted.
+def temporary_journal(
+    journal: Path, settings: Callable[[], Row], overwrite: bool, how: str = "the same command"
+) -> Iterator[Path]:
+    """A journal that is deleted when the body is done, and found again by the next command if that was interrupted.
 
     Args:
         journal: the file; `NAME.settings.json` beside it holds the settings.
         settings: what the rows depend on; called by the main process.
-        overwrite: start anew.
+        overwrite: start anew if the journal was made with other settings.
+        how: what continues interrupted work, for the message.
 
     Raises:
-        ValueError: the journal was made with other settings.
+        ValueError: the journal was made with other settings, without `overwrite`.
     """
     beside = journal.with_suffix(".settings.json")
 
     def begin() -> None:
-        if overwrite:
-            discard_journals(journal)
         if not is_begun(journal):
             beside.unlink(missing_ok=True)
-        WorkSettings(journal, settings(), ("model", "studies")).keep(beside)
+        work = WorkSettings(journal, settings(), ("model", "studies"))
+        try:
+            work.keep(beside)
+        except ValueError:
+            if not overwrite:
+                raise
+            discard_journals(journal)
+            beside.unlink()
+            work.keep(beside)
 
     by_main_process(begin)
     try:
         yield journal
     except KeyboardInterrupt as stop:
-        raise type(stop)(f"what was finished is kept in {journal}; the same command continues") from stop
+        raise type(stop)(f"what was finished is kept in {journal}; {how} continues") from stop
     if process_place()[0] == 0:
         discard_journals(journal)
         beside.unlink(missing_ok=True)
