@@ -17,6 +17,8 @@ from .prompt_otdrg import OTDRGPromptMixin, check_batch, default_prompt, given_p
 logger = logging.get_logger(__name__)
 
 NO_IMAGE = "no image: pixel_values is missing, and a report is never written from nothing"
+#: New tokens if nobody says how many, as in transformers.
+_NEW_TOKENS = 20
 
 
 class _SuppressPlaceholders(LogitsProcessor):
@@ -80,7 +82,8 @@ class OTDRGGenerationMixin(OTDRGPromptMixin, GenerationMixin):
 
         Raises:
             ValueError: no image, states for a model that does not use them, impossible states, placeholders that do not
-                match, arguments of different numbers of studies, or guidance that is impossible.
+                match, arguments of different numbers of studies, guidance that is impossible, or a prompt and new
+                tokens beyond the LLM's positions.
         """
         guidance_scale = self._guidance_scale(generation_config, guidance_scale)
         processors = list(kwargs.get("logits_processor") or ())
@@ -98,6 +101,7 @@ class OTDRGGenerationMixin(OTDRGPromptMixin, GenerationMixin):
             views = pixel_values, view_mask, view_features
             priors = given_priors(prior_pixel_values, prior_view_mask, prior_view_features)
             prompt = self._read_prompt(unread, *views, finding_states, indication_ids, **priors)
+            self._check_length(prompt, generation_config, kwargs)
             if guidance_scale != 1:
                 processors.insert(0, self._state_guidance(unread, prompt, guidance_scale))
             if given is None and inputs_embeds is None:
@@ -114,6 +118,7 @@ class OTDRGGenerationMixin(OTDRGPromptMixin, GenerationMixin):
                 attention_mask=attention_mask,
                 inputs_embeds=inputs_embeds,
             )
+            self._check_length(prompt, generation_config, kwargs)
         no_placeholders = _SuppressPlaceholders(self.config.placeholder_token_ids)
         kwargs["logits_processor"] = LogitsProcessorList([*processors, no_placeholders])
         prompt = {name: value for name, value in prompt.items() if value is not None}
@@ -129,13 +134,35 @@ class OTDRGGenerationMixin(OTDRGPromptMixin, GenerationMixin):
         output.sequences = sequences
         return output
 
+    def _setting(self, name: str, generation_config, arguments: dict[str, Any]) -> Any:
+        """An argument of `generate`, from a generation config where it is not given; None if it is nowhere."""
+        configs = (generation_config, self.generation_config)
+        given = [arguments.get(name), *(getattr(config, name, None) for config in configs)]
+        return next((value for value in given if value is not None), None)
+
+    def _check_length(self, prompt: dict[str, Any], generation_config, arguments: dict[str, Any]) -> None:
+        """Raise a `ValueError` unless prompt and new tokens fit into the LLM's positions."""
+        positions = self.config.text_positions
+        tokens = prompt["inputs_embeds"] if prompt.get("input_ids") is None else prompt["input_ids"]
+        if positions is None or tokens is None:
+            return
+        mask, length = prompt["attention_mask"], tokens.shape[1]
+        longest = length if mask is None else int(mask.sum(dim=1).max())
+        new = self._setting("max_new_tokens", generation_config, arguments)
+        if new is None:
+            most = self._setting("max_length", generation_config, arguments)
+            new = _NEW_TOKENS if most is None else max(most - length, 0)
+        if longest + new > positions:
+            raise ValueError(
+                f"a prompt of {longest} tokens and {new} new ones: expected at most {positions} together, the "
+                "positions of the LLM: shorten the indication or max_new_tokens"
+            )
+
     def _sequences_per_prompt(self, generation_config, arguments: dict[str, Any]) -> int:
         """How many beams or samples start from each prompt; 1 also where they cannot share what is read of it."""
 
         def setting(name: str) -> Any:
-            configs = (generation_config, self.generation_config)
-            given = [arguments.get(name), *(getattr(config, name, None) for config in configs)]
-            return next((value for value in given if value is not None), None)
+            return self._setting(name, generation_config, arguments)
 
         # Other caches, and outputs that hold what each beam reads of the prompt.
         others = ["cache_implementation", "prefill_chunk_size", "output_attentions", "output_hidden_states"]
