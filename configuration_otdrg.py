@@ -385,6 +385,11 @@ class OTDRGConfig(PreTrainedConfig):
         return [token for token in ids if token is not None]
 
     @property
+    def text_positions(self) -> int | None:
+        """Most tokens that the LLM reads and writes together; None if it states no maximum."""
+        return getattr(self.text_config.get_text_config(), "max_position_embeddings", None)
+
+    @property
     def reads_prior_images(self) -> bool:
         """Whether the model reads the views of prior studies."""
         return self.priors in ("images", "both")

@@ -18,6 +18,8 @@ from .prompt_otdrg import OTDRGPromptMixin, check_batch, default_prompt, given_p
 logger = logging.get_logger(__name__)
 
 NO_IMAGE = "no image: pixel_values is missing, and a report is never written from nothing"
+#: New tokens if nobody says how many, as in transformers.
+_NEW_TOKENS = 20
 
 
 class _SuppressPlaceholders(LogitsProcessor):
@@ -81,8 +83,8 @@ class OTDRGGenerationMixin(OTDRGPromptMixin, GenerationMixin):
 
         Raises:
             ValueError: no image, states for a model that does not use them, impossible states, placeholders that do not
-                match, arguments of different numbers of studies, guidance that is impossible, or a
-                `prefill_chunk_size` below the features of a study.
+                match, arguments of different numbers of studies, guidance that is impossible, a `prefill_chunk_size`
+                below the features of a study, or a prompt and new tokens beyond the LLM's positions.
         """
         guidance_scale = self._guidance_scale(generation_config, guidance_scale, kwargs)
         processors = list(kwargs.get("logits_processor") or ())
@@ -100,6 +102,7 @@ class OTDRGGenerationMixin(OTDRGPromptMixin, GenerationMixin):
             views = pixel_values, view_mask, view_features
             priors = given_priors(prior_pixel_values, prior_view_mask, prior_view_features)
             prompt = self._read_prompt(unread, *views, finding_states, indication_ids, **priors)
+            self._check_length(prompt, generation_config, kwargs)
             if guidance_scale != 1:
                 processors.insert(0, self._state_guidance(unread, prompt, guidance_scale))
             if given is None and inputs_embeds is None:
@@ -117,6 +120,7 @@ class OTDRGGenerationMixin(OTDRGPromptMixin, GenerationMixin):
                 attention_mask=attention_mask,
                 inputs_embeds=inputs_embeds,
             )
+            self._check_length(prompt, generation_config, kwargs)
         no_placeholders = _SuppressPlaceholders(self.config.placeholder_token_ids)
         kwargs["logits_processor"] = LogitsProcessorList([*processors, no_placeholders])
         prompt = {name: value for name, value in prompt.items() if value is not None}
@@ -138,6 +142,30 @@ class OTDRGGenerationMixin(OTDRGPromptMixin, GenerationMixin):
         output.sequences = sequences
         return output
 
+    def _setting(self, name: str, generation_config, arguments: dict[str, Any]) -> Any:
+        """An argument of `generate`, from a generation config where it is not given; None if it is nowhere."""
+        configs = (generation_config, self.generation_config)
+        given = [arguments.get(name), *(getattr(config, name, None) for config in configs)]
+        return next((value for value in given if value is not None), None)
+
+    def _check_length(self, prompt: dict[str, Any], generation_config, arguments: dict[str, Any]) -> None:
+        """Raise a `ValueError` unless prompt and new tokens fit into the LLM's positions."""
+        positions = self.config.text_positions
+        tokens = prompt["inputs_embeds"] if prompt.get("input_ids") is None else prompt["input_ids"]
+        if positions is None or tokens is None:
+            return
+        mask, length = prompt["attention_mask"], tokens.shape[1]
+        longest = length if mask is None else int(mask.sum(dim=1).max())
+        new = self._setting("max_new_tokens", generation_config, arguments)
+        if new is None:
+            most = self._setting("max_length", generation_config, arguments)
+            new = _NEW_TOKENS if most is None else max(most - length, 0)
+        if longest + new > positions:
+            raise ValueError(
+                f"a prompt of {longest} tokens and {new} new ones: expected at most {positions} together, the "
+                "positions of the LLM: shorten the indication or max_new_tokens"
+            )
+
     def _sequences_per_prompt(self, generation_config, arguments: dict[str, Any]) -> int:
         """How many beams or samples start from each prompt; 1 also where they cannot share what is read of it."""
 
@@ -150,12 +178,6 @@ class OTDRGGenerationMixin(OTDRGPromptMixin, GenerationMixin):
         if CACHE != "cache" or setting("use_cache") is False or any(setting(name) for name in others):
             return 1
         return max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
-
-    def _setting(self, name: str, generation_config, arguments: dict[str, Any]) -> Any:
-        """An argument of `generate`, or what the generation configs say; None without any."""
-        configs = (generation_config, self.generation_config)
-        given = [arguments.get(name), *(getattr(config, name, None) for config in configs)]
-        return next((value for value in given if value is not None), None)
 
     def _check_chunks(self, prompt: dict[str, Any], size: int | None) -> None:
         """Refuse a `prefill_chunk_size` with which the features of a study would not be read at once."""

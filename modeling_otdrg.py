@@ -322,8 +322,8 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGHeatmapMixin, OTDRGGen
             [`OTDRGOutput`]
 
         Raises:
-            ValueError: no image, placeholders that do not match the features, impossible states, or arguments of
-                different numbers of studies.
+            ValueError: no image, placeholders that do not match the features, impossible states, arguments of
+                different numbers of studies, or `labels` beyond the LLM's positions.
         """
         cache = given_cache(cache, past_key_values)
         check_batch(
@@ -382,6 +382,12 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGHeatmapMixin, OTDRGGen
                 inputs_embeds = self.get_input_embeddings()(input_ids)
             else:
                 input_ids = None
+            length, positions = inputs_embeds.shape[1], self.config.text_positions
+            if targets is not None and position_ids is None and positions is not None and length > positions:
+                raise ValueError(
+                    f"a prompt and its report of {length} tokens: expected at most {positions}, the positions of the "
+                    "LLM: shorten the indication or the report"
+                )
             if study is not None:
                 # 2. Project image and label features into the LLM's space (eqs. 3 to 5), to the places of their tokens
                 image_features, image_mask = self.project_views(study.view_features, study.view_mask)

@@ -218,12 +218,19 @@ class ReportGenerationPipeline(Pipeline):
             raise ValueError("no image: a study has no view, expected at least one")
         priors = inputs.get("prior_images") if isinstance(inputs, dict) else None
         priors = list(priors) if isinstance(priors, (list, tuple)) else [] if priors is None else [priors]
+        prior_report = (inputs.get("prior_report") or None) if isinstance(inputs, dict) else None
+        for name, text in (("indication", indication), ("prior_report", prior_report)):
+            if not (text is None or isinstance(text, str)):
+                raise ValueError(
+                    f"{name} is a {type(text).__name__}: expected the text of one study; several studies are "
+                    f"[{{'images': ..., '{name}': ...}}, {{'images': ..., '{name}': ...}}]"
+                )
         most = self.processor.max_image_pixels
         return {
             "views": [read_view(view, most) for view in views],
             "indication": indication,
             "prior_views": [read_view(view, most) for view in priors],
-            "prior_report": (inputs.get("prior_report") or None) if isinstance(inputs, dict) else None,
+            "prior_report": prior_report,
         }
 
     def _forward(

@@ -678,6 +678,8 @@ def _one_each(name: str, values, studies: int) -> list:
     if len(values) != studies:
         raise ValueError(f"{name} has {len(values)} entries for {studies} studies: expected one each")
     for value in values:
+        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+            raise ValueError(f"{name} has half of a pair of surrogates: expected Unicode text")
         for token in _PLACEHOLDERS:
             if value is not None and token in value:
                 raise ValueError(f"{name} holds {token!r}, the placeholder of the study in a prompt: remove it")

@@ -146,7 +146,8 @@ def run(options: argparse.Namespace) -> None:
         return
     if options.format == "rexrank":
         options.predictions = options.output
-        options.output = options.output.with_suffix(".jsonl")
+        # A name of its own: a .jsonl file of the same name may be another output.
+        options.output = options.output.with_suffix(".otdrg.jsonl")
     with shared_lock(options.output):
         begun = by_main_process(lambda: is_begun(options.output))
         if begun and not options.resume and not options.overwrite:
@@ -177,6 +178,8 @@ def _run(options: argparse.Namespace) -> None:
     from ..inference.vllm import asked_engine
 
     pipe = load_pipeline(options.model, **placement(options))
+    if options.heatmap is not None and not pipe.model.has_heatmaps:
+        raise ValueError("--heatmap was given, but OTDRGConfig.fiot=False: this model has no transport plan")
     own = studies[0].rows is not None or options.format == "rexrank"
     if own and pipe.model.config.indication_reader != "report":
         studies = _studies(options, findings, indications=True)
@@ -254,13 +257,21 @@ def _check(options: argparse.Namespace) -> None:
             # `otdrg score` and `otdrg label` recognise it by its suffix.
             what = "this is a folder" if options.output.is_dir() else "another kind of file"
             raise ValueError(f"--output {options.output}: {what}, expected the name of a {suffix} file")
-        nearest = next(folder for folder in options.output.absolute().parents if folder.exists())
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-            raise ValueError(f"--output {options.output}: {nearest} is not a writable folder")
+        _check_writable("--output", options.output, options.output.parent)
     if options.heatmap is not None and options.heatmap.exists() and not options.heatmap.is_dir():
         raise ValueError(f"--heatmap {options.heatmap}: this is a file, expected a folder")
     if options.heatmap is not None and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("--heatmap needs matplotlib: pip install 'otdrg[demo]'")
+    if options.heatmap is not None:
+        _check_writable("--heatmap", options.heatmap, options.heatmap)
+
+
+def _check_writable(flag: str, given: Path, folder: Path) -> None:
+    """Raise a `ValueError` unless the folder is writable, or can be made."""
+    folder = folder.absolute()
+    nearest = next(one for one in (folder, *folder.parents) if one.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(f"{flag} {given}: {nearest} is not a writable folder")
 
 
 def _check_rexrank(options: argparse.Namespace) -> None:

@@ -129,7 +129,8 @@ def _name(model: str) -> str:
     if not Path(model).is_dir():
         return model.partition("@")[0]
     folder = Path(model).resolve()
-    return folder.parent.name if folder.name == "model" else folder.name
+    # In the container, the model is /model, whose parent has no name.
+    return (folder.parent.name if folder.name == "model" else "") or folder.name
 
 
 def _serve(app, options: argparse.Namespace, name: str) -> None:

@@ -91,6 +91,8 @@ def read_run(run: Path, evaluations: Sequence[Path] = ()) -> RunFiles:
             path for folder in dict.fromkeys((run, model)) for path in sorted(folder.glob(f"evaluation-*/{EVALUATION}"))
         ]
     recipe = _read(run / "recipe.yaml")
+    # A published model states what is known of its run.
+    kept = {} if recipe else _read(model / "metrics.json")
     known = [str(run), str(Path.cwd()), str(Path.home()), *(str(path.absolute().parent) for path in paths)]
     known += [text for text in _texts(recipe) if _WHOLE_PATH.fullmatch(text)]
     roots = sorted({root for root in known if len(root) > 1}, key=len, reverse=True)
@@ -98,12 +100,13 @@ def read_run(run: Path, evaluations: Sequence[Path] = ()) -> RunFiles:
     def published(path: Path, content: Any) -> Any:
         return interpret(path, _published, content, roots)
 
+    kept = published(model / "metrics.json", kept)
     files = RunFiles(
         name=run.name,
         config=published(model / "config.json", config),
-        recipe=published(run / "recipe.yaml", recipe) or None,
-        sittings=published(run / "run.json", read_sittings(run / "run.json")),
-        results=published(run / "results.json", read_results(run)),
+        recipe=published(run / "recipe.yaml", recipe) or kept.get("recipe"),
+        sittings=published(run / "run.json", read_sittings(run / "run.json")) or kept.get("sittings", []),
+        results=published(run / "results.json", read_results(run)) or kept.get("results", {}),
         folder=run,
         model=model.name,
     )
@@ -114,10 +117,13 @@ def read_run(run: Path, evaluations: Sequence[Path] = ()) -> RunFiles:
         if same != path:
             raise ValueError(f"{same} and {path}: same dataset, split, protocol, decoding and labeler, expected one")
         files.evaluations.append(evaluation)
-    own = interpret(run / "results.json", own_evaluation, files)
     # `otdrg evaluate` on the same studies also computes intervals: its result replaces the stage's.
-    if own is not None and interpret(run / "results.json", identity, own) not in found:
-        files.evaluations.append(own)
+    if "evaluations" in kept:
+        source, stated = model / "metrics.json", kept["evaluations"]
+    else:
+        source, own = run / "results.json", interpret(run / "results.json", own_evaluation, files)
+        stated = [] if own is None else [own]
+    files.evaluations += [one for one in stated if interpret(source, identity, one) not in found]
     return files
 
 

@@ -165,7 +165,7 @@ def decoding(
     asked, text = model.generation_config, model.config.text_config
     beams = num_beams or asked.num_beams or _BEAMS
     tokens = max_new_tokens or asked.max_new_tokens or _NEW_TOKENS
-    positions = getattr(text, "max_position_embeddings", None)
+    positions = model.config.text_positions
     if positions is not None and tokens >= positions:
         raise ValueError(f"--max-new-tokens is {tokens}: expected less than {positions}, the positions of the LLM")
     if beams > text.vocab_size:

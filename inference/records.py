@@ -82,13 +82,16 @@ def _records_or_skip(
         if is_out_of_memory(error):
             raise
         fault_of_study(error)
+        if len(batch) == 1:
+            skip(batch[0][0], error)
+            return []
         records = []
         for item in batch:
             try:
                 records += _records(pipe, [item], heatmap, arguments)
             except Exception as fault:
                 skip(item[0], fault)
-        if not records and len(batch) > 1:
+        if not records:
             raise
         return records
 

@@ -283,7 +283,7 @@ class VLLM:
         """Arguments for a server beside the model, instead of one that takes nearly the whole memory."""
         a_token, there = bytes_a_token(self.model), device_memory(self.model.device)
         tokens = CACHED_TOKENS if there is None else min(CACHED_TOKENS, there // 4 // a_token)
-        positions = getattr(self.model.config.text_config, "max_position_embeddings", None) or tokens
+        positions = self.model.config.text_positions or tokens
         return [
             *("--kv-cache-memory-bytes", str(tokens * a_token)),
             *("--max-model-len", str(min(positions, tokens, LONGEST_PROMPT))),

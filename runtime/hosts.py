@@ -6,7 +6,8 @@ import ipaddress
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
+from http import HTTPStatus
 
 #: Further host names of a server, separated by commas, such as a proxy's or a Space's own domain.
 HOSTS_VARIABLE = "OTDRG_ALLOWED_HOSTS"
@@ -44,6 +45,28 @@ class Hosts:
         if name in self.own or name in self.public or (self.on_the_hub and name.endswith(".hf.space")):
             return True
         return self.any_address and _is_address(name)
+
+    def refusal(
+        self, headers: Mapping[str, str], expected: str, origins: Container[str] = (), changes: bool = True
+    ) -> tuple[HTTPStatus, str] | None:
+        """Status and reason with which a request is refused; None if it may be answered.
+
+        Args:
+            headers: of the request.
+            expected: which pages may ask, for the reason.
+            origins: pages of other sites that may ask.
+            changes: whether pages of other sites are refused at all.
+        """
+        if headers.get("host") not in self:
+            return HTTPStatus.MISDIRECTED_REQUEST, (
+                f"this server is not {headers.get('host', '')[:100]!r}: expected the address it was started with; "
+                f"the variable {HOSTS_VARIABLE} adds others"
+            )
+        origin = headers.get("origin", "")
+        if not changes or origin in origins or self.same_site(headers):
+            return None
+        asker = (origin or headers.get("sec-fetch-site", ""))[:100]
+        return HTTPStatus.FORBIDDEN, f"this request comes from the page {asker!r}: expected {expected}"
 
     def same_site(self, headers: Mapping[str, str]) -> bool:
         """Whether a request comes from a page of this server, or from no web page."""

@@ -12,7 +12,7 @@ from http import HTTPStatus
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..runtime.hosts import HOSTS_VARIABLE, Hosts
+from ..runtime.hosts import Hosts
 from .errors import RefusedError
 
 #: Environment variable with a key that clients must send, as OpenAI's do.
@@ -79,18 +79,9 @@ class Gate:
             pass
 
     def _check_sender(self, headers: Headers, path: str) -> None:
-        if headers.get("host") not in self.hosts:
-            raise RefusedError(
-                HTTPStatus.MISDIRECTED_REQUEST,
-                f"this server is not {headers.get('host', '')[:100]!r}: expected the address it was started with; "
-                f"the variable {HOSTS_VARIABLE} adds others",
-            )
-        origin = headers.get("origin")
-        if origin not in self.origins and not self.hosts.same_site(headers):
-            asker = (origin or headers["sec-fetch-site"])[:100]
-            raise RefusedError(
-                HTTPStatus.FORBIDDEN, f"this request comes from the page {asker!r}: expected one of --allow-origin"
-            )
+        refusal = self.hosts.refusal(headers, "one of --allow-origin", self.origins)
+        if refusal is not None:
+            raise RefusedError(*refusal)
         given = headers.get("authorization", "").partition("Bearer ")[2]
         if self.key and path != "/health" and not hmac.compare_digest(given.encode(), self.key.encode()):
             message = f"wrong or no API key: expected the {KEY_VARIABLE} of the server"

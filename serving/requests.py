@@ -16,6 +16,8 @@ from ..processing_otdrg import OTDRGProcessor
 from .errors import RefusedError
 from .gate import Limits
 
+#: Smallest temperature other than 0: logits are divided by it.
+_LEAST_TEMPERATURE = 0.01
 #: Fields that have no effect on a report.
 _WITHOUT_EFFECT = (
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
@@ -85,6 +87,13 @@ class _Request(_Model):
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     findings: dict[str, str] | None = None
+
+    @field_validator("temperature")
+    @classmethod
+    def _is_finite_in_sampling(cls, temperature: float | None) -> float | None:
+        if temperature and temperature < _LEAST_TEMPERATURE:
+            raise ValueError(f"{temperature:g} is not possible: expected 0 or at least {_LEAST_TEMPERATURE}")
+        return temperature
 
 
 @dataclass
@@ -165,7 +174,12 @@ def _wrong(message: str, param: str | None = None) -> RefusedError:
 
 def _parsed(body: bytes) -> _Request:
     try:
-        fields = json.loads(body)
+        text = body.decode()
+        fields = json.loads(text)
+        if "\\u" in text:
+            json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeError as error:  # such as half of a pair of surrogates
+        raise _wrong("the request has characters that are not Unicode: expected JSON in UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise _wrong("the request is not JSON: expected a chat completion") from error
     if not isinstance(fields, dict):

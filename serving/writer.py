@@ -101,15 +101,16 @@ class ReportWriter:
         try:
             records = self._records(jobs)
         except Exception as error:  # any: the server goes on
-            if len(jobs) > 1:
-                # One study may be at fault, or the batch too large.
-                for job in jobs:
-                    self._write([job])
+            if len(jobs) == 1:
+                jobs[0].put(error)
                 return
-            jobs[0].put(error)
+        else:
+            for job, record in zip(jobs, records, strict=True):
+                job.put(record)
             return
-        for job, record in zip(jobs, records, strict=True):
-            job.put(record)
+        # One study may be at fault, or the batch too large. Not in `except`: the error holds the batch's tensors.
+        for job in jobs:
+            self._write([job])
 
     def _records(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
         """Write the reports of a batch."""

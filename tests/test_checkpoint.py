@@ -32,3 +32,5 @@ def test_checkpoint_reports_of_five_phantoms_are_unchanged():
     assert [record["generated_text"] for record in found] == [study["report"] for study in expected]
     for record, study in zip(found, expected, strict=True):
         assert {name: finding["state"] for name, finding in record["findings"].items()} == study["states"]
+    with pytest.raises(ValueError, match=r"a prompt of \d+ tokens and 95 new ones: expected at most 256 together"):
+        pipe(studies[0], indication="S P C A B G " * 40)

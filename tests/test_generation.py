@@ -315,3 +315,21 @@ def test_generate_predicted_states_decide_the_report(trained, views):
             assert written(model, processor, images=[views[0]]) == [expected[row]]
         finally:
             hook.remove()
+
+
+def test_generate_beyond_the_positions_of_the_llm_is_refused(build_model, views, reports):
+    model, processor = build_model(text_config={"model_type": "gpt2", "n_embd": 32, "n_head": 2, "n_positions": 256})
+    prompts = processor(images=views[:2], indication=[None, "cough " * 10], finding_states=[{"edema": "positive"}] * 2)
+    longest = int(model.get_prompt_embeddings(**prompts)[1].sum(dim=1).max())
+    rest = 256 - longest
+    message = f"a prompt of {longest} tokens and {rest + 1} new ones: expected at most 256 together, the positions of"
+    for arguments in ({"max_new_tokens": rest + 1}, {"max_length": 257}, {"max_new_tokens": rest + 1, "num_beams": 2}):
+        with pytest.raises(ValueError, match=message):
+            model.generate(**prompts, **arguments)
+    filled = model.generate(**prompts, max_new_tokens=rest, min_new_tokens=rest)
+    assert filled.shape[1] == prompts["input_ids"].shape[1] + rest
+    with pytest.raises(ValueError, match=r"a prompt of \d+ tokens and 20 new ones"):
+        model.generate(**processor(images=views[:1], indication=["cough " * 60]))
+    rows = processor(images=views[:1], report=[" ".join(reports * 3)])
+    with pytest.raises(ValueError, match=r"a prompt and its report of \d+ tokens: expected at most 256, the pos"):
+        model(**model.expand_finding_text(**rows))

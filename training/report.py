@@ -19,8 +19,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import PreTrainedConfig
 
+from ..configuration_otdrg import OTDRGConfig
 from ..consensus_otdrg import ConsensusDecoder, ConsensusSettings, store_settings
 from ..evaluation.evaluate import evaluate_model
 from ..evaluation.report import format_table, write_predictions
@@ -290,7 +290,7 @@ class ReportStage(Stage):
         )
         config = preset_config(recipe.model)
         if check_backbones(recipe.model, config)[1] is None:
-            check_positions(recipe, config.text_config)
+            check_positions(recipe, config)
 
     def check_start(self, recipe: Recipe, pending: Collection[str]) -> None:
         """Raise `ValueError` unless the predictor is or will be trained, on the encoder that the recipe has."""
@@ -317,21 +317,25 @@ class ReportStage(Stage):
         need(split == "none" or split in studies, "report.evaluation.split", split, expected)
 
     def check_model(self, recipe: Recipe, model: OTDRGForReportGeneration) -> None:
-        check_positions(recipe, model.config.text_config)
+        check_positions(recipe, model.config)
 
     def score_names(self) -> Collection[str]:
         return [name for name in score_names() if metric_of(name).default]
 
 
-def check_positions(recipe: Recipe, text_config: PreTrainedConfig) -> None:
-    """Refuse reports that are longer than the LLM's positions; raises `ValueError`."""
-    most = getattr(text_config, "max_position_embeddings", None)
+def check_positions(recipe: Recipe, config: OTDRGConfig) -> None:
+    """Refuse reports for which the shortest prompt leaves too few of the LLM's positions; raises `ValueError`."""
+    positions = config.text_positions
+    prompt = len(config.prompt_token_ids or ()) or config.image_tokens
     for name, value in (
         ("report.max_report_tokens", recipe.report.max_report_tokens),
         ("report.generation.max_new_tokens", recipe.report.generation["max_new_tokens"]),
     ):
-        if most is not None and value >= most:
-            raise ValueError(f"{name}={value}: expected less than {most}, the positions of the LLM")
+        if positions is not None and prompt + value > positions:
+            raise ValueError(
+                f"{name}={value}: expected at most {positions - prompt}, the LLM's {positions} positions without the "
+                f"{prompt} of a prompt"
+            )
 
 
 # --- training --------------------------------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ WHOLE = {
     "no_repeat_ngram_size": 100,
 }
 NUMBERS = {**WHOLE, "temperature": 2, "top_p": 1, "guidance_scale": 10, "repetition_penalty": 10, "length_penalty": 10}
+#: Their smallest values, if not 0; logits are divided by the temperature and the penalty.
+LEAST = {"max_new_tokens": 1, "num_beams": 1, "temperature": 0.01, "repetition_penalty": 0.01}
 #: Other parameters.
 OTHERS = {"indication": str, "findings": dict, "do_sample": bool}
 
@@ -56,7 +58,10 @@ class EndpointHandler:
         """
         if not isinstance(data, dict) or "inputs" not in data:
             raise ValueError("no inputs: expected {'inputs': an image in base64 or a list of them}")
-        inputs, parameters = data["inputs"], dict(data.get("parameters") or {})
+        inputs, parameters = data["inputs"], data.get("parameters") or {}
+        if not isinstance(parameters, dict):
+            raise ValueError(f"parameters is a {type(parameters).__name__}: expected an object of names and values")
+        parameters = dict(parameters)
         if isinstance(inputs, dict):
             unknown = inputs.keys() - {"images", "image", "indication"}
             if unknown:
@@ -95,10 +100,10 @@ def _checked(parameters: dict[str, Any]) -> dict[str, Any]:
         if name in OTHERS and not isinstance(value, OTHERS[name]):
             raise ValueError(f"{name} is a {type(value).__name__}: expected {OTHERS[name].__name__}")
         if name in NUMBERS:
-            kinds = int if name in WHOLE else (int, float)
-            if not isinstance(value, kinds) or isinstance(value, bool) or not 0 <= value <= NUMBERS[name]:
+            kinds, least = int if name in WHOLE else (int, float), LEAST.get(name, 0)
+            if not isinstance(value, kinds) or isinstance(value, bool) or not least <= value <= NUMBERS[name]:
                 kind = "whole number" if name in WHOLE else "number"
-                raise ValueError(f"{name}={value!r}: expected a {kind} from 0 to {NUMBERS[name]}")
+                raise ValueError(f"{name}={value!r}: expected a {kind} from {least} to {NUMBERS[name]}")
     if len(parameters.get("indication", "")) > MAX_INDICATION:
         number = len(parameters["indication"])
         raise ValueError(f"the indication has {number:,} characters: expected at most {MAX_INDICATION}")

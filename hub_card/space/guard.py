@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ...runtime.hosts import HOSTS_VARIABLE, Hosts
+from ...runtime.hosts import Hosts
 from .uploads import KEPT_UNREAD, MAX_REQUEST, UPLOAD_SECONDS, NoRoomError, UploadFolder
 
 #: Most bytes of a request other than an upload: 14 states and an indication take 5,000.
@@ -39,15 +39,9 @@ class Guard:
         headers, changes = Headers(scope=scope), scope["method"] not in ("GET", "HEAD", "OPTIONS")
         route = scope["path"].partition(_PREFIX)[2]
         try:
-            if headers.get("host") not in self.hosts:
-                raise _Refused(
-                    HTTPStatus.MISDIRECTED_REQUEST,
-                    f"this server is not {headers.get('host', '')[:100]!r}: expected the address it was started with; "
-                    f"the variable {HOSTS_VARIABLE} adds others",
-                )
-            if changes and not self.hosts.same_site(headers):
-                origin = headers.get("origin") or headers["sec-fetch-site"]
-                raise _Refused(HTTPStatus.FORBIDDEN, f"this request comes from {origin[:100]!r}: expected this page")
+            refusal = self.hosts.refusal(headers, "this page", changes=changes)
+            if refusal is not None:
+                raise _Refused(*refusal)
             if route.startswith(_NOT_SERVED) or (changes and route.partition("/")[0] not in _POSTED):
                 raise _Refused(HTTPStatus.NOT_FOUND, "this page has no such route")
             if route.startswith("upload") and changes:

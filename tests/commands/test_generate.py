@@ -97,6 +97,26 @@ def test_generate_without_dle_has_no_contradictions(generate, build_model, paths
     one_line(error, "OTDRGConfig.fiot=False: this model has no transport plan")
 
 
+def test_generate_heatmap_that_cannot_be_drawn_is_refused_before_generation(
+    generate, build_model, paths, tmp_path, monkeypatch
+):
+    for part in build_model(fiot=False):
+        part.save_pretrained(tmp_path / "model")
+    (tmp_path / "file").write_text("")
+    calls, whole = [], Pipeline.__call__
+    monkeypatch.setattr(Pipeline, "__call__", lambda *args, **more: calls.append(1) or whole(*args, **more))
+    status, _, error = generate("--study", paths[0], "--heatmap", tmp_path / "file" / "maps")
+    assert status == 1
+    one_line(error, f"--heatmap {tmp_path / 'file' / 'maps'}: {tmp_path / 'file'} is not a writable folder")
+    status, _, error = generate("--study", paths[0], "--heatmap", tmp_path / "maps", model=tmp_path)
+    assert status == 1 and calls == []
+    one_line(error, "OTDRGConfig.fiot=False: this model has no transport plan")
+    # A study that fails alone is not written again.
+    status, _, error = generate("--study", paths[0], "--indication", "cough " * 400)
+    assert status == 1 and calls == [1]
+    one_line(error, "expected at most 512 together, the positions of the LLM")
+
+
 def test_generate_guidance_scale_is_that_of_the_pipeline(generate, model, processor, paths):
     arguments = ("--study", paths[0], "--findings", "edema=positive", "--guidance-scale", "9", "--json")
     status, shown, error = generate(*arguments)

@@ -7,9 +7,11 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from pathlib import Path
 
 import pytest
 from otdrg.cli import main
+from otdrg.commands.serve import _name
 
 
 def refused(arguments, capsys):
@@ -40,6 +42,12 @@ def test_serve_wrong_options_are_one_line(tmp_path, capsys):
     ):
         assert message in refused(["m", option, value], capsys)
     assert f"{tmp_path}: no config.json" in refused([str(tmp_path), "--port", str(free_port())], capsys)
+
+
+def test_serve_model_has_the_name_of_its_run_or_folder(monkeypatch):
+    monkeypatch.setattr(Path, "is_dir", lambda path: path.is_absolute())
+    for model, name in (("/runs/tiny", "tiny"), ("/runs/tiny/model", "tiny"), ("/model", "model"), ("a/b@main", "a/b")):
+        assert _name(model) == name
 
 
 @pytest.mark.parametrize("library", ["fastapi", "uvicorn"])

@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from markdown_it import MarkdownIt
 from otdrg.cli import main as otdrg
+from otdrg.files_otdrg import write_json
 from otdrg.findings_otdrg import FINDING_DISPLAY_NAMES, FINDINGS
 from otdrg.hub_card.card import TERMS, build_card
 from otdrg.hub_card.run_files import read_run
@@ -327,6 +328,31 @@ def test_card_model_without_results_says_so(made, tmp_path):
         assert said in card.text
 
 
+def test_card_of_a_published_folder_states_what_its_metrics_say(made, tmp_path):
+    published = tmp_path / "published"
+    shutil.copytree(made / "run/model", published, ignore=shutil.ignore_patterns("*.safetensors"))
+    whole = read_run(made / "run", [made / "truncated"])
+    write_json(published / "metrics.json", whole.metrics())
+    assert read_run(published).metrics() == whole.metrics()
+    again, first = build_card(published, "org/tiny"), build_card(made / "run", "org/tiny", [made / "truncated"])
+    assert again.text == first.text and again.data.to_dict() == first.data.to_dict()
+    # A new evaluation replaces the stated one of the same studies.
+    newer = read_run(published, [made / "truncated"])
+    assert len(newer.evaluations) == len(whole.evaluations)
+
+
+def test_card_says_what_the_model_reads_and_whether_transport_aligned_it(copied):
+    def card(**fields):
+        change(copied / "model/config.json", lambda config: config.update(fields))
+        return words(build_card(copied, "org/tiny"))
+
+    text = card(ot_weight=0.1, priors="none")
+    assert "by entropic optimal transport (epsilon" in text and "does not see earlier studies" in text
+    text = card(ot_weight=0.0, priors="both")
+    assert "by entropic optimal transport" not in text and "no loss of optimal transport aligns them" in text
+    assert "does not see earlier studies" not in text and "reads the images and report of one earlier study" in text
+
+
 def test_card_files_of_earlier_versions_names_what_is_missing(copied):
     def strip(content):
         for sitting in content["sittings"]:
@@ -422,7 +448,7 @@ def test_card_base_models_have_their_relation(copied, form, relation):
     assert card.data.base_model == bases and card.data.base_model_relation == relation
     assert card.data.license == "other" and all(f"`{name}`" in card.text for name in bases)
     assert ("trained tensors only" in card.text) == (form == "adapter")
-    libraries = {"full": "torch and timm", "adapter": "torch, timm and peft"}[form]
+    libraries = {"full": "torch, Pillow and timm", "adapter": "torch, Pillow, timm and peft"}[form]
     assert f"transformers 5.24 or later with {libraries}, and nothing else" in words(card)
     given = build_card(copied, "org/tiny", form=form, base_models=["org/base"])
     assert given.data.base_model == ["org/base"]

@@ -157,6 +157,7 @@ def test_request_through_a_forwarded_port_is_answered(client, host):
         {"Origin": "http://127.0.0.1:8888"},
         {"Origin": "http://localhost.evil.example"},
         {"Origin": "null"},
+        {"Origin": ""},
         {"Sec-Fetch-Site": "cross-site"},
         {"Sec-Fetch-Site": "same-site"},
     ],

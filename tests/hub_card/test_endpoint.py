@@ -22,10 +22,13 @@ def test_handler_wrong_view_or_parameter_is_one_line():
             _view(view, "image 1")
     for parameters, message in (
         ({"return_heatmaps": True}, "unknown parameter 'return_heatmaps': expected one of indication, findings"),
-        ({"max_new_tokens": 513}, "max_new_tokens=513: expected a whole number from 0 to 512"),
+        ({"max_new_tokens": 513}, "max_new_tokens=513: expected a whole number from 1 to 512"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0: expected a whole number from 1 to 512"),
+        ({"num_beams": 0}, "num_beams=0: expected a whole number from 1 to 8"),
+        ({"temperature": 1e-40}, "temperature=1e-40: expected a number from 0.01 to 2"),
         ({"max_new_tokens": 2.5}, "max_new_tokens=2.5: expected a whole number"),
         ({"num_beams": True}, "num_beams=True: expected a whole number"),
-        ({"temperature": float("nan")}, "temperature=nan: expected a number from 0 to 2"),
+        ({"temperature": float("nan")}, "temperature=nan: expected a number from 0.01 to 2"),
         ({"findings": ["edema"]}, "findings is a list: expected dict"),
         ({"indication": "x" * 501}, "the indication has 501 characters: expected at most 500"),
     ):

@@ -259,6 +259,8 @@ def test_pushed_handler_gives_the_pipelines_records(pushed, load, trained, image
         [{"inputs": "radiograph.png"}],
         [{"inputs": coded, "parameters": {"findings": {"edema": "present"}}}],
         [{"inputs": coded, "parameters": {"return_heatmaps": True}}],
+        [{"inputs": coded, "parameters": ["max_new_tokens"]}],
+        [{"inputs": coded, "parameters": {"indication": "\ud800"}}],
     ]
     requests = [{"parameters": few, **request} for asked in (one, two, edema, *wrong) for request in asked]
     found = load("endpoint", "org/otdrg", requests=requests)["found"]
@@ -269,7 +271,10 @@ def test_pushed_handler_gives_the_pipelines_records(pushed, load, trained, image
         states = [[finding["state"] for finding in given[0]["findings"].values()] for given in (records, same)]
         assert states[0] == states[1]
     for message, line in zip(
-        ("data URL: not an image, expected PNG", "data URL: the data URL is not base64", "present", "return_heatmaps"),
+        (
+            *("data URL: not an image, expected PNG", "data URL: the data URL is not base64", "present"),
+            *("return_heatmaps", "parameters is a list: expected an object", "half of a pair of surrogates"),
+        ),
         found[6:],
         strict=True,
     ):

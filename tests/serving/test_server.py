@@ -9,6 +9,7 @@ import logging
 import socket
 import threading
 import time
+import weakref
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import httpx
 import numpy as np
 import otdrg
 import pytest
+import torch
 from otdrg import ReportGenerationPipeline
 from PIL import Image
 
@@ -312,6 +314,15 @@ def test_request_of_another_form_is_refused_in_one_line(http, view):
         ({**asked, "messages": [{"role": "system", "content": "Be brief."}, *asked["messages"]]}, 400, "system, user"),
         ({**asked, "temperature": -1}, 400, "temperature: Input should be greater than or equal to 0"),
         ({**asked, "max_tokens": 0}, 400, "max_tokens: Input should be greater than or equal to 1"),
+        (
+            {**asked, "temperature": 1e-40},
+            400,
+            "temperature: Value error, 1e-40 is not possible: expected 0 or at least",
+        ),
+        (study(view(0), text="\ud800"), 400, "characters that are not Unicode: expected JSON in UTF-8"),
+        ({**asked, "\ud800": 1}, 400, "characters that are not Unicode"),
+        (b'{"model": "\xed\xa0\x80"}', 400, "characters that are not Unicode"),
+        (study(view(0), text="c a b g " * 60), 400, "expected at most 512 together, the positions of the LLM"),
         ({**asked, "n": 2}, 400, "n: not supported, expected 1 or nothing"),
         ({**asked, "tools": [{"type": "function"}]}, 400, "tools: not supported, expected [] or nothing"),
         ({**asked, "guided_json": {}}, 400, "guided_json: Extra inputs are not permitted"),
@@ -384,6 +395,29 @@ def test_error_in_the_model_is_one_line_without_the_request(client, pipe, view, 
     assert client.chat.completions.create(**study(view(0))).choices
 
 
+def test_batch_without_memory_is_freed_before_its_studies_are_written_alone(client, server, pipe, view, held):
+    tensors, alive = [], []
+
+    def no_memory(_, arguments, kwargs):
+        if len(kwargs["inputs_embeds"]) == 1:
+            alive.append([tensor() is not None for tensor in tensors])
+            return
+        activations = torch.zeros(3)
+        tensors.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError(f"no room for {len(activations)}")
+
+    with ThreadPoolExecutor(3) as users:
+        asked = [users.submit(client.chat.completions.create, **study(view(0)))]
+        eventually(lambda: server.writer._thread.is_alive() and not server.writer._waiting)
+        asked += [users.submit(client.chat.completions.create, **study(view(seed))) for seed in (1, 2)]
+        eventually(lambda: len(server.writer._waiting) == 2)
+        hook = pipe.model.language_model.register_forward_pre_hook(no_memory, with_kwargs=True)
+        held.set()
+        assert all(one.result().choices[0].message.content for one in asked)
+        hook.remove()
+    assert len(tensors) == 1 and alive[-1] == [False] and [True] not in alive
+
+
 def test_error_after_the_stream_began_ends_it_with_an_error(client, pipe, view, monkeypatch):
     monkeypatch.setattr(pipe, "postprocess", lambda *_, **__: 1 / 0)
     with pytest.raises(openai.APIError, match="ZeroDivisionError"):
@@ -392,6 +426,7 @@ def test_error_after_the_stream_began_ends_it_with_an_error(client, pipe, view, 
 
 def test_other_hosts_pages_and_keys_are_refused(pipe, http, view):
     assert http.get("/health", headers={"Host": "evil.example"}).status_code == 421
+    assert http.get("/health", headers={"Origin": ""}).status_code == 403
     page = {"Origin": "https://viewer.example"}
     answer = http.post("/v1/chat/completions", json=study(view(0)), headers=page)
     assert answer.status_code == 403 and "expected one of --allow-origin" in answer.json()["error"]["message"]

@@ -86,19 +86,22 @@ def test_rexrank_file_is_written_scored_and_read_back(generate, source, paths, r
 def test_rexrank_output_is_resumed_or_replaced(generate, source, tmp_path):
     output = tmp_path / "out.json"
     files = ["--studies", source, "--image-root", tmp_path, "--output", output]
+    others = tmp_path / "out.jsonl"
+    others.write_text("the reports of another command")
     assert generate(*files)[0] == 1
     first = output.read_text()
     status, error = generate(*files)
-    assert status == 1 and "out.jsonl exists: --resume continues it" in error
+    assert status == 1 and "out.otdrg.jsonl exists: --resume continues it" in error
     studies = json.loads(source.read_text())
     source.write_text(json.dumps({name: studies[name] for name in ("one", "two")}))
     output.unlink()
     status, error = generate(*files, "--resume")
     assert status == 0 and f"0 reports written, 2 were there: {output}" in error and output.read_text() == first
-    output.with_suffix(".jsonl").unlink()
+    output.with_suffix(".otdrg.jsonl").unlink()
     status, error = generate(*files, "--resume")
-    assert status == 1 and f"{output} exists, and no out.jsonl: --overwrite replaces it" in error
+    assert status == 1 and f"{output} exists, and no out.otdrg.jsonl: --overwrite replaces it" in error
     assert generate(*files, "--overwrite")[0] == 0 and output.read_text() == first
+    assert others.read_text() == "the reports of another command"
 
 
 @pytest.mark.parametrize(("context", "expected"), CONTEXTS.items())
@@ -153,7 +156,10 @@ def test_rexrank_damaged_file_is_one_line(generate, tmp_path, content, message):
         ),
         (["--studies", "in.json", "--image-root", "."], "--output is missing"),
         (["--studies", "in.json", "--image-root", "no", "--output", "out.json"], "--image-root no: expected a folder"),
-        (["--studies", "in.json", "--image-root", ".", "--output", "out.jsonl"], "expected the name of a .json file"),
+        (
+            ["--studies", "in.json", "--image-root", ".", "--output", "out.otdrg.jsonl"],
+            "expected the name of a .json file",
+        ),
         (["--studies", "in.json", "--image-root", ".", "--output", "in.json"], "would be written over"),
     ],
 )

@@ -45,8 +45,8 @@ WRONG = [
     ("report.vision=full", "report.predictor='frozen': expected full where report.vision is full"),
     ("report={fp16: true, bf16: true}", "report: At most one of fp16 and bf16"),
     ("report.deepspeed=zero.json", "DeepSpeed was asked for"),
-    ("report.generation.max_new_tokens=1000000000", "max_new_tokens=1000000000: expected less than"),
-    ("report.max_report_tokens=1000000", "report.max_report_tokens=1000000: expected less than"),
+    ("report.generation.max_new_tokens=1000000000", "max_new_tokens=1000000000: expected at most 1015, the LLM's"),
+    ("report.max_report_tokens=1000000", "report.max_report_tokens=1000000: expected at most 1015, "),
     ("report_to=[nope]", "report_to='nope': expected some of"),
 ]
 
