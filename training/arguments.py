@@ -29,11 +29,13 @@ _SET_BY_THE_RUN = {
     "label_names": "each stage has its own",
     "prediction_loss_only": "each stage has its own",
     "label_smoothing_factor": "the losses are the paper's",
+    "average_tokens_across_devices": "the loss of a step is the mean over the tokens of all processes",
     "batch_eval_metrics": "metrics are computed over the whole split",
     "eval_do_concat_batches": "metrics are computed over the whole split",
     "hub_strategy": "only the finished model is uploaded, because checkpoint folders hold reports",
     "hub_token": "use the environment variable HF_TOKEN, because recipes are stored and published",
     "hub_always_push": "only the finished model is uploaded",
+    "save_only_model": "a checkpoint without its optimizer cannot be resumed",
 }
 
 #: Fields of every section that do not change what is learned, and beginnings of such fields.

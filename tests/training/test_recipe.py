@@ -106,6 +106,8 @@ def test_load_recipe_environment_variables_are_expanded(write, monkeypatch):
         (["predictor.train_sampling_strategy=group_by_length"], r"train_sampling_strategy='group_by_length': expected"),
         (["report.push_to_hub=true"], r"report\.hub_model_id=None: expected a repository"),
         (["report.output_dir=x"], r"report\.output_dir is set by the run: use the run's own output_dir"),
+        (["report.save_only_model=true"], r"report\.save_only_model is set by the run: a checkpoint without its optimizer"),
+        (["report.average_tokens_across_devices=false"], r"average_tokens_across_devices is set by the run: the loss"),
         (["report.hub_token=x"], r"report\.hub_token is set by the run: use the environment variable HF_TOKEN"),
         (["stages=report"], r"stages='report': expected a list of strings"),
         (["stages=[pretraining]"], r"stages='pretraining': expected one of ircp, predictor, report"),
