@@ -113,7 +113,7 @@ class Evaluation:
         conditioned: by origin of the conditioning states: "predicted" and, if asked for, "true_states" and "flipped";
             empty for a model with `dle=False`, which does not use finding states.
         notes: why something is missing.
-        training: the training reports; empty if there are none to compare with.
+        training: the training reports, in one line each; empty if there are none to compare with.
         paper: scores of [`PAPER_SCORES`] for the studies' collection.
         sections: by section, the evaluation of this part of the reports on the studies whose true report has it; empty
             if true reports do not consist of sections.
@@ -133,12 +133,16 @@ class Evaluation:
     paper: Mapping[str, float] = field(default_factory=dict)
     sections: dict[str, Evaluation] = field(default_factory=dict)
 
+    def in_training(self, reports: Iterable[str]) -> list[bool]:
+        """Whether each report stands word for word among the training reports, whatever the white space."""
+        return [_one_line(report) in self.training for report in reports]
+
     def scores(self) -> dict[str, Any]:
         """All aggregate scores, ready for JSON."""
         rows = {ROWS[name]: row.scores for name, row in self.rows.items()}
         if self.training:
             for name, row in self.rows.items():
-                rows[ROWS[name]] |= {"in_training": float(np.mean([report in self.training for report in row.reports]))}
+                rows[ROWS[name]] |= {"in_training": float(np.mean(self.in_training(row.reports)))}
         if self.constants:
             rows[ROWS["constant"]] = {score: row.scores[score] for score, row in self.constants.items()}
         if self.paper:
@@ -204,7 +208,7 @@ def evaluate_model(
         labeler, labeler_options: reads the states in generated and true reports.
         metrics: names of metrics or scores, see [`score_reports`].
         seed: of the shuffling, the flips and the constants' draw.
-        indication: whether the prompt holds the studies' `indication`; shuffling moves only the images.
+        indication: whether the prompt holds the studies' `indication`; shuffling moves only images, also of priors.
         references: N texts that fluency is scored against, if these are not the studies' reports. States of true
             reports are read from `uncleaned_report` where the studies have it, else from `report`.
         clean: cleans a generated report, for a model trained on reports that were cleaned otherwise than `studies`.
@@ -259,7 +263,7 @@ def evaluate_model(
         finding_states=generated["model"].finding_states,
         labeler=scorer.labeler.name,
         rows={},
-        training=frozenset() if training is None else frozenset(training["report"]),
+        training=frozenset() if training is None else frozenset(map(_one_line, training["report"])),
         paper=PAPER_SCORES.get(collections[0], {}) if len(collections) == 1 else {},
     )
     _add_generated(evaluation, scorer, generated, conditions, model.config.dle)
@@ -278,6 +282,11 @@ def evaluate_model(
     if sections:
         _add_sections(evaluation, scorer, model, training if "constant" in controls else None, seed)
     return evaluation
+
+
+def _one_line(report: str) -> str:
+    """A report without line breaks and repeated spaces, as generated reports are."""
+    return " ".join(report.split())
 
 
 class _Condition(NamedTuple):
@@ -332,12 +341,13 @@ def _conditions(
     found = {"model": _Condition(studies, consensus=consensus)}
     if consensus is not None and consensus.settings.candidates:
         found["single"] = _Condition(studies)
-    # Without indications the report of another study's images is the report of that study.
-    if "shuffled" in controls and indication and len(studies) > 1:
+    # If prompts differ in the images only, the report of another study's images is the report of that study.
+    if "shuffled" in controls and (indication or _has_prior_reports(model, studies)) and len(studies) > 1:
         shuffled = studies.select(derangement(len(studies), seed).tolist())
         # In the journal a report has the id of the study it is compared with.
-        for column in ("id", "indication"):
-            shuffled = with_column(shuffled, column, list(studies[column]))
+        for column in ("id", "indication", "prior_report", "prior_days"):
+            if column in studies.column_names:
+                shuffled = with_column(shuffled, column, list(studies[column]))
         found["shuffled"] = _Condition(shuffled, consensus=consensus)
     if "no_indication" in controls and indication:
         unread = with_column(studies, "indication", [None] * len(studies))
@@ -357,8 +367,7 @@ def _conditions(
 
 def has_priors(model: OTDRGForReportGeneration, studies: Dataset | CachedStudies) -> bool:
     """Whether the model reads the priors of any of the studies."""
-    reads = model.config.priors
-    if reads in ("report", "both") and "prior_report" in studies.column_names and any(studies["prior_report"]):
+    if _has_prior_reports(model, studies):
         return True
     if not model.config.reads_prior_images:
         return False
@@ -368,6 +377,12 @@ def has_priors(model: OTDRGForReportGeneration, studies: Dataset | CachedStudies
         return False
     tables = studies.select_columns("prior_images").with_format("arrow").iter(batch_size=1000)
     return any(pc.any(pc.greater(pc.list_value_length(table["prior_images"]), 0)).as_py() for table in tables)
+
+
+def _has_prior_reports(model: OTDRGForReportGeneration, studies: Dataset | CachedStudies) -> bool:
+    """Whether the model reads a prior report of any of the studies."""
+    reads = model.config.priors in ("report", "both") and "prior_report" in studies.column_names
+    return reads and any(studies["prior_report"])
 
 
 class _Scorer:
@@ -442,7 +457,7 @@ def _add_generated(
 
 
 def _add_shuffled(evaluation: Evaluation, scorer: _Scorer, seed: int) -> None:
-    """The row of shuffled images where the prompts of all studies are equal."""
+    """The row of shuffled images where prompts of studies differ in the images only."""
     if len(evaluation.ids) < 2:
         evaluation.notes.append("images of a single study cannot be shuffled")
         return

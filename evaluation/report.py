@@ -298,7 +298,7 @@ def write_predictions(evaluation: Evaluation, path: Path) -> None:
         if uncleaned != texts[name]:
             texts[f"uncleaned {name}"] = uncleaned
     if evaluation.training:
-        texts["in training"] = ["yes" if report in evaluation.training else "no" for report in model.reports]
+        texts["in training"] = ["yes" if known else "no" for known in evaluation.in_training(model.reports)]
     scores = model.results.per_study
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = (

@@ -15,7 +15,6 @@ _HOMES = {
     "metric_of": "registry",
     "metric_choices": "registry",
     "register": "registry",
-    "report_scores": "registry",
     "score_names": "registry",
     "score_tables": "registry",
     "nlg_scores": "scoring",

@@ -34,7 +34,7 @@ _BLEU = NLG_METRICS[:4]
 
 METEOR_NEEDS_JAVA = (
     "METEOR 1.5 runs on Java, and no java is on the PATH: install a Java runtime, 8 or newer "
-    "(Debian and Ubuntu: apt-get install default-jre-headless), and score again"
+    "(Debian and Ubuntu: apt-get install default-jre-headless)"
 )
 
 

@@ -84,12 +84,6 @@ def main_scores() -> dict[str, str]:
     return {name: score.display for name, score in _scores().items() if score.main}
 
 
-def report_scores() -> dict[str, str]:
-    """The scores that are computed from texts, without a labeler, and their names."""
-    metrics = (metric for metric in METRICS.values() if metric.reads == "reports")
-    return {name: score.display for metric in metrics for name, score in metric.scores.items()}
-
-
 def score_tables() -> dict[str, dict[str, str]]:
     """The full tables: by title the scores that have a column, and their headings."""
     tables: dict[str, dict[str, str]] = {}
@@ -145,7 +139,6 @@ __all__ = [
     "metric_choices",
     "metric_of",
     "register",
-    "report_scores",
     "score_names",
     "score_tables",
     "wanted_scores",

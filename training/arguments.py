@@ -6,6 +6,7 @@ import copy
 import difflib
 import inspect
 import re
+import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -15,6 +16,8 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import SchedulerType
 
+from ..metrics.fluency import METEOR_NEEDS_JAVA
+from ..metrics.registry import higher_is_better, score_names
 from ..runtime.processes import device_arguments, has_accelerator
 from .fields import COUNT, NOT_NEGATIVE, POSITIVE, Bounds, Section, check_bounds, option
 
@@ -29,11 +32,13 @@ _SET_BY_THE_RUN = {
     "label_names": "each stage has its own",
     "prediction_loss_only": "each stage has its own",
     "label_smoothing_factor": "the losses are the paper's",
+    "average_tokens_across_devices": "the loss of a step is the mean over the tokens of all processes",
     "batch_eval_metrics": "metrics are computed over the whole split",
     "eval_do_concat_batches": "metrics are computed over the whole split",
     "hub_strategy": "only the finished model is uploaded, because checkpoint folders hold reports",
     "hub_token": "use the environment variable HF_TOKEN, because recipes are stored and published",
     "hub_always_push": "only the finished model is uploaded",
+    "save_only_model": "a checkpoint without its optimizer cannot be resumed",
 }
 
 #: Fields of every section that do not change what is learned, and beginnings of such fields.
@@ -182,6 +187,11 @@ class StageArguments(TrainingArguments):
             if key in _SET_BY_THE_RUN:
                 raise ValueError(f"{cls.place}.{key} is set by the run: {_SET_BY_THE_RUN[key]}")
 
+    @property
+    def follows_metric(self) -> bool:
+        """Whether the learning rate follows `metric_for_best_model`."""
+        return SchedulerType(self.lr_scheduler_type) in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+
     def eval_batch(self) -> int:
         """Studies in a batch of evaluation."""
         return self.per_device_eval_batch_size or self.per_device_train_batch_size
@@ -202,6 +212,11 @@ class StageArguments(TrainingArguments):
         evaluates = evaluates and self.eval_strategy != "no"
         selects = evaluates and self.load_best_model_at_end
         patience = self.early_stopping_patience if evaluates else None
+        reads_metric = selects or patience or (evaluates and (self.follows_metric or self.save_strategy == "best"))
+        metric = self.best.trainer_name if reads_metric else None
+        if metric is not None and "meteor" in self.best.weights and shutil.which("java") is None:
+            raise ValueError(f"{self.place}.metric_for_best_model={self.best.text!r}: {METEOR_NEEDS_JAVA}")
+        given = self.greater_is_better
         values: dict[str, Any] = {
             "output_dir": str(folder),
             "seed": seed if self.seed is None else self.seed,
@@ -211,7 +226,8 @@ class StageArguments(TrainingArguments):
             "run_name": self.run_name or f"{folder.parent.name}-{folder.name}",
             "project": self.project if self.project != "huggingface" else folder.parent.name,
             "early_stopping_patience": patience,
-            "metric_for_best_model": self.best.trainer_name if selects or patience else None,
+            "metric_for_best_model": metric,
+            "greater_is_better": self.best.higher_is_better if given is None else given,
             # Set after `__post_init__`, which requires save_steps to match eval_steps; `SaveOnEvaluation` saves at
             # every evaluation instead. The Hub gets the finished model only, see `_upload` in run.py.
             "load_best_model_at_end": False,
@@ -232,6 +248,9 @@ class StageArguments(TrainingArguments):
         except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
             raise ValueError(f"{self.place}: {' '.join(str(error).split())}") from error
         arguments.load_best_model_at_end = selects
+        if self.follows_metric and arguments.greater_is_better:
+            # Without a mode, these schedules take lower values for better ones.
+            arguments.lr_scheduler_kwargs = {"mode": "max", **(arguments.lr_scheduler_kwargs or {})}
         return arguments
 
     def to_dict(self) -> dict[str, Any]:
@@ -280,6 +299,18 @@ _NUMBER = r"\d+(?:\.\d*)?(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?"
 #: A sign, a weight and the name of a score; sign and weight may be left out.
 _TERM = re.compile(rf"\s*([-+])?\s*(?:({_NUMBER})\s*\*\s*)?([A-Za-z]\w*)\s*")
 
+#: Figures that are better when they are lower, besides the losses, and those of which neither is better.
+_LOWER_IS_BETTER = ("macro_ece", "ot_marginal_error", "alignment", "uniformity")
+_WITHOUT_DIRECTION = ("plan_entropy", "epsilon_to_cost")
+
+
+def _direction(score: str) -> int:
+    """1 for a score that is better when it is higher, -1 when it is lower, 0 for neither."""
+    if score in _WITHOUT_DIRECTION:
+        return 0
+    is_lower_better = score in _LOWER_IS_BETTER or score.endswith("loss")
+    return -1 if is_lower_better or (score in score_names() and not higher_is_better(score)) else 1
+
 
 @dataclass(frozen=True)
 class WeightedScores:
@@ -316,12 +347,33 @@ class WeightedScores:
         """What the Trainer calls it: the score's own name, or `selection` for a sum."""
         return next(iter(self.weights)) if tuple(self.weights.values()) == (1.0,) else "selection"
 
+    @property
+    def higher_is_better(self) -> bool | None:
+        """Whether a higher sum is better; None if that is not known of its scores."""
+        rising, falling = self._terms()
+        return bool(rising) if rising or falling else None
+
+    def _terms(self) -> tuple[list[str], list[str]]:
+        """The scores whose terms are higher for a better model, and those whose terms are lower."""
+        signs = {name: weight * _direction(name) for name, weight in self.weights.items()}
+        return [name for name in signs if signs[name] > 0], [name for name in signs if signs[name] < 0]
+
     def check(self, known: Collection[str]) -> None:
-        """Raise a `ValueError`, with the nearest known score, if a score is not among the `known` ones."""
+        """Check that all scores are `known`, and that a better model changes all terms in one direction.
+
+        Raises:
+            ValueError: names the nearest known score, or the scores whose terms work against each other.
+        """
         for name in self.weights:
             if name not in known:
                 nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
                 raise ValueError(f"{self.text!r}: unknown score {name!r}, did you mean {nearest!r}?")
+        rising, falling = self._terms()
+        if rising and falling:
+            raise ValueError(
+                f"{self.text!r}: a better model has a higher term of {', '.join(rising)} and a lower one of "
+                f"{', '.join(falling)}, expected another sign of one of them"
+            )
 
     def __call__(self, scores: Mapping[str, float | None]) -> float:
         """The sum.

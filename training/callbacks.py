@@ -80,13 +80,16 @@ class LossCallback(TrainerCallback):
         means = {}
         for name, total in self._sums.items():
             pair = torch.stack((total, torch.full_like(total, self._counts[name])))
-            if _distributed():
+            if is_distributed():
                 dist.all_reduce(pair)
             means[name] = float(pair[0] / pair[1])
         self._sums, self._counts = {}, {}
         return means
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if args.fp16:
+            # The gradient scaler skips a step whose gradients overflow, and lowers its scale.
+            return
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         # Each process checks its own share of sharded weights.
         gradients = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
@@ -160,13 +163,14 @@ class SinkhornLossCallback(LossCallback):
             logger.warning(message)
 
 
-def _distributed() -> bool:
+def is_distributed() -> bool:
+    """Whether there are other processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def everywhere(condition: torch.Tensor) -> bool:
     """Whether a condition holds on every process: one that stops alone would leave the others waiting."""
-    if _distributed():
+    if is_distributed():
         condition = condition.to(torch.int32)
         dist.all_reduce(condition, op=dist.ReduceOp.MIN)
     return bool(condition)
@@ -305,4 +309,5 @@ __all__ = [
     "SinkhornLossCallback",
     "draw_curves",
     "everywhere",
+    "is_distributed",
 ]

@@ -20,7 +20,7 @@ from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from ..studies.streaming import StreamedStudies
 from .arguments import StageArguments
-from .callbacks import LossCallback
+from .callbacks import LossCallback, is_distributed
 from .collation import ContrastiveCollator
 from .data import StudySplits, known_states
 from .fields import COUNT, NOT_NEGATIVE, POSITIVE, Bounds, option
@@ -209,6 +209,10 @@ class ContrastivePretraining(nn.Module):
                 outputs["uniformity"] = spread
         return outputs
 
+    def activation_checkpointing_enable(self, **options) -> None:
+        """Let the model recompute activations in the backward pass; options as of `PreTrainedModel`'s method."""
+        self.model.activation_checkpointing_enable(**options)
+
     def encode(self, pixel_values: torch.Tensor, view_mask: torch.Tensor) -> torch.Tensor:
         """The encoder's features of all views (A, D) of a batch, averaged over the image; study by study."""
         return self.model.encode_views(pixel_values, view_mask, reader="report")[view_mask].mean(dim=1)
@@ -383,7 +387,7 @@ def gather(features: torch.Tensor, groups: torch.Tensor) -> tuple[torch.Tensor, 
 
     Every process must call it, with features of one width.
     """
-    if not _distributed():
+    if not is_distributed():
         return features, groups
     groups, missing = _gather_padded(groups)
     features = _AllGather.apply(F.pad(features, (0, 0, 0, missing)))
@@ -392,7 +396,7 @@ def gather(features: torch.Tensor, groups: torch.Tensor) -> tuple[torch.Tensor, 
 
 def gather_groups(groups: torch.Tensor) -> torch.Tensor:
     """Groups (N,), at least 0, of all processes, in the order of [`gather`]."""
-    if not _distributed():
+    if not is_distributed():
         return groups
     groups, _ = _gather_padded(groups)
     return groups[groups >= 0]
@@ -406,13 +410,9 @@ def _gather_padded(groups: torch.Tensor) -> tuple[torch.Tensor, int]:
     return _AllGather.apply(F.pad(groups, (0, missing), value=-1)), missing
 
 
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def global_mean(losses: torch.Tensor, total: int) -> torch.Tensor:
     """What this process has to give for the mean over processes to be that over all `total` anchors."""
-    processes = dist.get_world_size() if _distributed() else 1
+    processes = dist.get_world_size() if is_distributed() else 1
     return losses.sum() * processes / total
 
 

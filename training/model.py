@@ -133,6 +133,9 @@ def check_model_recipe(model: ModelRecipe) -> None:
         reason = " ".join(str(error).split())
         raise ValueError(reason if isinstance(error, ValueError) else f"model.overrides: {reason}") from error
     check_backbones(model, config)
+    for field in ("predictor_tags", "report_sections"):
+        given = model.overrides.get(field)
+        need(given is None, f"model.overrides.{field}", given, "null, the run finds it in the studies")
     for field in ("lora", "vision_lora"):
         if getattr(config, field) is not None:
             _check_lora(f"model.overrides.{field}", getattr(config, field))

@@ -30,7 +30,7 @@ from .arguments import StageArguments
 from .callbacks import LossCallback
 from .data import Rows, StudySplits, known_states
 from .fields import COUNT, NOT_NEGATIVE, Bounds, need, option
-from .model import attach_lora, cached_where_frozen, set_trained_parts
+from .model import attach_lora, cached_where_frozen, preset_config, set_trained_parts
 from .recipe import Recipe
 from .stages import Stage, StageRun
 from .trainer import StageTrainer
@@ -114,6 +114,8 @@ class PredictorArguments(StageArguments):
         for name in ("calibration", "thresholds"):
             folds = getattr(self, name) == "cross_validation"
             self.expect(not folds or self.vision == "frozen", name, "another one while predictor.vision is trained")
+            schedule = "another one while predictor.lr_scheduler_type follows the metric of an evaluation"
+            self.expect(not folds or not self.follows_metric, name, schedule)
         is_full = self.vision_layers is None or self.vision == "full"
         self.expect(is_full, "vision_layers", "null while predictor.vision is not full")
         is_trained = self.patch_dropout == 0 or self.vision != "frozen"
@@ -133,6 +135,12 @@ class PredictorStage(Stage):
 
     def score_names(self) -> Collection[str]:
         return _METRICS
+
+    def check(self, recipe: Recipe) -> None:
+        section = recipe.predictor
+        for name, field in (("thresholds", "finding_thresholds"), ("calibration", "finding_calibration")):
+            given = recipe.model.overrides.get(field) is not None
+            section.expect(not given or getattr(section, name) == "none", name, f"none beside model.overrides.{field}")
 
     def check_studies(self, recipe: Recipe, studies: StudySplits) -> None:
         validation = studies.get("validation")
@@ -206,7 +214,8 @@ def predictor_trainer(run: StageRun, validation: Rows | None) -> tuple[StageTrai
     )
     model.patch_dropout = section.patch_dropout
     model.finding_logit_adjustment = logit_adjustment(train["finding_states"], section.logit_adjustment)
-    device = section.prepare(run.folder, recipe.seed, recipe.report_to, evaluates=False).device
+    evaluates = validation is not None
+    device = section.prepare(run.folder, recipe.seed, recipe.report_to, evaluates).device
     train, validation = (
         cached_where_frozen(model, run.processor, rows, recipe, "predictor", device) for rows in (train, validation)
     )
@@ -254,7 +263,7 @@ def decide(
     validation: PredictionOutput | None,
     initial: dict[str, torch.Tensor],
 ) -> dict[str, Any]:
-    """Put the calibration and the thresholds that the recipe asks for into the configuration.
+    """Put the calibration and the thresholds that the recipe asks for into the configuration; it keeps given ones.
 
     Args:
         run, trainer, train: the stage, its trained Trainer and its training studies.
@@ -265,7 +274,8 @@ def decide(
         The thresholds, and the metrics on validation after each of the two steps.
     """
     config, section = run.model.config, run.recipe.predictor
-    config.finding_calibration = config.finding_thresholds = None
+    given = preset_config(run.recipe.model)
+    config.finding_calibration, config.finding_thresholds = given.finding_calibration, given.finding_thresholds
     results: dict[str, Any] = {}
 
     def measure(name: str, resamples: int = 0) -> None:

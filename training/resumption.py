@@ -44,12 +44,12 @@ Changes = dict[str, tuple[Any, Any]]
 
 def last_checkpoint(folder: str | os.PathLike) -> Path | None:
     """The newest complete checkpoint in a stage's folder; None where there is none."""
-    return next((path for path in reversed(_checkpoints(folder)) if is_whole(path)), None)
+    return next((path for path in reversed(checkpoints_of(folder)) if is_whole(path)), None)
 
 
 def remove_partial_checkpoints(folder: str | os.PathLike) -> None:
     """Delete incomplete checkpoints, which Trainer would count for `save_total_limit` and resume from."""
-    for path in _checkpoints(folder):
+    for path in checkpoints_of(folder):
         if not is_whole(path):
             logger.info("removing %s, which is incomplete", path)
             shutil.rmtree(path)
@@ -58,9 +58,23 @@ def remove_partial_checkpoints(folder: str | os.PathLike) -> None:
 def is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint is complete: Trainer writes it in place, so a killed run leaves a part.
 
-    Trainer writes its state last, so that must be readable. Every other file must have a valid end, as far as that can
-    be known without reading the weights. All that resuming reads must be there (Trainer ignores a missing optimizer or
-    random state). DeepSpeed and FSDP keep weights and optimizer in folders.
+    All that resuming reads must be there (Trainer ignores a missing optimizer or random state). DeepSpeed and FSDP keep
+    weights and optimizer in folders.
+    """
+    if not is_written(checkpoint):
+        return False
+    paths = list(checkpoint.iterdir())
+    names = {path.name for path in paths}
+    has_weights = not names.isdisjoint((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    one_process_wrote = {OPTIMIZER_NAME, SCHEDULER_NAME} <= names and has_weights
+    has_random_state = any(name.startswith("rng_state") for name in names)
+    return has_random_state and (one_process_wrote or any(path.is_dir() for path in paths))
+
+
+def is_written(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end: Trainer writes its state last, so that must be readable.
+
+    Every other file must have a valid end, as far as that can be known without reading the weights.
     """
     try:
         if read_json(checkpoint / TRAINER_STATE_NAME)["global_step"] != _step(checkpoint):
@@ -78,13 +92,10 @@ def is_whole(checkpoint: Path) -> bool:
                 return False
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
         return False
-    has_weights = not names.isdisjoint((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
-    one_process_wrote = {OPTIMIZER_NAME, SCHEDULER_NAME} <= names and has_weights
-    has_random_state = any(name.startswith("rng_state") for name in names)
-    return has_random_state and (one_process_wrote or any(path.is_dir() for path in paths))
+    return True
 
 
-def _checkpoints(folder: str | os.PathLike) -> list[Path]:
+def checkpoints_of(folder: str | os.PathLike) -> list[Path]:
     """Folders of checkpoints, complete or not, the oldest first."""
     found = [path for path in Path(folder).glob("checkpoint-*") if _step(path) is not None]
     return sorted(found, key=_step)
@@ -319,9 +330,11 @@ __all__ = [
     "Changes",
     "check_kept_recipes",
     "check_kept_studies",
+    "checkpoints_of",
     "format_changes",
     "is_finished",
     "is_whole",
+    "is_written",
     "kept_stages",
     "last_checkpoint",
     "recipe_changes",

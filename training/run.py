@@ -36,7 +36,9 @@ from .resumption import (
     STARTED,
     check_kept_recipes,
     check_kept_studies,
+    checkpoints_of,
     is_finished,
+    is_written,
     kept_stages,
     last_checkpoint,
     remove_partial_checkpoints,
@@ -284,12 +286,20 @@ def _pending_stages(recipe: Recipe, resume: bool, overwrite: bool) -> list[str]:
             logger.info("stage %s is finished: %s", stage, folder)
             continue
         pending.append(stage)
-        checkpoint = last_checkpoint(folder)
-        if checkpoint is not None and not (finished or resume or overwrite):
-            raise ValueError(
-                f"stage {stage} is unfinished, with {checkpoint}: --resume continues from there, --overwrite starts it "
-                "again and deletes its checkpoints, another output_dir keeps it"
-            )
+        found, checkpoint = checkpoints_of(folder), last_checkpoint(folder)
+        if finished or overwrite or not found:
+            continue
+        again = "--overwrite starts it again and deletes its checkpoints, another output_dir keeps it"
+        if not resume:
+            whole = checkpoint is not None
+            place = checkpoint if whole else f"{found[-1]}, which is incomplete"
+            way = "--resume continues from there" if whole else "--resume starts it again"
+            raise ValueError(f"stage {stage} is unfinished, with {place}: {way}, {again}")
+        if pending != [stage]:
+            raise ValueError(f"stage {stage} would start again, after stage {pending[0]}, but has {found[-1]}: {again}")
+        written = [path for path in found if is_written(path)]
+        if written and checkpoint is None:
+            raise ValueError(f"stage {stage} cannot continue from {written[-1]}, which lacks its optimizer: {again}")
     return pending
 
 
@@ -302,7 +312,7 @@ def _prepare_folder(recipe: Recipe, pending: list[str], resume: bool) -> None:
             remove_partial_checkpoints(output / stage)
             continue
         (output / stage / FINISHED).unlink(missing_ok=True)
-        for checkpoint in (output / stage).glob("checkpoint-*"):
+        for checkpoint in checkpoints_of(output / stage):
             logger.info("removing %s of an earlier run", checkpoint)
             shutil.rmtree(checkpoint)
     write_text(output / "recipe.yaml", recipe.to_yaml())

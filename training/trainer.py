@@ -77,6 +77,9 @@ class ResumableTrainer(Trainer):
 
     def _finalize_training(self, trial, num_train_samples, start_time):
         self._evaluate_if_due(trial, None, start_time)
+        # The state has the path as it was when the checkpoint was written; the run's folder may have been moved.
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        self.state.best_model_checkpoint = str(best) if best.is_dir() else None
         return super()._finalize_training(trial, num_train_samples, start_time)
 
     def _evaluate_if_due(self, trial, ignore_keys_for_eval, start_time) -> None:
@@ -95,7 +98,8 @@ class ResumableTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         studies = len(self.train_dataset if train_dataset is None else train_dataset)
-        return StudySampler(studies, self.args.seed, batch_size, self.train_lengths, self.train_weights)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return StudySampler(studies, seed, batch_size, self.train_lengths, self.train_weights)
 
     def on_device(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A batch on the model's device, in the type that DeepSpeed computes in."""
@@ -197,12 +201,13 @@ class StageTrainer(ResumableTrainer):
 
     @contextmanager
     def _evaluation_batches(self) -> Iterator[None]:
-        """Give the dataloaders made in this context the collator of evaluation, also those of `predict`."""
+        """Give the dataloaders made in this context the collator of evaluation and every study, also in `predict`."""
         train_collator, self.data_collator = self.data_collator, self.eval_collator
+        drops_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
             yield
         finally:
-            self.data_collator = train_collator
+            self.data_collator, self.args.dataloader_drop_last = train_collator, drops_last
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of a step, and their number of tokens or, if tokens have weights, the sum of the weights."""
@@ -428,10 +433,14 @@ class StageTrainer(ResumableTrainer):
             "wrapper": self._wrapper,
             "log_history": self.state.log_history,
         }
-        if self.args.load_best_model_at_end:
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             metric, value = self.args.best.text, self.state.best_metric
             results["best"] = {"step": self.state.best_global_step, "metric": metric, "value": value}
             logger.info("best of validation: step %d, %s = %.4f", self.state.best_global_step, metric, value)
+        elif self.args.load_best_model_at_end:
+            logger.warning(
+                "the best checkpoint, of step %s, is missing: the last model is kept", self.state.best_global_step
+            )
         return results
 
 

@@ -169,7 +169,7 @@ class Validation:
             said = np.tile(label_quietly(labeler, [report]), (len(rows), 1))
             found = score_reports([report] * len(rows), references, said, true_states, list(wanted.values())).scores
             values.append(self.best({name: found[full] for name, full in wanted.items()}))
-        return max(values, default=None)
+        return (min if self.best.higher_is_better is False else max)(values, default=None)
 
 
 __all__ = [

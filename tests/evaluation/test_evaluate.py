@@ -150,6 +150,16 @@ def test_evaluate_model_with_indications_shuffles_images_and_leaves_indications_
     )
 
 
+def test_evaluation_in_training_ignores_line_breaks(model, processor, studies, tmp_path):
+    written = generate_reports(model, processor, studies, 4, GENERATION).reports
+    training = studies.remove_columns("report").add_column("report", [text.replace(" ", " \n ") for text in written])
+    found = evaluate_model(model, processor, studies, training, 4, GENERATION, (), metrics=["bleu_4"])
+    assert found.scores()["rows"]["model"]["in_training"] == 1
+    write_predictions(found, tmp_path / "predictions.csv")
+    with (tmp_path / "predictions.csv").open(encoding="utf-8") as file:
+        assert {row["in training"] for row in csv.DictReader(file)} == {"yes"}
+
+
 def test_generate_reports_in_batches_equal_single_studies(model, processor, studies):
     batched, single = (generate_reports(model, processor, studies, size, GENERATION) for size in (4, 1))
     assert batched.reports == single.reports

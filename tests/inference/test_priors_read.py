@@ -8,10 +8,10 @@ from otdrg.cli import main
 from otdrg.evaluation.evaluate import evaluate_model
 from otdrg.inference.collation import PromptCollator
 from otdrg.inference.features import cache_features
-from otdrg.inference.generation import generate_reports
+from otdrg.inference.generation import derangement, generate_reports
 from otdrg.studies import load_studies, prepare_studies
 from otdrg.studies.build import BuildOptions
-from otdrg.studies.loading import undecoded
+from otdrg.studies.loading import undecoded, with_column
 from otdrg.studies.streaming import StreamedStudies
 from otdrg.training.collation import ReportCollator
 
@@ -94,6 +94,20 @@ def test_evaluate_model_without_its_priors_is_a_row(built, studies, tmp_path):
     # Without a prior in any study there is nothing to leave out.
     found = evaluate_model(model, processor, alone, None, 4, GENERATION, ["no_prior"], metrics=["bleu_4"]).rows
     assert list(found) == ["model"]
+
+
+def test_evaluate_model_shuffles_images_and_not_prior_reports(built, studies, tmp_path):
+    model, processor = built
+    arguments = (None, 4, GENERATION, ["shuffled"])
+    order = derangement(len(studies), seed=0).tolist()
+    moved = studies.select(order)
+    for column in ("prior_report", "prior_days"):
+        moved = with_column(moved, column, studies[column])
+    expected = generate_reports(model, processor, moved, 4, GENERATION).reports
+    assert expected != generate_reports(model, processor, studies.select(order), 4, GENERATION).reports
+    for rows in (studies, cache_features(model, processor, studies, tmp_path, batch_size=4)):
+        found = evaluate_model(model, processor, rows, *arguments, metrics=["bleu_4"]).rows
+        assert found["shuffled"].reports == expected
 
 
 @pytest.fixture(scope="module")

@@ -55,12 +55,15 @@ def test_loss_callback_non_finite_loss_raises(value):
 def test_loss_callback_non_finite_gradient_raises():
     layer = torch.nn.Linear(2, 2)
     callback = SinkhornLossCallback()
-    callback.on_pre_optimizer_step(None, None, None, model=layer)
+    args = SimpleNamespace(fp16=False)
+    callback.on_pre_optimizer_step(args, None, None, model=layer)
     layer.weight.grad = torch.zeros(2, 2)
-    callback.on_pre_optimizer_step(None, None, None, model=layer)
+    callback.on_pre_optimizer_step(args, None, None, model=layer)
     layer.weight.grad[0, 1] = float("nan")
     with pytest.raises(NonFiniteLossError, match="a gradient is not finite"):
-        callback.on_pre_optimizer_step(None, None, None, model=layer)
+        callback.on_pre_optimizer_step(args, None, None, model=layer)
+    # The gradient scaler of fp16 skips such a step.
+    callback.on_pre_optimizer_step(SimpleNamespace(fp16=True), None, None, model=layer)
 
 
 def test_sinkhorn_callback_collapse_is_warned_of_once(caplog):

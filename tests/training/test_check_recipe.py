@@ -39,6 +39,14 @@ WRONG = [
     ("report.evaluation.labeler=nope", "report.evaluation.labeler='nope': unknown labeler"),
     ("report.evaluation.labeler=llm", "report.evaluation.labeler='llm': labeler 'llm' needs the option 'model'"),
     ("report.metric_for_best_model=bleu4", "report.metric_for_best_model='bleu4': unknown score 'bleu4', did you mean"),
+    (
+        "report.metric_for_best_model=bleu_4 + loss",
+        "a better model has a higher term of bleu_4 and a lower one of loss",
+    ),
+    (
+        "model.overrides.report_sections=[findings,impression]",
+        "model.overrides.report_sections=['findings', 'impression']: expected null",
+    ),
     ("predictor.metric_for_best_model=bleu_4", "predictor.metric_for_best_model='bleu_4': unknown score 'bleu_4'"),
     ("report.metric_for_best_model=bleu_4 / 2", "expected a weighted sum of scores"),
     ("report.metric_for_best_model=1e999 * bleu_4", "expected a weighted sum of scores"),

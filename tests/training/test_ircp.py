@@ -327,6 +327,14 @@ def test_ircp_stage_checkpoint_of_another_recipe_is_refused(write_recipe, whole_
     assert "does not fit the recipe, 4 weights such as report_head.0.bias" in capsys.readouterr().err
 
 
+def test_ircp_stage_gradient_checkpointing_gives_the_same_losses(whole_run, tmp_path):
+    arguments = [str(whole_run), "stages=[ircp]", f"output_dir={tmp_path / 'run'}", "ircp.probe_studies=0"]
+    assert main([*arguments, "ircp.gradient_checkpointing=true"]) == 0
+    plain, checkpointed = (training_lines(run) for run in (whole_run.parent / "run", tmp_path / "run"))
+    for step, line in plain.items():
+        assert checkpointed[step]["loss"] == pytest.approx(line["loss"], abs=1e-4)
+
+
 @pytest.mark.slow
 def test_ircp_stage_two_processes_equal_one(write_recipe, tmp_path, launch):
     path = write_recipe(tmp_path, sigma=0.0, probe_studies=0, eval_strategy="no", max_steps=3)

@@ -65,6 +65,22 @@ def test_predictor_stage_cross_validation_leaves_the_trained_predictor(tiny_reci
     assert "thresholds_fitted_on" not in folds["validation"]
 
 
+def test_predictor_stage_given_thresholds_and_whole_validation_are_kept(tiny_recipe, tmp_path):
+    thresholds = [0.1] * 13 + [0.5]
+    overrides = [f"model.overrides.finding_thresholds={thresholds}", "predictor.dataloader_drop_last=true"]
+    results, model = run(tiny_recipe, tmp_path / "run", *overrides, "predictor.per_device_eval_batch_size=4")
+    assert model.config.finding_thresholds == thresholds
+    assert {row["studies"] for row in results["validation"]["findings"].values()} == {5}
+
+
+def test_predictor_stage_save_strategy_best_keeps_the_lowest_calibration_error(tiny_recipe, tmp_path):
+    overrides = ["save_strategy=best", "eval_strategy=steps", "eval_steps=1", "max_steps=3", "learning_rate=0.05"]
+    overrides += ["metric_for_best_model=macro_ece", "load_best_model_at_end=true"]
+    results, _ = run(tiny_recipe, tmp_path / "run", *(f"predictor.{override}" for override in overrides))
+    errors = {line["step"]: line["eval_macro_ece"] for line in results["log_history"] if "eval_macro_ece" in line}
+    assert len(errors) == 3 and results["best"]["step"] == min(errors, key=errors.get)
+
+
 def test_fit_calibration_minimises_the_log_loss_with_one_slope():
     generator = np.random.default_rng(0)
     odds, intercepts = generator.normal(-1, 2, (800, 14)), np.linspace(-2, 1, 14)
@@ -169,6 +185,14 @@ def test_predictor_stage_tag_weight_without_tags_is_an_error(tiny_recipe, tmp_pa
         (
             ["predictor.vision=full", "predictor.vision_layers=2"],
             "predictor.vision_layers=2: expected null, this encoder is not a sequence of blocks",
+        ),
+        (
+            ["predictor.thresholds=rule", f"model.overrides.finding_thresholds={[0.5] * 14}"],
+            "predictor.thresholds='rule': expected none beside model.overrides.finding_thresholds",
+        ),
+        (
+            ["predictor.thresholds=cross_validation", "predictor.lr_scheduler_type=greedy"],
+            "predictor.thresholds='cross_validation': expected another one while predictor.lr_scheduler_type follows",
         ),
         (["predictor.patch_dropout=0.5"], "predictor.patch_dropout=0.5: expected 0 while predictor.vision is frozen"),
         (

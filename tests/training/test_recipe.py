@@ -106,6 +106,11 @@ def test_load_recipe_environment_variables_are_expanded(write, monkeypatch):
         (["predictor.train_sampling_strategy=group_by_length"], r"train_sampling_strategy='group_by_length': expected"),
         (["report.push_to_hub=true"], r"report\.hub_model_id=None: expected a repository"),
         (["report.output_dir=x"], r"report\.output_dir is set by the run: use the run's own output_dir"),
+        (
+            ["report.save_only_model=true"],
+            r"report\.save_only_model is set by the run: a checkpoint without its optimizer",
+        ),
+        (["report.average_tokens_across_devices=false"], r"average_tokens_across_devices is set by the run: the loss"),
         (["report.hub_token=x"], r"report\.hub_token is set by the run: use the environment variable HF_TOKEN"),
         (["stages=report"], r"stages='report': expected a list of strings"),
         (["stages=[pretraining]"], r"stages='pretraining': expected one of ircp, predictor, report"),
@@ -274,6 +279,28 @@ def test_stage_arguments_prepare_gives_complete_training_arguments(write, tmp_pa
     args = loss.prepare(tmp_path / "run" / "report", 42, [], evaluates=True)
     assert args.metric_for_best_model == "loss" and not args.greater_is_better and args.seed == 42
     assert not loss.prepare(tmp_path / "run", 42, [], evaluates=False).load_best_model_at_end
+
+
+def test_stage_arguments_prepare_sets_the_direction_of_the_metric(write, tmp_path):
+    def prepared(*overrides):
+        section = load_recipe(write(MINIMAL), [f"predictor.{override}" for override in overrides]).predictor
+        return section.prepare(tmp_path / "run" / "predictor", 42, [], evaluates=True)
+
+    lowest = prepared("load_best_model_at_end=true", "metric_for_best_model=macro_ece")
+    assert lowest.greater_is_better is False
+    assert prepared("metric_for_best_model=macro_auc", "save_strategy=best").metric_for_best_model == "macro_auc"
+    assert prepared("metric_for_best_model=macro_auc").metric_for_best_model is None
+    for schedule in ("reduce_lr_on_plateau", "greedy"):
+        args = prepared("metric_for_best_model=macro_auc", f"lr_scheduler_type={schedule}")
+        assert args.metric_for_best_model == "macro_auc" and args.lr_scheduler_kwargs == {"mode": "max"}
+        assert not prepared(f"lr_scheduler_type={schedule}").lr_scheduler_kwargs
+
+
+def test_stage_arguments_prepare_meteor_without_java_is_refused(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    section = load_recipe(write(MINIMAL), ["report.metric_for_best_model=meteor"]).report
+    with pytest.raises(ValueError, match=r"metric_for_best_model='meteor': METEOR .* install a Java runtime"):
+        section.prepare(tmp_path / "run" / "report", 42, [], evaluates=True)
 
 
 @pytest.mark.parametrize(

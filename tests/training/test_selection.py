@@ -33,6 +33,22 @@ def test_weighted_scores_single_score_keeps_its_name():
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        *((name, False) for name in ("loss", "invented_comparisons", "ot_marginal_error", "alignment", "macro_ece")),
+        *((name, True) for name in ("macro_f1_13", "label_spread", "- loss", "bleu_4 - 0.1 * ot_loss")),
+        ("loss + 0.1 * ot_loss", False),
+        ("- bleu_4 + unshared_comparisons", False),
+        ("plan_entropy", None),
+    ],
+)
+def test_weighted_scores_direction_is_that_of_the_scores(text, expected):
+    scores = WeightedScores.parse(text)
+    scores.check(scores.weights)
+    assert scores.higher_is_better is expected
+
+
+@pytest.mark.parametrize(
     "text", ["", "0.5 *", "2 + 3", "__import__('os')", "bleu_4 ** 2", "bleu_4 cider", "a.b", "1e999 * bleu_4", "+"]
 )
 def test_weighted_scores_other_text_is_refused(text):
@@ -190,6 +206,20 @@ def test_load_model_reads_switches_from_the_recipe(tiny_recipe, trained_run, tmp
     predictor = load_file(trained_run / "predictor" / "model.safetensors")
     assert torch.equal(model.finding_predictor.queries.weight, predictor["finding_predictor.queries.weight"])
     assert load_recipe(tmp_path / "run" / "recipe.yaml").model.overrides["fiot"] is False
+
+
+def test_report_stage_schedule_on_a_plateau_follows_the_metric(tiny_recipe, trained_run, tmp_path):
+    overrides = ["report.lr_scheduler_type=reduce_lr_on_plateau", "report.lr_scheduler_kwargs={patience: 0}"]
+    overrides += ["report.load_best_model_at_end=false", "report.metric_for_best_model=-loss"]
+    overrides += ["report.eval_strategy=steps", "report.eval_steps=1", "report.learning_rate=1e-5"]
+    train_report(tiny_recipe, trained_run, tmp_path / "run", *overrides)
+    lines = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))["report"]["log_history"]
+    for line in lines:
+        if "eval_loss" in line:
+            assert line["eval_selection"] == -line["eval_loss"] < 0
+    # The loss rises with lambda, so the rate falls after each evaluation but the first.
+    rates = [line["learning_rate"] for line in lines if "learning_rate" in line]
+    assert rates == pytest.approx([1e-5, 1e-5, 1e-6, 1e-7])
 
 
 def test_report_stage_metric_for_best_model_loss_selects_the_lowest(tiny_recipe, trained_run, tmp_path):

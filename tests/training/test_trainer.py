@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from otdrg.training.trainer import ResumableTrainer
+from safetensors.torch import load_file
 from torch import nn
 from transformers import EarlyStoppingCallback, PretrainedConfig, PreTrainedModel, TrainingArguments
 
@@ -85,6 +86,29 @@ def test_resume_early_stopping_is_kept(trainer, tmp_path):
         resumed.train(resume_from_checkpoint=True)
         assert resumed.state.global_step == 12
         assert course(resumed) == pytest.approx(course(unbroken), abs=1e-6)
+
+
+def test_resume_in_a_moved_folder_keeps_the_best_checkpoint(trainer, tmp_path):
+    fields = {"metric_for_best_model": "loss", "load_best_model_at_end": True, "greater_is_better": True}
+    fields |= {"save_strategy": "epoch", "num_train_epochs": 3}
+    trainer(**fields).train()
+    moved = shutil.move(tmp_path / "run", tmp_path / "moved")
+    resumed = trainer(**fields)
+    resumed.args.output_dir = str(moved)
+    resumed.train(resume_from_checkpoint=str(moved / "checkpoint-12"))
+    # The loss falls, so the first one is the greatest.
+    best, last = (load_file(moved / f"checkpoint-{step}" / "model.safetensors") for step in (4, 12))
+    assert torch.equal(resumed.model.linear.weight, best["linear.weight"])
+    assert not torch.equal(best["linear.weight"], last["linear.weight"])
+
+
+def test_data_seed_orders_weighted_studies(trainer):
+    def order(seed):
+        built = trainer(data_seed=seed)
+        built.train_weights = [1.0] * 16
+        return torch.cat([batch["labels"] for batch in built.get_train_dataloader()])
+
+    assert torch.equal(order(1), order(1)) and not torch.equal(order(1), order(2))
 
 
 def test_evaluate_does_not_change_training(trainer):

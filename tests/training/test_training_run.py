@@ -113,6 +113,26 @@ def test_run_recipe_unfinished_stage_is_not_overwritten(tiny_recipe, copied_run,
     assert [path.name for path in (copied_run / "report").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
+def test_run_recipe_checkpoints_without_optimizer_are_not_deleted(tiny_recipe, copied_run, capsys):
+    stage = copied_run / "report"
+    (stage / "finished.json").unlink()
+    for checkpoint in stage.glob("checkpoint-*"):
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            (checkpoint / name).unlink()
+    arguments = [str(tiny_recipe), f"output_dir={copied_run}"]
+    for more, message in (
+        (["stages=[report]"], f"stage report is unfinished, with {stage / 'checkpoint-4'}, which is incomplete"),
+        (["--resume"], f"stage report cannot continue from {stage / 'checkpoint-4'}, which lacks its optimizer"),
+    ):
+        assert main([*arguments, *more]) == 1
+        assert message in capsys.readouterr().err
+    # A checkpoint of a later stage is none of the stage that continues.
+    (copied_run / "predictor" / "finished.json").unlink()
+    assert main([*arguments, "--resume"]) == 1
+    assert "stage report would start again, after stage predictor" in capsys.readouterr().err
+    assert {path.name for path in stage.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+
+
 def test_report_stage_non_finite_loss_stops(tiny_recipe, copied_run, capsys):
     shutil.rmtree(copied_run / "report")
     # lambda is 0 in the first step; in the second the loss is beyond float32.
