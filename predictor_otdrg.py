@@ -52,7 +52,7 @@ class FindingPrediction(NamedTuple):
     tag_logits: torch.Tensor | None
 
 
-def all_rows(embedding: nn.Embedding, device: torch.device) -> torch.Tensor:
+def all_rows(embedding: nn.Embedding, device: torch.device | None) -> torch.Tensor:
     """The weight (N, D) of an embedding, through its `forward`, for which accelerate loads offloaded weights."""
     return embedding(torch.arange(embedding.num_embeddings, device=device))
 
