@@ -456,12 +456,12 @@ def test_finding_predictor_options_survive_saving(build_model, views, tmp_path, 
         torch.testing.assert_close(loaded(**again).finding_logits, model(**inputs).finding_logits)
 
 
-def test_set_tags_keeps_the_type_of_the_weights(build_model, views):
-    model, processor = build_model(predictor_pooling="mean")
+def test_set_tags_keeps_the_type_of_the_weights(build_model):
+    model, _ = build_model(predictor_pooling="mean")
     model.to(torch.bfloat16).set_tags(["a", "b"])
-    inputs = processor(images=[views[:1]])
-    tags = model(**inputs.to(torch.bfloat16)).tag_logits
-    assert tags.dtype == torch.bfloat16
+    predictor = model.finding_predictor
+    features = torch.randn(2, 1, 4, predictor.feature_size, dtype=torch.bfloat16)
+    assert predictor(features, torch.ones(2, 1, dtype=torch.bool)).tag_logits.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
