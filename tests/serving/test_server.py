@@ -96,9 +96,15 @@ def http(server):
 
 @pytest.fixture
 def held(pipe):
-    """Holds the model until the event is set."""
+    """Holds the model until the event is set; its `reached` is set when the model runs."""
     go = threading.Event()
-    hook = pipe.model.language_model.register_forward_pre_hook(lambda *_: go.wait(30) and None)
+    go.reached = threading.Event()
+
+    def hold(*_):
+        go.reached.set()
+        go.wait(30)
+
+    hook = pipe.model.language_model.register_forward_pre_hook(hold)
     yield go
     go.set()
     hook.remove()
@@ -348,25 +354,20 @@ def test_large_and_slow_requests_are_refused_after_they_arrived(http, server, cl
 
 
 def test_full_queue_is_refused_and_has_room_again(server, client, view, held):
+    ask = client.chat.completions.create
     with ThreadPoolExecutor(4) as users:
-        asked = [users.submit(client.chat.completions.create, **study(view(seed))) for seed in range(4)]
-        eventually(lambda: server.writer._waiting)
-        end = time.monotonic() + 10
-        while True:
-            try:
-                users_before = len(server.writer._waiting)
-                client.chat.completions.create(**study(view(9)), timeout=0.5)
-            except openai.InternalServerError as error:
-                full = error
-                break
-            except openai.APITimeoutError:  # the others had not arrived yet
-                assert time.monotonic() < end, users_before
-        assert full.status_code == 503 and full.code == "queue_full"
-        assert "4 requests are waiting already: try again later" in str(full)
-        assert full.response.headers["retry-after"] == "1"
+        asked = [users.submit(ask, **study(view(0)))]
+        eventually(held.reached.is_set)  # is being written, so that the others have to wait
+        asked += [users.submit(ask, **study(view(seed))) for seed in range(1, 4)]
+        eventually(lambda: len(server.writer._waiting) == 3)
+        with pytest.raises(openai.InternalServerError) as full:
+            ask(**study(view(9)))
+        assert full.value.status_code == 503 and full.value.code == "queue_full"
+        assert "4 requests are waiting already: try again later" in str(full.value)
+        assert full.value.response.headers["retry-after"] == "1"
         held.set()
         assert all(one.result().choices[0].message.content for one in asked)
-    assert client.chat.completions.create(**study(view(9))).choices
+    assert ask(**study(view(9))).choices
 
 
 def test_client_that_leaves_frees_its_place(server, client, view, held):
