@@ -1,4 +1,7 @@
-"""Consensus decoding: of many candidate reports, write the one that agrees most with likely reports and the states."""
+"""Consensus decoding: of many candidate reports, write the one that agrees most with likely reports and the states.
+
+Long, because the settings, the samples and the choice stand together: a published model takes this file along.
+"""
 
 from __future__ import annotations
 

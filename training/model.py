@@ -50,7 +50,7 @@ def build_model(
     """
     config = preset_config(recipe)
     vision, text = check_backbones(recipe, config)
-    # A stage that trains adapters sets these: a folder without adapters must not have them in its configuration.
+    # A model made with these would have adapters at once; a stage that trains adapters sets them.
     config.lora = config.vision_lora = None
     if text is None and quantization is not None:
         raise ValueError(f"model.quantization={quantization!r}: expected null for a model from scratch")

@@ -3,6 +3,8 @@
 The stage trains the projections and, as `report.text` says, the LLM on reports and true finding states. During training
 it generates reports for validation studies and scores them; the best checkpoint is published, and the table of controls
 is made with it.
+
+Long, because the stage is here from its section of the recipe to the published model.
 """
 
 from __future__ import annotations
