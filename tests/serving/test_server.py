@@ -409,7 +409,7 @@ def test_batch_without_memory_is_freed_before_its_studies_are_written_alone(clie
 
     with ThreadPoolExecutor(3) as users:
         asked = [users.submit(client.chat.completions.create, **study(view(0)))]
-        eventually(lambda: server.writer._thread.is_alive() and not server.writer._waiting)
+        eventually(held.reached.is_set)  # is being written, so that the others have to wait
         asked += [users.submit(client.chat.completions.create, **study(view(seed))) for seed in (1, 2)]
         eventually(lambda: len(server.writer._waiting) == 2)
         hook = pipe.model.language_model.register_forward_pre_hook(no_memory, with_kwargs=True)
