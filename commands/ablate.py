@@ -15,8 +15,9 @@ from .arguments import add_resamples, check_least
 
 DESCRIPTION = """\
 The paper's ablations of a recipe: Table 3 (modules), Table 4 (epsilon) and Figure 4 (Sinkhorn iterations). Every row is
-trained once with each seed, in a folder and a process of its own; stages that rows share are trained once. Finished
-runs are kept: the same command continues an interrupted ablation. Writes ablation.md, ablation.json and ablation.png.
+trained once with each seed, in a folder and a process of its own; stages that rows share are trained once. Without a
+stage ircp in the recipe, no row has the module IRCP. Finished runs are kept: the same command continues an interrupted
+ablation. Writes ablation.md, ablation.json and ablation.png.
 """
 EPILOG = """\
 Example: otdrg ablate recipes/phantom_ablation.yaml --tables modules --seeds 1 2 3 --output runs/ablation
@@ -62,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
             raise ImportError(f'an ablation needs {library}: pip install "otdrg[{extra}]"')
 
     # Imported here, because torch and transformers take seconds.
-    from ..experiments.ablation import EPSILONS, ITERATIONS, TABLES, check_plan, plan_runs, table_rows
+    from ..experiments.ablation import EPSILONS, ITERATIONS, TABLES, check_plan, modules_of, plan_runs, table_rows
     from ..experiments.ablation_report import write_summary
     from ..experiments.runs import train_runs
     from ..training.recipe import load_recipe
@@ -71,10 +72,12 @@ def run(options: argparse.Namespace) -> None:
     handler.setFormatter(PrintableFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("otdrg").setLevel(logging.INFO)
-    rows = table_rows(options.tables or list(TABLES), options.epsilons or EPSILONS, options.iterations or ITERATIONS)
+    recipe = load_recipe(options.recipe, options.overrides)
+    tables = options.tables or list(TABLES)
+    rows = table_rows(tables, options.epsilons or EPSILONS, options.iterations or ITERATIONS, modules_of(recipe))
     cpu_threads = None
     if options.jobs > 1:
-        threads = load_recipe(options.recipe, options.overrides).cpu_threads or os.cpu_count() or 1
+        threads = recipe.cpu_threads or os.cpu_count() or 1
         cpu_threads = max(1, threads // options.jobs)
     with OutputLock(options.output):
         plan = plan_runs(options.recipe, options.overrides, rows, options.seeds, options.output, cpu_threads)

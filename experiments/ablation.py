@@ -18,14 +18,14 @@ from ..training.stages import stage_of
 
 #: The tables, and their titles.
 TABLES: dict[str, str] = {
-    "modules": "Table 3, the modules IRCP, DLE and FIOT",
+    "modules": "Table 3, modules",
     "epsilon": "Table 4, epsilon of the transport",
     "iterations": "Figure 4, Sinkhorn iterations",
 }
 
-#: The rows of Table 3, from the R2GenGPT baseline without modules to the full model. FIOT needs DLE.
-MODULE_ROWS: tuple[tuple[str, ...], ...] = ((), ("ircp",), ("dle",), ("ircp", "dle"), ("ircp", "dle", "fiot"))
-FULL = MODULE_ROWS[-1]
+#: All modules, and the rows of Table 3, from the R2GenGPT baseline without modules to the full model. FIOT needs DLE.
+MODULES: tuple[str, ...] = ("ircp", "dle", "fiot")
+MODULE_ROWS: tuple[tuple[str, ...], ...] = ((), ("ircp",), ("dle",), ("ircp", "dle"), MODULES)
 
 #: The paper's values; for iterations its figure gives only the range.
 EPSILONS: tuple[float, ...] = (0.01, 0.05, 0.10, 0.12)
@@ -35,7 +35,6 @@ ITERATIONS: tuple[int, ...] = (1, 5, 10, 50, 100)
 _SET_HERE = {
     "output_dir": "--output is the folder of the runs",
     "seed": "--seeds names the seeds",
-    "stages": "each row has its own stages",
     "model.overrides.dle": "each row has its own modules",
     "model.overrides.fiot": "each row has its own modules",
 }
@@ -79,27 +78,42 @@ def table_rows(
     tables: Sequence[str] = tuple(TABLES),
     epsilons: Sequence[float] = EPSILONS,
     iterations: Sequence[int] = ITERATIONS,
+    modules: Sequence[str] = MODULES,
 ) -> list[Row]:
     """The rows of the paper's tables, in its order.
+
+    Args:
+        tables: keys of [`TABLES`].
+        epsilons: rows of Table 4.
+        iterations: rows of Figure 4.
+        modules: of the full model, see [`modules_of`]; no row has others.
 
     Raises:
         ValueError: an unknown table, or values of epsilon or iterations that are not above 0 or not different.
     """
     rows = []
+    full = tuple(module for module in MODULES if module in modules)
+    # Without IRCP, Table 3 ends with a row that is the paper's last one without it.
+    by_module = [row for row in MODULE_ROWS if set(row) <= set(full)]
     for table in tables:
         if table not in TABLES:
             raise ValueError(f"table {table!r}: expected some of {', '.join(TABLES)}")
         if table == "modules":
-            rows += [Row(table, modules) for modules in MODULE_ROWS]
+            rows += [Row(table, row) for row in dict.fromkeys([*by_module, full])]
             continue
         values = epsilons if table == "epsilon" else iterations
         if not values or min(values) <= 0 or len(set(values)) < len(values):
             shown = " ".join(f"{value:g}" for value in values)
             raise ValueError(f"values of the table {table}: {shown}: expected different numbers above 0")
-        rows += [Row(table, FULL, value) for value in values]
+        rows += [Row(table, full, value) for value in values]
     if len(set(rows)) < len(rows):
         raise ValueError(f"tables {' '.join(tables)}: expected each once")
     return rows
+
+
+def modules_of(recipe: Recipe) -> tuple[str, ...]:
+    """The modules of an ablation of a recipe: all, without IRCP if the recipe has no stage `ircp`."""
+    return tuple(module for module in MODULES if module != "ircp" or "ircp" in recipe.stages)
 
 
 @dataclass
@@ -182,7 +196,7 @@ def plan_runs(
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds {' '.join(map(str, seeds))}: expected at least one, each once")
     given = load_recipe(recipe, list(overrides))
-    config = OTDRGConfig.from_preset(given.model.preset, **{**given.model.overrides, **_switches(FULL)})
+    config = OTDRGConfig.from_preset(given.model.preset, **{**given.model.overrides, **_switches(MODULES)})
     _check_recipe(recipe, given, config, rows)
     plan = Plan([], {})
     made: dict[tuple[str, int], Run] = {}
@@ -190,7 +204,7 @@ def plan_runs(
     def run_of(name: str, stages: Sequence[str], seed: int, own: dict[str, Any]) -> Run:
         if (name, seed) not in made:
             before = stages[:-1]
-            shared = run_of(f"shared/{'+'.join(before)}", before, seed, _switches(FULL)) if before else None
+            shared = run_of(f"shared/{'+'.join(before)}", before, seed, _switches(MODULES)) if before else None
             wanted = {
                 **{f"model.overrides.{field}": value for field, value in own.items()},
                 "seed": seed,

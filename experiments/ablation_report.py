@@ -19,7 +19,7 @@ from ..runtime.csv_files import read_csv
 from ..runtime.printable import enumerated, markdown_table
 from ..runtime.run_record import read_results
 from ..sections_otdrg import has_sections, without_headings
-from .ablation import FULL, TABLES, Plan, Row, Run
+from .ablation import MODULES, TABLES, Plan, Row, Run
 from .ablation_figure import draw_ablation
 
 #: The columns of the paper's tables, in its order.
@@ -35,13 +35,15 @@ PAPER_COLUMNS: dict[str, str] = {
     "cider": "CIDEr",
 }
 
-#: Contributions: a name, the row with the module, and the one without it.
+#: Contributions: a name, the row with the module, and the one without it. Those whose rows are in the table are shown.
 CONTRIBUTIONS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("IRCP alone", ("ircp",), ()),
     ("DLE alone", ("dle",), ()),
     ("IRCP beside DLE", ("ircp", "dle"), ("dle",)),
-    ("FIOT", FULL, ("ircp", "dle")),
-    ("the full model", FULL, ()),
+    ("FIOT", MODULES, ("ircp", "dle")),
+    ("FIOT", ("dle", "fiot"), ("dle",)),
+    ("the full model", MODULES, ()),
+    ("the full model", ("dle", "fiot"), ()),
 )
 
 _CONTROLS = ("constant", "nearest", "expected", "shuffled", "true_states")
@@ -185,7 +187,9 @@ def _contributions(by_row: dict[Row, _RowRuns], resamples: int) -> list[dict[str
     by_modules = {row.modules: runs for row, runs in by_row.items() if row.table == "modules"}
     read = _StatisticsReader()
     contributions = []
-    for name, having, lacking in CONTRIBUTIONS if by_modules else ():
+    for name, having, lacking in CONTRIBUTIONS:
+        if not {having, lacking} <= by_modules.keys():
+            continue
         pair = by_modules[having], by_modules[lacking]
         seeds = sorted(pair[0].evaluations.keys() & pair[1].evaluations.keys())
         scores = {}
@@ -299,14 +303,15 @@ def _preamble(summary: dict[str, Any]) -> str:
 
 def _format_table(name: str, table: dict[str, Any]) -> str:
     shown = {key: head for key, head in columns().items() if any(key in row["scores"] for row in table["rows"])}
-    keys = [module.upper() for module in FULL] if name == "modules" else [_HEADINGS[name]]
+    modules = [module for module in MODULES if any(module in row["modules"] for row in table["rows"])]
+    keys = [module.upper() for module in modules] if name == "modules" else [_HEADINGS[name]]
     best = {}
     for column in shown:
         means = [row["scores"][column]["mean"] for row in table["rows"] if column in row["scores"]]
         best[column] = max(means) if higher_is_better(column) else min(means)
     rows = []
     for row in table["rows"]:
-        marks = ["✓" if module in row["modules"] else "" for module in FULL]
+        marks = ["✓" if module in row["modules"] else "" for module in modules]
         if name != "modules":
             marks = [f"{row['value']:g}"]
         if not row["scores"]:

@@ -14,7 +14,7 @@ from otdrg import FINDINGS
 from otdrg.cli import main
 from otdrg.evaluation.evaluate import Evaluation, SystemReports
 from otdrg.evaluation.report import write_predictions
-from otdrg.experiments.ablation import FULL, Row, plan_runs, table_rows
+from otdrg.experiments.ablation import MODULES, Row, modules_of, plan_runs, table_rows
 from otdrg.experiments.ablation_report import PAPER_COLUMNS, format_summary, summarize
 from otdrg.experiments.runs import train_runs
 from otdrg.labelers import load_labeler
@@ -36,6 +36,7 @@ def recipe(tiny_recipe, tmp_path_factory):
     """A recipe of a second a stage, scored without Java."""
     path = tmp_path_factory.mktemp("ablation") / "tiny.yaml"
     tiny = yaml.safe_load(tiny_recipe.read_text(encoding="utf-8"))
+    tiny["stages"] = ["ircp", "predictor", "report"]
     tiny["ircp"] = {"max_steps": 1, "per_device_train_batch_size": 4, "probe_studies": 4}
     tiny["report"]["evaluation"] = {"metrics": METRICS}
     path.write_text(yaml.safe_dump(tiny), encoding="utf-8")
@@ -83,7 +84,7 @@ def finish(run, references, right):
         write_predictions(evaluation, run.folder / "predictions.csv")
 
 
-RIGHT = {(): 0.1, ("ircp",): 0.1, ("dle",): 0.9, ("ircp", "dle"): 0.9, FULL: 0.5}
+RIGHT = {(): 0.1, ("ircp",): 0.1, ("dle",): 0.9, ("ircp", "dle"): 0.9, ("dle", "fiot"): 0.5, MODULES: 0.5}
 
 
 def finish_all(plan, references):
@@ -107,7 +108,22 @@ def test_table_rows_are_the_papers():
     assert [row.modules for row in rows[:5]] == [(), ("ircp",), ("dle",), ("ircp", "dle"), ("ircp", "dle", "fiot")]
     assert [row.value for row in rows if row.table == "epsilon"] == [0.01, 0.05, 0.10, 0.12]
     assert [row.value for row in rows if row.table == "iterations"] == [1, 5, 10, 50, 100]
-    assert {row.modules for row in rows[5:]} == {FULL}
+    assert {row.modules for row in rows[5:]} == {MODULES}
+
+
+def test_rows_of_a_recipe_without_ircp_have_no_ircp(recipe, references, tmp_path):
+    """Table 3 then has three rows, and the full model of the other tables is DLE + FIOT."""
+    overrides = ["stages=[predictor, report]"]
+    rows = table_rows(["modules", "epsilon"], epsilons=[0.01], modules=modules_of(load_recipe(recipe, overrides)))
+    assert [row.modules for row in rows] == [(), ("dle",), ("dle", "fiot"), ("dle", "fiot")]
+    plan = plan_runs(recipe, overrides, rows, [1, 2], tmp_path)
+    assert not any("ircp" in run.recipe.stages for run in plan.runs)
+    finish_all(plan, references)
+    summary = summarize(plan, resamples=50)
+    assert [row["name"] for row in summary["contributions"]] == ["DLE alone", "FIOT", "the full model"]
+    assert summary["contributions"][1]["scores"]["bleu_4"]["verdict"] == "lowers"
+    document = format_summary(summary, "Title")
+    assert "| DLE | FIOT | Pre." in document and "IRCP" not in document
 
 
 def test_plan_runs_set_only_the_rows_modules(recipe, tmp_path):
@@ -138,8 +154,8 @@ def test_plan_runs_train_shared_stages_once_per_seed(recipe, tmp_path):
         for name in (*MODULE_FOLDERS, "epsilon-0.1", "shared/ircp", "shared/predictor", "shared/ircp+predictor")
     )
     assert len(plan.runs) == 2 * len(names)
-    full = plan.by_row[Row("modules", FULL), 2]
-    assert plan.by_row[Row("epsilon", FULL, 0.05), 2] is full
+    full = plan.by_row[Row("modules", MODULES), 2]
+    assert plan.by_row[Row("epsilon", MODULES, 0.05), 2] is full
     assert full.shared is plan.by_row[Row("modules", ("ircp", "dle")), 2].shared
     assert full.shared.recipe.stages == ["ircp", "predictor"] and full.shared.shared.recipe.stages == ["ircp"]
     assert full.shared.recipe.seed == 2
