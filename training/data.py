@@ -191,6 +191,13 @@ def _labelled(splits: StudySplits, labels: LabelsRecipe, ids: Collection[str], s
             else:
                 others.append(position)
         if labeler is not None and others:
+            replaced = sum(states[position] is not None for position in others)
+            if replaced:
+                logger.warning(
+                    "%s: the labeler %s replaces the states that the dataset has for %d studies; labels.labeler=null "
+                    "keeps them",
+                    *(split, labels.labeler, replaced),
+                )
             for position, row in zip(others, labeler.label([reports[i] for i in others]), strict=True):
                 states[position] = row.tolist()
         labelled[split] = with_column(rows, "finding_states", states)

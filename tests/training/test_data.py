@@ -51,6 +51,17 @@ def test_build_studies_states_come_from_csv_then_labeler(phantoms, tmp_path):
             assert states == named.get(study, by_rules.tolist())
 
 
+def test_build_studies_says_when_a_labeler_replaces_states(phantoms, caplog):
+    states = phantoms["train"]["finding_states"]
+    with caplog.at_level(logging.WARNING):
+        build_studies(studies_recipe(), LabelsRecipe(labeler="rules"))
+    assert "the labeler rules replaces the states that the dataset has for 5 studies; labels.labeler=null" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert build_studies(studies_recipe(), LabelsRecipe())["train"]["finding_states"] == states
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("cleaning", ["r2gen_iu", "none"])
 def test_build_studies_cleaned_reports_keep_the_originals(phantoms, monkeypatch, cleaning):
     reports = [f"Scarring/atelectasis {number}." for number in range(5)]
