@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..labelers import labeler_class
 from ..labelers.as_typed import labeler_of, parse_options
 from ..labelers.shared import runs_model
 from ..runtime.printable import show
@@ -124,7 +125,11 @@ def _evaluate(options: argparse.Namespace, output: Path) -> str:
     labeler_options = parse_options(options.option)
     if options.device is not None and runs_model(options.labeler):
         labeler_options.setdefault("device", options.device)
-    labeler_of(options.labeler, labeler_options)
+    if runs_model(options.labeler):
+        # Its model is loaded after the reports are written, and by one process.
+        labeler_class(options.labeler, **labeler_options)
+    else:
+        labeler_of(options.labeler, labeler_options)
 
     # Imported after the checks, because it takes seconds.
     from ..evaluation.published import EvaluationOptions, evaluate_published

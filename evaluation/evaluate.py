@@ -502,7 +502,10 @@ def _score_section(
     if training is not None:
         pairs = zip(training["report"], uncleaned_reports(training), strict=True)
         pairs = [(text, _section(section, uncleaned)) for each, uncleaned in pairs if (text := _section(section, each))]
-        _add_constants(found, part, *map(list, zip(*pairs, strict=True)), seed)
+        if pairs:
+            _add_constants(found, part, *map(list, zip(*pairs, strict=True)), seed)
+        else:
+            found.notes.append(f"no training report has the section {section}, so there is no best constant report")
     return found
 
 

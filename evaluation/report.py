@@ -56,10 +56,7 @@ def write_evaluation(
     if bootstrap["resamples"]:
         intervals, differences = bootstrap_rows(evaluation, bootstrap["resamples"], bootstrap["seed"])
     faithfulness_scores = {"labeler": evaluation.labeler, **faithfulness.scores()}
-    notes = [
-        *settings["warnings"],
-        *(f"{name}: {note}" for name, note in evaluation.rows["model"].results.notes.items()),
-    ]
+    notes = [*settings["warnings"], *_notes_of_rows(evaluation)]
     if any("cider" in row for row in intervals.values()):
         notes.append(f"CIDEr: {CIDER_NOTE}")
     blocks = [
@@ -69,7 +66,7 @@ def write_evaluation(
         *(format_section(section, found, bootstrap) for section, found in evaluation.sections.items()),
         "## Faithfulness: do reports state the findings they were conditioned on?",
         format_faithfulness(faithfulness_scores),
-        "\n".join(f"- {note}" for note in (*notes, *evaluation.notes)),
+        "\n".join(f"- {note}" for note in (*notes, *evaluation.notes, *_notes_of_sections(evaluation))),
     ]
     document = "\n\n".join(block for block in blocks if block)
     bounds = {
@@ -84,6 +81,26 @@ def write_evaluation(
     write_scores(evaluation, folder / "scores.csv")
     write_contradictions(faithfulness, evaluation, folder / "contradictions.csv")
     return document
+
+
+def _notes_of_rows(evaluation: Evaluation) -> list[str]:
+    """The notes of all rows' scores; those of other rows than the model name them, unless the model has the same."""
+    model = evaluation.rows["model"].results.notes
+    notes = [f"{name}: {note}" for name, note in model.items()]
+    for row, system in evaluation.rows.items():
+        others = {name: note for name, note in system.results.notes.items() if model.get(name) != note}
+        notes += [f"{name}, {ROWS[row]}: {note}" for name, note in others.items() if row != "model"]
+    return notes
+
+
+def _notes_of_sections(evaluation: Evaluation) -> list[str]:
+    """The notes of sections that the whole evaluation does not have."""
+    return [
+        f"{section}: {note}"
+        for section, found in evaluation.sections.items()
+        for note in found.notes
+        if note not in evaluation.notes
+    ]
 
 
 def _preamble(settings: Mapping[str, Any], studies: int) -> str:
@@ -144,10 +161,10 @@ def bootstrap_rows(
     def add(name: str, statistics, scores: list[str] | None = None) -> None:
         found = bootstrap_intervals(statistics, resamples, seed=seed)
         kept = list(found) if scores is None else scores
-        intervals.setdefault(ROWS[name], {}).update({score: found[score] for score in kept})
+        intervals.setdefault(ROWS[name], {}).update({score: found[score] for score in kept if score in found})
         if name != "model":
             found = paired_bootstrap(model, statistics, resamples, seed=seed)
-            differences.setdefault(ROWS[name], {}).update({score: found[score] for score in kept})
+            differences.setdefault(ROWS[name], {}).update({score: found[score] for score in kept if score in found})
 
     for name in ROWS:
         if name in evaluation.rows:
@@ -172,7 +189,7 @@ def format_table(evaluation: Evaluation) -> str:
         for section, found in evaluation.sections.items()
         for line in ("", rows_table(section, found.scores()["rows"], main_scores()), "", _caption(found))
     ]
-    return "\n".join([table, "", _caption(evaluation), *apart, *evaluation.notes])
+    return "\n".join([table, "", _caption(evaluation), *apart, *evaluation.notes, *_notes_of_sections(evaluation)])
 
 
 def format_scores(
@@ -314,10 +331,15 @@ def write_predictions(evaluation: Evaluation, path: Path) -> None:
 
 
 def write_scores(evaluation: Evaluation, path: Path) -> None:
-    """A CSV with one row per system and study: id, system, and each score that studies have."""
-    scores = list(evaluation.rows["model"].results.per_study)
+    """A CSV with one row per system and study: id, system, and each score; blank where a system does not have it."""
+    systems = [row.results.per_study for row in evaluation.rows.values()]
+    scores = list(dict.fromkeys(score for system in systems for score in system))
+
+    def cell(values: list[float] | None, position: int) -> str:
+        return "" if values is None else f"{values[position]:.6f}"
+
     rows = (
-        [study, ROWS[name], *(f"{row.results.per_study[score][position]:.6f}" for score in scores)]
+        [study, ROWS[name], *(cell(row.results.per_study.get(score), position) for score in scores)]
         for name, row in evaluation.rows.items()
         for position, study in enumerate(evaluation.ids)
     )

@@ -139,7 +139,7 @@ class ScoredFiles:
         states: with the same keys, (N, 14) states by the labeler; empty without one.
         systems: `"predictions"` and, if there is another system, `"against"`: the scores.
         intervals: of each score of the predictions.
-        comparison: of each score that both systems have.
+        comparison: of each score of the tables; without interval and p where a score has none.
         settings: how the scores were made, for the JSON.
         sections: by section, the scores of this part of the predictions, on the studies whose true report has it, and
             the number of these; empty if the true reports do not consist of sections.
@@ -166,6 +166,8 @@ class ScoredFiles:
         """Why a score is None, and what to know about others."""
         system = self.systems["predictions"]
         notes = dict(system.notes)
+        if "against" in self.systems:
+            notes |= {f"{name}, against": note for name, note in self.systems["against"].notes.items()}
         if "cider" in self.intervals:
             notes["cider"] = f"its {CIDER_NOTE}"
         if "radcliq_v1" in system.per_study:
@@ -218,8 +220,8 @@ def score_files(
 ) -> ScoredFiles:
     """Score the reports that [`join_reports`] read.
 
-    If the true reports consist of sections ([`has_sections`]), whole reports are compared without their headings, and
-    the predictions' sections are scored apart as well.
+    If the reports of one file consist of sections ([`has_sections`]), whole reports are compared without headings. If
+    the true reports do, the predictions' sections are scored apart as well.
 
     Args:
         joined: the reports.
@@ -232,7 +234,9 @@ def score_files(
         seed: of the draws.
     """
     sectioned = has_sections(joined.reports["references"])
-    clean, whole = (clean_sections, without_headings) if sectioned else (clean_report, str)
+    # As in an evaluation, the headings of reports are no words of theirs, whatever the true reports consist of.
+    headed = any(map(has_sections, joined.reports.values()))
+    clean, whole = (clean_sections, without_headings) if headed else (clean_report, str)
     texts = {name: [clean(text, cleaning) for text in reports] for name, reports in joined.reports.items()}
     states = {}
     if labeler is not None:
@@ -253,6 +257,11 @@ def score_files(
     comparison = {}
     if "against" in systems:
         comparison = compare_systems(ours, systems["against"].statistics, resamples, confidence, seed)
+        for name in dict.fromkeys(name for headings in score_tables().values() for name in headings):
+            pair = [systems[system].scores.get(name) for system in ("predictions", "against")]
+            if name not in comparison and pair != [None, None]:
+                difference = None if None in pair else pair[0] - pair[1]
+                comparison[name] = Comparison(*pair, difference)
     settings = {
         "labeler": None if labeler is None else labeler.name,
         "labeler_options": dict(labeler_options or {}),

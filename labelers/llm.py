@@ -49,8 +49,8 @@ class LLMLabeler:
         batch_size: sentences in a batch. Only without `endpoint`.
         retries: how often the LLM is asked again after an invalid answer.
         max_new_tokens: longest answer; more for an LLM that thinks first.
-        cache: file that stores the states of each sentence by model and prompt, so that an interrupted labelling can
-            continue and no sentence is read twice. By default `otdrg/llm_states.jsonl` in the folder `HF_HOME`.
+        cache: file that stores the states of each sentence by endpoint, model and prompt, so that an interrupted
+            labelling can continue and no sentence is read twice. By default `otdrg/llm_states.jsonl` in `HF_HOME`.
         prompt: prompt file; by default that of the package.
         dtype: type of the LLM's weights. Only without `endpoint`.
         device: by default accelerate's choice, see [`inference_device`]. Only without `endpoint`.
@@ -94,6 +94,7 @@ class LLMLabeler:
         self.progress = progress
         settings = [str(model), _changed(model), self.prompt.chat(""), dtype]
         settings += [] if quantization is None else [quantization]
+        settings += [] if endpoint is None else [endpoint]
         self._cache = _Cache(cache or _default_cache(), settings)
         self._llm: AskedLLM
         if endpoint is not None:
@@ -148,7 +149,15 @@ class LLMLabeler:
         unknown = sorted((text for text, states in found.items() if states is None), key=lambda text: (len(text), text))
         if not unknown:
             return found
-        with tqdm(total=len(unknown), desc=self.name, unit="sentence", disable=not self.progress) as bar:
+        # The bar begins at the number of sentences from the cache.
+        bar = tqdm(
+            total=len(found),
+            initial=len(found) - len(unknown),
+            desc=self.name,
+            unit="sentence",
+            disable=not self.progress,
+        )
+        with bar:
 
             def keep(sentence: str, states: list[int] | None) -> None:
                 found[sentence] = states

@@ -69,13 +69,18 @@ class Prompt:
     def parse(self, text: str) -> list[int] | None:
         """Ids of the 13 states in an answer, and the first state of a finding that was not asked for.
 
-        Text around the first JSON object, and a thinking LLM's text before `</think>`, are skipped. None if there is no
-        object, or it has a word that was not asked for.
+        "No Finding" is ignored, because it follows from the other findings. Text around the first JSON object, and a
+        thinking LLM's text before `</think>`, are skipped. None if there is no object, or it has a word that was not
+        asked for.
         """
         text = text.rpartition("</think>")[2]
         try:
             given, _ = json.JSONDecoder().raw_decode(text[text.index("{") :])
-            states = [(_key(name), self.answers.index(word.strip().lower())) for name, word in given.items()]
+            states = [
+                (_key(name), self.answers.index(word.strip().lower()))
+                for name, word in given.items()
+                if not _is_no_finding(name)
+            ]
         except (ValueError, AttributeError, RecursionError):
             return None
         return [strongest(state for key, state in states if key == name) for name in (*ASKED, None)]
@@ -93,6 +98,13 @@ def _key(name: str) -> str | None:
     except ValueError:
         return None
     return key if key in ASKED else None
+
+
+def _is_no_finding(name: str) -> bool:
+    try:
+        return finding_key(name) == "no_finding"
+    except ValueError:
+        return False
 
 
 def _message(role: str, content: str) -> dict[str, str]:

@@ -9,10 +9,16 @@ from collections.abc import Mapping
 #: A full stop, except between digits and after an abbreviation; a question mark belongs to its sentence.
 _SENTENCE_END = re.compile(r"(?<!\bvs)(?<!\bdr)(?:(?<![0-9])[.!]+|[.!]+(?![0-9]))|(?<=\w\?)(?=\s)")
 _ABBREVIATION = re.compile(r"\b([ei])\.\s?([eg])\.", re.IGNORECASE)
+#: Words that are abbreviated by a full stop. A sentence can end with those in the second pattern, so it needs a text in
+#: upper and lower case, in which the next word is in lower case.
+_SHORTENED = re.compile(r"\b(sig|evid|approx|poss|prob)\.(?=\s)", re.IGNORECASE)
+_SHORTENED_IN_SENTENCE = re.compile(r"\b((?i:rt|lt|bilat|mod|mult|lat))\.(?=\s+[a-z])")
 #: The beginning of a list item: a bullet, a number, or a letter in brackets.
 _BULLET = re.compile(r"(?:[-*+•·‣▪●○◦>]+\s+|[•·‣▪●○◦*-](?=\w)|\(?(?:[0-9]{1,2}|[a-z])\)\s*|[0-9]{1,2}[.:]\s+)", re.I)
-#: Beginnings of list items that are unambiguous within a line.
+#: Beginnings of list items within a line; numbers are if the list begins with 1, or after the end of a sentence.
+_FIRST_NUMBER = re.compile(r"(?:^|\s)\(?1\)\s")
 _INLINE_BULLET = re.compile(r"(?:^|\s)(?:[•·‣▪●○◦]\s*|\*\s+|\(?[0-9]{1,2}\)\s+)")
+_INLINE_BULLET_NO_LIST = re.compile(r"(?:^|\s)(?:[•·‣▪●○◦]\s*|\*\s+)|(?:^|(?<=[.;:!?])\s+)\(?[0-9]{1,2}\)\s+")
 _BOX = re.compile(r"\[\s*([x✓✔]?)\s*\]|\(\s*([x✓✔])\s*\)|\(\s+\)|[☐□]|([☑☒✓✔✗✘])", re.I)
 #: Options of a label that are ignored if they are not ticked.
 _ANSWERS = {"yes", "no", "y", "n", "present", "absent", "none", "unknown", "positive", "negative", "normal", "abnormal"}
@@ -42,13 +48,18 @@ def split_sentences(report: str) -> list[str]:
     if not report.isascii():
         report = unicodedata.normalize("NFKC", report.translate(_TYPOGRAPHIC))
         report = _UNSPACED_DASH.sub("-", report).replace("–", "-")
+    if "." in report:
+        report = _SHORTENED.sub(r"\1", report)
+        if report != report.lower():
+            report = _SHORTENED_IN_SENTENCE.sub(r"\1", report)
     sentences = []
     for line in _items(report) if "\n" in report or "\r" in report else (report,):
         if _BOX.search(line):
             sentences += _ticked(line.lower())
             continue
         line = _ABBREVIATION.sub(r"\1\2", line.lower())
-        for item in _INLINE_BULLET.split(line) if _INLINE_BULLET.search(line) else (line,):
+        bullet = _INLINE_BULLET if _FIRST_NUMBER.search(line) else _INLINE_BULLET_NO_LIST
+        for item in bullet.split(line) if bullet.search(line) else (line,):
             sentences += _SENTENCE_END.split(item)
     return sentences
 

@@ -64,7 +64,8 @@ def label_together(labeler, reports: Sequence[str], journal: Path | None = None)
         TypeError, ValueError: as [`check_reports`].
     """
     check_reports(reports)
-    texts = [" ".join(report.split()) for report in reports]
+    # With their line breaks, at which labelers split sentences.
+    texts = list(reports)
     distinct = sorted(set(texts), key=lambda text: (len(text), text))
     ids = {text: hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() for text in distinct}
 

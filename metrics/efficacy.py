@@ -206,7 +206,6 @@ CLINICAL_EFFICACY = Metric(
     _compute,
     reads="states",
     section="clinical_efficacy",
-    hub_type="f1",
     chest_only=True,
 )
 

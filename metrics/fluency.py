@@ -185,14 +185,14 @@ def _meteor_scorer(java: str, process: int):
     return scorer
 
 
-def _metric(name: str, scores: Sequence[str], compute, hub_type: str, main: Sequence[str]) -> Metric:
+def _metric(name: str, scores: Sequence[str], compute, main: Sequence[str]) -> Metric:
     shown = {score: Score(NLG_NAMES[score], "fluency", score in main) for score in scores}
-    return Metric(name, shown, compute, section="nlg", hub_type=hub_type)
+    return Metric(name, shown, compute, section="nlg")
 
 
-BLEU = _metric("bleu", _BLEU, bleu, "bleu", main=["bleu_4"])
-METEOR = _metric("meteor", ["meteor"], meteor, "meteor", main=[])
-ROUGE_L = _metric("rouge_l", ["rouge_l"], rouge_l, "rouge", main=["rouge_l"])
-CIDER = _metric("cider", ["cider"], cider, "cider", main=["cider"])
+BLEU = _metric("bleu", _BLEU, bleu, main=["bleu_4"])
+METEOR = _metric("meteor", ["meteor"], meteor, main=[])
+ROUGE_L = _metric("rouge_l", ["rouge_l"], rouge_l, main=["rouge_l"])
+CIDER = _metric("cider", ["cider"], cider, main=["cider"])
 
 __all__ = ["BLEU", "CIDER", "METEOR", "METEOR_NEEDS_JAVA", "NLG_METRICS", "NLG_NAMES", "ROUGE_L"]

@@ -34,7 +34,8 @@ class MetricResult:
 
     Args:
         scores: the aggregate scores; None where one cannot be computed here, and `notes` says why.
-        per_study: N values by name; a name need not be that of an aggregate score.
+        per_study: N values by name; a name need not be that of an aggregate score. NaN, a study without a value, is
+            only for results of [`MetricResult.from_means`].
         contributions: (N, K) what each study adds to the sums from which `aggregate` computes the scores. Bootstrap
             and permutation resample its rows; a metric without it has no intervals.
         aggregate: from sums (R, K) over `studies` studies, and `studies`, to `{score: (R,)}`.
@@ -64,18 +65,18 @@ class MetricResult:
             for name, count in zip(names, counts.tolist(), strict=True)
             if count < len(values)
         }
+        # Counts are kept even if no value is missing, so that runs with and without missing values can be compared.
         sums = np.where(known, values, 0.0)
         means = [total / count if count else None for total, count in zip(sums.sum(axis=0), counts, strict=True)]
 
         def aggregate(totals: np.ndarray, studies: int) -> dict[str, np.ndarray]:
-            number = totals[:, columns:] if notes else studies
             with np.errstate(invalid="ignore"):
-                return dict(zip(names, (totals[:, :columns] / number).T, strict=True))
+                return dict(zip(names, (totals[:, :columns] / totals[:, columns:]).T, strict=True))
 
         return cls(
             scores={name: None if mean is None else float(mean) for name, mean in zip(names, means, strict=True)},
             per_study=dict(zip(names, values.T.tolist(), strict=True)),
-            contributions=np.concatenate([sums, known], axis=1) if notes else values,
+            contributions=np.concatenate([sums, known], axis=1),
             aggregate=aggregate,
             notes=notes,
         )
@@ -93,7 +94,6 @@ class Metric:
         reads: whether it compares the reports' texts or the finding states a labeler reads in them.
         section: key of its scores in the JSON of `otdrg score`.
         default: whether it is computed where no metrics are named.
-        hub_type: the Hub's name of the metric, for the metadata of a model card.
         chest_only: whether it is made for reports of chest radiographs.
     """
 
@@ -103,7 +103,6 @@ class Metric:
     reads: Literal["reports", "states"] = "reports"
     section: str = "other"
     default: bool = True
-    hub_type: str | None = None
     chest_only: bool = False
 
 

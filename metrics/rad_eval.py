@@ -127,7 +127,7 @@ NEEDS: dict[str, str] = {
 def _metric(name: str, scores: Mapping[str, str], is_mean: bool = True, chest_only: bool = True) -> Metric:
     shown = {score: Score(display, "by RadEval") for score, display in scores.items()}
     compute = _adapter(name, NEEDS[name], is_mean, list(scores))
-    return Metric(name, shown, compute, section="radeval", default=False, hub_type=name, chest_only=chest_only)
+    return Metric(name, shown, compute, section="radeval", default=False, chest_only=chest_only)
 
 
 #: By RadEval's name. A higher RadCliQ-v1 is better, because its aggregate is 1 / the mean of the studies' values; for

@@ -39,6 +39,26 @@ class StudyStatistics:
     def __len__(self) -> int:
         return self._studies
 
+    def missing(self) -> dict[str, dict[str, np.ndarray]]:
+        """By metric and score, (N,) which studies have no value; without the scores that all studies have."""
+        found: dict[str, dict[str, np.ndarray]] = {}
+        for name, part in self.parts.items():
+            for score, values in part.per_study.items():
+                gaps = np.isnan(np.asarray(values, float))
+                if gaps.any():
+                    found.setdefault(name, {})[score] = gaps
+        return found
+
+    def without(self, missing: Mapping[str, Mapping[str, np.ndarray]]) -> StudyStatistics:
+        """The statistics without the values of the studies in `missing`, which is as [`missing`] returns it."""
+        parts = dict(self.parts)
+        for name in missing.keys() & parts.keys():
+            values = {score: np.asarray(column, float) for score, column in parts[name].per_study.items()}
+            for score, gaps in missing[name].items():
+                values[score] = np.where(gaps, np.nan, values[score])
+            parts[name] = MetricResult.from_means(values)
+        return StudyStatistics(parts, self._wanted)
+
     def aggregates(self, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Every aggregate score on R resamples.
 
@@ -69,7 +89,10 @@ class Interval(NamedTuple):
 
 
 class PairedDifference(NamedTuple):
-    """A system's score minus another's, its bootstrap interval, and the two-sided p of no difference."""
+    """A system's score minus another's, its bootstrap interval, and the two-sided p of no difference.
+
+    Of the studies for which both have a value.
+    """
 
     difference: float
     low: float
@@ -78,15 +101,18 @@ class PairedDifference(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Two systems' scores and their difference, with its interval and the p-values of both paired tests."""
+    """Two systems' scores and their difference, with its interval and the p-values of both paired tests.
 
-    value: float
-    against: float
-    difference: float
-    low: float
-    high: float
-    p_bootstrap: float
-    p_permutation: float
+    Of the studies for which both have a value. None is what a score does not have.
+    """
+
+    value: float | None
+    against: float | None
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p_bootstrap: float | None = None
+    p_permutation: float | None = None
 
 
 #: A system: one run of it, or several that differ by their seed, on the same studies in the same order.
@@ -112,14 +138,14 @@ def bootstrap_intervals(
         seed: of the draws.
 
     Returns:
-        `{score: Interval}`, for the scores that all runs have.
+        `{score: Interval}`, for the scores that all runs have, in all resamples.
 
     Raises:
         ValueError: no runs, runs of different numbers of studies, or a resamples or confidence out of range.
     """
     systems = _checked(resamples, confidence, runs=runs)
     (values,), (drawn,) = _resampled(systems, resamples, seed, False)
-    return {name: Interval(values[name], *_percentiles(drawn[name], confidence)) for name in drawn}
+    return {name: Interval(values[name], *_percentiles(drawn[name], confidence)) for name in values}
 
 
 def paired_bootstrap(
@@ -142,15 +168,16 @@ def paired_bootstrap(
             it, about training the systems again, as far as so few runs allow.
 
     Returns:
-        `{score: PairedDifference}`, `system` minus `against`, for the scores that both have.
+        `{score: PairedDifference}`, `system` minus `against`, for the scores that both have, in all resamples. A score
+        that lacks the values of some studies is that of the studies for which all runs have one.
 
     Raises:
         ValueError: as [`bootstrap_intervals`], or the systems are of different numbers of studies.
     """
-    systems = _checked(resamples, confidence, system=system, against=against)
+    systems = _on_common_studies(_checked(resamples, confidence, system=system, against=against))
     values, drawn = _resampled(systems, resamples, seed, resample_runs)
     differences = {}
-    for name in drawn[0]:
+    for name in values[0]:
         difference = drawn[0][name] - drawn[1][name]
         tail = min((difference <= 0).sum(), (difference >= 0).sum())
         differences[name] = PairedDifference(
@@ -171,7 +198,7 @@ def paired_permutation(system: Runs, against: Runs, resamples: int = 1000, seed:
     Raises:
         ValueError: as [`paired_bootstrap`], or the systems have different numbers of runs.
     """
-    systems = _checked(resamples, 0.95, system=system, against=against)
+    systems = _on_common_studies(_checked(resamples, 0.95, system=system, against=against))
     if len(systems[0]) != len(systems[1]):
         raise ValueError(f"system: {len(systems[0])} runs, against: {len(systems[1])}; expected as many of each")
     names, studies = _common(run for runs in systems for run in runs), len(systems[0][0])
@@ -210,7 +237,8 @@ def compare_systems(
     """
     differences = paired_bootstrap(system, against, resamples, confidence, seed)
     p_values = paired_permutation(system, against, resamples, seed)
-    values = [_mean(runs) for runs in _checked(resamples, confidence, system=system, against=against)]
+    systems = _on_common_studies(_checked(resamples, confidence, system=system, against=against))
+    values = [_mean(runs) for runs in systems]
     return {
         name: Comparison(values[0][name], values[1][name], *difference, p_values[name])
         for name, difference in differences.items()
@@ -220,7 +248,10 @@ def compare_systems(
 def _resampled(
     systems: Sequence[Sequence[StudyStatistics]], resamples: int, seed: int, resample_runs: bool
 ) -> tuple[list[dict[str, float]], list[dict[str, np.ndarray]]]:
-    """Each system's scores, and its scores (resamples,) on the same resamples of the studies."""
+    """Each system's scores, and its scores (resamples,) on the same resamples of the studies.
+
+    Scores that cannot be computed on all resamples, because few studies have a value, are left out.
+    """
     names = _common(run for runs in systems for run in runs)
     rng = np.random.default_rng([seed, 1])
     drawn: list[dict[str, list[np.ndarray]]] = [{name: [] for name in names} for _ in systems]
@@ -232,10 +263,21 @@ def _resampled(
             by_run = [run.aggregates(weights) for run in runs]
             for name in names:
                 collected[name].append(sum(share * run[name] for share, run in zip(shares.T, by_run, strict=True)))
-    return (
-        [_mean(runs) for runs in systems],
-        [{name: np.concatenate(blocks) for name, blocks in collected.items()} for collected in drawn],
-    )
+    joined = [{name: np.concatenate(blocks) for name, blocks in collected.items()} for collected in drawn]
+    finite = [name for name in names if all(np.isfinite(collected[name]).all() for collected in joined)]
+    means = [_mean(runs) for runs in systems]
+    return tuple([{name: each[name] for name in finite} for each in every] for every in (means, joined))
+
+
+def _on_common_studies(systems: list[list[StudyStatistics]]) -> list[list[StudyStatistics]]:
+    """The runs, with each score on the studies for which all of them have a value."""
+    missing: dict[str, dict[str, np.ndarray]] = {}
+    for run in (run for runs in systems for run in runs):
+        for name, gaps in run.missing().items():
+            known = missing.setdefault(name, {})
+            for score, gap in gaps.items():
+                known[score] = known.get(score, False) | gap
+    return [[run.without(missing) for run in runs] for runs in systems] if missing else systems
 
 
 def _mean(runs: Sequence[StudyStatistics]) -> dict[str, float]:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from ..findings_otdrg import FINDING_DISPLAY_NAMES
 from ..runtime.printable import markdown_table
 from .efficacy import AVERAGES, LABEL_SETS, MEASURES, UNCERTAIN_POLICIES
-from .fluency import NLG_NAMES
 from .registry import display_name, main_scores, score_tables
 from .significance import Comparison, Interval, PairedDifference
 
@@ -77,7 +76,7 @@ def comparison_table(comparison: Mapping[str, Comparison]) -> str:
         [
             display_name(name),
             *(shown_number(value) for value in comparison[name][:2]),
-            f"{comparison[name].difference:+.3f}",
+            "–" if comparison[name].difference is None else f"{comparison[name].difference:+.3f}",
             shown_interval(comparison[name]),
             shown_number(comparison[name].p_bootstrap),
             shown_number(comparison[name].p_permutation),
@@ -97,7 +96,7 @@ def shown_number(value: float | None) -> str:
 
 def shown_interval(interval: Interval | PairedDifference | Comparison | None) -> str:
     """ "low to high"; a dash where there is none."""
-    return "–" if interval is None else f"{interval.low:.3f} to {interval.high:.3f}"
+    return "–" if interval is None or interval.low is None else f"{interval.low:.3f} to {interval.high:.3f}"
 
 
 def shown_bounds(row: Mapping[str, float | None]) -> str:
@@ -107,7 +106,6 @@ def shown_bounds(row: Mapping[str, float | None]) -> str:
 
 __all__ = [
     "CIDER_NOTE",
-    "NLG_NAMES",
     "clinical_table",
     "comparison_table",
     "finding_table",

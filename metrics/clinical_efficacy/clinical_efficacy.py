@@ -3,7 +3,6 @@
 import datasets
 import evaluate
 from otdrg.findings_otdrg import FINDINGS
-from otdrg.metrics.efficacy import AVERAGES as AVERAGES
 from otdrg.metrics.efficacy import clinical_efficacy_scores
 
 _DESCRIPTION = """\

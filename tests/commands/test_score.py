@@ -298,3 +298,15 @@ def test_score_reads_states_before_cleaning(files):
     again = {"predictions": table, "output": files["output"].replace("out", "again")}
     assert score(again) == 0
     assert result_of(again)["clinical_efficacy"] == clinical
+
+
+def test_score_of_sections_against_plain_reports_leaves_headings_out(files, capsys):
+    headed = {study: f"Findings: {text} Impression: As above." for study, text in REFERENCES.items()}
+    plain = {study: f"{text} As above." for study, text in REFERENCES.items()}
+    write_csv(Path(files["references"]), plain)
+    write_jsonl(Path(files["predictions"]), headed)
+    for cleaning in ("none", "r2gen_iu"):
+        assert score(files, "--cleaning", cleaning, "--overwrite") == 0
+        result = result_of(files)
+        assert result["nlg"]["bleu_4"] == pytest.approx(1) and result["nlg"]["rouge_l"] == pytest.approx(1)
+        assert "sections" not in result

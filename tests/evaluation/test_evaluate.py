@@ -385,3 +385,16 @@ def test_evaluate_model_of_one_section_on_reports_of_two_counts_all_as_findings(
     assert impression.rows["model"].scores["rouge_l"] == 0
     joined = [f"{row['findings']} {row['impression']}" for row in studies]
     assert found.rows["model"].scores["bleu_1"] == nlg_scores(reports, joined, ["bleu_1"])["bleu_1"]
+
+
+def test_evaluate_model_with_training_reports_without_sections_has_no_constant_of_a_section(model, processor):
+    options = {"image_size": 112, "views": ["frontal"]}
+    studies = load_studies("phantom", train=0, validation=4, test=0, sections="findings+impression", **options)
+    training = load_studies("phantom", train=4, validation=0, test=0, **options)["train"]
+    found = evaluate_model(
+        model, processor, studies["validation"], training, 4, GENERATION, ["constant"], metrics=["bleu_1"]
+    )
+    findings, impression = found.sections.values()
+    assert "bleu_1" in findings.constants and not impression.constants
+    assert "no training report has the section impression, so there is no best constant report" in impression.notes
+    assert "no training report has the section impression" in format_table(found)

@@ -8,6 +8,7 @@ import pytest
 from datasets import load_dataset, load_from_disk
 from otdrg.findings_otdrg import FINDING_STATES, FINDINGS
 from otdrg.labelers.labelling import label_dataset
+from otdrg.labelers.shared import label_together
 from otdrg.studies.schema import STUDY_FEATURES
 from otdrg.studies.shards import WorkFolder, row_batches, write_shard
 
@@ -243,3 +244,19 @@ def test_label_faults_are_named_before_reading(built, tmp_path, spoil, output, m
         label_dataset(built, reader, SETTINGS, output=output and tmp_path / output)
     assert "\n" not in str(caught.value)
     assert content_of(tmp_path) == before and not reader.seen
+
+
+def test_label_together_gives_labelers_the_reports_as_they_are():
+    """Line breaks end sentences; a labeler that asks an LLM about each sentence must see them."""
+
+    class Recording:
+        name, batch_size = "recording", 2
+
+        def label(self, reports):
+            seen.extend(reports)
+            return np.ones((len(reports), 14), int)
+
+    seen = []
+    reports = ["No pleural effusion\nHeart enlarged", "Clear  lungs.", "No pleural effusion\nHeart enlarged"]
+    assert label_together(Recording(), reports).shape == (3, 14)
+    assert sorted(seen) == sorted(set(reports))

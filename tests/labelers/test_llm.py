@@ -202,7 +202,7 @@ def test_llm_sentences_are_asked_once_and_the_strongest_state_counts(llm, load, 
         ('{"Gout": "uncertain", "Edema": "absent", "No Finding": "absent"}', {"edema": 2, None: 3}),
         ('Here it is: {"Edema": "absent"} {"Edema": "present"}', {"edema": 2}),
         ('```json\n{"pleural_effusion": " Present ", "EDEMA": "unmentioned"}\n```', {"pleural_effusion": 1}),
-        ('<think>{"Edema": "present"}</think>{"Edema": "uncertain", "No Finding": "absent"}', {"edema": 3, None: 2}),
+        ('<think>{"Edema": "present"}</think>{"Edema": "uncertain", "No Finding": "absent"}', {"edema": 3}),
         ("{}", {}),
     ],
 )
@@ -306,3 +306,8 @@ def test_label_device_of_a_labeler_without_one_is_one_line(tmp_path, capsys):
     ):
         assert main([*command, *arguments]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_prompt_no_finding_is_no_abnormality():
+    assert load_prompt().parse('{"No Finding": "present"}') == [0] * 14
+    assert load_prompt().parse('{"no finding": "present", "edema": "absent"}')[FINDINGS.index("edema")] == 2

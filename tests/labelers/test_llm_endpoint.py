@@ -343,3 +343,13 @@ def test_endpoint_transformers_serve_answers_as_in_process(load, serve, write_ll
     assert found.tolist() == expected.tolist()
     skipped = [[str(one.message) for one in caught if one.category is UnreadReportsWarning] for caught in (here, there)]
     assert skipped[0] == skipped[1] and bool(skipped[0]) == (valid == "some")
+
+
+def test_endpoint_answers_of_another_server_are_not_used(server, load):
+    """Two LLMs can have the same name, llama.cpp's for example, on two servers."""
+    second = ChatServer()
+    for endpoint in (server.url, second.url, second.url):
+        load(endpoint=endpoint).label(["The heart is large."])
+    second.http.shutdown()
+    second.http.server_close()
+    assert len(server.requests) == len(second.requests) == 1

@@ -8,8 +8,8 @@ from pathlib import Path
 import otdrg
 import pytest
 from otdrg.cli import main
-from otdrg.evaluation.evaluate import evaluate_model
-from otdrg.evaluation.report import bootstrap_rows, format_scores, format_table
+from otdrg.evaluation.evaluate import ROWS, SystemReports, evaluate_model
+from otdrg.evaluation.report import bootstrap_rows, format_scores, format_table, write_scores
 from otdrg.experiments.ablation_report import columns
 from otdrg.inference.loading import load_published
 from otdrg.metrics import (
@@ -127,3 +127,61 @@ def test_metrics_table_of_the_pages_names_all_and_which_are_chest_only():
         names, _, chest_only = (cell.strip() for cell in row.strip("|").split("|"))
         stated |= dict.fromkeys(re.findall(r"`(\w+)`", names), chest_only == "yes")
     assert stated == {name: metric.chest_only for name, metric in METRICS.items()}
+
+
+@pytest.fixture
+def refusing():
+    """A metric without intervals that refuses files with a blank report."""
+
+    def compute(predictions, references):
+        if "" in predictions:
+            return MetricResult({"length": None}, notes={"length": "a report is blank"})
+        lengths = [float(len(text)) for text in predictions]
+        return MetricResult({"length": max(lengths)}, {"length": lengths})
+
+    register(Metric("refusing", {"length": Score("longest")}, compute, default=False))
+    yield
+    del METRICS["refusing"]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("Clear.", "Edema seen."), ("Clear.", ""), ("", "Edema seen.")])
+def test_score_against_has_scores_without_intervals(refusing, tmp_path, capsys, ours, theirs):
+    for name, text in (("ours", ours), ("theirs", theirs), ("true", "Edema.")):
+        with (tmp_path / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("id", "report"), ("a", text), ("b", "Clear.")])
+    files = {"predictions": "ours", "against": "theirs", "references": "true"}
+    typed = [word for flag, name in files.items() for word in (f"--{flag}", str(tmp_path / f"{name}.csv"))]
+    output = tmp_path / "out.json"
+    typed += ["--metrics", "refusing", "rouge_l", "--bootstrap", "20", "--output", str(output)]
+    assert main(["score", *typed]) == 0
+    result = json.loads(output.read_text())
+    values = [float(max(len(text), 6)) if text else None for text in (ours, theirs)]
+    compared = result["comparison"]["length"]
+    assert [compared["value"], compared["against"]] == values
+    assert compared["difference"] == (None if None in values else values[0] - values[1])
+    assert compared["low"] is None and compared["p_permutation"] is None
+    assert (result["notes"].get("length, against") == "a report is blank") == (values[1] is None)
+    shown = ["–" if value is None else f"{value:.3f}" for value in values]
+    assert f"| longest | {' | '.join(shown)} |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("blank", ["model", "shuffled"])
+def test_evaluation_is_written_if_a_metric_fails_for_one_row(refusing, trained_run, tmp_path, blank):
+    model, processor = load_published(str(trained_run))
+    studies = load_studies("phantom", train=0, validation=3, test=0, image_size=112, views=["frontal"])["validation"]
+    generation = {"num_beams": 1, "max_new_tokens": 4}
+    evaluation = evaluate_model(
+        model, processor, studies, None, 4, generation, ["shuffled"], metrics=["rouge_l", "refusing"]
+    )
+    for name, row in evaluation.rows.items():
+        reports = ["" if name == blank else "Clear.", "Edema.", "No edema."]
+        found = score_reports(
+            reports, evaluation.references, row.report_states, evaluation.true_states, ["rouge_l", "refusing"]
+        )
+        evaluation.rows[name] = SystemReports(reports, row.report_states, found, reports)
+    write_scores(evaluation, tmp_path / "scores.csv")
+    document = format_scores(evaluation, *bootstrap_rows(evaluation, 10, 0))
+    assert "–" in document
+    with (tmp_path / "scores.csv").open(newline="") as file:
+        lengths = {(row["id"], row["system"]): row["length"] for row in csv.DictReader(file)}
+    assert {system for (_, system), value in lengths.items() if value == ""} == {ROWS[blank]}

@@ -13,7 +13,8 @@ from otdrg.metrics import (
     paired_permutation,
     score_reports,
 )
-from otdrg.metrics.significance import resample_weights
+from otdrg.metrics.metric import MetricResult
+from otdrg.metrics.significance import StudyStatistics, resample_weights
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.meteor.meteor import Meteor
 from scipy import stats
@@ -243,3 +244,43 @@ def test_significance_names_faults(truth, runs, systems):
     for fault, message in faults:
         with pytest.raises(ValueError, match=message):
             fault()
+
+
+def with_values(*columns):
+    """Statistics of one metric whose scores are the means of these columns; NaN is a study without a value."""
+    result = MetricResult.from_means({f"score {place}": column for place, column in enumerate(columns)})
+    return StudyStatistics({"mine": result}, {"mine": list(result.scores)})
+
+
+@pytest.mark.parametrize("lacking", ["ours", "theirs", "both"])
+def test_compare_systems_with_missing_values_is_of_the_common_studies(lacking):
+    rng = np.random.default_rng(2)
+    theirs = rng.random(STUDIES)
+    ours = theirs + 0.2 + 0.3 * rng.random(STUDIES)
+    if lacking != "theirs":
+        ours[3] = np.nan
+    if lacking != "ours":
+        theirs[[3, 8]] = np.nan
+    known = ~np.isnan(ours) & ~np.isnan(theirs)
+    found = compare_systems(with_values(ours), with_values(theirs), resamples=2000)["score 0"]
+    alone = compare_systems(with_values(ours[known]), with_values(theirs[known]), resamples=2000)["score 0"]
+    assert found[:3] == pytest.approx(alone[:3], abs=1e-12)
+    assert (found.low, found.high) == pytest.approx((alone.low, alone.high), abs=0.02)
+    assert found.p_permutation == alone.p_permutation < 0.01 and found.p_bootstrap == alone.p_bootstrap < 0.01
+
+
+def test_a_system_with_missing_values_does_not_differ_from_itself():
+    values = np.random.default_rng(0).random(STUDIES)
+    gapped = values.copy()
+    gapped[4] = np.nan
+    found = compare_systems(with_values(values, values), with_values(gapped, values))
+    assert found["score 0"][2:] == found["score 1"][2:] == (0, 0, 0, 1, 1)
+
+
+def test_scores_that_few_studies_have_get_no_interval():
+    few, none, values = np.full(STUDIES, np.nan), np.full(STUDIES, np.nan), np.linspace(0, 1, STUDIES)
+    few[[1, 2]] = 0.5
+    statistics = with_values(few, none, values)
+    assert list(bootstrap_intervals(statistics)) == ["score 2"]
+    for compare in (paired_bootstrap, compare_systems):
+        assert list(compare(statistics, with_values(values, values, values))) == ["score 2"]
