@@ -57,7 +57,7 @@ def _run(options: argparse.Namespace) -> None:
 _COMMANDS = {
     "generate": "write the reports of studies",
     "prepare": "convert radiographs and reports to a dataset",
-    "bank": "make a report bank, with which generate and evaluate choose among candidates",
+    "bank": "make a report bank of training studies, for consensus decoding",
     "label": "read the states of 14 findings from reports",
     "score": "score the reports of any system, and test two systems against each other",
     "evaluate": "score a model's reports, compared with baselines and controls",

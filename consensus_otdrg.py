@@ -225,9 +225,9 @@ class Candidate(NamedTuple):
 class ConsensusDecoder:
     """Samples candidates and ranks them by expected utility and agreement with the conditioning states.
 
-    score(c) = sum_i w_i(x) u(c, r_i) - lambda |positive findings of either c or the conditioning states|, with the
-    utility u of [`ReportUtility`]. The r_i are the reports of the bank, weighted by the study's images and
-    indication, or without a bank the samples themselves, equally weighted.
+    score(c) = sum_i w_i(x) u(c, r_i) - lambda d(c), with the utility u of [`ReportUtility`] and d(c) the number of
+    findings that are positive in exactly one of c and the conditioning states. The r_i are the reports of the bank,
+    weighted by the study's images and indication, or without a bank the samples themselves, equally weighted.
 
     Args:
         settings: see [`ConsensusSettings`].

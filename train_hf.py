@@ -1,4 +1,4 @@
-"""The door to training: `accelerate launch train_hf.py RECIPE [section.field=value ...]`."""
+"""Train a recipe: `accelerate launch train_hf.py RECIPE [section.field=value ...]`."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--overwrite", action="store_true", help="start an unfinished stage again, deleting its checkpoints"
     )
+    parser.add_argument("--fields", action=_PrintFields, nargs=0, help="print all fields of a recipe, and exit")
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.resume and arguments.overwrite:
@@ -52,6 +53,16 @@ def main(argv: list[str] | None = None) -> int:
     is_first = os.environ.get("RANK", "0") == "0"
     logging.getLogger("otdrg").setLevel(logging.INFO if is_first else logging.ERROR)
     return exit_status("train_hf.py", lambda: _run(arguments), speaks=is_first, traceback=arguments.traceback)
+
+
+class _PrintFields(argparse.Action):
+    """Prints the fields of a recipe and ends the program, as `--help` does."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from otdrg.training.recipe import fields_text
+
+        print(fields_text())
+        parser.exit()
 
 
 def _run(arguments: argparse.Namespace) -> None:

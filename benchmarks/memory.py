@@ -75,6 +75,8 @@ def build_weightless(config: OTDRGConfig, text: str) -> OTDRGForReportGeneration
             config.lora = lora
             model.add_lora()
     cast_backbones(model, "bfloat16")
+    # `from_pretrained` also loads the masks of Swin's windows, which are not saved, in the type of the weights.
+    model.vision_tower.to(torch.bfloat16)
     set_trained_parts(model, vision="frozen", text=text, predictor="frozen", joining=True)
     return model
 

@@ -96,8 +96,13 @@ ASSUMPTIONS: dict[str, Assumption] = {
     "head_tokens": one("positions with logits, longest of 6", 122, "tokens", "assumed", _LENGTHS),
     "generated_tokens": one("generated report, up to 120", 95, "tokens", "assumed", "as long as the test reports"),
     "full_report_tokens": one("whole training report", 84, "tokens", "assumed", _LENGTHS),
+    # The labeler now asks about each sentence, for the findings that it mentions.
     "label_prompt_tokens": one(
-        "request of labeler `llm`, mode json, 3 examples", 696, "tokens", "measured", "Llama-2 tokenizer"
+        "request of an earlier labeler `llm`, which asked about whole reports, 3 examples",
+        696,
+        "tokens",
+        "measured",
+        "Llama-2 tokenizer",
     ),
     "label_answer_tokens": one("its answer", 143, "tokens", "measured", "Llama-2 tokenizer, all unmentioned"),
     "images_per_report": one("images that share a report", 1.66, "", "published", "377,110 images of 227,835 studies"),
@@ -379,14 +384,18 @@ def decoded_flops(config: Any) -> float:
 
 
 def label_stage(scale: Scale) -> Stage:
-    """Labels of all distinct reports by the recipe's own LLM in an engine that keeps the common prompt."""
+    """Labels of all distinct reports by the recipe's own LLM in an engine that keeps the common prompt.
+
+    Of an earlier labeler `llm`, which asked about whole reports; today's asks about each different sentence.
+    """
     values, llm = scale.values, scale.config.text_config
     reports = round(sum(MIMIC_COUNTS.values()) / values["images_per_report"].low)
     read, answer = values["full_report_tokens"].low, values["label_answer_tokens"].low
     prompt = values["label_prompt_tokens"].low
     steps = engine_steps(values, llm, reports, (prompt + read, answer), 2 * scale.counts["language_model"])
     flops = llama_flops(llm, int(read), 1).forward + answer * decoded_flops(llm)
-    return Stage("labels by the same LLM, engine", reports, prompt + read + answer, flops, decoding=steps)
+    name = "labels by the same LLM, engine, whole reports"
+    return Stage(name, reports, prompt + read + answer, flops, decoding=steps)
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -561,7 +570,8 @@ does not overlap with computing. A range goes from the favourable to the unfavou
   not been tried. Its beams are counted as sequences that share nothing. On 8 GPUs and more, a GPU has fewer sequences
   than it could decode together, so the true times of the test set are longer.
 - Labels from an endpoint that is paid by the token: {given:.0f} million tokens of requests and {answered:.0f} million
-  of answers, {usd:.0f} USD. Reports that repeat are read once.
+  of answers, {usd:.0f} USD. Reports that repeat are read once. Both figures for labels are of an earlier labeler
+  `llm`, which asked about whole reports; today's asks about each different sentence and was not computed.
 
 ## Reading images
 

@@ -10,9 +10,9 @@ from .arguments import add_device, check_device, check_least, placement
 
 DESCRIPTION = """\
 Make a report bank: the reports of training studies, cleaned as the model writes them, and the image features that the
-model sees. With it, generate and evaluate (--bank) choose the report that agrees most with those of similar studies.
-The bank holds reports word for word and falls under the licence of its studies, which it names; a model is published
-without it.
+model sees. With it, generate, evaluate, demo and serve (--bank) choose the report that agrees most with those of
+similar studies. The bank holds reports word for word and falls under the licence of its studies, which it names; a
+model is published without it.
 """
 EPILOG = """\
 Examples:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import types
 import typing
 from dataclasses import MISSING, Field, fields
@@ -28,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
         source = sources.add_parser(
             name,
             help=summary,
-            description=f"Make a dataset of studies from {summary}.",
+            description=_description(cls, summary) if is_typed else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
             epilog=f"Example: otdrg prepare {name} {cls.example or _required(cls)}" if is_typed else None,
         )
         if is_typed:
@@ -113,6 +115,11 @@ def _add_option(group, option: Field, hint: typing.Any) -> None:
         help=(option.metadata["help"] + suffix).replace("%", "%%"),
         **settings,
     )
+
+
+def _description(cls: type, summary: str) -> str:
+    """What a source reads, and how: the docstring of its class describes files and columns."""
+    return f"Make a dataset of studies from {summary}.\n\n{inspect.cleandoc(cls.__doc__ or '')}".strip()
 
 
 def _required(cls: type) -> str:

@@ -100,6 +100,16 @@ class EvaluationFacts:
         prompt = ", with the studies' indication" if options.get("indication") else ""
         return f"{describe_search(options)}, up to {options['max_new_tokens']} tokens{prompt}"
 
+    @property
+    def uses_bank(self) -> bool:
+        """Whether reports were chosen with a report bank, which is not published with the model."""
+        return bool(self.evaluation["generation"].get("bank"))
+
+    @property
+    def uses_indication(self) -> bool:
+        """Whether the model was given the studies' indications."""
+        return bool(self.evaluation["generation"].get("indication"))
+
     def comparison(self, name: str) -> dict[str, list[Difference]]:
         """The differences between the model and another row, grouped by [`Difference.place`]."""
         places: dict[str, list[Difference]] = {"below": [], "undecided": [], "above": []}

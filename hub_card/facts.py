@@ -46,6 +46,11 @@ class Facts:
     from_scratch: bool
     evaluations: list[EvaluationFacts]
 
+    @property
+    def row_names(self) -> set[str]:
+        """Names of the rows of all evaluations."""
+        return {name for found in self.evaluations for name in found.rows}
+
 
 def gather(files: RunFiles) -> Facts:
     """Derive the facts of a card."""

@@ -10,8 +10,8 @@ _PAGE = Path(__file__).with_name("space")
 #: Folders of the package that the page needs.
 _ROOMS = ("evaluation", "hub_card", "inference", "labelers", "metrics", "runtime", "studies", "training")
 _KINDS = (".py", ".yaml", ".json")
-#: Scripts in the package's folder.
-_SCRIPTS = ("train_hf.py", "quickstart.py")
+#: The script in the package's folder.
+_SCRIPT = "train_hf.py"
 #: Model id in app.py and README.md, to be replaced.
 _PLACEHOLDER = "org/otdrg"
 
@@ -32,6 +32,6 @@ def space_files(model_id: str) -> dict[str, bytes | Path]:
     for name in ("app.py", "README.md"):
         files[name] = (_PAGE / name).read_text(encoding="utf-8").replace(_PLACEHOLDER, model_id).encode()
     for path in (*_PACKAGE.glob("*.py"), *(path for room in _ROOMS for path in (_PACKAGE / room).rglob("*"))):
-        if path.suffix in _KINDS and path.name not in _SCRIPTS:
+        if path.suffix in _KINDS and path.name != _SCRIPT:
             files[f"otdrg/{path.relative_to(_PACKAGE).as_posix()}"] = path
     return files

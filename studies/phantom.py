@@ -231,8 +231,8 @@ def make_follow_up(
 class PhantomSource(StudySource):
     """Procedural studies whose findings, masks, states and reports are known exactly.
 
-    A larger split begins with the studies of a smaller one, and splits do not overlap. Studies with a prior are those
-    of [`make_follow_up`].
+    A larger split begins with the studies of a smaller one, and splits do not overlap. A study differs from its
+    prior in at most one of `prior_findings`.
     """
 
     name = "phantom"

@@ -6,6 +6,7 @@ from pathlib import Path
 import otdrg
 import pytest
 import torch
+from otdrg.hub_card.card import build_card
 from otdrg.studies.phantom import make_phantom
 from transformers import pipeline
 
@@ -20,6 +21,13 @@ def test_checkpoint_is_small_and_carries_the_code_of_the_repository():
     assert {path.name for path in CHECKPOINT.glob("*_otdrg.py")} == code
     for name in code:
         assert (CHECKPOINT / name).read_bytes() == (ROOT / name).read_bytes(), name
+
+
+def test_checkpoint_card_is_what_the_template_gives(tmp_path):
+    build_card(CHECKPOINT, "otdrg/otdrg-iu-xray").save(tmp_path / "README.md")
+    assert (CHECKPOINT / "README.md").read_text(encoding="utf-8") == (tmp_path / "README.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_checkpoint_reports_of_five_phantoms_are_unchanged():

@@ -41,7 +41,8 @@ SHORT = {
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SLOW_MARK, SLOW = "<!-- slow -->", "the slow tests"
 NEEDS = re.compile(r"<!-- needs: (\S.*\S) -->\s*")
-RECIPE_FIELD = re.compile(r"(studies|labels|model|ircp|predictor|report|reward)\.\w")
+#: A field of a recipe, not the name of a file such as studies.jsonl.
+RECIPE_FIELD = re.compile(r"(studies|labels|model|ircp|predictor|report|reward)\.(?!(jsonl|txt)\b)\w")
 OTHER_LANGUAGES = {"bibtex", "csv", "json", "text", "yaml"}
 #: Programs that are not ours; the tests do not know their arguments.
 OTHER_PROGRAMS = {"docker", "git", "hf", "pip", "pre-commit", "sbatch", "source", "ssh"}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+import json
 import math
+import textwrap
 import types
 import typing
 from collections.abc import Mapping
@@ -125,6 +128,33 @@ def typed(cls: type, values: Any, where: tuple[str, ...] = ()) -> dict[str, Any]
     return {name: convert(value, hints[name], (*where, name)) for name, value in values.items()}
 
 
+def describe_fields(cls: type, place: str, base: type = Section, without: tuple[str, ...] = ()) -> list[str]:
+    """Lines of text with the fields of a section's dataclass, their defaults and their help; its own sections last.
+
+    Args:
+        cls: the dataclass.
+        place: name of the section, "" for the top of a recipe.
+        base: the class from which `cls` inherits the fields that are left out.
+        without: further fields that are left out.
+    """
+    classes, hints = cls.__mro__[: cls.__mro__.index(base)], _type_hints(cls)
+    names = {name for each in classes for name in inspect.get_annotations(each)}.difference(without)
+    lines, below = ["", f"{place or 'top level'}:"], []
+    for item in fields(cls):
+        name, kind = qualified(place, item.name), hints[item.name]
+        if item.name not in names:
+            continue
+        if isinstance(kind, type) and issubclass(kind, Section):
+            below += describe_fields(kind, name)
+            continue
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        shown = default if isinstance(default, str) else None if default is MISSING else json.dumps(default)
+        choices = f" ({_describe(kind)})" if _choices(kind) else ""
+        lines.append(f"  {name}{' is required' if shown is None else f': {shown}'}{choices}")
+        lines += textwrap.wrap(item.metadata["help"], 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return lines + below
+
+
 def unknown_key(key: str, place: str, known: typing.Collection[str], renamed: Mapping[str, str]) -> ValueError:
     """The error of a key that a section does not have: it names what replaces the key, or the nearest known key."""
     if key in renamed:
@@ -238,6 +268,7 @@ __all__ = [
     "build",
     "check_bounds",
     "convert",
+    "describe_fields",
     "need",
     "option",
     "qualified",

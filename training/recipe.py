@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from ..runtime.yaml_files import parse_yaml, read_yaml
 from .arguments import StageArguments
-from .fields import LARGEST, Bounds, Section, build, need, option, typed, unknown_key
+from .fields import LARGEST, Bounds, Section, build, describe_fields, need, option, typed, unknown_key
 from .stages import DEFAULT_STAGES, STAGES, stage_of
 
 
@@ -186,10 +186,12 @@ def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Recip
     """Read a recipe and apply overrides.
 
     `${NAME}` in a string stands for an environment variable, `${NAME:-other}` for it or, where it is unset, `other`.
+    A variable of a field that an override replaces is not read.
 
     Args:
         path: YAML file.
-        overrides: `section.field=value`, the value in YAML: `report.max_steps=20`, `stages=[report]`.
+        overrides: `section.field=value`, the value in YAML: `report.max_steps=20`, `stages=[report]`. Another
+            `studies.source` drops the `studies.options` of the file, which belong to its own source.
 
     Raises:
         FileNotFoundError: no such file.
@@ -207,10 +209,10 @@ def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Recip
     if not isinstance(values, dict):
         raise ValueError(f"recipe {path} is not a mapping: expected keys such as output_dir, studies, report")
     try:
-        values = _expand(values, ())
-        for override in overrides:
+        # The source comes first, because another one drops the options of the file's.
+        for override in sorted(overrides, key=lambda text: not text.startswith("studies.source=")):
             _apply(override, values)
-        return recipe_from(values)
+        return recipe_from(_expand(values, ()))
     except ValueError as error:
         raise ValueError(f"recipe {path}: {error}") from None
 
@@ -242,6 +244,22 @@ def _section(name: str, values: Any) -> StageArguments:
 @lru_cache
 def _parser(arguments: type[StageArguments]) -> HfArgumentParser:
     return HfArgumentParser(arguments)
+
+
+def fields_text() -> str:
+    """Every field of a recipe that OTDRG adds, with its default and its help, by section."""
+    stages = ", ".join(STAGES)
+    lines = [
+        "Every field that OTDRG adds to a recipe, with its default. The section of a stage also takes every field of",
+        "transformers' TrainingArguments by its own name, such as report.gradient_accumulation_steps, except for those",
+        "that the run sets itself.",
+        *describe_fields(Recipe, "", without=("sections",)),
+        *("", f"The following fields belong to every stage: STAGE is one of {stages}."),
+        *describe_fields(StageArguments, "STAGE", TrainingArguments),
+    ]
+    for name in STAGES:
+        lines += describe_fields(stage_of(name).arguments, name, StageArguments)
+    return "\n".join(lines)
 
 
 def find_run(model: str | os.PathLike) -> Path | None:
@@ -285,12 +303,14 @@ def _apply(override: str, values: dict) -> None:
     if not equals or not key:
         raise ValueError(f"override {override!r}: expected section.field=value, such as report.max_steps=20")
     *parents, last = path = tuple(key.split("."))
-    value = _expand(parse_yaml(text, f"override {override!r}"), path)
+    value = parse_yaml(text, f"override {override!r}")
     target = values
     for depth, parent in enumerate(parents):
         target[parent] = target = {} if target.get(parent) is None else target[parent]
         if not isinstance(target, dict):
             raise ValueError(f"override {override!r}: {'.'.join(path[: depth + 1])} is not a section")
+    if path == ("studies", "source") and value != target.get("source"):
+        target.pop("options", None)
     # A mapping is merged into a mapping that is there; any other value replaces what is there.
     if isinstance(value, dict) and isinstance(target.get(last), dict):
         target[last] = {**target[last], **value}
@@ -303,6 +323,7 @@ __all__ = [
     "ModelRecipe",
     "Recipe",
     "StudiesRecipe",
+    "fields_text",
     "find_run",
     "load_recipe",
     "published_recipe",

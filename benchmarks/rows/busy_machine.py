@@ -19,10 +19,10 @@ ABOUT = (
     "when it is loaded; `KMP_BLOCKTIME` belongs to Intel's and LLVM's."
 )
 NOTES = (
-    "No setting is best on both machines: threads that sleep wake up late where nobody else wants the core. So "
-    "commands set `OMP_WAIT_POLICY=PASSIVE` only if other jobs keep at least half a core busy when they start, and "
-    "no variable of OpenMP is set. Beside one busy process the two threads have a core and a half, so that a step "
-    "takes at least 1.33 times as long as alone.",
+    "No setting is best on both an idle and a busy machine: threads that sleep wake up late where nobody else wants "
+    "the core. So commands set `OMP_WAIT_POLICY=PASSIVE` only if other jobs keep at least half a core busy when they "
+    "start; by default no OpenMP variable is set. Beside one busy process the two threads have a core and a half, so "
+    "that a step takes at least 1.33 times as long as alone.",
 )
 SETTINGS: dict[str, dict[str, str]] = {
     "spinning": {"OMP_WAIT_POLICY": "ACTIVE"},

@@ -1,13 +1,14 @@
 """`otdrg prepare` as it is typed."""
 
 import csv
+import inspect
 import json
 
 import numpy as np
 import pytest
 from datasets import load_from_disk
 from otdrg.cli import main
-from otdrg.studies import SOURCES
+from otdrg.studies import SOURCES, source_class
 from PIL import Image
 
 PHANTOM = ["prepare", "phantom", "--train", "4", "--validation", "1", "--test", "0", "--image-size", "32"]
@@ -42,6 +43,15 @@ def test_prepare_help_shows_options_and_example(source, capsys):
         "--merge",
     ):
         assert words in shown
+    described = inspect.getdoc(source_class(source)).partition("\n")[0]
+    assert f"Make a dataset of studies from {SOURCES[source][2]}. {described}" in shown
+
+
+def test_prepare_dicom_help_says_where_reports_are(capsys):
+    with pytest.raises(SystemExit):
+        main(["prepare", "dicom", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "`report.txt` in a folder above" in shown and "StudyInstanceUID" in shown
 
 
 def test_prepare_table_prints_counts(table, tmp_path, capsys):

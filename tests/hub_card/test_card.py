@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from markdown_it import MarkdownIt
 from otdrg.cli import main as otdrg
+from otdrg.evaluation.evaluate import ROWS
 from otdrg.files_otdrg import write_json
 from otdrg.findings_otdrg import FINDING_DISPLAY_NAMES, FINDINGS
 from otdrg.hub_card.card import TERMS, build_card
@@ -209,6 +210,41 @@ def test_card_model_below_baselines_says_so_first(copied):
     first = words(build_card(copied, "org/tiny")).partition("## How it works")[0]
     assert re.search(r"\*\*The model is not above the best constant report \(.*\) in any of BLEU-4, ", first)
     assert "does not show that the model uses the image" in first
+
+
+def test_card_defines_every_row_of_its_score_tables(copied):
+    def add(result):
+        result["rows"] |= {name: result["rows"]["model"] for name in ROWS.values() if name not in result["rows"]}
+
+    path = copied / "evaluation-validation/evaluation.json"
+    few = words(build_card(copied, "org/tiny"))
+    assert "*Best constant report*: " in few and "*Without priors*: " not in few and "*Paper (" not in few
+    for indication, weights in ((False, "image features."), (True, "image features and the indications.")):
+        change(path, lambda result, given=indication: (add(result), result["generation"].update(indication=given)))
+        card = build_card(copied, "org/tiny")
+        rows = {row.removesuffix(", 95 % interval") for table in named(tables(card.text), "score") for row in table}
+        assert rows == set(ROWS.values())
+        defined = words(card).partition("**Rows.** ")[2].partition("**Columns.**")[0]
+        for row in rows:
+            assert f"*{row[0].upper()}{row[1:]}*: " in defined, row
+        assert f"against training reports, weighted by the {weights}" in defined
+
+
+def test_card_scores_with_a_bank_say_that_the_calls_decode_otherwise(copied):
+    assert "report bank" not in words(build_card(copied, "org/tiny")).partition("## Intended use")[0]
+
+    def use_bank(result):
+        consensus = {"candidates": 32, "retrieved": True}
+        result["generation"] |= {"consensus": consensus, "bank": {"reports": 7, "digest": "0"}, "indication": True}
+        result["rows"][ROWS["single"]] = result["rows"]["model"]
+
+    change(copied / "evaluation-validation/evaluation.json", use_bank)
+    use = words(build_card(copied, "org/tiny")).partition("## Use ")[2].partition("## Intended use")[0]
+    # The report stage's own table is by beams.
+    assert "Some of the model's scores in [Results](#results) belong to another decoding than these calls: " in use
+    assert "against a bank of 7 reports (without it, greedy search), up to 10 tokens, with the studies' ind" in use
+    assert 'pipe({"images": ["frontal.png", "lateral.png"], "indication": "cough"})' in use
+    assert 'of the row "model, without consensus decoding", if it is given the indications.' in use
 
 
 def test_card_missed_and_invented_findings_are_counted(made):

@@ -141,6 +141,7 @@ def test_paper_recipe_has_the_papers_values(monkeypatch):
         assert recipe.model.vision == "timm/swin_base_patch4_window7_224.ms_in22k_ft_in1k"
         assert recipe.model.text == "meta-llama/Llama-2-7b-chat-hf" and recipe.model.quantization is None
         assert (recipe.ircp.sigma, recipe.ircp.temperature) == (0.1, 0.5)
+        assert (recipe.ircp.noise, recipe.ircp.similarity) == ("normalized", "cosine")
         assert (recipe.report.generation["num_beams"], recipe.report.generation["repetition_penalty"]) == (3, 1.0)
         assert (recipe.report.learning_rate, recipe.report.lr_scheduler_type, recipe.report.text) == (
             1e-4,
@@ -157,4 +158,8 @@ def test_paper_recipe_has_the_papers_values(monkeypatch):
         mimic_cxr.report.per_device_train_batch_size,
         mimic_cxr.report.max_report_tokens,
     ) == (5, 6, 100)
+    assert iu_xray.ircp.per_device_train_batch_size == iu_xray.predictor.per_device_train_batch_size == 16
+    for name in ("iu_xray", "mimic_cxr"):
+        given = yaml.safe_load((RECIPES / f"{name}_paper.yaml").read_text(encoding="utf-8"))["ircp"]
+        assert {"noise", "similarity"} <= given.keys()
     assert (iu_xray.studies.cleaning, mimic_cxr.studies.cleaning) == ("r2gen_iu", "r2gen_mimic")

@@ -61,6 +61,26 @@ def test_load_recipe_default_stages_leave_out_ircp(write):
     assert load_recipe(write(MINIMAL), ["stages=[ircp,predictor]"]).stages == ["ircp", "predictor"]
 
 
+def test_load_recipe_other_source_drops_the_options_of_the_file(write, monkeypatch):
+    monkeypatch.delenv("OTDRG_TEST_FOLDER", raising=False)
+    studies = {"source": "r2gen", "options": {"images": "${OTDRG_TEST_FOLDER}/images"}, "cleaning": "r2gen_mimic"}
+    path, folder = write({**MINIMAL, "studies": studies}), "studies.options.folder=mimic_cxr"
+    for overrides in (["studies.source=prepared", folder], [folder, "studies.source=prepared"]):
+        recipe = load_recipe(path, overrides).studies
+        assert (recipe.source, recipe.options, recipe.cleaning) == ("prepared", {"folder": "mimic_cxr"}, "r2gen_mimic")
+    monkeypatch.setenv("OTDRG_TEST_FOLDER", "/somewhere")
+    kept = load_recipe(path, ["studies.source=r2gen", "studies.options.annotation=a.json"]).studies
+    assert kept.options == {"images": "/somewhere/images", "annotation": "a.json"}
+
+
+@pytest.mark.parametrize("name", ["iu_xray_paper", "mimic_cxr_paper"])
+def test_load_recipe_paper_recipe_takes_a_prepared_dataset(name, monkeypatch):
+    monkeypatch.delenv(f"OTDRG_{name.removesuffix('_paper').upper()}", raising=False)
+    path = RECIPES[0].with_name(f"{name}.yaml")
+    recipe = load_recipe(path, ["studies.source=prepared", "studies.options.folder=studies"])
+    assert recipe.studies.options == {"folder": "studies"}
+
+
 def test_recipe_to_yaml_reads_back_as_itself(write):
     recipe = load_recipe(write(MINIMAL), ["model.overrides.ot_epsilon=1e-2", "report.max_steps=5"])
     assert load_recipe(write(recipe.to_yaml())) == recipe
@@ -336,6 +356,24 @@ def test_train_hf_help_shows_an_example(capsys):
         main(["--help"])
     assert ended.value.code == 0
     assert "accelerate launch train_hf.py recipes/phantom_tiny.yaml" in capsys.readouterr().out
+
+
+def test_train_hf_fields_lists_every_field_that_a_section_declares(minimal, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--fields"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0 and "every field of transformers' TrainingArguments" in " ".join(shown.split())
+    assert "  output_dir is required\n" in shown and "  report.max_report_tokens: 120\n      Tokens of a" in shown
+    assert "  ircp.noise: normalized (one of normalized, raw)\n" in shown
+    listed = set(re.findall(r"^  ([\w.]+)(?: is required|: )", shown, re.MULTILINE))
+    of_transformers = {item.name for item in dataclasses.fields(TrainingArguments)}
+    for place, section in sections(minimal):
+        for item in dataclasses.fields(section):
+            name, is_stage = f"{place}.{item.name}", place in minimal.sections
+            if name != "report.evaluation" and not (is_stage and item.name in of_transformers):
+                assert {name, f"STAGE.{item.name}"} & listed, name
+    tops = {item.name for item in dataclasses.fields(minimal)} - {"studies", "labels", "model", "sections"}
+    assert tops <= listed and max(map(len, shown.splitlines())) <= 120
 
 
 def test_hub_dataset_folder_is_none(tmp_path):
