@@ -253,7 +253,7 @@ class ReportGenerationPipeline(Pipeline):
             raise ValueError("no image: a study has no view, expected at least one")
         priors = study.get("prior_images")
         priors = list(priors) if isinstance(priors, (list, tuple)) else [] if priors is None else [priors]
-        indication, prior_report = study.get("indication") or indication, study.get("prior_report") or None
+        indication, prior_report = study.get("indication") or indication, study.get("prior_report")
         for name, text in (("indication", indication), ("prior_report", prior_report)):
             if not (text is None or isinstance(text, str)):
                 raise ValueError(

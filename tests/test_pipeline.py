@@ -391,7 +391,7 @@ def test_pipeline_length_of_the_models_generation_config_is_the_default(build_mo
     if consensus is None:
         assert length(generation_config=GenerationConfig(num_beams=2)) == 256
     model.generation_config.max_length = 160  # with the prompt and its label text, 128 tokens here
-    assert length() == (32 if consensus is None else pytest.approx(32, abs=25))
+    assert length() == 32 if consensus is None else length() < 100
     model.generation_config.update(max_length=None, max_new_tokens=7)
     assert length() == 7
 
