@@ -63,8 +63,8 @@ def finding_key(name: str) -> str:
         raise ValueError(f"unknown finding {name!r}: expected one of {', '.join(FINDINGS)}") from None
 
 
-def finding_state_id(state: str | int) -> int:
-    """The id, 0 to 3, of a state's name or id; "uncertain" is another word for "unclear".
+def finding_state_id(state: Any) -> int:
+    """The id, 0 to 3, of a state's name (`str`) or id (any integer); "uncertain" is another word for "unclear".
 
     Raises:
         ValueError: the state is none of the four.
@@ -74,12 +74,12 @@ def finding_state_id(state: str | int) -> int:
         folded = _STATE_ALIASES.get(folded, folded)
         if folded in FINDING_STATES:
             return FINDING_STATES.index(folded)
-    elif isinstance(state, Integral) and not isinstance(state, bool) and 0 <= state < len(FINDING_STATES):
+    elif not isinstance(state, bool) and isinstance(state, Integral) and 0 <= int(state) < len(FINDING_STATES):
         return int(state)
     raise ValueError(f"unknown finding state {state!r}: expected one of {', '.join(FINDING_STATES)} (or 0 to 3)")
 
 
-def conditioning_state_id(state: str | int) -> int:
+def conditioning_state_id(state: Any) -> int:
     """As [`finding_state_id`], also for "not given", 4.
 
     Raises:
