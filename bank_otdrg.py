@@ -74,7 +74,7 @@ class ReportBank:
         ridge: strength of the regularisation.
         licences: of the studies.
         probe: (D,) features of a fixed view, by which [`check`] finds out whether a model has the bank's encoder.
-        indications: N indications, None or "" where there is none; by default there are none.
+        indications: N indications, None or blank where there is none; by default there are none.
 
     Attributes:
         reports: R distinct reports.
@@ -107,7 +107,7 @@ class ReportBank:
             raise ValueError(f"report bank: ridge={ridge!r}, expected a number above 0")
         self.ridge, self.licences, self.probe = ridge, tuple(licences), probe
         self._features, self._study_reports = features, list(reports)
-        self._indications = [text or "" for text in indications or [None] * len(reports)]
+        self._indications = [text if text and text.strip() else "" for text in indications or [None] * len(reports)]
         self._rows = {report: row for row, report in enumerate(dict.fromkeys(reports))}
         self.reports = list(self._rows)
         self._report = np.array([self._rows[report] for report in reports])
@@ -159,7 +159,7 @@ class ReportBank:
                 f"image features have shape {np.shape(features)}: expected (studies, {self._features.shape[1]}) as in "
                 "the report bank; make the bank with this model (otdrg bank)"
             )
-        texts = [text or "" for text in indications or [None] * len(features)]
+        texts = [text if text and text.strip() else "" for text in indications or [None] * len(features)]
         by_study = self._inputs(features, texts) @ self._solution
         # The inputs are centred: this is the regression's intercept.
         by_study += (1.0 - by_study.sum(axis=1, keepdims=True)) / by_study.shape[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import select
+import selectors
 import signal
 import time
 from collections.abc import Callable
@@ -55,12 +55,15 @@ def _fault(render: Callable[[], str]) -> str | None:
             os._exit(0)
     os.close(writer)
     try:
-        ready, _, _ = select.select([reader], [], [], _SECONDS)
+        with selectors.DefaultSelector() as selector:
+            selector.register(reader, selectors.EVENT_READ)
+            ready = selector.select(_SECONDS)
         answer = os.read(reader, 4096).decode("utf-8", "replace") if ready else f"takes more than {_SECONDS} s"
     finally:
         os.close(reader)
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        with suppress(ChildProcessError):  # with SIGCHLD ignored there is nothing to wait for
+            os.waitpid(child, 0)
     if not answer:
         answer = "ends the process that renders it"
     return None if answer == "ok" else answer

@@ -51,7 +51,8 @@ class OTDRGConfig(PreTrainedConfig):
         vision_config (`PreTrainedConfig` or `dict`, *optional*):
             Configuration of the vision encoder, of any type `AutoModel` knows (timm through `timm_wrapper`).
         text_config (`PreTrainedConfig` or `dict`, *optional*):
-            Configuration of the LLM, of any type `AutoModelForCausalLM` knows.
+            Configuration of a text-only LLM, of any type `AutoModelForCausalLM` knows: of a model for text and images
+            that of its LLM, such as `gemma3_text` in place of `gemma3`; others are a `ValueError`.
         image_size (`int`, defaults to 224):
             Height and width in pixels to which the processor resizes each view.
         image_tokens (`int`, defaults to 49):
@@ -387,7 +388,7 @@ class OTDRGConfig(PreTrainedConfig):
     @property
     def text_positions(self) -> int | None:
         """Most tokens that the LLM reads and writes together; None if it states no maximum."""
-        return getattr(self.text_config.get_text_config(), "max_position_embeddings", None)
+        return getattr(self.text_config, "max_position_embeddings", None)
 
     @property
     def reads_prior_images(self) -> bool:
@@ -660,15 +661,29 @@ def _sub_config(field: str, value) -> PreTrainedConfig | None:
     default = _DEFAULT_PARTS.get(field)
     if value is None and default is not None:
         return CONFIG_MAPPING[default]()
-    if value is None or isinstance(value, PreTrainedConfig):
-        return value
+    if value is None:
+        return None
+    if isinstance(value, PreTrainedConfig):
+        return _text_only(value) if field == "text_config" else value
     if not isinstance(value, dict):
         raise ValueError(f"OTDRGConfig.{field}={_shown(value)}: expected a mapping")
     model_type = value.get("model_type", default)
     _check_counts(f"{field}.", value)
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(f"OTDRGConfig.{field}.model_type={model_type!r}: expected a model type transformers knows")
-    return CONFIG_MAPPING[model_type](**value)
+    made = CONFIG_MAPPING[model_type](**value)
+    return _text_only(made) if field == "text_config" else made
+
+
+def _text_only(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of an LLM, unless it is that of a model of more than text, which holds another."""
+    inner = config.get_text_config()
+    if inner is not config:
+        raise ValueError(
+            f"OTDRGConfig.text_config.model_type={config.model_type!r}: expected a text-only LLM, such as "
+            f"{inner.model_type}"
+        )
+    return config
 
 
 def _tiny() -> dict:

@@ -6,7 +6,7 @@ Long, because the settings, the samples and the choice stand together: a publish
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
@@ -27,6 +27,10 @@ STATES = ("all", "positive", "others")
 
 #: lambda, where findings can be read in candidates.
 AGREEMENT_WEIGHT = 0.08
+
+#: Maximum length of a report in tokens if neither the caller nor the model's generation config sets one.
+MAX_NEW_TOKENS = 256
+_LENGTHS = ("max_new_tokens", "max_length")
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
@@ -106,7 +110,9 @@ class ConsensusSettings:
 
     def __post_init__(self):
         if isinstance(self.plan, (list, tuple)):
-            made = [_made(SampleGroup, it, "plan: ") if isinstance(it, Mapping) else it for it in self.plan]
+            # A group can be of the same class in another copy of this file.
+            named = [asdict(it) if is_dataclass(it) and not isinstance(it, type) else it for it in self.plan]
+            made = [_made(SampleGroup, it, "plan: ") if isinstance(it, Mapping) else it for it in named]
             object.__setattr__(self, "plan", tuple(made))
         plan, utility = self.plan, self.utility
         for name, is_right, expected in (
@@ -261,7 +267,8 @@ class ConsensusDecoder:
             model, processor: as published.
             prompt: `input_ids` and `attention_mask` (B, L) of the processor.
             study: [`OTDRGStudy`] of the B studies.
-            generation: other arguments of `generate`, such as `max_new_tokens`; those of the search are replaced.
+            generation: other arguments of `generate`, such as `max_new_tokens`, but for `generation_config`; those of
+                the search are replaced.
             indications: of the studies, for the bank's weights.
         """
         samples = self.sample(model, processor, prompt, study, generation)
@@ -270,8 +277,7 @@ class ConsensusDecoder:
         if self.bank is not None:
             features = pool_views(study.view_features, study.view_mask).cpu().numpy()
             weights = self.bank.weights(features, indications)
-        config = generation.get("generation_config") or model.generation_config
-        suppressed = generation.get("bad_words_ids") or config.bad_words_ids or []
+        suppressed = generation.get("bad_words_ids") or model.generation_config.bad_words_ids or []
         words = frozenset(processor.tokenizer.decode(ids).strip() for ids in suppressed)
         return [
             self.rank(texts, states[row], None if weights is None else weights[row], words)
@@ -352,8 +358,10 @@ class ConsensusDecoder:
         plan = self.settings.plan if model.config.dle else (SampleGroup(),)
         sizes = [len(part) for part in np.array_split(np.arange(self.settings.candidates), len(plan))]
         samples: list[list[tuple[str, bool]]] = [[] for _ in range(batch)]
-        config = generation.get("generation_config") or model.generation_config
-        steps = generation.get("max_new_tokens") or config.max_new_tokens or 256
+        config = model.generation_config
+        generation = with_length(generation, config)
+        lengths = [given.get(name) for name in _LENGTHS for given in (generation, vars(config))]
+        steps = next(length for length in lengths if length is not None)
         for number, (group, size) in enumerate(zip(plan, sizes, strict=True)):
             if not size:
                 continue
@@ -397,9 +405,8 @@ class ConsensusDecoder:
             **{name: value.repeat_interleave(size, dim=0) for name, value in inputs.items()},
             **{
                 **generation,
-                **{"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "max_new_tokens": steps},
-                "return_dict_in_generate": False,
-                "logits_processor": LogitsProcessorList([*generation.get("logits_processor", ()), sampling]),
+                **{"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False},
+                "logits_processor": LogitsProcessorList([*(generation.get("logits_processor") or ()), sampling]),
                 "guidance_scale": group.guidance_scale,
             },
         )
@@ -412,6 +419,13 @@ def given_states(finding_states: torch.Tensor, kind: str) -> torch.Tensor:
     if kind == "others":
         return without_positives(finding_states)
     return finding_states.masked_fill(finding_states != POSITIVE, NOT_GIVEN)
+
+
+def with_length(arguments: Mapping[str, Any], config) -> dict[str, Any]:
+    """Arguments of `generate`, with [`MAX_NEW_TOKENS`] if neither they nor the generation config set a length."""
+    if any(given.get(name) is not None for name in _LENGTHS for given in (arguments, vars(config))):
+        return dict(arguments)
+    return {**arguments, "max_new_tokens": MAX_NEW_TOKENS}
 
 
 def is_complete(written: torch.Tensor, end: int | list[int] | None) -> list[bool]:
@@ -460,4 +474,5 @@ __all__ = [
     "given_states",
     "is_complete",
     "store_settings",
+    "with_length",
 ]

@@ -1,6 +1,10 @@
-"""The label space: 14 findings in 4 states. Imports nothing, so that it is available at no cost."""
+"""The label space: 14 findings in 4 states. Imports only the standard library, so that it is available at no cost."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from numbers import Integral
+from typing import Any
 
 #: The 14 findings of CheXpert, in CheXpert's order (paper, section 3.2.1). Files are joined by name, never by position.
 FINDINGS: tuple[str, ...] = (
@@ -59,8 +63,8 @@ def finding_key(name: str) -> str:
         raise ValueError(f"unknown finding {name!r}: expected one of {', '.join(FINDINGS)}") from None
 
 
-def finding_state_id(state: str | int) -> int:
-    """The id, 0 to 3, of a state's name or id; "uncertain" is another word for "unclear".
+def finding_state_id(state: Any) -> int:
+    """The id, 0 to 3, of a state's name (`str`) or id (any integer); "uncertain" is another word for "unclear".
 
     Raises:
         ValueError: the state is none of the four.
@@ -70,18 +74,18 @@ def finding_state_id(state: str | int) -> int:
         folded = _STATE_ALIASES.get(folded, folded)
         if folded in FINDING_STATES:
             return FINDING_STATES.index(folded)
-    elif isinstance(state, int) and not isinstance(state, bool) and 0 <= state < len(FINDING_STATES):
-        return state
+    elif not isinstance(state, bool) and isinstance(state, Integral) and 0 <= int(state) < len(FINDING_STATES):
+        return int(state)
     raise ValueError(f"unknown finding state {state!r}: expected one of {', '.join(FINDING_STATES)} (or 0 to 3)")
 
 
-def conditioning_state_id(state: str | int) -> int:
+def conditioning_state_id(state: Any) -> int:
     """As [`finding_state_id`], also for "not given", 4.
 
     Raises:
         ValueError: the state is none of the five.
     """
-    if (isinstance(state, str) and _fold(state) == "not given") or (state == NOT_GIVEN and isinstance(state, int)):
+    if (isinstance(state, str) and _fold(state) == "not given") or (isinstance(state, Integral) and state == NOT_GIVEN):
         return NOT_GIVEN
     try:
         return finding_state_id(state)
@@ -90,13 +94,13 @@ def conditioning_state_id(state: str | int) -> int:
         raise ValueError(f"unknown finding state {state!r}: expected one of {names} (or 0 to {NOT_GIVEN})") from None
 
 
-def parse_findings(findings: dict[str, str | int]) -> dict[int, int]:
+def parse_findings(findings: Mapping[str, Any]) -> dict[int, int]:
     """`{"Edema": "positive"}` as `{finding's position: id of the conditioning state}`, checked.
 
     Raises:
-        ValueError: an unknown finding or state, or "no finding" negative or unclear.
+        ValueError: an unknown finding or state, a finding given twice, or "no finding" negative or unclear.
     """
-    parsed = {}
+    parsed: dict[int, int] = {}
     for name, state in findings.items():
         key, state_id = finding_key(name), conditioning_state_id(state)
         if key == "no_finding" and state_id in (NEGATIVE, UNCLEAR):
@@ -104,6 +108,8 @@ def parse_findings(findings: dict[str, str | int]) -> dict[int, int]:
                 f"finding state {FINDING_STATES[state_id]!r} is not possible for no_finding: "
                 "expected positive or unmentioned"
             )
+        if FINDINGS.index(key) in parsed:
+            raise ValueError(f"finding {key} is given twice, the second time as {name!r}: expected each finding once")
         parsed[FINDINGS.index(key)] = state_id
     return parsed
 

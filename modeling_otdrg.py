@@ -77,7 +77,7 @@ class OTDRGLabelEncoder(nn.Module):
         super().__init__()
         self.kind = config.label_encoder
         self.token_ids = config.finding_text_token_ids
-        hidden_size = config.text_config.get_text_config().hidden_size
+        hidden_size = config.text_config.hidden_size
         self.feature_size = hidden_size
         if self.kind == "table":
             self.feature_size = config.label_encoder_size or hidden_size
@@ -192,7 +192,7 @@ class OTDRGForReportGeneration(OTDRGPreTrainedModel, OTDRGHeatmapMixin, OTDRGGen
                 self.finding_vision_tower = copy.deepcopy(vision_tower)
                 _mark_initialized(self.finding_vision_tower)  # copied parameters lose their mark
         feature_size = vision_feature_size(self.vision_tower)
-        hidden_size = config.text_config.get_text_config().hidden_size
+        hidden_size = config.text_config.hidden_size
         self.image_projector = OTDRGProjector(feature_size, hidden_size, config.projection_norm)
         if config.fiot:
             self.label_encoder = OTDRGLabelEncoder(config)

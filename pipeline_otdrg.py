@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import os
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -10,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import GenerationConfig, Pipeline
+from transformers import GenerationConfig, GenerationMixin, Pipeline
 
 from .bank_otdrg import ReportBank
-from .consensus_otdrg import Candidate, ConsensusDecoder, consensus_settings, is_complete
+from .consensus_otdrg import Candidate, ConsensusDecoder, consensus_settings, is_complete, with_length
 from .findings_otdrg import CONDITIONING_STATES, FINDINGS, NOT_GIVEN
 from .processing_otdrg import read_view
 from .sections_otdrg import split_sections
@@ -30,7 +33,20 @@ SEARCH = (
     "temperature",
     "top_k",
     "top_p",
+    "top_h",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
 )
+_GENERATION_FIELDS = frozenset(name for name in vars(GenerationConfig()) if not name.startswith("_"))
+#: Arguments of `generate` that the pipeline has not: it makes the inputs, and state guidance replaces negative prompts.
+_NOT_OFFERED = {"self", "inputs", "kwargs", "negative_prompt_ids", "negative_prompt_attention_mask"}
+_GENERATE_ARGUMENTS = {
+    *_GENERATION_FIELDS,
+    *(inspect.signature(GenerationMixin.generate).parameters.keys() - _NOT_OFFERED),
+    *("tokenizer", "assistant_tokenizer"),  # among its `kwargs`
+}
 
 
 class _Studies(torch.utils.data.Dataset):
@@ -81,12 +97,17 @@ class ReportGenerationPipeline(Pipeline):
 
     Call arguments: `findings`, states that steer the report (beside a positive one, No Finding is unmentioned unless it
     is given); `indication`, the reason for the study; `return_heatmaps`; `return_contradictions`; every argument of
-    `generate` (`max_new_tokens`, `num_beams`, `num_return_sequences`, ...), also in `generate_kwargs`.
+    `generate` (`max_new_tokens`, `num_beams`, `num_return_sequences`, ...), also in `generate_kwargs` or in a
+    `generation_config`. Reports have up to 256 tokens if neither the call nor the model sets a length.
 
     Consensus decoding chooses the report among many ([`ConsensusDecoder`]): `candidates`, how many are sampled (by
     default those of the model's generation config; 1 writes one report by `generate`); `bank`, the folder of a report
     bank (`otdrg bank`) or a [`ReportBank`]; `consensus`, other [`ConsensusSettings`] by name, or a [`ConsensusDecoder`]
     in place of all three. Agreement with the finding states needs the package `otdrg`.
+
+    Raises:
+        ValueError: an unknown argument or an impossible value, arguments that exclude each other, or a view or a study
+            that cannot be read.
     """
 
     _load_processor = True
@@ -94,9 +115,6 @@ class ReportGenerationPipeline(Pipeline):
     _load_video_processor = False
     _load_feature_extractor = False
     _load_tokenizer = False
-
-    #: Maximum length of a report in tokens if neither the caller nor the model's generation configuration sets one.
-    default_max_new_tokens = 256
 
     def _sanitize_parameters(
         self,
@@ -109,18 +127,21 @@ class ReportGenerationPipeline(Pipeline):
         consensus=None,
         return_candidates=None,
         generate_kwargs=None,
-        timeout=None,
         **kwargs,
     ):
-        generate_kwargs = dict(generate_kwargs or {})
-        known = {*vars(GenerationConfig()), "generation_config", "streamer", "stopping_criteria", "logits_processor"}
-        for key, value in kwargs.items():
-            if key not in known:
+        generate_kwargs = {**(generate_kwargs or {}), **kwargs}
+        for key in generate_kwargs:
+            if key not in _GENERATE_ARGUMENTS:
                 raise ValueError(
                     f"unknown pipeline argument {key!r}: expected findings, indication, return_heatmaps, "
                     "return_contradictions, candidates, bank, consensus, return_candidates or an argument of generate"
                 )
-            generate_kwargs[key] = value
+        config = generate_kwargs.pop("generation_config", None)
+        if config is not None:
+            fields = self._config_fields(config)
+            stored = fields.pop("consensus", None)
+            consensus = stored if consensus is None else consensus
+            generate_kwargs = {**fields, **generate_kwargs}
         forward = {}
         if findings is not None:
             forward["findings"] = findings
@@ -138,9 +159,27 @@ class ReportGenerationPipeline(Pipeline):
             postprocess["self_check"] = self._self_check() if return_contradictions else None
         return ({} if indication is None else {"indication": indication}), forward, postprocess
 
+    def _config_fields(self, config: GenerationConfig) -> dict[str, Any]:
+        """The fields that a generation config sets; of a copy of the model's, which has its `consensus`, the others."""
+        names = _GENERATION_FIELDS | {"consensus"}
+        fields = {name: value for name, value in vars(config).items() if name in names and value is not None}
+        if "consensus" not in fields:
+            return fields
+        own = vars(self.model.generation_config)
+        return {name: value for name, value in fields.items() if value != own.get(name)}
+
     def _decoder(self, candidates, bank, consensus, search: list[str]) -> ConsensusDecoder | None:
         """The decoder that a call asks for, the same as long as it asks for the same; None for `generate`."""
-        if isinstance(consensus, ConsensusDecoder):
+        # By their methods: a ConsensusDecoder or a ReportBank of the package has other classes than published code.
+        if hasattr(consensus, "decode"):
+            given = {**dict.fromkeys(search, True), "candidates": candidates, "bank": bank}
+            for name, value in given.items():
+                if value is not None:
+                    raise ValueError(f"{name} was given beside a ConsensusDecoder: expected one of them")
+            if self._last_decoder is None or self._last_decoder[1] is not consensus:
+                if consensus.bank is not None:
+                    consensus.bank.check(self.model, self.processor)
+                self._last_decoder = (), consensus
             return consensus
         asked = candidates is not None or bank is not None or bool(consensus)
         settings = consensus_settings(self.model.generation_config, candidates, bank, consensus)
@@ -150,7 +189,7 @@ class ReportGenerationPipeline(Pipeline):
             raise ValueError(f"{search[0]} was given beside candidates or a bank: expected one of them")
         key = (settings.to_dict(), bank, bool((consensus or {}).get("agreement_weight")))
         if self._last_decoder is None or self._last_decoder[0] != key:
-            if bank is not None and not isinstance(bank, ReportBank):
+            if isinstance(bank, (str, os.PathLike)):
                 bank = ReportBank.load(bank)
             if bank is not None:
                 bank.check(self.model, self.processor)
@@ -204,21 +243,17 @@ class ReportGenerationPipeline(Pipeline):
         self.processor.save_pretrained(save_directory, **kwargs)
 
     def preprocess(self, inputs, indication=None):
-        if isinstance(inputs, dict):
-            indication = inputs.get("indication") or indication
-            images = inputs.get("images", inputs.get("image"))
-            if images is None:
-                raise ValueError(
-                    f"a study has {', '.join(map(repr, inputs)) or 'nothing'}: expected 'images' or 'image'"
-                )
-        else:
-            images = inputs
+        study = inputs if isinstance(inputs, Mapping) else {"images": inputs}
+        images = study.get("images", study.get("image"))
+        if images is None:
+            found = ", ".join(repr(name) for name, value in study.items() if value is not None) or "nothing"
+            raise ValueError(f"a study has {found}: expected 'images' or 'image'")
         views = list(images) if isinstance(images, (list, tuple)) else [images]
         if not views:
             raise ValueError("no image: a study has no view, expected at least one")
-        priors = inputs.get("prior_images") if isinstance(inputs, dict) else None
+        priors = study.get("prior_images")
         priors = list(priors) if isinstance(priors, (list, tuple)) else [] if priors is None else [priors]
-        prior_report = (inputs.get("prior_report") or None) if isinstance(inputs, dict) else None
+        indication, prior_report = study.get("indication") or indication, study.get("prior_report")
         for name, text in (("indication", indication), ("prior_report", prior_report)):
             if not (text is None or isinstance(text, str)):
                 raise ValueError(
@@ -273,9 +308,7 @@ class ReportGenerationPipeline(Pipeline):
                 raise ValueError(
                     "findings were given, but OTDRGConfig.dle=False: this model does not use finding states"
                 )
-            ranked = decoder.decode(
-                self.model, self.processor, prompt, study, self._generate_arguments(generate_kwargs), indications
-            )
+            ranked = decoder.decode(self.model, self.processor, prompt, study, generate_kwargs, indications)
             reports, complete = [row[0].report for row in ranked], [row[0].complete for row in ranked]
             chosen = [_consensus_record(row, return_candidates) for row in ranked]
         else:
@@ -295,26 +328,16 @@ class ReportGenerationPipeline(Pipeline):
 
     def _search(self, prompt, study, given_states, arguments: dict) -> tuple[list[str], list[bool]]:
         """Reports by `generate`, and whether each is complete."""
+        config = self.model.generation_config
         sequences = self.model.generate(
             **prompt,
             **study.encoded_views,
             finding_states=study.finding_states if self.model.config.dle else given_states,
-            **self._generate_arguments(arguments),
+            **with_length({**arguments, "return_dict_in_generate": False}, config),
         )
         written = sequences[:, prompt["input_ids"].shape[1] :]
-        return self.processor.batch_decode(written, skip_special_tokens=True), self._complete(written, arguments)
-
-    def _generate_arguments(self, arguments: dict) -> dict:
-        arguments = {**arguments, "return_dict_in_generate": False}
-        length_is_given = arguments.keys() & {"max_new_tokens", "max_length", "generation_config"}
-        if not length_is_given and self.model.generation_config.max_new_tokens is None:
-            arguments["max_new_tokens"] = self.default_max_new_tokens
-        return arguments
-
-    def _complete(self, written: torch.Tensor, arguments: dict) -> list[bool]:
-        """For each sequence of new tokens, whether it contains an end-of-text token."""
-        config = arguments.get("generation_config") or self.model.generation_config
-        return is_complete(written, arguments.get("eos_token_id", config.eos_token_id))
+        complete = is_complete(written, arguments.get("eos_token_id", config.eos_token_id))
+        return self.processor.batch_decode(written, skip_special_tokens=True), complete
 
     def _heatmaps(self, study) -> list[np.ndarray]:
         """For each study the plan as a multiple of the uniform one, (views, 14, rows, columns)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -16,6 +16,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import (
     AutoImageProcessor,
     AutoProcessor,
@@ -25,6 +26,7 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, TextKwargs, Unpack
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 if find_spec("transformers.image_processing_backends") is not None:
     from transformers import ViTImageProcessor
@@ -46,6 +48,7 @@ from .configuration_otdrg import (
     place_of,
     resolve_backbone,
 )
+from .files_otdrg import describe
 from .findings_otdrg import FINDING_DISPLAY_NAMES, FINDING_STATES, FINDINGS, check_finding_states, parse_findings
 from .image_processing_otdrg import read_view
 
@@ -202,7 +205,8 @@ class OTDRGProcessor(ProcessorMixin):
             config (`OTDRGConfig`): the model's.
 
         Raises:
-            OSError: the tokenizer cannot be loaded.
+            OSError: the tokenizer or the image processor cannot be loaded.
+            ValueError: the tokenizer has several chat templates and no default.
         """
         name, kwargs = resolve_backbone(text)
         try:
@@ -235,6 +239,10 @@ class OTDRGProcessor(ProcessorMixin):
             tokenizer (`str`): `"bpe"`, byte-level, or `"words"`: every word between spaces that occurs at least twice
                 is a token, any other is `<unk>`. Decoding joins words by single spaces, as cleaned reports have them.
             vision (`str`, *optional*): a pretrained vision encoder's Hub id or folder, for its image normalisation.
+
+        Raises:
+            OSError: the image processor of `vision` cannot be loaded.
+            ValueError: another `tokenizer`.
         """
         label_texts = [
             f" {FINDING_DISPLAY_NAMES[name].lower()}: {state};" for name in FINDINGS for state in FINDING_STATES
@@ -304,14 +312,14 @@ class OTDRGProcessor(ProcessorMixin):
             report (`str` or `list[str]`, *optional*): training targets. With them, padding is on the right, otherwise
                 on the left.
             indication (`str` or `list[str]`, *optional*): reason for the study, put before the instruction and, as
-                `indication_reader` says, given to the label predictor.
+                `indication_reader` says, given to the label predictor; None or blank where there is none.
             finding_states (*optional*): states that condition the report: ids (B, 14), -1 where they are to be
                 predicted, or a dictionary `{"edema": "positive"}` a study.
             max_report_tokens (`int`, *optional*): longer reports are cut to this many tokens.
             prior_images (*optional*): the views of an earlier study of each study's patient, for a model that reads
                 them (`priors`): a view, a list of views, or None for a study without one.
             prior_report (`str` or `list[str]`, *optional*): the report of that study, put before the indication and cut
-                to `max_prior_tokens`; None where there is none.
+                to `max_prior_tokens`; None or blank where there is none.
             kwargs: of `ProcessingKwargs`, flat or in `text_kwargs`, `images_kwargs` and `common_kwargs`. Those of the
                 text are `padding`, `padding_side`, `truncation`, `max_length`, `pad_to_multiple_of` and
                 `return_tensors` (`"pt"` by default, `"np"`, or None for lists); those of the images are the image
@@ -342,8 +350,9 @@ class OTDRGProcessor(ProcessorMixin):
         return_tensors = getattr(return_tensors, "value", return_tensors)
         if return_tensors not in ("pt", "np", None):
             raise ValueError(f"return_tensors={return_tensors!r}: expected 'pt', 'np' or None")
-        texts = [text] if isinstance(text, str) else text
-        no_study = all(given is None for given in (images, report, indication, finding_states))
+        texts = _prompt_texts(text)
+        study = (images, report, indication, finding_states, prior_images, prior_report)
+        no_study = all(given is None for given in study)
         if texts and no_study and not any(self.image_token in one for one in texts):
             rows = self._tokens(texts, [None] * len(texts), None, **text_kwargs)
             return BatchFeature({name: _converted(name, value, return_tensors) for name, value in rows.items()})
@@ -358,7 +367,7 @@ class OTDRGProcessor(ProcessorMixin):
         features |= self.encode_priors(priors, **merged["images_kwargs"])
         if not self.return_view_mask:
             features = {name: value for name, value in features.items() if name not in ("view_mask", "prior_view_mask")}
-        features |= self.encode_indications(_one_each("indication", indication, len(views)))
+        features |= self.encode_indications(_given("indication", indication, len(views)))
         if finding_states is not None:
             features["finding_states"] = self._states(finding_states, len(views))
         return BatchFeature({name: _converted(name, value, return_tensors) for name, value in features.items()})
@@ -408,7 +417,7 @@ class OTDRGProcessor(ProcessorMixin):
             views, text, report, indication, max_report_tokens, prior_views, prior_report, **kwargs
         )
         features = {name: _converted(name, value, "pt") for name, value in rows.items()}
-        features |= self.encode_indications(_one_each("indication", indication, len(views)))
+        features |= self.encode_indications(_given("indication", indication, len(views)))
         if finding_states is not None:
             features["finding_states"] = self._states(finding_states, len(views))
         return features
@@ -417,7 +426,11 @@ class OTDRGProcessor(ProcessorMixin):
         """`indication_ids` (B, W): the words and pairs of words of indications as buckets of a hash, padded with -1.
 
         Empty if `indication_reader` is `"report"`, or if no study has an indication.
+
+        Raises:
+            ValueError: an indication is neither text nor None.
         """
+        indications = _given("indication", indications, len(indications))
         if self.indication_reader == "report" or not any(indications):
             return {}
         rows = [torch.tensor(_buckets(indication or ""), dtype=torch.long) for indication in indications]
@@ -426,11 +439,11 @@ class OTDRGProcessor(ProcessorMixin):
     def _encode_rows(
         self, views, text, report, indication, max_report_tokens, prior_views, prior_report, **kwargs
     ) -> dict[str, list[list[int]]]:
-        texts = [text] if isinstance(text, str) else text
+        texts = _prompt_texts(text)
         if texts is not None and len(texts) != len(views):
             raise ValueError(f"text has {len(texts)} prompts for {len(views)} studies: expected one each")
         prior_views = [0] * len(views) if prior_views is None else prior_views
-        asked = (_one_each("indication", indication, len(views)), _one_each("prior_report", prior_report, len(views)))
+        asked = (_given("indication", indication, len(views)), _given("prior_report", prior_report, len(views)))
         prompts = self._prompts(views, texts, *asked, prior_views)
         return self._tokens(prompts, _one_each("report", report, len(views)), max_report_tokens, **kwargs)
 
@@ -521,8 +534,10 @@ class OTDRGProcessor(ProcessorMixin):
 
     def default_prompt(self, indication: str | None = None, prior_report: str | None = None) -> str:
         """The prompt of one study in the LLM's chat template, with one `<image>` in the place of the study."""
-        instruction = f"Indication: {indication.strip()}\n{self.prompt}" if indication else self.prompt
-        if prior_report:
+        instruction = self.prompt
+        if indication and indication.strip():
+            instruction = f"Indication: {indication.strip()}\n{instruction}"
+        if prior_report and prior_report.strip():
             instruction = f"Prior report: {self._cut_prior(prior_report)}\n{instruction}"
         content = [{"type": "image"}, {"type": "text", "text": f"\n{instruction}"}]
         return self.apply_chat_template(
@@ -634,15 +649,28 @@ class OTDRGProcessor(ProcessorMixin):
 
     @staticmethod
     def _states(finding_states, studies: int) -> torch.Tensor:
-        if isinstance(finding_states, dict):
+        if isinstance(finding_states, Mapping):
             finding_states = [finding_states] * studies
-        if isinstance(finding_states, (list, tuple)) and all(isinstance(row, dict) for row in finding_states):
+        if isinstance(finding_states, (list, tuple)) and any(isinstance(row, Mapping) for row in finding_states):
             rows = torch.full((len(finding_states), len(FINDINGS)), -1)
             for row, findings in enumerate(finding_states):
+                if not isinstance(findings, Mapping):
+                    raise ValueError(
+                        f"finding_states of study {row} is {findings!r}: expected a dictionary as of other studies, "
+                        "{} to predict all"
+                    )
                 for finding, state in parse_findings(findings).items():
                     rows[row, finding] = state
+        elif isinstance(finding_states, torch.Tensor):
+            rows = finding_states.cpu()  # numpy reads neither those of an accelerator nor bfloat16
         else:
-            rows = torch.as_tensor(np.asarray(finding_states))
+            rows = np.asarray(finding_states)
+            if rows.dtype.kind not in "iuf":
+                raise ValueError(
+                    f"finding_states is {finding_states!r}: expected ids ({studies}, {len(FINDINGS)}), or a dictionary "
+                    "for each study"
+                )
+            rows = torch.as_tensor(rows)
         check_finding_states(rows, studies)
         return rows.long()
 
@@ -675,15 +703,34 @@ def _buckets(indication: str) -> list[int]:
 def _one_each(name: str, values, studies: int) -> list:
     if values is None or isinstance(values, str):
         values = [values] * studies if values is None or studies == 1 else [values]
+    if not hasattr(values, "__len__"):
+        raise ValueError(f"{name} is {values!r}: expected text, or one text for each study")
     if len(values) != studies:
         raise ValueError(f"{name} has {len(values)} entries for {studies} studies: expected one each")
-    for value in values:
-        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+    for position, value in enumerate(values):
+        if value is None:
+            continue
+        if not isinstance(value, str):
+            raise ValueError(f"{name} of study {position} is {value!r}: expected text, or None where there is none")
+        if re.search("[\ud800-\udfff]", value):
             raise ValueError(f"{name} has half of a pair of surrogates: expected Unicode text")
         for token in _PLACEHOLDERS:
-            if value is not None and token in value:
+            if token in value:
                 raise ValueError(f"{name} holds {token!r}, the placeholder of the study in a prompt: remove it")
     return list(values)
+
+
+def _given(name: str, values, studies: int) -> list[str | None]:
+    """As [`_one_each`], with None in place of blank texts."""
+    return [text if text and text.strip() else None for text in _one_each(name, values, studies)]
+
+
+def _prompt_texts(text) -> list[str] | None:
+    texts = [text] if isinstance(text, str) else text
+    for position, one in enumerate(texts or ()):
+        if not isinstance(one, str):
+            raise ValueError(f"text of study {position} is {one!r}: expected a prompt")
+    return texts
 
 
 def _converted(name: str, value, return_tensors: str | None):
@@ -734,10 +781,15 @@ def _word_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def _chat_template(tokenizer) -> str:
-    """The tokenizer's chat template, extended to messages with images; a plain one if it has none."""
+    """The tokenizer's chat template, of several the default, extended to messages with images; else a plain one.
+
+    Raises:
+        ValueError: it has several and no default, or one that takes too long or too much memory.
+    """
     if not tokenizer.chat_template:
         return _FLATTEN_MESSAGES + _PLAIN_TEMPLATE
-    template = _FLATTEN_MESSAGES + _EMPTY_SYSTEM_TURN + tokenizer.chat_template
+    own = tokenizer.get_chat_template()
+    template = _FLATTEN_MESSAGES + _EMPTY_SYSTEM_TURN + own
     try:
         check_chat_template(template, tokenizer.apply_chat_template)
         tokenizer.apply_chat_template([{"role": "user", "content": ""}], chat_template=template, tokenize=False)
@@ -745,21 +797,43 @@ def _chat_template(tokenizer) -> str:
         # A template that does not support system turns raises an error; it does not need the empty one.
         if type(error).__module__.partition(".")[0] != "jinja2":
             raise
-        return _FLATTEN_MESSAGES + tokenizer.chat_template
+        return _FLATTEN_MESSAGES + own
     return template
 
 
 def _normalisation(vision: str) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation of the vision encoder's training images; ImageNet's if it has no image processor."""
+    """Mean and standard deviation of the vision encoder's training images; ImageNet's if it has no image processor.
+
+    Raises:
+        OSError: its image processor is damaged, or the Hub cannot be reached.
+    """
     try:
         image_processor = AutoImageProcessor.from_pretrained(vision)
-    except (OSError, ValueError):
-        return IMAGENET_MEAN, IMAGENET_STD
+    except Exception as error:  # damaged files make transformers raise errors of any type
+        try:
+            is_missing = isinstance(error, (OSError, ValueError)) and _has_no_image_processor(vision)
+        except (OSError, ValueError):
+            is_missing = False  # the Hub cannot be reached
+        if is_missing:
+            return IMAGENET_MEAN, IMAGENET_STD
+        raise OSError(
+            f"vision backbone {vision!r}: its image processor, which states mean and standard deviation, could not be "
+            f"loaded ({describe(error)})"
+        ) from error
     stated = getattr(image_processor, "data_config", None) or vars(image_processor)
     return (
         stated.get("image_mean", stated.get("mean")) or IMAGENET_MEAN,
         stated.get("image_std", stated.get("std")) or IMAGENET_STD,
     )
+
+
+def _has_no_image_processor(vision: str) -> bool:
+    """Whether a folder or repository has no file of an image processor; False if the Hub could not be asked."""
+    names = (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME)
+    if any(find_file(vision, name) is not None for name in names):
+        return False
+    # Of a file that a repository does not have, the cache knows that; None is a file that nobody could ask for.
+    return os.path.isdir(vision) or all(try_to_load_from_cache(vision, name) is not None for name in names)
 
 
 OTDRGProcessor.register_for_auto_class()

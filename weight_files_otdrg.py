@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
     CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     WEIGHTS_NAME,
@@ -27,7 +28,7 @@ from transformers.utils import (
 from transformers.utils.hub import extract_commit_hash
 
 from .configuration_otdrg import OTDRGConfig, find_file, place_of, resolve_backbone
-from .files_otdrg import follow_umask, read_json, write_json
+from .files_otdrg import describe, follow_umask, read_json, write_json
 
 #: Names of weight files that transformers loads, with their variant. Other files beside a model are ignored.
 _OWN_WEIGHTS = re.compile(r"model(?:\.(?P<variant>[^.]+?))?(?:-\d+-of-\d+)?\.safetensors")
@@ -35,6 +36,9 @@ _OWN_WEIGHTS = re.compile(r"model(?:\.(?P<variant>[^.]+?))?(?:-\d+-of-\d+)?\.saf
 _OTHER_WEIGHTS = re.compile(
     r"pytorch_model(\.[^.]+?)?(-\d+-of-\d+)?\.bin|adapter_model\..*|adapter_config\.json|tf_model\.h5|flax_model\.msgpack"
 )
+#: Prefix of the files of an earlier save while a new one is written.
+_FORMER = ".former."
+_SAVED_BESIDE = (SAFE_WEIGHTS_INDEX_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME)
 #: Maximum size of a config.json or of an index of shards.
 _MAXIMUM_CONFIG_BYTES = 2**24
 #: A model may have up to this many times the saved weights (for instance a second vision encoder), and this many more.
@@ -102,7 +106,7 @@ def record_sha256(folder: str | os.PathLike) -> None:
     permissions of the umask: safetensors writes files that only their owner can read.
     """
     path = Path(folder) / CONFIG_NAME
-    files = sorted(Path(folder).glob("*.safetensors"))
+    files = [file for file in sorted(Path(folder).glob("*.safetensors")) if not file.name.startswith(".")]
     if files:
         for file in files:
             follow_umask(file)
@@ -113,22 +117,46 @@ def record_sha256(folder: str | os.PathLike) -> None:
 
 @contextmanager
 def replaced_weights(folder: str | os.PathLike) -> Iterator[None]:
-    """Replace the weights or the index of shards of an earlier save, which transformers would load beside new ones.
+    """Replace the weights and configuration of an earlier save; transformers would load its weights beside new ones.
 
-    They are deleted once the new ones are saved; after an error they are as before.
+    They are put aside under names with [`_FORMER`] and deleted once the new ones are saved; after an error they are as
+    before. If the process is killed they stay, and the next save replaces them or, after an error, restores them.
     """
-    names = [name for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME) if Path(folder, name).exists()]
-    former = {Path(folder, f".former.{name}"): Path(folder, name) for name in names}
-    for aside, path in former.items():
-        path.replace(aside)
+    folder = Path(folder)
+    if Path(folder, _FORMER + CONFIG_NAME).exists():
+        for path in _saved(folder):  # what the killed process had written
+            path.unlink()
+    for path in _saved(folder):
+        path.replace(path.with_name(_FORMER + path.name))
     try:
         yield
     except BaseException:
-        for aside, path in former.items():
-            aside.replace(path)
+        for path in _saved(folder):
+            path.unlink()
+        for path in _saved(folder, _FORMER):
+            path.replace(path.with_name(path.name.removeprefix(_FORMER)))
         raise
-    for aside in former:
-        aside.unlink()
+    for path in reversed(_saved(folder, _FORMER)):
+        path.unlink()
+
+
+def _saved(folder: Path, prefix: str = "") -> list[Path]:
+    """The weights, index of shards and configuration of a save whose names have a prefix, `config.json` last."""
+    found = []
+    for path in sorted(folder.glob(f"{prefix}*")):
+        name = path.name.removeprefix(prefix)
+        weights = _OWN_WEIGHTS.fullmatch(name)
+        if (weights and not weights["variant"]) or name in _SAVED_BESIDE:
+            found.append(path)
+    return sorted(found, key=lambda path: path.name == prefix + CONFIG_NAME)
+
+
+def _interrupted(folder: str | os.PathLike) -> str:
+    """What an error adds where a save was interrupted: the names of the files that it was to replace."""
+    former = [path.name for path in _saved(Path(folder), _FORMER)]
+    if not former:
+        return ""
+    return f"; a save was interrupted, the files before it are {', '.join(former)}: rename them without {_FORMER!r}"
 
 
 # --- which files a model has -----------------------------------------------------------------------------------------
@@ -160,6 +188,7 @@ def weight_files(source: str | os.PathLike, variant: str | None = None, **hub) -
         raise OSError(
             f"{place_of(source, hub)} has no {wanted}, and no {wanted_index} either"
             + (f": {pickle} can run code when it is loaded, save the model anew in safetensors format" * bool(pickle))
+            + _interrupted(place_of(name, hub))
         )
     shards = read_json(index, parse=_shards, limit=_MAXIMUM_CONFIG_BYTES)
     files = {shard: Path(cached_file(name, shard, **hub)) for shard in shards}
@@ -215,7 +244,8 @@ def read_stated(source: str | os.PathLike, **hub) -> tuple[dict[str, Any], str |
     """
     path = cached_file(source, CONFIG_NAME, **hub)
     if path is None or not os.path.isfile(path):
-        raise OSError(f"{place_of(source, hub)} has no {CONFIG_NAME}: expected a model")
+        place = place_of(source, hub)
+        raise OSError(f"{place} has no {CONFIG_NAME}: expected a model{_interrupted(place)}")
     stated = read_json(path, limit=_MAXIMUM_CONFIG_BYTES)
     if stated.get("model_type") != OTDRGConfig.model_type:
         raise OSError(f"{path}: model_type is {stated.get('model_type')!r}, expected {OTDRGConfig.model_type!r}")
@@ -281,7 +311,7 @@ def check_other_weights(source: str | os.PathLike, listed: Mapping[str, str] | N
     place = Path(place_of(source, hub))
     if os.path.isdir(source) and listed:
         for path in sorted(place.iterdir()):
-            if path.suffix == ".safetensors" and path.name not in listed:
+            if path.suffix == ".safetensors" and path.name not in listed and not path.name.startswith("."):
                 raise ValueError(_unlisted(place, path.name))
             if _OTHER_WEIGHTS.fullmatch(path.name):
                 raise ValueError(f"{_unlisted(place, path.name)}; this model has safetensors files")
@@ -312,7 +342,8 @@ def weight_shapes(files: Mapping[str, Path]) -> dict[str, tuple[int, ...]]:
             with safe_open(path, framework="pt") as file:
                 shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise OSError(f"{path} is not a whole safetensors file: {' '.join(str(error).split())}") from None
+            problem = f"{path} is not a whole safetensors file: {describe(error)}"
+            raise OSError(problem + _interrupted(path.parent)) from None
     return shapes
 
 

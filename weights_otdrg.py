@@ -33,6 +33,7 @@ from transformers.utils import is_peft_available
 from transformers.utils.hub import extract_commit_hash
 
 from .configuration_otdrg import HUB_KEYWORDS, OTDRGConfig, place_of, resolve_backbone
+from .files_otdrg import describe
 from .weight_files_otdrg import (
     check_other_weights,
     check_shapes,
@@ -497,7 +498,7 @@ def load_backbone(part: str, auto_class, reference: str, dtype=None, quantizatio
         raise OSError(
             f"{part} backbone {reference!r} could not be loaded: expected a Hub id, a folder written by save_pretrained"
             f"{', a timm/ name' if part == 'vision' else ''}{' or a .gguf file' if part == 'text' else ''} "
-            f"({' '.join(str(error).split())})"
+            f"({describe(error)})"
         ) from error
     if is_model and is_gguf:
         # The weights are dequantised now, but a model that says it is quantised refuses to be saved.
@@ -601,8 +602,7 @@ def _check_backbone(source: str, config: OTDRGConfig, part: str, reference: str,
         files = weight_files(reference, **where)
     except (OSError, ValueError) as error:
         raise OSError(
-            f"{source} is an adapter of the {part} backbone {reference!r}, which could not be loaded: "
-            f"{' '.join(str(error).split())}"
+            f"{source} is an adapter of the {part} backbone {reference!r}, which could not be loaded: {describe(error)}"
         ) from error
     found = {name: sha256(path) for name, path in files.items()}
     expected = (config.backbone_sha256 or {}).get(part, {})

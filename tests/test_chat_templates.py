@@ -1,6 +1,8 @@
 """Chat templates of others end with a line within seconds and without gigabytes of memory."""
 
 import resource
+import subprocess
+import sys
 import time
 
 import pytest
@@ -67,3 +69,26 @@ def test_check_chat_template_right_one_is_tried_once():
     check_chat_template("{# of this test #}", render)
     check_chat_template("{# of this test #}", render)
     assert calls == []  # it was in another process
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096)); files = [open(os.devnull) for _ in range(1100)]",
+        "signal.signal(signal.SIGCHLD, signal.SIG_IGN)",
+    ],
+    ids=["many open files", "SIGCHLD ignored"],
+)
+def test_check_chat_template_in_other_processes_finds_the_fault(before):
+    code = f"""
+import os, resource, signal
+from otdrg.chat_templates_otdrg import check_chat_template
+{before}
+check_chat_template("right", lambda *_, **__: "text")
+try:
+    check_chat_template("long", lambda *_, **__: "a" * 10**7)
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("the chat template writes 10,000,000 characters"), done.stderr

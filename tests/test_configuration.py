@@ -13,7 +13,7 @@ from otdrg import (
     finding_state_id,
     parse_findings,
 )
-from transformers import AutoConfig, LlamaConfig, ViTConfig
+from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig, ViTConfig
 
 PRESETS = ["tiny", "small", "paper"]
 
@@ -272,3 +272,17 @@ def test_bind_tokenizer_twice_changes_nothing(build_model):
     model.config.bind_tokenizer(processor.tokenizer)
     assert model.config.to_json_string() == before
     assert len(processor.tokenizer) == size
+
+
+@pytest.mark.parametrize("form", [dict, CONFIG_MAPPING["gemma3"].from_dict], ids=["fields", "configuration"])
+def test_configuration_of_an_llm_for_images_is_refused(form):
+    with pytest.raises(
+        ValueError, match=r"text_config.model_type='gemma3': expected a text-only LLM, such as gemma3_t"
+    ):
+        OTDRGConfig(text_config=form({"model_type": "gemma3"}))
+    assert OTDRGConfig(text_config={"model_type": "gemma3_text"}).text_config.model_type == "gemma3_text"
+
+
+def test_parse_findings_one_finding_twice_is_refused():
+    with pytest.raises(ValueError, match="finding pleural_effusion is given twice, the second time as 'pleural effusi"):
+        parse_findings({"Pleural Effusion": "positive", "edema": 1, "pleural effusion": "positive"})

@@ -81,6 +81,7 @@ def test_bank_weights_with_indications_predict_as_ridge_regression_on_both():
     without = bank.weights(queries)
     assert bank.weights(queries, asked)[3] == pytest.approx(without[3])
     assert not np.allclose(bank.weights(queries, asked)[:3], without[:3], atol=1e-4)
+    assert np.array_equal(bank.weights(queries, ["  ", *asked[1:]]), bank.weights(queries, [None, *asked[1:]]))
 
 
 def test_bank_saved_and_loaded_is_the_same(tmp_path):

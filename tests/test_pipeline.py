@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from otdrg import FINDING_STATES, FINDINGS, ReportGenerationPipeline
-from otdrg.bank_otdrg import ReportBank, pool_views
+from otdrg.bank_otdrg import ReportBank, pool_views, probe_features
 from otdrg.consensus_otdrg import ConsensusDecoder, ConsensusSettings, store_settings
 from otdrg.labelers import UnreadReportsWarning, load_labeler
 from PIL import Image
-from transformers import pipeline
+from transformers import GenerationConfig, pipeline
 
 FEW = {"max_new_tokens": 5, "min_new_tokens": 5}
 
@@ -109,6 +109,18 @@ def test_pipeline_datasets_are_read(pipe, paths, singles, batch_size):
     dataset = datasets.Dataset.from_dict(rows, features=features)
     same(list(pipe(dataset, batch_size=batch_size, **FEW)), singles)
     same(list(pipe(dataset.to_iterable_dataset(), batch_size=batch_size, **FEW)), singles)
+
+
+def test_pipeline_within_map_of_a_dataset_equals_the_pipeline_of_the_dataset(pipe, paths):
+    rows = {"images": [paths[:3], paths[3:4]], "indication": ["cough", None]}
+    features = datasets.Features(
+        {"images": datasets.List(datasets.Image()), "indication": datasets.Value("string")},
+    )
+    dataset = datasets.Dataset.from_dict(rows, features=features)
+    mapped = dataset.map(
+        lambda row: {"report": pipe(row, **FEW)[0]["generated_text"]}, load_from_cache_file=False, new_fingerprint="0"
+    )
+    assert mapped["report"] == [records[0]["generated_text"] for records in pipe(dataset, **FEW)]
 
 
 def test_pipeline_indication_reaches_the_prompt(pipe, model, processor, paths):
@@ -307,6 +319,83 @@ def test_pipeline_generate_kwargs_are_passed_on(pipe, paths):
     assert pipe(paths[0], generate_kwargs=dict(FEW)) == pipe(paths[0], **FEW)
 
 
+@pytest.mark.parametrize("name", ["max_tokens", "negative_prompt_ids", "timeout"])
+def test_pipeline_unknown_generate_kwargs_are_named(pipe, paths, name):
+    for arguments in ({name: 5}, {"generate_kwargs": {name: 5}}):
+        with pytest.raises(ValueError, match=f"unknown pipeline argument '{name}': expected findings"):
+            pipe(paths[0], **arguments)
+
+
+def test_pipeline_takes_the_arguments_of_generate(pipe, model, processor, paths):
+    end = model.generation_config.eos_token_id
+    word = processor.tokenizer.encode("heart", add_special_tokens=False)[0]
+    (record,) = pipe(paths[0], prefix_allowed_tokens_fn=lambda *_: [word], max_new_tokens=3)
+    assert record["generated_text"] == processor.decode([word] * 3).strip() and not record["complete"]
+    (record,) = pipe(paths[0], prefix_allowed_tokens_fn=lambda *_: [end], max_new_tokens=3)
+    assert (record["generated_text"], record["complete"]) == ("", True)
+    (record,) = pipe(paths[0], stop_strings=["a"], tokenizer=processor.tokenizer, max_new_tokens=60)
+    assert record["generated_text"].find("a") in (-1, len(record["generated_text"]) - 1)
+
+
+@pytest.mark.parametrize("has_consensus", [False, True])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_new_tokens": 5},
+        {"max_length": 140},
+        {"num_beams": 2, "max_new_tokens": 6},
+        {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 6},
+        {"max_new_tokens": 6, "eos_token_id": [2, 40, 41, 42, 43, 44]},
+        {"max_new_tokens": 6, "bad_words_ids": [[13]], "min_new_tokens": 6},
+    ],
+    ids=lambda fields: "-".join(fields),
+)
+def test_pipeline_generation_config_equals_keyword_arguments(build_model, paths, fields, has_consensus):
+    model, processor = build_model()
+    if has_consensus:
+        store_settings(model, {"candidates": 3})
+    pipe = ReportGenerationPipeline(model=model, processor=processor)
+    expected = pipe(paths[:2], **fields)
+    assert pipe(paths[:2], generation_config=GenerationConfig(**fields)) == expected
+    config = copy.deepcopy(model.generation_config)
+    config.update(**fields)
+    assert pipe(paths[:2], generation_config=config) == expected
+    if "max_new_tokens" in fields and "eos_token_id" not in fields:
+        assert not any(record["complete"] for records in expected for record in records)
+
+
+def test_pipeline_copy_of_a_generation_config_with_consensus_changes_what_differs(build_model, paths):
+    model, processor = build_model()
+    store_settings(model, {"candidates": 3})
+    model.generation_config.update(num_beams=1, max_new_tokens=6)
+    pipe = ReportGenerationPipeline(model=model, processor=processor)
+    config = copy.deepcopy(model.generation_config)
+    assert pipe(paths[0], generation_config=config) == pipe(paths[0]) == pipe(paths[0], candidates=3)
+    config.consensus = {"candidates": 5, "seed": 3}
+    assert pipe(paths[0], generation_config=config) == pipe(paths[0], candidates=5, consensus={"seed": 3})
+
+
+@pytest.mark.parametrize("consensus", [None, {"candidates": 2}])
+def test_pipeline_length_of_the_models_generation_config_is_the_default(build_model, paths, consensus, monkeypatch):
+    model, processor = build_model()
+    pipe = ReportGenerationPipeline(model=model, processor=processor)
+    model.generation_config.eos_token_id = None
+    sequences, decode = [], processor.batch_decode
+    monkeypatch.setattr(processor, "batch_decode", lambda ids, **more: sequences.append(ids) or decode(ids, **more))
+
+    def length(**arguments):
+        sequences.clear()
+        pipe(paths[0], consensus=consensus, **arguments)
+        return max(written.shape[1] for written in sequences)
+
+    if consensus is None:
+        assert length(generation_config=GenerationConfig(num_beams=2)) == 256
+    model.generation_config.max_length = 160  # with the prompt and its label text, 128 tokens here
+    assert length() == 32 if consensus is None else length() < 100
+    model.generation_config.update(max_length=None, max_new_tokens=7)
+    assert length() == 7
+
+
 @pytest.fixture(scope="module")
 def bank(model, processor):
     features = np.random.default_rng(0).normal(size=(4, 32))
@@ -376,9 +465,35 @@ def test_pipeline_consensus_of_a_model_without_finding_states_samples_from_the_i
         ({"return_candidates": 2}, "return_candidates=2: expected candidates or a bank beside it"),
         ({"candidates": 4, "consensus": {"weight": 2}}, "consensus: unknown setting 'weight'"),
         ({"bank": "nowhere"}, "nowhere has no bank.safetensors"),
+        ({"candidates": 4, "min_p": 0.1}, "min_p was given beside candidates or a bank"),
     ],
 )
 def test_pipeline_consensus_arguments_that_are_wrong_are_one_line(pipe, paths, arguments, message):
     with pytest.raises(ValueError) as error:
         pipe(paths[0], **arguments)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [{"candidates": 1}, {"bank": "nowhere"}, {"num_beams": 2}, {"generation_config": GenerationConfig(do_sample=True)}],
+    ids=["candidates", "bank", "num_beams", "do_sample"],
+)
+def test_pipeline_arguments_beside_a_decoder_are_refused(pipe, paths, beside, request):
+    decoder = ConsensusDecoder(ConsensusSettings(candidates=2))
+    name = request.node.callspec.id
+    with pytest.raises(ValueError, match=f"{name} was given beside a ConsensusDecoder"):
+        pipe(paths[0], consensus=decoder, **beside)
+
+
+def test_pipeline_decoder_with_a_bank_of_another_encoder_is_refused(pipe, model, processor, build_model, paths):
+    for seed in (5, 0):
+        probe = probe_features(build_model(seed=seed)[0], processor)
+        bank = ReportBank(["Edema.", "Clear."], np.random.default_rng(0).normal(size=(2, len(probe))), probe=probe)
+        decoder = ConsensusDecoder(ConsensusSettings(candidates=2), bank)
+        if seed == 5:
+            with pytest.raises(ValueError, match="made with another image encoder"):
+                pipe(paths[0], consensus=decoder, **FEW)
+    (record,) = pipe(paths[0], consensus=decoder, **FEW)
+    asked = {"candidates": 2, "bank": bank, "consensus": {"agreement_weight": 0.0}}
+    assert record == pipe(paths[0], **asked, **FEW)[0]

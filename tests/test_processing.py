@@ -6,7 +6,10 @@ Long because it follows one module that ships as one file, with every kind of im
 import copy
 import http.server
 import io
+import json
 import struct
+import subprocess
+import sys
 import threading
 import zlib
 
@@ -16,10 +19,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from otdrg import DEFAULT_PROMPT, FINDINGS, OTDRGProcessor
-from otdrg.processing_otdrg import read_view
+from otdrg.processing_otdrg import IMAGENET_MEAN, IMAGENET_STD, read_view
 from otdrg.studies.cleaning import clean_report
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoModel, AutoProcessor, ViTImageProcessor
 
 MARKERS = ("<image>", "<finding>", "<finding_text>")
 
@@ -636,6 +639,14 @@ def test_processor_study_without_views_is_named(processor, views):
         ({"finding_states": [[-2] * 14] * 2}, r"finding_states has \[-2\]"),
         ({"finding_states": [[0.5] * 14] * 2}, r"finding_states has \[0.5\]"),
         ({"findings": {"edema": 1}}, "unknown argument 'findings'"),
+        ({"finding_states": [{"edema": 1}, None]}, "finding_states of study 1 is None: expected a dictionary"),
+        ({"finding_states": {"edema": 1, "Edema": 2}}, "finding edema is given twice, the second time as 'Edema'"),
+        ({"finding_states": "positive"}, "finding_states is 'positive': expected ids"),
+        ({"indication": float("nan")}, "indication is nan: expected text"),
+        ({"indication": ["cough", float("nan")]}, "indication of study 1 is nan: expected text, or None"),
+        ({"report": [float("nan"), "a"]}, "report of study 0 is nan: expected text, or None"),
+        ({"prior_report": [None, 5]}, "prior_report of study 1 is 5: expected text, or None"),
+        ({"text": ["a", float("nan")]}, "text of study 1 is nan: expected a prompt"),
         ({"videos": ["a.mp4"]}, "videos and audio were given"),
         ({"return_tensors": "tf"}, "return_tensors='tf': expected 'pt', 'np' or None"),
     ],
@@ -689,6 +700,15 @@ def test_default_prompt_indication_is_before_the_instruction(processor, views):
     assert text_of(processor, processor(images=views[0], indication="pain")).startswith("<s>\nIndication: pain\n")
 
 
+@pytest.mark.parametrize("blank", ["", "  ", "\n\t"])
+def test_processor_blank_indication_or_prior_report_is_none(build_config, processor, views, blank):
+    processor, _ = processor_with(build_config, processor, indication_reader="both", priors="report")
+    expected = processor(images=views[0])
+    found = processor(images=views[0], indication=blank, prior_report=blank)
+    assert found.keys() == expected.keys() and torch.equal(found["input_ids"], expected["input_ids"])
+    assert processor.default_prompt(blank, blank) == processor.default_prompt()
+
+
 CHAT = (
     "{% if messages[0]['role'] != 'system' %}[system]I am a helpful bot.{% endif %}"
     "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}{% endfor %}"
@@ -716,6 +736,14 @@ def test_default_prompt_chat_template_has_an_empty_system_turn(build_config, pro
     if system:
         text = processor.apply_chat_template(messages, tokenize=False)
         assert text == "[system]Be brief.[user]<image>Edema?"
+
+
+def test_default_prompt_of_several_chat_templates_is_that_of_the_default(build_config, processor):
+    expected = processor_with(build_config, processor, CHAT)[0].default_prompt()
+    templates = {"default": CHAT, "tool_use": CHAT_WITHOUT_SYSTEM}
+    assert processor_with(build_config, processor, templates)[0].default_prompt() == expected
+    with pytest.raises(ValueError, match=r"template names are \['rag', 'tool_use'\]"):
+        processor_with(build_config, processor, {"rag": CHAT, "tool_use": CHAT})
 
 
 def test_processor_text_replaces_the_prompt(processor, views):
@@ -808,6 +836,15 @@ def test_processor_finding_states_by_name_or_id(processor, views):
     ids = processor(images=views[:2], finding_states=np.tile(np.arange(14) % 2, (2, 1)))["finding_states"]
     assert ids.dtype == torch.int64
     assert ids.tolist() == [[0, 1] * 7] * 2
+    # numpy does not read bfloat16, as it does not read tensors of an accelerator.
+    for states in (ids.to(torch.bfloat16), ids.to(torch.int8), ids.tolist()):
+        again = processor(images=views[:2], finding_states=states)["finding_states"]
+        assert again.dtype == torch.int64 and torch.equal(again, ids)
+    numpy = processor(images=views[:2], finding_states={"edema": np.int64(1), "fracture": np.int8(4)})
+    assert torch.equal(
+        numpy["finding_states"],
+        processor(images=views[:2], finding_states={"edema": 1, "fracture": 4})["finding_states"],
+    )
 
 
 def test_processor_tokenizer_without_placeholders_is_refused(processor):
@@ -861,6 +898,14 @@ def test_word_tokenizer_gives_cleaned_reports_back(build_config, reports, rare):
 # --- what trainers of other libraries ask for -------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "prior", [{"prior_report": "Clear."}, {"prior_images": [np.eye(32)]}], ids=["report", "images"]
+)
+def test_processor_text_with_a_prior_and_no_image_is_refused(processor, prior):
+    with pytest.raises(ValueError, match="no image: expected at least one view"):
+        processor(text="abc", **prior)
+
+
 def test_processor_texts_alone_are_tokens(processor, reports):
     found = processor(text=reports[:2], padding_side="right")
     assert set(found) == {"input_ids", "attention_mask"}
@@ -892,3 +937,65 @@ def test_processor_conversation_with_an_answer_is_prompt_report_and_end(processo
     text = processor.apply_chat_template([user, answer], tokenize=False)
     found = processor(images=[views[0]], text=[text])
     assert torch.equal(found["input_ids"], processor(images=[views[0]], report=reports[:1])["input_ids"])
+
+
+# --- backbones -------------------------------------------------------------------------------------------------------
+
+
+def test_from_backbones_normalises_as_the_vision_encoder(build_backbones, build_config, tmp_path):
+    backbones = build_backbones(tmp_path)
+    stated = tmp_path / "vision" / "preprocessor_config.json"
+
+    def found():
+        image_processor = OTDRGProcessor.from_backbones(**backbones, config=build_config()).image_processor
+        return tuple(image_processor.image_mean), tuple(image_processor.image_std)
+
+    assert found() == (IMAGENET_MEAN, IMAGENET_STD)
+    ViTImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(tmp_path / "vision")
+    assert found() == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    for damaged in ('{"image_mean": [0.1', "[]", '{"image_processor_type": "Unheard"}'):
+        stated.write_text(damaged)
+        with pytest.raises(OSError, match=rf"vision backbone '{backbones['vision']}': its image processor") as error:
+            found()
+        assert "\n" not in str(error.value)
+
+
+def test_from_texts_on_a_timm_encoder_built_from_a_configuration_normalises_as_imagenet(build_config, tmp_path):
+    config = build_config()
+    AutoModel.from_config(config.vision_config).save_pretrained(tmp_path)
+    processor = OTDRGProcessor.from_texts(["Clear."], config, vision=str(tmp_path))
+    assert tuple(processor.image_processor.image_mean) == IMAGENET_MEAN
+
+
+def test_from_texts_on_a_hub_that_is_not_reached_is_refused(build_config, hub_server, tmp_path):
+    """A repository without an image processor is known to have none, also when the Hub is not reached later."""
+    files = {"config.json": b'{"model_type": "dinov2"}'}
+    stated = json.dumps({"image_processor_type": "ViTImageProcessor", "image_mean": [0.1] * 3}).encode()
+    hub_server.add_repo("models", "org/plain", files)
+    hub_server.add_repo("models", "org/stated", {**files, "preprocessor_config.json": stated})
+    code = """
+import json, sys
+from otdrg import OTDRGConfig, OTDRGProcessor
+found = {}
+for name in ("org/plain", "org/stated", "org/unknown"):
+    try:
+        processor = OTDRGProcessor.from_texts(["Clear."], OTDRGConfig.from_preset("tiny"), vision=name)
+        found[name] = processor.image_processor.image_mean[0]
+    except OSError as error:
+        found[name] = str(error)
+print(json.dumps(found))
+"""
+
+    def run(**variables):
+        environment = hub_server.environment(tmp_path / "home", **variables)
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    assert run(HF_HUB_OFFLINE="1")["org/plain"].startswith("vision backbone 'org/plain': its image processor")
+    online, offline = run(HF_HUB_OFFLINE="0"), run(HF_HUB_OFFLINE="1")
+    for found in (online, offline):
+        assert (found["org/plain"], found["org/stated"]) == (IMAGENET_MEAN[0], 0.1)
+        assert found["org/unknown"].startswith("vision backbone 'org/unknown': its image processor")

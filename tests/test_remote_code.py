@@ -110,6 +110,26 @@ except ImportError as error:
 print(json.dumps(found))
 """
 
+PACKAGE_OBJECTS = """
+import json, sys
+from dataclasses import asdict
+from transformers import pipeline, logging
+from otdrg.bank_otdrg import ReportBank
+from otdrg.consensus_otdrg import ConsensusDecoder, ConsensusSettings, SampleGroup
+
+logging.set_verbosity_error()
+folder, stored, image = sys.argv[1:4]
+pipe = pipeline("image-to-text", model=folder, trust_remote_code=True)
+assert type(pipe).__module__.startswith("transformers_modules")
+bank, plan = ReportBank.load(stored), [SampleGroup("all"), SampleGroup("others")]
+settings = {"agreement_weight": 0.0}
+more = {"return_candidates": 9, "max_new_tokens": 8}
+print(json.dumps([
+    pipe(image, candidates=4, bank=stored, consensus={**settings, "plan": list(map(asdict, plan))}, **more),
+    pipe(image, candidates=4, bank=bank, consensus={**settings, "plan": plan}, **more),
+    pipe(image, consensus=ConsensusDecoder(ConsensusSettings(candidates=4, plan=plan, **settings), bank), **more),
+]))
+"""
 
 TRAINING = """
 hide("otdrg")
@@ -273,6 +293,17 @@ def test_saved_folder_opens_by_every_door_and_again_after_saving(build_model, im
     for name in names:
         if name.endswith(".py"):
             assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+def test_pipeline_of_published_code_takes_objects_of_the_package(build_model, image, run, tmp_path):
+    model, processor = build_model()
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    features = np.random.default_rng(0).normal(size=(2, 32))
+    bank = ReportBank(["The lungs are clear.", "Edema."], features, probe=probe_features(model, processor))
+    bank.save(tmp_path / "bank")
+    by_name, *by_objects = run(PACKAGE_OBJECTS, tmp_path / "model", tmp_path / "bank", image)
+    assert by_objects == [by_name] * 2 and len(by_name[0]["candidates"]) > 2
 
 
 def test_merged_model_loads_without_peft(build_model, image, run, tmp_path):

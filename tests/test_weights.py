@@ -6,10 +6,12 @@ import importlib.util
 import json
 import os
 import re
+import resource
 import shutil
 import stat
 import subprocess
 import sys
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import pytest
 import torch
 from otdrg import OTDRGConfig, OTDRGForReportGeneration, OTDRGProcessor, weight_files_otdrg
 from peft import LoraConfig
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BertConfig, BitsAndBytesConfig
 
@@ -602,6 +605,56 @@ def test_save_pretrained_that_fails_keeps_the_former_weights(build_model, tmp_pa
         model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
     assert not list(tmp_path.glob(".former*"))
+
+
+@contextmanager
+def full_disk(limit):
+    """No file can have more bytes than the limit."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("shards", [("200KB", "50GB"), ("200KB", "100KB"), ("50GB", "100KB")])
+def test_save_pretrained_on_a_full_disk_keeps_the_former_model(model, build_model, tmp_path, shards):
+    other, _ = build_model(seed=3, ot_weight=0.3)
+    other.save_pretrained(tmp_path, max_shard_size=shards[0])
+    before = files_of(tmp_path)
+    with full_disk(60_000), pytest.raises((OSError, SafetensorError)):
+        model.save_pretrained(tmp_path, max_shard_size=shards[1])
+    assert files_of(tmp_path) == before
+    again = OTDRGForReportGeneration.from_pretrained(tmp_path)
+    assert all(torch.equal(again.state_dict()[name], weight) for name, weight in other.state_dict().items())
+
+
+def test_save_pretrained_after_a_killed_one_restores_or_replaces_its_former_weights(model, build_model, tmp_path):
+    other, _ = build_model(seed=3)
+    other.save_pretrained(tmp_path, max_shard_size="200KB")
+    before = files_of(tmp_path)
+    for name in list(before):
+        if name.startswith(("model.", "model-")) or name.endswith("config.json"):
+            (tmp_path / name).rename(tmp_path / f".former.{name}")
+    with pytest.raises(OSError, match=r"has no config\.json.*interrupted.*\.former\.config\.json: rename them"):
+        OTDRGForReportGeneration.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes(before["config.json"])
+    with pytest.raises(OSError, match=r"has no model\.safetensors.*the files before it are \.former\.generation_con"):
+        OTDRGForReportGeneration.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"part")
+    with full_disk(60_000), pytest.raises((OSError, SafetensorError)):
+        model.save_pretrained(tmp_path)
+    assert files_of(tmp_path) == before
+    (tmp_path / ".former.model.safetensors").write_bytes(b"part")
+    model.save_pretrained(tmp_path)
+    listed = json.loads((tmp_path / "config.json").read_text())["weights_sha256"]
+    assert set(listed) == {"model.safetensors"} and not list(tmp_path.glob(".former*"))
+    OTDRGForReportGeneration.from_pretrained(tmp_path)
 
 
 def test_lora_that_is_not_attached_is_not_saved(build_model, study, tmp_path):

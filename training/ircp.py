@@ -162,7 +162,7 @@ class ContrastivePretraining(nn.Module):
         self.stage = stage
         self.image_head = projection_head(model.image_projector.linear.in_features, stage.projection_size)
         if stage.report_weight > 0:
-            hidden_size = model.config.text_config.get_text_config().hidden_size
+            hidden_size = model.config.text_config.hidden_size
             self.report_head = projection_head(hidden_size, stage.projection_size)
 
     def forward(
