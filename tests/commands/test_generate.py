@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import load_dataset
-from otdrg import FINDINGS, ReportGenerationPipeline, image_processing_otdrg
+from otdrg import FINDINGS, ReportGenerationPipeline
 from otdrg.cli import main
 from otdrg.consensus_otdrg import ConsensusDecoder, ConsensusSettings
+from otdrg.inference import listing
 from otdrg.inference.loading import decoding
 from otdrg.labelers.report_table import read_reports
 from otdrg.metrics.faithfulness import self_check
@@ -319,14 +320,14 @@ def test_generate_list_with_byte_order_mark_reads_its_first_study(generate, path
 def test_generate_damaged_studies_are_skipped(generate, paths, tmp_path, monkeypatch):
     damaged = tmp_path / "damaged.png"
     damaged.write_bytes(Path(paths[0]).read_bytes())
-    whole = image_processing_otdrg.read_view
+    whole = listing.read_view
 
     def read_view(view, *arguments):
         if view == str(damaged):
             raise KeyError("Rows")
         return whole(view, *arguments)
 
-    monkeypatch.setattr("otdrg.image_processing_otdrg.read_view", read_view)
+    monkeypatch.setattr("otdrg.inference.listing.read_view", read_view)
     listed = [
         {"id": "a", "images": paths[0]},
         {"id": "decoder", "images": str(damaged)},
