@@ -178,9 +178,7 @@ def _run(options: argparse.Namespace) -> None:
         by_main_process(lambda: read_output(options.output))
     pipe = load_pipeline(options.model, **placement(options))
     if not pipe.model.config.dle and any(study.findings for study in studies):
-        raise ValueError(
-            "findings were given, but OTDRGConfig.dle=False: expected none, this model does not use finding states"
-        )
+        raise ValueError("findings were given, but OTDRGConfig.dle=False: this model does not use finding states")
     if options.heatmap is not None and not pipe.model.has_heatmaps:
         raise ValueError("--heatmap was given, but OTDRGConfig.fiot=False: this model has no transport plan")
     own = studies[0].rows is not None or options.format == "rexrank"

@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 import torch
 
 from ..consensus_otdrg import ConsensusDecoder, ConsensusSettings
+from ..files_otdrg import follow_umask
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from ..runtime.interruptions import EngineError
@@ -426,6 +427,8 @@ def save_language_model(model: OTDRGForReportGeneration, processor: OTDRGProcess
     # Placeholders mark features in the prompt and must not be generated.
     llm.generation_config.update(suppress_tokens=model.config.placeholder_token_ids)
     llm.save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):
+        follow_umask(file)
     processor.tokenizer.save_pretrained(folder)
 
 
