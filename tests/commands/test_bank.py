@@ -7,6 +7,8 @@ import pytest
 import yaml
 from otdrg.bank_otdrg import ReportBank
 from otdrg.cli import main
+from otdrg.consensus_otdrg import store_settings
+from otdrg.inference.loading import load_published
 from otdrg.labelers.rules import RulesLabeler
 from otdrg.studies import prepare_studies
 from otdrg.studies.cleaning import clean_report
@@ -90,7 +92,7 @@ def test_generate_consensus_options_that_do_not_fit_are_one_line(run_folder, pat
 @pytest.fixture
 def prepared(tmp_path, views):
     """A dataset without finding states."""
-    for number, report in enumerate(REPORTS):
+    for number in range(len(REPORTS)):
         Image.fromarray(views[number]).save(tmp_path / f"{number}.png")
     lines = [f"{number}.png,{report},train\n" for number, report in enumerate(REPORTS)]
     (tmp_path / "reports.csv").write_text("image,report,split\n" + "".join(lines), encoding="utf-8")
@@ -140,10 +142,11 @@ def test_bank_needs_no_finding_states(published, prepared, trained_run, tmp_path
 
 
 def test_bank_of_a_model_that_writes_one_candidate_needs_candidates(bank, trained_run, paths, tmp_path, capsys):
-    model = shutil.copytree(trained_run / "model", tmp_path / "model")
-    settings = json.loads((model / "generation_config.json").read_text())
-    (model / "generation_config.json").write_text(json.dumps({**settings, "consensus": {"candidates": 1}}))
-    command = ["generate", str(model), "--study", paths[0], "--bank", str(bank), *FEW]
+    shutil.copytree(trained_run / "model", tmp_path / "model")
+    model, _ = load_published(str(trained_run), "cpu")
+    store_settings(model, {"candidates": 1})
+    model.generation_config.save_pretrained(tmp_path / "model")
+    command = ["generate", str(tmp_path / "model"), "--study", paths[0], "--bank", str(bank), *FEW]
     assert main(command) == 1
     assert "this model writes candidates=1: expected --candidates too" in capsys.readouterr().err
     assert main([*command, "--candidates", "2"]) == 0
