@@ -102,7 +102,13 @@ def published_cleaning(model: str) -> str | None:
         OSError: the Hub cannot be reached.
     """
     name, hub = _source_of(model)
-    path = find_file(name, "metrics.json", **hub)
+    try:
+        path = find_file(name, "metrics.json", **hub)
+    except OSError as error:
+        raise OSError(
+            f"{model}: its metrics.json, which says how reports were cleaned, cannot be read: expected --cleaning, or "
+            f"the Hub ({error})"
+        ) from error
     return None if path is None else read_json(path, parse=_stated_cleaning)
 
 
