@@ -229,20 +229,16 @@ def share_work(
     return {item: known[item] for item in ids if item in known}
 
 
-def read_journals(journal: Path, check: Callable[[Row], Any] | None = None) -> dict[str, Row]:
-    """The rows, by id, of a journal and of the files of other processes beside it, which are not changed.
-
-    Args:
-        journal: the file; it need not exist.
-        check: as in [`share_work`].
+def read_journals(journal: Path) -> dict[str, Row]:
+    """The rows, by id, of a journal, which need not exist, and of other processes' files beside it; none is changed.
 
     Raises:
         ValueError: a damaged line; the message names file and line.
     """
-    return _rows_by_id([Journal(path) for path in (journal, *_parts(journal))], check)
+    return _rows_by_id([Journal(path) for path in (journal, *_parts(journal))])
 
 
-def _rows_by_id(journals: Iterable[Journal], check: Callable[[Row], Any] | None) -> dict[str, Row]:
+def _rows_by_id(journals: Iterable[Journal], check: Callable[[Row], Any] | None = None) -> dict[str, Row]:
     rows: dict[str, Row] = {}
     for journal in journals:
         for number, row in enumerate(journal.rows, 1):
@@ -261,13 +257,17 @@ def _rows_by_id(journals: Iterable[Journal], check: Callable[[Row], Any] | None)
 def merge_journals(
     journal: Path, order: Sequence[str] = (), check: Callable[[Row], Any] | None = None
 ) -> dict[str, Row]:
-    """[`read_journals`], and merge all into the journal, without a line cut off.
+    """The rows of [`read_journals`], which are merged into the journal; a line cut off is removed.
 
     Only for the main process, while no other writes.
 
     Args:
-        journal, check: as in `read_journals`, with its errors.
+        journal: the file; it need not exist.
         order: ids in the order that their rows get; rows of other ids come first.
+        check: as in [`share_work`].
+
+    Raises:
+        ValueError: as `read_journals`.
     """
     _stop_file(journal).unlink(missing_ok=True)
     parts = _parts(journal)
