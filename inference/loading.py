@@ -102,13 +102,7 @@ def published_cleaning(model: str) -> str | None:
         OSError: the Hub cannot be reached.
     """
     name, hub = _source_of(model)
-    try:
-        path = find_file(name, "metrics.json", **hub)
-    except OSError as error:
-        raise OSError(
-            f"{model}: its metrics.json, which says how reports were cleaned, cannot be read: expected --cleaning, or "
-            f"the Hub ({error})"
-        ) from error
+    path = find_file(name, "metrics.json", **hub)
     return None if path is None else read_json(path, parse=_stated_cleaning)
 
 

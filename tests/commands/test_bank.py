@@ -127,13 +127,6 @@ def test_bank_of_a_published_model_is_cleaned_as_the_model_writes(published, pre
     assert "metrics.json: recipe.studies.cleaning='other': expected one of r2gen_iu" in capsys.readouterr().err
 
 
-def test_bank_of_a_model_on_a_hub_that_is_not_there_names_the_option(prepared, tmp_path, capsys):
-    assert main(["bank", "org/otdrg", str(prepared), "--output", str(tmp_path / "bank")]) == 1
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "org/otdrg: its metrics.json, which says how reports were cleaned" in error
-    assert "expected --cleaning" in error
-
-
 def test_bank_needs_no_finding_states(published, prepared, trained_run, tmp_path, monkeypatch, capsys):
     def fails(self, reports):
         raise AssertionError("the studies were labelled")
