@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from .files_otdrg import read_json, write_json
+from .files_otdrg import follow_umask, read_json, write_json
 from .utility_otdrg import UTILITY, ReportUtility
 
 _ARRAYS, _TEXTS = "bank.safetensors", "bank.json"
@@ -204,13 +204,16 @@ class ReportBank:
         )
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write the bank to a folder, which is made if it is missing."""
+        """Write the bank to a folder, which is made if it is missing; there is no bank in it until all is written."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         arrays = {"features": self._features}
         if self.probe is not None:
             arrays["probe"] = np.asarray(self.probe, np.float32)
+        # Texts of another bank would be read with these features.
+        (folder / _TEXTS).unlink(missing_ok=True)
         save_file(arrays, folder / _ARRAYS)
+        follow_umask(folder / _ARRAYS)
         write_json(
             folder / _TEXTS,
             {

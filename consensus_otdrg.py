@@ -173,7 +173,7 @@ def consensus_settings(
 
     Args:
         generation_config: of the model; its `consensus` holds settings as well.
-        candidates: samples per study; 1 is `generate`.
+        candidates: samples per study; 1, from wherever it is set, is `generate`.
         bank: not None if there is a report bank.
         settings: others, by name.
 
@@ -181,9 +181,10 @@ def consensus_settings(
         ValueError: an unknown name or an impossible value.
     """
     stored = getattr(generation_config, "consensus", None)
-    if candidates == 1 or (candidates is None and bank is None and not settings and not stored):
+    if candidates is None and bank is None and not settings and not stored:
         return None
-    return ConsensusSettings.of(stored, settings, {} if candidates is None else {"candidates": candidates})
+    found = ConsensusSettings.of(stored, settings, {} if candidates is None else {"candidates": candidates})
+    return None if found.candidates == 1 else found
 
 
 def _made(kind, values: Any, place: str):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..runtime.output_lock import OutputLock
 from ..runtime.printable import PrintableFormatter, show
-from .arguments import add_resamples, check_least
+from .arguments import add_resamples, check_folder, check_least
 
 DESCRIPTION = """\
 The paper's ablations of a recipe: Table 3 (modules), Table 4 (epsilon) and Figure 4 (Sinkhorn iterations). Every row is
@@ -79,6 +79,7 @@ def run(options: argparse.Namespace) -> None:
     if options.jobs > 1:
         threads = recipe.cpu_threads or os.cpu_count() or 1
         cpu_threads = max(1, threads // options.jobs)
+    check_folder("--output", options.output)
     with OutputLock(options.output):
         plan = plan_runs(options.recipe, options.overrides, rows, options.seeds, options.output, cpu_threads)
         check_plan(plan)

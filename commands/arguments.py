@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import socket
+from pathlib import Path
 from typing import Any
 
 from ..labelers import LABELERS
@@ -237,6 +238,12 @@ def check_guidance(options: argparse.Namespace) -> None:
     scale = options.guidance_scale
     if scale is not None and not 1 <= scale < float("inf"):
         raise ValueError(f"--guidance-scale is {scale:g}: expected a number of at least 1")
+
+
+def check_folder(flag: str, folder: Path | None) -> None:
+    """Raise a `ValueError` if an output folder is a file; None is allowed."""
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise ValueError(f"{flag} {folder}: this is a file, expected a folder")
 
 
 def check_least(options: argparse.Namespace, **least: int) -> None:

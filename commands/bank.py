@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from ..runtime.shared_work import by_main_process, continue_alone, shared_lock
-from .arguments import add_device, check_device, check_least, placement
+from ..studies.cleaning import CLEANING_STYLES
+from .arguments import add_device, check_device, check_folder, check_least, placement
 
 DESCRIPTION = """\
 Make a report bank: the reports of training studies, cleaned as the model writes them, and the image features that the
@@ -30,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None
         metavar="DATASET",
         help="recipe or folder of otdrg prepare, whose training studies are read (default: the run's own recipe)",
     )
+    parser.add_argument(
+        "--cleaning",
+        choices=CLEANING_STYLES,
+        help="cleaning of the reports (default: that of the reports the model learned, by its recipe or metrics.json)",
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder of the bank")
     parser.add_argument(
         "--limit",
@@ -48,6 +54,7 @@ def run(options: argparse.Namespace) -> None:
     """Encode the studies, and write the bank."""
     check_least(options, limit=1, batch_size=1, seed=0)
     check_device(options)
+    check_folder("--output", options.output)
     with shared_lock(options.output):
         if by_main_process((options.output / "bank.json").exists) and not options.overwrite:
             raise ValueError(f"{options.output} holds a report bank: --overwrite replaces it")
@@ -56,12 +63,15 @@ def run(options: argparse.Namespace) -> None:
 
 def _bank(options: argparse.Namespace) -> None:
     # Imported after the checks, because they take seconds.
-    from ..inference.loading import load_published
+    from ..inference.loading import load_published, published_cleaning
     from ..inference.retrieval import build_bank
     from ..training.data import bank_studies, describe_studies
     from ..training.recipe import published_recipe
 
-    studies = bank_studies(options.dataset, published_recipe(options.model))
+    own, cleaning = published_recipe(options.model), options.cleaning
+    if cleaning is None and own is None:
+        cleaning = by_main_process(lambda: published_cleaning(options.model))
+    studies = bank_studies(options.dataset, own, cleaning)
     licences = [licence for licence in describe_studies({"train": studies})["train"]["licences"] if licence]
     model, processor = load_published(options.model, **placement(options))
     bank = build_bank(model, processor, studies, licences, options.batch_size, options.seed, options.limit)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..runtime.printable import show
 from ..runtime.shared_work import by_main_process, continue_alone, shared_lock, temporary_journal
-from .arguments import SPLITS, add_device, add_resamples, check_device, check_least, placement
+from .arguments import SPLITS, add_device, add_resamples, check_device, check_folder, check_least, placement
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -54,6 +54,7 @@ def run(options: argparse.Namespace) -> None:
     """Encode the studies, write picture and figures, and print them."""
     check_least(options, limit=1, resamples=1, batch_size=1, seed=0)
     check_device(options)
+    check_folder("--output", options.output)
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError('the picture needs matplotlib: pip install "otdrg[figures]"')
     with shared_lock(options.output):

@@ -22,6 +22,7 @@ from .arguments import (
     check_consensus,
     check_device,
     check_engine,
+    check_folder,
     check_guidance,
     check_least,
     placement,
@@ -109,8 +110,7 @@ def run(options: argparse.Namespace) -> None:
     if options.output is None and not Path(options.model).is_dir():
         raise ValueError(f"{options.model} is not a folder here: expected --output, the folder of the evaluation")
     output = options.output or Path(options.model) / f"evaluation-{options.split}"
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output}: this is a file, expected a folder")
+    check_folder("--output", output)
     with shared_lock(output):
         try:
             show(f"{_evaluate(options, output)}\n\n{output}")

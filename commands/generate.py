@@ -21,16 +21,14 @@ from ..inference.listing import (
     typed_findings,
     typed_studies,
 )
-from ..labelers.report_table import read_reports
 from ..runtime.interruptions import fault_of_study
 from ..runtime.printable import one_line, printable, show
 from ..runtime.shared_work import (
     by_main_process,
-    count_rows,
     exchange,
     is_begun,
-    merge_journals,
     process_place,
+    read_journals,
     share_work,
     shared_lock,
 )
@@ -43,6 +41,7 @@ from .arguments import (
     check_consensus,
     check_device,
     check_engine,
+    check_folder,
     check_guidance,
     check_least,
     placement,
@@ -170,14 +169,16 @@ def _run(options: argparse.Namespace) -> None:
         # Find unreadable files before a large model is loaded.
         for study in studies:
             study.read_views(sys.maxsize)
-    if options.resume:
-        by_main_process(lambda: merge_journals(options.output))
-
     from ..inference.loading import asked_decoder, decoding, described_consensus, load_pipeline
-    from ..inference.resumption import begin_output, settings_of
+    from ..inference.resumption import begin_output, read_output, settings_of
     from ..inference.vllm import asked_engine
 
+    if options.resume:
+        # Find a file that cannot be continued before a large model is loaded.
+        by_main_process(lambda: read_output(options.output))
     pipe = load_pipeline(options.model, **placement(options))
+    if not pipe.model.config.dle and any(study.findings for study in studies):
+        raise ValueError("findings were given, but OTDRGConfig.dle=False: this model does not use finding states")
     if options.heatmap is not None and not pipe.model.has_heatmaps:
         raise ValueError("--heatmap was given, but OTDRGConfig.fiot=False: this model has no transport plan")
     own = studies[0].rows is not None or options.format == "rexrank"
@@ -212,34 +213,33 @@ def _run(options: argparse.Namespace) -> None:
         kept = by_main_process(begin)
     try:
         with engine or nullcontext():
-            written, left_out = _write(pipe, studies, options, arguments, engine)
+            rows, left_out = _write(pipe, studies, options, arguments, engine)
     except KeyboardInterrupt as stop:
-        raise type(stop)(_so_far(options, len(studies))) from None
+        raise type(stop)(*_so_far(options, studies)) from None
     if options.output is not None:
         existing = f", {kept:,} were there" if options.resume else ""
-        count = written - kept
+        count = len(rows) - kept
         path = options.predictions if options.format == "rexrank" else options.output
         show(f"{count:,} report{'' if count == 1 else 's'} written{existing}: {path}", file=sys.stderr)
     if options.format == "rexrank":
-        by_main_process(
-            lambda: write_predictions(options.predictions, options.studies, dict(read_reports(options.output)))
-        )
+        reports = {study: row["report"] for study, row in rows.items()}
+        by_main_process(lambda: write_predictions(options.predictions, options.studies, reports))
     if left_out:
-        raise ValueError(
-            f"{left_out:,} of {len(studies):,} studies were left out, for the reasons above; the others were written"
-        )
+        others = "; the others were written" if rows else ""
+        raise ValueError(f"{left_out:,} of {len(studies):,} studies were left out, for the reasons above{others}")
 
 
-def _so_far(options: argparse.Namespace, studies: int) -> str | None:
-    """What an interrupted command has written."""
+def _so_far(options: argparse.Namespace, studies: list[ListedStudy]) -> list[str]:
+    """What an interrupted command has written, in one line, if it writes a file."""
     if options.output is None or process_place()[0] > 0:
-        return None
-    return f"{count_rows(options.output):,} of {studies:,} studies were written to {options.output}; --resume continues"
+        return []
+    rows = read_journals(options.output)
+    count = sum(study.id in rows for study in studies)
+    return [f"{count:,} of {len(studies):,} studies were written to {options.output}; --resume continues"]
 
 
 def _check(options: argparse.Namespace) -> None:
-    check_least(options, num_beams=1, max_new_tokens=1, batch_size=1)
-    check_least(options, runners_up=1)
+    check_least(options, num_beams=1, max_new_tokens=1, batch_size=1, runners_up=1)
     check_guidance(options)
     check_consensus(options)
     check_device(options)
@@ -257,9 +257,11 @@ def _check(options: argparse.Namespace) -> None:
             # `otdrg score` and `otdrg label` recognise it by its suffix.
             what = "this is a folder" if options.output.is_dir() else "another kind of file"
             raise ValueError(f"--output {options.output}: {what}, expected the name of a {suffix} file")
+        listed = options.studies
+        if listed and options.output.exists() and os.path.exists(listed) and options.output.samefile(listed):
+            raise ValueError(f"{options.output} would be written over, and is --studies: expected another --output")
         _check_writable("--output", options.output, options.output.parent)
-    if options.heatmap is not None and options.heatmap.exists() and not options.heatmap.is_dir():
-        raise ValueError(f"--heatmap {options.heatmap}: this is a file, expected a folder")
+    check_folder("--heatmap", options.heatmap)
     if options.heatmap is not None and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("--heatmap needs matplotlib: pip install 'otdrg[demo]'")
     if options.heatmap is not None:
@@ -288,8 +290,6 @@ def _check_rexrank(options: argparse.Namespace) -> None:
             )
     if not options.image_root.is_dir():
         raise ValueError(f"--image-root {options.image_root}: expected a folder that exists")
-    if options.output.exists() and Path(options.studies).exists() and options.output.samefile(options.studies):
-        raise ValueError(f"{options.output} would be written over, and is --studies: expected another --output")
 
 
 def _studies(options: argparse.Namespace, findings: dict[str, str], indications: bool = False) -> list[ListedStudy]:
@@ -311,8 +311,13 @@ def _studies(options: argparse.Namespace, findings: dict[str, str], indications:
     return listed_studies(lines, name, options.indication, findings)
 
 
-def _write(pipe, studies: list[ListedStudy], options, arguments: dict[str, Any], engine) -> tuple[int, int]:
-    """Write or print the reports of the studies, and list those that cannot be read; gives the number of both."""
+def _write(
+    pipe, studies: list[ListedStudy], options, arguments: dict[str, Any], engine
+) -> tuple[dict[str, dict[str, Any]], int]:
+    """Write or print the reports of the studies, and list those that cannot be read.
+
+    Returns the rows of the reports by id, and the number of studies that were left out.
+    """
     from ..inference.records import study_blocks, study_records
 
     printing, several = options.output is None, process_place()[1] > 1
@@ -346,7 +351,7 @@ def _write(pipe, studies: list[ListedStudy], options, arguments: dict[str, Any],
         for study in studies:
             if study.id in faults:
                 print(f"left out: {one_line(faults[study.id])}", file=sys.stderr)
-    return len(records), len(faults)
+    return records, len(faults)
 
 
 def _print(records: Iterable[dict[str, Any]], as_json: bool) -> None:

@@ -28,7 +28,7 @@ from ..runtime.shared_work import (
     shared_lock,
     temporary_journal,
 )
-from .arguments import PLACEMENT, add_device, check_device, placement
+from .arguments import PLACEMENT, add_device, check_device, check_folder, placement
 
 DESCRIPTION = """\
 Read the states of the 14 findings from reports, in one of three forms:
@@ -275,11 +275,9 @@ def _compare(options: argparse.Namespace) -> None:
 def _measure_agreement(options: argparse.Namespace, folder: Path | None) -> None:
     from ..labelers.agreement import format_agreement, measure_agreement, write_agreement
 
-    if folder is not None and folder.exists():
-        if not folder.is_dir():
-            raise ValueError(f"{folder} is a file: expected a folder for the comparison")
-        if any(folder.iterdir()) and not options.overwrite:
-            raise ValueError(f"{folder} exists and is not empty: --overwrite writes into it")
+    check_folder("--output", folder)
+    if folder is not None and folder.exists() and any(folder.iterdir()) and not options.overwrite:
+        raise ValueError(f"{folder} exists and is not empty: --overwrite writes into it")
     paths = [Path(path) for path in options.compare]
     tables = [read_states(path) for path in paths]
     ids = [study for study in tables[0] if study in tables[1]]

@@ -9,7 +9,7 @@ from typing import Any
 from ..findings_otdrg import FINDINGS, finding_key
 from ..runtime.printable import show
 from ..runtime.shared_work import by_main_process, shared_lock, temporary_journal
-from .arguments import SPLITS, add_device, add_resamples, check_device, check_least, placement
+from .arguments import SPLITS, add_device, add_resamples, check_device, check_folder, check_least, placement
 
 DESCRIPTION = """\
 Judge the heatmaps of a model, its transport plan over the image, on phantoms, whose masks say where each finding is:
@@ -54,6 +54,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--findings {FINDINGS[-1]}: it has no place in an image, expected one of the 13 others")
     check_least(options, studies=1, resamples=1, batch_size=1)
     check_device(options)
+    check_folder("--output", options.output)
     with shared_lock(options.output):
         _localise(options, list(dict.fromkeys(findings)))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..runtime.output_lock import OutputLock
 from ..runtime.printable import show
 from ..runtime.vllm_server import serve_arguments
+from .arguments import check_folder
 
 DESCRIPTION = """\
 Publish a trained model in one commit: weights (safetensors, LoRA merged), the code that loads them, processor,
@@ -89,6 +90,7 @@ def run(options: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as folder:
             _push(options, Path(folder), backbones)
         return
+    check_folder("--output", options.output)
     with OutputLock(options.output):
         if options.output.exists() and any(options.output.iterdir()):
             raise ValueError(f"--output {options.output} is not empty: expected a new folder")

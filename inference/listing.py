@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..findings_otdrg import CONDITIONING_STATES, FINDINGS, finding_key, parse_findings
-from ..image_processing_otdrg import without_credentials
+from ..image_processing_otdrg import read_view, without_credentials
 from ..studies.rexrank import read_rexrank, study_images, study_indication
 
 if TYPE_CHECKING:
@@ -80,8 +80,6 @@ class ListedStudy:
         Raises:
             ValueError: there is no view, or one cannot be read.
         """
-        from ..image_processing_otdrg import read_view
-
         images: Sequence[Any] | None = self.images
         if self.rows is not None:
             images = [image["bytes"] or image["path"] for image in self.rows[self.place]["images"]]
@@ -99,8 +97,6 @@ class ListedStudy:
         Raises:
             ValueError: a view cannot be read.
         """
-        from ..image_processing_otdrg import read_view
-
         images: Sequence[Any] = self.prior_images
         report = self.prior_report
         if self.rows is not None:

@@ -11,13 +11,16 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from ..bank_otdrg import ReportBank
+from ..configuration_otdrg import find_file
 from ..consensus_otdrg import ConsensusDecoder, consensus_settings
+from ..files_otdrg import read_json
 from ..labelers.as_typed import label_quietly, labeler_of
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..pipeline_otdrg import ReportGenerationPipeline
 from ..processing_otdrg import OTDRGProcessor
 from ..runtime.devices import inference_device
 from ..runtime.yaml_files import read_yaml
+from ..studies.cleaning import CLEANING_STYLES
 from ..weight_files_otdrg import read_stated
 from ..weights_otdrg import quantization_of
 from .attention import use_fastest_attention
@@ -56,11 +59,7 @@ def load_published(
     if quantization is not None:
         # Packed weights cannot be moved afterwards.
         arguments |= {"quantization_config": quantization_of(quantization), "device_map": {"": place}}
-    if Path(model).is_dir():
-        name, hub = published_folder(model), {}
-    else:
-        repo, _, revision = model.partition("@")
-        name, hub = repo, {"revision": revision} if revision else {}
+    name, hub = _source_of(model)
     try:
         commit = read_stated(name, **hub)[1]
         if commit is not None:
@@ -82,6 +81,36 @@ def load_published(
     use_fastest_attention(network)
     check_fit(name, network, processor, **hub)
     return network.eval(), processor
+
+
+def _source_of(model: str) -> tuple[str | Path, dict[str, str]]:
+    """The folder or the Hub id of a model, and its revision as a keyword argument of `from_pretrained`."""
+    if Path(model).is_dir():
+        return published_folder(model), {}
+    repo, _, revision = model.partition("@")
+    return repo, {"revision": revision} if revision else {}
+
+
+def published_cleaning(model: str) -> str | None:
+    """The cleaning of the reports that a model learned, from the `metrics.json` beside it; None if it is not there.
+
+    Args:
+        model: as in [`load_published`].
+
+    Raises:
+        ValueError: the file is damaged, or names an unknown cleaning.
+        OSError: the Hub cannot be reached.
+    """
+    name, hub = _source_of(model)
+    path = find_file(name, "metrics.json", **hub)
+    return None if path is None else read_json(path, parse=_stated_cleaning)
+
+
+def _stated_cleaning(metrics: dict[str, Any]) -> str | None:
+    cleaning = ((metrics.get("recipe") or {}).get("studies") or {}).get("cleaning")
+    if cleaning is not None and cleaning not in CLEANING_STYLES:
+        raise ValueError(f"recipe.studies.cleaning={cleaning!r}: expected one of {', '.join(CLEANING_STYLES)}")
+    return cleaning
 
 
 def published_folder(model: str | Path) -> Path:
@@ -155,7 +184,8 @@ def decoding(
         decoder: of consensus decoding, whose samples of a study are in the device's memory at the same time.
 
     Returns:
-        `num_beams`, `max_new_tokens` and, if there are some, `bad_words_ids` and `guidance_scale`.
+        `num_beams`, `max_new_tokens` and, if there are some, `bad_words_ids` and `guidance_scale`, which is 1 if it
+        replaces another one of the model's.
 
     Raises:
         ValueError: guidance of a model that does not use finding states, more tokens than the LLM has positions, more
@@ -180,13 +210,14 @@ def decoding(
             f"{tokens} new tokens needs {needed / 2**30:,.1f} GB for "
             f"views, keys and values, and the device has {there / 2**30:,.1f} GB: expected less of one of them"
         )
-    guidance_scale = guidance_scale or getattr(asked, "guidance_scale", None) or 1.0
+    own_scale = getattr(asked, "guidance_scale", None) or 1.0
+    guidance_scale = guidance_scale or own_scale
     found: dict[str, Any] = {"num_beams": beams, "max_new_tokens": tokens}
     if asked.bad_words_ids:
         found["bad_words_ids"] = asked.bad_words_ids
-    if guidance_scale == 1:
+    if guidance_scale == own_scale == 1:
         return found
-    if not model.config.dle:
+    if guidance_scale != 1 and not model.config.dle:
         raise ValueError(
             f"--guidance-scale is {guidance_scale:g}: expected 1, this model does not use finding states (dle=False)"
         )
@@ -209,11 +240,14 @@ def consensus_decoder(
         settings: other [`ConsensusSettings`]; None is left out.
 
     Raises:
-        ValueError: an impossible setting, or a bank that is damaged or of another encoder.
+        ValueError: an impossible setting, a bank that is damaged or of another encoder, or one for a model whose
+            generation config has `candidates` 1.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     found = consensus_settings(model.generation_config, candidates, bank, given)
     if found is None:
+        if bank is not None and candidates is None:
+            raise ValueError("a report bank was given, and this model writes candidates=1: expected --candidates too")
         return None
     if bank is not None and not isinstance(bank, ReportBank):
         bank = ReportBank.load(bank)
@@ -267,5 +301,6 @@ __all__ = [
     "load_pipeline",
     "load_published",
     "model_settings",
+    "published_cleaning",
     "published_folder",
 ]

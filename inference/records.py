@@ -85,15 +85,7 @@ def _records_or_skip(
         if len(batch) == 1:
             skip(batch[0][0], error)
             return []
-        records = []
-        for item in batch:
-            try:
-                records += _records(pipe, [item], heatmap, arguments)
-            except Exception as fault:
-                skip(item[0], fault)
-        if not records:
-            raise
-        return records
+        return [record for item in batch for record in _records_or_skip(pipe, [item], heatmap, arguments, skip)]
 
 
 def _records(pipe, batch: Batch, heatmap: Path | None, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..pipeline_otdrg import ReportGenerationPipeline
 from ..runtime.journal import WorkSettings
-from ..runtime.shared_work import discard_journals, merge_journals
+from ..runtime.shared_work import check_settings_file, discard_journals, read_journals
 from ..studies.fingerprint import fingerprint
 from .listing import ListedStudy
 from .loading import model_settings
@@ -29,6 +29,16 @@ def settings_of(
     }
 
 
+def read_output(path: Path) -> dict[str, dict[str, Any]]:
+    """The rows of a file of reports by id, if there are some; nothing is changed.
+
+    Raises:
+        ValueError: a damaged line, or no file of settings beside it.
+    """
+    check_settings_file(path, path.with_suffix(".settings.json"))
+    return read_journals(path)
+
+
 def begin_output(path: Path, resume: bool, settings: dict[str, Any], studies: list[ListedStudy]) -> int:
     """Prepare the file of reports; gives how many of the studies are in it. Only for the main process.
 
@@ -45,14 +55,9 @@ def begin_output(path: Path, resume: bool, settings: dict[str, Any], studies: li
     beside = path.with_suffix(".settings.json")
     if not resume:
         discard_journals(path)
-    written = merge_journals(path)
+    written = read_output(path)
     if not written:
         beside.unlink(missing_ok=True)
-    elif not beside.is_file():
-        raise ValueError(
-            f"{path} has no {beside.name} beside it, with the settings of its reports: expected it, another --output, "
-            "or --overwrite"
-        )
     for study in studies:
         asked, row = study.asked(), written.get(study.id)
         if row is not None and any(asked.get(key) != row.get(key) for key in _ASKED):
@@ -64,4 +69,4 @@ def begin_output(path: Path, resume: bool, settings: dict[str, Any], studies: li
     return sum(study.id in written for study in studies)
 
 
-__all__ = ["begin_output", "settings_of"]
+__all__ = ["begin_output", "read_output", "settings_of"]

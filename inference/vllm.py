@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 import torch
 
 from ..consensus_otdrg import ConsensusDecoder, ConsensusSettings
+from ..files_otdrg import follow_umask
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from ..runtime.interruptions import EngineError
@@ -78,6 +79,7 @@ class VLLM:
     ):
         self.model, self.processor, self.longest_answer = model, processor, longest_answer
         self._url, self._served = None if url is None else url.rstrip("/"), ""
+        self._longest: int | None = model.config.text_positions
         self._server: Server | None = None
         self._held = ExitStack()
         self._turn = threading.Lock()
@@ -172,7 +174,7 @@ class VLLM:
             (B * num_return_sequences, L + new tokens), the prompts as given and the reports, padded.
 
         Raises:
-            ValueError: beams or guidance.
+            ValueError: beams or guidance, or a prompt that does not fit into the LLM's or the server's positions.
             EngineError: the server failed.
         """
         if num_beams > 1 or guidance_scale != 1 or return_dict_in_generate:
@@ -190,6 +192,12 @@ class VLLM:
             prior_view_features=prior_view_features,
             prior_view_mask=prior_view_mask,
         )
+        longest = int(mask.sum(dim=1).max())
+        if self._longest is not None and longest + max_new_tokens > self._longest:
+            raise ValueError(
+                f"a prompt of {longest} tokens and {max_new_tokens} new ones: expected at most {self._longest} "
+                "together, the positions of the served LLM: shorten the indication or max_new_tokens"
+            )
         request = {
             "model": self._served,
             "prompt_embeds": [_encoded(row[kept.bool()]) for row, kept in zip(embeddings, mask, strict=True)],
@@ -251,13 +259,14 @@ class VLLM:
         name = served_name(self.model)
         if self._url is None:
             self._start(name)
-        served = [row["id"] for row in self._ask("/v1/models").get("data", ())]
+        served = {row["id"]: row.get("max_model_len") for row in self._ask("/v1/models").get("data", ())}
         if name not in served:
             raise EngineError(
                 f"{self._url} serves {', '.join(served) or 'no model'}: expected {name}, this model's LLM in "
                 f"{_name(self.model.dtype)}; otdrg push --merge writes it and prints the command that serves it"
             )
-        self._served = name
+        limits = [limit for limit in (self._longest, served[name]) if limit is not None]
+        self._served, self._longest = name, min(limits, default=None)
 
     def _start(self, name: str) -> None:
         """Start a server of its own, and wait until it answers."""
@@ -418,6 +427,8 @@ def save_language_model(model: OTDRGForReportGeneration, processor: OTDRGProcess
     # Placeholders mark features in the prompt and must not be generated.
     llm.generation_config.update(suppress_tokens=model.config.placeholder_token_ids)
     llm.save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):
+        follow_umask(file)
     processor.tokenizer.save_pretrained(folder)
 
 

@@ -11,6 +11,11 @@ from accelerate.utils import parse_flag_from_env
 from .shared_work import launched_processes
 
 
+def has_accelerator() -> bool:
+    """Whether there is an accelerator, unless `accelerate launch --cpu` excludes it."""
+    return torch.accelerator.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
 def join_processes(device: str | None = None) -> None:
     """Join the processes that were launched together; does nothing in a process that was launched alone.
 
@@ -24,8 +29,7 @@ def join_processes(device: str | None = None) -> None:
     """
     if launched_processes() == 1:
         return
-    on_cpu = _excludes_accelerator() or device == "cpu" or not torch.accelerator.is_available()
-    state = PartialState(cpu=on_cpu, backend="gloo", timeout=timedelta(days=1))
+    state = PartialState(cpu=device == "cpu" or not has_accelerator(), backend="gloo", timeout=timedelta(days=1))
     if state.num_processes != launched_processes():
         raise ValueError(
             f"{launched_processes()} processes were launched (WORLD_SIZE), but {state.num_processes} joined: start "
@@ -44,7 +48,7 @@ def inference_device(name: str | None = None) -> torch.device:
         ValueError: there is no such device.
     """
     if name is None:
-        return PartialState(cpu=_excludes_accelerator()).device
+        return PartialState(cpu=not has_accelerator()).device
     try:
         device = torch.device(name)
         if device.type == "meta":
@@ -60,9 +64,4 @@ def inference_device(name: str | None = None) -> torch.device:
         raise ValueError(f"device={name!r}: not available here ({reason}), expected {there}") from None
 
 
-def _excludes_accelerator() -> bool:
-    """Whether `accelerate launch --cpu` was asked for."""
-    return parse_flag_from_env("ACCELERATE_USE_CPU")
-
-
-__all__ = ["inference_device", "join_processes"]
+__all__ = ["has_accelerator", "inference_device", "join_processes"]

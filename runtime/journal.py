@@ -15,10 +15,11 @@ class Journal:
     """A `.jsonl` file of finished items that is added to; if the process is killed, only a line cut off is lost.
 
     Args:
-        path: the file; it need not exist.
+        path: the file; it need not exist. It is not changed by reading.
 
     Attributes:
         rows: its items in order, each a JSON object.
+        cut_off: number of bytes of a line cut off at the end; [`add`] removes it, unless another process has ended it.
 
     Raises:
         ValueError: a line is no JSON object.
@@ -28,9 +29,11 @@ class Journal:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self.rows: list[dict[str, Any]] = []
+        self.cut_off = 0
         if not self.path.exists():
             return
-        *lines, cut_off = self.path.read_bytes().split(b"\n")
+        content = self.path.read_bytes()
+        *lines, last = content.split(b"\n")
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
@@ -39,12 +42,14 @@ class Journal:
             if not isinstance(row, dict):
                 raise ValueError(f"{self.path}, line {number}: no JSON object; delete the file to start again")
             self.rows.append(row)
-        if cut_off:
-            os.truncate(self.path, self.path.stat().st_size - len(cut_off))
+        self.cut_off, self._size = len(last), len(content)
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         """Add items, each a line; they are on disk when this returns."""
         rows = list(rows)
+        if self.cut_off and self.path.stat().st_size == self._size:
+            os.truncate(self.path, self._size - self.cut_off)
+        self.cut_off = 0
         append_rows(self.path, rows)
         self.rows += rows
 

@@ -14,14 +14,8 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from .devices import has_accelerator
 from .shared_work import launched_processes
-
-
-def has_accelerator() -> bool:
-    """Whether there is a GPU to train on, unless `accelerate launch --cpu` excludes it."""
-    if parse_flag_from_env("ACCELERATE_USE_CPU"):
-        return False
-    return torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
 
 
 def device_arguments(use_cpu: bool = False, deepspeed: bool = False) -> dict[str, Any]:
@@ -180,7 +174,6 @@ __all__ = [
     "check_wrapper",
     "device_arguments",
     "fill",
-    "has_accelerator",
     "is_sharded",
     "open_methods",
     "start_processes",

@@ -229,10 +229,35 @@ def share_work(
     return {item: known[item] for item in ids if item in known}
 
 
+def read_journals(journal: Path) -> dict[str, Row]:
+    """The rows, by id, of a journal, which need not exist, and of other processes' files beside it; none is changed.
+
+    Raises:
+        ValueError: a damaged line; the message names file and line.
+    """
+    return _rows_by_id([Journal(path) for path in (journal, *_parts(journal))])
+
+
+def _rows_by_id(journals: Iterable[Journal], check: Callable[[Row], Any] | None = None) -> dict[str, Row]:
+    rows: dict[str, Row] = {}
+    for journal in journals:
+        for number, row in enumerate(journal.rows, 1):
+            try:
+                item = row["id"]
+                if check is not None:
+                    check(row)
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(
+                    f"{journal.path}, line {number}: not a row of this work; delete the file to start again"
+                ) from None
+            rows.setdefault(item, row)
+    return rows
+
+
 def merge_journals(
     journal: Path, order: Sequence[str] = (), check: Callable[[Row], Any] | None = None
 ) -> dict[str, Row]:
-    """The rows of a journal and of the files of other processes beside it, which are merged into it.
+    """The rows of [`read_journals`], which are merged into the journal; a line cut off is removed.
 
     Only for the main process, while no other writes.
 
@@ -242,27 +267,16 @@ def merge_journals(
         check: as in [`share_work`].
 
     Raises:
-        ValueError: a damaged line; the message names file and line.
+        ValueError: as `read_journals`.
     """
     _stop_file(journal).unlink(missing_ok=True)
     parts = _parts(journal)
-    rows: dict[str, Row] = {}
-    before: list[str] = []
-    for path in (journal, *parts):
-        for number, row in enumerate(Journal(path).rows, 1):
-            try:
-                item = row["id"]
-                if check is not None:
-                    check(row)
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(
-                    f"{path}, line {number}: not a row of this work; delete the file to start again"
-                ) from None
-            rows.setdefault(item, row)
-            before.append(item)
+    journals = [Journal(path) for path in (journal, *parts)]
+    rows = _rows_by_id(journals, check)
+    before = [row["id"] for each in journals for row in each.rows]
     places = {item: place for place, item in enumerate(order)}
     rows = dict(sorted(rows.items(), key=lambda item: places.get(item[0], -1)))
-    if parts or list(rows) != before:
+    if parts or list(rows) != before or journals[0].cut_off:
         unfinished = journal.with_name(f"{journal.name}.tmp")
         unfinished.unlink(missing_ok=True)
         append_rows(unfinished, rows.values())
@@ -285,7 +299,7 @@ def temporary_journal(
         how: what continues interrupted work, for the message.
 
     Raises:
-        ValueError: the journal was made with other settings, without `overwrite`.
+        ValueError: the journal was made with other settings, or they are missing, without `overwrite`.
     """
     beside = journal.with_suffix(".settings.json")
 
@@ -294,12 +308,13 @@ def temporary_journal(
             beside.unlink(missing_ok=True)
         work = WorkSettings(journal, settings(), ("model", "studies"))
         try:
+            check_settings_file(journal, beside)
             work.keep(beside)
         except ValueError:
             if not overwrite:
                 raise
             discard_journals(journal)
-            beside.unlink()
+            beside.unlink(missing_ok=True)
             work.keep(beside)
 
     by_main_process(begin)
@@ -317,9 +332,13 @@ def is_begun(journal: Path) -> bool:
     return journal.exists() or bool(_parts(journal))
 
 
-def count_rows(journal: Path) -> int:
-    """The number of rows in a journal and in those of other processes beside it, which may still be written."""
-    return sum(path.read_bytes().count(b"\n") for path in (journal, *_parts(journal)) if path.exists())
+def check_settings_file(journal: Path, settings: Path) -> None:
+    """Raise a `ValueError` for a journal without the file of its settings: it may be a file of the user's own."""
+    if is_begun(journal) and not settings.is_file():
+        raise ValueError(
+            f"{journal} has no {settings.name} beside it, with the settings of its rows: expected it, another "
+            "--output, or --overwrite"
+        )
 
 
 def discard_journals(journal: Path) -> None:
@@ -362,8 +381,8 @@ __all__ = [
     "SharedBugError",
     "SharedWorkError",
     "by_main_process",
+    "check_settings_file",
     "continue_alone",
-    "count_rows",
     "discard_journals",
     "exchange",
     "fixed_blocks",
@@ -372,6 +391,7 @@ __all__ = [
     "leave_processes",
     "merge_journals",
     "process_place",
+    "read_journals",
     "run_together",
     "share_work",
     "shared_lock",

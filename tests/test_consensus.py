@@ -1,6 +1,8 @@
 """Consensus decoding: the bank's weights are ridge regression, samples have their own random numbers, scores add up."""
 
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -94,6 +96,30 @@ def test_bank_saved_and_loaded_is_the_same(tmp_path):
     assert np.array_equal(again.probe, FEATURES[0])
 
 
+def test_bank_of_which_only_the_features_were_replaced_is_none(tmp_path, monkeypatch):
+    ReportBank(REPORTS, FEATURES).save(tmp_path)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("otdrg.bank_otdrg.write_json", full)
+    with pytest.raises(OSError, match="No space left"):
+        ReportBank(REPORTS, FEATURES + 1).save(tmp_path)
+    with pytest.raises(ValueError, match=r"has no bank.json"):
+        ReportBank.load(tmp_path)
+
+
+def test_bank_files_have_the_permissions_of_new_files(tmp_path):
+    before = os.umask(0o022)
+    try:
+        ReportBank(REPORTS, FEATURES).save(tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == dict.fromkeys(
+        ("bank.json", "bank.safetensors"), 0o644
+    )
+
+
 def test_bank_that_cannot_be_read_is_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"has no bank.safetensors: expected the folder of a report bank"):
         ReportBank.load(tmp_path)
@@ -158,6 +184,10 @@ def test_settings_come_from_the_call_then_the_generation_config():
     assert (found.candidates, found.seed, found.plan) == (4, 5, (SampleGroup("positive"),))
     assert ConsensusSettings.of(json.loads(json.dumps(found.to_dict()))) == found
     assert consensus_settings(config, candidates=1) is None
+    # One candidate is `generate`, from wherever it is set.
+    assert consensus_settings(config, settings={"candidates": 1}) is None
+    config.consensus["candidates"] = 1
+    assert consensus_settings(config) is None and consensus_settings(config, candidates=2).candidates == 2
 
 
 @pytest.mark.parametrize(

@@ -445,6 +445,9 @@ def test_pipeline_consensus_of_the_generation_config_is_the_default(build_model,
     plain = pipe(paths[0], candidates=1, **few)[0]["generated_text"]
     assert plain == pipe(paths[0], num_beams=1, **few)[0]["generated_text"] != chosen["generated_text"]
     assert "retrieved" not in chosen and "candidates" not in chosen
+    assert plain == pipe(paths[0], consensus={"candidates": 1}, **few)[0]["generated_text"]
+    store_settings(model, {"candidates": 1})
+    assert plain == pipe(paths[0], **few)[0]["generated_text"]
 
 
 def test_pipeline_consensus_of_a_model_without_finding_states_samples_from_the_image(build_model, paths):

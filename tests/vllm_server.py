@@ -3,6 +3,8 @@
 Only the standard library, so that the program starts in a moment.
 """
 
+import base64
+import io
 import json
 import os
 import stat
@@ -25,13 +27,15 @@ class Server(ThreadingHTTPServer):
         write: gives the tokens of the reports of a request, one prompt after the other.
         fault: what it does instead: "error", "refusal", "silence", "hang_up", "other" or None.
         after: number of requests it answers before.
+        longest: most tokens of a prompt and its report together; longer ones are refused, as vLLM does.
     """
 
     daemon_threads = True
 
-    def __init__(self, model, write=constant, fault=None, after=0, port=0):
+    def __init__(self, model, write=constant, fault=None, after=0, port=0, longest=None):
         super().__init__(("127.0.0.1", port), Handler)
         self.model, self.write, self.fault, self.after = model, write, fault, after
+        self.longest = longest
         self.requests, self.open, self.most_open = [], 0, 0
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -52,7 +56,8 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self):
-        self.answer({"data": [{"id": self.server.model}]} if self.path == "/v1/models" else {})
+        served = {"id": self.server.model, "max_model_len": self.server.longest}
+        self.answer({"data": [served]} if self.path == "/v1/models" else {})
 
     def do_POST(self):
         server = self.server
@@ -82,6 +87,8 @@ class Handler(BaseHTTPRequestHandler):
         elif fault == "die":
             print("RuntimeError: Engine core is dead.", flush=True)
             os._exit(3)
+        elif self.server.longest is not None and self.is_too_long(request):
+            self.answer({"error": {"message": f"This model's maximum context length is {self.server.longest}"}}, 400)
         else:
             ends = set(request["stop_token_ids"])
             choices = [
@@ -90,6 +97,13 @@ class Handler(BaseHTTPRequestHandler):
             ]
             # Clients must not rely on the order.
             self.answer({"choices": choices[::-1]})
+
+    def is_too_long(self, request):
+        import torch  # not for the program, which starts in a moment
+
+        files = [io.BytesIO(base64.b64decode(encoded)) for encoded in request["prompt_embeds"]]
+        longest = max(len(torch.load(file, weights_only=True)) for file in files)
+        return longest + request["max_tokens"] > self.server.longest
 
     def answer(self, content, status=200):
         body = json.dumps(content).encode()

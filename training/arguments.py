@@ -18,7 +18,8 @@ from transformers.trainer_utils import SchedulerType
 
 from ..metrics.fluency import METEOR_NEEDS_JAVA
 from ..metrics.registry import higher_is_better, score_names
-from ..runtime.processes import device_arguments, has_accelerator
+from ..runtime.devices import has_accelerator
+from ..runtime.processes import device_arguments
 from .fields import COUNT, NOT_NEGATIVE, POSITIVE, Bounds, Section, check_bounds, option
 
 #: Fields of TrainingArguments that a run sets itself, and what to use in their place or why there is nothing.

@@ -26,7 +26,7 @@ from ..labelers.as_typed import labeler_of
 from ..sections_otdrg import has_sections, without_headings
 from ..studies import PREPARED, load_studies, open_source, source_class
 from ..studies.card import collection_name
-from ..studies.cleaning import clean_report, clean_sections
+from ..studies.cleaning import CLEANING_STYLES, clean_report, clean_sections
 from ..studies.loading import load_prepared, prepared_column, prepared_splits, undecoded, with_column
 from ..studies.placeholders import present_text
 from ..studies.schema import UNCLEANED
@@ -81,7 +81,11 @@ def check_labels(labels: LabelsRecipe) -> None:
 
 
 def build_studies(
-    studies: StudiesRecipe, labels: LabelsRecipe, seed: int = 0, splits: Sequence[str] | None = None
+    studies: StudiesRecipe,
+    labels: LabelsRecipe,
+    seed: int = 0,
+    splits: Sequence[str] | None = None,
+    need_states: bool = True,
 ) -> StudySplits:
     """The recipe's studies by split, with `report` cleaned and `finding_states` filled.
 
@@ -98,6 +102,7 @@ def build_studies(
         studies, labels: sections of the recipe.
         seed: of the order of streamed studies.
         splits: the splits to build; by default all there are, which must include training.
+        need_states: whether all training studies must have states.
 
     Raises:
         ValueError: no studies in training or in a split of `splits`, training studies with unknown states, or a fault
@@ -130,7 +135,7 @@ def build_studies(
     if not sectioned and studies.source == PREPARED:
         _warn_of_joined_sections(Path(studies.options["folder"]))
     labelled = _labelled(found, labels, {study for rows in loaded.values() for study in rows["id"]}, sectioned)
-    for split, rows in labelled.items():
+    for split, rows in labelled.items() if need_states else ():
         unknown = sum(states is None for states in rows["finding_states"])
         if unknown and split == "train":
             raise ValueError(
@@ -347,11 +352,26 @@ def evaluation_studies(
     )
 
 
-def bank_studies(dataset: str | None, own: Recipe | None) -> Dataset | StreamedStudies:
-    """The training studies of a report bank, cleaned as the model's were; arguments and errors as above."""
-    sections = _sections(dataset, own, "train", LabelsRecipe())
-    cleaning = sections[0].cleaning if own is None else own.studies.cleaning
-    return build_studies(replace(sections[0], cleaning=cleaning), sections[1], splits=("train",))["train"]
+def bank_studies(dataset: str | None, own: Recipe | None, cleaning: str | None = None) -> Dataset | StreamedStudies:
+    """The training studies of a report bank, which need no states, cleaned as the model writes them.
+
+    Args:
+        dataset, own: as above.
+        cleaning: cleaning of the reports; by default that of `own`, or else of a recipe given as `dataset`.
+
+    Raises:
+        ValueError, OSError: as above, or the cleaning is unknown.
+    """
+    studies, _ = _sections(dataset, own, "train", LabelsRecipe())
+    if cleaning is None and own is not None:
+        cleaning = own.studies.cleaning
+    if cleaning is None and dataset is not None and Path(dataset).is_dir():
+        raise ValueError(
+            "neither recipe.yaml nor metrics.json beside the model says how the reports it learned were cleaned: "
+            f"expected --cleaning, one of {', '.join(CLEANING_STYLES)}"
+        )
+    studies = replace(studies, cleaning=cleaning or studies.cleaning)
+    return build_studies(studies, LabelsRecipe(), splits=("train",), need_states=False)["train"]
 
 
 def _sections(

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..evaluation.probe import ViewFeatures, alignment, encode_studies, linear_probe, uniformity
+from ..files_otdrg import follow_umask
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
 from ..studies.streaming import StreamedStudies
@@ -240,12 +241,10 @@ class ContrastivePretraining(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike, state_dict: dict | None = None, **kwargs) -> None:
         """Write the trained weights, encoder and heads, by their names in this module."""
         weights = self.state_dict() if state_dict is None else state_dict
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: weights[name].contiguous() for name in self.trained_names()},
-            Path(folder) / "model.safetensors",
-            metadata={"format": "pt"},
-        )
+        path = Path(folder) / "model.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: weights[name].contiguous() for name in self.trained_names()}, path, metadata={"format": "pt"})
+        follow_umask(path)
 
     def trained_names(self) -> list[str]:
         """Names in the state dictionary of encoder and heads, their buffers included."""

@@ -20,9 +20,10 @@ from transformers import set_seed
 from ..files_otdrg import write_json, write_text
 from ..modeling_otdrg import OTDRGForReportGeneration
 from ..processing_otdrg import OTDRGProcessor
+from ..runtime.devices import has_accelerator
 from ..runtime.interruptions import FULL, RunInterruptedError, ended_by, is_out_of_memory
 from ..runtime.output_lock import OutputLock
-from ..runtime.processes import has_accelerator, start_processes
+from ..runtime.processes import start_processes
 from ..runtime.run_record import RunRecord, read_results
 from ..sections_otdrg import SECTIONS, has_sections
 from ..studies.fingerprint import fingerprint

@@ -1,12 +1,21 @@
 """`otdrg bank`, and the commands that use what it writes."""
 
 import json
+import shutil
 
 import pytest
+import yaml
 from otdrg.bank_otdrg import ReportBank
 from otdrg.cli import main
+from otdrg.consensus_otdrg import store_settings
+from otdrg.inference.loading import load_published
+from otdrg.labelers.rules import RulesLabeler
+from otdrg.studies import prepare_studies
+from otdrg.studies.cleaning import clean_report
+from PIL import Image
 
 FEW = ["--max-new-tokens", "8"]
+REPORTS = ["The Heart is NORMAL in size. No effusion.", "1. Small LEFT effusion. 2. No pneumothorax."]
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +87,77 @@ def test_generate_consensus_options_that_do_not_fit_are_one_line(run_folder, pat
     assert main(["generate", str(run_folder), "--study", paths[0], *arguments]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error
+
+
+@pytest.fixture
+def prepared(tmp_path, views):
+    """A dataset without finding states."""
+    for number in range(len(REPORTS)):
+        Image.fromarray(views[number]).save(tmp_path / f"{number}.png")
+    lines = [f"{number}.png,{report},train\n" for number, report in enumerate(REPORTS)]
+    (tmp_path / "reports.csv").write_text("image,report,split\n" + "".join(lines), encoding="utf-8")
+    prepare_studies("csv", tmp_path / "prepared", table=str(tmp_path / "reports.csv"))
+    return tmp_path / "prepared"
+
+
+@pytest.fixture
+def published(run_folder, tmp_path):
+    """A published model, without a recipe."""
+    return shutil.copytree(run_folder / "model", tmp_path / "published")
+
+
+def write_metrics(model, cleaning):
+    (model / "metrics.json").write_text(json.dumps({"recipe": {"studies": {"cleaning": cleaning}}}), encoding="utf-8")
+
+
+def test_bank_of_a_published_model_is_cleaned_as_the_model_writes(published, prepared, tmp_path, capsys):
+    command = ["bank", str(published), str(prepared), "--output", str(tmp_path / "bank")]
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert "neither recipe.yaml nor metrics.json" in error and "expected --cleaning, one of r2gen_iu" in error
+    assert error.count("\n") == 1
+    write_metrics(published, "r2gen_iu")
+    assert main(command) == 0, capsys.readouterr().err
+    assert ReportBank.load(tmp_path / "bank").reports == [clean_report(report, "r2gen_iu") for report in REPORTS]
+    assert main([*command, "--overwrite", "--cleaning", "none"]) == 0
+    assert ReportBank.load(tmp_path / "bank").reports == REPORTS
+    write_metrics(published, "other")
+    capsys.readouterr()
+    assert main([*command, "--overwrite"]) == 1
+    assert "metrics.json: recipe.studies.cleaning='other': expected one of r2gen_iu" in capsys.readouterr().err
+
+
+def test_bank_needs_no_finding_states(published, prepared, trained_run, tmp_path, monkeypatch, capsys):
+    def fails(self, reports):
+        raise AssertionError("the studies were labelled")
+
+    monkeypatch.setattr(RulesLabeler, "label", fails)
+    folder = tmp_path / "bank"
+    assert main(["bank", str(published), str(prepared), "--cleaning", "none", "--output", str(folder)]) == 0
+    recipe = yaml.safe_load((trained_run / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe["labels"] = {"labeler": "rules"}
+    (published / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    assert main(["bank", str(published), "--output", str(folder), "--overwrite"]) == 0, capsys.readouterr().err
+    assert ReportBank.load(folder).counts.sum() == 16
+
+
+def test_bank_of_a_model_that_writes_one_candidate_needs_candidates(bank, trained_run, paths, tmp_path, capsys):
+    shutil.copytree(trained_run / "model", tmp_path / "model")
+    model, _ = load_published(str(trained_run), "cpu")
+    store_settings(model, {"candidates": 1})
+    model.generation_config.save_pretrained(tmp_path / "model")
+    command = ["generate", str(tmp_path / "model"), "--study", paths[0], "--bank", str(bank), *FEW]
+    assert main(command) == 1
+    assert "this model writes candidates=1: expected --candidates too" in capsys.readouterr().err
+    assert main([*command, "--candidates", "2"]) == 0
+
+
+@pytest.mark.parametrize("command", ["bank", "embed", "localise"])
+def test_output_folder_that_is_a_file_is_refused_first(tmp_path, capsys, command):
+    (tmp_path / "file").write_text("kept")
+    assert main([command, str(tmp_path / "no_model"), "--output", str(tmp_path / "file"), "--overwrite"]) == 1
+    assert f"--output {tmp_path / 'file'}: this is a file, expected a folder\n" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "kept"
 
 
 def test_bank_without_studies_is_one_line(run_folder, tmp_path, capsys):

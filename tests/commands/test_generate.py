@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -10,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import load_dataset
-from otdrg import FINDINGS, ReportGenerationPipeline, image_processing_otdrg
+from otdrg import FINDINGS, ReportGenerationPipeline
 from otdrg.cli import main
 from otdrg.consensus_otdrg import ConsensusDecoder, ConsensusSettings
-from otdrg.inference.loading import decoding
+from otdrg.inference import listing
+from otdrg.inference.loading import decoding, load_published
 from otdrg.labelers.report_table import read_reports
 from otdrg.metrics.faithfulness import self_check
 from otdrg.pipeline_otdrg import ReportGenerationPipeline as Pipeline
@@ -89,6 +91,11 @@ def test_generate_without_dle_has_no_contradictions(generate, build_model, paths
     status, _, error = generate("--study", paths[0], "--findings", "edema=positive", model=tmp_path)
     assert status == 1
     one_line(error, "OTDRGConfig.dle=False: this model does not use finding states")
+    lines = [{"images": paths[0]}, {"images": paths[1], "findings": {"edema": "positive"}}]
+    (tmp_path / "list").write_text("\n".join(map(json.dumps, lines)))
+    status, shown, error = generate("--studies", tmp_path / "list", "--json", model=tmp_path)
+    assert status == 1 and shown == ""
+    one_line(error, "OTDRGConfig.dle=False: this model does not use finding states")
     status, _, error = generate("--study", paths[0], "--guidance-scale", "2", model=tmp_path)
     assert status == 1
     one_line(error, "--guidance-scale is 2: expected 1, this model does not use finding states (dle=False)")
@@ -125,6 +132,21 @@ def test_generate_guidance_scale_is_that_of_the_pipeline(generate, model, proces
     options = {"findings": {"edema": "positive"}, "num_beams": 1, "max_new_tokens": 6}
     guided = pipe(paths[0], **options, guidance_scale=9.0)[0]["generated_text"]
     assert rows_of(shown)[0]["report"] == guided != pipe(paths[0], **options)[0]["generated_text"]
+
+
+def test_generate_guidance_scale_1_switches_off_the_models_own(generate, run_folder, paths, tmp_path):
+    folder = shutil.copytree(run_folder / "model", tmp_path / "guided")
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**config, "guidance_scale": 9.0}))
+    studies = ["--study", paths[0], "--findings", "edema=positive", "--json"]
+    written = []
+    for more, model in (([], folder), (["--guidance-scale", 1], folder), ([], run_folder)):
+        status, shown, error = generate(*studies, *more, model=model)
+        assert status == 0 and error == ""
+        written.append(rows_of(shown)[0]["report"])
+    assert written[0] != written[1] == written[2]
+    plain = decoding(load_published(str(folder))[0], guidance_scale=1.0)
+    assert plain["guidance_scale"] == 1, "the settings that evaluate records"
 
 
 @pytest.mark.parametrize(
@@ -269,12 +291,39 @@ def test_generate_file_of_other_settings_is_not_resumed(generate, build_model, p
         status, _, error = generate(*arguments, *again, **more)
         assert status == 1
         one_line(error, str(output), message)
+    settings = output.with_suffix(".settings.json").read_text()
     output.with_suffix(".settings.json").unlink()
     status, _, error = generate("--study", paths[0], *again)
     one_line(error, f"{output} has no reports.settings.json beside it")
+    output.with_suffix(".settings.json").write_text(settings)
     output.write_text("no json\n" + written)
     status, _, error = generate("--study", paths[0], *again)
     one_line(error, f"{output}, line 1: no JSON object")
+
+
+def test_generate_refused_file_of_another_kind_is_not_changed(generate, paths, tmp_path):
+    """A file of the user's own, the last line of which does not end."""
+    output = tmp_path / "mine.jsonl"
+    own = [json.dumps({"id": name, "images": path}) for name, path in zip("ab", paths, strict=False)]
+    for lines in (own, own[:1]):
+        output.write_text("\n".join(lines))
+        before = output.read_bytes()
+        status, _, error = generate("--study", paths[2], "--output", output, "--resume")
+        assert status == 1 and output.read_bytes() == before
+        one_line(error, f"{output} has no mine.settings.json beside it")
+        status, _, error = generate("--studies", output, "--output", output, "--overwrite")
+        assert status == 1 and output.read_bytes() == before
+        one_line(error, f"{output} would be written over, and is --studies: expected another --output")
+    # Nor is one of reports by another model, the last line of which was cut off.
+    output.unlink()
+    assert generate("--study", paths[0], "--output", output)[0] == 0
+    output.write_text(output.read_text() + '{"id": "b", "repo')
+    before = output.read_bytes()
+    status, _, error = generate("--study", paths[0], "--output", output, "--resume", few=["--max-new-tokens", "4"])
+    assert status == 1 and output.read_bytes() == before
+    # A file whose studies are all written loses the line.
+    assert generate("--study", paths[0], "--output", output, "--resume")[0] == 0
+    assert [row["id"] for row in rows_of(output.read_text())] == [paths[0]]
 
 
 def test_generate_wrong_model_keeps_the_existing_file(generate, paths, tmp_path):
@@ -309,6 +358,23 @@ def test_generate_interrupted_keeps_reports_and_names_resume(
     assert [row["id"] for row in rows_of(output.read_text())] == paths
 
 
+def test_generate_interrupted_says_only_what_is_true(generate, paths, tmp_path, monkeypatch):
+    (tmp_path / "list").write_text("\n".join(paths[:2]))
+    output = tmp_path / "reports.jsonl"
+    assert generate("--studies", tmp_path / "list", "--output", output)[0] == 0
+
+    def interrupted(self, *arguments, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "__call__", interrupted)
+    status, _, error = generate("--study", paths[0])
+    assert status == 130 and error == "otdrg generate: interrupted\n"
+    # The file has reports of another list.
+    status, _, error = generate("--study", paths[2], "--output", output, "--resume")
+    assert status == 130
+    assert error == f"otdrg generate: interrupted; 0 of 1 studies were written to {output}; --resume continues\n"
+
+
 def test_generate_list_with_byte_order_mark_reads_its_first_study(generate, paths, tmp_path):
     (tmp_path / "list").write_bytes("\n\n".join(paths[:2]).encode("utf-8-sig"))
     status, shown, error = generate("--studies", tmp_path / "list", "--json")
@@ -319,14 +385,14 @@ def test_generate_list_with_byte_order_mark_reads_its_first_study(generate, path
 def test_generate_damaged_studies_are_skipped(generate, paths, tmp_path, monkeypatch):
     damaged = tmp_path / "damaged.png"
     damaged.write_bytes(Path(paths[0]).read_bytes())
-    whole = image_processing_otdrg.read_view
+    whole = listing.read_view
 
     def read_view(view, *arguments):
         if view == str(damaged):
             raise KeyError("Rows")
         return whole(view, *arguments)
 
-    monkeypatch.setattr("otdrg.image_processing_otdrg.read_view", read_view)
+    monkeypatch.setattr("otdrg.inference.listing.read_view", read_view)
     listed = [
         {"id": "a", "images": paths[0]},
         {"id": "decoder", "images": str(damaged)},
@@ -364,6 +430,22 @@ def test_generate_study_failing_in_a_batch_is_skipped_alone(generate, paths, tmp
     status, shown, error = generate("--studies", tmp_path / "list", "--json", "--batch-size", 3)
     assert status == 1 and [row["id"] for row in rows_of(shown)] == [paths[0], paths[2]]
     assert f"left out: {paths[1]}: IndexError: index out of range in self" in error
+
+
+def test_generate_studies_failing_together_are_left_out_as_alone(generate, paths, tmp_path):
+    listed = [{"id": str(number), "images": paths[number % 3]} for number in range(6)]
+    for study in listed[2:4]:
+        study["indication"] = "cough " * 400
+    (tmp_path / "list").write_text("\n".join(map(json.dumps, listed)))
+    found = []
+    for size in (1, 2):
+        status, shown, error = generate("--studies", tmp_path / "list", "--json", "--batch-size", size)
+        assert status == 1 and [row["id"] for row in rows_of(shown)] == ["0", "1", "4", "5"]
+        found.append(([row["report"] for row in rows_of(shown)], error))
+    assert found[0] == found[1]
+    lines = found[0][1].splitlines()
+    assert [line.split(": ")[:2] for line in lines[:-1]] == [["left out", "2"], ["left out", "3"]]
+    assert lines[-1].endswith("2 of 6 studies were left out, for the reasons above; the others were written")
 
 
 @pytest.mark.parametrize(

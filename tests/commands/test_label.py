@@ -278,7 +278,7 @@ def test_label_compare_measures_agreement(table, tmp_path, capsys):
     assert len((folder / "agreement.csv").read_text().splitlines()) == 1 + 14 * 5
     assert (folder / "disagreements.csv").read_text() == "id,finding,reference,candidate\n"
     assert main(["label", "--compare", one, two, "--output", two]) == 1
-    assert f"{two} is a file" in capsys.readouterr().err
+    assert f"--output {two}: this is a file, expected a folder" in capsys.readouterr().err
     three = table(("a", "", *["1"] * 13), header=("id", *names), name="c.csv")
     assert main(["label", "--compare", one, three, "--output", str(folder)]) == 1
     assert "exists and is not empty: --overwrite" in capsys.readouterr().err

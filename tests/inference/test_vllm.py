@@ -15,7 +15,7 @@ from datasets import Dataset
 from otdrg.cli import main
 from otdrg.consensus_otdrg import ConsensusDecoder, ConsensusSettings
 from otdrg.inference.generation import generate_reports
-from otdrg.inference.vllm import BATCHES_AHEAD, VLLM, served_name
+from otdrg.inference.vllm import BATCHES_AHEAD, VLLM, save_language_model, served_name
 from otdrg.runtime.interruptions import EngineError
 from otdrg.runtime.vllm_server import PROGRAM, vllm_server
 from otdrg.studies import prepare_studies
@@ -174,6 +174,24 @@ def test_vllm_fault_is_one_line_and_finished_reports_are_kept(tiny, studies, tmp
     assert len(set(found.reports)) == 1 and len(server.requests) == 2
 
 
+@pytest.mark.parametrize("longest", [None, 512, 200])
+def test_generate_study_too_long_for_the_server_is_left_out(
+    run_folder, model, processor, paths, tmp_path, capsys, longest
+):
+    listed = [{"id": str(number), "images": path} for number, path in enumerate(paths)]
+    # Without `longest`, beyond the positions of the model.
+    listed[1]["indication"] = "cough " * (100 if longest == 200 else 300)
+    (tmp_path / "list").write_text("\n".join(map(json.dumps, listed)))
+    command = ["generate", str(run_folder), "--studies", str(tmp_path / "list"), "--json", "--batch-size", "3", *FEW]
+    with played.Server(served_name(model), longest=longest) as server:
+        assert main([*command, "--engine", "vllm", "--engine-url", server.url]) == 1
+    shown, error = capsys.readouterr()
+    assert [json.loads(line)["id"] for line in shown.splitlines()] == ["0", "2"]
+    lines = error.splitlines()
+    assert len(lines) == 2 and lines[0].startswith("left out: 1: a prompt of ")
+    assert f"expected at most {longest or 512} together" in lines[0] and "1 of 3 studies were left out" in lines[1]
+
+
 def test_vllm_server_that_is_down_or_of_another_model_is_one_line(tiny, studies, serve):
     with serve("llama") as server, pytest.raises(EngineError, match=r"serves llama: expected otdrg-[0-9a-f]{16}"):
         write_all(tiny, studies, VLLM(*tiny, server.url))
@@ -198,6 +216,11 @@ def _study(tiny, batch):
     inputs = tiny[1](images=list(batch["images"]))
     prompt = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     return prompt, tiny[0].read_study(inputs["pixel_values"], inputs["view_mask"])
+
+
+def test_save_language_model_follows_the_umask(build_model, tmp_path):
+    save_language_model(*build_model(), tmp_path)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
 
 
 # --- a server of one's own -------------------------------------------------------------------------------------------

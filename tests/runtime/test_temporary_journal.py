@@ -24,6 +24,16 @@ def test_interrupted_work_is_kept_for_the_same_settings(tmp_path, overwrite):
     assert not list(tmp_path.iterdir())
 
 
+def test_work_without_settings_is_replaced_on_request_only(tmp_path):
+    journal = tmp_path / "mine.jsonl"
+    journal.write_text('{"id": "a"}\n{"id": "b"}')
+    with pytest.raises(ValueError, match=r"has no mine\.settings\.json"), temporary_journal(journal, dict, False):
+        pass
+    assert journal.read_text() == '{"id": "a"}\n{"id": "b"}'
+    with temporary_journal(journal, dict, True):
+        assert not journal.exists()
+
+
 def test_work_of_other_settings_is_replaced_on_request_only(tmp_path):
     journal = tmp_path / "work.jsonl"
     interrupted(journal, settings=lambda: {"limit": 1}, overwrite=False)

@@ -83,6 +83,16 @@ def test_rexrank_file_is_written_scored_and_read_back(generate, source, paths, r
     assert json.loads(scores.read_text())["comparison"]["rouge_l"]["difference"] == 0
 
 
+def test_rexrank_ids_are_those_of_the_input(generate, source, paths, tmp_path):
+    given = json.loads(source.read_text())
+    source.write_text(json.dumps({"s1 ": given["one"], "s2": given["two"], " s1": given["one"]}))
+    output = tmp_path / "out.json"
+    status, error = generate("--studies", source, "--image-root", tmp_path, "--output", output)
+    assert status == 0 and f"3 reports written: {output}" in error
+    written = json.loads(output.read_text())
+    assert list(written) == ["s1 ", "s2", " s1"] and all(study["model_prediction"] for study in written.values())
+
+
 def test_rexrank_output_is_resumed_or_replaced(generate, source, tmp_path):
     output = tmp_path / "out.json"
     files = ["--studies", source, "--image-root", tmp_path, "--output", output]

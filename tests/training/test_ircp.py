@@ -260,6 +260,8 @@ def test_run_recipe_three_stages_write_their_folders(whole_run):
     for line in training_lines(run).values():
         assert line.keys() >= {"contrastive_loss", "report_contrastive_loss", "alignment", "uniformity"}
         assert line["loss"] == pytest.approx(line["contrastive_loss"] + 0.5 * line["report_contrastive_loss"], abs=2e-4)
+    weights = [path for path in run.rglob("*.safetensors") if path.parts[-2] != "features"]
+    assert {path.stat().st_mode & 0o777 for path in weights} == {(run / "results.json").stat().st_mode & 0o777}
     (evaluation,) = [line for line in results(run)["ircp"]["log_history"] if "eval_loss" in line]
     assert evaluation["eval_contrastive_loss"] > 0 and evaluation["eval_uniformity"] < 0
 
