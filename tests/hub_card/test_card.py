@@ -23,8 +23,9 @@ from otdrg.findings_otdrg import FINDING_DISPLAY_NAMES, FINDINGS
 from otdrg.hub_card.card import TERMS, build_card
 from otdrg.hub_card.run_files import read_run
 from otdrg.metrics import Metric, MetricResult, Score, register
+from otdrg.metrics.fluency import NLG_NAMES
 from otdrg.metrics.registry import METRICS as REGISTRY
-from otdrg.metrics.tables import NLG_NAMES, markdown_table
+from otdrg.metrics.tables import markdown_table
 from otdrg.train_hf import main as train
 
 METRICS = ["bleu_1", "bleu_4", "rouge_l", "cider"]
