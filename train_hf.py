@@ -59,10 +59,10 @@ class _PrintFields(argparse.Action):
     """Prints the fields of a recipe and ends the program, as `--help` does."""
 
     def __call__(self, parser, namespace, values, option_string=None):
+        from otdrg.runtime.interruptions import exit_status
         from otdrg.training.recipe import fields_text
 
-        print(fields_text())
-        parser.exit()
+        parser.exit(exit_status("train_hf.py", lambda: print(fields_text())))
 
 
 def _run(arguments: argparse.Namespace) -> None:
