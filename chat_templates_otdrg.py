@@ -54,6 +54,7 @@ def _fault(render: Callable[[], str]) -> str | None:
         finally:
             os._exit(0)
     os.close(writer)
+    ready: list = []
     try:
         with selectors.DefaultSelector() as selector:
             selector.register(reader, selectors.EVENT_READ)
@@ -61,8 +62,10 @@ def _fault(render: Callable[[], str]) -> str | None:
         answer = os.read(reader, 4096).decode("utf-8", "replace") if ready else f"takes more than {_SECONDS} s"
     finally:
         os.close(reader)
-        os.kill(child, signal.SIGKILL)
-        with suppress(ChildProcessError):  # with SIGCHLD ignored there is nothing to wait for
+        # With SIGCHLD ignored, a process that has ended is gone at once. One that has answered ends by itself.
+        with suppress(ProcessLookupError, ChildProcessError):
+            if not ready:
+                os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
     if not answer:
         answer = "ends the process that renders it"
