@@ -1,4 +1,7 @@
-"""Reports written by vLLM: prompt embeddings are computed here and sent to a server that runs the LLM."""
+"""Reports written by vLLM: prompt embeddings are computed here and sent to a server that runs the LLM.
+
+Long, because the server's start, its requests and its faults stand together.
+"""
 
 from __future__ import annotations
 
