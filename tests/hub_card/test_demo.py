@@ -669,6 +669,8 @@ def test_page_upload_during_an_upload_gives_both_views(page, png, monkeypatch):
     reading.wait(SECONDS)
     with page.expect_response(lambda response: "/upload?" in response.url):
         upload(page, png(1, "lateral.png"))
+    # The page has to take the answer before the first upload is shown: an empty list that arrives between both wins.
+    page.wait_for_timeout(500)
     go.set()
     expect(views(page)).to_have_count(2)
     expect(page.locator("#problem").get_by_role("alert")).to_have_count(0)
