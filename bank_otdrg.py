@@ -107,7 +107,7 @@ class ReportBank:
             raise ValueError(f"report bank: ridge={ridge!r}, expected a number above 0")
         self.ridge, self.licences, self.probe = ridge, tuple(licences), probe
         self._features, self._study_reports = features, list(reports)
-        self._indications = [text if text and text.strip() else "" for text in indications or [None] * len(reports)]
+        self._indications = _without_blanks(indications, len(reports))
         self._rows = {report: row for row, report in enumerate(dict.fromkeys(reports))}
         self.reports = list(self._rows)
         self._report = np.array([self._rows[report] for report in reports])
@@ -159,7 +159,7 @@ class ReportBank:
                 f"image features have shape {np.shape(features)}: expected (studies, {self._features.shape[1]}) as in "
                 "the report bank; make the bank with this model (otdrg bank)"
             )
-        texts = [text if text and text.strip() else "" for text in indications or [None] * len(features)]
+        texts = _without_blanks(indications, len(features))
         by_study = self._inputs(features, texts) @ self._solution
         # The inputs are centred: this is the regression's intercept.
         by_study += (1.0 - by_study.sum(axis=1, keepdims=True)) / by_study.shape[1]
@@ -256,6 +256,11 @@ def probe_features(model, processor) -> np.ndarray:
     inputs = processor.encode_images([_PROBE])
     pixels, mask = inputs["pixel_values"].to(model.device), inputs["view_mask"].to(model.device)
     return pool_views(model.encode_views(pixels, mask), mask)[0].cpu().numpy()
+
+
+def _without_blanks(indications: Sequence[str | None] | None, studies: int) -> list[str]:
+    """The studies' indications, "" where there is none or a blank one."""
+    return [text if text and text.strip() else "" for text in indications or [None] * studies]
 
 
 __all__ = ["IndicationFeatures", "ReportBank", "pool_views", "probe_features"]

@@ -76,11 +76,7 @@ class Prompt:
         text = text.rpartition("</think>")[2]
         try:
             given, _ = json.JSONDecoder().raw_decode(text[text.index("{") :])
-            states = [
-                (_key(name), self.answers.index(word.strip().lower()))
-                for name, word in given.items()
-                if not _is_no_finding(name)
-            ]
+            states = [(_key(name), self.answers.index(word.strip().lower())) for name, word in given.items()]
         except (ValueError, AttributeError, RecursionError):
             return None
         return [strongest(state for key, state in states if key == name) for name in (*ASKED, None)]
@@ -92,19 +88,11 @@ def strongest(states: Iterable[int]) -> int:
 
 
 def _key(name: str) -> str | None:
-    """A finding's key, None of a name that was not asked for."""
+    """A finding's key, None of a name that is none of the 14."""
     try:
-        key = finding_key(name)
+        return finding_key(name)
     except ValueError:
         return None
-    return key if key in ASKED else None
-
-
-def _is_no_finding(name: str) -> bool:
-    try:
-        return finding_key(name) == "no_finding"
-    except ValueError:
-        return False
 
 
 def _message(role: str, content: str) -> dict[str, str]:
